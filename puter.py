@@ -1,0 +1,4605 @@
+"""Ask the 500+ AI models of a Puter.com account from Python or the terminal.
+
+    import puter
+    print(puter.chat("Why is the sky blue?"))
+    for chunk in puter.stream("Tell me a story", model="claude-opus-4-5"):
+        print(chunk, end="", flush=True)
+
+Sign in once with ``python -m puter login``; ``python -m puter --help`` lists the commands.
+`Puter` is the client. Every failure is a `PuterError` that says what happened and what to do.
+
+Remarks such as "(recorded)" mean that a fact was seen in the answers of a real Puter server,
+release 26.07.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    import requests
+    from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
+
+__version__ = "0.1.0"
+__all__ = [
+    "AccessError",
+    "Account",
+    "AccountStore",
+    "AllAccountsOnCooldownError",
+    "Attempt",
+    "AuthError",
+    "BadRequestError",
+    "Chunk",
+    "Config",
+    "ConfigError",
+    "Cooldown",
+    "Credit",
+    "CreditError",
+    "Model",
+    "ModelAccessError",
+    "ModelNotFoundError",
+    "ModelRateLimitError",
+    "ModelUnavailableError",
+    "NetworkError",
+    "ProviderAuthError",
+    "Puter",
+    "PuterError",
+    "RateLimitError",
+    "Reply",
+    "ReplyError",
+    "RequestTimeoutError",
+    "ServerError",
+    "State",
+    "StoreError",
+    "Stream",
+    "StreamError",
+    "SubscriptionError",
+    "ToolCall",
+    "Usage",
+    "chat",
+    "stream",
+]
+
+# Puter's own default: cheap, so that a forgotten `model=` costs little.
+DEFAULT_MODEL = "gpt-5-nano"
+DEFAULT_FALLBACK_MODELS = (
+    "openrouter:xiaomi/mimo-v2-flash:free",
+    "openrouter:deepseek/deepseek-r1-0528:free",
+    "openrouter:mistralai/devstral-2512:free",
+    "openrouter:qwen/qwen3-coder:free",
+    "openrouter:mistralai/devstral-small-2505:free",
+    "openrouter:qwen/qwen2.5-coder-32b-instruct:free",
+    "openrouter:google/gemini-2.0-flash-exp:free",
+    "openrouter:meta-llama/llama-4-maverick:free",
+    "openrouter:meta-llama/llama-4-scout:free",
+    "openrouter:meta-llama/llama-3.3-70b-instruct:free",
+    "openrouter:qwen/qwen3-235b-a22b:free",
+    "openrouter:qwen/qwen3-30b-a3b:free",
+    "openrouter:deepseek/deepseek-chat-v3.1:free",
+    "openrouter:nvidia/llama-3.1-nemotron-ultra-253b-v1:free",
+    "openrouter:openai/gpt-oss-120b:free",
+    "openrouter:openai/gpt-oss-20b:free",
+    "openrouter:google/gemma-3-27b-it:free",
+    "openrouter:mistralai/mistral-small-3.2-24b-instruct:free",
+)
+CONNECT_TIMEOUT_S = 10.0
+# A whole reply with tools may take minutes before its first byte.
+EXACT_TOOLS_TIMEOUT_S = 600.0
+RETRY_CAP_S = 30.0
+RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
+MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_LINE_BYTES = 32 * 1024 * 1024
+
+_log = logging.getLogger("puter")
+_log.addHandler(logging.NullHandler())
+_T = TypeVar("_T")
+
+
+# ======================================================================================
+# 2. errors · uses: nothing above but the constants
+# ======================================================================================
+Scope = Literal["request", "model", "account", "server"]
+
+
+class PuterError(Exception):
+    """Something went wrong; the base of every error of this module.
+
+    Attributes: `message` (what happened), `hint` (what to do), `status` (HTTP, or None),
+    `code` (Puter's word, or None), `model` and `account` (names, or None), `attempts`
+    (every `Attempt` made for the call), `retry_after_s` (when the server named a time).
+    `str()` of the error holds message, attempts and hint; no attribute ever holds a token.
+    """
+
+    scope: ClassVar[Scope] = "request"
+    """Whose fault it is, and so what can help: another model, account, time, or nothing."""
+    retryable: ClassVar[bool] = False
+    """Whether the very same request may work a moment later."""
+    default_hint: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        hint: str | None = None,
+        model: str | None = None,
+        account: str | None = None,
+        attempts: Sequence[Attempt] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.hint = self.default_hint if hint is None else hint
+        self.model = model
+        self.account = account
+        self.attempts = tuple(attempts)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if len(self.attempts) > 1:
+            parts.append(f"Tried {_told_together(self.attempts)}.")
+        if self.hint:
+            parts.append(self.hint)
+        return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
+
+
+def _told_together(attempts: Sequence[Attempt]) -> str:
+    """Attempts in a few words; the same one several times in a row is told once."""
+    told: list[list[Any]] = []
+    for attempt in attempts:
+        if told and told[-1][0] == attempt.outcome:
+            told[-1][1] += 1
+        else:
+            told.append([attempt.outcome, 1])
+    return "; ".join(text if n == 1 else f"{text} ({n} times)" for text, n in told)
+
+
+class AuthError(PuterError):
+    """The account's token is missing, dead, or of the wrong kind."""
+
+    scope = "account"
+    default_hint = "Sign in with `python -m puter login`."
+
+
+class CreditError(PuterError):
+    """The account's credit is used up (requests in flight reserve some of it)."""
+
+    scope = "account"
+    default_hint = (
+        "Use a free model (`python -m puter models --free`), add another account with "
+        "`python -m puter login`, or add credit on puter.com."
+    )
+
+
+class AccessError(PuterError):
+    """The account may not do this: it is suspended, not verified, or forbidden to."""
+
+    scope: ClassVar[Scope] = "account"
+    default_hint = (
+        "Look at the account on puter.com, or use another: "
+        "`python -m puter switch NAME`."
+    )
+
+
+class ModelAccessError(AccessError):
+    """This account may not use this model: it is for subscribers, or the free use is spent."""
+
+    scope = "model"
+    default_hint = (
+        "Use another model (`python -m puter models --free`) or another account."
+    )
+
+
+class SubscriptionError(AccessError):
+    """The endpoint needs a paid plan; waiting changes nothing."""
+
+    scope = "request"
+    default_hint = (
+        'Set "api_style" to "drivers" (the default): it works for every account.'
+    )
+
+
+class RateLimitError(PuterError):
+    """The account sent too many requests; another model does not help."""
+
+    scope = "account"
+    retryable = True
+    default_hint = (
+        "Wait some seconds, or add another account with `python -m puter login`."
+    )
+
+
+class ModelRateLimitError(PuterError):
+    """The model's provider has had enough requests for now."""
+
+    scope = "model"
+    default_hint = "Use another model for a while, or leave `fallback_enabled` on."
+
+
+class ModelUnavailableError(PuterError):
+    """The model's provider is down, or failed."""
+
+    scope = "model"
+    retryable = True
+    default_hint = "Try again later, or use another model (`python -m puter models`)."
+
+
+class ProviderAuthError(ModelUnavailableError):
+    """Puter's own key at the provider was refused; your login is fine."""
+
+    retryable = False
+    default_hint = "This is between Puter and the provider: use another model."
+
+
+class ModelNotFoundError(PuterError):
+    """No model has this name; `near` lists names that are close."""
+
+    default_hint = "List the names with `python -m puter models`."
+
+    def __init__(
+        self, message: str, *, near: Sequence[str] = (), **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+        self.near = tuple(near)
+
+
+class BadRequestError(PuterError):
+    """The request itself is wrong: nobody will accept it as it is."""
+
+    default_hint = (
+        "Change the request as the message says; sending it again will not help."
+    )
+
+
+class ServerError(PuterError):
+    """Puter's server failed, or something that is no Puter server answered."""
+
+    scope = "server"
+    retryable = True
+    default_hint = "Try again later; if it stays, check `api_base_url` in puter.json."
+
+
+class RequestTimeoutError(PuterError):
+    """No answer in time."""
+
+    scope = "server"
+    retryable = True
+    default_hint = (
+        "Raise `api_timeout_ms` in puter.json (or `timeout_ms=` of the call)."
+    )
+
+
+class NetworkError(PuterError):
+    """The server cannot be reached: refused, unknown host, TLS, or a broken connection."""
+
+    scope = "server"
+    retryable = True
+    default_hint = "Check the network, the proxy settings and `api_base_url`."
+
+
+class ReplyError(PuterError):
+    """The model's answer cannot be read; `raw` holds the text in question as it came."""
+
+    default_hint = "Ask again, or use another model."
+
+    def __init__(self, message: str, *, raw: str = "", **details: Any) -> None:
+        super().__init__(message, **details)
+        self.raw = raw
+
+
+class StreamError(PuterError):
+    """A stream broke before its end; `reply` holds what had come (a `Reply`, or None)."""
+
+    scope = "model"
+    retryable = True
+    default_hint = "What came before is in `.reply`; ask again for a whole answer."
+
+    def __init__(
+        self, message: str, *, reply: Reply | None = None, **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+        self.reply = reply
+
+
+class ConfigError(PuterError):
+    """A setting is wrong; the message names where it stands and what is allowed."""
+
+
+class StoreError(PuterError):
+    """The accounts file cannot be read or written; its bytes are left as they are."""
+
+
+class AllAccountsOnCooldownError(PuterError):
+    """Every account is resting; `retry_after_s` says for how long, `statuses` why each."""
+
+    scope = "account"
+    retryable = True
+    default_hint = (
+        "Wait, add another account with `python -m puter login`, or end the cooldowns with "
+        "`python -m puter status --clear-cooldowns`."
+    )
+
+    def __init__(
+        self, message: str, *, statuses: Sequence[Cooldown] = (), **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+        self.statuses = tuple(statuses)
+
+
+# ======================================================================================
+# 3. values · uses: nothing above
+# ======================================================================================
+ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and price of one reply, whatever the provider calls them; None is "not told".
+
+    `input_tokens` is as the provider counts it: OpenRouter and Claude leave cached tokens
+    out of it. `cost_usd` is in US dollars. An empty usage is false.
+    """
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    total_tokens: int | None = None
+    cost_usd: float | None = None
+
+    def __bool__(self) -> bool:
+        return any(
+            v is not None
+            for v in (self.input_tokens, self.output_tokens, self.cost_usd)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model's wish to call a function: `arguments` is a dict.
+
+    `extra_content` is a provider's note (Gemini's thought signature) that must go back with
+    the call in the history.
+    """
+
+    id: str
+    name: str
+    arguments: JSON
+    extra_content: JSON | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed reply; `str()` of any but a text chunk is empty.
+
+    `type` is "text", "reasoning" (both carry `text`), "tool_call" or "usage".
+    """
+
+    type: ChunkType
+    text: str = ""
+    tool_call: ToolCall | None = None
+    usage: Usage | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.type == "text" else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request made for a call: `error` is None for the one that answered."""
+
+    model: str
+    account: str
+    error: PuterError | None
+    seconds: float
+
+    @property
+    def outcome(self) -> str:
+        """Who was asked and what came of it, in a few words."""
+        error = self.error
+        told = "answered" if error is None else error.code or type(error).__name__
+        return f"{self.model} on {self.account}: {told}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer; `str()` is its text.
+
+    `model` and `account` are the ones that answered, `attempts` everything that was tried.
+    `finish_reason` is "stop", "tool_calls", "length" or the provider's own word. `raw` is
+    what the server said (for a stream: its extra lines).
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str = "stop"
+    usage: Usage = Usage()
+    model: str = ""
+    account: str = ""
+    attempts: tuple[Attempt, ...] = field(default=(), repr=False)
+    raw: JSON = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of the catalogue; prices in US dollars per million tokens, None if not told.
+
+    `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
+    not say (then it may well work). `released` is a date such as "2025-11-01", or None.
+    """
+
+    id: str
+    name: str = ""
+    provider: str = ""
+    aliases: tuple[str, ...] = ()
+    context: int | None = None
+    max_tokens: int | None = None
+    inputs: tuple[str, ...] | None = None
+    tools: bool | None = None
+    free: bool = False
+    input_usd_per_million: float | None = None
+    output_usd_per_million: float | None = None
+    released: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Every name the server knows this model by, its id first."""
+        return (self.id, *self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A stored account; times are milliseconds since 1970, None if never or not known."""
+
+    username: str
+    token: str = field(repr=False)
+    added_at_ms: int | None = None
+    last_used_ms: int | None = None
+    is_temporary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cooldown:
+    """A rest: of a whole account (`model` is ""), or of one model on it.
+
+    `until_s` is seconds since 1970; `reason` is the error's code, "login" for a token that is
+    dead until the next sign-in; `strikes` counts the failures in a row.
+    """
+
+    account: str
+    model: str
+    until_s: float
+    strikes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """What an account may still spend this month, in `unit` ("usd" or "credits").
+
+    `by_api` maps what was used to (cost in the unit, units, calls).
+    """
+
+    unit: Literal["usd", "credits"]
+    allowance: float
+    remaining: float
+    used: float
+    by_api: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    raw: JSON = field(default_factory=dict, repr=False)
+
+
+# ======================================================================================
+# 4. config · uses: errors
+# ======================================================================================
+CONFIG_NAME = "puter.json"
+ACCOUNTS_NAME = "puter-accounts.json"
+STATE_NAME = "state.sqlite3"
+# Variables of the same prefix that are no settings.
+_OTHER_VARIABLES = ("PUTER_AUTH_TOKEN", "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
+
+
+def config_dir(
+    environ: Mapping[str, str] | None = None,
+    os_name: str = os.name,
+    home: str | None = None,
+) -> Path:
+    """The folder of settings, accounts and state: `PUTER_CONFIG_DIR`, else the system's place."""
+    env = os.environ if environ is None else environ
+    if env.get("PUTER_CONFIG_DIR"):
+        return Path(env["PUTER_CONFIG_DIR"]).expanduser()
+    user_home = Path(home) if home is not None else Path.home()
+    if os_name == "nt":
+        return Path(env.get("APPDATA") or user_home / "AppData" / "Roaming") / "puter"
+    return Path(env.get("XDG_CONFIG_HOME") or user_home / ".config") / "puter"
+
+
+def _setting(default: Any, doc: str, **check: Any) -> Any:
+    """A field of `Config`; `check` holds `low` and `high`, or `choices`, or `url`."""
+    return field(default=default, metadata={"doc": doc, **check})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings; `Config.load()` reads them from puter.json and the environment.
+
+    Raises `ConfigError` for a value of the wrong type or out of range.
+    """
+
+    quiet_mode: bool = _setting(False, "no status lines on stderr")
+    debug: bool = _setting(False, "a log of every request on stderr")
+    api_base_url: str = _setting(
+        "https://api.puter.com", "where Puter's API answers", url=True
+    )
+    gui_base_url: str = _setting(
+        "https://puter.com", "where Puter's pages are", url=True
+    )
+    api_timeout_ms: int = _setting(
+        120_000, "longest silence of the server, in ms", low=1, high=86_400_000
+    )
+    auto_create_temp_user: bool = _setting(
+        True,
+        "accept a login that ends in a temporary account, as Puter's page makes them",
+    )
+    max_retries: int = _setting(
+        3, "how often a failed request is sent again", low=0, high=20
+    )
+    retry_delay_ms: int = _setting(
+        1_000, "first wait before sending again, in ms; doubles", low=0, high=600_000
+    )
+    cache_ttl_ms: int = _setting(
+        300_000,
+        "how long the model list and cached replies count, in ms",
+        low=0,
+        high=10**12,
+    )
+    cache_enabled: bool = _setting(
+        False, "keep whole replies and answer the same request again"
+    )
+    cache_max_entries: int = _setting(
+        500, "replies kept at most", low=1, high=1_000_000
+    )
+    cache_directory: str | None = _setting(
+        None, "folder of the cached replies (null: with the state)"
+    )
+    metrics_enabled: bool = _setting(True, "keep figures of every call for `stats`")
+    metrics_max_samples: int = _setting(
+        1_000, "calls kept a model for the percentiles", low=1, high=1_000_000
+    )
+    metrics_file: str | None = _setting(
+        None, "file of the figures (null: with the state)"
+    )
+    fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
+    fallback_models: tuple[str, ...] = _setting(
+        DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
+    )
+    fallback_cooldown_ms: int = _setting(
+        60_000, "rest of a model that failed on an account, in ms", low=0, high=10**10
+    )
+    account_rotation_enabled: bool = _setting(
+        True, "go to the next account when one is limited"
+    )
+    account_rotation_strategy: str = _setting(
+        "round-robin",
+        "which account is next",
+        choices=("round-robin", "least-recently-used"),
+    )
+    account_rotation_cooldown_ms: int = _setting(
+        300_000,
+        "rest of a limited account, in ms; 2x, 3x, 4x when it goes on",
+        low=0,
+        high=10**10,
+    )
+    default_model: str | None = _setting(
+        None, f"model when none is asked for (null: {DEFAULT_MODEL})"
+    )
+    api_style: str = _setting(
+        "drivers", "`openai`: an OpenAI-compatible base", choices=("drivers", "openai")
+    )
+    stream_tools: str = _setting(
+        "exact",
+        "`live` streams with tools and may lose calls",
+        choices=("exact", "live"),
+    )
+    max_concurrent: int = _setting(
+        3, "requests at once on one account", low=1, high=1_000
+    )
+    folder: Path = field(default_factory=config_dir, metadata={"internal": True})
+
+    def __post_init__(self) -> None:
+        for spec in _SETTINGS.values():
+            value = _checked(spec.name, getattr(self, spec.name), "argument")
+            object.__setattr__(self, spec.name, value)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        **overrides: Any,
+    ) -> Config:
+        """The settings in force: overrides, else environment, else puter.json, else defaults.
+
+        `folder` is where puter.json stands (default: `config_dir()`); `environ` defaults to
+        the process's. Raises `ConfigError`, which names file (or variable), key, what was
+        found and what is allowed.
+        """
+        values, _ = settings_and_sources(folder, environ, overrides)
+        return cls(**values, folder=Path(folder) if folder else config_dir(environ))
+
+
+def settings_and_sources(
+    folder: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """All settings as (name -> value, name -> where it comes from); raises `ConfigError`."""
+    env = os.environ if environ is None else environ
+    path = (Path(folder) if folder else config_dir(env)) / CONFIG_NAME
+    found: dict[str, tuple[Any, str]] = {}
+    for where, given in (
+        (str(path), _read_config(path)),
+        ("environment", _from_environment(env)),
+        ("argument", overrides or {}),
+    ):
+        for name, value in given.items():
+            if name not in _SETTINGS:
+                raise _unknown_key(name, where)
+            label = f"PUTER_{name.upper()}" if where == "environment" else where
+            found[name] = (_checked(name, value, label), label)
+    values = {
+        n: found[n][0] if n in found else spec.default for n, spec in _SETTINGS.items()
+    }
+    return values, {n: found[n][1] if n in found else "default" for n in _SETTINGS}
+
+
+def _read_config(path: Path) -> JSON:
+    """puter.json as a dict ({} when there is none); raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error})",
+            hint="Make it a UTF-8 file that you may read.",
+        ) from error
+    try:
+        data = json.loads(text, object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: is not valid JSON ({error})",
+            hint="Mend the file, or move it away.",
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: holds {_described(data)}, not an object",
+            hint='It should look like {"debug": true}.',
+        )
+    return data
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> JSON:
+    """A JSON object as a dict; a key given twice is an error, since one would be lost."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twin!r} stands twice")
+    return result
+
+
+def _from_environment(env: Mapping[str, str]) -> JSON:
+    """The settings given as `PUTER_<NAME>`; a near miss of a name is a `ConfigError`."""
+    given: JSON = {}
+    for variable in sorted(env):
+        if not variable.startswith("PUTER_") or variable in _OTHER_VARIABLES:
+            continue
+        name = variable[len("PUTER_") :].lower()
+        if name in _SETTINGS:
+            given[name] = _from_text(name, env[variable])
+        elif near := _near(name, _SETTINGS, cutoff=0.85):
+            raise ConfigError(
+                f"{variable}: there is no such setting",
+                hint=f"Did you mean PUTER_{near[0].upper()}?",
+            )
+    return given
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value that an environment variable's text stands for (checked by the caller)."""
+    kind = _SETTINGS[name].type
+    if kind == "bool":
+        words = {"1": True, "true": True, "yes": True, "on": True}
+        words |= {"0": False, "false": False, "no": False, "off": False}
+        return words.get(text.strip().lower(), text)
+    if kind == "int" and re.fullmatch(r"\s*-?\d+\s*", text):
+        return int(text)
+    if kind.startswith("tuple"):
+        if text.lstrip().startswith("["):
+            try:
+                return json.loads(text)
+            except ValueError:
+                return text
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return None if text == "" and kind.endswith("None") else text
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """The value as `Config` holds it; None is the default. Raises `ConfigError`."""
+    spec = _SETTINGS[name]
+    if value is None:
+        return spec.default
+    allowed, result = _allowed(spec, value)
+    if allowed:
+        raise ConfigError(
+            f"{where}: {name} is {_described(value)}, but must be {allowed}",
+            hint="Correct the value, or remove it for the default"
+            f" ({json.dumps(spec.default) if spec.name != 'fallback_models' else 'a built-in list'}).",
+        )
+    return result
+
+
+def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
+    """("" and the value to keep) if the value is fine, else (what is allowed, None)."""
+    check = spec.metadata
+    if spec.type == "bool":
+        return ("" if isinstance(value, bool) else "true or false"), value
+    if spec.type == "int":
+        fine = isinstance(value, int) and not isinstance(value, bool)
+        fine = fine and check["low"] <= value <= check["high"]
+        return (
+            "" if fine else f"a whole number from {check['low']} to {check['high']}"
+        ), value
+    if spec.type.startswith("tuple"):
+        fine = isinstance(value, (list, tuple)) and all(
+            isinstance(v, str) and v for v in value
+        )
+        return ("" if fine else "a list of model names"), tuple(value) if fine else None
+    if "choices" in check:
+        choices = " or ".join(f'"{c}"' for c in check["choices"])
+        return ("" if value in check["choices"] else choices), value
+    if not isinstance(value, str) or not value.strip():
+        return "a text that is not empty", None
+    if check.get("url"):
+        fine = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value) is not None
+        return (
+            "" if fine else "an address such as https://api.puter.com"
+        ), value.rstrip("/")
+    return "", value
+
+
+def _unknown_key(name: str, where: str) -> ConfigError:
+    near = _near(name, _SETTINGS)
+    meant = (
+        f"Did you mean {near[0]!r}?"
+        if near
+        else "Known keys: " + ", ".join(_SETTINGS) + "."
+    )
+    return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
+
+
+def _near(
+    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
+) -> list[str]:
+    """The names that look like the given one, best first."""
+    import difflib
+
+    return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
+
+
+def _described(value: Any) -> str:
+    """A found value for an error text: its JSON, shortened, and its kind."""
+    kinds = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+    }
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return f"{shown} ({kinds.get(type(value), 'an object' if isinstance(value, dict) else 'null')})"
+
+
+_SETTINGS = {f.name: f for f in fields(Config) if not f.metadata.get("internal")}
+
+
+# ======================================================================================
+# 5. store · uses: errors, values, config
+# ======================================================================================
+class AccountStore:
+    """The accounts in a JSON file that the opencode-puter-auth plugin can share.
+
+    `path` is the file, or the folder that holds `puter-accounts.json`. Reading never writes.
+    Every change is read-modify-write under a lock between processes; the new file (mode 0600
+    from its first byte) is written beside the old one and renamed over it, so that a crash
+    leaves one or the other whole. Keys that this module does not know are kept. A file that
+    cannot be read as this format is never overwritten: `StoreError` says what to do.
+    """
+
+    VERSION = 1
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        given = Path(path) if path is not None else config_dir()
+        self.path = (
+            given / ACCOUNTS_NAME if given.is_dir() or not given.suffix else given
+        )
+
+    def __repr__(self) -> str:
+        return f"AccountStore({str(self.path)!r})"
+
+    def accounts(self) -> list[Account]:
+        """All accounts, in the order in which they were added; raises `StoreError`."""
+        return [_account_from(record) for record in self._read()["accounts"]]
+
+    def active(self) -> Account | None:
+        """The account in use, or None when there is none; raises `StoreError`."""
+        data = self._read()
+        return (
+            _account_from(data["accounts"][data["activeIndex"]])
+            if data["accounts"]
+            else None
+        )
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Changes whenever the file does; None when there is no file."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+    def add(self, account: Account, *, activate: bool = True) -> bool:
+        """Keep an account; True if it is new, False if only its token was replaced."""
+        with self._change() as data:
+            records = data["accounts"]
+            index = _index_of(records, account.username)
+            if index is None:
+                records.append({"username": account.username})
+                records[-1]["addedAt"] = account.added_at_ms or int(time.time() * 1000)
+            record = records[-1 if index is None else index]
+            record["authToken"] = account.token
+            record["isTemporary"] = account.is_temporary
+            if account.last_used_ms is not None:
+                record["lastUsed"] = account.last_used_ms
+            if activate:
+                data["activeIndex"] = len(records) - 1 if index is None else index
+        return index is None
+
+    def remove(self, username: str) -> Account:
+        """Forget one account and return it; raises `StoreError` if there is none such."""
+        with self._change() as data:
+            index = self._require(data, username)
+            record = data["accounts"].pop(index)
+            if index < data["activeIndex"] or data["activeIndex"] == len(
+                data["accounts"]
+            ):
+                data["activeIndex"] = max(0, data["activeIndex"] - 1)
+        return _account_from(record)
+
+    def clear(self) -> list[Account]:
+        """Forget all accounts and return them."""
+        with self._change() as data:
+            gone = [_account_from(record) for record in data["accounts"]]
+            data["accounts"], data["activeIndex"] = [], 0
+        return gone
+
+    def switch(self, username: str) -> Account:
+        """Make an account the active one; raises `StoreError` if there is none such."""
+        with self._change() as data:
+            data["activeIndex"] = self._require(data, username)
+            return _account_from(data["accounts"][data["activeIndex"]])
+
+    def _require(self, data: JSON, username: str) -> int:
+        index = _index_of(data["accounts"], username)
+        if index is None:
+            names = [record["username"] for record in data["accounts"]]
+            known = ", ".join(names) or "none; sign in with `python -m puter login`"
+            near = _near(username, names)
+            meant = f"Did you mean {near[0]!r}? " if near else ""
+            raise StoreError(
+                f"{self.path}: no account is called {username!r}",
+                hint=f"{meant}Accounts: {known}.",
+            )
+        return index
+
+    def _read(self) -> JSON:
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return {"version": self.VERSION, "accounts": [], "activeIndex": 0}
+        except OSError as error:
+            raise self._failed("be read", error) from error
+        return parse_accounts(raw, str(self.path))
+
+    @contextmanager
+    def _change(self) -> Iterator[JSON]:
+        """Lock, read, let the caller change the data, write it if it did change."""
+        try:
+            target = Path(
+                os.path.realpath(self.path)
+            )  # a symlinked file stays a symlink
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._failed("be changed", error) from error
+        try:
+            _lock_file(lock)
+            data = self._read()
+            before = json.dumps(data)
+            yield data
+            if json.dumps(data) != before:
+                try:
+                    _write_private(
+                        target, json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+                    )
+                except OSError as error:
+                    raise self._failed("be written", error) from error
+        finally:
+            os.close(lock)  # closing gives the lock back
+
+    def _failed(self, what: str, error: OSError) -> StoreError:
+        hints = {
+            "IsADirectoryError": "A folder stands in its place: move it away.",
+            "PermissionError": "Give yourself the right to read and write the file and its "
+            "folder, or set PUTER_CONFIG_DIR to another folder.",
+            "NotADirectoryError": "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
+        }
+        hint = hints.get(
+            type(error).__name__, "Free some space, or set PUTER_CONFIG_DIR elsewhere."
+        )
+        reason = error.strerror or str(error)
+        return StoreError(
+            f"{self.path}: cannot {what} ({reason}); it is as it was", hint=hint
+        )
+
+
+def parse_accounts(raw: bytes, where: str) -> JSON:
+    """The contents of an accounts file, checked; raises `StoreError` that names `where`."""
+
+    def wrong(
+        what: str, hint: str = "Mend the file, or move it away and sign in again."
+    ) -> StoreError:
+        return StoreError(f"{where}: {what}; it was left as it is", hint=hint)
+
+    try:
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        # The error's text is not shown: it may quote the token.
+        place = (
+            f" at line {error.lineno}"
+            if isinstance(error, json.JSONDecodeError)
+            else ""
+        )
+        raise wrong(f"is not valid JSON{place}") from None
+    if not isinstance(data, dict):
+        raise wrong("is not a JSON object")
+    version = data.get("version")
+    if isinstance(version, int) and version > AccountStore.VERSION:
+        raise wrong(
+            f"has version {version}, which is newer than this module",
+            "Update puter.py.",
+        )
+    if version != AccountStore.VERSION or isinstance(version, bool):
+        raise wrong('has no "version": 1')
+    records = data.get("accounts")
+    if not isinstance(records, list):
+        raise wrong('"accounts" is not a list')
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise wrong(f"accounts[{number}] is not an object")
+        for key in ("username", "authToken"):
+            if not isinstance(record.get(key), str) or not record[key].strip():
+                raise wrong(f"accounts[{number}].{key} is not a text, or empty")
+        for key in ("addedAt", "lastUsed"):
+            if not isinstance(record.get(key, 0), (int, float, type(None))):
+                raise wrong(f"accounts[{number}].{key} is not a time in ms")
+    active = data.setdefault("activeIndex", 0)
+    if not isinstance(active, int) or isinstance(active, bool):
+        raise wrong('"activeIndex" is not a whole number')
+    if records and not 0 <= active < len(records):
+        raise wrong(f'"activeIndex" is {active}, but there are {len(records)} accounts')
+    return data
+
+
+def _index_of(records: Sequence[JSON], username: str) -> int | None:
+    return next((i for i, r in enumerate(records) if r["username"] == username), None)
+
+
+def _account_from(record: JSON) -> Account:
+    def whole(key: str) -> int | None:
+        return int(record[key]) if record.get(key) else None
+
+    return Account(
+        username=record["username"],
+        token=record["authToken"],
+        added_at_ms=whole("addedAt"),
+        last_used_ms=whole("lastUsed"),
+        is_temporary=record.get("isTemporary") is True,
+    )
+
+
+def _lock_file(handle: int) -> None:
+    """Wait for the exclusive lock of an open file; closing the file gives it back."""
+    if os.name == "nt":
+        _lock_file_windows(handle)
+        return
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _lock_file_windows(handle: int, module: Any = None) -> None:
+    """As `_lock_file`; msvcrt waits ten seconds at the most, so ask again until it is ours."""
+    if module is None:
+        import msvcrt as module  # type: ignore[no-redef, import-not-found, unused-ignore]
+    while True:
+        try:
+            module.locking(handle, module.LK_LOCK, 1)
+            return
+        except OSError as error:
+            if error.errno != 36:  # EDEADLOCK: still held by another process
+                raise
+
+
+def _write_private(target: Path, text: str) -> None:
+    """Replace a file whole, or not at all; mode 0600 from the first byte. Caller holds a lock."""
+    part = target.with_name(f".{target.name}.part")
+    with suppress(FileNotFoundError):
+        part.unlink()  # left by a crash; under the lock nobody else writes it
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets a folder be synced."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class State:
+    """What processes tell each other: cooldowns, last uses, the model list.
+
+    An SQLite file that may be deleted at any time. When it is damaged or cannot be written,
+    a warning says so once and the state is kept in memory. Safe between threads, and used
+    afresh after a fork.
+    """
+
+    _TABLES = """
+        CREATE TABLE IF NOT EXISTS cooldowns (
+            account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT, token_mark TEXT,
+            PRIMARY KEY (account, model));
+        CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
+        CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = str(path) if path is not None else str(config_dir() / STATE_NAME)
+        self._lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"State({self.path!r})"
+
+    def cool(
+        self,
+        account: str,
+        model: str,
+        rest_s: Callable[[int], float],
+        reason: str,
+        now: float,
+        token_mark: str = "",
+    ) -> Cooldown:
+        """Let an account (model "") or a model on it rest: `rest_s(strikes in a row)` seconds."""
+
+        def work(db: sqlite3.Connection) -> Cooldown:
+            row = db.execute(
+                "SELECT strikes FROM cooldowns WHERE account=? AND model=?",
+                (account, model),
+            ).fetchone()
+            strikes = (row[0] if row else 0) + 1
+            rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
+            db.execute(
+                "INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?)",
+                (account, model, rest.until_s, strikes, reason, token_mark),
+            )
+            return rest
+
+        return self._run(self._written(work))
+
+    def succeed(self, account: str, model: str, now: float) -> None:
+        """A call was answered: no strikes any more, and the account was used now."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "DELETE FROM cooldowns WHERE account=? AND model IN ('', ?)",
+                (account, model),
+            )
+            db.execute(
+                "INSERT OR REPLACE INTO last_used VALUES (?,?)",
+                (account, int(now * 1000)),
+            )
+
+        self._run(self._written(work))
+
+    def cooldowns(
+        self, now: float, token_marks: Mapping[str, str] | None = None
+    ) -> list[Cooldown]:
+        """Who rests now. A dead token's mark holds only while the token is the same one."""
+        rows = self._run(
+            lambda db: db.execute(
+                "SELECT account, model, until_s, strikes, reason, token_mark FROM cooldowns "
+                "WHERE until_s > ? ORDER BY account, model",
+                (now,),
+            ).fetchall()
+        )
+        marks = token_marks or {}
+        return [
+            Cooldown(*row[:5])
+            for row in rows
+            if row[4] != "login" or row[0] not in marks or marks[row[0]] == row[5]
+        ]
+
+    def clear_cooldowns(self, account: str | None = None) -> int:
+        """End the rests of one account or of all; how many there were."""
+        where, values = (
+            ("", ()) if account is None else (" WHERE account=?", (account,))
+        )
+        work = self._written(
+            lambda db: db.execute(f"DELETE FROM cooldowns{where}", values).rowcount
+        )
+        return self._run(work)
+
+    def last_used_ms(self) -> dict[str, int]:
+        """When each account last answered, in ms since 1970."""
+        return dict(
+            self._run(
+                lambda db: db.execute("SELECT account, at_ms FROM last_used").fetchall()
+            )
+        )
+
+    def put_catalogue(self, base_url: str, body: str, now: float) -> None:
+        """Keep the model list of a server, as JSON text."""
+        row = (base_url, body, now)
+        self._run(
+            lambda db: db.execute(
+                "INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", row
+            )
+        )
+
+    def catalogue(self, base_url: str) -> tuple[str, float] | None:
+        """The kept model list of a server and when it was fetched (s since 1970), or None."""
+        found: tuple[str, float] | None = self._run(
+            lambda db: db.execute(
+                "SELECT body, at_s FROM catalogues WHERE base_url=?", (base_url,)
+            ).fetchone()
+        )
+        return found
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._db is not None and self._pid == os.getpid():
+                self._db.close()
+            self._db = None
+
+    def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Do the work on the open file; when the file is broken, once more in memory."""
+        import sqlite3
+
+        with self._lock:
+            try:
+                return work(self._open())
+            except (sqlite3.Error, OSError) as error:
+                if self.path == ":memory:":
+                    raise
+                _log.warning(
+                    "%s cannot be used (%s): cooldowns and figures are kept in memory. "
+                    "Deleting the file is safe.",
+                    self.path,
+                    error,
+                )
+                self.close()
+                self.path = ":memory:"
+                return work(self._open())
+
+    @staticmethod
+    def _written(
+        work: Callable[[sqlite3.Connection], _T],
+    ) -> Callable[[sqlite3.Connection], _T]:
+        """The same work as one transaction, so that other processes see all of it or nothing."""
+
+        def transaction(db: sqlite3.Connection) -> _T:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(db)
+                db.execute("COMMIT")
+                return result
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+
+        return transaction
+
+    def _open(self) -> sqlite3.Connection:
+        import sqlite3
+
+        if self._db is not None and self._pid == os.getpid():
+            return self._db
+        if self.path != ":memory:":
+            Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(
+                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            )  # else the umask rules
+        db = sqlite3.connect(
+            self.path, timeout=10, isolation_level=None, check_same_thread=False
+        )
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.executescript(self._TABLES)
+        self._db, self._pid = db, os.getpid()
+        return db
+
+
+# ======================================================================================
+# 6. messages · uses: errors, values. No I/O: bytes and dicts in, values out
+# ======================================================================================
+Messages = list[JSON]
+Prompt = str | Sequence[Mapping[str, Any]]
+Image = str | bytes | os.PathLike[str]
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_ROLES["tool"] = "tool"
+# What replies carry and providers refuse to take back.
+_REPLY_ONLY_KEYS = frozenset(
+    (
+        "tool_calls",
+        "reasoning",
+        "reasoning_content",
+        "reasoning_details",
+        "refusal",
+        "audio",
+    )
+    + ("annotations", "function_call")
+)
+_NO_OUTPUT = (
+    "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
+)
+_IMAGE_KINDS = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a request asks of a model: tools, kinds of input, and room for so many tokens."""
+
+    tools: bool = False
+    inputs: frozenset[str] = frozenset()
+    context: int = 0
+
+
+def messages_from(
+    prompt: Prompt, system: str | None = None, extra_parts: Sequence[JSON] = ()
+) -> Messages:
+    """A prompt as new messages in OpenAI's shape; the caller's own list is never changed.
+
+    `extra_parts` (images, files) join the last user message. Raises `BadRequestError`.
+    """
+    if isinstance(prompt, str):
+        messages: Messages = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        messages = [_checked_message(m, i) for i, m in enumerate(prompt)]
+    else:
+        raise BadRequestError(
+            f"The prompt is {_described(prompt)}",
+            hint='Pass a text, or a list such as [{"role": "user", "content": "Hi"}].',
+        )
+    if extra_parts:
+        asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
+        if asked is None:
+            messages.append({"role": "user", "content": list(extra_parts)})
+        else:
+            asked["content"] = [*_parts(asked.get("content")), *extra_parts]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _checked_message(message: Any, index: int) -> JSON:
+    """A shallow copy of one message; raises `BadRequestError` that names its place."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise BadRequestError(
+            f"{where} is {_described(message)}, not an object",
+            hint='Write {"role": "user", "content": "…"}.',
+        )
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise BadRequestError(
+            f"{where}.role is {_described(role)}",
+            hint="Roles are system, developer, user, assistant and tool.",
+        )
+    content = message.get("content")
+    if not isinstance(content, (str, list, tuple, type(None))):
+        raise BadRequestError(
+            f"{where}.content is {_described(content)}",
+            hint="Give a text, a list of parts, or null.",
+        )
+    for number, part in enumerate(
+        content if isinstance(content, (list, tuple)) else ()
+    ):
+        if not isinstance(part, (str, Mapping)):
+            raise BadRequestError(
+                f"{where}.content[{number}] is {_described(part)}, not an object",
+                hint='Write {"type": "text", "text": "…"}.',
+            )
+    if role == "tool" and not message.get("tool_call_id"):
+        raise BadRequestError(
+            f"{where} has no tool_call_id", hint="Say which call this is the result of."
+        )
+    return dict(message)
+
+
+def _parts(content: Any) -> list[JSON]:
+    """A content as a list of parts that hold something."""
+    if content is None or content == "":
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = [
+        {"type": "text", "text": p} if isinstance(p, str) else dict(p) for p in content
+    ]
+    return [p for p in parts if p.get("type") != "text" or p.get("text")]
+
+
+def wire_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """A history in the one form that arrives right at every provider (recorded).
+
+    A text is a message of its own; then each call is an assistant message of one `tool_use`
+    part, followed at once by its result. Messages without content are left out. Raises
+    `BadRequestError` for what no provider can take. Putting it in twice changes nothing.
+    """
+    groups: list[
+        Messages
+    ] = []  # one a message or call, so that a late result finds its call
+    waiting: dict[str, deque[Messages]] = {}
+    for index, original in enumerate(messages):
+        message = _checked_message(original, index)
+        message["role"] = _ROLES[message["role"]]
+        if message["role"] == "assistant":
+            groups.extend(_assistant_groups(message, index, waiting))
+        elif message["role"] == "tool":
+            wire = _plain(message, _text_of(message.get("content")) or _NO_OUTPUT)
+            calls = waiting.get(message["tool_call_id"])
+            if calls:
+                calls.popleft().append(wire)
+            else:
+                groups.append([wire])
+        elif parts := _parts(message.get("content")):
+            content = (
+                message["content"] if isinstance(message["content"], str) else parts
+            )
+            groups.append([_plain(message, content)])
+    wired = [message for group in groups for message in group]
+    if not wired:
+        raise BadRequestError(
+            "There is nothing to send: no message has a content", hint="Ask something."
+        )
+    return wired
+
+
+def _plain(message: JSON, content: Any) -> JSON:
+    """The message with this content and without what only replies carry."""
+    kept = {
+        k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None
+    }
+    return {**kept, "content": content}
+
+
+def _text_of(content: Any) -> Any:
+    """A tool result's content: its texts as one; parts that are no text are kept as parts."""
+    parts = _parts(content)
+    if isinstance(content, str) or any(p.get("type") != "text" for p in parts):
+        return content if isinstance(content, str) else parts
+    return "\n".join(p["text"] for p in parts)
+
+
+def _assistant_groups(
+    message: JSON, index: int, waiting: dict[str, deque[Messages]]
+) -> list[Messages]:
+    """An assistant's turn as groups: its text, then each call; notes who waits for a result."""
+    parts = _parts(message.get("content"))
+    calls = [p for p in parts if p.get("type") == "tool_use"]
+    calls += [
+        _tool_use(call, index, n)
+        for n, call in enumerate(message.get("tool_calls") or ())
+    ]
+    spoken = [p for p in parts if p.get("type") != "tool_use"]
+    text: Any = (
+        message["content"] if isinstance(message.get("content"), str) else spoken
+    )
+    if any(call.get("extra_content") for call in calls):
+        groups = [_signed_turn(message, spoken, calls)]
+        waiters = groups * len(calls)
+    else:
+        groups = [[{"role": "assistant", "content": [call]}] for call in calls]
+        waiters = list(groups)
+        if spoken:
+            groups.insert(0, [_plain(message, text)])
+    for call in calls:
+        waiting[call["id"]] = deque()  # an id used again belongs to the newest turn
+    for call, group in zip(calls, waiters, strict=True):
+        waiting[call["id"]].append(group)
+    return groups
+
+
+def _signed_turn(message: JSON, spoken: list[JSON], calls: list[JSON]) -> Messages:
+    """Calls with a provider's signature, which must stay together in one message.
+
+    With text beside them OpenAI's own shape arrives right; without, parts arrive reversed
+    (recorded), so they are sent in reverse.
+    """
+    if not spoken:
+        return [{"role": "assistant", "content": calls[::-1]}]
+    openai_calls = [
+        {
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": call["name"], "arguments": json.dumps(call["input"])},
+            **(
+                {"extra_content": call["extra_content"]}
+                if call.get("extra_content")
+                else {}
+            ),
+        }
+        for call in calls
+    ]
+    text = "\n".join(p["text"] for p in spoken if p.get("type") == "text")
+    return [_plain(message, text) | {"tool_calls": openai_calls}]
+
+
+def _tool_use(call: Any, index: int, number: int) -> JSON:
+    """One of OpenAI's `tool_calls` as a `tool_use` part; raises `BadRequestError`."""
+    where = f"messages[{index}].tool_calls[{number}]"
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if (
+        not isinstance(function, Mapping)
+        or not function.get("name")
+        or not call.get("id")
+    ):
+        raise BadRequestError(
+            f"{where} lacks an id or a function name",
+            hint='Write {"id": "…", "type": "function", "function": {"name": "…", "arguments": "{}"}}.',
+        )
+    try:
+        arguments = _arguments(function.get("arguments"))
+    except (ValueError, TypeError) as error:
+        raise BadRequestError(
+            f"{where}.function.arguments is not a JSON object ({error})",
+            hint="Send the arguments as the model gave them.",
+        ) from None
+    part: JSON = {
+        "type": "tool_use",
+        "id": call["id"],
+        "name": function["name"],
+        "input": arguments,
+    }
+    if call.get("extra_content"):
+        part["extra_content"] = call["extra_content"]
+    return part
+
+
+def _arguments(value: Any) -> JSON:
+    """A call's arguments as a dict; raises ValueError or TypeError."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}  # a function without parameters
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+    if not isinstance(value, Mapping):
+        raise TypeError("not an object")
+    return dict(value)
+
+
+def needs_of(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Needs:
+    """What a request asks of a model; the context is a low guess of four characters a token."""
+    kinds, characters = set(), 0
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ({"text": content},):
+            characters += len(part.get("text") or "")
+            if part.get("type") == "image_url":
+                kinds.add("image")
+            elif part.get("type") == "file":
+                kinds.add("pdf")
+    return Needs(bool(tools), frozenset(kinds), characters // 4)
+
+
+def image_part(image: Image) -> JSON:
+    """An image as a part of a message: a path or bytes become a data URL, a URL stays.
+
+    Raises `BadRequestError` when there is no such file, or it is no PNG, JPEG, GIF or WebP.
+    """
+    if isinstance(image, str) and re.match(r"https?://", image, re.IGNORECASE):
+        return {"type": "image_url", "image_url": {"url": image}}
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        if not re.match(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+$", image):
+            raise BadRequestError(
+                f"The image {image[:40]!r}… is no base64 data URL of an image",
+                hint="Pass a path, bytes, or data:image/png;base64,….",
+            )
+        return {"type": "image_url", "image_url": {"url": image}}
+    data, name = _bytes_of(image, "image")
+    kind = image_kind(data)
+    if kind is None:
+        raise BadRequestError(
+            f"{name} is no image that models can see ({len(data)} bytes)",
+            hint="Use PNG, JPEG, GIF or WebP.",
+        )
+    import base64
+
+    encoded = base64.b64encode(data).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{encoded}"}}
+
+
+def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
+    """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
+    if isinstance(source, (bytes, bytearray)):
+        return bytes(source), f"the {what} given as bytes"
+    try:
+        path = Path(source).expanduser()
+        return path.read_bytes(), str(path)
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadRequestError(
+            f"The {what} {str(source)[:200]!r} cannot be read ({reason})",
+            hint="Check the path; nothing was sent.",
+        ) from error
+
+
+def image_kind(data: bytes) -> str | None:
+    """The MIME type of an image by its first bytes, or None if it is none we know."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return next((kind for magic, kind in _IMAGE_KINDS if data.startswith(magic)), None)
+
+
+def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
+    """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
+    return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
+
+
+def _tool_schema(tool: Any, index: int) -> JSON:
+    if isinstance(tool, Mapping):
+        function = (
+            tool.get("function") if tool.get("type", "function") == "function" else None
+        )
+        if function is None and isinstance(tool.get("name"), str):
+            function = {k: v for k, v in tool.items() if k != "type"}
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            return {"type": "function", "function": dict(function)}
+    raise BadRequestError(
+        f"tools[{index}] is {_described(tool)}, not a function's schema",
+        hint='Write {"type": "function", "function": {"name": "…", "parameters": {…}}}.',
+    )
+
+
+# Names of the same figure: OpenRouter, OpenAI and most others, Claude (recorded).
+_INPUT_KEYS = ("prompt_tokens", "input_tokens", "prompt")
+_OUTPUT_KEYS = ("completion_tokens", "output_tokens", "completion")
+_CACHED_KEYS = ("cached_tokens", "cache_read_input_tokens", "input_cache_read")
+
+
+def usage_from(given: Any) -> Usage:
+    """A provider's usage object, under any of the three families of names, as a `Usage`."""
+    if not isinstance(given, Mapping):
+        return Usage()
+
+    def first(keys: Iterable[str], source: Mapping[str, Any] = given) -> int | None:
+        found = (source.get(k) for k in keys)
+        return next(
+            (
+                int(v)
+                for v in found
+                if isinstance(v, (int, float)) and not isinstance(v, bool)
+            ),
+            None,
+        )
+
+    inputs, outputs, cached = (
+        first(_INPUT_KEYS),
+        first(_OUTPUT_KEYS),
+        first(_CACHED_KEYS),
+    )
+    if cached is None and isinstance(given.get("prompt_tokens_details"), Mapping):
+        cached = first(("cached_tokens",), given["prompt_tokens_details"])
+    total = first(("total_tokens",))
+    if total is None and (inputs is not None or outputs is not None):
+        # OpenRouter and Claude count cached tokens beside the input, the others within it.
+        beside = (cached or 0) if "prompt_tokens" not in given else 0
+        total = (inputs or 0) + (outputs or 0) + beside
+    cents = given.get("usd_cents")
+    cost = (
+        round(cents / 100, 12)
+        if isinstance(cents, (int, float))
+        else given.get("cost_usd")
+    )
+    return Usage(
+        inputs, outputs, cached, total, cost if isinstance(cost, (int, float)) else None
+    )
+
+
+_FINISH_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+}
+_FINISH_REASONS |= {"max_tokens": "length", "function_call": "tool_calls"}
+
+
+def _finish_reason(given: Any, calls: Sequence[ToolCall]) -> str:
+    """The provider's word in OpenAI's terms; where it says nothing, what must be so."""
+    if not isinstance(given, str) or not given:
+        return "tool_calls" if calls else "stop"
+    return _FINISH_REASONS.get(given, given)
+
+
+def _tool_call(call_id: Any, name: Any, arguments: Any, extra: Any) -> ToolCall:
+    """A call of either shape; raises `ReplyError` with the raw text of broken arguments."""
+    try:
+        given = _arguments(arguments)
+    except (ValueError, TypeError) as error:
+        raw = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        raise ReplyError(
+            f"The model called {name!r} with arguments that are not a JSON object ({error}): "
+            f"{raw[:200]!r}",
+            raw=raw,
+        ) from None
+    return ToolCall(str(call_id or ""), str(name or ""), given, extra or None)
+
+
+def _calls_of(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """A reply's tool calls, in OpenAI's shape or as Anthropic's parts."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        calls.append(
+            _tool_call(
+                call.get("id"),
+                function.get("name"),
+                function.get("arguments"),
+                call.get("extra_content"),
+            )
+        )
+    for part in message["content"] if isinstance(message.get("content"), list) else ():
+        if part.get("type") == "tool_use":
+            calls.append(
+                _tool_call(
+                    part.get("id"),
+                    part.get("name"),
+                    part.get("input"),
+                    part.get("extra_content"),
+                )
+            )
+    return tuple(calls)
+
+
+def _told(content: Any, kind: str, key: str) -> str:
+    """The texts of the parts of one kind, joined."""
+    if isinstance(content, str):
+        return content if kind == "text" else ""
+    parts = content if isinstance(content, list) else ()
+    return "".join(str(p.get(key) or "") for p in parts if p.get("type") == kind)
+
+
+def reply_from(choice: Mapping[str, Any], usage: Any, model: str, raw: JSON) -> Reply:
+    """A reply from a message with its finish reason, in OpenAI's or Anthropic's shape.
+
+    Raises `ReplyError` when it is no such thing.
+    """
+    message = choice.get("message")
+    if not isinstance(message, Mapping):
+        raise ReplyError("The reply has no message", raw=json.dumps(raw)[:2_000])
+    content = message.get("content")
+    calls = _calls_of(message)
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    return Reply(
+        text=_told(content, "text", "text"),
+        reasoning=reasoning
+        if isinstance(reasoning, str)
+        else _told(content, "thinking", "thinking"),
+        tool_calls=calls,
+        finish_reason=_finish_reason(
+            choice.get("finish_reason") or message.get("stop_reason"), calls
+        ),
+        usage=usage_from(usage),
+        model=model,
+        raw=raw,
+    )
+
+
+def reply_from_driver(body: JSON, model: str) -> Reply:
+    """The answer of `/drivers/call` as a `Reply`; raises `BadRequestError` for a blocked prompt.
+
+    Puter answers a blocked prompt with its built-in fake model's lorem ipsum and HTTP 200:
+    then another model than the asked one answered, and it says "fake-chat".
+    """
+    result, metadata = body.get("result"), body.get("metadata") or {}
+    if not isinstance(result, Mapping):
+        raise ReplyError(
+            "The reply has no result", raw=json.dumps(body)[:2_000], model=model
+        )
+    answered = metadata.get("providerUsed") or model
+    if metadata.get("service_used") == "fake-chat" and answered != model:
+        raise BadRequestError(
+            f"Puter blocked this prompt to {model}: it answered with made-up text",
+            code="prompt_blocked",
+            model=model,
+            hint="Word the prompt differently.",
+        )
+    return reply_from(result, result.get("usage"), str(answered), body)
+
+
+def reply_from_openai(body: JSON, model: str) -> Reply:
+    """A `chat.completion` object as a `Reply`; raises `ReplyError`."""
+    choices = body.get("choices")
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not isinstance(choices[0], Mapping)
+    ):
+        raise ReplyError(
+            "The reply has no choices", raw=json.dumps(body)[:2_000], model=model
+        )
+    return reply_from(
+        choices[0], body.get("usage"), str(body.get("model") or model), body
+    )
+
+
+def chunks_of(reply: Reply) -> list[Chunk]:
+    """A whole reply as the chunks that a stream of it would have had."""
+    chunks = [Chunk("reasoning", reply.reasoning)] if reply.reasoning else []
+    chunks += [Chunk("text", reply.text)] if reply.text else []
+    chunks += [Chunk("tool_call", tool_call=call) for call in reply.tool_calls]
+    return [*chunks, Chunk("usage", usage=reply.usage)]
+
+
+class _Decoder:
+    """What both decoders of a stream gather; the bytes come from outside.
+
+    `feed` gives the chunks that its piece completes, up to the first fault; the fault is kept
+    in `error`. `finish` says what the end of the bytes means: it sets `error` unless the
+    stream had said itself that it was whole.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.error: PuterError | None = None
+        self.whole = False
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._usage = Usage()
+        self._finish: str | None = None
+        self._extra: list[JSON] = []
+
+    def reply(self) -> Reply:
+        """Everything gathered so far."""
+        return Reply(
+            text="".join(self._text),
+            reasoning="".join(self._reasoning),
+            tool_calls=tuple(self._calls),
+            finish_reason=_finish_reason(self._finish, self._calls),
+            usage=self._usage,
+            model=self.model,
+            raw={"extra": self._extra} if self._extra else {},
+        )
+
+    def finish(self) -> None:
+        """The bytes have ended."""
+        if not self.whole:
+            self.fail("the connection ended before the reply was whole")
+
+    def fail(self, what: str, code: str | None = None) -> None:
+        """Keep the first fault."""
+        if self.error is None:
+            self.error = StreamError(
+                f"The reply of {self.model} broke off: {what}",
+                code=code,
+                model=self.model,
+            )
+
+
+class LineDecoder(_Decoder):
+    """Puter's stream: bytes in, one JSON object a line, split on `\\n` alone (recorded)."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        """The chunks of the lines that this piece completes."""
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._rest += data
+            if len(self._rest) > MAX_LINE_BYTES:
+                self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
+            return []
+        block = bytes(self._rest) + data[:end]
+        self._rest = bytearray(data[end:])
+        chunks: list[Chunk] = []
+        for line in block.split(b"\n"):
+            if self.error is not None:
+                break
+            if line and not line.isspace():
+                self._line(line, chunks)
+        return chunks
+
+    def finish(self) -> None:
+        if bytes(self._rest).strip():
+            self.fail(f"the last line is cut: {bytes(self._rest[:80])!r}")
+        super().finish()
+
+    def _line(self, line: bytes, chunks: list[Chunk]) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["type"]
+        except (ValueError, RecursionError, TypeError, KeyError):
+            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
+            return
+        try:
+            if kind == "text":
+                self._text.append(event["text"])
+                chunks.append(Chunk("text", event["text"]))
+            elif kind == "reasoning":
+                self._reasoning.append(event["reasoning"])
+                chunks.append(Chunk("reasoning", event["reasoning"]))
+            else:
+                self._other(kind, event, chunks)
+        except (KeyError, TypeError, AttributeError):
+            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
+        except ReplyError as error:
+            self.error = error
+
+    def _other(self, kind: Any, event: JSON, chunks: list[Chunk]) -> None:
+        if kind == "tool_use":
+            call = _tool_call(
+                event["id"], event["name"], event["input"], event.get("extra_content")
+            )
+            self._calls.append(call)
+            chunks.append(Chunk("tool_call", tool_call=call))
+        elif kind == "usage":
+            self.whole = True
+            self._usage = usage_from(event.get("usage"))
+            chunks.append(Chunk("usage", usage=self._usage))
+        elif kind == "error":
+            self.fail(str(event.get("message") or "the server names no reason"))
+        else:
+            self._extra.append(event)  # extra_content, compaction and what may come
+
+
+class EventDecoder(_Decoder):
+    """An OpenAI-compatible stream: the data of Server-Sent Events in, as texts."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._open_calls: dict[int, JSON] = {}
+
+    def feed(self, data: str) -> list[Chunk]:
+        """The chunks of one event."""
+        if data.strip() == "[DONE]":
+            return self._done()
+        try:
+            return self._frame(json.loads(data))
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
+            return []
+
+    def _frame(self, frame: JSON) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        if frame.get("error"):
+            error = (
+                frame["error"]
+                if isinstance(frame["error"], dict)
+                else {"message": frame["error"]}
+            )
+            self.fail(str(error.get("message") or error), code=error.get("code"))
+            return chunks
+        if isinstance(frame.get("model"), str) and frame["model"]:
+            self.model = frame["model"]
+        for choice in (frame.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            self._finish = choice.get("finish_reason") or self._finish
+            reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+            if reasoning:
+                self._reasoning.append(reasoning)
+                chunks.append(Chunk("reasoning", reasoning))
+            if delta.get("content"):
+                self._text.append(delta["content"])
+                chunks.append(Chunk("text", delta["content"]))
+            for part in delta.get("tool_calls") or ():
+                self._call_delta(part)
+        if frame.get("usage"):
+            self._usage = usage_from(frame["usage"])
+        return chunks
+
+    def _call_delta(self, part: JSON) -> None:
+        """Put a piece of a call where its index says; id and name come once, arguments grow."""
+        index = part.get("index", len(self._open_calls))
+        call = self._open_calls.setdefault(
+            index, {"id": "", "name": "", "arguments": "", "extra": None}
+        )
+        function = part.get("function") or {}
+        call["id"] = call["id"] or part.get("id") or ""
+        call["name"] = call["name"] or function.get("name") or ""
+        call["arguments"] += function.get("arguments") or ""
+        call["extra"] = call["extra"] or part.get("extra_content")
+
+    def _done(self) -> list[Chunk]:
+        chunks = []
+        try:
+            for _, call in sorted(self._open_calls.items()):
+                made = _tool_call(
+                    call["id"], call["name"], call["arguments"], call["extra"]
+                )
+                self._calls.append(made)
+                chunks.append(Chunk("tool_call", tool_call=made))
+        except ReplyError as error:
+            self.error = error
+            return chunks
+        self.whole = True
+        return [*chunks, Chunk("usage", usage=self._usage)]
+
+
+def models_from(body: Any) -> list[Model]:
+    """The catalogue of `/puterai/chat/models/details`, or OpenAI's list, as `Model`s.
+
+    Raises `ServerError` when it is neither.
+    """
+    entries = (
+        body.get("models", body.get("data")) if isinstance(body, Mapping) else None
+    )
+    if not isinstance(entries, list) or not all(
+        isinstance(e, (Mapping, str)) for e in entries
+    ):
+        raise ServerError("The model list is not in a form that we know")
+    return [_model_from({"id": e} if isinstance(e, str) else e) for e in entries]
+
+
+def _model_from(entry: Mapping[str, Any]) -> Model:
+    costs = entry.get("costs") if isinstance(entry.get("costs"), Mapping) else {}
+    assert isinstance(costs, Mapping)
+    per = costs.get("tokens") or 1_000_000
+    prices = {
+        k: v for k, v in costs.items() if k != "tokens" and isinstance(v, (int, float))
+    }
+
+    def usd_per_million(key: Any) -> float | None:
+        cents = prices.get(key)
+        return None if cents is None else round(cents / 100 * (1_000_000 / per), 6)
+
+    modalities = entry.get("modalities") or {}
+    aliases = [entry.get("puterId"), *(entry.get("aliases") or ())]
+    return Model(
+        id=str(entry["id"]),
+        name=str(entry.get("name") or entry["id"]),
+        provider=str(entry.get("provider") or entry.get("owned_by") or ""),
+        aliases=tuple(dict.fromkeys(a for a in aliases if a and a != entry["id"])),
+        context=entry.get("context"),
+        max_tokens=entry.get("max_tokens"),
+        inputs=tuple(modalities["input"]) if modalities.get("input") else None,
+        tools=entry.get("tool_call"),
+        free=bool(prices) and not any(prices.values()),
+        input_usd_per_million=usd_per_million(entry.get("input_cost_key")),
+        output_usd_per_million=usd_per_million(entry.get("output_cost_key")),
+        released=entry.get("release_date"),
+    )
+
+
+def credit_from(body: Any) -> Credit:
+    """The answer of `/metering/usage` as a `Credit`; raises `ServerError` when it is none.
+
+    Amounts come in microcents, a hundred million to the dollar, unless `unit` says credits.
+    """
+    info = body.get("allowanceInfo") if isinstance(body, Mapping) else None
+    if not isinstance(info, Mapping) or "remaining" not in info:
+        raise ServerError("The usage report is not in a form that we know")
+    in_credits = info.get("unit") == "credits"
+    scale = 1.0 if in_credits else 100_000_000.0
+    usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
+    by_api = {
+        name: (row.get("cost", 0) / scale, row.get("units", 0), row.get("count", 0))
+        for name, row in usage.items()
+        if isinstance(row, Mapping)
+    }
+    return Credit(
+        unit="credits" if in_credits else "usd",
+        allowance=(info.get("monthUsageAllowance") or 0) / scale,
+        remaining=(info.get("remaining") or 0) / scale,
+        used=(usage.get("total") or 0) / scale,
+        by_api=by_api,
+        raw=dict(body),
+    )
+
+
+# ======================================================================================
+# 7. policies · uses: errors, values, config, messages' Needs. Plain functions that decide
+# ======================================================================================
+# The wire's error codes and what they mean (recorded, or read in the server's code).
+_KIND_BY_CODE: dict[str, type[PuterError]] = {
+    "token_missing": AuthError,
+    "reauth_required": AuthError,
+    "token_auth_failed": AuthError,
+    "app_or_api_token_required": AuthError,
+    "invalid_api_key": AuthError,
+    "insufficient_funds": CreditError,
+    "subscription_required": SubscriptionError,
+    "permission_denied": ModelAccessError,
+    "usage-limited-chat": ModelAccessError,
+    "forbidden": AccessError,
+    "account_is_not_verified": AccessError,
+    "account_suspended": AccessError,
+    "too_many_requests": RateLimitError,
+    "upstream_rate_limited": ModelRateLimitError,
+    "upstream_provider_unavailable": ModelUnavailableError,
+    "upstream_failed": ModelUnavailableError,
+    "upstream_auth_failed": ProviderAuthError,
+    "upstream_bad_request": BadRequestError,
+    "model_not_found": ModelNotFoundError,
+    "bad_request": BadRequestError,
+    "not_found": BadRequestError,
+    "internal_error": ServerError,
+}
+_KIND_BY_STATUS: dict[int, type[PuterError]] = {
+    401: AuthError,
+    402: CreditError,
+    403: AccessError,
+    408: RequestTimeoutError,
+    429: RateLimitError,
+}
+_HINT_BY_CODE = {
+    "app_or_api_token_required": "This is an account session token: sign in with "
+    "`python -m puter login`, which gets a token of the right kind.",
+    "not_found": "The server does not know this call: check `api_base_url`.",
+    "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
+}
+
+
+def error_from(
+    status: int,
+    body: Any,
+    *,
+    model: str | None = None,
+    account: str | None = None,
+    retry_after_s: float | None = None,
+) -> PuterError:
+    """The error that an HTTP status and a body (decoded JSON, or text) stand for.
+
+    The code decides first, then the status, then texts of older servers. Understands Puter's
+    errors, older servers' `success: false` in a 200, and OpenAI's error objects.
+    """
+    told = _error_fields(body)
+    code, message = told["code"], told["message"]
+    status = told["status"] or status
+    kind = _KIND_BY_CODE.get(code or "")
+    if "usage-limited-chat" in message:
+        kind = ModelAccessError
+    if kind is None or (
+        kind is BadRequestError and message.startswith("Model not found")
+    ):
+        kind = ModelNotFoundError if "odel not found" in message else None
+    if kind is None:
+        kind = _KIND_BY_STATUS.get(
+            status, ServerError if status >= 500 else BadRequestError
+        )
+    words = told["provider_words"]
+    text = message or f"The server answered {status} without saying why"
+    if model and model not in text:
+        text = f"{model}: {text}"
+    if words and words not in text:
+        text = f"{text} (the provider said: {words})"
+    return kind(
+        text,
+        status=status,
+        code=code,
+        hint=_HINT_BY_CODE.get(code or ""),
+        model=model,
+        account=account,
+        retry_after_s=retry_after_s,
+    )
+
+
+def _error_fields(body: Any) -> JSON:
+    """Message, code, status and the provider's own words, from any shape of error body."""
+    if not isinstance(body, Mapping):
+        text = " ".join(re.sub(r"<[^>]*>", " ", str(body or "")).split())[:300]
+        return {"message": text, "code": None, "status": None, "provider_words": None}
+    nested = body.get("error")
+    given = nested if isinstance(nested, Mapping) else body
+    message = given.get("message") or (nested if isinstance(nested, str) else "")
+    attempts = body.get("attempts")
+    words = ""
+    if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
+        words = str(attempts[-1].get("error") or "")
+    code, status = given.get("code"), given.get("status")
+    return {
+        "message": str(message)[:2_000],
+        "code": code if isinstance(code, str) else None,
+        "status": status if isinstance(status, int) else None,
+        "provider_words": words[:500],
+    }
+
+
+def retry_delay_s(
+    attempt: int,
+    base_s: float,
+    cap_s: float = RETRY_CAP_S,
+    retry_after_s: float | None = None,
+    rand: Callable[[], float] | None = None,
+) -> float:
+    """How long to wait before sending again, in seconds.
+
+    `attempt` counts from 1: base, twice, four times…, each shortened by up to a quarter so
+    that clients do not come back in step. A server's `Retry-After` wins. `cap_s` bounds both.
+    `rand` gives a number in [0, 1).
+    """
+    if retry_after_s is not None:
+        return max(0.0, min(retry_after_s, cap_s))
+    if rand is None:
+        import random
+
+        rand = random.random
+    return min(cap_s, base_s * 2.0 ** (min(attempt, 60) - 1)) * (1.0 - rand() / 4)
+
+
+def may_retry(
+    error: PuterError, retries: int, max_retries: int, alone: bool, waited_s: float
+) -> bool:
+    """Whether to send the same request to the same account once more.
+
+    `retries` have been made already. A broken server gets `max_retries` more, a model's
+    provider one. A rate limit is waited for only by an account that is `alone`, and for at
+    least the length of Puter's window.
+    """
+    if not error.retryable or max_retries == 0:
+        return False
+    if isinstance(error, RateLimitError):
+        return alone and (retries < max_retries or waited_s < RATE_WINDOW_S)
+    return retries < (1 if error.scope == "model" else max_retries)
+
+
+NextStep = Literal["raise", "next_model", "free_model", "next_account"]
+
+
+def next_step(error: PuterError, is_asked_model: bool, may_fall_back: bool) -> NextStep:
+    """Where to go when an account cannot answer with a model, after its retries."""
+    if isinstance(error, ModelNotFoundError):
+        return "raise" if is_asked_model else "next_model"
+    if isinstance(error, CreditError):
+        return "free_model" if is_asked_model and may_fall_back else "next_account"
+    if error.scope == "model":
+        return "next_model"
+    return "next_account" if error.scope == "account" else "raise"
+
+
+def fallback_order(
+    model: str,
+    candidates: Sequence[Model],
+    cooled: Collection[str],
+    needs: Needs | None = None,
+    listed: Sequence[str] = DEFAULT_FALLBACK_MODELS,
+) -> list[str]:
+    """The ids of the models to try when `model` fails, best first.
+
+    `candidates` is the live catalogue. First the `listed` ones that it knows, then its other
+    free models; none that is resting (`cooled`), none that cannot do what the request `needs`.
+    A model that costs money is here only if the user listed it: of the built-in list only
+    what is still free counts.
+    """
+    needs = needs or Needs()
+    by_name = {
+        name.lower(): m for m in reversed(candidates) for name in reversed(m.names())
+    }
+    own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
+    wanted = [by_name[name.lower()] for name in listed if name.lower() in by_name]
+    wanted = [m for m in wanted if own_list or m.free]
+    wanted += [m for m in candidates if m.free]
+    asked = by_name.get(model.lower())
+    skip = {model, asked.id if asked else model, *cooled}
+    return [
+        m.id for m in dict.fromkeys(wanted) if m.id not in skip and can_do(m, needs)
+    ]
+
+
+def can_do(model: Model, needs: Needs) -> bool:
+    """Whether a model can take the request; what the catalogue does not say may be so."""
+    if needs.tools and model.tools is False:
+        return False
+    if model.inputs is not None and not needs.inputs <= set(model.inputs):
+        return False
+    return not (model.context and needs.context > model.context)
+
+
+def next_account(
+    accounts: Sequence[Account],
+    cooldowns: Mapping[str, float],
+    strategy: str,
+    current: str | None,
+    now: float,
+) -> Account | None:
+    """The account to use, or None when all rest.
+
+    `cooldowns` maps names to the end of their rest (s since 1970). `current` is kept while it
+    may be used; else "round-robin" takes the next in order and "least-recently-used" the one
+    whose last use is longest ago.
+    """
+    free = [a for a in accounts if cooldowns.get(a.username, 0.0) <= now]
+    kept = next((a for a in free if a.username == current), None)
+    if kept or not free:
+        return kept
+    if strategy == "least-recently-used":
+        return min(free, key=lambda a: a.last_used_ms or 0)
+    names = [a.username for a in accounts]
+    start = names.index(current) + 1 if current in names else 0
+    order = [*accounts[start:], *accounts[:start]]
+    return next(a for a in order if a in free)
+
+
+def cooldown_s(strikes: int, base_s: float) -> float:
+    """How long an account rests after so many failures in a row: 1, 2, 3, 4 times the base."""
+    return base_s * min(max(strikes, 1), 4)
+
+
+def find_model(name: str, candidates: Sequence[Model]) -> Model:
+    """The model of this id or alias, in any case, with or without `puter/` in front.
+
+    Raises `ModelNotFoundError` with near matches.
+    """
+    wanted = plain_model_name(name)
+    for fold in (str, str.lower):
+        for model in candidates:
+            if fold(wanted) in map(fold, model.names()):
+                return model
+    names = {n: m.id for m in candidates for n in m.names()}
+    by_lower = {n.lower(): i for n, i in names.items()}
+    near = [by_lower[n] for n in _near(wanted.lower(), by_lower, most=6)]
+    tail = wanted.lower().rpartition("/")[2]
+    near += [m.id for m in candidates if tail and tail in m.id.lower()]
+    near = list(dict.fromkeys(near))[:3]
+    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ModelNotFoundError(
+        f"No model is called {name!r}",
+        near=near,
+        model=name,
+        code="model_not_found",
+        hint=meant + ModelNotFoundError.default_hint,
+    )
+
+
+def plain_model_name(name: str) -> str:
+    """The name as Puter takes it: without the `puter/` that other tools put in front."""
+    stripped = name.strip()
+    return stripped[6:] if stripped.lower().startswith("puter/") else stripped
+
+
+def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) -> bool:
+    """Whether a stream could lose all but the last of several calls in one turn (recorded).
+
+    So it is with every provider that speaks OpenAI's dialect; only Puter's own Claude provider
+    does not. An unknown provider (None) may lose them.
+    """
+    return (
+        bool(tools)
+        and args.get("parallel_tool_calls") is not False
+        and provider != "claude"
+    )
+
+
+# ======================================================================================
+# 8. transport · uses: errors, config, messages, policies' error_from. Alone knows requests
+# ======================================================================================
+_PIECE_BYTES = 64 * 1024
+_USER_AGENT = f"puter.py/{__version__}"
+# Puter ties a user-app token to a web origin; every later call must carry the same one.
+_APP_ORIGIN = "http://localhost:19847"
+
+
+class _Handle:
+    """One call in flight, so that another thread can end it: before its headers, too."""
+
+    _local = threading.local()
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self.connection: Any = None  # the urllib3 connection that carries the call
+        self.socket: Any = None
+
+    def close(self) -> None:
+        """End the call: a thread that waits for its bytes wakes up."""
+        self.closed.set()
+        sock = self.socket or getattr(self.connection, "sock", None)
+        if sock is not None:
+            import socket
+
+            with suppress(OSError):  # it may be closed already
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def settimeout(self, seconds: float) -> None:
+        """Bound the wait for the next byte."""
+        if self.socket is not None:
+            with suppress(OSError):
+                self.socket.settimeout(seconds)
+
+    @classmethod
+    @contextmanager
+    def carried(cls, handle: _Handle | None) -> Iterator[None]:
+        """Tell the connection that this thread is about to use whom it works for."""
+        cls._local.handle = handle
+        try:
+            yield
+        finally:
+            cls._local.handle = None
+
+    @classmethod
+    def tracked(cls, connection_class: type[Any]) -> type[Any]:
+        """A urllib3 connection class that reports its socket to the handle of its thread."""
+
+        class Tracked(connection_class):  # type: ignore[misc]
+            is_tracked = True
+
+            def request(self, *args: Any, **kwargs: Any) -> None:
+                handle = getattr(cls._local, "handle", None)
+                if handle is not None:
+                    handle.connection = self
+                    handle.socket = None
+                super().request(*args, **kwargs)
+
+            def getresponse(self) -> Any:
+                handle = getattr(cls._local, "handle", None)
+                if handle is not None:
+                    handle.socket = self.sock
+                    if handle.closed.is_set():
+                        raise ConnectionAbortedError("closed by its owner")
+                return super().getresponse()
+
+        return Tracked
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A whole HTTP answer: `data` is the decoded JSON, or None and then `text` holds it."""
+
+    status: int
+    content_type: str
+    data: Any
+    text: str
+    url: str
+    retry_after_s: float | None
+    location: str | None = None
+
+
+class _Wire:
+    """A streaming HTTP answer: its pieces as they arrive, then `close`."""
+
+    def __init__(
+        self,
+        response: requests.Response,
+        content_type: str,
+        handle: _Handle,
+        timeout_s: float,
+    ) -> None:
+        self.content_type = content_type
+        self._response = response
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body's bytes the moment they arrive; raises our errors."""
+        try:
+            yield from _raw_pieces(self._response)
+        except Exception as error:
+            raise _network_error(error, self._response.url, self._timeout_s) from error
+
+    def events(self) -> Iterator[str]:
+        """The data of each Server-Sent Event; raises our errors."""
+        import sseclient
+
+        try:
+            for event in sseclient.SSEClient(self._limited()).events():
+                yield event.data
+        except UnicodeDecodeError as error:
+            raise StreamError("The stream is not UTF-8") from error
+
+    def _limited(self) -> Iterator[bytes]:
+        """The pieces, as long as no event grows without end."""
+        since_event = 0
+        for piece in self.pieces():
+            since_event = len(piece) if b"\n\n" in piece else since_event + len(piece)
+            if since_event > MAX_LINE_BYTES:
+                raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
+            yield piece
+
+    def hurry(self) -> None:
+        """The reply is whole: wait only a moment more for the end of the body."""
+        self._handle.settimeout(1.0)
+
+    def close(self) -> None:
+        """Give the connection back if the body was read to its end, else close it."""
+        self._response.close()
+
+
+def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
+    """Decoded bytes without waiting for a full buffer, whatever frames the body."""
+    raw = response.raw
+    if getattr(raw, "chunked", False):
+        yield from raw.stream(_PIECE_BYTES, decode_content=True)
+    elif hasattr(raw, "read1") and not response.headers.get("Content-Encoding"):
+        while piece := raw.read1(_PIECE_BYTES):
+            yield piece
+    else:  # an old urllib3, or compression without chunks: byte by byte is slow but prompt
+        yield from raw.stream(1, decode_content=True)
+
+
+def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
+    """What a failure of requests, urllib3 or the socket means, as one of our errors."""
+    import http.client
+
+    import requests.exceptions as rq
+    import urllib3.exceptions as u3
+
+    if isinstance(error, PuterError):
+        return error
+    host = url.split("?")[0]
+    reason = _root_cause(error)
+    if isinstance(error, rq.ConnectTimeout):
+        return RequestTimeoutError(
+            f"{host} did not accept a connection within {CONNECT_TIMEOUT_S:g} s",
+            hint=NetworkError.default_hint,
+        )
+    if isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError)):
+        return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s")
+    if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
+        return NetworkError(
+            f"The TLS connection to {host} failed ({reason})",
+            hint="Check the clock, the certificates (REQUESTS_CA_BUNDLE) and `api_base_url`.",
+        )
+    if isinstance(error, rq.ProxyError):
+        return NetworkError(f"The proxy on the way to {host} failed ({reason})")
+    if isinstance(error, (rq.InvalidURL, rq.InvalidSchema, rq.MissingSchema)):
+        return ConfigError(
+            f"{host} is no address to call", hint="Correct `api_base_url`."
+        )
+    known = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
+    # A socket closed by another thread shows as an attribute or value error inside urllib3.
+    if isinstance(error, (*known, AttributeError, ValueError)):
+        return NetworkError(f"The connection to {host} failed ({reason})")
+    return error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason in a chain of wrapped errors, in a few words."""
+    seen: set[int] = set()
+    inner: Any = error
+    while id(inner) not in seen:
+        seen.add(id(inner))
+        nested = getattr(inner, "reason", None)
+        if not isinstance(nested, BaseException):
+            nested = next(
+                (a for a in inner.args[::-1] if isinstance(a, BaseException)), None
+            )
+        inner = nested or inner.__cause__ or inner
+    words = str(inner).split("Failed to establish a new connection: ")[-1]
+    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
+    return words[:200] or type(inner).__name__
+
+
+class _Transport:
+    """HTTP to one server; no decisions, no policies. Safe between threads and after a fork."""
+
+    def __init__(self, config: Config, session: requests.Session | None = None) -> None:
+        self._config = config
+        self._given = session
+        self._own: requests.Session | None = None
+        self._pid = 0
+        self._lock = threading.Lock()
+
+    def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        token: str = "",
+        body: Any = None,
+        files: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        handle: _Handle | None = None,
+        streaming: bool = False,
+    ) -> _Answer | _Wire:
+        """Send one request. A `_Wire` comes back only for a streaming answer with status 200."""
+        handle = handle or _Handle()
+        timeout_s = timeout_s or self._config.api_timeout_ms / 1000
+        sent_headers = {"User-Agent": _USER_AGENT, **(headers or {})}
+        data = None
+        if body is not None:
+            data = _encoded(body)
+            sent_headers["Content-Type"] = "application/json"
+        try:
+            with _Handle.carried(handle):
+                response = self._session().request(
+                    method,
+                    url,
+                    data=data,
+                    files=files,
+                    headers=sent_headers,
+                    auth=_bearer(token),
+                    timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+                    stream=True,
+                    allow_redirects=False,  # the token must not follow to another host
+                )
+        except Exception as error:
+            raise _network_error(error, url, timeout_s) from error
+        content_type = (
+            response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        )
+        if streaming and response.status_code == 200 and _is_stream(content_type):
+            return _Wire(response, content_type, handle, timeout_s)
+        try:
+            text = self._whole(response, timeout_s)
+        except Exception as error:
+            failure = _network_error(error, url, timeout_s)
+            if response.status_code == 200 and isinstance(failure, NetworkError):
+                # The work was done, and billed: a second try would bill it again.
+                failure = ReplyError(f"The answer broke off: {failure}")
+            raise failure from error
+        finally:
+            response.close()
+        return _Answer(
+            response.status_code,
+            content_type,
+            _decoded(text),
+            text,
+            url,
+            _seconds(response.headers.get("Retry-After")),
+            response.headers.get("Location"),
+        )
+
+    def close(self) -> None:
+        """Close the connections of our own session; a given one is its owner's."""
+        with self._lock:
+            if self._own is not None and self._pid == os.getpid():
+                self._own.close()
+            self._own = None
+
+    @staticmethod
+    def _whole(response: requests.Response, timeout_s: float) -> str:
+        """The body as text, within the time and the size limit."""
+        pieces, size, until = [], 0, time.monotonic() + timeout_s
+        for piece in _raw_pieces(response):
+            size += len(piece)
+            pieces.append(piece)
+            if size > MAX_BODY_BYTES:
+                raise ServerError(f"The answer is larger than {MAX_BODY_BYTES} bytes")
+            if time.monotonic() > until:
+                raise RequestTimeoutError(
+                    f"The answer was not whole after {timeout_s:g} s"
+                )
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def _session(self) -> requests.Session:
+        if self._given is not None:
+            return self._given
+        with self._lock:
+            if (
+                self._own is None or self._pid != os.getpid()
+            ):  # sockets are not for a fork
+                self._own, self._pid = _new_session(), os.getpid()
+            return self._own
+
+
+def _new_session() -> requests.Session:
+    from http.cookiejar import DefaultCookiePolicy
+
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if not hasattr(pool.ConnectionCls, "is_tracked"):
+                pool.ConnectionCls = _Handle.tracked(pool.ConnectionCls)
+            return pool
+
+    session = requests.Session()
+    session.cookies.set_policy(
+        DefaultCookiePolicy(allowed_domains=[])
+    )  # accounts do not mix
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
+    return session
+
+
+def _bearer(token: str) -> Callable[[Any], Any]:
+    """Puts the token on a request; given as `auth`, so that no ~/.netrc overrides it."""
+    if not re.fullmatch(r"[!-~]*", token):
+        raise AuthError(
+            "The token holds a blank or a character that is not ASCII",
+            hint="Copy it again, whole and alone; or sign in with `python -m puter login`.",
+        )
+
+    def sign(request: Any) -> Any:
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return sign
+
+
+def _encoded(body: Any) -> bytes:
+    """A request's JSON; raises `BadRequestError` for what JSON cannot hold."""
+    try:
+        return json.dumps(body, allow_nan=False).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequestError(
+            f"The request cannot be written as JSON ({error})",
+            hint="Pass texts, numbers, booleans, lists and dicts.",
+        ) from error
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def body_of(
+    answer: _Answer, model: str | None = None, account: str | None = None
+) -> JSON:
+    """The JSON object of a good answer; raises the error that a bad one stands for."""
+    data = answer.data
+    if answer.status >= 400 or (
+        isinstance(data, dict) and data.get("success") is False
+    ):
+        raise error_from(
+            answer.status,
+            answer.text if data is None else data,
+            model=model,
+            account=account,
+            retry_after_s=answer.retry_after_s,
+        )
+    if answer.status >= 300:
+        raise ServerError(
+            f"The server redirects to {answer.location}; nothing was sent there",
+            status=answer.status,
+            hint="Set `api_base_url` to the right address.",
+        )
+    if not isinstance(data, dict):
+        shown = " ".join(answer.text[:200].split())
+        raise ReplyError(
+            f"{answer.url} answered {answer.content_type or 'something'} where a JSON "
+            f"object was due: {shown!r}",
+            status=answer.status,
+            raw=answer.text[:2_000],
+            model=model,
+            hint="Check `api_base_url` and any proxy on the way.",
+        )
+    return data
+
+
+def _is_stream(content_type: str) -> bool:
+    return (
+        content_type == "text/event-stream"
+        or "ndjson" in content_type
+        or "jsonl" in content_type
+    )
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A Retry-After header in seconds; it may also be a date (RFC 9110, 10.2.3)."""
+    if retry_after is None:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            return max(
+                0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()
+            )
+        except ValueError:
+            return None
+
+
+# ======================================================================================
+# 9. Puter · uses: everything above
+# ======================================================================================
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """One request as the caller made it, checked and in wire form."""
+
+    model: str
+    args: JSON
+    needs: Needs
+    fallback: bool
+    timeout_s: float | None
+    streaming: bool = False
+
+
+class _Gate:
+    """Lets so many calls at once through to one account, and learns from its refusals."""
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._running = 0
+        self._learned = limit
+        self._learned_until = 0.0
+        self._paused_until = 0.0
+        self._change = threading.Condition()
+
+    def enter(self, handle: _Handle, patience_s: float) -> None:
+        """Wait for a place; raises `RateLimitError` when none came free in time."""
+        with self._change:
+            until = self._clock() + patience_s
+            while (wait_s := self._wait_s()) > 0:
+                if handle.closed.is_set() or self._clock() >= until:
+                    raise RateLimitError(
+                        f"{self._running} requests of this client are still running on the account",
+                        hint="Read streams to their end or close them; `max_concurrent` sets how many.",
+                    )
+                self._change.wait(min(wait_s, 0.25))
+            self._running += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        with self._change:
+            self._running -= 1
+            self._change.notify_all()
+
+    def refused(self, pause_s: float, too_many_at_once: bool) -> None:
+        """The server said 429: nobody goes for a while, and fewer go at once for a minute."""
+        with self._change:
+            now = self._clock()
+            self._paused_until = max(self._paused_until, now + pause_s)
+            if too_many_at_once:
+                self._learned = max(1, min(self._learned, self._running))
+                self._learned_until = now + 60
+
+    def _wait_s(self) -> float:
+        now = self._clock()
+        if now < self._paused_until:
+            return self._paused_until - now
+        limit = self._learned if now < self._learned_until else self._limit
+        return 0.0 if self._running < limit else 60.0
+
+
+class _Source:
+    """A streaming reply as it arrives: chunks until there are none."""
+
+    def __init__(self, wire: _Wire, model: str) -> None:
+        self._wire = wire
+        self.decoder: LineDecoder | EventDecoder
+        self._pieces: Iterator[Any]
+        if wire.content_type == "text/event-stream":
+            self.decoder, self._pieces = EventDecoder(model), wire.events()
+        else:
+            self.decoder, self._pieces = LineDecoder(model), wire.pieces()
+        self.first = self.read()
+
+    def read(self) -> list[Chunk]:
+        """The next chunks, [] at the end; raises our errors."""
+        decoder = self.decoder
+        while decoder.error is None:
+            try:
+                piece = next(self._pieces, None)
+            except PuterError:
+                if decoder.whole:  # all was said before the connection broke
+                    return []
+                raise
+            if piece is None:
+                decoder.finish()
+                if decoder.error is None:
+                    return []
+            elif chunks := decoder.feed(piece):
+                if decoder.whole:
+                    self._wire.hurry()
+                return chunks
+        raise decoder.error
+
+    def reply(self) -> Reply:
+        """What has come so far."""
+        return self.decoder.reply()
+
+    def close(self) -> None:
+        self._wire.close()
+
+
+class _WholeSource:
+    """A reply that was asked for whole, given out as a stream."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self.first = chunks_of(reply)
+
+    def read(self) -> list[Chunk]:
+        return []
+
+    def reply(self) -> Reply:
+        return self._reply
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Stream:
+    """A reply as it comes: iterate over it for `Chunk`s; `reply` is the whole once it ended.
+
+    Ends normally, or raises `StreamError` with the partial reply. Leaving the `with` block,
+    `close()` (from any thread) or dropping it closes the connection.
+    """
+
+    def __init__(self, client: Puter, ask: _Ask) -> None:
+        self._client = client
+        self._ask = ask
+        self._handle = _Handle()
+        self._source: _Source | _WholeSource | None = None
+        self._batch: Iterator[Chunk] = iter(())
+        self._reply: Reply | None = None
+        self._release: Callable[[], None] = lambda: None
+        self.model: str = ask.model
+        """The model that answers."""
+        self.account: str = ""
+        self.attempts: tuple[Attempt, ...] = ()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            yield from self._batch
+            if self._source is None or self._reply is not None:
+                return
+            self._batch = iter(self._next_chunks(self._source))
+
+    def __next__(self) -> Chunk:
+        for chunk in self:
+            return chunk
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ended = "ended" if self._reply else "closed" if self._source is None else "open"
+        return f"<puter.Stream of {self.model!r}, {ended}>"
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply; raises `StreamError` while the stream has not ended."""
+        if self._reply is None:
+            raise StreamError(
+                "The stream has not come to its end",
+                hint="Read all its chunks first.",
+                reply=self._source.reply() if self._source else None,
+            )
+        return self._reply
+
+    def close(self) -> None:
+        """End the stream now; what is on its way is not waited for."""
+        source, self._source = self._source, None
+        if source is not None:
+            if self._reply is None:
+                self._handle.close()
+            source.close()
+        elif self._reply is None:
+            self._handle.close()
+        release, self._release = self._release, lambda: None
+        release()
+
+    def _start(self) -> Stream:
+        """Walk models and accounts until one answers; its first chunks are there then."""
+        walked = self._client._walk(self._ask, self._handle, self._client._open_stream)
+        self._source, self._release = walked.result, walked.release
+        self.model = walked.model
+        self.account, self.attempts = walked.account.username, walked.attempts
+        self._batch = iter(walked.result.first)
+        return self
+
+    def _next_chunks(self, source: _Source | _WholeSource) -> list[Chunk]:
+        try:
+            chunks = source.read()
+        except PuterError as error:
+            partial = self._with_walk(source.reply())
+            self.close()
+            if isinstance(error, ReplyError):
+                raise
+            raise StreamError(
+                error.message
+                if isinstance(error, StreamError)
+                else f"The reply of {self.model} broke off: {error.message}",
+                reply=partial,
+                code=error.code,
+                model=self.model,
+                account=self.account,
+                attempts=self.attempts,
+            ) from error
+        if not chunks:
+            self._reply = self._with_walk(source.reply())
+            self._client._log_end(self._reply)
+            self.close()
+        return chunks
+
+    def _with_walk(self, reply: Reply) -> Reply:
+        return replace(reply, account=self.account, attempts=self.attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """How a walk ended well."""
+
+    result: Any
+    model: str
+    account: Account
+    attempts: tuple[Attempt, ...]
+    release: Callable[[], None]
+
+
+class Puter:
+    """The client of one person's Puter accounts; safe to share between threads.
+
+    Args:
+        token: use this token and no stored account. Default: `PUTER_AUTH_TOKEN` of the
+            environment, else the stored accounts, the active one first.
+        account: use this stored account and no other.
+        config: settings; default `Config.load()`.
+        session: a `requests.Session` of yours, for a proxy or certificates of your own.
+        settings: any field of `Config`, such as ``debug=True`` or ``max_retries=0``.
+
+    Raises `ConfigError` for a wrong setting and `StoreError` for an unreadable accounts file.
+    """
+
+    def __init__(
+        self,
+        token: str | None = None,
+        *,
+        account: str | None = None,
+        config: Config | None = None,
+        session: requests.Session | None = None,
+        **settings: Any,
+    ) -> None:
+        if config is None:
+            self.config = Config.load(**settings)
+        else:
+            for name in settings:
+                if name not in _SETTINGS:
+                    raise _unknown_key(name, "argument")
+            self.config = replace(config, **settings)
+        self.store = AccountStore(self.config.folder / ACCOUNTS_NAME)
+        self.state = State(self.config.folder / STATE_NAME)
+        self._token = token or os.environ.get("PUTER_AUTH_TOKEN") or None
+        self._pinned = account
+        self._transport = _Transport(self.config, session)
+        self._lock = threading.RLock()
+        self._accounts_read: tuple[Any, list[Account], str | None] | None = None
+        self._current: str | None = None
+        self._gates: dict[str, _Gate] = {}
+        self._catalogue: tuple[list[Model], float] | None = None
+        self._exchanged: dict[str, str] = {}
+        if self.config.debug:
+            log_to_stderr(logging.DEBUG)
+
+    def __repr__(self) -> str:
+        who = (
+            "a given token"
+            if self._token
+            else self._pinned or self._current or "stored accounts"
+        )
+        return f"<puter.Puter with {who} at {self.config.api_base_url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close connections and the state file; using the client again opens them again."""
+        self._transport.close()
+        self.state.close()
+
+    # ---- asking ----
+
+    def chat(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        images: Sequence[Image] = (),
+        tools: Sequence[Any] | None = None,
+        fallback: bool = True,
+        timeout_ms: int | None = None,
+        **args: Any,
+    ) -> Reply:
+        """Ask a model and wait for its whole answer.
+
+        Args:
+            prompt: a text, or a list of messages in OpenAI's shape (it is not changed).
+            model: an id or alias of the catalogue; default `default_model`, else a cheap one.
+            system: a system text put in front.
+            images: paths, bytes or URLs, shown with the last user message.
+            tools: JSON schemas of functions, in OpenAI's shape.
+            fallback: whether free models may answer when the asked one cannot.
+            timeout_ms: longest silence of the server; default `api_timeout_ms`.
+            args: passed on to Puter: temperature, max_tokens, tool_choice, reasoning_effort…
+
+        Raises the `PuterError` of the first attempt that failed when none could answer.
+        """
+        ask = self._ask(
+            prompt, model, system, images, tools, fallback, timeout_ms, args
+        )
+        walked = self._walk(ask, _Handle(), self._complete)
+        walked.release()
+        reply: Reply = walked.result
+        reply = replace(
+            reply, account=walked.account.username, attempts=walked.attempts
+        )
+        self._log_end(reply)
+        return reply
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        system: str | None = None,
+        images: Sequence[Image] = (),
+        tools: Sequence[Any] | None = None,
+        fallback: bool = True,
+        timeout_ms: int | None = None,
+        **args: Any,
+    ) -> Stream:
+        """Ask a model and get its answer as it comes; arguments as for `chat`.
+
+        Returns once the first chunk is there: errors before it are raised here, as by `chat`.
+        After that nothing is tried again, and a broken answer is a `StreamError`.
+        """
+        ask = self._ask(
+            prompt, model, system, images, tools, fallback, timeout_ms, args
+        )
+        return Stream(self, replace(ask, streaming=True))._start()
+
+    # ---- the account and the catalogue ----
+
+    def models(
+        self,
+        provider: str | None = None,
+        free: bool | None = None,
+        refresh: bool = False,
+    ) -> list[Model]:
+        """The live catalogue, by id; kept for `cache_ttl_ms`. Needs no account.
+
+        `provider` matches the catalogue's provider or the vendor in the id ("anthropic");
+        `free` keeps only free (True) or paid (False) models. When the server cannot be
+        reached, an older list is used and a warning logged.
+        """
+        found = self._models(refresh)
+        if provider:
+            found = [m for m in found if _is_from(m, provider)]
+        if free is not None:
+            found = [m for m in found if m.free is free]
+        return sorted(found, key=lambda m: m.id)
+
+    def model(self, name: str) -> Model:
+        """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
+        return find_model(name, self._models(False))
+
+    def whoami(self) -> JSON:
+        """The account in use as the server describes it: username, uuid, email, is_temp…"""
+        account = self._first_account()
+        data: JSON = self._data("GET", "/whoami", account)
+        return data
+
+    def usage(self) -> Credit:
+        """What the account in use may still spend this month."""
+        account = self._first_account()
+        try:
+            return credit_from(self._data("GET", "/metering/usage", account))
+        except BadRequestError as error:
+            if error.status != 404:
+                raise
+            return credit_from(self._data("GET", "/auth/get-monthly-usage", account))
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The accounts that this client may use, in order."""
+        return self._usable_accounts()
+
+    def cooldowns(self) -> list[Cooldown]:
+        """Who rests now, as all processes have learned it."""
+        return self.state.cooldowns(
+            time.time(), self._token_marks(self._usable_accounts())
+        )
+
+    # ---- the walk over models and accounts ----
+
+    def _walk(
+        self,
+        ask: _Ask,
+        handle: _Handle,
+        send: Callable[[_Ask, str, Account, _Handle], Any],
+    ) -> _Walked:
+        """Ask until somebody answers, in the order that the policies give.
+
+        First the asked model on the current account, then its fallbacks there; when the
+        account itself is limited, the next account, beginning again with the asked model.
+        When nobody answers, the first error is raised with all that was tried.
+        """
+        attempts: list[Attempt] = []
+        first: PuterError | None = None
+        tried: set[str] = set()
+        while (account := self._next(tried)) is not None:
+            tried.add(account.username)
+            models = self._models_in_turn(ask, account)
+            while (model := next(models, None)) is not None:
+                try:
+                    result = self._persist(ask, model, account, send, handle, attempts)
+                except PuterError as error:
+                    first = first or error
+                    step = next_step(error, model == ask.model, ask.fallback)
+                    self._learn(error, model, account)
+                    if step == "raise":
+                        if model == ask.model and isinstance(error, ModelNotFoundError):
+                            ask, models = self._renamed(ask, error, account)
+                            continue
+                        raise self._summed_up(error, attempts) from error.__cause__
+                    if step == "next_account":
+                        break
+                    if step == "free_model":
+                        models = self._one_free(models)
+                else:
+                    self._current = account.username
+                    gate = self._gate(account)
+                    return _Walked(result, model, account, tuple(attempts), gate.leave)
+        if first is None:
+            raise self._nobody(tried)
+        raise self._summed_up(first, attempts) from first.__cause__
+
+    def _persist(
+        self,
+        ask: _Ask,
+        model: str,
+        account: Account,
+        send: Callable[[_Ask, str, Account, _Handle], Any],
+        handle: _Handle,
+        attempts: list[Attempt],
+    ) -> Any:
+        """One model on one account, with the retries that the policies allow.
+
+        Comes back with the account's place in the gate still taken.
+        """
+        retries, waited_s = 0, 0.0
+        gate = self._gate(account)
+        alone = self._is_alone(account)
+        while True:
+            gate.enter(handle, self._timeout_s(ask))
+            started = time.monotonic()
+            try:
+                result = send(ask, model, account, handle)
+            except BaseException as error:
+                gate.leave()
+                if not isinstance(error, PuterError):
+                    raise
+                error.model, error.account = error.model or model, account.username
+                attempts.append(
+                    Attempt(model, account.username, error, time.monotonic() - started)
+                )
+                if handle.closed.is_set() or not may_retry(
+                    error, retries, self.config.max_retries, alone, waited_s
+                ):
+                    raise
+            else:
+                attempts.append(
+                    Attempt(model, account.username, None, time.monotonic() - started)
+                )
+                self.state.succeed(account.username, model, time.time())
+                return result
+            failure = attempts[-1].error
+            assert failure is not None
+            retries += 1
+            delay_s = retry_delay_s(
+                retries,
+                self.config.retry_delay_ms / 1000,
+                RETRY_CAP_S,
+                failure.retry_after_s,
+            )
+            if isinstance(failure, RateLimitError):
+                gate.refused(delay_s, "concurrent" in failure.message)
+            _log.info(
+                "Retry %d/%d: %s, waiting %.0fms",
+                retries,
+                self.config.max_retries,
+                _short(failure),
+                delay_s * 1000,
+            )
+            waited_s += delay_s
+            handle.closed.wait(delay_s)
+
+    def _learn(self, error: PuterError, model: str, account: Account) -> None:
+        """Note in the state who must rest, so that nobody runs into the same again."""
+        now, code = time.time(), error.code or type(error).__name__
+        if isinstance(error, AuthError):
+            mark = self._token_marks([account])[account.username]
+            self.state.cool(
+                account.username, "", lambda _: float("inf"), "login", now, mark
+            )
+        elif error.scope == "model" or isinstance(error, CreditError):
+            base_s = self.config.fallback_cooldown_ms / 1000
+            self.state.cool(account.username, model, lambda _: base_s, code, now)
+            _log.info("%s, adding to cooldown", _short(error))
+        if error.scope == "account" and not isinstance(error, AuthError):
+            if self._is_alone(account):
+                return
+            base_s = self.config.account_rotation_cooldown_ms / 1000
+            self.state.cool(
+                account.username, "", lambda n: cooldown_s(n, base_s), code, now
+            )
+            _log.info("%s, adding to cooldown", _short(error))
+
+    def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
+        """The asked model, unless it rests on this account; then what may stand in for it."""
+        now = time.time()
+        cooled = {
+            c.model for c in self.state.cooldowns(now) if c.account == account.username
+        }
+        if ask.model not in cooled or not ask.fallback:
+            yield ask.model
+        count = 0
+        if ask.fallback:
+            for model in self._fallbacks(ask, cooled):
+                count += 1
+                _log.info("Fallback: trying %s", model)
+                yield model
+        if ask.fallback and ask.model in cooled and not count:
+            yield ask.model  # nobody to stand in: better asked too early than not at all
+
+    def _fallbacks(self, ask: _Ask, cooled: Collection[str]) -> list[str]:
+        try:
+            catalogue = self._models(False)
+        except PuterError as error:
+            _log.warning("No fallback, since the model list cannot be had: %s", error)
+            return []
+        listed = self.config.fallback_models
+        return fallback_order(ask.model, catalogue, cooled, ask.needs, listed)
+
+    def _one_free(self, models: Iterator[str]) -> Iterator[str]:
+        """The next free model of the fallbacks, and no more."""
+        free = {m.id for m in self._models(False) if m.free}
+        return iter([m for m in models if m in free][:1])
+
+    def _renamed(
+        self, ask: _Ask, error: ModelNotFoundError, account: Account
+    ) -> tuple[_Ask, Iterator[str]]:
+        """The request under the name that the server knows; raises the error if there is none."""
+        name = ask.model
+        try:
+            found = find_model(name, self._models(False)).id
+        except ModelNotFoundError as unknown:
+            if not name.endswith(":free"):
+                raise unknown from error
+            try:
+                found = find_model(name.removesuffix(":free"), self._models(False)).id
+            except ModelNotFoundError:
+                raise unknown from error
+            _log.warning(
+                "%s is not there any more: trying %s, which may cost credit",
+                name,
+                found,
+            )
+        if found == name:
+            raise error
+        ask = replace(ask, model=found)
+        return ask, self._models_in_turn(ask, account)
+
+    def _nobody(self, tried: Collection[str]) -> PuterError:
+        """Why there was no account to ask."""
+        accounts = self._usable_accounts()
+        if not accounts:
+            return AuthError("You are not signed in")
+        rests = [c for c in self.cooldowns() if not c.model]
+        dead = sorted(c.account for c in rests if c.reason == "login")
+        if len(dead) == len(accounts):
+            return AuthError(f"Every account needs a new sign-in: {', '.join(dead)}")
+        resting = [c for c in rests if c.reason != "login"]
+        wait_s = max(0.0, min(c.until_s for c in resting) - time.time())
+        return AllAccountsOnCooldownError(
+            f"All {len(accounts)} accounts are resting; the first is free in {wait_s:.0f} s",
+            retry_after_s=wait_s,
+            statuses=rests,
+        )
+
+    @staticmethod
+    def _summed_up(error: PuterError, attempts: Sequence[Attempt]) -> PuterError:
+        error.attempts = tuple(attempts)
+        return error
+
+    # ---- accounts ----
+
+    def _next(self, tried: Collection[str]) -> Account | None:
+        """The account to ask now, by the policy; None when all were tried or rest."""
+        accounts = self._usable_accounts()
+        strategy = self.config.account_rotation_strategy
+        if strategy == "least-recently-used" and len(accounts) > 1:
+            used = self.state.last_used_ms()
+            accounts = [
+                replace(a, last_used_ms=used.get(a.username, a.last_used_ms))
+                for a in accounts
+            ]
+        rests = {**self._rests(accounts), **dict.fromkeys(tried, float("inf"))}
+        current = self._current or self._active_name()
+        chosen = next_account(accounts, rests, strategy, current, time.time())
+        if chosen is not None and current is not None and chosen.username != current:
+            _log.info("Auth: Switched account - %s", chosen.username)
+        return chosen
+
+    def _rests(self, accounts: Sequence[Account]) -> dict[str, float]:
+        """Until when each account rests; one that is alone never does."""
+        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
+        awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
+        if len(accounts) == 1 or len(awake) == 1:
+            for name in awake or [accounts[0].username]:
+                rests.pop(name, None)
+        return rests
+
+    def _is_alone(self, account: Account) -> bool:
+        """Whether no other account could take its place, now or later."""
+        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
+        others = [a for a in self._usable_accounts() if a.username != account.username]
+        return all(rests.get(a.username) == float("inf") for a in others)
+
+    def _usable_accounts(self) -> list[Account]:
+        """The accounts that may be asked: the given token's, the pinned one, or the stored ones."""
+        if self._token or self.config_is_gateway:
+            return [Account(_token_name(self._token), self._token or "")]
+        accounts, active = self._stored()
+        if self._pinned is not None:
+            found = [a for a in accounts if a.username == self._pinned]
+            if not found:
+                near = _near(self._pinned, [a.username for a in accounts])
+                meant = f"Did you mean {near[0]!r}? " if near else ""
+                raise AuthError(
+                    f"No stored account is called {self._pinned!r}",
+                    hint=f"{meant}`python -m puter status` lists them.",
+                )
+            return found
+        if not self.config.account_rotation_enabled:
+            return [a for a in accounts if a.username == active]
+        return accounts
+
+    @property
+    def config_is_gateway(self) -> bool:
+        """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
+        path = _path_of(self.config.api_base_url)
+        return self.config.api_style == "openai" and path not in ("", _OPENAI_PATH)
+
+    def _stored(self) -> tuple[list[Account], str | None]:
+        """The stored accounts and the active one's name; read again when the file changed."""
+        with self._lock:
+            stamp = self.store.stamp()
+            if self._accounts_read is None or self._accounts_read[0] != stamp:
+                active = self.store.active()
+                name = active.username if active else None
+                self._accounts_read = (stamp, self.store.accounts(), name)
+            return self._accounts_read[1], self._accounts_read[2]
+
+    def _active_name(self) -> str | None:
+        if self._token or self._pinned or self.config_is_gateway:
+            return None
+        return self._stored()[1]
+
+    def _first_account(self) -> Account:
+        """The account for a question about itself: the active one, resting or not."""
+        accounts = self._usable_accounts()
+        if not accounts:
+            raise AuthError("You are not signed in")
+        name = self._current or self._active_name()
+        return next((a for a in accounts if a.username == name), accounts[0])
+
+    @staticmethod
+    def _token_marks(accounts: Iterable[Account]) -> dict[str, str]:
+        """What tells one token of an account from the next, without being it."""
+        return {a.username: _token_mark(a.token) for a in accounts}
+
+    def _gate(self, account: Account) -> _Gate:
+        with self._lock:
+            if account.username not in self._gates:
+                self._gates[account.username] = _Gate(self.config.max_concurrent)
+            return self._gates[account.username]
+
+    # ---- one request ----
+
+    def _ask(
+        self,
+        prompt: Prompt,
+        model: str | None,
+        system: str | None,
+        images: Sequence[Image],
+        tools: Sequence[Any] | None,
+        fallback: bool,
+        timeout_ms: int | None,
+        args: JSON,
+    ) -> _Ask:
+        """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
+        if "stream" in args:
+            raise BadRequestError(
+                "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
+            )
+        if isinstance(images, (str, bytes, os.PathLike)):
+            images = [images]
+        if timeout_ms is not None and (
+            not isinstance(timeout_ms, int) or timeout_ms <= 0
+        ):
+            raise BadRequestError(
+                f"timeout_ms is {_described(timeout_ms)}",
+                hint="Give milliseconds, 1 or more.",
+            )
+        parts = [image_part(image) for image in images]
+        messages = wire_messages(messages_from(prompt, system, parts))
+        schemas = tool_schemas(tools)
+        name = model or self.config.default_model or DEFAULT_MODEL
+        sent = {k: v for k, v in args.items() if v is not None}
+        return _Ask(
+            model=plain_model_name(name),
+            args={
+                "messages": messages,
+                **({"tools": schemas} if schemas else {}),
+                **sent,
+            },
+            needs=needs_of(messages, schemas),
+            fallback=fallback and self.config.fallback_enabled,
+            timeout_s=timeout_ms / 1000 if timeout_ms else None,
+        )
+
+    def _timeout_s(self, ask: _Ask) -> float:
+        return ask.timeout_s or self.config.api_timeout_ms / 1000
+
+    def _complete(
+        self, ask: _Ask, model: str, account: Account, handle: _Handle
+    ) -> Reply:
+        """One request for a whole reply."""
+        timeout_s = self._timeout_s(ask)
+        answer = self._send(ask, model, account, handle, timeout_s, streaming=False)
+        assert isinstance(answer, _Answer)
+        body = body_of(answer, model, account.username)
+        if self.config.api_style == "openai":
+            return reply_from_openai(body, model)
+        return reply_from_driver(body, model)
+
+    def _open_stream(
+        self, ask: _Ask, model: str, account: Account, handle: _Handle
+    ) -> _Source | _WholeSource:
+        """One request for a streaming reply, read up to its first chunk."""
+        if self._must_be_exact(ask, model):
+            patient = replace(
+                ask, timeout_s=max(self._timeout_s(ask), EXACT_TOOLS_TIMEOUT_S)
+            )
+            return _WholeSource(self._complete(patient, model, account, handle))
+        started = time.monotonic()
+        answer = self._send(
+            ask, model, account, handle, self._timeout_s(ask), streaming=True
+        )
+        if isinstance(answer, _Answer):
+            body = body_of(answer, model, account.username)
+            read = (
+                reply_from_openai
+                if self.config.api_style == "openai"
+                else reply_from_driver
+            )
+            return _WholeSource(read(body, model))
+        _log.info(
+            "Stream connected duration=%.0fms", (time.monotonic() - started) * 1000
+        )
+        try:
+            return _Source(answer, model)
+        except BaseException:
+            answer.close()
+            raise
+
+    def _must_be_exact(self, ask: _Ask, model: str) -> bool:
+        """Whether streaming could lose tool calls, and the user wants none lost."""
+        if (
+            self.config.stream_tools == "live"
+            or not ask.needs.tools
+            or self.config_is_gateway
+        ):
+            return False
+        provider = None
+        with suppress(PuterError):  # without a catalogue the provider is unknown
+            provider = self.model(model).provider
+        return may_lose_calls(provider, ask.args.get("tools"), ask.args)
+
+    def _send(
+        self,
+        ask: _Ask,
+        model: str,
+        account: Account,
+        handle: _Handle,
+        timeout_s: float,
+        streaming: bool,
+    ) -> _Answer | _Wire:
+        """Put one request on the wire, in the dialect of the `api_style`."""
+        args = {**ask.args, "model": model, **({"stream": True} if streaming else {})}
+        if self.config.api_style == "openai":
+            if streaming:
+                args.setdefault("stream_options", {"include_usage": True})
+            args["messages"] = openai_messages(args["messages"])
+            url, body = f"{self._openai_base()}/chat/completions", args
+        else:
+            url = f"{self.config.api_base_url}/drivers/call"
+            body = {
+                "interface": "puter-chat-completion",
+                "driver": "ai-chat",
+                "method": "complete",
+                "args": args,
+            }
+        _log.info(
+            "Request: POST %s method=complete model=%s stream=%s messages=%d",
+            _path_of(url),
+            model,
+            str(streaming).lower(),
+            len(args["messages"]),
+        )
+        return self._post(url, body, account, handle, timeout_s, streaming)
+
+    def _post(
+        self,
+        url: str,
+        body: JSON,
+        account: Account,
+        handle: _Handle,
+        timeout_s: float,
+        streaming: bool,
+    ) -> _Answer | _Wire:
+        """POST with the account's token; a session token is exchanged once if the server asks."""
+        for exchange in (False, True):
+            token, headers = account.token, {}
+            if exchange:
+                self._exchanged[token] = self._exchange(account)
+            if token in self._exchanged:
+                token, headers = self._exchanged[token], {"Origin": _APP_ORIGIN}
+            answer = self._transport.call(
+                "POST",
+                url,
+                token=token,
+                body=body,
+                headers=headers,
+                timeout_s=timeout_s,
+                handle=handle,
+                streaming=streaming,
+            )
+            wants_exchange = (
+                isinstance(answer, _Answer)
+                and answer.status == 403
+                and _error_fields(answer.data)["code"] == "app_or_api_token_required"
+            )
+            if not wants_exchange or token != account.token:
+                break
+        return answer
+
+    def _exchange(self, account: Account) -> str:
+        """A user-app token for an account session token."""
+        url = f"{self._api_origin()}/auth/get-user-app-token"
+        answer = self._transport.call(
+            "POST", url, token=account.token, body={"origin": _APP_ORIGIN}
+        )
+        assert isinstance(answer, _Answer)
+        token = body_of(answer, None, account.username).get("token")
+        if not isinstance(token, str) or not token:
+            raise AuthError("The server exchanged the session token for nothing")
+        return token
+
+    def _data(self, method: str, path: str, account: Account) -> JSON:
+        """A question about the account."""
+        answer = self._transport.call(
+            method, self._api_origin() + path, token=account.token
+        )
+        assert isinstance(answer, _Answer)
+        return body_of(answer, None, account.username)
+
+    def _api_origin(self) -> str:
+        return self.config.api_base_url.removesuffix(_OPENAI_PATH)
+
+    def _openai_base(self) -> str:
+        base = self.config.api_base_url
+        return base if _path_of(base) else base + _OPENAI_PATH
+
+    def _models(self, refresh: bool) -> list[Model]:
+        """The catalogue from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
+        now, ttl_s = time.time(), self.config.cache_ttl_ms / 1000
+        with self._lock:
+            if (
+                self._catalogue
+                and not refresh
+                and 0 <= now - self._catalogue[1] < ttl_s
+            ):
+                return self._catalogue[0]
+            base = self.config.api_base_url
+            kept = self.state.catalogue(base)
+            if kept and not refresh and 0 <= now - kept[1] < ttl_s:
+                self._catalogue = (models_from(json.loads(kept[0])), kept[1])
+                return self._catalogue[0]
+            try:
+                body = self._fetch_catalogue()
+            except PuterError as error:
+                if not kept or refresh:
+                    raise
+                _log.warning(
+                    "The model list is %.0f minutes old, since a new one cannot be had: %s",
+                    (now - kept[1]) / 60,
+                    error,
+                )
+                return models_from(json.loads(kept[0]))
+            self._catalogue = (models_from(body), now)
+            self.state.put_catalogue(base, json.dumps(body), now)
+            return self._catalogue[0]
+
+    def _fetch_catalogue(self) -> JSON:
+        if self.config_is_gateway:
+            url, token = f"{self.config.api_base_url}/models", self._token or ""
+        else:
+            url, token = f"{self._api_origin()}/puterai/chat/models/details", ""
+        answer = self._transport.call("GET", url, token=token)
+        assert isinstance(answer, _Answer)
+        return body_of(answer)
+
+    @staticmethod
+    def _log_end(reply: Reply) -> None:
+        """One line a call: how it ended and who answered."""
+        asked = reply.attempts[0].model if reply.attempts else reply.model
+        seconds = sum(a.seconds for a in reply.attempts)
+        stood_in = reply.attempts and reply.attempts[-1].model != asked
+        _log.info(
+            "Response: 200 OK (%s)",
+            "used fallback model" if stood_in else f"{seconds:.1f}s",
+        )
+
+
+_OPENAI_PATH = "/puterai/openai/v1"
+
+
+def _path_of(url: str) -> str:
+    """The path of an address, without a slash at its end."""
+    return re.sub(r"^https?://[^/]*", "", url).rstrip("/")
+
+
+def _token_name(token: str | None) -> str:
+    """What an account that is known by its token alone is called."""
+    return f"token-{_token_mark(token)[:8]}" if token else "nobody"
+
+
+def _token_mark(token: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _short(error: PuterError) -> str:
+    """An error in the words of the log."""
+    if isinstance(error, (RateLimitError, ModelRateLimitError)):
+        return f"Rate limited ({error.status or 429})"
+    return f"{error.code or type(error).__name__} ({error.status or '-'})"
+
+
+def _is_from(model: Model, provider: str) -> bool:
+    """Whether a model is of a provider, by the catalogue's name or the vendor in its names."""
+    wanted = provider.lower()
+    vendors = {re.split(r"[:/]", name)[0].lower() for name in model.names()}
+    vendors |= {
+        part for name in model.names() for part in re.split(r"[:/]", name.lower())[:-1]
+    }
+    return wanted == model.provider.lower() or wanted in vendors
+
+
+def openai_messages(messages: Sequence[JSON]) -> Messages:
+    """A history in wire form back in OpenAI's shape, each turn's calls in one message."""
+    result: Messages = []
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        uses = [p for p in parts if p.get("type") == "tool_use"]
+        if not uses:
+            result.append(message)
+            continue
+        calls = [
+            {
+                "id": use["id"],
+                "type": "function",
+                "function": {
+                    "name": use["name"],
+                    "arguments": json.dumps(use["input"]),
+                },
+                **(
+                    {"extra_content": use["extra_content"]}
+                    if use.get("extra_content")
+                    else {}
+                ),
+            }
+            for use in uses
+        ]
+        result.append({"role": "assistant", "content": None, "tool_calls": calls})
+    return result
+
+
+def log_to_stderr(level: int) -> None:
+    """Show the log on stderr, in the form ``[puter-auth] 15:30:45 Request: …``; once."""
+    marker = "puter-stderr"
+    if all(h.name != marker for h in _log.handlers):
+        handler = logging.StreamHandler()
+        handler.name = marker
+        handler.setFormatter(
+            logging.Formatter("[puter-auth] %(asctime)s %(message)s", "%H:%M:%S")
+        )
+        _log.addHandler(handler)
+    _log.setLevel(level)
+
+
+_default: Puter | None = None
+_default_lock = threading.Lock()
+
+
+def _default_client() -> Puter:
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = Puter()
+        return _default
+
+
+def chat(prompt: Prompt, **arguments: Any) -> Reply:
+    """`Puter().chat(…)` on a client that is made at the first use and kept."""
+    return _default_client().chat(prompt, **arguments)
+
+
+def stream(prompt: Prompt, **arguments: Any) -> Stream:
+    """`Puter().stream(…)` on a client that is made at the first use and kept."""
+    return _default_client().stream(prompt, **arguments)
+
+
+# ======================================================================================
+# 10. login · uses: errors, values, config, transport
+# ======================================================================================
+LOGIN_PORT = 19847  # the port that the plugin's users know
+LOGIN_TIMEOUT_S = 300.0
+_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>puter.py</title>
+<style>body{{font:18px/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem}}
+</style><script>history.replaceState(null, "", "/")</script></head>
+<body><h1>{title}</h1><p>{text}</p></body></html>
+"""
+
+
+def sign_in_url(gui_base_url: str, callback_url: str) -> str:
+    """Puter's page that asks the person to approve, and then calls back with a token."""
+    from urllib.parse import quote
+
+    return f"{gui_base_url}/?action=authme&redirectURL={quote(callback_url, safe='')}"
+
+
+def account_of(token: str, config: Config) -> Account:
+    """Ask the server whose token this is; raises `AuthError` if it is nobody's.
+
+    Raises `AuthError` too for a temporary account when `auto_create_temp_user` is off.
+    """
+    transport = _Transport(config)
+    try:
+        answer = transport.call(
+            "GET",
+            f"{config.api_base_url.removesuffix(_OPENAI_PATH)}/whoami",
+            token=token,
+        )
+    finally:
+        transport.close()
+    assert isinstance(answer, _Answer)
+    told = body_of(answer)
+    username, is_temporary = told.get("username"), bool(told.get("is_temp"))
+    if not isinstance(username, str) or not username:
+        raise ServerError("The server does not say whose token this is")
+    if is_temporary and not config.auto_create_temp_user:
+        raise AuthError(
+            f"{username} is a temporary account, and auto_create_temp_user is false",
+            hint="Sign in to your own account in the browser first, then log in again.",
+        )
+    return Account(username, token, int(time.time() * 1000), None, is_temporary)
+
+
+class _Callback:
+    """What the callback does with a request: no sockets, so that a test is a table."""
+
+    def __init__(
+        self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
+    ) -> None:
+        self.path = f"/callback/{nonce}"
+        self.sign_in_url = sign_in_url(
+            gui_base_url, f"http://127.0.0.1:{port}{self.path}"
+        )
+        self._check = check
+        self._lock = threading.Lock()
+        self._taken = False
+        self.done = threading.Event()
+        self.account: Account | None = None
+        self.error: PuterError | None = None
+
+    def answer(self, method: str, target: str, host: str) -> tuple[int, str, str]:
+        """(status, title, text) for a request; with status 302 the text is the address."""
+        import hmac
+        from urllib.parse import parse_qs, urlsplit
+
+        if re.sub(r":\d+$", "", host.lower()) not in _LOOPBACK_NAMES:
+            return 403, "Forbidden", "This page is only for this computer."
+        if method != "GET":
+            return 405, "Method not allowed", "Only GET is known here."
+        url = urlsplit(target)
+        if url.path == "/":
+            return 302, "Sign in", self.sign_in_url
+        if not hmac.compare_digest(url.path.encode(), self.path.encode()):
+            return 404, "Not found", "There is nothing here."
+        token = parse_qs(url.query).get("token", [""])[0]
+        if not token:
+            return 400, "No token", "Puter sent no token. Please try again."
+        with self._lock:
+            if self._taken:
+                return (
+                    410,
+                    "Already used",
+                    "This sign-in is over; you can close the page.",
+                )
+            self._taken = True
+        return self._finish(token)
+
+    def _finish(self, token: str) -> tuple[int, str, str]:
+        import html
+
+        try:
+            self.account = self._check(token)
+        except PuterError as error:
+            self.error = error
+            return 403, "Not signed in", html.escape(str(error))
+        name = html.escape(self.account.username)
+        return 200, f"Signed in as {name}", "You can close this page."
+
+
+def browser_login(
+    config: Config,
+    *,
+    show: Callable[[str], None],
+    open_browser: Callable[[str], Any] | None = None,
+    port: int = LOGIN_PORT,
+    timeout_s: float = LOGIN_TIMEOUT_S,
+) -> Account:
+    """Sign in through the person's browser; the account with its token, not yet kept.
+
+    Args:
+        show: is told the address of Puter's page, as a line for the person.
+        open_browser: opens an address, such as `webbrowser.open`; None leaves it to the
+            person (over SSH, with the port forwarded).
+        port: where to wait for the answer on 127.0.0.1; any free one if it is taken.
+        timeout_s: how long to wait for the person.
+
+    Raises `AuthError` after the time, or when the server does not know the token.
+    """
+    server = _callback_server(port)
+    callback = _Callback(
+        config.gui_base_url,
+        server.server_address[1],
+        os.urandom(16).hex(),
+        lambda token: account_of(token, config),
+    )
+    server.callback = callback
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    thread.start()
+    try:
+        show(callback.sign_in_url)
+        if open_browser is not None:
+            open_browser(callback.sign_in_url)
+        until = time.monotonic() + timeout_s
+        while not callback.done.wait(
+            0.1
+        ):  # in short waits, so that Ctrl-C ends at once
+            if time.monotonic() > until:
+                raise AuthError(
+                    f"Nobody signed in within {timeout_s:.0f} seconds",
+                    hint="Run `python -m puter login` again. If the browser is on another "
+                    "computer, see `--no-browser` or `--with-token`.",
+                )
+    finally:
+        server.shutdown()
+        server.server_close()
+    if callback.account is None:
+        raise callback.error or AuthError("The sign-in failed")
+    return callback.account
+
+
+def _callback_server(port: int) -> Any:
+    """An HTTP server on 127.0.0.1, on this port or any; its `callback` is set later."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # a connection that stays silent must not hold the thread
+
+        def answer(self) -> None:
+            callback: _Callback = self.server.callback  # type: ignore[attr-defined]
+            host = self.headers.get("Host", "")
+            status, title, text = callback.answer(self.command, self.path, host)
+            body = _PAGE.format(title=title, text=text) if status != 302 else ""
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", text)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body.encode())))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("Referrer-Policy", "no-referrer")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body.encode())
+                self.wfile.flush()
+            if callback.account or callback.error:
+                callback.done.set()  # only now: the person has the page
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = answer
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Silent: the address holds the token."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        allow_reuse_address = os.name != "nt"  # on Windows it would share a taken port
+        callback: _Callback
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A browser that hangs up early is no news."""
+
+    try:
+        return Server(("127.0.0.1", port), Handler)
+    except OSError:
+        return Server(("127.0.0.1", 0), Handler)
+
+
+# ======================================================================================
+# 11. openai server · uses: everything above but login
+# ======================================================================================
+
+
+# ======================================================================================
+# 12. mcp server · uses: everything above but login and the openai server
+# ======================================================================================
+
+
+# ======================================================================================
+# 13. cli · uses: everything above
+# ======================================================================================
+EXIT_CODES = """exit codes:
+  0  done
+  1  it failed: not signed in, limited, a broken answer... (one line on stderr says why)
+  2  wrong usage, or a wrong setting
+  130  stopped with Ctrl-C;  141  whoever read the output went away
+"""
+_EXAMPLES = """examples:
+  python -m puter login                        sign in with the browser
+  python -m puter ask "Why is the sky blue?"   an answer, as it comes
+  cat log | python -m puter ask "What broke?"  with text from a pipe
+  python -m puter models --free                models that cost nothing
+"""
+IDLE_STDIN_S = 2.0  # how long a silent pipe is waited for when there is a prompt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. `argv` is without the program's name."""
+    for name in ("stdout", "stderr"):
+        output = getattr(sys, name)
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(encoding="utf-8", errors="replace")
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("")
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on; without this the interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except PuterError as error:
+        _say(f"error: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def build_parser() -> Any:
+    """The `argparse` parser of all commands."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m puter",
+        description="Ask the AI models of a Puter.com account.",
+        epilog=_EXAMPLES + "\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"puter.py {__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[Any], int], text: str, epilog: str = ""
+    ) -> Any:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    _add_ask(command)
+    _add_accounts(command)
+    _add_catalogue(command)
+    return parser
+
+
+def _add_ask(command: Callable[..., Any]) -> None:
+    ask = command(
+        "ask", cmd_ask, "ask a model; a pipe's text joins the prompt", _EXAMPLES
+    )
+    ask.add_argument(
+        "prompt", nargs="*", help="the question; - waits for standard input"
+    )
+    ask.add_argument("-m", "--model", help="a model's id or alias")
+    ask.add_argument("-s", "--system", help="a system text")
+    ask.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest answer, in tokens"
+    )
+    ask.add_argument("--temperature", type=float, metavar="T", help="0 (sober) to 2")
+    ask.add_argument(
+        "--no-stream", action="store_true", help="print the answer when it is whole"
+    )
+    ask.add_argument(
+        "--no-fallback", action="store_true", help="only the model that was asked"
+    )
+    ask.add_argument(
+        "--json", action="store_true", help="one JSON object with everything"
+    )
+
+
+def _add_accounts(command: Callable[..., Any]) -> None:
+    login = command("login", cmd_login, "sign in and keep the account")
+    login.add_argument(
+        "--with-token", action="store_true", help="read a token from stdin"
+    )
+    login.add_argument(
+        "--no-browser", action="store_true", help="only print the address"
+    )
+    login.add_argument(
+        "--import",
+        dest="import_file",
+        metavar="FILE",
+        help="take the accounts of a file",
+    )
+    login.add_argument(
+        "--port", type=int, default=LOGIN_PORT, help="where to wait (%(default)s)"
+    )
+    logout = command(
+        "logout", cmd_logout, "forget an account; the active one by default"
+    )
+    logout.add_argument("name", nargs="?", help="the account's name")
+    logout.add_argument("--all", action="store_true", help="forget all accounts")
+    switch = command("switch", cmd_switch, "make another account the active one")
+    switch.add_argument("name", help="the account's name")
+    status = command("status", cmd_status, "the accounts, and who rests for how long")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--clear-cooldowns", action="store_true", help="end all rests")
+    whoami = command("whoami", cmd_whoami, "ask the server whose token is in use")
+    whoami.add_argument("--json", action="store_true", help="all that the server says")
+
+
+def _add_catalogue(command: Callable[..., Any]) -> None:
+    models = command("models", cmd_models, "list the models")
+    models.add_argument(
+        "--free", action="store_true", help="only those that cost nothing"
+    )
+    models.add_argument("--provider", metavar="NAME", help="only those of a provider")
+    models.add_argument(
+        "--search", metavar="TEXT", help="only those with this in a name"
+    )
+    models.add_argument(
+        "--refresh", action="store_true", help="ask the server even if cached"
+    )
+    models.add_argument("--json", action="store_true", help="a JSON list")
+
+
+def cmd_ask(args: Any) -> int:
+    """Answer a question on stdout."""
+    prompt = " ".join(args.prompt)
+    piped = _piped_text(wait=not prompt or prompt == "-")
+    text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
+    if not text.strip():
+        _say(
+            'error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"'
+        )
+        return 2
+    options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    options |= {
+        "model": args.model,
+        "system": args.system,
+        "fallback": not args.no_fallback,
+    }
+    with _client() as client:
+        if args.json or args.no_stream:
+            reply = _signed_in(client, lambda: client.chat(text, **options))
+            print(
+                json.dumps(_reply_json(reply), ensure_ascii=False)
+                if args.json
+                else reply
+            )
+        else:
+            reply = _print_stream(
+                _signed_in(client, lambda: client.stream(text, **options))
+            )
+        _tell_who(client, args.model, reply)
+    return 0
+
+
+def _print_stream(stream: Stream) -> Reply:
+    """Print the text as it comes, the reasoning dimmed on stderr; the whole reply."""
+    last, thinking = "", False
+    with stream:
+        try:
+            for chunk in stream:
+                if chunk.type == "reasoning":
+                    thinking = True
+                    sys.stderr.write(_dim(chunk.text))
+                    sys.stderr.flush()
+                elif chunk.type == "text":
+                    if thinking:
+                        thinking = False
+                        sys.stderr.write("\n")
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+                    last = chunk.text
+        finally:
+            if last and not last.endswith("\n"):
+                print(flush=True)
+    return stream.reply
+
+
+def _reply_json(reply: Reply) -> JSON:
+    """A reply as `--json` prints it."""
+    return {
+        "text": reply.text,
+        "reasoning": reply.reasoning,
+        "tool_calls": [
+            {"id": c.id, "name": c.name, "arguments": c.arguments}
+            for c in reply.tool_calls
+        ],
+        "finish_reason": reply.finish_reason,
+        "model": reply.model,
+        "account": reply.account,
+        "usage": _plain_values(reply.usage),
+        "cost_usd": reply.usage.cost_usd,
+        "attempts": [
+            {
+                "model": a.model,
+                "account": a.account,
+                "error": None if a.error is None else a.error.message,
+                "seconds": round(a.seconds, 3),
+            }
+            for a in reply.attempts
+        ],
+    }
+
+
+def _plain_values(value: Any) -> JSON:
+    """A dataclass as a dict of its fields."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
+    """One dim line when another model or account answered than was asked."""
+    tried = reply.attempts
+    wanted = plain_model_name(asked or client.config.default_model or DEFAULT_MODEL)
+    if not tried or client.config.quiet_mode:
+        return
+    if tried[-1].model != wanted or tried[0].account != reply.account:
+        why = next((a.error.message for a in tried if a.error), f"{wanted} is resting")
+        _say(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
+
+
+def cmd_login(args: Any) -> int:
+    """Sign in and keep the account."""
+    config = Config.load()
+    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    if args.import_file:
+        return _import_accounts(store, Path(args.import_file).expanduser())
+    if args.with_token:
+        if sys.stdin.isatty():
+            import getpass
+
+            token = getpass.getpass("Token (it is not shown): ").strip()
+        else:
+            token = sys.stdin.readline().strip()
+        if not token:
+            _say(
+                "error: No token came on standard input. Try: python -m puter login --with-token < FILE"
+            )
+            return 2
+        account = account_of(token, config)
+    else:
+        account = _login_with_browser(config, args.no_browser, args.port)
+    _keep(store, config, account)
+    return 0
+
+
+def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
+    import webbrowser
+
+    def show(url: str) -> None:
+        _say(
+            f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)..."
+        )
+
+    opener = None if no_browser else webbrowser.open
+    return browser_login(config, show=show, open_browser=opener, port=port)
+
+
+def _keep(store: AccountStore, config: Config, account: Account) -> None:
+    """Put an account into the store; a rest of its old token ends."""
+    is_new = store.add(account)
+    State(config.folder / STATE_NAME).clear_cooldowns(account.username)
+    _log.info(
+        "Auth: Account %s - %s", "added" if is_new else "renewed", account.username
+    )
+    kind = " (a temporary account)" if account.is_temporary else ""
+    count = len(store.accounts())
+    print(
+        f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
+    )
+
+
+def _import_accounts(store: AccountStore, path: Path) -> int:
+    """Merge another accounts file into ours, without the network."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be read ({error.strerror})", hint="Check the path."
+        ) from error
+    taken = [
+        _account_from(record) for record in parse_accounts(raw, str(path))["accounts"]
+    ]
+    if not taken:
+        print(f"{path} holds no account; nothing was changed.")
+        return 0
+    had_any = bool(store.accounts())
+    for account in taken:
+        is_new = store.add(account, activate=False)
+        print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
+    if not had_any:
+        store.switch(taken[0].username)
+    print(f"{len(taken)} account{'s' * (len(taken) > 1)} from {path}")
+    return 0
+
+
+def cmd_logout(args: Any) -> int:
+    """Forget an account, or all."""
+    store = AccountStore(Config.load().folder / ACCOUNTS_NAME)
+    if args.all:
+        gone = store.clear()
+    else:
+        active = store.active()
+        name = args.name or (active.username if active else None)
+        if name is None:
+            print("Nobody is signed in.")
+            return 0
+        gone = [store.remove(name)]
+    print(f"Forgot {', '.join(a.username for a in gone) or 'nobody'}.")
+    left = store.active()
+    if left:
+        print(f"The active account is {left.username}.")
+    if gone:
+        print(
+            "The token itself still works: revoke it on puter.com (Settings, Security)."
+        )
+    return 0
+
+
+def cmd_switch(args: Any) -> int:
+    """Make another account the active one."""
+    account = AccountStore(Config.load().folder / ACCOUNTS_NAME).switch(args.name)
+    _log.info("Auth: Switched account - %s", account.username)
+    print(f"The active account is {account.username}.")
+    return 0
+
+
+def cmd_status(args: Any) -> int:
+    """Who is signed in, and who rests."""
+    config = Config.load()
+    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    state = State(config.folder / STATE_NAME)
+    if args.clear_cooldowns:
+        print(f"Ended {state.clear_cooldowns()} rests.")
+        return 0
+    accounts, active = store.accounts(), store.active()
+    report = _status_report(accounts, active, state, time.time())
+    if args.json:
+        print(
+            json.dumps({"config_dir": str(config.folder), **report}, ensure_ascii=False)
+        )
+        return 0
+    if os.environ.get("PUTER_AUTH_TOKEN"):
+        print("PUTER_AUTH_TOKEN is set: its account is used, and none of these.")
+    for line in _status_lines(report, time.time()):
+        print(line)
+    if not accounts:
+        print(_not_signed_in_text(store))
+    return 0 if accounts or os.environ.get("PUTER_AUTH_TOKEN") else 1
+
+
+def _status_report(
+    accounts: Sequence[Account], active: Account | None, state: State, now: float
+) -> JSON:
+    """What `status` tells, as plain values."""
+    rests = state.cooldowns(now, {a.username: _token_mark(a.token) for a in accounts})
+    used = state.last_used_ms()
+    return {
+        "accounts": [
+            {
+                "username": a.username,
+                "active": active is not None and a.username == active.username,
+                "temporary": a.is_temporary,
+                "added_at_ms": a.added_at_ms,
+                "last_used_ms": used.get(a.username, a.last_used_ms),
+                "needs_login": any(
+                    c.account == a.username and c.reason == "login" for c in rests
+                ),
+            }
+            for a in accounts
+        ],
+        "cooldowns": [
+            {
+                "account": c.account,
+                "model": c.model or None,
+                "reason": c.reason,
+                "strikes": c.strikes,
+                "seconds_left": round(c.until_s - now, 1),
+            }
+            for c in rests
+            if c.reason != "login"
+        ],
+    }
+
+
+def _status_lines(report: JSON, now: float) -> Iterator[str]:
+    for account in report["accounts"]:
+        notes = ["temporary"] if account["temporary"] else []
+        notes += (
+            ["needs a new sign-in: python -m puter login"]
+            if account["needs_login"]
+            else []
+        )
+        notes.append(f"last used {_ago(account['last_used_ms'], now)}")
+        yield f"{'*' if account['active'] else ' '} {account['username']}  ({', '.join(notes)})"
+    for rest in report["cooldowns"]:
+        what = (
+            f"{rest['model']} on {rest['account']}"
+            if rest["model"]
+            else rest["account"]
+        )
+        yield f"  resting: {what}, {rest['seconds_left']:.0f} s left ({rest['reason']})"
+
+
+def _not_signed_in_text(store: AccountStore) -> str:
+    """How to sign in, or to bring along the accounts of the plugin."""
+    text = "Nobody is signed in. Sign in with: python -m puter login"
+    for folder in (Path.home() / ".config" / "opencode", Path.home() / ".opencode"):
+        path = folder / ACCOUNTS_NAME
+        if path.exists() and path != store.path:
+            return f"{text}\nOr take the plugin's accounts: python -m puter login --import {path}"
+    return text
+
+
+def cmd_whoami(args: Any) -> int:
+    """Whose token is in use, as the server says."""
+    with _client() as client:
+        told = _signed_in(client, client.whoami)
+    if args.json:
+        print(json.dumps(told, ensure_ascii=False))
+    else:
+        kind = " (temporary)" if told.get("is_temp") else ""
+        print(f"{told.get('username')}{kind}")
+    return 0
+
+
+def cmd_models(args: Any) -> int:
+    """The catalogue as a table."""
+    with _client() as client:
+        found = client.models(args.provider, True if args.free else None, args.refresh)
+    if args.search:
+        wanted = args.search.lower()
+        found = [
+            m for m in found if any(wanted in n.lower() for n in (*m.names(), m.name))
+        ]
+    if args.json:
+        print(json.dumps([_plain_values(m) for m in found], ensure_ascii=False))
+        return 0
+    head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
+    for line in _table([head, *map(_model_row, found)]):
+        print(line)
+    if not found:
+        _say("No model is like that.")
+    return 0
+
+
+def _model_row(model: Model) -> tuple[str, ...]:
+    tools = {True: "yes", False: "no", None: "?"}[model.tools]
+    context = f"{model.context:,}" if model.context else "?"
+    inputs = "+".join(model.inputs) if model.inputs else "?"
+    prices = (model.input_usd_per_million, model.output_usd_per_million)
+    shown = ["free" if model.free else "?" if p is None else f"{p:g}" for p in prices]
+    return (model.id, model.provider, context, inputs, tools, *shown)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of texts as lines with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+
+
+def _client() -> Puter:
+    """The client of a command; what the user should know of goes to stderr."""
+    client = Puter()
+    if not client.config.debug and not client.config.quiet_mode:
+        log_to_stderr(logging.WARNING)
+    return client
+
+
+def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
+    """Do the work; offer a login to a person who is not signed in."""
+    try:
+        return work()
+    except AuthError:
+        if client.accounts or not _may_ask():
+            raise
+    _say("You are not signed in.")
+    if input("Sign in with the browser now? [Y/n] ").strip().lower() not in (
+        "",
+        "y",
+        "yes",
+    ):
+        raise AuthError("You are not signed in")
+    account = _login_with_browser(client.config, False, LOGIN_PORT)
+    _keep(client.store, client.config, account)
+    return work()
+
+
+def _may_ask() -> bool:
+    """Whether somebody sits at a terminal who could answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def _piped_text(wait: bool) -> str:
+    """What a pipe or file holds on stdin, "" at a terminal; raises `BadRequestError`.
+
+    With a prompt given (`wait` false), a pipe that stays silent is left alone, and said so.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    if not wait and not _has_input(IDLE_STDIN_S):
+        _say(
+            _dim(
+                "standard input is silent and was left alone (use - as the prompt to wait)"
+            )
+        )
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadRequestError(
+            "Standard input is no UTF-8 text", hint="Pipe text."
+        ) from error
+
+
+def _has_input(patience_s: float) -> bool:
+    """Whether stdin has something to read, or has ended; files always have."""
+    import select
+
+    try:
+        return bool(select.select([sys.stdin], [], [], patience_s)[0])
+    except (
+        OSError,
+        ValueError,
+    ):  # no socket on Windows: a pipe is read to its end there
+        return True
+
+
+def _ago(time_ms: int | None, now: float) -> str:
+    if not time_ms:
+        return "never"
+    seconds = max(0, int(now - time_ms / 1000))
+    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = seconds // size
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def _dim(text: str) -> str:
+    """The text in grey on a terminal that has colours."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
+
+
+def _say(text: str) -> None:
+    """A line for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
