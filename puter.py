@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -102,6 +102,7 @@ EXACT_TOOLS_TIMEOUT_S = 600.0
 RETRY_CAP_S = 30.0
 RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
 MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_LINE_BYTES = 32 * 1024 * 1024
 
 _log = logging.getLogger("puter")
@@ -1283,6 +1284,7 @@ class State:
 Messages = list[JSON]
 Prompt = str | Sequence[Mapping[str, Any]]
 Image = str | bytes | os.PathLike[str]
+File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
 _ROLES = {
     "system": "system",
@@ -1377,6 +1379,11 @@ def _checked_message(message: Any, index: int) -> JSON:
             raise BadRequestError(
                 f"{where}.content[{number}] is {_described(part)}, not an object",
                 hint='Write {"type": "text", "text": "…"}.',
+            )
+        if isinstance(part, Mapping) and part.get("type") == "input_audio":
+            raise BadRequestError(
+                f"{where}.content[{number}] is audio, which Puter's chat does not take",
+                hint="Send its text instead.",
             )
     if role == "tool" and not message.get("tool_call_id"):
         raise BadRequestError(
@@ -1557,7 +1564,7 @@ def needs_of(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Needs:
             characters += len(part.get("text") or "")
             if part.get("type") == "image_url":
                 kinds.add("image")
-            elif part.get("type") == "file":
+            elif part.get("type") == "file" and _is_pdf(part):
                 kinds.add("pdf")
     return Needs(bool(tools), frozenset(kinds), characters // 4)
 
@@ -1587,6 +1594,64 @@ def image_part(image: Image) -> JSON:
 
     encoded = base64.b64encode(data).decode("ascii")
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{encoded}"}}
+
+
+def file_part(file: File) -> JSON:
+    """A document as a part of a message, in OpenAI's shape: its name and a data URL.
+
+    `file` is a path, bytes, or (name, bytes). Raises `BadRequestError` when it cannot be
+    read, is empty, or is larger than `MAX_FILE_BYTES`.
+    """
+    import base64
+    import mimetypes
+
+    if isinstance(file, tuple):
+        name, data = file
+    else:
+        data, name = _bytes_of(file, "file")
+        name = "document.pdf" if isinstance(file, (bytes, bytearray)) else name
+    name = re.split(r"[/\\]", name)[-1] or "document"
+    if not data or len(data) > MAX_FILE_BYTES:
+        raise BadRequestError(
+            f"The file {name!r} is {len(data):,} bytes; nothing was sent",
+            hint=f"A file may be 1 to {MAX_FILE_BYTES:,} bytes.",
+        )
+    kind = "application/pdf" if data[:5] == b"%PDF-" else mimetypes.guess_type(name)[0]
+    encoded = base64.b64encode(data).decode("ascii")
+    url = f"data:{kind or 'application/octet-stream'};base64,{encoded}"
+    return {"type": "file", "file": {"filename": name, "file_data": url}}
+
+
+def _is_pdf(part: Mapping[str, Any]) -> bool:
+    given = part.get("file")
+    return isinstance(given, Mapping) and "pdf" in str(given.get("file_data"))[:30]
+
+
+def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, bytes, str]:
+    """(name, bytes, MIME type) of a part made by `file_part` or an OpenAI client.
+
+    Raises `BadRequestError` when it holds no file.
+    """
+    import base64
+
+    given = part.get("file")
+    data = given.get("file_data") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(data, str):
+        raise BadRequestError(
+            f"{where} has no file_data", hint="Send the file itself, as a data URL."
+        )
+    head, _, encoded = data.rpartition(",")
+    kind = re.match(r"data:([\w.+/-]+)", head)
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise BadRequestError(
+            f"{where} has a file_data that is no base64 ({error})",
+            hint="Write data:application/pdf;base64,….",
+        ) from None
+    mime = kind.group(1) if kind else "application/octet-stream"
+    name = str(given.get("filename") or "document.pdf")
+    return re.split(r"[/\\]", name)[-1] or "document.pdf", content, mime
 
 
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
@@ -2352,61 +2417,81 @@ _APP_ORIGIN = "http://localhost:19847"
 
 
 class _Handle:
-    """One call in flight, so that another thread can end it: before its headers, too."""
+    """One call in flight, so that another thread can end it: before its headers, too.
+
+    A connection knows the handle that it works for, so that a late `close` does not hit the
+    next call on the same connection.
+    """
 
     _local = threading.local()
+    _owners = threading.Lock()
 
     def __init__(self) -> None:
         self.closed = threading.Event()
-        self.connection: Any = None  # the urllib3 connection that carries the call
-        self.socket: Any = None
+        self._connection: Any = None  # the urllib3 connection that carries the call
+        self._socket: Any = None
 
     def close(self) -> None:
         """End the call: a thread that waits for its bytes wakes up."""
         self.closed.set()
-        sock = self.socket or getattr(self.connection, "sock", None)
-        if sock is not None:
-            import socket
+        with self._owners:
+            connection = self._connection
+            if connection is None or connection.owner is not self:
+                return
+            sock = self._socket or connection.sock
+            if sock is not None:
+                import socket
 
-            with suppress(OSError):  # it may be closed already
-                sock.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # it may be closed already
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def settimeout(self, seconds: float) -> None:
         """Bound the wait for the next byte."""
-        if self.socket is not None:
-            with suppress(OSError):
-                self.socket.settimeout(seconds)
+        with self._owners:
+            if self._socket is not None and self._connection.owner is self:
+                with suppress(OSError):
+                    self._socket.settimeout(seconds)
 
-    @classmethod
     @contextmanager
-    def carried(cls, handle: _Handle | None) -> Iterator[None]:
+    def carried(self) -> Iterator[None]:
         """Tell the connection that this thread is about to use whom it works for."""
-        cls._local.handle = handle
+        self._local.handle = self
         try:
             yield
         finally:
-            cls._local.handle = None
+            self._local.handle = None
+
+    def _takes(self, connection: Any) -> None:
+        with self._owners:
+            connection.owner, self._connection, self._socket = self, connection, None
+
+    def _waits(self, connection: Any) -> None:
+        with self._owners:
+            self._socket = connection.sock
+        if self.closed.is_set():
+            raise ConnectionAbortedError("closed by its owner")
 
     @classmethod
     def tracked(cls, connection_class: type[Any]) -> type[Any]:
         """A urllib3 connection class that reports its socket to the handle of its thread."""
 
         class Tracked(connection_class):  # type: ignore[misc]
-            is_tracked = True
+            owner: Any = None
 
             def request(self, *args: Any, **kwargs: Any) -> None:
                 handle = getattr(cls._local, "handle", None)
                 if handle is not None:
-                    handle.connection = self
-                    handle.socket = None
+                    handle._takes(self)
+                if self.sock is not None:
+                    self.sock.settimeout(
+                        self.timeout
+                    )  # the last call may have lowered it
                 super().request(*args, **kwargs)
 
             def getresponse(self) -> Any:
                 handle = getattr(cls._local, "handle", None)
                 if handle is not None:
-                    handle.socket = self.sock
-                    if handle.closed.is_set():
-                        raise ConnectionAbortedError("closed by its owner")
+                    handle._waits(self)
                 return super().getresponse()
 
         return Tracked
@@ -2572,7 +2657,7 @@ class _Transport:
             data = _encoded(body)
             sent_headers["Content-Type"] = "application/json"
         try:
-            with _Handle.carried(handle):
+            with handle.carried():
                 response = self._session().request(
                     method,
                     url,
@@ -2653,7 +2738,7 @@ def _new_session() -> requests.Session:
     class Adapter(HTTPAdapter):
         def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
             pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-            if not hasattr(pool.ConnectionCls, "is_tracked"):
+            if not hasattr(pool.ConnectionCls, "owner"):
                 pool.ConnectionCls = _Handle.tracked(pool.ConnectionCls)
             return pool
 
@@ -2825,7 +2910,7 @@ class _Gate:
 class _Source:
     """A streaming reply as it arrives: chunks until there are none."""
 
-    def __init__(self, wire: _Wire, model: str) -> None:
+    def __init__(self, wire: _Wire, model: str, stack: ExitStack) -> None:
         self._wire = wire
         self.decoder: LineDecoder | EventDecoder
         self._pieces: Iterator[Any]
@@ -2834,6 +2919,7 @@ class _Source:
         else:
             self.decoder, self._pieces = LineDecoder(model), wire.pieces()
         self.first = self.read()
+        self._stack = stack.pop_all()  # closes the wire and deletes uploaded files
 
     def read(self) -> list[Chunk]:
         """The next chunks, [] at the end; raises our errors."""
@@ -2860,7 +2946,7 @@ class _Source:
         return self.decoder.reply()
 
     def close(self) -> None:
-        self._wire.close()
+        self._stack.close()
 
 
 class _WholeSource:
@@ -3068,6 +3154,7 @@ class Puter:
         model: str | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
+        files: Sequence[File] = (),
         tools: Sequence[Any] | None = None,
         fallback: bool = True,
         timeout_ms: int | None = None,
@@ -3080,6 +3167,8 @@ class Puter:
             model: an id or alias of the catalogue; default `default_model`, else a cheap one.
             system: a system text put in front.
             images: paths, bytes or URLs, shown with the last user message.
+            files: PDFs and other documents, as paths, bytes or (name, bytes): uploaded to
+                the account's storage, used, and deleted again.
             tools: JSON schemas of functions, in OpenAI's shape.
             fallback: whether free models may answer when the asked one cannot.
             timeout_ms: longest silence of the server; default `api_timeout_ms`.
@@ -3088,16 +3177,9 @@ class Puter:
         Raises the `PuterError` of the first attempt that failed when none could answer.
         """
         ask = self._ask(
-            prompt, model, system, images, tools, fallback, timeout_ms, args
+            prompt, model, system, images, files, tools, fallback, timeout_ms, args
         )
-        walked = self._walk(ask, _Handle(), self._complete)
-        walked.release()
-        reply: Reply = walked.result
-        reply = replace(
-            reply, account=walked.account.username, attempts=walked.attempts
-        )
-        self._log_end(reply)
-        return reply
+        return self._answer(ask, _Handle())
 
     def stream(
         self,
@@ -3106,6 +3188,7 @@ class Puter:
         model: str | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
+        files: Sequence[File] = (),
         tools: Sequence[Any] | None = None,
         fallback: bool = True,
         timeout_ms: int | None = None,
@@ -3117,7 +3200,7 @@ class Puter:
         After that nothing is tried again, and a broken answer is a `StreamError`.
         """
         ask = self._ask(
-            prompt, model, system, images, tools, fallback, timeout_ms, args
+            prompt, model, system, images, files, tools, fallback, timeout_ms, args
         )
         return Stream(self, replace(ask, streaming=True))._start()
 
@@ -3174,6 +3257,17 @@ class Puter:
         )
 
     # ---- the walk over models and accounts ----
+
+    def _answer(self, ask: _Ask, handle: _Handle) -> Reply:
+        """The whole reply to a request; another thread may close the handle."""
+        walked = self._walk(ask, handle, self._complete)
+        walked.release()
+        reply: Reply = walked.result
+        reply = replace(
+            reply, account=walked.account.username, attempts=walked.attempts
+        )
+        self._log_end(reply)
+        return reply
 
     def _walk(
         self,
@@ -3476,6 +3570,7 @@ class Puter:
         model: str | None,
         system: str | None,
         images: Sequence[Image],
+        files: Sequence[File],
         tools: Sequence[Any] | None,
         fallback: bool,
         timeout_ms: int | None,
@@ -3488,6 +3583,8 @@ class Puter:
             )
         if isinstance(images, (str, bytes, os.PathLike)):
             images = [images]
+        if isinstance(files, (str, bytes, os.PathLike)):
+            files = [files]
         if timeout_ms is not None and (
             not isinstance(timeout_ms, int) or timeout_ms <= 0
         ):
@@ -3495,11 +3592,13 @@ class Puter:
                 f"timeout_ms is {_described(timeout_ms)}",
                 hint="Give milliseconds, 1 or more.",
             )
-        parts = [image_part(image) for image in images]
+        parts = [*map(image_part, images), *map(file_part, files)]
         messages = wire_messages(messages_from(prompt, system, parts))
         schemas = tool_schemas(tools)
         name = model or self.config.default_model or DEFAULT_MODEL
         sent = {k: v for k, v in args.items() if v is not None}
+        needs = needs_of(messages, schemas)
+        self._check_inputs(name, needs)
         return _Ask(
             model=plain_model_name(name),
             args={
@@ -3507,7 +3606,7 @@ class Puter:
                 **({"tools": schemas} if schemas else {}),
                 **sent,
             },
-            needs=needs_of(messages, schemas),
+            needs=needs,
             fallback=fallback and self.config.fallback_enabled,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
@@ -3515,13 +3614,38 @@ class Puter:
     def _timeout_s(self, ask: _Ask) -> float:
         return ask.timeout_s or self.config.api_timeout_ms / 1000
 
+    def _check_inputs(self, name: str, needs: Needs) -> None:
+        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
+        if not needs.inputs:
+            return
+        try:
+            model, catalogue = self.model(name), self._models(False)
+        except PuterError as error:
+            _log.info("Not checked whether %s takes images or files: %s", name, error)
+            return
+        if model.inputs is None or needs.inputs <= set(model.inputs):
+            return
+        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
+        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
+        kinds = " and ".join(sorted(needs.inputs))
+        raise BadRequestError(
+            f"{model.id} takes {', '.join(model.inputs)}, but no {kinds}",
+            model=model.id,
+            hint=f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}.",
+        )
+
     def _complete(
         self, ask: _Ask, model: str, account: Account, handle: _Handle
     ) -> Reply:
         """One request for a whole reply."""
         timeout_s = self._timeout_s(ask)
-        answer = self._send(ask, model, account, handle, timeout_s, streaming=False)
+        with ExitStack() as stack:
+            ask = self._uploaded(ask, account, stack)
+            answer = self._send(ask, model, account, handle, timeout_s, streaming=False)
         assert isinstance(answer, _Answer)
+        return self._read_whole(answer, model, account)
+
+    def _read_whole(self, answer: _Answer, model: str, account: Account) -> Reply:
         body = body_of(answer, model, account.username)
         if self.config.api_style == "openai":
             return reply_from_openai(body, model)
@@ -3532,30 +3656,82 @@ class Puter:
     ) -> _Source | _WholeSource:
         """One request for a streaming reply, read up to its first chunk."""
         if self._must_be_exact(ask, model):
-            patient = replace(
-                ask, timeout_s=max(self._timeout_s(ask), EXACT_TOOLS_TIMEOUT_S)
-            )
+            patient_s = max(self._timeout_s(ask), EXACT_TOOLS_TIMEOUT_S)
+            patient = replace(ask, timeout_s=patient_s)
             return _WholeSource(self._complete(patient, model, account, handle))
-        started = time.monotonic()
-        answer = self._send(
-            ask, model, account, handle, self._timeout_s(ask), streaming=True
+        timeout_s, started = self._timeout_s(ask), time.monotonic()
+        with ExitStack() as stack:
+            ask = self._uploaded(ask, account, stack)
+            answer = self._send(ask, model, account, handle, timeout_s, streaming=True)
+            if isinstance(answer, _Answer):
+                return _WholeSource(self._read_whole(answer, model, account))
+            stack.callback(answer.close)
+            duration_ms = (time.monotonic() - started) * 1000
+            _log.info("Stream connected duration=%.0fms", duration_ms)
+            return _Source(answer, model, stack)
+
+    def _uploaded(self, ask: _Ask, account: Account, stack: ExitStack) -> _Ask:
+        """The request with its files put into the account's storage, until the stack ends."""
+        if self.config_is_gateway or not any(map(_has_file, ask.args["messages"])):
+            return ask
+        messages = []
+        for message in ask.args["messages"]:
+            if _has_file(message):
+                parts = [
+                    self._upload(part, account, stack) if _holds_file(part) else part
+                    for part in message["content"]
+                ]
+                message = {**message, "content": parts}
+            messages.append(message)
+        return replace(ask, args={**ask.args, "messages": messages})
+
+    def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
+        """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
+        name, data, mime = file_of(part)
+        owner = account.username
+        if self._token:  # the name of a given token's account is not known
+            owner = str(self._data("GET", "/whoami", account).get("username"))
+        operation = {
+            "op": "write",
+            "dedupe_name": True,
+            "overwrite": False,
+            "create_missing_ancestors": True,
+            "path": f"/{owner}/AppData/puter.py",
+            "name": name,
+            "item_upload_id": 0,
+        }
+        info = {"name": name, "type": mime, "size": len(data)}
+        form = [
+            ("fileinfo", (None, json.dumps(info))),
+            ("operation", (None, json.dumps(operation))),
+            ("file", (name, data, mime)),
+        ]
+        _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
+        answer = self._transport.call(
+            "POST", f"{self._api_origin()}/batch", token=account.token, files=form
         )
-        if isinstance(answer, _Answer):
-            body = body_of(answer, model, account.username)
-            read = (
-                reply_from_openai
-                if self.config.api_style == "openai"
-                else reply_from_driver
-            )
-            return _WholeSource(read(body, model))
-        _log.info(
-            "Stream connected duration=%.0fms", (time.monotonic() - started) * 1000
-        )
+        assert isinstance(answer, _Answer)
+        results = body_of(answer, None, account.username).get("results")
+        path = results[0].get("path") if isinstance(results, list) and results else None
+        if not isinstance(path, str):
+            raise ServerError(f"The server took {name!r}, but does not say where it is")
+        stack.callback(self._delete, path, account)
+        return {"type": "file", "puter_path": path}
+
+    def _delete(self, path: str, account: Account) -> None:
+        """Remove an uploaded file; the answer matters more, so a failure is only logged."""
         try:
-            return _Source(answer, model)
-        except BaseException:
-            answer.close()
-            raise
+            answer = self._transport.call(
+                "POST",
+                f"{self._api_origin()}/delete",
+                token=account.token,
+                body={"paths": [path]},
+            )
+            assert isinstance(answer, _Answer)
+            if answer.status >= 400:
+                raise error_from(answer.status, answer.data, account=account.username)
+        except PuterError as error:
+            _log.warning("%s could not be deleted from Puter: %s", path, error)
 
     def _must_be_exact(self, ask: _Ask, model: str) -> bool:
         """Whether streaming could lose tool calls, and the user wants none lost."""
@@ -3717,6 +3893,15 @@ class Puter:
 
 
 _OPENAI_PATH = "/puterai/openai/v1"
+
+
+def _holds_file(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "file" and "file" in part
+
+
+def _has_file(message: JSON) -> bool:
+    content = message.get("content")
+    return isinstance(content, list) and any(map(_holds_file, content))
 
 
 def _path_of(url: str) -> str:
@@ -4020,6 +4205,974 @@ def _callback_server(port: int) -> Any:
 # ======================================================================================
 # 11. openai server · uses: everything above but login
 # ======================================================================================
+SERVER_PORT = 11480
+MAX_REQUEST_BYTES = 32 * 1024 * 1024
+MAX_CONNECTIONS = 128
+IDLE_TIMEOUT_S = 75.0  # between two requests on a kept connection
+REQUEST_TIMEOUT_S = 30.0  # for the whole of a request to arrive
+DRAIN_TIMEOUT_S = 10.0  # for what runs when the server is told to stop
+
+# What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
+_PASSED_ON = (
+    *("temperature", "top_p", "reasoning_effort", "reasoning", "verbosity", "seed"),
+    *("tool_choice", "parallel_tool_calls", "response_format"),
+    *("presence_penalty", "frequency_penalty"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A chat completion that a client asks for, understood and checked."""
+
+    prompt: Messages
+    model: str
+    tools: list[JSON]
+    args: JSON
+    streaming: bool = False
+    include_usage: bool = False
+    stop: tuple[str, ...] = ()
+    wants_json: bool = False
+
+
+def completion_from(body: Any, default_model: str | None) -> Completion:
+    """A request in OpenAI's shape as a `Completion`; raises `BadRequestError`."""
+    if not isinstance(body, dict):
+        raise _wrong("the body is no JSON object", None)
+    model = body.get("model") or default_model
+    if not isinstance(model, str):
+        raise _wrong(
+            "you must name a model (or set default_model in puter.json)", "model"
+        )
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _wrong("messages must be a list with at least one message", "messages")
+    if body.get("n") not in (None, 1):
+        raise _wrong("n must be 1: ask several times for several answers", "n")
+    if body.get("functions"):
+        raise _wrong("functions are long gone: use tools", "functions")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise _wrong("stop must be a text or a list of texts", "stop")
+    options = body.get("stream_options") or {}
+    args = {k: body[k] for k in _PASSED_ON if body.get(k) is not None}
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    if limit is not None:
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+        args["max_tokens"] = limit
+    tools, order = _chosen_tools(
+        tool_schemas(body.get("tools")), args.get("tool_choice")
+    )
+    wanted = _json_order(body.get("response_format"))
+    return Completion(
+        prompt=_with_orders(messages, [o for o in (order, wanted) if o]),
+        model=model,
+        tools=tools,
+        args=args,
+        streaming=body.get("stream") is True,
+        include_usage=isinstance(options, dict)
+        and options.get("include_usage") is True,
+        stop=tuple(stop),
+        wants_json=bool(wanted),
+    )
+
+
+def _wrong(what: str, param: str | None) -> BadRequestError:
+    error = BadRequestError(f"Bad request: {what}", hint="", status=400)
+    error.code = f"invalid_{param}" if param else None
+    return error
+
+
+def _chosen_tools(tools: list[JSON], choice: Any) -> tuple[list[JSON], str]:
+    """(the tools to offer, an order for the system text): most providers know no tool_choice."""
+    if not tools or choice in (None, "auto"):
+        return tools, ""
+    if choice == "none":
+        return [], ""
+    if choice == "required":
+        return tools, "Answer by calling at least one of the functions."
+    named = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    chosen = [t for t in tools if t["function"]["name"] == named]
+    if not chosen:
+        raise _wrong(
+            f"tool_choice names {named!r}, which is not among the tools", "tool_choice"
+        )
+    return chosen, f"Answer by calling the function {named}."
+
+
+def _json_order(response_format: Any) -> str:
+    """What to ask for in the system text, since most providers know no response_format."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind == "json_object":
+        return (
+            "Answer with one JSON object and nothing else: no code fence, no remarks."
+        )
+    if kind == "json_schema":
+        schema = (response_format.get("json_schema") or {}).get("schema")
+        return (
+            "Answer with one JSON value and nothing else: no code fence, no remarks. "
+            f"It must match this JSON schema: {json.dumps(schema)}"
+        )
+    if kind not in (None, "text"):
+        raise _wrong(
+            f"response_format of type {kind!r} is not known", "response_format"
+        )
+    return ""
+
+
+def _with_orders(messages: list[Any], orders: Sequence[str]) -> Messages:
+    """The messages with a system message behind those that open the history."""
+    if not orders:
+        return messages
+    count = 0
+    while count < len(messages) and isinstance(messages[count], dict):
+        if messages[count].get("role") not in ("system", "developer"):
+            break
+        count += 1
+    order = {"role": "system", "content": "\n".join(orders)}
+    return [*messages[:count], order, *messages[count:]]
+
+
+class StopText:
+    """Ends a text at the first of some sequences, also when one spans several pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now; the start of what could become a sequence is held back."""
+        if not self._stops or self.found:
+            return "" if self.found else text
+        text, self._held = self._held + text, ""
+        places = [place for s in self._stops if (place := text.find(s)) >= 0]
+        if places:
+            self.found = True
+            return text[: min(places)]
+        keep = max(_overlap(text, s) for s in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """What was held back and turned out to be text."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text could be the start of the sequence."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def completion_head(kind: str, model: str, now: float) -> JSON:
+    """What every object of one answer begins with."""
+    return {
+        "id": f"chatcmpl-{os.urandom(12).hex()}",
+        "object": kind,
+        "created": int(now),
+        "model": model,
+    }
+
+
+def usage_object(usage: Usage) -> JSON | None:
+    """The usage in OpenAI's names, or None when the provider told nothing."""
+    if usage.input_tokens is None and usage.output_tokens is None:
+        return None
+    told: JSON = {
+        "prompt_tokens": usage.input_tokens or 0,
+        "completion_tokens": usage.output_tokens or 0,
+        "total_tokens": usage.total_tokens or 0,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+    }
+    return told if usage.cost_usd is None else {**told, "cost_usd": usage.cost_usd}
+
+
+def call_object(call: ToolCall) -> JSON:
+    """A tool call in OpenAI's shape; a client needs an id, so a missing one is made."""
+    return {
+        "id": call.id or f"call_{os.urandom(8).hex()}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        **({"extra_content": call.extra_content} if call.extra_content else {}),
+    }
+
+
+def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
+    """A whole `chat.completion`; raises `ReplyError` when JSON was wanted and is not."""
+    stop = StopText(asked.stop)
+    text = stop.feed(reply.text) + stop.rest()
+    if asked.wants_json and not reply.tool_calls and reply.finish_reason != "length":
+        text = json_text(text)
+    message: JSON = {"role": "assistant", "content": text or None, "refusal": None}
+    if not reply.tool_calls:
+        message["content"] = text
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    if reply.tool_calls:
+        message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
+    finish = "stop" if stop.found else reply.finish_reason
+    usage = usage_object(reply.usage)
+    return {
+        **completion_head("chat.completion", reply.model, now),
+        "choices": [
+            {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        ],
+        **({"usage": usage} if usage else {}),
+    }
+
+
+def json_text(text: str) -> str:
+    """The JSON of an answer, out of a code fence if need be; raises `ReplyError`."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+    inner = fenced.group(1) if fenced else text
+    try:
+        json.loads(inner)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(
+            f"The model was asked for JSON and answered something else ({error})",
+            raw=text,
+        ) from None
+    return inner
+
+
+def completion_frames(
+    chunks: Iterable[Chunk],
+    finish_reason: Callable[[], str],
+    asked: Completion,
+    head: JSON,
+) -> Iterator[JSON]:
+    """The frames of a streamed answer, as its chunks come.
+
+    `finish_reason` is asked when the chunks have ended. With a `stop` text found and no wish
+    for the usage, the rest of the chunks is not read.
+    """
+    if asked.include_usage:
+        head = {**head, "usage": None}
+
+    def frame(delta: JSON, finish: str | None = None) -> JSON:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**head, "choices": [choice]}
+
+    role: JSON = {"role": "assistant"}
+    stop, usage, calls = StopText(asked.stop), Usage(), 0
+    for chunk in chunks:
+        delta: JSON = {}
+        if chunk.type == "usage" and chunk.usage:
+            usage = chunk.usage
+        elif stop.found:
+            continue
+        elif chunk.type == "text" and (text := stop.feed(chunk.text)):
+            delta = {"content": text}
+        elif chunk.type == "reasoning":
+            delta = {"reasoning_content": chunk.text}
+        elif chunk.tool_call:
+            delta = {"tool_calls": [{"index": calls, **call_object(chunk.tool_call)}]}
+            calls += 1
+        if delta:
+            yield frame({**role, **delta})
+            role = {}
+        if stop.found and not asked.include_usage:
+            break
+    if held := stop.rest():
+        yield frame({**role, "content": held})
+        role = {}
+    yield frame(
+        {**role, "content": ""} if role else {},
+        "stop" if stop.found else finish_reason(),
+    )
+    told = usage_object(usage)
+    if asked.include_usage and told:
+        yield {**head, "choices": [], "usage": told}
+
+
+_STATUS_BY_KIND: tuple[tuple[type[PuterError], int, str], ...] = (
+    (ModelNotFoundError, 404, "invalid_request_error"),
+    (BadRequestError, 400, "invalid_request_error"),
+    (AuthError, 401, "authentication_error"),
+    (CreditError, 402, "insufficient_quota"),
+    (SubscriptionError, 402, "insufficient_quota"),
+    (AccessError, 403, "permission_error"),
+    (RateLimitError, 429, "rate_limit_error"),
+    (ModelRateLimitError, 429, "rate_limit_error"),
+    (AllAccountsOnCooldownError, 429, "rate_limit_error"),
+    (ProviderAuthError, 502, "server_error"),
+    (ModelUnavailableError, 503, "server_error"),
+    (RequestTimeoutError, 504, "server_error"),
+    (ReplyError, 502, "server_error"),
+    (StreamError, 502, "server_error"),
+    (NetworkError, 502, "server_error"),
+    (ServerError, 502, "server_error"),
+)
+_CODE_BY_KIND: tuple[tuple[type[PuterError], str], ...] = (
+    (ModelNotFoundError, "model_not_found"),
+    (AuthError, "not_signed_in"),
+    (RequestTimeoutError, "timeout"),
+    (AllAccountsOnCooldownError, "too_many_requests"),
+)
+
+
+def error_object(error: PuterError) -> tuple[int, JSON, dict[str, str]]:
+    """(status, body in OpenAI's shape, headers) for an error."""
+    status, kind = next(
+        ((s, k) for cls, s, k in _STATUS_BY_KIND if isinstance(error, cls)),
+        (500, "server_error"),
+    )
+    if isinstance(error, (BadRequestError, ServerError)) and (error.status or 0) >= 400:
+        status = error.status or status
+    code = next((c for cls, c in _CODE_BY_KIND if isinstance(error, cls)), None)
+    code = code if isinstance(error, ModelNotFoundError) else error.code or code
+    headers = {}
+    if status in (429, 503):
+        wait_s = error.retry_after_s
+        if wait_s is None:
+            wait_s = RATE_WINDOW_S if error.scope == "account" else 60.0
+        headers["Retry-After"] = str(max(1, int(wait_s + 0.999)))
+    param = code[len("invalid_") :] if code and code.startswith("invalid_") else None
+    if isinstance(error, ModelNotFoundError):
+        param = "model"
+    # A stream error's hint is about Python's `.reply`.
+    message = error.message if isinstance(error, StreamError) else str(error)
+    body = {"message": message, "type": kind, "param": param, "code": code}
+    return status, {"error": body}, headers
+
+
+def model_object(model: Model) -> JSON:
+    """A model in OpenAI's shape, with what else is known of it."""
+    created = 0
+    if model.released:
+        with suppress(ValueError):  # a date in a form of its own is no reason to fail
+            created = int(time.mktime(time.strptime(model.released[:10], "%Y-%m-%d")))
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": created,
+        "owned_by": model.provider or "puter",
+        "name": model.name,
+        "context_length": model.context,
+        "max_completion_tokens": model.max_tokens,
+        "free": model.free,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Gatekeeper:
+    """Who may call: decisions on the head of a request, without sockets."""
+
+    host: str
+    api_key: str | None = None
+    allowed_origins: frozenset[str] = frozenset()
+
+    def refusal(
+        self, path: str, host: str | None, origin: str | None, authorization: str
+    ) -> tuple[int, str, str] | None:
+        """(status, code, message) for a caller who may not; None for one who may."""
+        if not self._knows_host(host):
+            return (
+                403,
+                "forbidden_host",
+                f"This server does not answer to the name {host!r}",
+            )
+        if origin is not None and not self.allows_origin(origin, host):
+            return (
+                403,
+                "forbidden_origin",
+                f"Pages of {origin[:100]} may not call (--allow-origin lets them)",
+            )
+        if self.api_key is not None and path not in ("/", "/health"):
+            import hmac
+
+            given = authorization.encode("utf-8", "replace")
+            if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
+                return 401, "invalid_api_key", "The API key is wrong or missing"
+        return None
+
+    def _knows_host(self, host: str | None) -> bool:
+        """Against DNS rebinding; with an open bind the key is the guard."""
+        name = re.sub(r":\d+$", "", (host or "").lower())
+        bound = f"[{self.host}]" if ":" in self.host else self.host.lower()
+        return (
+            name in _LOOPBACK_NAMES or name == bound or self.host in ("0.0.0.0", "::")
+        )
+
+    def allows_origin(self, origin: str, host: str | None) -> bool:
+        """Whether a web page of this origin may call."""
+        own = origin.lower() == f"http://{(host or '').lower()}"
+        return own or not self.allowed_origins.isdisjoint((origin, "*"))
+
+
+class _Watch:
+    """One thread that looks at the sockets of running requests: who hung up, who is too slow."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[int, tuple[Any, float | None, Callable[[], None]]] = {}
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextmanager
+    def over(
+        self, sock: Any, act: Callable[[], None], within_s: float | None = None
+    ) -> Iterator[None]:
+        """While inside: act once when the client hangs up, or (`within_s`) is too slow."""
+        until = None if within_s is None else time.monotonic() + within_s
+        key = sock.fileno()
+        with self._lock:
+            self._entries[key] = (sock, until, act)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+            self._wake.set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._entries.pop(key, None)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed = True
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            with self._lock:
+                entries = dict(self._entries)
+                if not entries and not self._closed:
+                    self._wake.clear()
+            gone = _hung_up([s for s, until, _ in entries.values() if until is None])
+            now = time.monotonic()
+            for key, (sock, until, act) in entries.items():
+                if sock in gone if until is None else now > until:
+                    with self._lock:
+                        due = self._entries.get(key, (None,))[0] is sock
+                        if due:
+                            del self._entries[key]
+                    if due:
+                        act()
+            time.sleep(0.1)
+
+
+def _hung_up(sockets: Sequence[Any]) -> set[Any]:
+    """Those whose other side has closed; bytes that wait to be read say that it has not."""
+    import select
+    import socket
+
+    numbers = {s.fileno(): s for s in sockets if s.fileno() >= 0}
+    gone = {s for s in sockets if s.fileno() < 0}
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        for number in numbers:
+            poller.register(number, select.POLLIN)
+        readable = [number for number, _ in poller.poll(0)]
+    else:
+        readable = select.select(list(numbers), [], [], 0)[0] if numbers else []
+    for number in readable:
+        try:
+            if not numbers[number].recv(1, socket.MSG_PEEK):
+                gone.add(numbers[number])
+        except OSError:
+            gone.add(numbers[number])
+    return gone
+
+
+class OpenAIServer:
+    """An OpenAI-compatible HTTP server on one shared `Puter` client.
+
+    Args:
+        client: the client that asks Puter; it stays the caller's to close.
+        host, port: where to listen; port 0 takes a free one. A host other than this computer
+            needs an `api_key`, else `ConfigError`.
+        api_key: what callers must send as a bearer token; None takes anything.
+        allowed_origins: web origins whose pages may call ("*" for all).
+        max_connections: more at once are turned away with 503.
+
+    Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
+    """
+
+    def __init__(
+        self,
+        client: Puter,
+        host: str = "127.0.0.1",
+        port: int = SERVER_PORT,
+        api_key: str | None = None,
+        allowed_origins: Iterable[str] = (),
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        if (
+            f"[{host}]" not in _LOOPBACK_NAMES
+            and host not in _LOOPBACK_NAMES
+            and not api_key
+        ):
+            raise ConfigError(
+                f"Listening on {host} without an API key would let everybody on the network use "
+                "your account",
+                hint="Add --api-key, or listen on 127.0.0.1.",
+            )
+        self.client = client
+        self.gatekeeper = Gatekeeper(host, api_key, frozenset(allowed_origins))
+        self.watch = _Watch()
+        self.stopping = threading.Event()
+        self.busy = 0
+        self._idle = threading.Condition()
+        self._server = _openai_http_server(self, host, port, max_connections)
+        self.port: int = self._server.server_address[1]
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.port}/v1"
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> OpenAIServer:  # noqa: PYI034
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(0)
+
+    def start(self) -> OpenAIServer:
+        """Answer requests on a thread of its own."""
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
+        """Take no more work, let what runs end for so many seconds, then close."""
+        self.stopping.set()
+        self._server.shutdown()
+        with self._idle:
+            self._idle.wait_for(lambda: self.busy == 0, drain_s)
+        self._server.close_connections()
+        self._server.server_close()
+        self.watch.close()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts a request that is being answered."""
+        with self._idle:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self.busy -= 1
+                self._idle.notify_all()
+
+
+def _openai_http_server(
+    app: OpenAIServer, host: str, port: int, max_connections: int
+) -> Any:
+    """The standard library's threading server, with our handler and limits."""
+    import socket
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    handler = type("Handler", (_OpenAIHandler, BaseHTTPRequestHandler), {"app": app})
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    own = {"address_family": family, "max_connections": max_connections}
+    return type("Server", (_BoundedServer, ThreadingHTTPServer), own)(
+        (host, port), handler
+    )
+
+
+class _BoundedServer:
+    """What the OpenAI server adds to `ThreadingHTTPServer`: no more than so many connections."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+    allow_reuse_address = os.name != "nt"  # on Windows it would share a taken port
+    max_connections = MAX_CONNECTIONS
+    socket: Any
+    server_address: Any
+
+    def __init__(self, *args: Any) -> None:
+        self._open: set[Any] = set()
+        self._lock = threading.Lock()
+        super().__init__(*args)
+
+    def server_bind(self) -> None:
+        """As the base class, but without its look-up of the host's full name."""
+        import socket
+
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, unless there are too many."""
+        import socket
+
+        with self._lock:
+            full = len(self._open) >= self.max_connections
+            if not full:
+                self._open.add(request)
+        if full:
+            self._turn_away(request)
+        else:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            super().process_request(request, client_address)  # type: ignore[misc]
+
+    def _turn_away(self, request: Any) -> None:
+        message = f"All {self.max_connections} connections are in use"
+        body = json.dumps(_error_body(message, "server_error", "overloaded")).encode()
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nRetry-After: 2\r\nConnection: close\r\n\r\n"
+        )
+        with suppress(OSError):  # who is turned away may be gone already
+            request.settimeout(1)
+            request.sendall(head.encode() + body)
+        super().shutdown_request(request)  # type: ignore[misc]
+
+    def shutdown_request(self, request: Any) -> None:
+        """A connection is over."""
+        with self._lock:
+            self._open.discard(request)
+        super().shutdown_request(request)  # type: ignore[misc]
+
+    def close_connections(self) -> None:
+        """Hang up on everybody."""
+        import socket
+
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A fault of ours: into the log, with its traceback."""
+        _log.error("A connection failed", exc_info=True)
+
+
+def _error_body(message: str, kind: str, code: str | None) -> JSON:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+_ROUTES = {
+    "/": ("GET", "HEAD"),
+    "/health": ("GET", "HEAD"),
+    "/v1/models": ("GET", "HEAD"),
+    "/v1/chat/completions": ("POST",),
+}
+
+
+class _OpenAIHandler:
+    """Reads a request, asks the functions above, and writes; mixed into the library's handler."""
+
+    app: OpenAIServer
+    command: str
+    path: str
+    headers: Any
+    connection: Any
+    rfile: Any
+    wfile: Any
+    request_version: str
+    parse_request: Callable[[], bool]
+    send_response: Callable[[int], None]
+    send_header: Callable[[str, str], None]
+    end_headers: Callable[[], None]
+    protocol_version = "HTTP/1.1"
+    server_version = f"puter.py/{__version__}"
+    sys_version = ""
+    wbufsize = 64 * 1024  # one packet for head and body; streams flush each frame
+    timeout = IDLE_TIMEOUT_S
+
+    def handle_one_request(self) -> None:
+        """As the base class, with a time limit for the whole request, and one router."""
+        self.close_connection = True
+        self.sent = False
+        self.connection.settimeout(IDLE_TIMEOUT_S)
+        try:
+            if not self.rfile.peek(1) or self.app.stopping.is_set():
+                return
+            with self.app.watch.over(self.connection, self._hang_up, REQUEST_TIMEOUT_S):
+                self.raw_requestline = self.rfile.readline(65_537)
+                if len(self.raw_requestline) > 65_536:
+                    self._wrong(414, "The address is too long")
+                    return
+                if not self.parse_request():
+                    return
+                refused, body = self._read()
+            if not refused:
+                with self.app.working():
+                    self._route(body)
+            self.wfile.flush()
+        except (TimeoutError, ConnectionError, OSError):
+            self.close_connection = True  # the client is gone or stuck: nobody to tell
+
+    def _hang_up(self) -> None:
+        import socket
+
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> tuple[bool, bytes]:
+        """(whether it was refused, the body): checks the caller before reading."""
+        path = self.path.partition("?")[0]
+        refusal = self.app.gatekeeper.refusal(
+            path,
+            self.headers.get("Host"),
+            self.headers.get("Origin"),
+            self.headers.get("Authorization", ""),
+        )
+        is_preflight = self.command == "OPTIONS" and self.headers.get("Origin")
+        if refusal and not (is_preflight and refusal[0] == 401):
+            status, code, message = refusal
+            kind = "authentication_error" if status == 401 else "permission_error"
+            self.close_connection = True
+            self._json(status, _error_body(message, kind, code))
+            return True, b""
+        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+            return self._wrong(411, "Send a Content-Length"), b""
+        length = self.headers.get("Content-Length", "0")
+        if not length.isascii() or not length.isdigit():
+            return self._wrong(400, "Content-Length is no number"), b""
+        if int(length) > MAX_REQUEST_BYTES:
+            return self._wrong(
+                413, f"A request may hold {MAX_REQUEST_BYTES} bytes"
+            ), b""
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ConnectionAbortedError(
+                "the client hung up in the middle of its request"
+            )
+        return False, body
+
+    def _route(self, body: bytes) -> None:
+        """Find what answers; a failure before the first byte is a status of its own."""
+        from urllib.parse import unquote
+
+        path = unquote(self.path.partition("?")[0])
+        try:
+            if self.command == "OPTIONS" and self.headers.get("Origin"):
+                self._send(204, b"", "text/plain")
+            elif path.startswith("/v1/models/") and self.command in ("GET", "HEAD"):
+                found = self.app.client.model(path[len("/v1/models/") :])
+                self._json(200, model_object(found))
+            elif path not in _ROUTES and not path.startswith("/v1/models/"):
+                self._wrong(
+                    404,
+                    f"There is no {path[:200]} here; the base is /v1",
+                    close=False,
+                )
+            elif self.command not in _ROUTES.get(path, ("GET", "HEAD")):
+                allowed = ", ".join(_ROUTES.get(path, ("GET", "HEAD")))
+                self._wrong(
+                    405,
+                    f"{self.command[:20]} is not for {path[:200]}",
+                    {"Allow": allowed},
+                    close=False,
+                )
+            elif path == "/v1/chat/completions":
+                self._complete(body)
+            elif path == "/v1/models":
+                data = [model_object(m) for m in self.app.client.models()]
+                self._json(200, {"object": "list", "data": data})
+            else:
+                status = {
+                    "status": "ok",
+                    "version": __version__,
+                    "base_url": self.app.url,
+                }
+                self._json(200, status)
+        except PuterError as error:
+            self._fail(error)
+        except (TimeoutError, ConnectionError, OSError):
+            raise
+        except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
+            _log.exception("A request could not be answered")
+            self._fail(PuterError("An internal error of puter.py; its log says more"))
+
+    def _complete(self, body: bytes) -> None:
+        """Answer a chat completion, as a whole or as a stream."""
+        asked = completion_from(_json_body(body), self.app.client.config.default_model)
+        ask = self.app.client._ask(
+            asked.prompt,
+            asked.model,
+            None,
+            (),
+            (),
+            asked.tools,
+            True,
+            None,
+            asked.args,
+        )
+        if asked.streaming and not asked.wants_json:
+            self._stream(asked, Stream(self.app.client, replace(ask, streaming=True)))
+            return
+        handle = _Handle()
+        with self.app.watch.over(self.connection, handle.close):
+            reply = self.app.client._answer(ask, handle)
+        whole = completion_object(reply, asked, time.time())
+        if asked.streaming:
+            self._stream_of(asked, chunks_of(_as_answered(reply, whole)), reply, None)
+        else:
+            self._json(200, whole, _answer_headers(reply))
+
+    def _stream(self, asked: Completion, stream: Stream) -> None:
+        with stream, self.app.watch.over(self.connection, stream.close):
+            stream._start()
+            self._stream_of(asked, stream, stream, stream)
+
+    def _stream_of(
+        self,
+        asked: Completion,
+        chunks: Iterable[Chunk],
+        who: Reply | Stream,
+        stream: Stream | None,
+    ) -> None:
+        """Write frames as Server-Sent Events; a failure becomes the last frame."""
+
+        def finish_reason() -> str:
+            return stream.reply.finish_reason if stream else _finish_of(who)
+
+        head = completion_head("chat.completion.chunk", who.model, time.time())
+        self._begin_events(_answer_headers(who))
+        try:
+            for frame in completion_frames(chunks, finish_reason, asked, head):
+                self._event(json.dumps(frame))
+        except PuterError as error:
+            # No [DONE] and no proper end of the body: nobody may take it for whole.
+            self._event(json.dumps(error_object(error)[1]))
+            self.close_connection = True
+            return
+        self._event("[DONE]")
+        self._end_events()
+
+    def _begin_events(self, headers: Mapping[str, str]) -> None:
+        self.sent = True
+        self.chunked = self.request_version != "HTTP/1.0"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-cache")
+        if self.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.close_connection = True
+        self._end_head(headers)
+
+    def _event(self, data: str) -> None:
+        event = f"data: {data}\n\n".encode()
+        self.wfile.write(
+            b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event
+        )
+        self.wfile.flush()
+
+    def _end_events(self) -> None:
+        if self.chunked:
+            self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
+
+    def _fail(self, error: PuterError) -> None:
+        status, body, headers = error_object(error)
+        _log.info("Server: %d %s", status, error.message)
+        if not self.sent:
+            self._json(status, body, headers)
+
+    def _wrong(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        close: bool = True,
+    ) -> bool:
+        self.close_connection = self.close_connection or close
+        self._json(status, _error_body(message, "invalid_request_error", None), headers)
+        return True
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """The base class's own refusals (a broken head), in OpenAI's shape."""
+        self._wrong(int(code), message or "The request cannot be read")
+
+    def _json(
+        self, status: int, body: JSON, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._send(status, json.dumps(body).encode(), "application/json", headers)
+
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sent = True
+        self.send_response(status)
+        if status != 204:
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self._end_head(headers or {})
+        if getattr(self, "command", None) != "HEAD":
+            self.wfile.write(body)
+        self.wfile.flush()
+
+    def _end_head(self, headers: Mapping[str, str]) -> None:
+        for name, value in {**headers, **self._cors()}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _cors(self) -> dict[str, str]:
+        """Headers for a page that may call."""
+        headers: Any = getattr(self, "headers", None) or {}
+        origin, host = headers.get("Origin"), headers.get("Host")
+        if origin is None or not self.app.gatekeeper.allows_origin(origin, host):
+            return {}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+            "Access-Control-Allow-Headers": "authorization, content-type, x-stainless-*",
+            "Access-Control-Expose-Headers": "x-puter-model, x-puter-account",
+            "Vary": "Origin",
+        }
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("Server: %s", format % args)
+
+
+def _json_body(body: bytes) -> Any:
+    """The JSON of a request; raises `BadRequestError` for what is none, or nested too deeply."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(f"the body is not valid JSON ({error})", None) from None
+
+
+def _as_answered(reply: Reply, whole: JSON) -> Reply:
+    """The reply with the text that its completion object carries (cut, or out of its fence)."""
+    choice = whole["choices"][0]
+    return replace(
+        reply,
+        text=choice["message"]["content"] or "",
+        finish_reason=choice["finish_reason"],
+    )
+
+
+def _finish_of(who: Reply | Stream) -> str:
+    return who.finish_reason if isinstance(who, Reply) else who.reply.finish_reason
+
+
+def _answer_headers(who: Reply | Stream) -> dict[str, str]:
+    """Who answered; of the account's name only the first letters."""
+    name = who.account[: min(3, max(1, len(who.account) // 2))]
+    return {
+        "x-puter-model": _header_text(who.model),
+        "x-puter-account": _header_text(f"{name}..."),
+        "x-puter-attempts": str(len(who.attempts)),
+    }
+
+
+def _header_text(text: str) -> str:
+    return re.sub(r"[^ -~]", "?", text)
 
 
 # ======================================================================================
@@ -4099,6 +5252,7 @@ def build_parser() -> Any:
     _add_ask(command)
     _add_accounts(command)
     _add_catalogue(command)
+    _add_serve(command)
     return parser
 
 
@@ -4170,6 +5324,33 @@ def _add_catalogue(command: Callable[..., Any]) -> None:
         "--refresh", action="store_true", help="ask the server even if cached"
     )
     models.add_argument("--json", action="store_true", help="a JSON list")
+
+
+def _add_serve(command: Callable[..., Any]) -> None:
+    serve = command("serve", cmd_serve, "serve other programs with your account")
+    kind = serve.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--openai", action="store_true", help="an OpenAI-compatible server"
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (%(default)s)"
+    )
+    serve.add_argument("--port", type=int, default=SERVER_PORT, help="(%(default)s)")
+    serve.add_argument("--api-key", metavar="K", help="what callers must send")
+    serve.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web origin whose pages may call; may be given several times",
+    )
+    serve.add_argument(
+        "--max-connections",
+        type=int,
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="more at once are turned away (%(default)s)",
+    )
 
 
 def cmd_ask(args: Any) -> int:
@@ -4510,6 +5691,54 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(
             cell.ljust(width) for cell, width in zip(row, widths, strict=True)
         ).rstrip()
+
+
+def cmd_serve(args: Any) -> int:
+    """Run a server until it is told to stop."""
+    import signal
+
+    stop = threading.Event()
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), lambda *_: stop.set())
+    key = args.api_key or os.environ.get("PUTER_SERVER_API_KEY") or None
+    with _client() as client:
+        try:
+            server = OpenAIServer(
+                client,
+                args.host,
+                args.port,
+                key,
+                args.allow_origin,
+                args.max_connections,
+            )
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            _say(
+                f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port."
+            )
+            return 1
+        server.start()
+        _announce(server, client, key)
+        while not stop.wait(
+            0.5
+        ):  # in short waits: a signal cannot end a long one everywhere
+            pass
+        _say("Stopping; what runs may end within 10 s.")
+        server.stop()
+    return 0
+
+
+def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
+    """Tell where the server is and how a client is set up for it."""
+    print(f"OpenAI-compatible server: {server.url}", flush=True)
+    shown = "the one you gave" if key else "anything, such as puter"
+    print(f"For your client: base URL {server.url}, API key {shown}.", flush=True)
+    if not client.accounts:
+        print("Nobody is signed in yet: python -m puter login", flush=True)
+    try:
+        print(f"{len(client.models())} models; Ctrl-C stops.", flush=True)
+    except PuterError as error:
+        _say(f"The model list cannot be had now: {error}")
 
 
 def _client() -> Puter:
