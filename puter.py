@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -508,6 +509,11 @@ class Credit:
     used: float
     by_api: dict[str, tuple[float, float, int]] = field(default_factory=dict)
     raw: JSON = field(default_factory=dict, repr=False)
+
+
+def _plain_values(value: Any) -> JSON:
+    """A dataclass as a dict of its fields."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 # ======================================================================================
@@ -2388,6 +2394,12 @@ def find_model(name: str, candidates: Sequence[Model]) -> Model:
     )
 
 
+def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
+    """The models that have the text in one of their names, in any case."""
+    wanted = (text or "").lower()
+    return [m for m in models if any(wanted in n.lower() for n in (*m.names(), m.name))]
+
+
 def plain_model_name(name: str) -> str:
     """The name as Puter takes it: without the `puter/` that other tools put in front."""
     stripped = name.strip()
@@ -3235,20 +3247,25 @@ class Puter:
         data: JSON = self._data("GET", "/whoami", account)
         return data
 
-    def usage(self) -> Credit:
-        """What the account in use may still spend this month."""
-        account = self._first_account()
+    def usage(self, account: str | None = None) -> Credit:
+        """What an account may still spend this month; by default the one in use."""
+        holder = self._first_account(account)
         try:
-            return credit_from(self._data("GET", "/metering/usage", account))
+            return credit_from(self._data("GET", "/metering/usage", holder))
         except BadRequestError as error:
             if error.status != 404:
                 raise
-            return credit_from(self._data("GET", "/auth/get-monthly-usage", account))
+            return credit_from(self._data("GET", "/auth/get-monthly-usage", holder))
 
     @property
     def accounts(self) -> list[Account]:
         """The accounts that this client may use, in order."""
         return self._usable_accounts()
+
+    @property
+    def active_account(self) -> Account | None:
+        """The account that the next call goes to first, resting or not; None if there is none."""
+        return self._first_account() if self._usable_accounts() else None
 
     def cooldowns(self) -> list[Cooldown]:
         """Who rests now, as all processes have learned it."""
@@ -3543,13 +3560,18 @@ class Puter:
             return None
         return self._stored()[1]
 
-    def _first_account(self) -> Account:
-        """The account for a question about itself: the active one, resting or not."""
+    def _first_account(self, name: str | None = None) -> Account:
+        """The account of this name, else the one in use, resting or not."""
         accounts = self._usable_accounts()
         if not accounts:
             raise AuthError("You are not signed in")
-        name = self._current or self._active_name()
-        return next((a for a in accounts if a.username == name), accounts[0])
+        if name is not None and name not in [a.username for a in accounts]:
+            raise AuthError(
+                f"No account is called {name!r}",
+                hint="`python -m puter status` lists them.",
+            )
+        wanted = name or self._current or self._active_name()
+        return next((a for a in accounts if a.username == wanted), accounts[0])
 
     @staticmethod
     def _token_marks(accounts: Iterable[Account]) -> dict[str, str]:
@@ -5178,6 +5200,695 @@ def _header_text(text: str) -> str:
 # ======================================================================================
 # 12. mcp server · uses: everything above but login and the openai server
 # ======================================================================================
+# The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
+MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+MCP_STATELESS_VERSION = "2026-07-28"
+MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives a call up after 60 s without progress
+_MCP_META = "io.modelcontextprotocol/"
+_MCP_BATCH_VERSION = "2025-03-26"  # the only one with batches
+_MCP_TICK_S = 5.0
+_MCP_MODELS_TTL_MS = 3_600_000
+_EMPTY_LISTS = {
+    "prompts/list": "prompts",
+    "resources/list": "resources",
+    "resources/templates/list": "resourceTemplates",
+}
+
+_MCP_MODEL_KEYS = (
+    *("id", "name", "provider", "context", "max_tokens", "inputs", "tools", "free"),
+    *("input_usd_per_million", "output_usd_per_million"),
+)
+_NULLABLE_NUMBER = {"type": ["number", "null"]}
+_NULLABLE_TEXT = {"type": ["string", "null"]}
+_NULLABLE_FLAG = {"type": ["boolean", "null"]}
+
+
+def _object_schema(required: Sequence[str] = (), **properties: JSON) -> JSON:
+    schema: JSON = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+    return {**schema, "required": list(required)} if required else schema
+
+
+MCP_TOOLS: list[JSON] = [
+    {
+        "name": "puter-chat",
+        "title": "Ask a model",
+        "description": "Ask one of the 500+ AI models of Puter.com (Claude, GPT, Gemini, "
+        "DeepSeek, ...) and get its answer. puter-models lists them.",
+        "inputSchema": _object_schema(
+            ["message"],
+            message={"type": "string", "description": "What to ask."},
+            model={"type": "string", "description": "A model's id or alias."},
+            system={"type": "string", "description": "A system text."},
+            temperature={"type": "number", "minimum": 0, "maximum": 2},
+            max_tokens={
+                "type": "integer",
+                "minimum": 1,
+                "description": "Longest answer.",
+            },
+        ),
+        "outputSchema": _object_schema(
+            ["text", "model", "account", "finish_reason", "partial", "usage"],
+            text={"type": "string"},
+            reasoning={"type": "string"},
+            model={"type": "string", "description": "The model that answered."},
+            account={"type": "string"},
+            finish_reason={"type": "string"},
+            partial={"type": "boolean", "description": "Cut off by the time limit."},
+            usage={"type": "object"},
+        ),
+    },
+    {
+        "name": "puter-models",
+        "title": "List models",
+        "description": "List the AI models that puter-chat can ask, with their prices.",
+        "inputSchema": _object_schema(
+            provider={
+                "type": "string",
+                "description": "Such as anthropic, openai, google.",
+            },
+            free={
+                "type": "boolean",
+                "description": "Only free (true) or paid (false) ones.",
+            },
+            search={"type": "string", "description": "Only those with this in a name."},
+        ),
+        "outputSchema": _object_schema(
+            ["models", "count"],
+            count={"type": "integer"},
+            models={
+                "type": "array",
+                "items": _object_schema(
+                    ["id", "free"],
+                    id={"type": "string"},
+                    name={"type": "string"},
+                    provider={"type": "string"},
+                    context=_NULLABLE_NUMBER,
+                    max_tokens=_NULLABLE_NUMBER,
+                    inputs={"type": ["array", "null"], "items": {"type": "string"}},
+                    tools=_NULLABLE_FLAG,
+                    free={"type": "boolean"},
+                    input_usd_per_million=_NULLABLE_NUMBER,
+                    output_usd_per_million=_NULLABLE_NUMBER,
+                ),
+            },
+        ),
+    },
+    {
+        "name": "puter-account",
+        "title": "Show the accounts",
+        "description": "Show the signed-in Puter accounts and the credit that each has left.",
+        "inputSchema": _object_schema(),
+        "outputSchema": _object_schema(
+            ["accounts"],
+            accounts={
+                "type": "array",
+                "items": _object_schema(
+                    ["username", "active"],
+                    username={"type": "string"},
+                    active={"type": "boolean"},
+                    temporary={"type": "boolean"},
+                    unit=_NULLABLE_TEXT,
+                    remaining=_NULLABLE_NUMBER,
+                    allowance=_NULLABLE_NUMBER,
+                    error=_NULLABLE_TEXT,
+                ),
+            },
+        ),
+    },
+]
+for _tool in MCP_TOOLS:  # none changes anything but the credit; all ask the network
+    _tool["annotations"] = {
+        "readOnlyHint": True,
+        "destructiveHint": False,
+        "idempotentHint": _tool["name"] != "puter-chat",
+        "openWorldHint": True,
+    }
+
+
+class _RpcError(Exception):
+    """A JSON-RPC error to answer with."""
+
+    def __init__(self, code: int, message: str, data: Any = None) -> None:
+        super().__init__(message)
+        self.body: JSON = {"code": code, "message": message}
+        if data is not None:
+            self.body["data"] = data
+
+
+@dataclass(slots=True)
+class _McpCall:
+    """One request in work: how it may be told of, and cancelled."""
+
+    request_id: str | int
+    version: str
+    progress_token: str | int | None = None
+    notify: Callable[[JSON], None] = lambda _: None
+    stream: Stream | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    progress: float = 0.0
+
+    def cancel(self) -> None:
+        """Stop the work, and the request to Puter with it; there will be no answer."""
+        self.cancelled.set()
+        if self.stream is not None:
+            self.stream.close()
+
+    def tell(self, message: str) -> None:
+        """A progress notification, if the client asked for them."""
+        if self.progress_token is None or self.cancelled.is_set():
+            return
+        self.progress += 1
+        params = {"progressToken": self.progress_token, "progress": self.progress}
+        if self.version != "2024-11-05":
+            params["message"] = message
+        self.notify(
+            {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
+        )
+
+
+class McpServer:
+    """The protocol, without stdin and stdout: lines in, messages out.
+
+    `make_client` is called when a tool needs the client first; `write` is given each message
+    to send (a dict, or a list for a batch), from any thread.
+    """
+
+    def __init__(
+        self,
+        make_client: Callable[[], Puter],
+        write: Callable[[Any], None],
+        call_limit_s: float = MCP_CALL_LIMIT_S,
+    ) -> None:
+        self._make_client = make_client
+        self._write = write
+        self._call_limit_s = call_limit_s
+        self._client: Puter | None = None
+        self._lock = threading.RLock()
+        self._running: dict[tuple[bool, str | int], _McpCall] = {}
+        self._version = MCP_HANDSHAKE_VERSIONS[-1]  # until the client asks for another
+        self._initialized = False
+
+    def receive(self, line: bytes) -> None:
+        """Take one line; its answer is written now, or later from a thread."""
+        if not line.strip():
+            return
+        try:
+            message = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            self._write(_rpc_failure(None, _RpcError(-32700, "This is no JSON")))
+            return
+        if isinstance(message, list):
+            self._batch(message)
+        elif self._takes_time(message):
+            self._in_thread(lambda: self._answer_to(message))
+        else:
+            self._answer_to(message)
+
+    def close(self) -> None:
+        """The client is gone: stop what runs."""
+        with self._lock:
+            running = list(self._running.values())
+        for call in running:
+            call.cancel()
+
+    def answer(self, message: Any) -> JSON | None:
+        """The reply to one message, or None when there is to be none."""
+        try:
+            kind = _rpc_kind(message)
+        except _RpcError as error:
+            given = message.get("id") if isinstance(message, dict) else None
+            return _rpc_failure(given if _is_rpc_id(given) else None, error)
+        if kind == "response":
+            return None
+        if kind == "notification":
+            self._notified(message)
+            return None
+        try:
+            result = self._result(message)
+        except _RpcError as error:
+            return _rpc_failure(message["id"], error)
+        except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
+            _log.exception("A request could not be answered")
+            return _rpc_failure(message["id"], _RpcError(-32603, "Internal error"))
+        if result is None:
+            return None
+        return {"jsonrpc": "2.0", "id": message["id"], "result": result}
+
+    def _answer_to(self, message: Any) -> None:
+        reply = self.answer(message)
+        if reply is not None:
+            self._write(reply)
+
+    def _batch(self, messages: list[Any]) -> None:
+        """Several messages in one line, which one version of the protocol had."""
+        if not messages or not self._initialized or self._version != _MCP_BATCH_VERSION:
+            error = _RpcError(
+                -32600, "Batches are not part of this version of the protocol"
+            )
+            self._write(_rpc_failure(None, error))
+            return
+
+        def work() -> None:
+            replies: list[JSON] = []
+
+            def one(message: Any) -> None:
+                reply = self._answer_in_batch(message)
+                if reply is not None:
+                    replies.append(reply)
+
+            threads = [self._in_thread(partial(one, m)) for m in messages]
+            for thread in threads:
+                thread.join()
+            if replies:
+                self._write(replies)
+
+        self._in_thread(work)
+
+    def _answer_in_batch(self, message: Any) -> JSON | None:
+        if isinstance(message, dict) and message.get("method") == "initialize":
+            given = message.get("id")
+            error = _RpcError(-32600, "initialize must not be part of a batch")
+            return _rpc_failure(given if _is_rpc_id(given) else None, error)
+        return self.answer(message)
+
+    @staticmethod
+    def _in_thread(work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    @staticmethod
+    def _takes_time(message: Any) -> bool:
+        return isinstance(message, dict) and message.get("method") == "tools/call"
+
+    def _notified(self, message: JSON) -> None:
+        params = message.get("params")
+        if message["method"] == "notifications/cancelled" and isinstance(params, dict):
+            given: Any = params.get("requestId")
+            with self._lock:
+                call = self._running.get(_rpc_key(given)) if _is_rpc_id(given) else None
+            if call is not None:
+                call.cancel()
+
+    def _result(self, message: JSON) -> JSON | None:
+        """The result of a request; raises `_RpcError`."""
+        method, params = message["method"], message.get("params") or {}
+        if method == "initialize":
+            return self._initialize(params)
+        meta: Any = params.get("_meta")
+        is_stateless = isinstance(meta, dict) and f"{_MCP_META}protocolVersion" in meta
+        if is_stateless:
+            _check_envelope(meta)
+        elif method == "server/discover":
+            raise _RpcError(-32602, f"params._meta needs {_MCP_META}protocolVersion")
+        version = MCP_STATELESS_VERSION if is_stateless else self._version
+        if method == "tools/call":
+            result = self._call(message["id"], params, version)
+        else:
+            result = mcp_list_result(method, params, version)
+        if result is not None and is_stateless:
+            result = {"resultType": "complete", **result, "_meta": _server_stamp()}
+        return result
+
+    def _initialize(self, params: JSON) -> JSON:
+        asked = params.get("protocolVersion")
+        if not isinstance(asked, str):
+            raise _RpcError(-32602, "initialize needs a protocolVersion")
+        known = asked in MCP_HANDSHAKE_VERSIONS
+        self._version = asked if known else MCP_HANDSHAKE_VERSIONS[-1]
+        self._initialized = True
+        return {
+            "protocolVersion": self._version,
+            "capabilities": {"tools": {}, "prompts": {}, "resources": {}},
+            "serverInfo": _server_info(),
+            "instructions": _MCP_INSTRUCTIONS,
+        }
+
+    def _call(self, request_id: str | int, params: JSON, version: str) -> JSON | None:
+        """Run a tool; None when it was cancelled."""
+        name, arguments = params.get("name"), params.get("arguments")
+        tool = next((t for t in MCP_TOOLS if t["name"] == name), None)
+        if tool is None:
+            raise _RpcError(-32602, f"Unknown tool: {name!r}")
+        if not isinstance(arguments, (dict, type(None))):
+            raise _RpcError(-32602, "arguments must be an object")
+        meta = params.get("_meta")
+        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        call = _McpCall(
+            request_id, version, token if _is_rpc_id(token) else None, self._write
+        )
+        with self._lock:
+            self._running[_rpc_key(request_id)] = call
+        try:
+            result = self._run_tool(tool, arguments or {}, call)
+        finally:
+            call.progress_token = None  # no word of progress after the answer
+            with self._lock:
+                if self._running.get(_rpc_key(request_id)) is call:
+                    del self._running[_rpc_key(request_id)]
+        if version in ("2024-11-05", "2025-03-26"):
+            result.pop("structuredContent", None)
+        return None if call.cancelled.is_set() else result
+
+    def _run_tool(self, tool: JSON, arguments: JSON, call: _McpCall) -> JSON:
+        wrong = argument_fault(arguments, tool["inputSchema"])
+        if wrong:
+            return _tool_failure(f"{tool['name']}: {wrong}")
+        runs = {
+            "puter-chat": self._chat,
+            "puter-models": self._models,
+            "puter-account": self._account,
+        }
+        try:
+            text, structured = runs[tool["name"]](arguments, call)
+        except PuterError as error:
+            return _tool_failure(str(error))
+        return {
+            "content": [{"type": "text", "text": text}],
+            "structuredContent": structured,
+            "isError": False,
+        }
+
+    def _the_client(self) -> Puter:
+        with self._lock:
+            if self._client is None:
+                self._client = self._make_client()
+            return self._client
+
+    def _chat(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
+        """The answer as it was when it ended, or when the time for it did."""
+        client = self._the_client()
+        options = {k: arguments.get(k) for k in ("temperature", "max_tokens")}
+        args = {k: v for k, v in options.items() if v is not None}
+        ask = client._ask(
+            arguments["message"],
+            arguments.get("model"),
+            arguments.get("system"),
+            *((), (), None, True, None, args),
+        )
+        call.stream = Stream(client, replace(ask, streaming=True))
+        if call.cancelled.is_set():
+            call.stream.close()
+        out_of_time, done = threading.Event(), threading.Event()
+        said: list[str] = []
+
+        def watch() -> None:
+            until = time.monotonic() + self._call_limit_s
+            while not done.wait(min(_MCP_TICK_S, self._call_limit_s)):
+                if call.progress_token is not None:
+                    call.tell(f"{sum(map(len, said))} characters so far")
+                elif time.monotonic() >= until:
+                    out_of_time.set()
+                    if call.stream is not None:
+                        call.stream.close()
+                    return
+
+        self._in_thread(watch)
+        try:
+            with call.stream._start() as stream:
+                reply = _told_stream(stream, said, call)
+        except PuterError:
+            if not out_of_time.is_set():
+                raise
+            reply = None
+        finally:
+            done.set()
+        if reply is not None:
+            return reply.text, _chat_content(reply, partial=False)
+        return self._partial_answer("".join(said), call)
+
+    def _partial_answer(self, text: str, call: _McpCall) -> tuple[str, JSON]:
+        """What there is when the time is over."""
+        note = (
+            f"[cut off after {self._call_limit_s:.0f} s, before the answer was whole]"
+        )
+        if not text:
+            raise RequestTimeoutError(
+                f"No answer came within {self._call_limit_s:.0f} s",
+                hint="Ask a faster model, or a shorter question.",
+            )
+        stream = call.stream
+        reply = Reply(
+            text=f"{text}\n\n{note}",
+            finish_reason="length",
+            model=stream.model if stream else "",
+            account=stream.account if stream else "",
+        )
+        return reply.text, _chat_content(reply, partial=True)
+
+    def _models(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
+        found = self._the_client().models(
+            arguments.get("provider"), arguments.get("free")
+        )
+        found = matching_models(found, arguments.get("search"))
+        rows = [{k: _listed(getattr(m, k)) for k in _MCP_MODEL_KEYS} for m in found]
+        lines = [f"{len(rows)} models"]
+        for model in found:
+            price = (
+                "free" if model.free else f"${model.input_usd_per_million or 0:g} in, "
+            )
+            price += (
+                ""
+                if model.free
+                else f"${model.output_usd_per_million or 0:g} out, a million tokens"
+            )
+            lines.append(f"{model.id} ({price})")
+        return "\n".join(lines), {"models": rows, "count": len(rows)}
+
+    def _account(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
+        rows = account_credits(self._the_client())
+        lines = [_credit_line(row) for row in rows]
+        text = (
+            "\n".join(lines)
+            or "Nobody is signed in. Sign in with: python -m puter login"
+        )
+        return text, {"accounts": rows}
+
+
+_MCP_INSTRUCTIONS = (
+    "puter-chat asks another AI model; name one from puter-models, or leave it to the default. "
+    "Every answer says which model gave it."
+)
+
+
+def mcp_list_result(method: str, params: JSON, version: str) -> JSON:
+    """The result of a request that needs no work; raises `_RpcError` for unknown ones."""
+    is_stateless = version == MCP_STATELESS_VERSION
+    lasting: JSON = (
+        {"ttlMs": _MCP_MODELS_TTL_MS, "cacheScope": "private"} if is_stateless else {}
+    )
+    if method == "ping" and not is_stateless:
+        return {}
+    if method == "server/discover":
+        return {
+            "supportedVersions": [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]],
+            "capabilities": {"tools": {}, "prompts": {}, "resources": {}},
+            "instructions": _MCP_INSTRUCTIONS,
+            **lasting,
+        }
+    if method != "tools/list" and method not in _EMPTY_LISTS:
+        raise _RpcError(-32601, f"Method not found: {method}")
+    if params.get("cursor") is not None:
+        raise _RpcError(-32602, "There are no further pages")
+    if method == "tools/list":
+        return {"tools": [_tool_for(tool, version) for tool in MCP_TOOLS], **lasting}
+    return {_EMPTY_LISTS[method]: [], **lasting}
+
+
+def _tool_for(tool: JSON, version: str) -> JSON:
+    """A tool as a version of the protocol knows it."""
+    later = {"2024-11-05": {"annotations", "title", "outputSchema"}}
+    later["2025-03-26"] = {"title", "outputSchema"}
+    return {k: v for k, v in tool.items() if k not in later.get(version, ())}
+
+
+def _check_envelope(meta: JSON) -> None:
+    """The keys that each request of the stateless protocol carries; raises `_RpcError`."""
+    asked = meta[f"{_MCP_META}protocolVersion"]
+    if not isinstance(asked, str):
+        raise _RpcError(-32602, f"{_MCP_META}protocolVersion must be a text")
+    if asked != MCP_STATELESS_VERSION:
+        supported = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]
+        raise _RpcError(
+            -32022,
+            "Unsupported protocol version",
+            {"supported": supported, "requested": asked},
+        )
+    if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
+        raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
+
+
+def _server_info() -> JSON:
+    return {"name": "puter", "title": "Puter.com models", "version": __version__}
+
+
+def _server_stamp() -> JSON:
+    return {f"{_MCP_META}serverInfo": _server_info()}
+
+
+def _rpc_kind(message: Any) -> Literal["request", "notification", "response"]:
+    """What a message is by JSON-RPC 2.0; raises `_RpcError` if it is nothing valid."""
+    if not isinstance(message, dict):
+        raise _RpcError(-32600, "A message must be an object")
+    if "method" not in message and ("result" in message or "error" in message):
+        return "response"
+    if "id" not in message and isinstance(message.get("method"), str):
+        return "notification"
+    if message.get("jsonrpc") != "2.0" or not isinstance(message.get("method"), str):
+        raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
+    if not _is_rpc_id(message["id"]):
+        raise _RpcError(-32600, "An id must be a text or a whole number")
+    if not isinstance(message.get("params"), (dict, type(None))):
+        raise _RpcError(-32600, "params must be an object")
+    return "request"
+
+
+def _is_rpc_id(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _rpc_key(request_id: str | int) -> tuple[bool, str | int]:
+    """So that 1 and "1" are two requests."""
+    return isinstance(request_id, str), request_id
+
+
+def _rpc_failure(request_id: Any, error: _RpcError) -> JSON:
+    return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _tool_failure(text: str) -> JSON:
+    return {"content": [{"type": "text", "text": text}], "isError": True}
+
+
+def argument_fault(arguments: JSON, schema: JSON) -> str:
+    """What is wrong with a tool's arguments by its (flat) schema, or ""."""
+    known = schema["properties"]
+    kinds: JSON = {
+        "string": str,
+        "number": (int, float),
+        "integer": int,
+        "boolean": bool,
+    }
+    for name in schema.get("required", ()):
+        if arguments.get(name) in (None, ""):
+            return f"the argument {name!r} is missing"
+    for name, value in arguments.items():
+        if name not in known:
+            return (
+                f"there is no argument {name!r}; there are {', '.join(known) or 'none'}"
+            )
+        kind = known[name]["type"]
+        is_flag = isinstance(value, bool)
+        if value is not None and (
+            not isinstance(value, kinds[kind]) or is_flag != (kind == "boolean")
+        ):
+            return f"{name} is {_described(value)}, but must be a {kind}"
+        if isinstance(value, (int, float)) and not is_flag:
+            low, high = known[name].get("minimum"), known[name].get("maximum")
+            if (low is not None and value < low) or (high is not None and value > high):
+                return f"{name} is {value}, but must be from {low} to {high or 'any'}"
+    return ""
+
+
+def _told_stream(stream: Stream, said: list[str], call: _McpCall) -> Reply | None:
+    """Read a stream to its end, telling of it now and then; None when it was closed."""
+    last = time.monotonic()
+    for chunk in stream:
+        said.append(str(chunk))
+        if time.monotonic() - last >= 0.25:
+            last = time.monotonic()
+            call.tell(f"{sum(map(len, said))} characters so far")
+    return stream._reply
+
+
+def _chat_content(reply: Reply, partial: bool) -> JSON:
+    return {
+        "text": reply.text,
+        "reasoning": reply.reasoning,
+        "model": reply.model,
+        "account": reply.account,
+        "finish_reason": reply.finish_reason,
+        "partial": partial,
+        "usage": {k: v for k, v in _plain_values(reply.usage).items() if v is not None},
+    }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def account_credits(client: Puter) -> list[JSON]:
+    """Each account with what it may still spend; one that fails says why and hides no other."""
+    rows = []
+    active = client.active_account
+    for account in client.accounts:
+        row: JSON = {
+            "username": account.username,
+            "active": active is not None and account.username == active.username,
+            "temporary": account.is_temporary,
+            "unit": None,
+            "remaining": None,
+            "allowance": None,
+            "error": None,
+        }
+        try:
+            credit = client.usage(account.username)
+        except PuterError as error:
+            row["error"] = str(error)
+        else:
+            row |= {"unit": credit.unit, "remaining": credit.remaining}
+            row["allowance"] = credit.allowance
+        rows.append(row)
+    return rows
+
+
+def _credit_line(row: JSON) -> str:
+    star = "* " if row["active"] else "  "
+    if row["error"]:
+        return f"{star}{row['username']}: {row['error']}"
+    left, all_of_it = (money(row[k], row["unit"]) for k in ("remaining", "allowance"))
+    return f"{star}{row['username']}: {left} of {all_of_it} left this month"
+
+
+def money(amount: float, unit: str) -> str:
+    """An amount as people write it."""
+    return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
+
+
+def serve_mcp(make_client: Callable[[], Puter]) -> None:
+    """Speak MCP on stdin and stdout until stdin ends.
+
+    Nothing else may reach stdout, so the process's own is kept for messages, and whatever
+    prints goes to stderr.
+    """
+    sys.stdout.flush()
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def write(message: Any) -> None:
+        line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
+        with (
+            lock,
+            suppress(BrokenPipeError, ValueError),
+        ):  # the client is gone: stdin ends too
+            output.write(line)
+            output.flush()
+
+    server = McpServer(make_client, write)
+    try:
+        for line in iter(sys.stdin.buffer.readline, b""):
+            server.receive(line)
+    finally:
+        server.close()
 
 
 # ======================================================================================
@@ -5332,6 +6043,9 @@ def _add_serve(command: Callable[..., Any]) -> None:
     kind.add_argument(
         "--openai", action="store_true", help="an OpenAI-compatible server"
     )
+    kind.add_argument(
+        "--mcp", action="store_true", help="an MCP server on stdin and stdout"
+    )
     serve.add_argument(
         "--host", default="127.0.0.1", help="where to listen (%(default)s)"
     )
@@ -5432,11 +6146,6 @@ def _reply_json(reply: Reply) -> JSON:
             for a in reply.attempts
         ],
     }
-
-
-def _plain_values(value: Any) -> JSON:
-    """A dataclass as a dict of its fields."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
@@ -5658,12 +6367,8 @@ def cmd_whoami(args: Any) -> int:
 def cmd_models(args: Any) -> int:
     """The catalogue as a table."""
     with _client() as client:
-        found = client.models(args.provider, True if args.free else None, args.refresh)
-    if args.search:
-        wanted = args.search.lower()
-        found = [
-            m for m in found if any(wanted in n.lower() for n in (*m.names(), m.name))
-        ]
+        found = client.models(args.provider, args.free or None, args.refresh)
+    found = matching_models(found, args.search)
     if args.json:
         print(json.dumps([_plain_values(m) for m in found], ensure_ascii=False))
         return 0
@@ -5695,6 +6400,13 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def cmd_serve(args: Any) -> int:
     """Run a server until it is told to stop."""
+    if args.mcp:
+        serve_mcp(_client)
+        return 0
+    return _serve_openai(args)
+
+
+def _serve_openai(args: Any) -> int:
     import signal
 
     stop = threading.Event()
