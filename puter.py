@@ -47,6 +47,7 @@ __all__ = [
     "Chunk",
     "Config",
     "ConfigError",
+    "Conversation",
     "Cooldown",
     "Credit",
     "CreditError",
@@ -54,8 +55,10 @@ __all__ = [
     "ModelAccessError",
     "ModelNotFoundError",
     "ModelRateLimitError",
+    "ModelStats",
     "ModelUnavailableError",
     "NetworkError",
+    "OpenAIServer",
     "ProviderAuthError",
     "Puter",
     "PuterError",
@@ -109,6 +112,11 @@ MAX_LINE_BYTES = 32 * 1024 * 1024
 _log = logging.getLogger("puter")
 _log.addHandler(logging.NullHandler())
 _T = TypeVar("_T")
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows of the module."""
+    return sorted([*__all__, "__version__"])
 
 
 # ======================================================================================
@@ -437,10 +445,18 @@ class Reply:
     usage: Usage = Usage()
     model: str = ""
     account: str = ""
-    attempts: tuple[Attempt, ...] = field(default=(), repr=False)
-    raw: JSON = field(default_factory=dict, repr=False)
+    attempts: tuple[Attempt, ...] = ()
+    raw: JSON = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        calls = "".join(f"\n-> {c.name}({c.arguments})" for c in self.tool_calls)
+        return f"<{self.model}, {self.finish_reason}>\n{self.text}{calls}"
+
+    def _repr_markdown_(self) -> str:
+        """How Jupyter shows it."""
         return self.text
 
 
@@ -509,6 +525,25 @@ class Credit:
     used: float
     by_api: dict[str, tuple[float, float, int]] = field(default_factory=dict)
     raw: JSON = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """How a model has done here: counts of all calls, times of the latest ones.
+
+    Times are in seconds: `p50_s` and `p95_s` of whole replies, `first_s` the median to the
+    first token. `failures` counts by the error's code. None is "not known".
+    """
+
+    model: str
+    requests: int
+    successes: int
+    failures: dict[str, int]
+    p50_s: float | None = None
+    p95_s: float | None = None
+    first_s: float | None = None
+    tokens_per_s: float | None = None
+    cost_usd: float = 0.0
 
 
 def _plain_values(value: Any) -> JSON:
@@ -1113,6 +1148,14 @@ class State:
             PRIMARY KEY (account, model));
         CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
         CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
+        CREATE TABLE IF NOT EXISTS totals (
+            model TEXT, outcome TEXT, count INTEGER, cost_usd REAL,
+            PRIMARY KEY (model, outcome));
+        CREATE TABLE IF NOT EXISTS samples (
+            id INTEGER PRIMARY KEY, model TEXT, seconds REAL, first_s REAL, tokens INTEGER);
+        CREATE INDEX IF NOT EXISTS samples_of ON samples (model, id);
+        CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, at_s REAL, body TEXT);
+        CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, count INTEGER);
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -1218,6 +1261,132 @@ class State:
             ).fetchone()
         )
         return found
+
+    def record(
+        self,
+        model: str,
+        outcome: str,
+        seconds: float,
+        first_s: float | None = None,
+        usage: Usage | None = None,
+        keep: int = 1_000,
+    ) -> None:
+        """Count one request; `outcome` is "ok", "closed" or an error's code.
+
+        Of the times of answered ones the latest `keep` a model are kept.
+        """
+        told = usage or Usage()
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
+                "count = count + 1, cost_usd = cost_usd + excluded.cost_usd",
+                (model, outcome, told.cost_usd or 0.0),
+            )
+            if outcome != "ok":
+                return
+            row = (model, seconds, first_s, told.output_tokens)
+            sample = db.execute(
+                "INSERT INTO samples (model, seconds, first_s, tokens) VALUES (?,?,?,?)",
+                row,
+            )
+            if (sample.lastrowid or 0) % 64 == 0:  # tidying every time would cost more
+                db.execute(
+                    "DELETE FROM samples WHERE model=? AND id NOT IN (SELECT id FROM "
+                    "samples WHERE model=? ORDER BY id DESC LIMIT ?)",
+                    (model, model, keep),
+                )
+
+        self._run(self._written(work))
+
+    def figures(
+        self, keep: int = 1_000
+    ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
+        """All that `record` counted: (model, outcome, count, cost), and samples by model."""
+
+        def work(
+            db: sqlite3.Connection,
+        ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
+            totals = db.execute(
+                "SELECT model, outcome, count, cost_usd FROM totals ORDER BY model, outcome"
+            ).fetchall()
+            samples = {
+                model: db.execute(
+                    "SELECT seconds, first_s, tokens FROM samples WHERE model=? "
+                    "ORDER BY id DESC LIMIT ?",
+                    (model, keep),
+                ).fetchall()
+                for model in {row[0] for row in totals}
+            }
+            return totals, samples
+
+        return self._run(work)
+
+    def reset_figures(self) -> None:
+        """Forget what `record` counted."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM totals")
+            db.execute("DELETE FROM samples")
+
+        self._run(self._written(work))
+
+    def keep_reply(self, key: str, body: str, now: float, most: int) -> None:
+        """Keep a reply as JSON text; the oldest go when there are more than `most`."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?,?,?)", (key, now, body)
+            )
+            db.execute(
+                "DELETE FROM replies WHERE key IN "
+                "(SELECT key FROM replies ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
+                (most,),
+            )
+
+        self._run(self._written(work))
+
+    def kept_reply(self, key: str, now: float, ttl_s: float) -> str | None:
+        """The kept reply, if it is not too old; counts whether there was one."""
+
+        def work(db: sqlite3.Connection) -> str | None:
+            row = db.execute(
+                "SELECT body FROM replies WHERE key=? AND at_s BETWEEN ? AND ?",
+                (key, now - ttl_s, now),
+            ).fetchone()
+            db.execute(
+                "INSERT INTO counters VALUES (?,1) ON CONFLICT DO UPDATE SET count = count + 1",
+                ("hits" if row else "misses",),
+            )
+            return row[0] if row else None
+
+        return self._run(self._written(work))
+
+    def cache_figures(self, now: float, ttl_s: float) -> dict[str, int]:
+        """Entries (and how many are still fresh), bytes, hits and misses of kept replies."""
+
+        def work(db: sqlite3.Connection) -> dict[str, int]:
+            entries, size = db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(LENGTH(CAST(body AS BLOB))), 0) FROM replies"
+            ).fetchone()
+            (fresh,) = db.execute(
+                "SELECT COUNT(*) FROM replies WHERE at_s >= ?", (now - ttl_s,)
+            ).fetchone()
+            counts = dict(db.execute("SELECT name, count FROM counters").fetchall())
+            hits, misses = counts.get("hits", 0), counts.get("misses", 0)
+            found = {"entries": entries, "fresh": fresh, "bytes": size}
+            return {**found, "hits": hits, "misses": misses}
+
+        return self._run(work)
+
+    def clear_cache(self) -> int:
+        """Forget all kept replies and their counts; how many replies there were."""
+
+        def work(db: sqlite3.Connection) -> int:
+            db.execute("DELETE FROM counters")
+            return db.execute("DELETE FROM replies").rowcount
+
+        return self._run(self._written(work))
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -1696,10 +1865,269 @@ def _tool_schema(tool: Any, index: int) -> JSON:
             function = {k: v for k, v in tool.items() if k != "type"}
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):
             return {"type": "function", "function": dict(function)}
+    if callable(tool):
+        return function_schema(tool)
     raise BadRequestError(
-        f"tools[{index}] is {_described(tool)}, not a function's schema",
+        f"tools[{index}] is {_described(tool)}, not a function or its schema",
         hint='Write {"type": "function", "function": {"name": "…", "parameters": {…}}}.',
     )
+
+
+def function_schema(function: Callable[..., Any]) -> JSON:
+    """A Python function as OpenAI's schema, from its signature, type hints and docstring.
+
+    Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks.
+    """
+    import inspect
+
+    text, about = _docstring_parts(inspect.getdoc(function) or "")
+    properties: JSON = {}
+    required = []
+    for name, (hint, parameter) in _parameters(function).items():
+        where = f"{function.__name__}({name})"
+        properties[name] = hint_schema(hint, where)
+        if about.get(name):
+            properties[name].setdefault("description", about[name])
+        if parameter.default is parameter.empty:
+            required.append(name)
+        elif isinstance(parameter.default, (str, int, float, bool)):
+            properties[name]["default"] = parameter.default
+    schema: JSON = {"type": "object", "properties": properties, "required": required}
+    schema["additionalProperties"] = False
+    described = {"description": text} if text else {}
+    named = {"name": function.__name__, **described, "parameters": schema}
+    return {"type": "function", "function": named}
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """A function's parameters with their resolved hints; raises `BadRequestError`."""
+    import inspect
+    import typing
+
+    name = getattr(function, "__name__", repr(function))
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+        signature = inspect.signature(function)
+    except (NameError, TypeError, ValueError) as error:
+        raise BadRequestError(
+            f"The type hints of {name} cannot be read ({error})",
+            hint="Give each parameter a hint whose names are known where it is defined.",
+        ) from error
+    found = {}
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise BadRequestError(
+                f"{name} takes {parameter}, which a model cannot name",
+                hint="Use ordinary parameters.",
+            )
+        if parameter.name not in hints or parameter.kind is parameter.VAR_KEYWORD:
+            raise BadRequestError(
+                f"{name}: the parameter {parameter} has no type hint of its own",
+                hint="Write it as city: str.",
+            )
+        found[parameter.name] = (hints[parameter.name], parameter)
+    return found
+
+
+_PLAIN_HINTS = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+def hint_schema(hint: Any, where: str = "the hint") -> JSON:
+    """A type hint as a JSON schema; raises `BadRequestError` for what JSON cannot say."""
+    import enum
+    import typing
+    from dataclasses import MISSING, is_dataclass
+
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        text = next((a for a in inner[1:] if isinstance(a, str)), None)
+        return {
+            **hint_schema(inner[0], where),
+            **({"description": text} if text else {}),
+        }
+    if hint in _PLAIN_HINTS:
+        return {"type": _PLAIN_HINTS[hint]}
+    if hint is Any:
+        return {}
+    if hint in (None, type(None)):
+        return {"type": "null"}
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"enum": [member.value for member in hint]}
+    if _is_union(origin):
+        return {"anyOf": [hint_schema(h, where) for h in inner]}
+    if hint in (list, tuple, set) or origin in (list, tuple, set, Sequence, Iterable):
+        items = [h for h in inner if h is not Ellipsis]
+        return {
+            "type": "array",
+            **({"items": hint_schema(items[0], where)} if items else {}),
+        }
+    if hint is dict or origin in (dict, Mapping):
+        values = {"additionalProperties": hint_schema(inner[1], where)} if inner else {}
+        return {"type": "object", **values}
+    if typing.is_typeddict(hint):
+        keys = typing.get_type_hints(hint, include_extras=True)
+        return _fields_schema(
+            keys, sorted(hint.__required_keys__, key=list(keys).index), where
+        )
+    if is_dataclass(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        needed = [
+            f.name
+            for f in fields(hint)
+            if f.init and f.default is MISSING and f.default_factory is MISSING
+        ]
+        names = {f.name: hints[f.name] for f in fields(hint) if f.init}
+        return _fields_schema(names, needed, where)
+    raise BadRequestError(
+        f"{where} is of type {hint!r}, which a model cannot give",
+        hint="Use str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict.",
+    )
+
+
+def _is_union(origin: Any) -> bool:
+    import types
+    import typing
+
+    return origin in (typing.Union, getattr(types, "UnionType", typing.Union))
+
+
+def _fields_schema(
+    hints: Mapping[str, Any], required: Sequence[str], where: str
+) -> JSON:
+    properties = {n: hint_schema(h, f"{where}.{n}") for n, h in hints.items()}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
+    """(what stands before the parameters, text of each) of a Google- or Sphinx-style docstring."""
+    about: dict[str, str] = {}
+    head = re.split(
+        r"\n\s*(?:Args|Arguments|Parameters|Returns|Raises):|\n\s*:param", doc
+    )[0]
+    for name, text in re.findall(
+        r":param (?:[\w.\[\]]+ )?(\w+): *((?:.|\n(?!\s*:))*)", doc
+    ):
+        about[name] = " ".join(text.split())
+    section = re.search(
+        r"(?:^|\n)(?:Args|Arguments|Parameters):\n((?:[ \t]+.*(?:\n|$)|\n)*)", doc
+    )
+    if section:
+        entry = r"^[ \t]+(\w+)(?: *\([^)]*\))?: *(.*(?:\n[ \t]+(?!\w+(?: *\([^)]*\))?:).*)*)"
+        for name, text in re.findall(entry, section.group(1), re.MULTILINE):
+            about[name] = " ".join(text.split())
+    return " ".join(head.split()), about
+
+
+def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
+    """Call a function with a model's arguments, checked and made what its hints say.
+
+    Raises TypeError or ValueError, in words for the model, when they do not fit.
+    """
+    parameters = _parameters(function)
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown:
+        raise TypeError(
+            f"there is no parameter {unknown[0]!r}; there are {list(parameters)}"
+        )
+    missing = [
+        name
+        for name, (_, parameter) in parameters.items()
+        if name not in arguments and parameter.default is parameter.empty
+    ]
+    if missing:
+        raise TypeError(f"the parameter {missing[0]!r} is missing")
+    given = {n: fitted(v, parameters[n][0], n) for n, v in arguments.items()}
+    return function(**given)
+
+
+def fitted(value: Any, hint: Any, where: str) -> Any:
+    """The value as the hint wants it (an Enum member, a dataclass…); raises TypeError."""
+    import enum
+    import typing
+    from dataclasses import is_dataclass
+
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    wrong = TypeError(f"{where} is {_described(value)}, but must be {_hint_name(hint)}")
+    if origin is typing.Annotated:
+        return fitted(value, inner[0], where)
+    if hint is Any or (value is None and hint in (None, type(None))):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in _PLAIN_HINTS:
+        if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+            raise wrong
+        return value
+    if origin is Literal:
+        if value not in inner:
+            raise wrong
+        return value
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise wrong from None
+    if _is_union(origin):
+        return _first_fit(value, inner, where, wrong)
+    if origin in (list, tuple, set, Sequence, Iterable) or hint in (list, tuple, set):
+        if not isinstance(value, list):
+            raise wrong
+        items = [h for h in inner if h is not Ellipsis]
+        made = (
+            [fitted(v, items[0], f"{where}[{i}]") for i, v in enumerate(value)]
+            if items
+            else value
+        )
+        return (origin or hint)(made) if (origin or hint) in (tuple, set) else made
+    if not isinstance(value, dict):
+        raise wrong
+    if hint is dict or origin in (dict, Mapping):
+        return (
+            {k: fitted(v, inner[1], f"{where}.{k}") for k, v in value.items()}
+            if inner
+            else value
+        )
+    hints = typing.get_type_hints(hint, include_extras=True)
+    stray = [key for key in value if key not in hints]
+    lacking = [k for k in hint_schema(hint, where)["required"] if k not in value]
+    if stray or lacking:
+        raise TypeError(
+            f"{where} has no place for {stray}" if stray else f"{where} lacks {lacking}"
+        )
+    made_of = {k: fitted(v, hints[k], f"{where}.{k}") for k, v in value.items()}
+    make: Any = hint if is_dataclass(hint) else dict
+    return make(**made_of)
+
+
+def _first_fit(value: Any, hints: Sequence[Any], where: str, wrong: TypeError) -> Any:
+    for hint in hints:
+        try:
+            return fitted(value, hint, where)
+        except TypeError:
+            continue
+    raise wrong
+
+
+def _hint_name(hint: Any) -> str:
+    return (
+        json.dumps(hint_schema(hint)) if not isinstance(hint, type) else hint.__name__
+    )
+
+
+def tool_result_text(value: Any) -> str:
+    """What a function returned, as the text that goes to the model."""
+    if isinstance(value, str):
+        return value or _NO_OUTPUT
+    if value is None:
+        return _NO_OUTPUT
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 # Names of the same figure: OpenRouter, OpenAI and most others, Claude (recorded).
@@ -1880,6 +2308,39 @@ def chunks_of(reply: Reply) -> list[Chunk]:
     chunks += [Chunk("text", reply.text)] if reply.text else []
     chunks += [Chunk("tool_call", tool_call=call) for call in reply.tool_calls]
     return [*chunks, Chunk("usage", usage=reply.usage)]
+
+
+def message_from(reply: Reply) -> JSON:
+    """A reply as the assistant's message that goes back with the history."""
+    message: JSON = {"role": "assistant", "content": reply.text or None}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.name,
+                    "arguments": json.dumps(call.arguments),
+                },
+                **({"extra_content": call.extra_content} if call.extra_content else {}),
+            }
+            for call in reply.tool_calls
+        ]
+    return message
+
+
+def reply_to_json(reply: Reply) -> JSON:
+    """A reply as plain values, without its attempts."""
+    calls = [_plain_values(call) for call in reply.tool_calls]
+    kept = ("text", "reasoning", "finish_reason", "model", "account")
+    told = {name: getattr(reply, name) for name in kept}
+    return {**told, "tool_calls": calls, "usage": _plain_values(reply.usage)}
+
+
+def reply_from_json(data: JSON) -> Reply:
+    """The reply that `reply_to_json` wrote."""
+    calls = tuple(ToolCall(**call) for call in data["tool_calls"])
+    return Reply(**{**data, "tool_calls": calls, "usage": Usage(**data["usage"])})
 
 
 class _Decoder:
@@ -2366,6 +2827,43 @@ def next_account(
 def cooldown_s(strikes: int, base_s: float) -> float:
     """How long an account rests after so many failures in a row: 1, 2, 3, 4 times the base."""
     return base_s * min(max(strikes, 1), 4)
+
+
+def stats_from(
+    totals: Sequence[tuple[str, str, int, float]],
+    samples: Mapping[str, Sequence[tuple[Any, ...]]],
+) -> list[ModelStats]:
+    """The figures of `State.figures` by model, most asked first."""
+    found = []
+    for model in dict.fromkeys(row[0] for row in totals):
+        rows = [row for row in totals if row[0] == model]
+        counts = {outcome: count for _, outcome, count, _ in rows}
+        times = [s[0] for s in samples.get(model, ())]
+        firsts = [s[1] for s in samples.get(model, ()) if s[1] is not None]
+        spoken = [(s[2], s[0]) for s in samples.get(model, ()) if s[2] and s[0]]
+        seconds = sum(s for _, s in spoken)
+        found.append(
+            ModelStats(
+                model=model,
+                requests=sum(counts.values()),
+                successes=counts.get("ok", 0),
+                failures={k: v for k, v in counts.items() if k not in ("ok", "closed")},
+                p50_s=percentile(times, 50),
+                p95_s=percentile(times, 95),
+                first_s=percentile(firsts, 50),
+                tokens_per_s=sum(t for t, _ in spoken) / seconds if seconds else None,
+                cost_usd=sum(row[3] for row in rows),
+            )
+        )
+    return sorted(found, key=lambda s: (-s.requests, s.model))
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """The smallest value that so many percent of all do not exceed; None of nothing."""
+    if not values:
+        return None
+    rank = max(1, -int(-len(values) * percent // 100))
+    return sorted(values)[rank - 1]
 
 
 def find_model(name: str, candidates: Sequence[Model]) -> Model:
@@ -2993,6 +3491,8 @@ class Stream:
         self._batch: Iterator[Chunk] = iter(())
         self._reply: Reply | None = None
         self._release: Callable[[], None] = lambda: None
+        self._started = 0.0
+        self._first_s: float | None = None
         self.model: str = ask.model
         """The model that answers."""
         self.account: str = ""
@@ -3048,10 +3548,17 @@ class Stream:
 
     def _start(self) -> Stream:
         """Walk models and accounts until one answers; its first chunks are there then."""
+        kept = self._client._kept(self._ask)
+        if kept is not None:
+            self._batch, self._reply = iter(chunks_of(kept)), kept
+            self.model, self.account = kept.model, kept.account
+            return self
         walked = self._client._walk(self._ask, self._handle, self._client._open_stream)
         self._source, self._release = walked.result, walked.release
         self.model = walked.model
         self.account, self.attempts = walked.account.username, walked.attempts
+        self._first_s = self.attempts[-1].seconds
+        self._started = time.monotonic() - self._first_s
         self._batch = iter(walked.result.first)
         return self
 
@@ -3060,7 +3567,7 @@ class Stream:
             chunks = source.read()
         except PuterError as error:
             partial = self._with_walk(source.reply())
-            self.close()
+            self._end(partial, error.code or type(error).__name__)
             if isinstance(error, ReplyError):
                 raise
             raise StreamError(
@@ -3075,9 +3582,14 @@ class Stream:
             ) from error
         if not chunks:
             self._reply = self._with_walk(source.reply())
-            self._client._log_end(self._reply)
-            self.close()
+            self._end(self._reply, "ok")
         return chunks
+
+    def _end(self, reply: Reply, outcome: str) -> None:
+        """Close, and count how it ended."""
+        self.close()
+        seconds = time.monotonic() - self._started
+        self._client._ended(self._ask, reply, outcome, seconds, self._first_s)
 
     def _with_walk(self, reply: Reply) -> Reply:
         return replace(reply, account=self.account, attempts=self.attempts)
@@ -3126,6 +3638,7 @@ class Puter:
             self.config = replace(config, **settings)
         self.store = AccountStore(self.config.folder / ACCOUNTS_NAME)
         self.state = State(self.config.folder / STATE_NAME)
+        self._figures, self._replies = self._other_states()
         self._token = token or os.environ.get("PUTER_AUTH_TOKEN") or None
         self._pinned = account
         self._transport = _Transport(self.config, session)
@@ -3155,7 +3668,18 @@ class Puter:
     def close(self) -> None:
         """Close connections and the state file; using the client again opens them again."""
         self._transport.close()
-        self.state.close()
+        for state in (self.state, self._figures, self._replies):
+            state.close()
+
+    def _other_states(self) -> tuple[State, State]:
+        """Where figures and kept replies are: with the rest, unless the settings say else."""
+        figures, folder = self.config.metrics_file, self.config.cache_directory
+        return (
+            State(Path(figures).expanduser()) if figures else self.state,
+            State(Path(folder).expanduser() / "cache.sqlite3")
+            if folder
+            else self.state,
+        )
 
     # ---- asking ----
 
@@ -3181,7 +3705,8 @@ class Puter:
             images: paths, bytes or URLs, shown with the last user message.
             files: PDFs and other documents, as paths, bytes or (name, bytes): uploaded to
                 the account's storage, used, and deleted again.
-            tools: JSON schemas of functions, in OpenAI's shape.
+            tools: Python functions (their schema comes from signature, type hints and
+                docstring), or JSON schemas in OpenAI's shape.
             fallback: whether free models may answer when the asked one cannot.
             timeout_ms: longest silence of the server; default `api_timeout_ms`.
             args: passed on to Puter: temperature, max_tokens, tool_choice, reasoning_effort…
@@ -3215,6 +3740,67 @@ class Puter:
             prompt, model, system, images, files, tools, fallback, timeout_ms, args
         )
         return Stream(self, replace(ask, streaming=True))._start()
+
+    def run(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Callable[..., Any]],
+        *,
+        max_rounds: int = 8,
+        on_tool: Callable[[ToolCall], bool | None] | None = None,
+        **options: Any,
+    ) -> Reply:
+        """Ask, call the functions that the model asks for, and go on until it answers.
+
+        Args:
+            prompt: as for `chat`.
+            tools: functions with type hints; a docstring tells the model what they do.
+            max_rounds: how often the model may ask for functions.
+            on_tool: is shown each call first; False refuses it, and the model is told so.
+            options: as for `chat`.
+
+        A function's exception goes to the model as its result, and to the log. Several calls
+        are made in order. Raises `ReplyError` when the model still calls after `max_rounds`.
+        """
+        return self._run(messages_from(prompt), tools, max_rounds, on_tool, options)
+
+    def _run(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., Any]],
+        max_rounds: int,
+        on_tool: Callable[[ToolCall], bool | None] | None,
+        options: JSON,
+    ) -> Reply:
+        """As `run`; the turns are added to `messages`."""
+        for tool in tools:
+            if not callable(tool):
+                raise BadRequestError(
+                    f"{_described(tool)} is no function to call",
+                    hint="`run` needs functions; with schemas use `chat`.",
+                )
+        functions = {tool.__name__: tool for tool in tools}
+        for _ in range(max_rounds):
+            reply = self.chat(messages, tools=tools, **options)
+            messages.append(message_from(reply))
+            if not reply.tool_calls:
+                return reply
+            for call in reply.tool_calls:
+                result = _result_of(call, functions, on_tool)
+                messages.append(
+                    {"role": "tool", "tool_call_id": call.id, "content": result}
+                )
+        raise ReplyError(
+            f"The model still calls functions after {max_rounds} rounds",
+            raw=str(reply) if max_rounds else "",
+            hint="Raise `max_rounds`, or say in the prompt when to stop.",
+        )
+
+    def conversation(
+        self, system: str | None = None, *, model: str | None = None, **options: Any
+    ) -> Conversation:
+        """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
+        return Conversation(system, model=model, client=self, **options)
 
     # ---- the account and the catalogue ----
 
@@ -3257,6 +3843,12 @@ class Puter:
                 raise
             return credit_from(self._data("GET", "/auth/get-monthly-usage", holder))
 
+    def stats(self, model: str | None = None) -> list[ModelStats]:
+        """How the models have done in all calls from this computer, most asked first."""
+        found = stats_from(*self._figures.figures(self.config.metrics_max_samples))
+        name = None if model is None else plain_model_name(model)
+        return [s for s in found if name in (None, s.model)]
+
     @property
     def accounts(self) -> list[Account]:
         """The accounts that this client may use, in order."""
@@ -3277,14 +3869,78 @@ class Puter:
 
     def _answer(self, ask: _Ask, handle: _Handle) -> Reply:
         """The whole reply to a request; another thread may close the handle."""
+        kept = self._kept(ask)
+        if kept is not None:
+            return kept
         walked = self._walk(ask, handle, self._complete)
         walked.release()
         reply: Reply = walked.result
         reply = replace(
             reply, account=walked.account.username, attempts=walked.attempts
         )
-        self._log_end(reply)
+        self._ended(ask, reply, "ok", walked.attempts[-1].seconds, None)
         return reply
+
+    def _ended(
+        self,
+        ask: _Ask,
+        reply: Reply,
+        outcome: str,
+        seconds: float,
+        first_s: float | None,
+    ) -> None:
+        """Note how the attempt that answered ended, and keep a whole reply if wanted."""
+        self._count(reply.attempts[-1].model, outcome, seconds, first_s, reply.usage)
+        if outcome != "ok":
+            return
+        stood_in = (
+            len(reply.attempts) > 1
+            and reply.attempts[0].model != reply.attempts[-1].model
+        )
+        total_s = sum(a.seconds for a in reply.attempts[:-1]) + seconds
+        _log.info(
+            "Response: 200 %s",
+            "OK (used fallback model)"
+            if stood_in
+            else f"Stream complete ({total_s:.1f}s)"
+            if ask.streaming
+            else f"OK ({total_s:.1f}s)",
+        )
+        if self.config.cache_enabled:
+            body = json.dumps(reply_to_json(reply))
+            self._replies.keep_reply(
+                self._cache_key(ask), body, time.time(), self.config.cache_max_entries
+            )
+
+    def _count(
+        self,
+        model: str,
+        outcome: str,
+        seconds: float,
+        first_s: float | None = None,
+        usage: Usage | None = None,
+    ) -> None:
+        if self.config.metrics_enabled:
+            keep = self.config.metrics_max_samples
+            self._figures.record(model, outcome, seconds, first_s, usage, keep)
+
+    def _kept(self, ask: _Ask) -> Reply | None:
+        """The kept reply to the same request, if replies are kept and it is fresh."""
+        if not self.config.cache_enabled:
+            return None
+        ttl_s = self.config.cache_ttl_ms / 1000
+        body = self._replies.kept_reply(self._cache_key(ask), time.time(), ttl_s)
+        if body is None:
+            return None
+        _log.info("Response: from the cache")
+        return reply_from_json(json.loads(body))
+
+    def _cache_key(self, ask: _Ask) -> str:
+        """What tells one request from another: all of it, and the server."""
+        import hashlib
+
+        whole = [self.config.api_base_url, self.config.api_style, ask.model, ask.args]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def _walk(
         self,
@@ -3354,9 +4010,9 @@ class Puter:
                 if not isinstance(error, PuterError):
                     raise
                 error.model, error.account = error.model or model, account.username
-                attempts.append(
-                    Attempt(model, account.username, error, time.monotonic() - started)
-                )
+                seconds = time.monotonic() - started
+                attempts.append(Attempt(model, account.username, error, seconds))
+                self._count(model, error.code or type(error).__name__, seconds)
                 if handle.closed.is_set() or not may_retry(
                     error, retries, self.config.max_retries, alone, waited_s
                 ):
@@ -3603,10 +4259,6 @@ class Puter:
             raise BadRequestError(
                 "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
             )
-        if isinstance(images, (str, bytes, os.PathLike)):
-            images = [images]
-        if isinstance(files, (str, bytes, os.PathLike)):
-            files = [files]
         if timeout_ms is not None and (
             not isinstance(timeout_ms, int) or timeout_ms <= 0
         ):
@@ -3614,7 +4266,10 @@ class Puter:
                 f"timeout_ms is {_described(timeout_ms)}",
                 hint="Give milliseconds, 1 or more.",
             )
-        parts = [*map(image_part, images), *map(file_part, files)]
+        parts = [
+            *map(image_part, _listing(images)),
+            *map(file_part, _listing(files)),
+        ]
         messages = wire_messages(messages_from(prompt, system, parts))
         schemas = tool_schemas(tools)
         name = model or self.config.default_model or DEFAULT_MODEL
@@ -3902,16 +4557,114 @@ class Puter:
         assert isinstance(answer, _Answer)
         return body_of(answer)
 
-    @staticmethod
-    def _log_end(reply: Reply) -> None:
-        """One line a call: how it ended and who answered."""
-        asked = reply.attempts[0].model if reply.attempts else reply.model
-        seconds = sum(a.seconds for a in reply.attempts)
-        stood_in = reply.attempts and reply.attempts[-1].model != asked
-        _log.info(
-            "Response: 200 OK (%s)",
-            "used fallback model" if stood_in else f"{seconds:.1f}s",
+
+class Conversation:
+    """Turns with a model, remembered: `say`, or `stream`, and `messages` grows.
+
+    `messages` is the history in OpenAI's shape, yours to read and change. Can be pickled, and
+    put into JSON with `to_json` and `from_json`; without a client of its own it then uses the
+    default one. A turn that fails leaves the history as it was.
+    """
+
+    def __init__(
+        self,
+        system: str | None = None,
+        *,
+        model: str | None = None,
+        client: Puter | None = None,
+        messages: Sequence[JSON] = (),
+        **options: Any,
+    ) -> None:
+        self.system = system
+        self.model = model
+        self.messages: Messages = list(messages)
+        self.options = options
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"<puter.Conversation of {len(self.messages)} messages>"
+
+    def __getstate__(self) -> JSON:
+        return {**self.__dict__, "_client": None}
+
+    def say(self, text: str, **options: Any) -> Reply:
+        """The model's answer to the next thing said; `options` are `chat`'s.
+
+        With functions as `tools` they are called until the model answers, as by `run`.
+        """
+        asked = {**self.options, **options}
+        tools = asked.pop("tools", None)
+        messages = self._with(text, asked)
+        if tools and all(callable(t) for t in tools):
+            rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
+            asked = {"model": self.model, "system": self.system, **asked}
+            reply = self._its_client()._run(messages, tools, rounds, on_tool, asked)
+            self.messages = messages
+            return reply
+        options = {"model": self.model, "system": self.system, "tools": tools, **asked}
+        reply = self._its_client().chat(messages, **options)
+        self.messages = [*messages, message_from(reply)]
+        return reply
+
+    def stream(self, text: str, **options: Any) -> Iterator[Chunk]:
+        """The answer as it comes; the turn is remembered once it has come whole."""
+        asked = {**self.options, **options}
+        messages = self._with(text, asked)
+        options = {"model": self.model, "system": self.system, **asked}
+        with self._its_client().stream(messages, **options) as stream:
+            yield from stream
+            self.messages = [*messages, message_from(stream.reply)]
+
+    def to_json(self) -> JSON:
+        """The conversation as plain values; functions among the options are left out."""
+        told = {k: v for k, v in self.options.items() if k != "tools"}
+        names = ("system", "model", "messages")
+        return {**{n: getattr(self, n) for n in names}, "options": told}
+
+    @classmethod
+    def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
+        """The conversation that `to_json` gave."""
+        return cls(
+            data.get("system"),
+            model=data.get("model"),
+            client=client,
+            messages=data.get("messages") or (),
+            **(data.get("options") or {}),
         )
+
+    def _with(self, text: str, asked: JSON) -> Messages:
+        """The history with the next thing said; images and files become part of it."""
+        parts = [*map(image_part, _listing(asked.pop("images", ())))]
+        parts += map(file_part, _listing(asked.pop("files", ())))
+        return [*self.messages, *messages_from(text, None, parts)]
+
+    def _its_client(self) -> Puter:
+        return self._client or _default_client()
+
+
+def _listing(given: Any) -> Sequence[Any]:
+    """One path, URL or bytes as a list of it; a list stays."""
+    return [given] if isinstance(given, (str, bytes, os.PathLike)) else given
+
+
+def _result_of(
+    call: ToolCall,
+    functions: Mapping[str, Callable[..., Any]],
+    on_tool: Callable[[ToolCall], bool | None] | None,
+) -> str:
+    """Call one function for the model; whatever happens is the text of the result."""
+    if on_tool is not None and on_tool(call) is False:
+        return "The user refused this call."
+    function = functions.get(call.name)
+    if function is None:
+        return (
+            f"Error: there is no function {call.name!r}; there are {sorted(functions)}."
+        )
+    try:
+        return tool_result_text(call_function(function, call.arguments))
+    except Exception as error:  # noqa: BLE001 (any error of a tool is the model's to read)
+        _log.warning("The function %s failed", call.name, exc_info=True)
+        return f"Error: {type(error).__name__}: {error}"
 
 
 _OPENAI_PATH = "/puterai/openai/v1"
