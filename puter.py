@@ -977,28 +977,18 @@ class AccountStore:
     @contextmanager
     def _change(self) -> Iterator[JSON]:
         """Lock, read, let the caller change the data, write it if it did change."""
+        what = "be changed"
         try:
-            target = Path(
-                os.path.realpath(self.path)
-            )  # a symlinked file stays a symlink
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            with _locked(self.path) as target:
+                data = self._read()
+                before = json.dumps(data)
+                yield data
+                what = "be written"
+                if json.dumps(data) != before:
+                    text = json.dumps(data, indent=2, ensure_ascii=False)
+                    _write_private(target, f"{text}\n")
         except OSError as error:
-            raise self._failed("be changed", error) from error
-        try:
-            _lock_file(lock)
-            data = self._read()
-            before = json.dumps(data)
-            yield data
-            if json.dumps(data) != before:
-                try:
-                    _write_private(
-                        target, json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-                    )
-                except OSError as error:
-                    raise self._failed("be written", error) from error
-        finally:
-            os.close(lock)  # closing gives the lock back
+            raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: OSError) -> StoreError:
         hints = {
@@ -1079,6 +1069,19 @@ def _account_from(record: JSON) -> Account:
         last_used_ms=whole("lastUsed"),
         is_temporary=record.get("isTemporary") is True,
     )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _lock_file(lock)
+        yield target
+    finally:
+        os.close(lock)  # closing gives the lock back
 
 
 def _lock_file(handle: int) -> None:
@@ -2898,6 +2901,23 @@ def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
     return [m for m in models if any(wanted in n.lower() for n in (*m.names(), m.name))]
 
 
+MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
+    "id": lambda m: m.id,
+    "price": lambda m: (
+        m.input_usd_per_million is None,
+        (m.input_usd_per_million or 0) + (m.output_usd_per_million or 0),
+        m.id,
+    ),
+    "context": lambda m: (-(m.context or 0), m.id),
+    "released": lambda m: (m.released is None, _backwards(m.released or ""), m.id),
+}
+
+
+def _backwards(date: str) -> tuple[int, ...]:
+    """Sorts newest dates first."""
+    return tuple(-ord(c) for c in date)
+
+
 def plain_model_name(name: str) -> str:
     """The name as Puter takes it: without the `puter/` that other tools put in front."""
     stripped = name.strip()
@@ -3018,6 +3038,7 @@ class _Answer:
     url: str
     retry_after_s: float | None
     location: str | None = None
+    date: str | None = None
 
 
 class _Wire:
@@ -3152,27 +3173,32 @@ class _Transport:
         *,
         token: str = "",
         body: Any = None,
-        files: Any = None,
+        form: Sequence[tuple[str, Any]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         handle: _Handle | None = None,
         streaming: bool = False,
     ) -> _Answer | _Wire:
-        """Send one request. A `_Wire` comes back only for a streaming answer with status 200."""
+        """Send one request. A `_Wire` comes back only for a streaming answer with status 200.
+
+        `form` is sent as multipart; `progress` is told (bytes sent, bytes in all) then.
+        """
         handle = handle or _Handle()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
         sent_headers = {"User-Agent": _USER_AGENT, **(headers or {})}
-        data = None
+        data: Any = None
         if body is not None:
             data = _encoded(body)
             sent_headers["Content-Type"] = "application/json"
+        elif form is not None:
+            data, sent_headers["Content-Type"] = _multipart(form, progress)
         try:
             with handle.carried():
                 response = self._session().request(
                     method,
                     url,
                     data=data,
-                    files=files,
                     headers=sent_headers,
                     auth=_bearer(token),
                     timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
@@ -3204,7 +3230,29 @@ class _Transport:
             url,
             _seconds(response.headers.get("Retry-After")),
             response.headers.get("Location"),
+            response.headers.get("Date"),
         )
+
+    def download(self, url: str) -> tuple[bytes, str]:
+        """(contents, MIME type) of a public address, up to `MAX_FILE_BYTES`; no token is sent."""
+        timeout_s = self._config.api_timeout_ms / 1000
+        try:
+            response = self._session().get(
+                url,
+                headers={"User-Agent": _USER_AGENT},
+                auth=_bearer(""),
+                timeout=(CONNECT_TIMEOUT_S, timeout_s),
+                stream=True,
+            )
+            with response:
+                data = self._bytes(response, timeout_s, MAX_FILE_BYTES)
+        except Exception as error:
+            raise _network_error(error, url, timeout_s) from error
+        if response.status_code != 200:
+            raise BadRequestError(
+                f"{url} answered {response.status_code}", hint="Check the address."
+            )
+        return data, response.headers.get("Content-Type", "").split(";")[0].strip()
 
     def close(self) -> None:
         """Close the connections of our own session; a given one is its owner's."""
@@ -3213,20 +3261,24 @@ class _Transport:
                 self._own.close()
             self._own = None
 
-    @staticmethod
-    def _whole(response: requests.Response, timeout_s: float) -> str:
+    def _whole(self, response: requests.Response, timeout_s: float) -> str:
         """The body as text, within the time and the size limit."""
+        data = self._bytes(response, timeout_s, MAX_BODY_BYTES)
+        return data.decode("utf-8", "replace")
+
+    @staticmethod
+    def _bytes(response: requests.Response, timeout_s: float, most: int) -> bytes:
         pieces, size, until = [], 0, time.monotonic() + timeout_s
         for piece in _raw_pieces(response):
             size += len(piece)
             pieces.append(piece)
-            if size > MAX_BODY_BYTES:
-                raise ServerError(f"The answer is larger than {MAX_BODY_BYTES} bytes")
+            if size > most:
+                raise ServerError(f"The answer is larger than {most:,} bytes")
             if time.monotonic() > until:
                 raise RequestTimeoutError(
                     f"The answer was not whole after {timeout_s:g} s"
                 )
-        return b"".join(pieces).decode("utf-8", "replace")
+        return b"".join(pieces)
 
     def _session(self) -> requests.Session:
         if self._given is not None:
@@ -3286,6 +3338,35 @@ def _encoded(body: Any) -> bytes:
             f"The request cannot be written as JSON ({error})",
             hint="Pass texts, numbers, booleans, lists and dicts.",
         ) from error
+
+
+def _multipart(
+    form: Sequence[tuple[str, Any]], progress: Callable[[int, int], None] | None
+) -> tuple[Any, str]:
+    """(body, content type) of a form in this order; the body tells how far it was read."""
+    from urllib3.filepost import encode_multipart_formdata
+
+    data, content_type = encode_multipart_formdata(form)
+    return _Told(data, progress) if progress else data, content_type
+
+
+class _Told:
+    """A body that is read in pieces and tells of each."""
+
+    def __init__(self, data: bytes, progress: Callable[[int, int], None]) -> None:
+        import io
+
+        self._file = io.BytesIO(data)
+        self._size = len(data)
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._file.read(size)
+        self._progress(self._file.tell(), self._size)
+        return piece
 
 
 def _decoded(text: str) -> Any:
@@ -3497,6 +3578,8 @@ class Stream:
         """The model that answers."""
         self.account: str = ""
         self.attempts: tuple[Attempt, ...] = ()
+        self.on_end: Callable[[Reply], None] = lambda _: None
+        """Told the whole reply, once, when the stream has ended well."""
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -3517,7 +3600,7 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._shut()
 
     def __repr__(self) -> str:
         ended = "ended" if self._reply else "closed" if self._source is None else "open"
@@ -3536,13 +3619,18 @@ class Stream:
 
     def close(self) -> None:
         """End the stream now; what is on its way is not waited for."""
+        if self._source is not None and self._reply is None:
+            seconds = time.monotonic() - self._started
+            self._client._count(self.model, "closed", seconds)
+        self._shut()
+
+    def _shut(self) -> None:
+        """Give back the connection and the place in the gate."""
         source, self._source = self._source, None
-        if source is not None:
-            if self._reply is None:
-                self._handle.close()
-            source.close()
-        elif self._reply is None:
+        if self._reply is None:
             self._handle.close()
+        if source is not None:
+            source.close()
         release, self._release = self._release, lambda: None
         release()
 
@@ -3583,11 +3671,12 @@ class Stream:
         if not chunks:
             self._reply = self._with_walk(source.reply())
             self._end(self._reply, "ok")
+            self.on_end(self._reply)
         return chunks
 
     def _end(self, reply: Reply, outcome: str) -> None:
         """Close, and count how it ended."""
-        self.close()
+        self._shut()
         seconds = time.monotonic() - self._started
         self._client._ended(self._ask, reply, outcome, seconds, self._first_s)
 
@@ -3648,6 +3737,8 @@ class Puter:
         self._gates: dict[str, _Gate] = {}
         self._catalogue: tuple[list[Model], float] | None = None
         self._exchanged: dict[str, str] = {}
+        self.on_upload: Callable[[str, int, int], None] | None = None
+        """Told (name, bytes sent, bytes in all) while a file is uploaded."""
         if self.config.debug:
             log_to_stderr(logging.DEBUG)
 
@@ -4155,7 +4246,7 @@ class Puter:
                 for a in accounts
             ]
         rests = {**self._rests(accounts), **dict.fromkeys(tried, float("inf"))}
-        current = self._current or self._active_name()
+        current = self._current or self.active_name
         chosen = next_account(accounts, rests, strategy, current, time.time())
         if chosen is not None and current is not None and chosen.username != current:
             _log.info("Auth: Switched account - %s", chosen.username)
@@ -4211,7 +4302,9 @@ class Puter:
                 self._accounts_read = (stamp, self.store.accounts(), name)
             return self._accounts_read[1], self._accounts_read[2]
 
-    def _active_name(self) -> str | None:
+    @property
+    def active_name(self) -> str | None:
+        """The name of the active stored account; None if another token is in use."""
         if self._token or self._pinned or self.config_is_gateway:
             return None
         return self._stored()[1]
@@ -4226,7 +4319,7 @@ class Puter:
                 f"No account is called {name!r}",
                 hint="`python -m puter status` lists them.",
             )
-        wanted = name or self._current or self._active_name()
+        wanted = name or self._current or self.active_name
         return next((a for a in accounts if a.username == wanted), accounts[0])
 
     @staticmethod
@@ -4379,13 +4472,17 @@ class Puter:
         }
         info = {"name": name, "type": mime, "size": len(data)}
         form = [
-            ("fileinfo", (None, json.dumps(info))),
-            ("operation", (None, json.dumps(operation))),
+            ("fileinfo", json.dumps(info)),
+            ("operation", json.dumps(operation)),
             ("file", (name, data, mime)),
         ]
         _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
         answer = self._transport.call(
-            "POST", f"{self._api_origin()}/batch", token=account.token, files=form
+            "POST",
+            f"{self._api_origin()}/batch",
+            token=account.token,
+            form=form,
+            progress=partial(self.on_upload, name) if self.on_upload else None,
         )
         assert isinstance(answer, _Answer)
         results = body_of(answer, None, account.username).get("results")
@@ -4608,12 +4705,27 @@ class Conversation:
 
     def stream(self, text: str, **options: Any) -> Iterator[Chunk]:
         """The answer as it comes; the turn is remembered once it has come whole."""
-        asked = {**self.options, **options}
-        messages = self._with(text, asked)
-        options = {"model": self.model, "system": self.system, **asked}
-        with self._its_client().stream(messages, **options) as stream:
+        with self._streaming(text, **options)() as stream:
             yield from stream
-            self.messages = [*messages, message_from(stream.reply)]
+
+    def _streaming(self, said: str | JSON, **options: Any) -> Callable[[], Stream]:
+        """Opens the stream of the next turn, which is remembered when it ends well."""
+        asked = {**self.options, **options}
+        if isinstance(said, str):
+            messages = self._with(said, asked)
+        else:
+            messages = [*self.messages, said]
+        asked = {"model": self.model, "system": self.system, **asked}
+
+        def remember(reply: Reply) -> None:
+            self.messages = [*messages, message_from(reply)]
+
+        def start() -> Stream:
+            stream = self._its_client().stream(messages, **asked)
+            stream.on_end = remember
+            return stream
+
+        return start
 
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
@@ -6717,6 +6829,7 @@ def build_parser() -> Any:
     _add_accounts(command)
     _add_catalogue(command)
     _add_serve(command)
+    _add_config(command)
     return parser
 
 
@@ -6727,12 +6840,6 @@ def _add_ask(command: Callable[..., Any]) -> None:
     ask.add_argument(
         "prompt", nargs="*", help="the question; - waits for standard input"
     )
-    ask.add_argument("-m", "--model", help="a model's id or alias")
-    ask.add_argument("-s", "--system", help="a system text")
-    ask.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest answer, in tokens"
-    )
-    ask.add_argument("--temperature", type=float, metavar="T", help="0 (sober) to 2")
     ask.add_argument(
         "--no-stream", action="store_true", help="print the answer when it is whole"
     )
@@ -6742,6 +6849,36 @@ def _add_ask(command: Callable[..., Any]) -> None:
     ask.add_argument(
         "--json", action="store_true", help="one JSON object with everything"
     )
+    ask.add_argument("--usage", action="store_true", help="tokens and cost, on stderr")
+    ask.add_argument(
+        "-a",
+        "--attach",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text, image, PDF or address to send along, - for stdin; several times",
+    )
+    chat = command("chat", cmd_chat, "talk with a model; /help lists its commands")
+    for parser in (ask, chat):
+        parser.add_argument("-m", "--model", help="a model's id or alias")
+        parser.add_argument("-s", "--system", help="a system text")
+        parser.add_argument(
+            "--max-tokens", type=int, metavar="N", help="longest answer, in tokens"
+        )
+        parser.add_argument(
+            "--temperature", type=float, metavar="T", help="0 (sober) to 2"
+        )
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument(
+            "-c",
+            "--continue",
+            dest="continue_",
+            action="store_true",
+            help="go on with the last conversation",
+        )
+        which.add_argument(
+            "-n", "--new", action="store_true", help="begin a new one (the default)"
+        )
 
 
 def _add_accounts(command: Callable[..., Any]) -> None:
@@ -6770,6 +6907,9 @@ def _add_accounts(command: Callable[..., Any]) -> None:
     switch.add_argument("name", help="the account's name")
     status = command("status", cmd_status, "the accounts, and who rests for how long")
     status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument(
+        "--check", action="store_true", help="try everything a call needs"
+    )
     status.add_argument("--clear-cooldowns", action="store_true", help="end all rests")
     whoami = command("whoami", cmd_whoami, "ask the server whose token is in use")
     whoami.add_argument("--json", action="store_true", help="all that the server says")
@@ -6782,12 +6922,31 @@ def _add_catalogue(command: Callable[..., Any]) -> None:
     )
     models.add_argument("--provider", metavar="NAME", help="only those of a provider")
     models.add_argument(
+        "--tools", action="store_true", help="only those that can call functions"
+    )
+    models.add_argument(
+        "--vision", action="store_true", help="only those that see images"
+    )
+    models.add_argument(
         "--search", metavar="TEXT", help="only those with this in a name"
+    )
+    models.add_argument(
+        "--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"
     )
     models.add_argument(
         "--refresh", action="store_true", help="ask the server even if cached"
     )
     models.add_argument("--json", action="store_true", help="a JSON list")
+    usage = command("usage", cmd_usage, "the credit that is left this month")
+    usage.add_argument("--all", action="store_true", help="of all accounts")
+    usage.add_argument("--json", action="store_true", help="a JSON list")
+    stats = command("stats", cmd_stats, "how the models have done")
+    stats.add_argument("model", nargs="?", help="only this one")
+    stats.add_argument("--reset", action="store_true", help="begin anew")
+    stats.add_argument("--json", action="store_true", help="a JSON list")
+    cache = command("cache", cmd_cache, "the kept replies")
+    cache.add_argument("--clear", action="store_true", help="forget them")
+    cache.add_argument("--json", action="store_true", help="a JSON object")
 
 
 def _add_serve(command: Callable[..., Any]) -> None:
@@ -6820,52 +6979,92 @@ def _add_serve(command: Callable[..., Any]) -> None:
     )
 
 
+def _add_config(command: Callable[..., Any]) -> None:
+    config = command(
+        "config", cmd_config, "show the settings, or set up another program"
+    )
+    config.add_argument(
+        "what",
+        choices=["show", "path", *_PROGRAMS],
+        help="show: every setting; path: where they stand; else the program to set up",
+    )
+    config.add_argument("--json", action="store_true", help="show: one JSON object")
+    config.add_argument(
+        "--write", action="store_true", help="merge the block into its file"
+    )
+    config.add_argument("--yes", action="store_true", help="write without asking")
+    config.add_argument(
+        "--base-url", default=_BASE_URL, help="of the server (%(default)s)"
+    )
+    config.add_argument(
+        "--free", action="store_true", help="only models that cost nothing"
+    )
+    config.add_argument("--provider", metavar="NAME", help="only models of a provider")
+    config.add_argument(
+        "--search", metavar="TEXT", help="only models with this in a name"
+    )
+
+
 def cmd_ask(args: Any) -> int:
     """Answer a question on stdout."""
     prompt = " ".join(args.prompt)
-    piped = _piped_text(wait=not prompt or prompt == "-")
+    piped = "" if "-" in args.attach else _piped_text(wait=not prompt or prompt == "-")
     text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
-    if not text.strip():
-        _say(
-            'error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"'
-        )
-        return 2
-    options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-    options |= {
-        "model": args.model,
-        "system": args.system,
-        "fallback": not args.no_fallback,
-    }
     with _client() as client:
-        if args.json or args.no_stream:
-            reply = _signed_in(client, lambda: client.chat(text, **options))
-            print(
-                json.dumps(_reply_json(reply), ensure_ascii=False)
-                if args.json
-                else reply
+        attached = attachments(args.attach, client)
+        text = "\n\n".join(t for t in (text, *attached.texts) if t)
+        if not text.strip() and not attached.parts:
+            _say(
+                "error: There is nothing to ask. "
+                'Try: python -m puter ask "Why is the sky blue?"'
             )
-        else:
-            reply = _print_stream(
-                _signed_in(client, lambda: client.stream(text, **options))
-            )
-        _tell_who(client, args.model, reply)
+            return 2
+        talk = (
+            _last_conversation(client)
+            if args.continue_
+            else Conversation(client=client)
+        )
+        talk.model, talk.system = args.model or talk.model, args.system or talk.system
+        options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+        options |= {"fallback": not args.no_fallback}
+        options |= {"images": attached.images, "files": attached.files}
+        reply = _signed_in(client, partial(_ask_once, args, talk, text, options))
+        _keep_conversation(client, talk)
+        if args.json:
+            print(json.dumps(_reply_report(reply), ensure_ascii=False))
+        elif args.no_stream:
+            print(reply)
+        _tell_who(client, talk.model, reply)
+        if args.usage:
+            _say(_dim(_usage_line(reply)))
     return 0
 
 
-def _print_stream(stream: Stream) -> Reply:
+def _ask_once(args: Any, talk: Conversation, text: str, options: JSON) -> Reply:
+    """One turn of a conversation; printed as it comes unless it is wanted whole."""
+    client = talk._its_client()
+    with _Spinner(client.config.quiet_mode) as spinner:
+        client.on_upload = spinner.uploading
+        if args.json or args.no_stream:
+            return talk.say(text, **options)
+        return _print_stream(talk._streaming(text, **options), spinner)
+
+
+def _print_stream(open_stream: Callable[[], Stream], spinner: _Spinner) -> Reply:
     """Print the text as it comes, the reasoning dimmed on stderr; the whole reply."""
     last, thinking = "", False
-    with stream:
+    with open_stream() as stream:
         try:
             for chunk in stream:
+                spinner.stop()
                 if chunk.type == "reasoning":
                     thinking = True
                     sys.stderr.write(_dim(chunk.text))
                     sys.stderr.flush()
-                elif chunk.type == "text":
+                elif chunk.type == "text" and chunk.text:
                     if thinking:
                         thinking = False
-                        sys.stderr.write("\n")
+                        _say("")
                     sys.stdout.write(chunk.text)
                     sys.stdout.flush()
                     last = chunk.text
@@ -6875,30 +7074,156 @@ def _print_stream(stream: Stream) -> Reply:
     return stream.reply
 
 
-def _reply_json(reply: Reply) -> JSON:
+class _Spinner:
+    """Shows on a terminal's stderr that something is waited for, and for how long."""
+
+    _FRAMES = "|/-\\"
+
+    def __init__(self, quiet: bool) -> None:
+        plain = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+        self._thread = (
+            None if plain else threading.Thread(target=self._run, daemon=True)
+        )
+        self._over = threading.Event()
+        self._note = ""
+        self._shows_uploads = not quiet and sys.stderr.isatty()
+
+    def __enter__(self) -> _Spinner:  # noqa: PYI034
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Wipe it off the line; more than once is fine."""
+        if not self._over.is_set():
+            self._over.set()
+            if self._thread is not None:
+                self._thread.join()
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+    def uploading(self, name: str, sent: int, total: int) -> None:
+        """Show how far an upload is, if it is large enough to wait for."""
+        if total > 1_000_000:
+            done = 20 * sent // total
+            bar = "#" * done + "." * (20 - done)
+            self._note = (
+                f"uploading {name} [{bar}] {100 * sent // total}%"
+                if sent < total
+                else ""
+            )
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        while not self._over.wait(0.1):
+            seconds = time.monotonic() - started
+            frame = self._FRAMES[int(seconds * 10) % len(self._FRAMES)]
+            width = shutil_columns() - 1
+            line = f"{frame} {seconds:.0f} s {self._note}"[:width]
+            sys.stderr.write(f"\r\x1b[K{_dim(line)}")
+            sys.stderr.flush()
+
+
+@dataclass(slots=True)
+class Attachments:
+    """What `--attach` brings: texts for the prompt, images and files beside it."""
+
+    texts: list[str] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    files: list[File] = field(default_factory=list)
+
+    @property
+    def parts(self) -> int:
+        """How many are no text."""
+        return len(self.images) + len(self.files)
+
+
+def attachments(sources: Sequence[str], client: Puter) -> Attachments:
+    """Sort files, addresses and "-" (stdin) by what they hold; raises `BadRequestError`."""
+    found = Attachments()
+    for source in sources:
+        if re.match(r"https?://", source):
+            data, kind = client._transport.download(source)
+            name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
+        else:
+            data = (
+                sys.stdin.buffer.read()
+                if source == "-"
+                else _bytes_of(source, "file")[0]
+            )
+            name, kind = ("standard input" if source == "-" else Path(source).name), ""
+        if image_kind(data):
+            found.images.append(data)
+        elif (text := _as_text(data)) is not None and "pdf" not in kind:
+            found.texts.append(f"{name}:\n```\n{text.rstrip()}\n```")
+        else:
+            file_part((name, data))  # its limits are named before anything is sent
+            found.files.append((name, data))
+    return found
+
+
+def _as_text(data: bytes) -> str | None:
+    """The bytes as a text, if they are one."""
+    if b"\0" in data or data.startswith(b"%PDF-"):
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _last_conversation(client: Puter) -> Conversation:
+    """The kept conversation; a new one when there is none. Raises `StoreError`."""
+    path = client.config.folder / CONVERSATION_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Conversation.from_json(data, client)
+    except FileNotFoundError:
+        return Conversation(client=client)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{path}: the last conversation cannot be read ({error})",
+            hint="Move the file away, or ask without --continue.",
+        ) from error
+
+
+def _keep_conversation(client: Puter, talk: Conversation) -> None:
+    """Keep it for `--continue`; mode 0600. Failing to is told, not more."""
+    path = client.config.folder / CONVERSATION_NAME
+    try:
+        with _locked(path) as target:
+            _write_private(
+                target, json.dumps(talk.to_json(), ensure_ascii=False) + "\n"
+            )
+    except (OSError, TypeError, ValueError) as error:
+        _say(f"warning: The conversation could not be kept in {path} ({error}).")
+
+
+def _reply_report(reply: Reply) -> JSON:
     """A reply as `--json` prints it."""
-    return {
-        "text": reply.text,
-        "reasoning": reply.reasoning,
-        "tool_calls": [
-            {"id": c.id, "name": c.name, "arguments": c.arguments}
-            for c in reply.tool_calls
-        ],
-        "finish_reason": reply.finish_reason,
-        "model": reply.model,
-        "account": reply.account,
-        "usage": _plain_values(reply.usage),
-        "cost_usd": reply.usage.cost_usd,
-        "attempts": [
-            {
-                "model": a.model,
-                "account": a.account,
-                "error": None if a.error is None else a.error.message,
-                "seconds": round(a.seconds, 3),
-            }
-            for a in reply.attempts
-        ],
-    }
+    tried = [
+        {
+            "model": a.model,
+            "account": a.account,
+            "error": None if a.error is None else a.error.message,
+            "seconds": round(a.seconds, 3),
+        }
+        for a in reply.attempts
+    ]
+    cost = {"cost_usd": reply.usage.cost_usd}
+    return {**reply_to_json(reply), **cost, "attempts": tried}
+
+
+def _usage_line(reply: Reply) -> str:
+    """Tokens and cost in a few words."""
+    used = reply.usage
+    if not used:
+        return "tokens: not told"
+    cost = "not told" if used.cost_usd is None else f"${used.cost_usd:.6f}"
+    return f"tokens: {used.input_tokens} in, {used.output_tokens} out; cost {cost}"
 
 
 def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
@@ -6907,9 +7232,256 @@ def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
     wanted = plain_model_name(asked or client.config.default_model or DEFAULT_MODEL)
     if not tried or client.config.quiet_mode:
         return
-    if tried[-1].model != wanted or tried[0].account != reply.account:
-        why = next((a.error.message for a in tried if a.error), f"{wanted} is resting")
+    first = client.active_name
+    if tried[-1].model != wanted or first not in (None, reply.account):
+        why = next(
+            (a.error.message for a in tried if a.error), "what was asked is resting"
+        )
         _say(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
+
+
+CONVERSATION_NAME = "conversation.json"
+_CHAT_HELP = """/model NAME    ask another model (alone: say which)
+/system TEXT   set the system text (alone: say which)
+/attach FILE   send a file, image or address with the next message
+/retry         ask the last message again
+/undo          forget the last message and its answer
+/save FILE     write the conversation (.json, else as text)
+/usage         tokens and cost of this session
+/help          this list
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a longer text.
+Ctrl-C stops an answer; Ctrl-D leaves."""
+
+
+class _Chat:
+    """An interactive conversation: one method a command."""
+
+    def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
+        self.client = client
+        self.talk = talk
+        self.options = options
+        self.attached: list[str] = []
+        self.used: list[Usage] = []
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/model": self.model,
+            "/system": self.system,
+            "/attach": self.attach,
+            "/retry": self.retry,
+            "/undo": self.undo,
+            "/save": self.save,
+            "/usage": self.usage,
+            "/help": lambda _: _say(_CHAT_HELP),
+        }
+
+    def run(self) -> None:
+        """Read lines until there are no more."""
+        while True:
+            try:
+                line = _read_message()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                _say("\n(Ctrl-D leaves)")
+                continue
+            try:
+                self.take(line)
+            except PuterError as error:
+                _say(f"error: {error}")
+            except KeyboardInterrupt:
+                _say("\n(stopped; the answer is not kept)")
+
+    def take(self, line: str) -> None:
+        """One message or command."""
+        name, _, rest = line.strip().partition(" ")
+        if not name:
+            return
+        if not name.startswith("/"):
+            self.say(line)
+        elif name in self.commands:
+            self.commands[name](rest.strip())
+        else:
+            near = _near(name, self.commands)
+            _say(
+                f"There is no {name}. "
+                + (f"Did you mean {near[0]}?" if near else "See /help.")
+            )
+
+    def say(self, text: str) -> None:
+        """Ask, and print the answer as it comes."""
+        given = attachments(self.attached, self.client)
+        text = "\n\n".join([text, *given.texts])
+        options = {**self.options, "images": given.images, "files": given.files}
+        ask = partial(self._once, text, options)
+        reply = _signed_in(self.client, ask)
+        self.attached = []
+        self.used.append(reply.usage)
+        _tell_who(self.client, self.talk.model, reply)
+        _keep_conversation(self.client, self.talk)
+
+    def _once(self, text: str, options: JSON) -> Reply:
+        with _Spinner(self.client.config.quiet_mode) as spinner:
+            self.client.on_upload = spinner.uploading
+            return _print_stream(self.talk._streaming(text, **options), spinner)
+
+    def model(self, name: str) -> None:
+        """Choose the model."""
+        if name:
+            self.talk.model = self.client.model(name).id
+        _say(
+            f"model: {self.talk.model or self.client.config.default_model or DEFAULT_MODEL}"
+        )
+
+    def system(self, text: str) -> None:
+        """Set the system text."""
+        if text:
+            self.talk.system = text
+        _say(f"system: {self.talk.system or 'none'}")
+
+    def attach(self, source: str) -> None:
+        """Send something with the next message."""
+        if not source:
+            _say("Say what: /attach FILE or ADDRESS")
+            return
+        attachments([source], self.client)  # what is wrong with it is told now
+        self.attached.append(source)
+        _say(f"{source} goes with the next message")
+
+    def retry(self, _: str) -> None:
+        """Ask the last message again."""
+        before, said = self._split()
+        if said is None:
+            _say("Nothing was asked yet.")
+            return
+        kept, self.talk.messages = self.talk.messages, before
+        try:
+            reply = _signed_in(self.client, partial(self._again, said))
+        except BaseException:
+            self.talk.messages = kept
+            raise
+        self.used.append(reply.usage)
+        _keep_conversation(self.client, self.talk)
+
+    def _again(self, message: JSON) -> Reply:
+        with _Spinner(self.client.config.quiet_mode) as spinner:
+            return _print_stream(self.talk._streaming(message, **self.options), spinner)
+
+    def undo(self, _: str) -> None:
+        """Forget the last message and its answer."""
+        before, said = self._split()
+        if said is None:
+            _say("There is nothing to undo.")
+            return
+        self.talk.messages = before
+        _keep_conversation(self.client, self.talk)
+        _say("forgotten")
+
+    def _split(self) -> tuple[Messages, JSON | None]:
+        """(what came before the last message of the person, that message or None)."""
+        for index in range(len(self.talk.messages) - 1, -1, -1):
+            if self.talk.messages[index].get("role") == "user":
+                return self.talk.messages[:index], self.talk.messages[index]
+        return self.talk.messages, None
+
+    def save(self, name: str) -> None:
+        """Write the conversation into a file."""
+        if not name:
+            _say("Say where: /save FILE")
+            return
+        path = Path(name).expanduser()
+        if path.suffix == ".json":
+            text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
+        else:
+            told = [
+                (m["role"], _told(m.get("content"), "text", "text"))
+                for m in self.talk.messages
+            ]
+            text = "\n\n".join(f"## {role}\n\n{said}" for role, said in told)
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror})",
+                hint="Choose another name.",
+            ) from error
+        _say(f"saved in {path}")
+
+    def usage(self, _: str) -> None:
+        """Tokens and cost of this session."""
+        known = [u for u in self.used if u]
+        tokens = sum(u.total_tokens or 0 for u in known)
+        cost = sum(u.cost_usd or 0 for u in known)
+        _say(f"{len(self.used)} answers, {tokens} tokens, ${cost:.6f}")
+
+
+def cmd_chat(args: Any) -> int:
+    """Talk with a model until Ctrl-D."""
+    with _client() as client:
+        talk = (
+            _last_conversation(client)
+            if args.continue_
+            else Conversation(client=client)
+        )
+        talk.model, talk.system = args.model or talk.model, args.system or talk.system
+        options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+        chat = _Chat(client, talk, options)
+        if sys.stdin.isatty():
+            shown = talk.model or client.config.default_model or DEFAULT_MODEL
+            _say(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
+            with _line_editing(client, chat.commands):
+                chat.run()
+        else:
+            chat.run()
+    return 0
+
+
+def _read_message() -> str:
+    """A line, or several; raises EOFError at the end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    line = input(prompt)
+    if line.lstrip().startswith('"""'):
+        lines = [line.lstrip()[3:]]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(input(". " if prompt else ""))
+        lines[-1] = lines[-1].rstrip()[:-3]
+        return "\n".join(lines).strip("\n")
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(". " if prompt else ""))
+    return "\n".join(lines)
+
+
+@contextmanager
+def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
+    """History and completion where the system has readline."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    path = client.config.folder / "chat-history"
+    with suppress(OSError):  # none yet
+        readline.read_history_file(path)
+
+    def complete(text: str, state: int) -> str | None:
+        line = readline.get_line_buffer()
+        names: Iterable[str] = commands
+        if line.startswith("/model "):
+            with suppress(PuterError):  # without the list there is nothing to complete
+                names = [m.id for m in client.models()]
+        found = [n for n in names if n.startswith(text)]
+        return found[state] if state < len(found) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a history that cannot be kept is no reason to fail
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            readline.write_history_file(path)
 
 
 def cmd_login(args: Any) -> int:
@@ -7026,6 +7598,11 @@ def cmd_status(args: Any) -> int:
     if args.clear_cooldowns:
         print(f"Ended {state.clear_cooldowns()} rests.")
         return 0
+    if args.check:
+        results = list(_checks(config))
+        for fine, text in results:
+            print(f"{'ok  ' if fine else 'FAIL'}  {text}")
+        return 0 if all(fine for fine, _ in results) else 1
     accounts, active = store.accounts(), store.active()
     report = _status_report(accounts, active, state, time.time())
     if args.json:
@@ -7122,11 +7699,16 @@ def cmd_models(args: Any) -> int:
     with _client() as client:
         found = client.models(args.provider, args.free or None, args.refresh)
     found = matching_models(found, args.search)
+    if args.tools:
+        found = [m for m in found if m.tools is not False]
+    if args.vision:
+        found = [m for m in found if m.inputs and "image" in m.inputs]
+    found.sort(key=MODEL_SORTS[args.sort])
     if args.json:
         print(json.dumps([_plain_values(m) for m in found], ensure_ascii=False))
         return 0
     head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
-    for line in _table([head, *map(_model_row, found)]):
+    for line in _table([head, *map(_model_row, found)], "<<><<>>"):
         print(line)
     if not found:
         _say("No model is like that.")
@@ -7142,13 +7724,231 @@ def _model_row(model: Model) -> tuple[str, ...]:
     return (model.id, model.provider, context, inputs, tools, *shown)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of texts as lines with aligned columns."""
+def _table(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+    """Rows of texts as lines with aligned columns (`<` or `>` a column).
+
+    On a terminal that is too narrow the first column is cut, so that a row stays a line.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    spare = shutil_columns() - (sum(widths[1:]) + 2 * len(widths) - 2)
+    if sys.stdout.isatty() and widths[0] > spare:
+        widths[0] = max(12, spare)
     for row in rows:
-        yield "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
+        cells = (f"{c[:w]:{s}{w}}" for c, w, s in zip(row, widths, sides, strict=True))
+        yield "  ".join(cells).rstrip()
+
+
+def shutil_columns() -> int:
+    """The width of the terminal."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def cmd_usage(args: Any) -> int:
+    """What may still be spent."""
+    with _client() as client:
+        if not client.accounts:
+            _signed_in(client, client.whoami)
+        active = client.active_account
+        asked = client.accounts if args.all else [active] if active else []
+        told: list[tuple[Account, Credit | PuterError]] = []
+        for account in asked:
+            try:
+                told.append((account, client.usage(account.username)))
+            except PuterError as error:
+                told.append((account, error))
+    failed = [t for _, t in told if isinstance(t, PuterError)]
+    if args.json:
+        print(json.dumps([_credit_report(a, t) for a, t in told], ensure_ascii=False))
+    else:
+        for account, credit in told:
+            for line in _credit_lines(account, credit):
+                print(line)
+    return 1 if failed else 0
+
+
+def _credit_report(account: Account, credit: Credit | PuterError) -> JSON:
+    if isinstance(credit, PuterError):
+        return {"username": account.username, "error": str(credit)}
+    told = {
+        k: v for k, v in _plain_values(credit).items() if k not in ("raw", "by_api")
+    }
+    by_api = {
+        name: {"cost": cost, "units": units, "count": count}
+        for name, (cost, units, count) in credit.by_api.items()
+    }
+    return {"username": account.username, "error": None, **told, "by_api": by_api}
+
+
+def _credit_lines(account: Account, credit: Credit | PuterError) -> Iterator[str]:
+    """An account's credit with a bar, and what it went to."""
+    if isinstance(credit, PuterError):
+        yield f"{account.username}: {credit}"
+        return
+    share = credit.remaining / credit.allowance if credit.allowance > 0 else 0.0
+    share = min(max(share, 0.0), 1.0)
+    bar = "#" * round(20 * share) + "." * (20 - round(20 * share))
+    left, whole = (
+        money(credit.remaining, credit.unit),
+        money(credit.allowance, credit.unit),
+    )
+    yield f"{account.username}: {left} of {whole} left this month"
+    yield f"  [{bar}] {100 * share:.0f}% ({credit_word(share)})"
+    rows = sorted(credit.by_api.items(), key=lambda row: -row[1][0])
+    if rows:
+        shown = [
+            (n, money(c, credit.unit), f"{u:,.0f}", f"{k:,}") for n, (c, u, k) in rows
+        ]
+        head = ("  USED FOR", "COST", "UNITS", "CALLS")
+        yield from _table([head, *_indented(shown)], "<>>>")
+
+
+def _indented(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    return ((f"  {row[0]}", *row[1:]) for row in rows)
+
+
+def credit_word(share: float) -> str:
+    """A word for the share of the credit that is left (0 to 1)."""
+    words = ((0.5, "plenty"), (0.2, "fair"), (0.0, "low"))
+    return next((word for least, word in words if share > least), "used up")
+
+
+def cmd_stats(args: Any) -> int:
+    """How the models have done."""
+    with _client() as client:
+        if args.reset:
+            client._figures.reset_figures()
+            print("The figures begin anew.")
+            return 0
+        found = client.stats(args.model)
+    if args.json:
+        print(json.dumps([_plain_values(s) for s in found], ensure_ascii=False))
+        return 0
+    if not found:
+        print("There are no figures yet.")
+        return 0
+    head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
+    rows = [_stats_row(s) for s in found]
+    for line in _table([head, *rows], "<>>>>>>>"):
+        print(line)
+    for stats in found:
+        if stats.failures:
+            told = ", ".join(f"{k} {v}" for k, v in sorted(stats.failures.items()))
+            print(f"failures of {stats.model}: {told}")
+    return 0
+
+
+def _stats_row(stats: ModelStats) -> tuple[str, ...]:
+    def shown(value: float | None, unit: str) -> str:
+        return "-" if value is None else f"{value:.2f}{unit}"
+
+    times = (
+        shown(stats.p50_s, "s"),
+        shown(stats.p95_s, "s"),
+        shown(stats.first_s, "s"),
+    )
+    speed = "-" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.0f}"
+    counts = (str(stats.requests), str(stats.successes))
+    return (stats.model, *counts, *times, speed, f"${stats.cost_usd:.4f}")
+
+
+def cmd_cache(args: Any) -> int:
+    """The kept replies."""
+    with _client() as client:
+        config = client.config
+        if args.clear:
+            print(f"Forgot {client._replies.clear_cache()} replies.")
+            return 0
+        told = client._replies.cache_figures(time.time(), config.cache_ttl_ms / 1000)
+        place = client._replies.path
+    asked = told["hits"] + told["misses"]
+    rate = f"{100 * told['hits'] / asked:.0f}%" if asked else "-"
+    if args.json:
+        print(json.dumps({**told, "enabled": config.cache_enabled, "path": place}))
+        return 0
+    state = "on" if config.cache_enabled else "off (set cache_enabled to true)"
+    print(f"Keeping replies is {state}; they are in {place}")
+    print(
+        f"{told['entries']} of {config.cache_max_entries} entries, {told['fresh']} fresh, ",
+        end="",
+    )
+    print(f"{told['bytes']:,} bytes")
+    print(
+        f"{asked} look-ups, {rate} found; kept for {config.cache_ttl_ms / 1000:.0f} s"
+    )
+    return 0
+
+
+def _checks(config: Config) -> Iterator[tuple[bool, str]]:
+    """Everything that a call needs, as (is it fine, what to say), one after the other."""
+    yield True, f"settings: {config.folder / CONFIG_NAME}"
+    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    for path, want in ((store.path, 0o600), (config.folder / STATE_NAME, 0o600)):
+        if os.name != "nt" and path.exists():
+            mode = path.stat().st_mode & 0o777
+            fine = mode & 0o077 == 0
+            yield (
+                fine,
+                f"{path}: mode {mode:o}"
+                + ("" if fine else f"; do: chmod {want:o} {path}"),
+            )
+    client = Puter(config=config)
+    try:
+        accounts = client.accounts
+        yield (
+            bool(accounts),
+            f"{len(accounts)} accounts"
+            + ("" if accounts else "; do: python -m puter login"),
+        )
+    except PuterError as error:
+        yield False, str(error)
+        return
+    for account in accounts:
+        try:
+            name = account_of(
+                account.token, replace(config, auto_create_temp_user=True)
+            ).username
+            yield True, f"the token of {account.username} works ({name})"
+        except PuterError as error:
+            yield False, f"the token of {account.username}: {error}"
+    yield from _server_checks(client)
+
+
+def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
+    base = client.config.api_base_url
+    try:
+        answer = client._transport.call(
+            "GET", f"{client._api_origin()}/puterai/chat/models"
+        )
+        assert isinstance(answer, _Answer)
+        yield True, f"{base} answers"
+    except PuterError as error:
+        yield False, str(error)
+        return
+    off_s = _clock_error_s(answer.date, time.time())
+    if off_s is not None:
+        fine = abs(off_s) < 300
+        yield (
+            fine,
+            f"the clock differs by {off_s:.0f} s" + ("" if fine else "; set it right"),
+        )
+    try:
+        yield True, f"{len(client.models(refresh=True))} models"
+    except PuterError as error:
+        yield False, f"the model list: {error}"
+    finally:
+        client.close()
+
+
+def _clock_error_s(date: str | None, now: float) -> float | None:
+    """How far our clock is ahead of a server's Date header, in seconds."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return now - parsedate_to_datetime(date).timestamp() if date else None
+    except ValueError:
+        return None
 
 
 def cmd_serve(args: Any) -> int:
@@ -7204,6 +8004,527 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
         print(f"{len(client.models())} models; Ctrl-C stops.", flush=True)
     except PuterError as error:
         _say(f"The model list cannot be had now: {error}")
+
+
+# What other programs read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Continue's cn
+# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
+# Desktop of August 2026 (read in their sources and manuals).
+_BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
+_MARK_BEGIN, _MARK_END = "# >>> puter.py", "# <<< puter.py"
+_OPENCODE_KINDS = (
+    "text",
+    "audio",
+    "image",
+    "video",
+    "pdf",
+)  # others make its file invalid
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a program's settings: where it goes, and what goes there.
+
+    JSON: `values` maps key paths to values. YAML: `lines` are items of the list under `key`
+    (of the whole file, for key "").
+    """
+
+    path: Path
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    comments: bool = False
+    fresh: str = ""  # what a new file begins with
+
+    def text(self) -> str:
+        """The block alone, as a file that holds nothing else."""
+        return self.merged("")
+
+    def merged(self, old: str) -> str:
+        """The old text with the block in it; raises ValueError if it cannot be read."""
+        new = old.lstrip("\ufeff") if old.strip() else self.fresh
+        if self.values and new and not self.comments:
+            json.loads(new)  # this program takes plain JSON only: say so before it does
+        for path, value in self.values.items():
+            new = jsonc_with(new or "{}\n", path, value)
+        for key, lines in self.lines.items():
+            new = yaml_with(new, key, lines)
+        return new
+
+
+def jsonc_with(text: str, path: Sequence[str], value: Any) -> str:
+    """JSON text (comments and trailing commas allowed) with a value put at a path of keys.
+
+    Everything else stays as it is, to the letter. Raises ValueError for what is no object.
+    """
+    start = _jsonc_skip(text, 0)
+    end = _jsonc_end(text, start)
+    if _jsonc_skip(text, end) < len(text):
+        raise ValueError(f"there is something behind the end, at {_place(text, end)}")
+    for depth, key in enumerate(path):
+        if text[start : start + 1] != "{":
+            raise ValueError(f"{'.'.join(path[:depth]) or 'it'} is not an object")
+        members = _jsonc_members(text, start)
+        indent = "  " * (depth + 1)
+        found = [m for m in members if m[0] == key]
+        if not found:
+            for name in reversed(path[depth + 1 :]):
+                value = {name: value}
+            shown = json.dumps(value, indent=2, ensure_ascii=False).replace(
+                "\n", f"\n{indent}"
+            )
+            added = f"\n{indent}{json.dumps(key)}: {shown}" + (
+                "," if members else f"\n{indent[2:]}"
+            )
+            return (
+                text[: start + 1]
+                + added
+                + text[start + 1 :].lstrip(" \t" if members else None)
+            )
+        _, start, end = found[-1]  # of twins every parser takes the last
+    shown = json.dumps(value, indent=2, ensure_ascii=False).replace(
+        "\n", f"\n{'  ' * len(path)}"
+    )
+    return text[:start] + shown + text[end:]
+
+
+def _jsonc_skip(text: str, at: int) -> int:
+    """Behind blanks and comments."""
+    found = re.compile(r"(?:\s+|//[^\n]*|/\*.*?\*/)*", re.DOTALL).match(text, at)
+    return found.end() if found else at
+
+
+def _jsonc_end(text: str, at: int) -> int:
+    """Behind the value that begins here; raises ValueError."""
+    if text[at : at + 1] in ("{", "["):
+        closing = "}" if text[at] == "{" else "]"
+        members = _jsonc_members(text, at)
+        inner = _jsonc_skip(text, members[-1][2] if members else at + 1)
+        inner = (
+            _jsonc_skip(text, inner + 1) if text[inner : inner + 1] == "," else inner
+        )
+        if text[inner : inner + 1] != closing:
+            raise ValueError(f"{closing} is missing at {_place(text, inner)}")
+        return inner + 1
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except ValueError as error:
+        raise ValueError(f"no value at {_place(text, at)}") from error
+
+
+def _jsonc_members(text: str, start: int) -> list[tuple[str, int, int]]:
+    """(key, where its value begins, where it ends) of the object or list that begins here."""
+    is_object, at = text[start] == "{", _jsonc_skip(text, start + 1)
+    members = []
+    while text[at : at + 1] not in ("}", "]", ""):
+        key = ""
+        if is_object:
+            end = _jsonc_end(text, at) if text[at] == '"' else at
+            colon = _jsonc_skip(text, end)
+            if end == at or text[colon : colon + 1] != ":":
+                raise ValueError(f"a key is wrong at {_place(text, at)}")
+            key, at = json.loads(text[at:end]), _jsonc_skip(text, colon + 1)
+        end = _jsonc_end(text, at)
+        members.append((key, at, end))
+        at = _jsonc_skip(text, end)
+        if text[at : at + 1] != ",":
+            break
+        at = _jsonc_skip(text, at + 1)
+    return members
+
+
+def _place(text: str, at: int) -> str:
+    return f"line {text.count(chr(10), 0, at) + 1}"
+
+
+def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
+    """YAML text with items put at the end of a list, between two marks.
+
+    Items between our marks are replaced; everything else stays. `key` is a list at the top
+    of the file, or "" when the file is a list itself. Raises ValueError for what this cannot
+    do without a YAML parser: a list in one line, or a file of another shape.
+    """
+    begin, end = (f"{mark} {key}".rstrip() for mark in (_MARK_BEGIN, _MARK_END))
+    old = re.compile(
+        rf"^[ ]*{re.escape(begin)}\n.*?^[ ]*{re.escape(end)}\n",
+        re.DOTALL | re.MULTILINE,
+    )
+    text = old.sub("", text)
+    if text and not text.endswith("\n"):
+        text += "\n"
+    rows = text.split("\n")
+    if not key:
+        if any(r and r[0] not in " -#" for r in rows):
+            raise ValueError("it is not a list")
+        return text + "\n".join([begin, *lines, end, ""])
+    at = next(
+        (i for i, r in enumerate(rows) if re.match(rf"{re.escape(key)}\s*:", r)), None
+    )
+    if at is None:
+        return text + "\n".join(
+            [f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""]
+        )
+    if not re.fullmatch(rf"{re.escape(key)}\s*:\s*(#.*)?", rows[at]):
+        raise ValueError(f"{key} is written in one line")
+    item = next(
+        (r for r in rows[at + 1 :] if r.strip() and not r.lstrip().startswith("#")), ""
+    )
+    first = re.match(r"( *)-", item)
+    indent = first.group(1) if first else "  "
+    last = at
+    for i in range(at + 1, len(rows)):
+        inside = rows[i].startswith((f"{indent} ", f"{indent}-")) or rows[
+            i
+        ].lstrip().startswith("#")
+        if rows[i].strip() and not inside:
+            break
+        last = i if rows[i].strip() else last
+    return "\n".join(
+        [
+            *rows[: last + 1],
+            *_indented_by(indent, [begin, *lines, end]),
+            *rows[last + 1 :],
+        ]
+    )
+
+
+def _indented_by(indent: str, lines: Iterable[str]) -> list[str]:
+    return [indent + line for line in lines]
+
+
+def _home(*parts: str) -> Path:
+    return Path.home().joinpath(*parts)
+
+
+def _app_folder(name: str, environ: Mapping[str, str], platform: str) -> Path:
+    """Where a desktop program keeps its settings, by platform."""
+    if platform == "win32":
+        return Path(environ.get("APPDATA") or _home("AppData", "Roaming")) / name
+    if platform == "darwin":
+        return _home("Library", "Application Support", name)
+    return Path(environ.get("XDG_CONFIG_HOME") or _home(".config")) / name
+
+
+def mcp_command() -> list[str]:
+    """How another program starts the MCP server, from whatever folder it runs in."""
+    here = Path(__file__).resolve()
+    installed = any(part in ("site-packages", "dist-packages") for part in here.parts)
+    return [
+        sys.executable,
+        *(("-m", "puter") if installed else (str(here),)),
+        "serve",
+        "--mcp",
+    ]
+
+
+def seems_to_reason(model: Model) -> bool:
+    """Whether a model thinks before it answers, by its name: the catalogue does not say."""
+    pattern = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
+    return re.search(pattern, model.id.lower()) is not None
+
+
+def opencode_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[Block]:
+    """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or _home(".config")) / "opencode"
+    named = folder / "opencode.jsonc"
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "Puter.com",
+        "options": {
+            "baseURL": base_url,
+            "apiKey": "{env:PUTER_SERVER_API_KEY}" if key else "puter",
+        },
+        "models": {m.id: _opencode_model(m) for m in models},
+    }
+    mcp = {"type": "local", "command": mcp_command(), "enabled": True}
+    values: dict[tuple[str, ...], Any] = {
+        ("provider", "puter"): provider,
+        ("mcp", "puter"): mcp,
+    }
+    fresh = '{\n  "$schema": "https://opencode.ai/config.json"\n}\n'
+    path = named if named.exists() else folder / "opencode.json"
+    return [Block(path, values, comments=True, fresh=fresh)]
+
+
+def _opencode_model(model: Model) -> JSON:
+    inputs = [k for k in model.inputs or ("text",) if k in _OPENCODE_KINDS]
+    told: JSON = {
+        "name": model.name,
+        "attachment": len(inputs) > 1,
+        "reasoning": seems_to_reason(model),
+        "temperature": True,
+        "tool_call": model.tools is not False,
+        "modalities": {"input": inputs, "output": ["text"]},
+    }
+    if model.context and model.max_tokens:  # it takes both or none
+        told["limit"] = {"context": model.context, "output": model.max_tokens}
+    return told
+
+
+def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+    """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
+    listed = [
+        {
+            "name": m.id,
+            "display_name": m.name,
+            "max_tokens": m.context or 128_000,
+            **({"max_output_tokens": m.max_tokens} if m.max_tokens else {}),
+            "capabilities": {  # it wants all four, or fails the whole map
+                "tools": m.tools is not False,
+                "images": "image" in (m.inputs or ()),
+                "parallel_tool_calls": False,
+                "prompt_cache_key": False,
+            },
+        }
+        for m in models
+    ]
+    provider = {"api_url": base_url, "available_models": listed}
+    command, *args = mcp_command()
+    values: dict[tuple[str, ...], Any] = {
+        ("language_models", "openai_compatible", "puter"): provider,
+        ("context_servers", "puter"): {"command": command, "args": args, "env": {}},
+    }
+    folder = _app_folder(
+        "Zed" if sys.platform == "win32" else "zed", os.environ, sys.platform
+    )
+    if sys.platform == "darwin":
+        folder = _home(".config", "zed")
+    return [Block(folder / "settings.json", values, comments=True)]
+
+
+def _mcp_json(path: Path, kind: JSON) -> list[Block]:
+    command, *args = mcp_command()
+    server = {**kind, "command": command, "args": args, "env": {}}
+    return [Block(path, {("mcpServers", "puter"): server})]
+
+
+def claude_desktop_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[Block]:
+    """Claude Desktop: the MCP server (it takes no OpenAI-compatible provider)."""
+    folder = _app_folder("Claude", os.environ, sys.platform)
+    if sys.platform == "win32":  # the installer of the app store keeps its own copy
+        packages = (
+            Path(os.environ.get("LOCALAPPDATA") or _home("AppData", "Local"))
+            / "Packages"
+        )
+        for package in sorted(packages.glob("Claude_*")):
+            folder = package / "LocalCache" / "Roaming" / "Claude"
+    return _mcp_json(folder / "claude_desktop_config.json", {})
+
+
+def claude_code_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[Block]:
+    """Claude Code: the MCP server, for the user (it takes no OpenAI-compatible provider)."""
+    folder = os.environ.get("CLAUDE_CONFIG_DIR")
+    path = (Path(folder) if folder else _home()) / ".claude.json"
+    return _mcp_json(path, {"type": "stdio"})
+
+
+def continue_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[Block]:
+    """Continue: models with the provider `openai`, and the MCP server."""
+    folder = Path(os.environ.get("CONTINUE_GLOBAL_DIR") or _home(".continue"))
+    lines = []
+    for m in models:
+        can = [*(["tool_use"] if m.tools is not False else [])]
+        can += ["image_input"] if "image" in (m.inputs or ()) else []
+        # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
+        vendor = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
+        asked = vendor if re.match(r"gpt-5|o\d", m.id) else m.id
+        lines += [
+            f"- name: {json.dumps(f'Puter: {m.name}', ensure_ascii=False)}",
+            "  provider: openai",
+            f"  model: {json.dumps(asked)}",
+            f"  apiBase: {base_url}",
+            f"  apiKey: {'${{ secrets.PUTER_SERVER_API_KEY }}' if key else 'puter'}",
+            "  roles: [chat, edit, apply]",
+            f"  capabilities: {json.dumps(can)}",
+        ]
+        if m.context and m.max_tokens:
+            lines += ["  defaultCompletionOptions:", f"    contextLength: {m.context}"]
+            lines += [f"    maxTokens: {m.max_tokens}"]
+    command, *args = mcp_command()
+    server = ["- name: puter", "  type: stdio", f"  command: {json.dumps(command)}"]
+    server += [f"  args: {json.dumps(args)}"]
+    fresh = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
+    parts = {"models": lines, "mcpServers": server}
+    return [Block(folder / "config.yaml", lines=parts, fresh=fresh)]
+
+
+def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+    """aider: each model with its own address, so that its other OpenAI models stay as they are."""
+    lines: list[str] = []
+    known: dict[tuple[str, ...], Any] = {}
+    for m in models:
+        name = f"openai/{m.id}"
+        lines += [
+            f"- name: {json.dumps(name)}",
+            "  edit_format: diff",
+            f"  weak_model_name: {json.dumps(name)}",
+            "  use_repo_map: true",
+            "  extra_params:",
+            f"    api_base: {base_url}",
+            f"    api_key: {'os.environ/PUTER_SERVER_API_KEY' if key else 'puter'}",
+        ]
+        known[(name,)] = {
+            "max_tokens": m.max_tokens or 4_096,
+            "max_input_tokens": m.context or 128_000,
+            "max_output_tokens": m.max_tokens or 4_096,
+            "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
+            "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
+            "litellm_provider": "openai",
+            "mode": "chat",
+            "supports_vision": "image" in (m.inputs or ()),
+        }
+    return [
+        Block(_home(".aider.model.settings.yml"), lines={"": lines}),
+        Block(_home(".aider.model.metadata.json"), known, comments=True),
+    ]
+
+
+def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+    """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
+    given = os.environ.get("LLM_USER_PATH")
+    folder = (
+        Path(given)
+        if given
+        else _app_folder("io.datasette.llm", os.environ, sys.platform)
+    )
+    lines = []
+    for m in models:
+        lines += [
+            f"- model_id: {json.dumps(f'puter/{m.id}')}",
+            f"  model_name: {json.dumps(m.id)}",
+        ]
+        lines += [f"  api_base: {json.dumps(base_url)}"]
+        lines += ["  api_key_name: puter"] if key else []
+        lines += ["  vision: true"] if "image" in (m.inputs or ()) else []
+        lines += ["  supports_tools: true"] if m.tools is not False else []
+    return [Block(folder / "extra-openai-models.yaml", lines={"": lines})]
+
+
+_PROGRAMS: dict[str, tuple[Callable[..., list[Block]], str]] = {
+    "opencode": (opencode_block, "Then: opencode --model puter/MODEL"),
+    "zed": (
+        zed_block,
+        "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
+    ),
+    "claude-desktop": (
+        claude_desktop_block,
+        "Quit Claude Desktop before writing: it rewrites its file.",
+    ),
+    "claude-code": (
+        claude_code_block,
+        "By its own command: claude mcp add --scope user puter -- COMMAND",
+    ),
+    "continue": (continue_block, "Then choose a model whose name begins with Puter."),
+    "aider": (aider_block, "Then: aider --model openai/MODEL"),
+    "llm": (
+        llm_block,
+        "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter",
+    ),
+}
+
+
+def cmd_config(args: Any) -> int:
+    """Show the settings, or set up another program."""
+    if args.what == "path":
+        print(config_dir() / CONFIG_NAME)
+        return 0
+    if args.what == "show":
+        return _show_config(args.json)
+    build, note = _PROGRAMS[args.what]
+    with _client() as client:
+        models = (
+            []
+            if args.what.startswith("claude")
+            else client.models(args.provider, args.free or None)
+        )
+    models = matching_models(models, args.search)
+    key = os.environ.get("PUTER_SERVER_API_KEY")
+    blocks = build(models, args.base_url, key)
+    for block in blocks:
+        if args.write:
+            _write_block(block, args.yes)
+        else:
+            _say(_dim(f"# {block.path}"))
+            print(block.text(), end="")
+    needs_server = not args.what.startswith("claude")
+    if needs_server:
+        _say("The server must run: python -m puter serve --openai")
+    _say(note.replace("COMMAND", " ".join(mcp_command())))
+    return 0
+
+
+def _show_config(as_json: bool) -> int:
+    """Every setting, its value, and where it comes from."""
+    values, sources = settings_and_sources()
+    if as_json:
+        told = {
+            n: {"value": _listed(v), "source": sources[n]} for n, v in values.items()
+        }
+        print(json.dumps(told, ensure_ascii=False))
+        return 0
+    rows = [
+        (n, json.dumps(_listed(v), ensure_ascii=False), sources[n])
+        for n, v in values.items()
+    ]
+    short = [(n, v if len(v) <= 60 else f"{v[:57]}...", s) for n, v, s in rows]
+    for line in _table([("SETTING", "VALUE", "FROM"), *short], "<<<"):
+        print(line)
+    return 0
+
+
+def _write_block(block: Block, sure: bool) -> None:
+    """Merge a block into its program's file: a diff first, a backup beside it."""
+    import difflib
+
+    target = Path(os.path.realpath(block.path))
+    try:
+        old = target.read_text(encoding="utf-8") if target.exists() else ""
+        new = block.merged(old)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{block.path} cannot be read ({error}); nothing was written",
+            hint="Mend the file, or put the block there by hand: run this without --write.",
+        ) from error
+    if new == old:
+        print(f"{block.path} has it already.")
+        return
+    diff = difflib.unified_diff(
+        old.splitlines(True), new.splitlines(True), str(block.path), str(block.path)
+    )
+    sys.stderr.writelines(diff)
+    if not sure and _may_ask():
+        answer = input(f"Write this into {block.path}? [Y/n] ").strip().lower()
+        if answer not in ("", "y", "yes"):
+            print("Nothing was written.")
+            return
+    _replace_with_backup(target, old, new)
+
+
+def _replace_with_backup(target: Path, old: str, new: str) -> None:
+    """Write the new text, the old one kept in a file beside it, with the mode it had."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
+        if old:
+            backup = target.with_name(
+                f"{target.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak"
+            )
+            _write_private(backup, old)
+            print(f"The old file is kept as {backup}")
+        _write_private(target, new)
+        target.chmod(mode)
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written ({error.strerror})",
+            hint="Give yourself the right to.",
+        ) from error
+    print(f"Wrote {target}")
 
 
 def _client() -> Puter:
