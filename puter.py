@@ -14,8 +14,10 @@ release 26.07.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     import sqlite3
+    from typing import TypeGuard
 
     import requests
     from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
@@ -104,6 +107,7 @@ CONNECT_TIMEOUT_S = 10.0
 # A whole reply with tools may take minutes before its first byte.
 EXACT_TOOLS_TIMEOUT_S = 600.0
 RETRY_CAP_S = 30.0
+RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
 RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
@@ -230,7 +234,7 @@ class SubscriptionError(AccessError):
 class RateLimitError(PuterError):
     """The account sent too many requests; another model does not help."""
 
-    scope = "account"
+    scope: ClassVar[Scope] = "account"
     retryable = True
     default_hint = (
         "Wait some seconds, or add another account with `python -m puter login`."
@@ -570,10 +574,13 @@ def config_dir(
     env = os.environ if environ is None else environ
     if env.get("PUTER_CONFIG_DIR"):
         return Path(env["PUTER_CONFIG_DIR"]).expanduser()
+    given = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
+    if given:
+        return Path(given) / "puter"
     user_home = Path(home) if home is not None else Path.home()
     if os_name == "nt":
-        return Path(env.get("APPDATA") or user_home / "AppData" / "Roaming") / "puter"
-    return Path(env.get("XDG_CONFIG_HOME") or user_home / ".config") / "puter"
+        return user_home / "AppData" / "Roaming" / "puter"
+    return user_home / ".config" / "puter"
 
 
 def _setting(default: Any, doc: str, **check: Any) -> Any:
@@ -760,11 +767,14 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
         name = variable[len("PUTER_") :].lower()
         if name in _SETTINGS:
             given[name] = _from_text(name, env[variable])
-        elif near := _near(name, _SETTINGS, cutoff=0.85):
-            raise ConfigError(
-                f"{variable}: there is no such setting",
-                hint=f"Did you mean PUTER_{near[0].upper()}?",
-            )
+        else:
+            known = [*(f"PUTER_{n.upper()}" for n in _SETTINGS), *_OTHER_VARIABLES]
+            near = _near(variable, known, cutoff=0.85)
+            if near:  # what is less alike may be another program's
+                raise ConfigError(
+                    f"{variable}: there is no such setting",
+                    hint=f"Did you mean {near[0]}?",
+                )
     return given
 
 
@@ -775,7 +785,7 @@ def _from_text(name: str, text: str) -> Any:
         words = {"1": True, "true": True, "yes": True, "on": True}
         words |= {"0": False, "false": False, "no": False, "off": False}
         return words.get(text.strip().lower(), text)
-    if kind == "int" and re.fullmatch(r"\s*-?\d+\s*", text):
+    if kind == "int" and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
         return int(text)
     if kind.startswith("tuple"):
         if text.lstrip().startswith("["):
@@ -821,6 +831,8 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
     if "choices" in check:
         choices = " or ".join(f'"{c}"' for c in check["choices"])
         return ("" if value in check["choices"] else choices), value
+    if isinstance(value, Path) and not check.get("url"):
+        value = str(value)
     if not isinstance(value, str) or not value.strip():
         return "a text that is not empty", None
     if check.get("url"):
@@ -852,15 +864,10 @@ def _near(
 
 def _described(value: Any) -> str:
     """A found value for an error text: its JSON, shortened, and its kind."""
-    kinds = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-    }
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
+    kinds |= {list: "a list", dict: "an object", type(None): "null"}
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{shown} ({kinds.get(type(value), 'an object' if isinstance(value, dict) else 'null')})"
+    return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
 _SETTINGS = {f.name: f for f in fields(Config) if not f.metadata.get("internal")}
@@ -883,25 +890,25 @@ class AccountStore:
 
     def __init__(self, path: str | Path | None = None) -> None:
         given = Path(path) if path is not None else config_dir()
-        self.path = (
-            given / ACCOUNTS_NAME if given.is_dir() or not given.suffix else given
-        )
+        is_file = path is not None and given.suffix == ".json"
+        self.path = given if is_file else given / ACCOUNTS_NAME
 
     def __repr__(self) -> str:
         return f"AccountStore({str(self.path)!r})"
 
     def accounts(self) -> list[Account]:
         """All accounts, in the order in which they were added; raises `StoreError`."""
-        return [_account_from(record) for record in self._read()["accounts"]]
+        return self.read()[0]
 
     def active(self) -> Account | None:
         """The account in use, or None when there is none; raises `StoreError`."""
+        return self.read()[1]
+
+    def read(self) -> tuple[list[Account], Account | None]:
+        """(all accounts, the active one) of one moment; raises `StoreError`."""
         data = self._read()
-        return (
-            _account_from(data["accounts"][data["activeIndex"]])
-            if data["accounts"]
-            else None
-        )
+        accounts = [_account_from(record) for record in data["accounts"]]
+        return accounts, accounts[data["activeIndex"]] if accounts else None
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever the file does; None when there is no file."""
@@ -913,8 +920,16 @@ class AccountStore:
 
     def add(self, account: Account, *, activate: bool = True) -> bool:
         """Keep an account; True if it is new, False if only its token was replaced."""
+        for what, text in (("name", account.username), ("token", account.token)):
+            if not isinstance(text, str) or not text.strip():
+                raise StoreError(
+                    f"{self.path}: an account without a {what} cannot be kept",
+                    hint="Sign in with `python -m puter login`.",
+                )
         with self._change() as data:
             records = data["accounts"]
+            if not records:
+                data["activeIndex"] = 0
             index = _index_of(records, account.username)
             if index is None:
                 records.append({"username": account.username})
@@ -985,25 +1000,31 @@ class AccountStore:
                 yield data
                 what = "be written"
                 if json.dumps(data) != before:
-                    text = json.dumps(data, indent=2, ensure_ascii=False)
-                    _write_private(target, f"{text}\n")
+                    _write_private(target, f"{_pretty_json(data)}\n")
         except OSError as error:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: OSError) -> StoreError:
-        hints = {
-            "IsADirectoryError": "A folder stands in its place: move it away.",
-            "PermissionError": "Give yourself the right to read and write the file and its "
-            "folder, or set PUTER_CONFIG_DIR to another folder.",
-            "NotADirectoryError": "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
-        }
-        hint = hints.get(
-            type(error).__name__, "Free some space, or set PUTER_CONFIG_DIR elsewhere."
-        )
         reason = error.strerror or str(error)
+        hint = _OS_HINTS.get(
+            error.errno or 0, "Set PUTER_CONFIG_DIR to another folder."
+        )
         return StoreError(
             f"{self.path}: cannot {what} ({reason}); it is as it was", hint=hint
         )
+
+
+_OS_HINTS = {
+    errno.EISDIR: "A folder stands in its place: move it away.",
+    errno.ENOTDIR: "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
+    errno.EEXIST: "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
+    errno.ENOSPC: "Free some space, or set PUTER_CONFIG_DIR elsewhere.",
+    errno.EDQUOT: "Free some space, or set PUTER_CONFIG_DIR elsewhere.",
+    errno.EROFS: "The disk is read-only: set PUTER_CONFIG_DIR elsewhere.",
+    errno.EACCES: "Give yourself the right to read and write the file and its folder, "
+    "or set PUTER_CONFIG_DIR to another folder.",
+}
+_OS_HINTS[errno.EPERM] = _OS_HINTS[errno.EACCES]
 
 
 def parse_accounts(raw: bytes, where: str) -> JSON:
@@ -1044,7 +1065,8 @@ def parse_accounts(raw: bytes, where: str) -> JSON:
             if not isinstance(record.get(key), str) or not record[key].strip():
                 raise wrong(f"accounts[{number}].{key} is not a text, or empty")
         for key in ("addedAt", "lastUsed"):
-            if not isinstance(record.get(key, 0), (int, float, type(None))):
+            time_ms = record.get(key) or 0
+            if not isinstance(time_ms, (int, float)) or not math.isfinite(time_ms):
                 raise wrong(f"accounts[{number}].{key} is not a time in ms")
     active = data.setdefault("activeIndex", 0)
     if not isinstance(active, int) or isinstance(active, bool):
@@ -1071,6 +1093,16 @@ def _account_from(record: JSON) -> Account:
     )
 
 
+def _pretty_json(data: Any) -> str:
+    """JSON for people to read; half a surrogate pair, which UTF-8 lacks, is written escaped."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)
+    return text
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
@@ -1081,17 +1113,26 @@ def _locked(path: Path) -> Iterator[Path]:
         _lock_file(lock)
         yield target
     finally:
-        os.close(lock)  # closing gives the lock back
+        _unlock_file(lock)
+        os.close(lock)
 
 
 def _lock_file(handle: int) -> None:
-    """Wait for the exclusive lock of an open file; closing the file gives it back."""
+    """Wait for the exclusive lock of an open file."""
     if os.name == "nt":
         _lock_file_windows(handle)
         return
     import fcntl
 
     fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _unlock_file(handle: int) -> None:
+    """Give the lock back, also when a forked child still has the file open."""
+    if os.name != "nt":
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _lock_file_windows(handle: int, module: Any = None) -> None:
@@ -1132,9 +1173,32 @@ def _sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with suppress(OSError):  # some file systems cannot; the file itself is in place
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class _Lock:
+    """A re-entrant lock that a forked child finds open, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.RLock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_BUSY_S = 10.0  # how long a state file that others use is waited for
+
+
+def _is_busy(error: Exception) -> bool:
+    return "locked" in str(error) or "busy" in str(error)
 
 
 class State:
@@ -1163,7 +1227,7 @@ class State:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = str(path) if path is not None else str(config_dir() / STATE_NAME)
-        self._lock = threading.RLock()
+        self._lock = _Lock()
         self._db: sqlite3.Connection | None = None
         self._pid = 0
 
@@ -1196,18 +1260,16 @@ class State:
 
         return self._run(self._written(work))
 
-    def succeed(self, account: str, model: str, now: float) -> None:
-        """A call was answered: no strikes any more, and the account was used now."""
+    def succeed(self, account: str, names: Sequence[str], now: float) -> None:
+        """A call was answered by a model of these names: no strikes, and a use of the account."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(
-                "DELETE FROM cooldowns WHERE account=? AND model IN ('', ?)",
-                (account, model),
+            db.executemany(
+                "DELETE FROM cooldowns WHERE account=? AND model=?",
+                [(account, name) for name in {"", *names}],
             )
-            db.execute(
-                "INSERT OR REPLACE INTO last_used VALUES (?,?)",
-                (account, int(now * 1000)),
-            )
+            row = (account, int(now * 1000))
+            db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", row)
 
         self._run(self._written(work))
 
@@ -1230,7 +1292,7 @@ class State:
         ]
 
     def clear_cooldowns(self, account: str | None = None) -> int:
-        """End the rests of one account or of all; how many there were."""
+        """End the rests of one account or of all, and forget strikes; how many rows went."""
         where, values = (
             ("", ()) if account is None else (" WHERE account=?", (account,))
         )
@@ -1399,24 +1461,31 @@ class State:
             self._db = None
 
     def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do the work on the open file; when the file is broken, once more in memory."""
+        """Do the work on the open file; when the file is broken, once more in memory.
+
+        A file that is busy is not broken: somebody else is just making or using it.
+        """
         import sqlite3
 
         with self._lock:
-            try:
-                return work(self._open())
-            except (sqlite3.Error, OSError) as error:
-                if self.path == ":memory:":
-                    raise
-                _log.warning(
-                    "%s cannot be used (%s): cooldowns and figures are kept in memory. "
-                    "Deleting the file is safe.",
-                    self.path,
-                    error,
-                )
-                self.close()
-                self.path = ":memory:"
-                return work(self._open())
+            until = time.monotonic() + _BUSY_S
+            while True:
+                try:
+                    return work(self._open())
+                except (sqlite3.Error, OSError) as error:
+                    if self.path == ":memory:":
+                        raise
+                    if _is_busy(error) and time.monotonic() < until:
+                        time.sleep(0.01)
+                        continue
+                    _log.warning(
+                        "%s cannot be used (%s): cooldowns and figures are kept in memory. "
+                        "Deleting the file is safe.",
+                        self.path,
+                        error,
+                    )
+                    self.close()
+                    self.path = ":memory:"
 
     @staticmethod
     def _written(
@@ -1431,7 +1500,8 @@ class State:
                 db.execute("COMMIT")
                 return result
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
                 raise
 
         return transaction
@@ -1553,21 +1623,49 @@ def _checked_message(message: Any, index: int) -> JSON:
     for number, part in enumerate(
         content if isinstance(content, (list, tuple)) else ()
     ):
-        if not isinstance(part, (str, Mapping)):
-            raise BadRequestError(
-                f"{where}.content[{number}] is {_described(part)}, not an object",
-                hint='Write {"type": "text", "text": "…"}.',
-            )
-        if isinstance(part, Mapping) and part.get("type") == "input_audio":
-            raise BadRequestError(
-                f"{where}.content[{number}] is audio, which Puter's chat does not take",
-                hint="Send its text instead.",
-            )
-    if role == "tool" and not message.get("tool_call_id"):
+        _check_part(part, f"{where}.content[{number}]")
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple, type(None))):
+        raise BadRequestError(
+            f"{where}.tool_calls is {_described(calls)}", hint="Give a list of calls."
+        )
+    if role == "tool" and not _is_text(message.get("tool_call_id")):
         raise BadRequestError(
             f"{where} has no tool_call_id", hint="Say which call this is the result of."
         )
     return dict(message)
+
+
+def _check_part(part: Any, where: str) -> None:
+    """Raise `BadRequestError` for a part of a message that nobody can read."""
+    if isinstance(part, str):
+        return
+    if not isinstance(part, Mapping):
+        raise BadRequestError(
+            f"{where} is {_described(part)}, not an object",
+            hint='Write {"type": "text", "text": "…"}.',
+        )
+    kind, text = part.get("type"), part.get("text")
+    if kind == "input_audio":
+        raise BadRequestError(
+            f"{where} is audio, which Puter's chat does not take", hint="Send its text."
+        )
+    if kind == "text" and not isinstance(text, (str, type(None))):
+        raise BadRequestError(
+            f"{where}.text is {_described(text)}, not a text",
+            hint="Write it as a text.",
+        )
+    if kind == "tool_use":
+        fine = _is_text(part.get("id")) and _is_text(part.get("name"))
+        if not fine or not isinstance(part.get("input", {}), Mapping):
+            raise BadRequestError(
+                f"{where} lacks an id, a name, or an object as input",
+                hint='Write {"type": "tool_use", "id": "…", "name": "…", "input": {}}.',
+            )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _parts(content: Any) -> list[JSON]:
@@ -1587,7 +1685,7 @@ def wire_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
     A text is a message of its own; then each call is an assistant message of one `tool_use`
     part, followed at once by its result. Messages without content are left out. Raises
-    `BadRequestError` for what no provider can take. Putting it in twice changes nothing.
+    `BadRequestError` for what no provider can take.
     """
     groups: list[
         Messages
@@ -1639,7 +1737,7 @@ def _assistant_groups(
 ) -> list[Messages]:
     """An assistant's turn as groups: its text, then each call; notes who waits for a result."""
     parts = _parts(message.get("content"))
-    calls = [p for p in parts if p.get("type") == "tool_use"]
+    calls = [{"input": {}, **p} for p in parts if p.get("type") == "tool_use"]
     calls += [
         _tool_use(call, index, n)
         for n, call in enumerate(message.get("tool_calls") or ())
@@ -1649,8 +1747,8 @@ def _assistant_groups(
         message["content"] if isinstance(message.get("content"), str) else spoken
     )
     if any(call.get("extra_content") for call in calls):
-        groups = [_signed_turn(message, spoken, calls)]
-        waiters = groups * len(calls)
+        groups = _signed_turn(message, spoken, calls)
+        waiters = groups[-1:] * len(calls)
     else:
         groups = [[{"role": "assistant", "content": [call]}] for call in calls]
         waiters = list(groups)
@@ -1663,40 +1761,39 @@ def _assistant_groups(
     return groups
 
 
-def _signed_turn(message: JSON, spoken: list[JSON], calls: list[JSON]) -> Messages:
+def _signed_turn(
+    message: JSON, spoken: list[JSON], calls: list[JSON]
+) -> list[Messages]:
     """Calls with a provider's signature, which must stay together in one message.
 
     With text beside them OpenAI's own shape arrives right; without, parts arrive reversed
     (recorded), so they are sent in reverse.
     """
-    if not spoken:
-        return [{"role": "assistant", "content": calls[::-1]}]
-    openai_calls = [
-        {
-            "id": call["id"],
-            "type": "function",
-            "function": {"name": call["name"], "arguments": json.dumps(call["input"])},
-            **(
-                {"extra_content": call["extra_content"]}
-                if call.get("extra_content")
-                else {}
-            ),
-        }
-        for call in calls
-    ]
     text = "\n".join(p["text"] for p in spoken if p.get("type") == "text")
-    return [_plain(message, text) | {"tool_calls": openai_calls}]
+    if not text.strip():
+        before = (
+            [[_plain(message, spoken)]]
+            if any(p.get("type") != "text" for p in spoken)
+            else []
+        )
+        return [*before, [{"role": "assistant", "content": calls[::-1]}]]
+    openai_calls = [openai_call(call) for call in calls]
+    return [[_plain(message, text) | {"tool_calls": openai_calls}]]
+
+
+def openai_call(use: Mapping[str, Any]) -> JSON:
+    """A `tool_use` part as one of OpenAI's `tool_calls`."""
+    signed = {"extra_content": use["extra_content"]} if use.get("extra_content") else {}
+    function = {"name": use["name"], "arguments": json.dumps(use["input"])}
+    return {"id": use["id"], "type": "function", "function": function, **signed}
 
 
 def _tool_use(call: Any, index: int, number: int) -> JSON:
     """One of OpenAI's `tool_calls` as a `tool_use` part; raises `BadRequestError`."""
     where = f"messages[{index}].tool_calls[{number}]"
     function = call.get("function") if isinstance(call, Mapping) else None
-    if (
-        not isinstance(function, Mapping)
-        or not function.get("name")
-        or not call.get("id")
-    ):
+    named = isinstance(function, Mapping) and _is_text(function.get("name"))
+    if not isinstance(function, Mapping) or not named or not _is_text(call.get("id")):
         raise BadRequestError(
             f"{where} lacks an id or a function name",
             hint='Write {"id": "…", "type": "function", "function": {"name": "…", "arguments": "{}"}}.',
@@ -1755,7 +1852,8 @@ def image_part(image: Image) -> JSON:
     if isinstance(image, str) and re.match(r"https?://", image, re.IGNORECASE):
         return {"type": "image_url", "image_url": {"url": image}}
     if isinstance(image, str) and image[:5].lower() == "data:":
-        if not re.match(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+$", image):
+        whole = r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+"
+        if not re.fullmatch(whole, image, re.IGNORECASE):
             raise BadRequestError(
                 f"The image {image[:40]!r}… is no base64 data URL of an image",
                 hint="Pass a path, bytes, or data:image/png;base64,….",
@@ -1802,7 +1900,9 @@ def file_part(file: File) -> JSON:
 
 def _is_pdf(part: Mapping[str, Any]) -> bool:
     given = part.get("file")
-    return isinstance(given, Mapping) and "pdf" in str(given.get("file_data"))[:30]
+    if isinstance(given, Mapping):
+        return "pdf" in str(given.get("file_data"))[:30]
+    return str(part.get("puter_path")).lower().endswith(".pdf")
 
 
 def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, bytes, str]:
@@ -1837,9 +1937,10 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
-        path = Path(source).expanduser()
+        path = Path(source)
+        path = path if path.exists() else path.expanduser()
         return path.read_bytes(), str(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadRequestError(
             f"The {what} {str(source)[:200]!r} cannot be read ({reason})",
@@ -1860,13 +1961,16 @@ def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
 
 
 def _tool_schema(tool: Any, index: int) -> JSON:
-    if isinstance(tool, Mapping):
-        function = (
-            tool.get("function") if tool.get("type", "function") == "function" else None
-        )
-        if function is None and isinstance(tool.get("name"), str):
+    if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
+        function = tool.get("function")
+        if (
+            function is None
+        ):  # the function alone, under OpenAI's, Anthropic's or MCP's names
             function = {k: v for k, v in tool.items() if k != "type"}
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            for other in ("input_schema", "inputSchema"):
+                if other in function:
+                    function["parameters"] = function.pop(other)
+        if isinstance(function, Mapping) and _is_text(function.get("name")):
             return {"type": "function", "function": dict(function)}
     if callable(tool):
         return function_schema(tool)
@@ -2139,6 +2243,12 @@ _OUTPUT_KEYS = ("completion_tokens", "output_tokens", "completion")
 _CACHED_KEYS = ("cached_tokens", "cache_read_input_tokens", "input_cache_read")
 
 
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite number (true and false are none)."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return fine and math.isfinite(value)
+
+
 def usage_from(given: Any) -> Usage:
     """A provider's usage object, under any of the three families of names, as a `Usage`."""
     if not isinstance(given, Mapping):
@@ -2146,14 +2256,7 @@ def usage_from(given: Any) -> Usage:
 
     def first(keys: Iterable[str], source: Mapping[str, Any] = given) -> int | None:
         found = (source.get(k) for k in keys)
-        return next(
-            (
-                int(v)
-                for v in found
-                if isinstance(v, (int, float)) and not isinstance(v, bool)
-            ),
-            None,
-        )
+        return next((int(v) for v in found if _is_number(v)), None)
 
     inputs, outputs, cached = (
         first(_INPUT_KEYS),
@@ -2167,15 +2270,9 @@ def usage_from(given: Any) -> Usage:
         # OpenRouter and Claude count cached tokens beside the input, the others within it.
         beside = (cached or 0) if "prompt_tokens" not in given else 0
         total = (inputs or 0) + (outputs or 0) + beside
-    cents = given.get("usd_cents")
-    cost = (
-        round(cents / 100, 12)
-        if isinstance(cents, (int, float))
-        else given.get("cost_usd")
-    )
-    return Usage(
-        inputs, outputs, cached, total, cost if isinstance(cost, (int, float)) else None
-    )
+    cents: Any = given.get("usd_cents")
+    cost = round(cents / 100, 12) if _is_number(cents) else given.get("cost_usd")
+    return Usage(inputs, outputs, cached, total, cost if _is_number(cost) else None)
 
 
 _FINISH_REASONS = {
@@ -2250,13 +2347,19 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, raw: JSON) -> 
     if not isinstance(message, Mapping):
         raise ReplyError("The reply has no message", raw=json.dumps(raw)[:2_000])
     content = message.get("content")
-    calls = _calls_of(message)
+    try:
+        calls = _calls_of(message)
+        text = _told(content, "text", "text")
+        thought = _told(content, "thinking", "thinking")
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ReplyError(
+            f"The reply is in no form that we know ({error})",
+            raw=json.dumps(raw)[:2_000],
+        ) from error
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     return Reply(
-        text=_told(content, "text", "text"),
-        reasoning=reasoning
-        if isinstance(reasoning, str)
-        else _told(content, "thinking", "thinking"),
+        text=text,
+        reasoning=reasoning if isinstance(reasoning, str) else thought,
         tool_calls=calls,
         finish_reason=_finish_reason(
             choice.get("finish_reason") or message.get("stop_reason"), calls
@@ -2274,19 +2377,20 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     then another model than the asked one answered, and it says "fake-chat".
     """
     result, metadata = body.get("result"), body.get("metadata") or {}
-    if not isinstance(result, Mapping):
+    if not isinstance(result, Mapping) or not isinstance(metadata, Mapping):
         raise ReplyError(
             "The reply has no result", raw=json.dumps(body)[:2_000], model=model
         )
-    answered = metadata.get("providerUsed") or model
-    if metadata.get("service_used") == "fake-chat" and answered != model:
+    answered = metadata.get("providerUsed")
+    is_fake = metadata.get("service_used") == "fake-chat"
+    if is_fake and model not in (answered, "fake"):
         raise BadRequestError(
             f"Puter blocked this prompt to {model}: it answered with made-up text",
             code="prompt_blocked",
             model=model,
             hint="Word the prompt differently.",
         )
-    return reply_from(result, result.get("usage"), str(answered), body)
+    return reply_from(result, result.get("usage"), str(answered or model), body)
 
 
 def reply_from_openai(body: JSON, model: str) -> Reply:
@@ -2313,22 +2417,18 @@ def chunks_of(reply: Reply) -> list[Chunk]:
     return [*chunks, Chunk("usage", usage=reply.usage)]
 
 
+def call_object(call: ToolCall) -> JSON:
+    """A tool call in OpenAI's shape; a call needs an id, so a missing one is made."""
+    call_id = call.id or f"call_{os.urandom(8).hex()}"
+    use = {"id": call_id, "name": call.name, "input": call.arguments}
+    return openai_call({**use, "extra_content": call.extra_content})
+
+
 def message_from(reply: Reply) -> JSON:
     """A reply as the assistant's message that goes back with the history."""
     message: JSON = {"role": "assistant", "content": reply.text or None}
     if reply.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {
-                    "name": call.name,
-                    "arguments": json.dumps(call.arguments),
-                },
-                **({"extra_content": call.extra_content} if call.extra_content else {}),
-            }
-            for call in reply.tool_calls
-        ]
+        message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
     return message
 
 
@@ -2350,8 +2450,8 @@ class _Decoder:
     """What both decoders of a stream gather; the bytes come from outside.
 
     `feed` gives the chunks that its piece completes, up to the first fault; the fault is kept
-    in `error`. `finish` says what the end of the bytes means: it sets `error` unless the
-    stream had said itself that it was whole.
+    in `error`, and nothing comes after it. `finish` says what the end of the bytes means: it
+    sets `error` unless the stream had said itself that it was whole.
     """
 
     def __init__(self, model: str) -> None:
@@ -2377,10 +2477,11 @@ class _Decoder:
             raw={"extra": self._extra} if self._extra else {},
         )
 
-    def finish(self) -> None:
-        """The bytes have ended."""
+    def finish(self) -> list[Chunk]:
+        """The bytes have ended; the chunks that only now are whole."""
         if not self.whole:
             self.fail("the connection ended before the reply was whole")
+        return []
 
     def fail(self, what: str, code: str | None = None) -> None:
         """Keep the first fault."""
@@ -2413,32 +2514,37 @@ class LineDecoder(_Decoder):
         for line in block.split(b"\n"):
             if self.error is not None:
                 break
-            if line and not line.isspace():
+            if len(line) > MAX_LINE_BYTES:
+                self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
+            elif line and not line.isspace():
                 self._line(line, chunks)
         return chunks
 
-    def finish(self) -> None:
-        if bytes(self._rest).strip():
-            self.fail(f"the last line is cut: {bytes(self._rest[:80])!r}")
+    def finish(self) -> list[Chunk]:
+        """A last line without its line end counts, if it is whole."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        chunks: list[Chunk] = []
+        if rest.strip() and self.error is None:
+            try:
+                json.loads(rest)
+            except (ValueError, RecursionError):
+                self.fail(f"the last line is cut: {rest[:80]!r}")
+            else:
+                self._line(rest, chunks)
         super().finish()
+        return chunks
 
     def _line(self, line: bytes, chunks: list[Chunk]) -> None:
         try:
             event = json.loads(line)
             kind = event["type"]
-        except (ValueError, RecursionError, TypeError, KeyError):
-            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
-            return
-        try:
-            if kind == "text":
-                self._text.append(event["text"])
-                chunks.append(Chunk("text", event["text"]))
-            elif kind == "reasoning":
-                self._reasoning.append(event["reasoning"])
-                chunks.append(Chunk("reasoning", event["reasoning"]))
+            if kind in ("text", "reasoning"):
+                text = event[kind]
+                (self._text if kind == "text" else self._reasoning).append(text + "")
+                chunks.append(Chunk(kind, text))
             else:
                 self._other(kind, event, chunks)
-        except (KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"a line is not what Puter sends: {line[:80]!r}")
         except ReplyError as error:
             self.error = error
@@ -2465,28 +2571,31 @@ class EventDecoder(_Decoder):
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
-        self._open_calls: dict[int, JSON] = {}
+        self._open_calls: list[JSON] = []
 
     def feed(self, data: str) -> list[Chunk]:
         """The chunks of one event."""
-        if data.strip() == "[DONE]":
-            return self._done()
+        if self.error is not None:
+            return []
+        chunks: list[Chunk] = []
         try:
-            return self._frame(json.loads(data))
+            if data.strip() == "[DONE]":
+                self._done(chunks)
+            else:
+                self._frame(json.loads(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
-            return []
+        except ReplyError as error:
+            self.error = error
+        return chunks
 
-    def _frame(self, frame: JSON) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _frame(self, frame: JSON, chunks: list[Chunk]) -> None:
         if frame.get("error"):
-            error = (
-                frame["error"]
-                if isinstance(frame["error"], dict)
-                else {"message": frame["error"]}
-            )
-            self.fail(str(error.get("message") or error), code=error.get("code"))
-            return chunks
+            told = frame["error"] if isinstance(frame["error"], dict) else frame
+            code = told.get("code")
+            message = str(told.get("message") or frame["error"])
+            self.fail(message, code=code if isinstance(code, str) else None)
+            return
         if isinstance(frame.get("model"), str) and frame["model"]:
             self.model = frame["model"]
         for choice in (frame.get("choices") or ())[:1]:
@@ -2494,43 +2603,40 @@ class EventDecoder(_Decoder):
             self._finish = choice.get("finish_reason") or self._finish
             reasoning = delta.get("reasoning_content") or delta.get("reasoning")
             if reasoning:
-                self._reasoning.append(reasoning)
+                self._reasoning.append(reasoning + "")
                 chunks.append(Chunk("reasoning", reasoning))
             if delta.get("content"):
-                self._text.append(delta["content"])
+                self._text.append(delta["content"] + "")
                 chunks.append(Chunk("text", delta["content"]))
             for part in delta.get("tool_calls") or ():
                 self._call_delta(part)
         if frame.get("usage"):
             self._usage = usage_from(frame["usage"])
-        return chunks
 
     def _call_delta(self, part: JSON) -> None:
-        """Put a piece of a call where its index says; id and name come once, arguments grow."""
-        index = part.get("index", len(self._open_calls))
-        call = self._open_calls.setdefault(
-            index, {"id": "", "name": "", "arguments": "", "extra": None}
-        )
-        function = part.get("function") or {}
-        call["id"] = call["id"] or part.get("id") or ""
+        """Put a piece of a call where its index says; a new id begins a new call."""
+        index, call_id = part.get("index"), part.get("id") or ""
+        same = [c for c in self._open_calls if c["index"] == index]
+        if not same or (call_id and same[-1]["id"] and call_id != same[-1]["id"]):
+            same = [
+                {"index": index, "id": "", "name": "", "arguments": "", "extra": None}
+            ]
+            self._open_calls += same
+        call, function = same[-1], part.get("function") or {}
+        call["id"] = call["id"] or call_id
         call["name"] = call["name"] or function.get("name") or ""
         call["arguments"] += function.get("arguments") or ""
         call["extra"] = call["extra"] or part.get("extra_content")
 
-    def _done(self) -> list[Chunk]:
-        chunks = []
-        try:
-            for _, call in sorted(self._open_calls.items()):
-                made = _tool_call(
-                    call["id"], call["name"], call["arguments"], call["extra"]
-                )
-                self._calls.append(made)
-                chunks.append(Chunk("tool_call", tool_call=made))
-        except ReplyError as error:
-            self.error = error
-            return chunks
+    def _done(self, chunks: list[Chunk]) -> None:
+        for call in self._open_calls:
+            made = _tool_call(
+                call["id"], call["name"], call["arguments"], call["extra"]
+            )
+            self._calls.append(made)
+            chunks.append(Chunk("tool_call", tool_call=made))
         self.whole = True
-        return [*chunks, Chunk("usage", usage=self._usage)]
+        chunks.append(Chunk("usage", usage=self._usage))
 
 
 def models_from(body: Any) -> list[Model]:
@@ -2545,7 +2651,11 @@ def models_from(body: Any) -> list[Model]:
         isinstance(e, (Mapping, str)) for e in entries
     ):
         raise ServerError("The model list is not in a form that we know")
-    return [_model_from({"id": e} if isinstance(e, str) else e) for e in entries]
+    named = [{"id": e} if isinstance(e, str) else e for e in entries]
+    bad = [e for e in named if not isinstance(e.get("id"), str) or not e["id"]]
+    if bad:
+        _log.warning("%d entries of the model list have no id", len(bad))
+    return [_model_from(e) for e in named if e not in bad]
 
 
 def _model_from(entry: Mapping[str, Any]) -> Model:
@@ -2590,7 +2700,11 @@ def credit_from(body: Any) -> Credit:
     scale = 1.0 if in_credits else 100_000_000.0
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     by_api = {
-        name: (row.get("cost", 0) / scale, row.get("units", 0), row.get("count", 0))
+        name: (
+            (row.get("cost") or 0) / scale,
+            row.get("units") or 0,
+            row.get("count") or 0,
+        )
         for name, row in usage.items()
         if isinstance(row, Mapping)
     }
@@ -2666,10 +2780,8 @@ def error_from(
     kind = _KIND_BY_CODE.get(code or "")
     if "usage-limited-chat" in message:
         kind = ModelAccessError
-    if kind is None or (
-        kind is BadRequestError and message.startswith("Model not found")
-    ):
-        kind = ModelNotFoundError if "odel not found" in message else None
+    elif code in (None, "bad_request") and message.startswith("Model not found"):
+        kind = ModelNotFoundError
     if kind is None:
         kind = _KIND_BY_STATUS.get(
             status, ServerError if status >= 500 else BadRequestError
@@ -2694,7 +2806,10 @@ def error_from(
 def _error_fields(body: Any) -> JSON:
     """Message, code, status and the provider's own words, from any shape of error body."""
     if not isinstance(body, Mapping):
-        text = " ".join(re.sub(r"<[^>]*>", " ", str(body or "")).split())[:300]
+        import html
+
+        page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or ""))
+        text = " ".join(html.unescape(page).split())[:300]
         return {"message": text, "code": None, "status": None, "provider_words": None}
     nested = body.get("error")
     given = nested if isinstance(nested, Mapping) else body
@@ -2746,22 +2861,28 @@ def may_retry(
     if not error.retryable or max_retries == 0:
         return False
     if isinstance(error, RateLimitError):
-        return alone and (retries < max_retries or waited_s < RATE_WINDOW_S)
+        within = waited_s < RATE_WINDOW_S and retries < RATE_WINDOW_S / RATE_PAUSE_S
+        return alone and (retries < max_retries or within)
     return retries < (1 if error.scope == "model" else max_retries)
 
 
-NextStep = Literal["raise", "next_model", "free_model", "next_account"]
+NextStep = Literal["raise", "rename", "next_model", "free_model", "next_account"]
 
 
 def next_step(error: PuterError, is_asked_model: bool, may_fall_back: bool) -> NextStep:
-    """Where to go when an account cannot answer with a model, after its retries."""
-    if isinstance(error, ModelNotFoundError):
-        return "raise" if is_asked_model else "next_model"
+    """Where to go when an account cannot answer with a model, after its retries.
+
+    A stand-in that refuses the request says nothing of the asked model: on to the next.
+    """
+    if isinstance(error, ModelNotFoundError) and is_asked_model:
+        return "rename"
     if isinstance(error, CreditError):
         return "free_model" if is_asked_model and may_fall_back else "next_account"
-    if error.scope == "model":
+    if error.scope == "account":
+        return "next_account"
+    if error.scope == "model" or (error.scope == "request" and not is_asked_model):
         return "next_model"
-    return "next_account" if error.scope == "account" else "raise"
+    return "raise"
 
 
 def fallback_order(
@@ -2779,15 +2900,15 @@ def fallback_order(
     what is still free counts.
     """
     needs = needs or Needs()
-    by_name = {
-        name.lower(): m for m in reversed(candidates) for name in reversed(m.names())
-    }
+    by_name = {n.lower(): m.id for m in reversed(candidates) for n in m.aliases}
+    by_name |= {m.id.lower(): m.id for m in candidates}  # an id counts before an alias
+    by_id = {m.id: m for m in candidates}
     own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
-    wanted = [by_name[name.lower()] for name in listed if name.lower() in by_name]
+    names = [plain_model_name(name).lower() for name in listed]
+    wanted = [by_id[by_name[name]] for name in names if name in by_name]
     wanted = [m for m in wanted if own_list or m.free]
     wanted += [m for m in candidates if m.free]
-    asked = by_name.get(model.lower())
-    skip = {model, asked.id if asked else model, *cooled}
+    skip = {by_name.get(name.lower(), name) for name in (model, *cooled)}
     return [
         m.id for m in dict.fromkeys(wanted) if m.id not in skip and can_do(m, needs)
     ]
@@ -2876,9 +2997,10 @@ def find_model(name: str, candidates: Sequence[Model]) -> Model:
     """
     wanted = plain_model_name(name)
     for fold in (str, str.lower):
-        for model in candidates:
-            if fold(wanted) in map(fold, model.names()):
-                return model
+        for names_of in (lambda m: (m.id,), lambda m: m.aliases):  # ids before aliases
+            for model in candidates:
+                if fold(wanted) in map(fold, names_of(model)):
+                    return model
     names = {n: m.id for m in candidates for n in m.names()}
     by_lower = {n.lower(): i for n, i in names.items()}
     near = [by_lower[n] for n in _near(wanted.lower(), by_lower, most=6)]
@@ -2941,6 +3063,7 @@ def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) ->
 # 8. transport · uses: errors, config, messages, policies' error_from. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
+_SHUT_RDWR = 2  # socket's constant, needed when modules cannot be imported any more
 _USER_AGENT = f"puter.py/{__version__}"
 # Puter ties a user-app token to a web origin; every later call must carry the same one.
 _APP_ORIGIN = "http://localhost:19847"
@@ -2960,6 +3083,7 @@ class _Handle:
         self.closed = threading.Event()
         self._connection: Any = None  # the urllib3 connection that carries the call
         self._socket: Any = None
+        self._timeout_s: float | None = None
 
     def close(self) -> None:
         """End the call: a thread that waits for its bytes wakes up."""
@@ -2970,10 +3094,8 @@ class _Handle:
                 return
             sock = self._socket or connection.sock
             if sock is not None:
-                import socket
-
                 with suppress(OSError):  # it may be closed already
-                    sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(_SHUT_RDWR)
 
     def settimeout(self, seconds: float) -> None:
         """Bound the wait for the next byte."""
@@ -2983,9 +3105,9 @@ class _Handle:
                     self._socket.settimeout(seconds)
 
     @contextmanager
-    def carried(self) -> Iterator[None]:
+    def carried(self, timeout_s: float) -> Iterator[None]:
         """Tell the connection that this thread is about to use whom it works for."""
-        self._local.handle = self
+        self._local.handle, self._timeout_s = self, timeout_s
         try:
             yield
         finally:
@@ -3008,14 +3130,19 @@ class _Handle:
         class Tracked(connection_class):  # type: ignore[misc]
             owner: Any = None
 
+            def connect(self) -> None:
+                super().connect()
+                # urllib3 leaves the (short) time for connecting on the socket while it sends.
+                handle = getattr(cls._local, "handle", None)
+                if handle is not None:
+                    self.sock.settimeout(handle._timeout_s)
+
             def request(self, *args: Any, **kwargs: Any) -> None:
                 handle = getattr(cls._local, "handle", None)
                 if handle is not None:
                     handle._takes(self)
-                if self.sock is not None:
-                    self.sock.settimeout(
-                        self.timeout
-                    )  # the last call may have lowered it
+                    if self.sock is not None:  # the base class puts it on the socket
+                        self.timeout = handle._timeout_s
                 super().request(*args, **kwargs)
 
             def getresponse(self) -> Any:
@@ -3061,7 +3188,10 @@ class _Wire:
         try:
             yield from _raw_pieces(self._response)
         except Exception as error:
-            raise _network_error(error, self._response.url, self._timeout_s) from error
+            failure = _network_error(error, self._response.url, self._timeout_s)
+            if failure is error:
+                raise
+            raise failure from error
 
     def events(self) -> Iterator[str]:
         """The data of each Server-Sent Event; raises our errors."""
@@ -3077,7 +3207,8 @@ class _Wire:
         """The pieces, as long as no event grows without end."""
         since_event = 0
         for piece in self.pieces():
-            since_event = len(piece) if b"\n\n" in piece else since_event + len(piece)
+            ends = b"\n\n" in piece or b"\n\r\n" in piece
+            since_event = len(piece) if ends else since_event + len(piece)
             if since_event > MAX_LINE_BYTES:
                 raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
             yield piece
@@ -3096,11 +3227,11 @@ def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
     raw = response.raw
     if getattr(raw, "chunked", False):
         yield from raw.stream(_PIECE_BYTES, decode_content=True)
-    elif hasattr(raw, "read1") and not response.headers.get("Content-Encoding"):
-        while piece := raw.read1(_PIECE_BYTES):
+    elif hasattr(raw, "read1"):
+        while piece := raw.read1(_PIECE_BYTES, decode_content=True):
             yield piece
-    else:  # an old urllib3, or compression without chunks: byte by byte is slow but prompt
-        yield from raw.stream(1, decode_content=True)
+    else:  # an urllib3 before 2: small pieces, so that none waits long
+        yield from raw.stream(256, decode_content=True)
 
 
 def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
@@ -3164,7 +3295,7 @@ class _Transport:
         self._given = session
         self._own: requests.Session | None = None
         self._pid = 0
-        self._lock = threading.Lock()
+        self._lock = _Lock()
 
     def call(
         self,
@@ -3194,7 +3325,7 @@ class _Transport:
         elif form is not None:
             data, sent_headers["Content-Type"] = _multipart(form, progress)
         try:
-            with handle.carried():
+            with handle.carried(timeout_s):
                 response = self._session().request(
                     method,
                     url,
@@ -3205,23 +3336,19 @@ class _Transport:
                     stream=True,
                     allow_redirects=False,  # the token must not follow to another host
                 )
+        except PuterError:
+            raise
         except Exception as error:
             raise _network_error(error, url, timeout_s) from error
-        content_type = (
-            response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-        )
+        content_type = response.headers.get("Content-Type", "")
+        content_type = content_type.split(";")[0].strip().lower()
         if streaming and response.status_code == 200 and _is_stream(content_type):
             return _Wire(response, content_type, handle, timeout_s)
-        try:
-            text = self._whole(response, timeout_s)
-        except Exception as error:
-            failure = _network_error(error, url, timeout_s)
-            if response.status_code == 200 and isinstance(failure, NetworkError):
-                # The work was done, and billed: a second try would bill it again.
-                failure = ReplyError(f"The answer broke off: {failure}")
-            raise failure from error
-        finally:
-            response.close()
+        text = self._whole(response, timeout_s)
+        if (
+            token and token in text
+        ):  # some proxies show the request in their error pages
+            text = text.replace(token, "<token>")
         return _Answer(
             response.status_code,
             content_type,
@@ -3232,6 +3359,12 @@ class _Transport:
             response.headers.get("Location"),
             response.headers.get("Date"),
         )
+
+    def ask(self, method: str, url: str, **options: Any) -> _Answer:
+        """As `call`, for what never streams."""
+        answer = self.call(method, url, **options)
+        assert isinstance(answer, _Answer)
+        return answer
 
     def download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public address, up to `MAX_FILE_BYTES`; no token is sent."""
@@ -3246,6 +3379,8 @@ class _Transport:
             )
             with response:
                 data = self._bytes(response, timeout_s, MAX_FILE_BYTES)
+        except PuterError:
+            raise
         except Exception as error:
             raise _network_error(error, url, timeout_s) from error
         if response.status_code != 200:
@@ -3262,8 +3397,22 @@ class _Transport:
             self._own = None
 
     def _whole(self, response: requests.Response, timeout_s: float) -> str:
-        """The body as text, within the time and the size limit."""
-        data = self._bytes(response, timeout_s, MAX_BODY_BYTES)
+        """The body as text, within the time and the size limit.
+
+        A good answer that breaks off was worked for, and billed: it is a `ReplyError`, which
+        nobody asks for again.
+        """
+        try:
+            data = self._bytes(response, timeout_s, MAX_BODY_BYTES)
+        except Exception as error:
+            failure = _network_error(error, response.url, timeout_s)
+            if response.status_code == 200 and isinstance(failure, PuterError):
+                raise ReplyError(f"The answer broke off: {failure.message}") from error
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            response.close()
         return data.decode("utf-8", "replace")
 
     @staticmethod
@@ -3281,9 +3430,9 @@ class _Transport:
         return b"".join(pieces)
 
     def _session(self) -> requests.Session:
-        if self._given is not None:
-            return self._given
         with self._lock:
+            if self._given is not None:
+                return _tracking(self._given)
             if (
                 self._own is None or self._pid != os.getpid()
             ):  # sockets are not for a fork
@@ -3297,19 +3446,29 @@ def _new_session() -> requests.Session:
     import requests
     from requests.adapters import HTTPAdapter
 
-    class Adapter(HTTPAdapter):
-        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+    session = requests.Session()
+    no_cookies = DefaultCookiePolicy(allowed_domains=[])  # accounts do not mix
+    session.cookies.set_policy(no_cookies)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_connections=8, pool_maxsize=256))
+    return _tracking(session)
+
+
+def _tracking(session: requests.Session) -> requests.Session:
+    """The session with adapters whose connections a `_Handle` can close."""
+    for adapter in session.adapters.values():
+        made: Any = getattr(adapter, "get_connection_with_tls_context", None)
+        if made is None or hasattr(made, "is_tracked"):
+            continue
+
+        def tracked(*args: Any, _made: Any = made, **kwargs: Any) -> Any:
+            pool = _made(*args, **kwargs)
             if not hasattr(pool.ConnectionCls, "owner"):
                 pool.ConnectionCls = _Handle.tracked(pool.ConnectionCls)
             return pool
 
-    session = requests.Session()
-    session.cookies.set_policy(
-        DefaultCookiePolicy(allowed_domains=[])
-    )  # accounts do not mix
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
+        tracked.is_tracked = True  # type: ignore[attr-defined]
+        adapter.get_connection_with_tls_context = tracked  # type: ignore[attr-defined]
     return session
 
 
@@ -3446,8 +3605,18 @@ class _Ask:
     args: JSON
     needs: Needs
     fallback: bool
-    timeout_s: float | None
+    timeout_s: float
     streaming: bool = False
+
+
+class _BusyError(RateLimitError):
+    """This client itself has too much running: no fault of the account, nothing to walk from."""
+
+    scope = "request"
+    retryable = False
+    default_hint = (
+        "Read streams to their end or close them; `max_concurrent` sets how many."
+    )
 
 
 class _Gate:
@@ -3463,14 +3632,14 @@ class _Gate:
         self._change = threading.Condition()
 
     def enter(self, handle: _Handle, patience_s: float) -> None:
-        """Wait for a place; raises `RateLimitError` when none came free in time."""
+        """Wait for a place; raises an error of scope "request" when none came free in time."""
         with self._change:
             until = self._clock() + patience_s
             while (wait_s := self._wait_s()) > 0:
                 if handle.closed.is_set() or self._clock() >= until:
-                    raise RateLimitError(
-                        f"{self._running} requests of this client are still running on the account",
-                        hint="Read streams to their end or close them; `max_concurrent` sets how many.",
+                    raise _BusyError(
+                        f"{self._running} requests of this client are still running on "
+                        "the account"
                     )
                 self._change.wait(min(wait_s, 0.25))
             self._running += 1
@@ -3498,6 +3667,288 @@ class _Gate:
         return 0.0 if self._running < limit else 60.0
 
 
+class _Roster:
+    """The accounts that a client may ask: which there are, who rests, who is next."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: AccountStore,
+        state: State,
+        token: str | None,
+        pinned: str | None,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._state = state
+        self._token = token
+        self._pinned = pinned
+        self._lock = _Lock()
+        self._read: tuple[Any, list[Account], str | None] | None = None
+        self.current: str | None = None  # who answered last, and is asked first
+
+    @property
+    def has_token(self) -> bool:
+        """Whether a given token is used, whose account's name is not known."""
+        return self._token is not None
+
+    def usable(self) -> list[Account]:
+        """The given token's account, the pinned one, or the stored ones."""
+        if self._token is not None or _is_gateway(self._config):
+            return [Account(_token_name(self._token), self._token or "")]
+        accounts, active = self._stored()
+        if self._pinned is not None:
+            return [self._named(accounts, self._pinned)]
+        if not self._config.account_rotation_enabled:
+            return [a for a in accounts if a.username == active]
+        return accounts
+
+    @property
+    def active_name(self) -> str | None:
+        """The name of the active stored account; None if something else is in use."""
+        if self._token is not None or self._pinned or _is_gateway(self._config):
+            return None
+        return self._stored()[1]
+
+    def first(self, name: str | None = None) -> Account:
+        """The account of this name, else the one in use, resting or not; raises `AuthError`."""
+        accounts = self.usable()
+        if not accounts:
+            raise AuthError("You are not signed in")
+        if name is not None:
+            return self._named(accounts, name)
+        wanted = self.current or self.active_name
+        return next((a for a in accounts if a.username == wanted), accounts[0])
+
+    def next(self, tried: Collection[str]) -> Account | None:
+        """The account to ask now, by the policy; None when all were tried or rest."""
+        accounts = self.usable()
+        strategy = self._config.account_rotation_strategy
+        if strategy == "least-recently-used" and len(accounts) > 1:
+            used = self._state.last_used_ms()
+            accounts = [
+                replace(a, last_used_ms=used.get(a.username, a.last_used_ms))
+                for a in accounts
+            ]
+        rests = {**self._rests(accounts), **dict.fromkeys(tried, float("inf"))}
+        current = self.current or self.active_name
+        chosen = next_account(accounts, rests, strategy, current, time.time())
+        if chosen is not None and current is not None and chosen.username != current:
+            _log.info("Auth: Switched account - %s", chosen.username)
+        return chosen
+
+    def cooldowns(self) -> list[Cooldown]:
+        """Who rests now, as all processes have learned it."""
+        marks = {a.username: _token_mark(a.token) for a in self.usable()}
+        return self._state.cooldowns(time.time(), marks)
+
+    def is_alone(self, account: Account) -> bool:
+        """Whether no other account could take its place, now or later."""
+        others = [a for a in self.usable() if a.username != account.username]
+        if not others:
+            return True
+        dead = {
+            c.account for c in self.cooldowns() if not c.model and c.reason == "login"
+        }
+        return all(a.username in dead for a in others)
+
+    def nobody(self) -> PuterError:
+        """Why there is no account to ask."""
+        accounts = self.usable()
+        if not accounts:
+            return AuthError("You are not signed in")
+        rests = [c for c in self.cooldowns() if not c.model]
+        dead = sorted(c.account for c in rests if c.reason == "login")
+        if len(dead) == len(accounts):
+            return AuthError(f"Every account needs a new sign-in: {', '.join(dead)}")
+        ends = [c.until_s for c in rests if c.reason != "login"]
+        wait_s = max(0.0, min(ends, default=0.0) - time.time())
+        return AllAccountsOnCooldownError(
+            f"All {len(accounts)} accounts are resting; the first is free in {wait_s:.0f} s",
+            retry_after_s=wait_s,
+            statuses=rests,
+        )
+
+    def _rests(self, accounts: Sequence[Account]) -> dict[str, float]:
+        """Until when each account rests; one that is alone never does."""
+        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
+        awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
+        if len(accounts) == 1 or len(awake) == 1:
+            for name in awake or [accounts[0].username]:
+                rests.pop(name, None)
+        return rests
+
+    def _stored(self) -> tuple[list[Account], str | None]:
+        """The stored accounts and the active one's name; read again when the file changed."""
+        with self._lock:
+            stamp = self._store.stamp()
+            if self._read is None or self._read[0] != stamp:
+                accounts, active = self._store.read()
+                self._read = (stamp, accounts, active.username if active else None)
+            return self._read[1], self._read[2]
+
+    @staticmethod
+    def _named(accounts: Sequence[Account], name: str) -> Account:
+        found = next((a for a in accounts if a.username == name), None)
+        if found is None:
+            near = _near(name, [a.username for a in accounts])
+            meant = f"Did you mean {near[0]!r}? " if near else ""
+            raise AuthError(
+                f"No stored account is called {name!r}",
+                hint=f"{meant}`python -m puter status` lists them.",
+            )
+        return found
+
+
+class _Catalogue:
+    """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
+
+    def __init__(
+        self, config: Config, state: State, transport: _Transport, token: str
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._transport = transport
+        self._token = (
+            token if _is_gateway(config) else ""
+        )  # Puter's own list needs none
+        self._lock = _Lock()
+        self._kept: tuple[list[Model], float] | None = None
+        self._indexed: tuple[list[Model], dict[str, Model]] | None = None
+
+    def models(self, refresh: bool = False) -> list[Model]:
+        """The list; an old one with a warning when the server cannot be reached."""
+        kept = self._fresh()
+        if kept and not refresh:
+            return kept
+        with self._lock:  # one fetches, the others wait for it
+            kept = self._fresh()
+            if kept and not refresh:
+                return kept
+            old, now = self._kept, time.time()
+            try:
+                body = self._fetch()
+                found = models_from(body)
+            except PuterError as error:
+                if not old or refresh:
+                    raise
+                _log.warning(
+                    "The model list is %.0f minutes old, since a new one cannot be had: %s",
+                    (now - old[1]) / 60,
+                    error,
+                )
+                return old[0]
+            self._kept = (found, now)
+            self._state.put_catalogue(self._config.api_base_url, json.dumps(body), now)
+            return found
+
+    def models_if_any(self, why: str) -> list[Model]:
+        """The list, or none with a warning, for what can do without it."""
+        try:
+            return self.models()
+        except PuterError as error:
+            _log.warning("%s, since the model list cannot be had: %s", why, error)
+            return []
+
+    def find(self, name: str) -> Model:
+        """The model of this name; raises `ModelNotFoundError` with near matches."""
+        models = self.models()
+        return self._index(models).get(plain_model_name(name)) or find_model(
+            name, models
+        )
+
+    def id_of(self, name: str, look: bool = False) -> str:
+        """The id behind a name as far as is known in memory (`look`: or on disk)."""
+        kept = self._kept or (self._on_disk() if look else None)
+        model = self._index(kept[0]).get(name) if kept else None
+        return model.id if model else name
+
+    def _index(self, models: list[Model]) -> dict[str, Model]:
+        """Every exact name's model; made once a list."""
+        if self._indexed is None or self._indexed[0] is not models:
+            index = {n: m for m in reversed(models) for n in m.aliases}
+            index |= {m.id: m for m in models}  # an id counts before an alias
+            self._indexed = (models, index)
+        return self._indexed[1]
+
+    def _fresh(self) -> list[Model] | None:
+        kept = self._kept or self._on_disk()
+        is_fresh = (
+            kept and 0 <= time.time() - kept[1] < self._config.cache_ttl_ms / 1000
+        )
+        return kept[0] if kept and is_fresh else None
+
+    def _on_disk(self) -> tuple[list[Model], float] | None:
+        on_disk = self._state.catalogue(self._config.api_base_url)
+        if on_disk:
+            self._kept = (models_from(json.loads(on_disk[0])), on_disk[1])
+        return self._kept
+
+    def _fetch(self) -> JSON:
+        if _is_gateway(self._config):
+            url = f"{self._config.api_base_url}/models"
+        else:
+            url = f"{_api_origin(self._config)}/puterai/chat/models/details"
+        return body_of(self._transport.ask("GET", url, token=self._token))
+
+
+class _Ledger:
+    """What is noted of answered requests: figures, and replies to give again."""
+
+    def __init__(self, config: Config, state: State) -> None:
+        figures, folder = config.metrics_file, config.cache_directory
+        self._config = config
+        self.figures = State(Path(figures).expanduser()) if figures else state
+        self.replies = (
+            State(Path(folder).expanduser() / "cache.sqlite3") if folder else state
+        )
+
+    def count(
+        self,
+        model: str,
+        outcome: str,
+        seconds: float,
+        first_s: float | None = None,
+        usage: Usage | None = None,
+    ) -> None:
+        """Note how one request ended: "ok", "closed" or an error's code."""
+        if self._config.metrics_enabled:
+            keep = self._config.metrics_max_samples
+            self.figures.record(model, outcome, seconds, first_s, usage, keep)
+
+    def keep(self, ask: _Ask, reply: Reply) -> None:
+        """Keep a whole reply, if replies are kept."""
+        if self._config.cache_enabled:
+            body, most = (
+                json.dumps(reply_to_json(reply)),
+                self._config.cache_max_entries,
+            )
+            self.replies.keep_reply(self._key(ask), body, time.time(), most)
+
+    def kept(self, ask: _Ask) -> Reply | None:
+        """The kept reply to the same request, if replies are kept and it is fresh."""
+        if not self._config.cache_enabled:
+            return None
+        ttl_s = self._config.cache_ttl_ms / 1000
+        body = self.replies.kept_reply(self._key(ask), time.time(), ttl_s)
+        if body is None:
+            return None
+        _log.info("Response: from the cache")
+        return reply_from_json(json.loads(body))
+
+    def close(self) -> None:
+        """Close the files."""
+        self.figures.close()
+        self.replies.close()
+
+    def _key(self, ask: _Ask) -> str:
+        """What tells one request from another: all of it, and the server."""
+        import hashlib
+
+        whole = [self._config.api_base_url, self._config.api_style, ask.model, ask.args]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
 class _Source:
     """A streaming reply as it arrives: chunks until there are none."""
 
@@ -3522,14 +3973,13 @@ class _Source:
                 if decoder.whole:  # all was said before the connection broke
                     return []
                 raise
-            if piece is None:
-                decoder.finish()
-                if decoder.error is None:
-                    return []
-            elif chunks := decoder.feed(piece):
+            chunks = decoder.finish() if piece is None else decoder.feed(piece)
+            if chunks:
                 if decoder.whole:
                     self._wire.hurry()
                 return chunks
+            if piece is None and decoder.error is None:
+                return []
         raise decoder.error
 
     def reply(self) -> Reply:
@@ -3537,6 +3987,7 @@ class _Source:
         return self.decoder.reply()
 
     def close(self) -> None:
+        """Give back the connection, and delete uploaded files."""
         self._stack.close()
 
 
@@ -3548,13 +3999,215 @@ class _WholeSource:
         self.first = chunks_of(reply)
 
     def read(self) -> list[Chunk]:
+        """No more than the first."""
         return []
 
     def reply(self) -> Reply:
+        """All of it."""
         return self._reply
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class _Caller:
+    """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
+
+    def __init__(
+        self,
+        config: Config,
+        transport: _Transport,
+        catalogue: _Catalogue,
+        roster: _Roster,
+    ) -> None:
+        self._config = config
+        self._transport = transport
+        self._catalogue = catalogue
+        self._roster = roster
+        self._exchanged: dict[str, str] = {}  # session token -> user-app token
+        self.on_upload: Callable[[str, int, int], None] | None = None
+
+    def complete(
+        self, ask: _Ask, model: str, account: Account, handle: _Handle
+    ) -> Reply:
+        """A whole reply."""
+        with ExitStack() as stack:
+            ask = self._uploaded(ask, account, stack)
+            answer = self._send(ask, model, account, handle, streaming=False)
+        assert isinstance(answer, _Answer)
+        return self._read_whole(answer, model, account)
+
+    def open_stream(
+        self, ask: _Ask, model: str, account: Account, handle: _Handle
+    ) -> _Source | _WholeSource:
+        """A streaming reply, read up to its first chunk."""
+        if self._must_be_exact(ask, model):
+            patient = replace(ask, timeout_s=max(ask.timeout_s, EXACT_TOOLS_TIMEOUT_S))
+            return _WholeSource(self.complete(patient, model, account, handle))
+        started = time.monotonic()
+        with ExitStack() as stack:
+            ask = self._uploaded(ask, account, stack)
+            answer = self._send(ask, model, account, handle, streaming=True)
+            if isinstance(answer, _Answer):
+                return _WholeSource(self._read_whole(answer, model, account))
+            stack.callback(answer.close)
+            duration_ms = (time.monotonic() - started) * 1000
+            _log.info("Stream connected duration=%.0fms", duration_ms)
+            return _Source(answer, model, stack)
+
+    def data(self, path: str, account: Account) -> JSON:
+        """The answer to a question about the account."""
+        url = _api_origin(self._config) + path
+        return body_of(self._transport.ask("GET", url, token=account.token))
+
+    def _read_whole(self, answer: _Answer, model: str, account: Account) -> Reply:
+        body = body_of(answer, model, account.username)
+        if self._config.api_style == "openai":
+            return reply_from_openai(body, model)
+        return reply_from_driver(body, model)
+
+    def _must_be_exact(self, ask: _Ask, model: str) -> bool:
+        """Whether streaming could lose tool calls, and the user wants none lost."""
+        if self._config.stream_tools == "live" or not ask.needs.tools:
+            return False
+        if _is_gateway(self._config):
+            return False
+        provider = None
+        with suppress(PuterError):  # without a catalogue the provider is unknown
+            provider = self._catalogue.find(model).provider
+        return may_lose_calls(provider, ask.args.get("tools"), ask.args)
+
+    def _send(
+        self, ask: _Ask, model: str, account: Account, handle: _Handle, streaming: bool
+    ) -> _Answer | _Wire:
+        """Put one request on the wire, in the dialect of the `api_style`."""
+        args = {**ask.args, "model": model, **({"stream": True} if streaming else {})}
+        if self._config.api_style == "openai":
+            if streaming:
+                args.setdefault("stream_options", {"include_usage": True})
+            args["messages"] = openai_messages(args["messages"])
+            url, body = f"{_openai_base(self._config)}/chat/completions", args
+        else:
+            url = f"{self._config.api_base_url}/drivers/call"
+            body = {
+                "interface": "puter-chat-completion",
+                "driver": "ai-chat",
+                "method": "complete",
+                "args": args,
+            }
+        _log.info(
+            "Request: POST %s method=complete model=%s stream=%s messages=%d",
+            _path_of(url),
+            model,
+            str(streaming).lower(),
+            len(args["messages"]),
+        )
+        return self._post(url, body, account, handle, ask.timeout_s, streaming)
+
+    def _post(
+        self,
+        url: str,
+        body: JSON,
+        account: Account,
+        handle: _Handle,
+        timeout_s: float,
+        streaming: bool,
+    ) -> _Answer | _Wire:
+        """POST with the account's token; a session token is exchanged once if the server asks."""
+
+        def post() -> _Answer | _Wire:
+            token = self._exchanged.get(account.token, account.token)
+            return self._transport.call(
+                "POST",
+                url,
+                token=token,
+                body=body,
+                headers={"Origin": _APP_ORIGIN} if token != account.token else {},
+                timeout_s=timeout_s,
+                handle=handle,
+                streaming=streaming,
+            )
+
+        answer = post()
+        if isinstance(answer, _Answer) and answer.status == 403:
+            code = _error_fields(answer.data)["code"]
+            known = account.token in self._exchanged
+            if code == "app_or_api_token_required" and not known:
+                self._exchanged[account.token] = self._exchange(account)
+                return post()
+        return answer
+
+    def _exchange(self, account: Account) -> str:
+        """A user-app token for an account session token."""
+        url = f"{_api_origin(self._config)}/auth/get-user-app-token"
+        origin = {"origin": _APP_ORIGIN}
+        answer = self._transport.ask("POST", url, token=account.token, body=origin)
+        token = body_of(answer, None, account.username).get("token")
+        if not isinstance(token, str) or not token:
+            raise AuthError("The server exchanged the session token for nothing")
+        return token
+
+    def _uploaded(self, ask: _Ask, account: Account, stack: ExitStack) -> _Ask:
+        """The request with its files put into the account's storage, until the stack ends."""
+        if _is_gateway(self._config) or not any(map(_has_file, ask.args["messages"])):
+            return ask
+        messages = []
+        for message in ask.args["messages"]:
+            if _has_file(message):
+                parts = [
+                    self._upload(part, account, stack) if _holds_file(part) else part
+                    for part in message["content"]
+                ]
+                message = {**message, "content": parts}
+            messages.append(message)
+        return replace(ask, args={**ask.args, "messages": messages})
+
+    def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
+        """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
+        name, data, mime = file_of(part)
+        owner = account.username
+        if self._roster.has_token:
+            owner = str(self.data("/whoami", account).get("username"))
+        operation = {
+            "op": "write",
+            "dedupe_name": True,
+            "overwrite": False,
+            "create_missing_ancestors": True,
+            "path": f"/{owner}/AppData/puter.py",
+            "name": name,
+            "item_upload_id": 0,
+        }
+        info = {"name": name, "type": mime, "size": len(data)}
+        _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
+        answer = self._transport.ask(
+            "POST",
+            f"{_api_origin(self._config)}/batch",
+            token=account.token,
+            form=[
+                ("fileinfo", json.dumps(info)),
+                ("operation", json.dumps(operation)),
+                ("file", (name, data, mime)),
+            ],
+            progress=partial(self.on_upload, name) if self.on_upload else None,
+        )
+        results = body_of(answer, None, account.username).get("results")
+        path = results[0].get("path") if isinstance(results, list) and results else None
+        if not isinstance(path, str):
+            raise ServerError(f"The server took {name!r}, but does not say where it is")
+        stack.callback(self._delete, path, account)
+        return {"type": "file", "puter_path": path}
+
+    def _delete(self, path: str, account: Account) -> None:
+        """Remove an uploaded file; the answer matters more, so a failure is only logged."""
+        url = f"{_api_origin(self._config)}/delete"
+        try:
+            answer = self._transport.ask(
+                "POST", url, token=account.token, body={"paths": [path]}
+            )
+            if answer.status >= 400:
+                raise error_from(answer.status, answer.data, account=account.username)
+        except PuterError as error:
+            _log.warning("%s could not be deleted from Puter: %s", path, error)
 
 
 class Stream:
@@ -3571,9 +4224,7 @@ class Stream:
         self._source: _Source | _WholeSource | None = None
         self._batch: Iterator[Chunk] = iter(())
         self._reply: Reply | None = None
-        self._release: Callable[[], None] = lambda: None
-        self._started = 0.0
-        self._first_s: float | None = None
+        self._walked: _Walked | None = None
         self.model: str = ask.model
         """The model that answers."""
         self.account: str = ""
@@ -3619,9 +4270,9 @@ class Stream:
 
     def close(self) -> None:
         """End the stream now; what is on its way is not waited for."""
-        if self._source is not None and self._reply is None:
-            seconds = time.monotonic() - self._started
-            self._client._count(self.model, "closed", seconds)
+        if self._source is not None and self._reply is None and self._walked:
+            seconds = time.monotonic() - self._walked.started
+            self._client._ledger.count(self.model, "closed", seconds)
         self._shut()
 
     def _shut(self) -> None:
@@ -3631,22 +4282,22 @@ class Stream:
             self._handle.close()
         if source is not None:
             source.close()
-        release, self._release = self._release, lambda: None
-        release()
+        if self._walked is not None:
+            self._walked.release()
 
     def _start(self) -> Stream:
         """Walk models and accounts until one answers; its first chunks are there then."""
-        kept = self._client._kept(self._ask)
+        kept = self._client._ledger.kept(self._ask)
         if kept is not None:
             self._batch, self._reply = iter(chunks_of(kept)), kept
             self.model, self.account = kept.model, kept.account
             return self
-        walked = self._client._walk(self._ask, self._handle, self._client._open_stream)
-        self._source, self._release = walked.result, walked.release
+        walked = self._client._walk(
+            self._ask, self._handle, self._client._caller.open_stream
+        )
+        self._walked, self._source = walked, walked.result
         self.model = walked.model
         self.account, self.attempts = walked.account.username, walked.attempts
-        self._first_s = self.attempts[-1].seconds
-        self._started = time.monotonic() - self._first_s
         self._batch = iter(walked.result.first)
         return self
 
@@ -3675,24 +4326,43 @@ class Stream:
         return chunks
 
     def _end(self, reply: Reply, outcome: str) -> None:
-        """Close, and count how it ended."""
+        """Close, and note how it ended."""
         self._shut()
-        seconds = time.monotonic() - self._started
-        self._client._ended(self._ask, reply, outcome, seconds, self._first_s)
+        if self._walked is not None:
+            self._client._ended(self._ask, self._walked, reply, outcome)
 
     def _with_walk(self, reply: Reply) -> Reply:
         return replace(reply, account=self.account, attempts=self.attempts)
 
 
-@dataclass(frozen=True, slots=True)
 class _Walked:
-    """How a walk ended well."""
+    """How a walk ended well: who answered, and the place in the gate that is still taken."""
 
-    result: Any
-    model: str
-    account: Account
-    attempts: tuple[Attempt, ...]
-    release: Callable[[], None]
+    def __init__(
+        self,
+        result: Any,
+        asked: str,
+        attempts: Sequence[Attempt],
+        account: Account,
+        gate: _Gate,
+        began: float,
+    ) -> None:
+        self.result = result
+        self.asked = asked  # under the name that the server knows
+        self.attempts = tuple(attempts)
+        self.model = self.attempts[-1].model
+        self.account = account
+        self.began = began  # when the walk did, with its retries and waits
+        self.started = time.monotonic() - self.attempts[-1].seconds
+        self._gate: _Gate | None = gate
+        self._lock = threading.Lock()
+
+    def release(self) -> None:
+        """Give the place back; once, whoever comes first."""
+        with self._lock:
+            gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.leave()
 
 
 class Puter:
@@ -3701,7 +4371,7 @@ class Puter:
     Args:
         token: use this token and no stored account. Default: `PUTER_AUTH_TOKEN` of the
             environment, else the stored accounts, the active one first.
-        account: use this stored account and no other.
+        account: use this stored account and no other, whatever the environment says.
         config: settings; default `Config.load()`.
         session: a `requests.Session` of yours, for a proxy or certificates of your own.
         settings: any field of `Config`, such as ``debug=True`` or ``max_retries=0``.
@@ -3725,30 +4395,28 @@ class Puter:
                 if name not in _SETTINGS:
                     raise _unknown_key(name, "argument")
             self.config = replace(config, **settings)
+        if token is None and account is None:
+            token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder / ACCOUNTS_NAME)
         self.state = State(self.config.folder / STATE_NAME)
-        self._figures, self._replies = self._other_states()
-        self._token = token or os.environ.get("PUTER_AUTH_TOKEN") or None
-        self._pinned = account
+        self._ledger = _Ledger(self.config, self.state)
         self._transport = _Transport(self.config, session)
-        self._lock = threading.RLock()
-        self._accounts_read: tuple[Any, list[Account], str | None] | None = None
-        self._current: str | None = None
+        self._catalogue = _Catalogue(
+            self.config, self.state, self._transport, token or ""
+        )
+        self._roster = _Roster(self.config, self.store, self.state, token, account)
+        self._caller = _Caller(
+            self.config, self._transport, self._catalogue, self._roster
+        )
+        self._lock = _Lock()
         self._gates: dict[str, _Gate] = {}
-        self._catalogue: tuple[list[Model], float] | None = None
-        self._exchanged: dict[str, str] = {}
-        self.on_upload: Callable[[str, int, int], None] | None = None
-        """Told (name, bytes sent, bytes in all) while a file is uploaded."""
+        self._gates_pid = os.getpid()
         if self.config.debug:
             log_to_stderr(logging.DEBUG)
 
     def __repr__(self) -> str:
-        who = (
-            "a given token"
-            if self._token
-            else self._pinned or self._current or "stored accounts"
-        )
-        return f"<puter.Puter with {who} at {self.config.api_base_url}>"
+        who = "a given token" if self._roster.has_token else self._roster.current
+        return f"<puter.Puter with {who or 'stored accounts'} at {self.config.api_base_url}>"
 
     def __enter__(self) -> Self:
         return self
@@ -3757,20 +4425,10 @@ class Puter:
         self.close()
 
     def close(self) -> None:
-        """Close connections and the state file; using the client again opens them again."""
+        """Close connections and files; using the client again opens them again."""
         self._transport.close()
-        for state in (self.state, self._figures, self._replies):
-            state.close()
-
-    def _other_states(self) -> tuple[State, State]:
-        """Where figures and kept replies are: with the rest, unless the settings say else."""
-        figures, folder = self.config.metrics_file, self.config.cache_directory
-        return (
-            State(Path(figures).expanduser()) if figures else self.state,
-            State(Path(folder).expanduser() / "cache.sqlite3")
-            if folder
-            else self.state,
-        )
+        self.state.close()
+        self._ledger.close()
 
     # ---- asking ----
 
@@ -3855,6 +4513,356 @@ class Puter:
         """
         return self._run(messages_from(prompt), tools, max_rounds, on_tool, options)
 
+    def conversation(
+        self, system: str | None = None, *, model: str | None = None, **options: Any
+    ) -> Conversation:
+        """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
+        return Conversation(system, model=model, client=self, **options)
+
+    # ---- the account and the catalogue ----
+
+    def models(
+        self,
+        provider: str | None = None,
+        free: bool | None = None,
+        refresh: bool = False,
+    ) -> list[Model]:
+        """The live catalogue, by id; kept for `cache_ttl_ms`. Needs no account.
+
+        `provider` matches the catalogue's provider or the vendor in the id ("anthropic");
+        `free` keeps only free (True) or paid (False) models. When the server cannot be
+        reached, an older list is used and a warning logged.
+        """
+        found = self._catalogue.models(refresh)
+        if provider:
+            found = [m for m in found if _is_from(m, provider)]
+        if free is not None:
+            found = [m for m in found if m.free is free]
+        return sorted(found, key=lambda m: m.id)
+
+    def model(self, name: str) -> Model:
+        """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
+        return self._catalogue.find(name)
+
+    def whoami(self) -> JSON:
+        """The account in use as the server describes it: username, uuid, email, is_temp…"""
+        return self._caller.data("/whoami", self._roster.first())
+
+    def usage(self, account: str | None = None) -> Credit:
+        """What an account may still spend this month; by default the one in use."""
+        holder = self._roster.first(account)
+        try:
+            return credit_from(self._caller.data("/metering/usage", holder))
+        except BadRequestError as error:
+            if error.status != 404:
+                raise
+            return credit_from(self._caller.data("/auth/get-monthly-usage", holder))
+
+    def stats(self, model: str | None = None) -> list[ModelStats]:
+        """How the models have done in all calls from this computer, most asked first."""
+        figures = self._ledger.figures.figures(self.config.metrics_max_samples)
+        name = None if model is None else plain_model_name(model)
+        return [s for s in stats_from(*figures) if name in (None, s.model)]
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The accounts that this client may use, in order."""
+        return self._roster.usable()
+
+    @property
+    def active_account(self) -> Account | None:
+        """The account that the next call goes to first, resting or not; None if there is none."""
+        return self._roster.first() if self._roster.usable() else None
+
+    def cooldowns(self) -> list[Cooldown]:
+        """Who rests now, as all processes have learned it."""
+        return self._roster.cooldowns()
+
+    # ---- the walk over models and accounts ----
+
+    def _walk(
+        self,
+        ask: _Ask,
+        handle: _Handle,
+        send: Callable[[_Ask, str, Account, _Handle], Any],
+    ) -> _Walked:
+        """Ask until somebody answers, in the order that the policies give.
+
+        First the asked model on the current account, then its fallbacks there; when the
+        account itself is limited, the next account, beginning again with the asked model.
+        When nobody answers, the first error is raised with all that was tried.
+        """
+        attempts: list[Attempt] = []
+        first: PuterError | None = None
+        tried: set[str] = set()
+        began = time.monotonic()
+        while (account := self._roster.next(tried)) is not None:
+            tried.add(account.username)
+            models = self._models_in_turn(ask, account)
+            while (model := next(models, None)) is not None:
+                try:
+                    result = self._persist(ask, model, account, send, handle, attempts)
+                except PuterError as error:
+                    if handle.closed.is_set():
+                        raise  # its owner gave up: nobody is at fault
+                    first = first or error
+                    step = next_step(error, model == ask.model, ask.fallback)
+                    self._learn(error, model, account)
+                    if step == "rename" and (name := self._name_for(ask.model, error)):
+                        ask = replace(ask, model=name)
+                        first, models = None, self._models_in_turn(ask, account)
+                    elif step in ("raise", "rename"):
+                        raise self._summed_up(first, attempts) from first.__cause__
+                    elif step == "next_account":
+                        break
+                    elif step == "free_model":
+                        models = self._one_free(models)
+                else:
+                    self._roster.current = account.username
+                    gate = self._gate(account)
+                    return _Walked(result, ask.model, attempts, account, gate, began)
+        if first is None:
+            raise self._roster.nobody()
+        raise self._summed_up(first, attempts) from first.__cause__
+
+    def _persist(
+        self,
+        ask: _Ask,
+        model: str,
+        account: Account,
+        send: Callable[[_Ask, str, Account, _Handle], Any],
+        handle: _Handle,
+        attempts: list[Attempt],
+    ) -> Any:
+        """One model on one account, with the retries that the policies allow.
+
+        Comes back with the account's place in the gate still taken.
+        """
+        gate, alone = self._gate(account), self._roster.is_alone(account)
+        if model != ask.model:
+            _log.info("Fallback: trying %s", model)
+        retries, waited_s = 0, 0.0
+        while True:
+            gate.enter(handle, ask.timeout_s)
+            started = time.monotonic()
+            try:
+                result = send(ask, model, account, handle)
+            except BaseException as error:
+                gate.leave()
+                if not isinstance(error, PuterError):
+                    raise
+                seconds = time.monotonic() - started
+                error.model, error.account = error.model or model, account.username
+                attempts.append(Attempt(model, account.username, error, seconds))
+                self._ledger.count(model, error.code or type(error).__name__, seconds)
+                limit = self.config.max_retries
+                if not may_retry(error, retries, limit, alone, waited_s):
+                    raise
+                retries += 1
+                delay_s = self._wait_for(error, retries, gate, handle)
+                waited_s += delay_s
+                if handle.closed.is_set():
+                    raise
+            else:
+                seconds = time.monotonic() - started
+                attempts.append(Attempt(model, account.username, None, seconds))
+                asked = self._catalogue.id_of(model)
+                self.state.succeed(account.username, (model, asked), time.time())
+                return result
+
+    def _wait_for(
+        self, error: PuterError, retries: int, gate: _Gate, handle: _Handle
+    ) -> float:
+        """Wait before the next try, unless the handle is closed; how long, in seconds."""
+        base_s = self.config.retry_delay_ms / 1000
+        delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
+        if isinstance(error, RateLimitError):
+            delay_s = max(delay_s, RATE_PAUSE_S)
+            gate.refused(delay_s, "concurrent" in error.message)
+        _log.info(
+            "Retry %d/%d: %s, waiting %.0fms",
+            retries,
+            max(self.config.max_retries, retries),
+            _short(error),
+            delay_s * 1000,
+        )
+        handle.closed.wait(delay_s)
+        return delay_s
+
+    def _learn(self, error: PuterError, model: str, account: Account) -> None:
+        """Note in the state who must rest, so that nobody runs into the same again."""
+        name, now = account.username, time.time()
+        code = error.code or type(error).__name__
+        if isinstance(error, AuthError):
+            mark = _token_mark(account.token)
+            self.state.cool(name, "", lambda _: float("inf"), "login", now, mark)
+            return
+        rests_model = error.scope == "model" or isinstance(error, CreditError)
+        rests_account = error.scope == "account" and not self._roster.is_alone(account)
+        if rests_model:
+            base_s = self.config.fallback_cooldown_ms / 1000
+            rests = self._catalogue.id_of(model, look=True)
+            self.state.cool(name, rests, lambda _: base_s, code, now)
+        if rests_account:
+            base_s = self.config.account_rotation_cooldown_ms / 1000
+            self.state.cool(name, "", lambda n: cooldown_s(n, base_s), code, now)
+        if rests_model or rests_account:
+            _log.info("%s, adding to cooldown", _short(error))
+
+    def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
+        """The asked model, unless it rests on this account; then what may stand in for it."""
+        rests = self.state.cooldowns(time.time())
+        cooled = {c.model for c in rests if c.account == account.username and c.model}
+        asked = self._catalogue.id_of(ask.model, look=True) if cooled else ask.model
+        rests_now = asked in cooled or ask.model in cooled
+        if not rests_now or not ask.fallback:
+            yield ask.model
+        if not ask.fallback:
+            return
+        candidates = self._catalogue.models_if_any("No fallback")
+        listed = self.config.fallback_models
+        stand_ins = fallback_order(ask.model, candidates, cooled, ask.needs, listed)
+        yield from stand_ins
+        if rests_now and not stand_ins:
+            yield ask.model  # nobody to stand in: better asked too early than not at all
+
+    def _one_free(self, models: Iterator[str]) -> Iterator[str]:
+        """The next free model of those to come, and no more."""
+        free = {m.id for m in self._catalogue.models_if_any("No free model") if m.free}
+        for model in models:
+            if model in free:
+                yield model
+                return
+
+    def _name_for(self, name: str, error: PuterError) -> str | None:
+        """The name that the server knows instead, or None; adds near matches to the error."""
+        candidates = self._catalogue.models_if_any("No other name")
+        try:
+            found = find_model(name, candidates).id
+        except ModelNotFoundError as unknown:
+            if isinstance(error, ModelNotFoundError) and candidates:
+                error.message, error.near = unknown.message, unknown.near
+                error.hint = unknown.hint
+            paid = name.removesuffix(":free")
+            found = next((m.id for m in candidates if paid in m.names()), name)
+            if paid == name or found == name:
+                return None
+            _log.warning(
+                "%s is not there any more: trying %s, which may cost credit",
+                name,
+                found,
+            )
+        return None if found == name else found
+
+    @staticmethod
+    def _summed_up(error: PuterError, attempts: Sequence[Attempt]) -> PuterError:
+        error.attempts = tuple(attempts)
+        return error
+
+    def _gate(self, account: Account) -> _Gate:
+        with self._lock:
+            if self._gates_pid != os.getpid():  # a forked child has nothing running yet
+                self._gates, self._gates_pid = {}, os.getpid()
+            if account.username not in self._gates:
+                self._gates[account.username] = _Gate(self.config.max_concurrent)
+            return self._gates[account.username]
+
+    # ---- one question, from the caller's arguments to the reply ----
+
+    def _ask(
+        self,
+        prompt: Prompt,
+        model: str | None,
+        system: str | None,
+        images: Sequence[Image],
+        files: Sequence[File],
+        tools: Sequence[Any] | None,
+        fallback: bool,
+        timeout_ms: int | None,
+        args: JSON,
+    ) -> _Ask:
+        """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
+        if "stream" in args:
+            raise BadRequestError(
+                "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
+            )
+        if timeout_ms is not None and (
+            not isinstance(timeout_ms, int) or timeout_ms <= 0
+        ):
+            raise BadRequestError(
+                f"timeout_ms is {_described(timeout_ms)}",
+                hint="Give milliseconds, 1 or more.",
+            )
+        parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
+        messages = wire_messages(messages_from(prompt, system, parts))
+        schemas = tool_schemas(tools)
+        name = plain_model_name(model or self.config.default_model or DEFAULT_MODEL)
+        sent = {k: v for k, v in args.items() if v is not None}
+        needs = needs_of(messages, schemas)
+        self._check_inputs(name, needs)
+        return _Ask(
+            model=name,
+            args={
+                "messages": messages,
+                **({"tools": schemas} if schemas else {}),
+                **sent,
+            },
+            needs=needs,
+            fallback=fallback and self.config.fallback_enabled,
+            timeout_s=(timeout_ms or self.config.api_timeout_ms) / 1000,
+        )
+
+    def _check_inputs(self, name: str, needs: Needs) -> None:
+        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
+        if not needs.inputs:
+            return
+        catalogue = self._catalogue.models_if_any("Not checked what the model takes")
+        try:
+            model = find_model(name, catalogue)
+        except ModelNotFoundError:
+            return  # the server says so, with what it knows
+        if model.inputs is None or needs.inputs <= set(model.inputs):
+            return
+        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
+        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
+        raise BadRequestError(
+            f"{model.id} takes {', '.join(model.inputs)}, but no "
+            f"{' and '.join(sorted(needs.inputs))}",
+            model=model.id,
+            hint=f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}.",
+        )
+
+    def _answer(self, ask: _Ask, handle: _Handle) -> Reply:
+        """The whole reply to a request; another thread may close the handle."""
+        kept = self._ledger.kept(ask)
+        if kept is not None:
+            return kept
+        walked = self._walk(ask, handle, self._caller.complete)
+        walked.release()
+        reply: Reply = walked.result
+        reply = replace(
+            reply, account=walked.account.username, attempts=walked.attempts
+        )
+        self._ended(ask, walked, reply, "ok")
+        return reply
+
+    def _ended(self, ask: _Ask, walked: _Walked, reply: Reply, outcome: str) -> None:
+        """Note how the request that was answered ended, and keep a whole reply if wanted."""
+        now = time.monotonic()
+        first_s = walked.attempts[-1].seconds if ask.streaming else None
+        self._ledger.count(
+            walked.model, outcome, now - walked.started, first_s, reply.usage
+        )
+        if outcome != "ok":
+            return
+        how = f"OK ({now - walked.began:.1f}s)"
+        if walked.model != walked.asked:
+            how = "OK (used fallback model)"
+        elif ask.streaming:
+            how = f"Stream complete ({now - walked.began:.1f}s)"
+        _log.info("Response: 200 %s", how)
+        self._ledger.keep(ask, reply)
+
     def _run(
         self,
         messages: Messages,
@@ -3883,776 +4891,8 @@ class Puter:
                 )
         raise ReplyError(
             f"The model still calls functions after {max_rounds} rounds",
-            raw=str(reply) if max_rounds else "",
             hint="Raise `max_rounds`, or say in the prompt when to stop.",
         )
-
-    def conversation(
-        self, system: str | None = None, *, model: str | None = None, **options: Any
-    ) -> Conversation:
-        """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
-        return Conversation(system, model=model, client=self, **options)
-
-    # ---- the account and the catalogue ----
-
-    def models(
-        self,
-        provider: str | None = None,
-        free: bool | None = None,
-        refresh: bool = False,
-    ) -> list[Model]:
-        """The live catalogue, by id; kept for `cache_ttl_ms`. Needs no account.
-
-        `provider` matches the catalogue's provider or the vendor in the id ("anthropic");
-        `free` keeps only free (True) or paid (False) models. When the server cannot be
-        reached, an older list is used and a warning logged.
-        """
-        found = self._models(refresh)
-        if provider:
-            found = [m for m in found if _is_from(m, provider)]
-        if free is not None:
-            found = [m for m in found if m.free is free]
-        return sorted(found, key=lambda m: m.id)
-
-    def model(self, name: str) -> Model:
-        """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
-        return find_model(name, self._models(False))
-
-    def whoami(self) -> JSON:
-        """The account in use as the server describes it: username, uuid, email, is_temp…"""
-        account = self._first_account()
-        data: JSON = self._data("GET", "/whoami", account)
-        return data
-
-    def usage(self, account: str | None = None) -> Credit:
-        """What an account may still spend this month; by default the one in use."""
-        holder = self._first_account(account)
-        try:
-            return credit_from(self._data("GET", "/metering/usage", holder))
-        except BadRequestError as error:
-            if error.status != 404:
-                raise
-            return credit_from(self._data("GET", "/auth/get-monthly-usage", holder))
-
-    def stats(self, model: str | None = None) -> list[ModelStats]:
-        """How the models have done in all calls from this computer, most asked first."""
-        found = stats_from(*self._figures.figures(self.config.metrics_max_samples))
-        name = None if model is None else plain_model_name(model)
-        return [s for s in found if name in (None, s.model)]
-
-    @property
-    def accounts(self) -> list[Account]:
-        """The accounts that this client may use, in order."""
-        return self._usable_accounts()
-
-    @property
-    def active_account(self) -> Account | None:
-        """The account that the next call goes to first, resting or not; None if there is none."""
-        return self._first_account() if self._usable_accounts() else None
-
-    def cooldowns(self) -> list[Cooldown]:
-        """Who rests now, as all processes have learned it."""
-        return self.state.cooldowns(
-            time.time(), self._token_marks(self._usable_accounts())
-        )
-
-    # ---- the walk over models and accounts ----
-
-    def _answer(self, ask: _Ask, handle: _Handle) -> Reply:
-        """The whole reply to a request; another thread may close the handle."""
-        kept = self._kept(ask)
-        if kept is not None:
-            return kept
-        walked = self._walk(ask, handle, self._complete)
-        walked.release()
-        reply: Reply = walked.result
-        reply = replace(
-            reply, account=walked.account.username, attempts=walked.attempts
-        )
-        self._ended(ask, reply, "ok", walked.attempts[-1].seconds, None)
-        return reply
-
-    def _ended(
-        self,
-        ask: _Ask,
-        reply: Reply,
-        outcome: str,
-        seconds: float,
-        first_s: float | None,
-    ) -> None:
-        """Note how the attempt that answered ended, and keep a whole reply if wanted."""
-        self._count(reply.attempts[-1].model, outcome, seconds, first_s, reply.usage)
-        if outcome != "ok":
-            return
-        stood_in = (
-            len(reply.attempts) > 1
-            and reply.attempts[0].model != reply.attempts[-1].model
-        )
-        total_s = sum(a.seconds for a in reply.attempts[:-1]) + seconds
-        _log.info(
-            "Response: 200 %s",
-            "OK (used fallback model)"
-            if stood_in
-            else f"Stream complete ({total_s:.1f}s)"
-            if ask.streaming
-            else f"OK ({total_s:.1f}s)",
-        )
-        if self.config.cache_enabled:
-            body = json.dumps(reply_to_json(reply))
-            self._replies.keep_reply(
-                self._cache_key(ask), body, time.time(), self.config.cache_max_entries
-            )
-
-    def _count(
-        self,
-        model: str,
-        outcome: str,
-        seconds: float,
-        first_s: float | None = None,
-        usage: Usage | None = None,
-    ) -> None:
-        if self.config.metrics_enabled:
-            keep = self.config.metrics_max_samples
-            self._figures.record(model, outcome, seconds, first_s, usage, keep)
-
-    def _kept(self, ask: _Ask) -> Reply | None:
-        """The kept reply to the same request, if replies are kept and it is fresh."""
-        if not self.config.cache_enabled:
-            return None
-        ttl_s = self.config.cache_ttl_ms / 1000
-        body = self._replies.kept_reply(self._cache_key(ask), time.time(), ttl_s)
-        if body is None:
-            return None
-        _log.info("Response: from the cache")
-        return reply_from_json(json.loads(body))
-
-    def _cache_key(self, ask: _Ask) -> str:
-        """What tells one request from another: all of it, and the server."""
-        import hashlib
-
-        whole = [self.config.api_base_url, self.config.api_style, ask.model, ask.args]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-    def _walk(
-        self,
-        ask: _Ask,
-        handle: _Handle,
-        send: Callable[[_Ask, str, Account, _Handle], Any],
-    ) -> _Walked:
-        """Ask until somebody answers, in the order that the policies give.
-
-        First the asked model on the current account, then its fallbacks there; when the
-        account itself is limited, the next account, beginning again with the asked model.
-        When nobody answers, the first error is raised with all that was tried.
-        """
-        attempts: list[Attempt] = []
-        first: PuterError | None = None
-        tried: set[str] = set()
-        while (account := self._next(tried)) is not None:
-            tried.add(account.username)
-            models = self._models_in_turn(ask, account)
-            while (model := next(models, None)) is not None:
-                try:
-                    result = self._persist(ask, model, account, send, handle, attempts)
-                except PuterError as error:
-                    first = first or error
-                    step = next_step(error, model == ask.model, ask.fallback)
-                    self._learn(error, model, account)
-                    if step == "raise":
-                        if model == ask.model and isinstance(error, ModelNotFoundError):
-                            ask, models = self._renamed(ask, error, account)
-                            continue
-                        raise self._summed_up(error, attempts) from error.__cause__
-                    if step == "next_account":
-                        break
-                    if step == "free_model":
-                        models = self._one_free(models)
-                else:
-                    self._current = account.username
-                    gate = self._gate(account)
-                    return _Walked(result, model, account, tuple(attempts), gate.leave)
-        if first is None:
-            raise self._nobody(tried)
-        raise self._summed_up(first, attempts) from first.__cause__
-
-    def _persist(
-        self,
-        ask: _Ask,
-        model: str,
-        account: Account,
-        send: Callable[[_Ask, str, Account, _Handle], Any],
-        handle: _Handle,
-        attempts: list[Attempt],
-    ) -> Any:
-        """One model on one account, with the retries that the policies allow.
-
-        Comes back with the account's place in the gate still taken.
-        """
-        retries, waited_s = 0, 0.0
-        gate = self._gate(account)
-        alone = self._is_alone(account)
-        while True:
-            gate.enter(handle, self._timeout_s(ask))
-            started = time.monotonic()
-            try:
-                result = send(ask, model, account, handle)
-            except BaseException as error:
-                gate.leave()
-                if not isinstance(error, PuterError):
-                    raise
-                error.model, error.account = error.model or model, account.username
-                seconds = time.monotonic() - started
-                attempts.append(Attempt(model, account.username, error, seconds))
-                self._count(model, error.code or type(error).__name__, seconds)
-                if handle.closed.is_set() or not may_retry(
-                    error, retries, self.config.max_retries, alone, waited_s
-                ):
-                    raise
-            else:
-                attempts.append(
-                    Attempt(model, account.username, None, time.monotonic() - started)
-                )
-                self.state.succeed(account.username, model, time.time())
-                return result
-            failure = attempts[-1].error
-            assert failure is not None
-            retries += 1
-            delay_s = retry_delay_s(
-                retries,
-                self.config.retry_delay_ms / 1000,
-                RETRY_CAP_S,
-                failure.retry_after_s,
-            )
-            if isinstance(failure, RateLimitError):
-                gate.refused(delay_s, "concurrent" in failure.message)
-            _log.info(
-                "Retry %d/%d: %s, waiting %.0fms",
-                retries,
-                self.config.max_retries,
-                _short(failure),
-                delay_s * 1000,
-            )
-            waited_s += delay_s
-            handle.closed.wait(delay_s)
-
-    def _learn(self, error: PuterError, model: str, account: Account) -> None:
-        """Note in the state who must rest, so that nobody runs into the same again."""
-        now, code = time.time(), error.code or type(error).__name__
-        if isinstance(error, AuthError):
-            mark = self._token_marks([account])[account.username]
-            self.state.cool(
-                account.username, "", lambda _: float("inf"), "login", now, mark
-            )
-        elif error.scope == "model" or isinstance(error, CreditError):
-            base_s = self.config.fallback_cooldown_ms / 1000
-            self.state.cool(account.username, model, lambda _: base_s, code, now)
-            _log.info("%s, adding to cooldown", _short(error))
-        if error.scope == "account" and not isinstance(error, AuthError):
-            if self._is_alone(account):
-                return
-            base_s = self.config.account_rotation_cooldown_ms / 1000
-            self.state.cool(
-                account.username, "", lambda n: cooldown_s(n, base_s), code, now
-            )
-            _log.info("%s, adding to cooldown", _short(error))
-
-    def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
-        """The asked model, unless it rests on this account; then what may stand in for it."""
-        now = time.time()
-        cooled = {
-            c.model for c in self.state.cooldowns(now) if c.account == account.username
-        }
-        if ask.model not in cooled or not ask.fallback:
-            yield ask.model
-        count = 0
-        if ask.fallback:
-            for model in self._fallbacks(ask, cooled):
-                count += 1
-                _log.info("Fallback: trying %s", model)
-                yield model
-        if ask.fallback and ask.model in cooled and not count:
-            yield ask.model  # nobody to stand in: better asked too early than not at all
-
-    def _fallbacks(self, ask: _Ask, cooled: Collection[str]) -> list[str]:
-        try:
-            catalogue = self._models(False)
-        except PuterError as error:
-            _log.warning("No fallback, since the model list cannot be had: %s", error)
-            return []
-        listed = self.config.fallback_models
-        return fallback_order(ask.model, catalogue, cooled, ask.needs, listed)
-
-    def _one_free(self, models: Iterator[str]) -> Iterator[str]:
-        """The next free model of the fallbacks, and no more."""
-        free = {m.id for m in self._models(False) if m.free}
-        return iter([m for m in models if m in free][:1])
-
-    def _renamed(
-        self, ask: _Ask, error: ModelNotFoundError, account: Account
-    ) -> tuple[_Ask, Iterator[str]]:
-        """The request under the name that the server knows; raises the error if there is none."""
-        name = ask.model
-        try:
-            found = find_model(name, self._models(False)).id
-        except ModelNotFoundError as unknown:
-            if not name.endswith(":free"):
-                raise unknown from error
-            try:
-                found = find_model(name.removesuffix(":free"), self._models(False)).id
-            except ModelNotFoundError:
-                raise unknown from error
-            _log.warning(
-                "%s is not there any more: trying %s, which may cost credit",
-                name,
-                found,
-            )
-        if found == name:
-            raise error
-        ask = replace(ask, model=found)
-        return ask, self._models_in_turn(ask, account)
-
-    def _nobody(self, tried: Collection[str]) -> PuterError:
-        """Why there was no account to ask."""
-        accounts = self._usable_accounts()
-        if not accounts:
-            return AuthError("You are not signed in")
-        rests = [c for c in self.cooldowns() if not c.model]
-        dead = sorted(c.account for c in rests if c.reason == "login")
-        if len(dead) == len(accounts):
-            return AuthError(f"Every account needs a new sign-in: {', '.join(dead)}")
-        resting = [c for c in rests if c.reason != "login"]
-        wait_s = max(0.0, min(c.until_s for c in resting) - time.time())
-        return AllAccountsOnCooldownError(
-            f"All {len(accounts)} accounts are resting; the first is free in {wait_s:.0f} s",
-            retry_after_s=wait_s,
-            statuses=rests,
-        )
-
-    @staticmethod
-    def _summed_up(error: PuterError, attempts: Sequence[Attempt]) -> PuterError:
-        error.attempts = tuple(attempts)
-        return error
-
-    # ---- accounts ----
-
-    def _next(self, tried: Collection[str]) -> Account | None:
-        """The account to ask now, by the policy; None when all were tried or rest."""
-        accounts = self._usable_accounts()
-        strategy = self.config.account_rotation_strategy
-        if strategy == "least-recently-used" and len(accounts) > 1:
-            used = self.state.last_used_ms()
-            accounts = [
-                replace(a, last_used_ms=used.get(a.username, a.last_used_ms))
-                for a in accounts
-            ]
-        rests = {**self._rests(accounts), **dict.fromkeys(tried, float("inf"))}
-        current = self._current or self.active_name
-        chosen = next_account(accounts, rests, strategy, current, time.time())
-        if chosen is not None and current is not None and chosen.username != current:
-            _log.info("Auth: Switched account - %s", chosen.username)
-        return chosen
-
-    def _rests(self, accounts: Sequence[Account]) -> dict[str, float]:
-        """Until when each account rests; one that is alone never does."""
-        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
-        awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
-        if len(accounts) == 1 or len(awake) == 1:
-            for name in awake or [accounts[0].username]:
-                rests.pop(name, None)
-        return rests
-
-    def _is_alone(self, account: Account) -> bool:
-        """Whether no other account could take its place, now or later."""
-        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
-        others = [a for a in self._usable_accounts() if a.username != account.username]
-        return all(rests.get(a.username) == float("inf") for a in others)
-
-    def _usable_accounts(self) -> list[Account]:
-        """The accounts that may be asked: the given token's, the pinned one, or the stored ones."""
-        if self._token or self.config_is_gateway:
-            return [Account(_token_name(self._token), self._token or "")]
-        accounts, active = self._stored()
-        if self._pinned is not None:
-            found = [a for a in accounts if a.username == self._pinned]
-            if not found:
-                near = _near(self._pinned, [a.username for a in accounts])
-                meant = f"Did you mean {near[0]!r}? " if near else ""
-                raise AuthError(
-                    f"No stored account is called {self._pinned!r}",
-                    hint=f"{meant}`python -m puter status` lists them.",
-                )
-            return found
-        if not self.config.account_rotation_enabled:
-            return [a for a in accounts if a.username == active]
-        return accounts
-
-    @property
-    def config_is_gateway(self) -> bool:
-        """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
-        path = _path_of(self.config.api_base_url)
-        return self.config.api_style == "openai" and path not in ("", _OPENAI_PATH)
-
-    def _stored(self) -> tuple[list[Account], str | None]:
-        """The stored accounts and the active one's name; read again when the file changed."""
-        with self._lock:
-            stamp = self.store.stamp()
-            if self._accounts_read is None or self._accounts_read[0] != stamp:
-                active = self.store.active()
-                name = active.username if active else None
-                self._accounts_read = (stamp, self.store.accounts(), name)
-            return self._accounts_read[1], self._accounts_read[2]
-
-    @property
-    def active_name(self) -> str | None:
-        """The name of the active stored account; None if another token is in use."""
-        if self._token or self._pinned or self.config_is_gateway:
-            return None
-        return self._stored()[1]
-
-    def _first_account(self, name: str | None = None) -> Account:
-        """The account of this name, else the one in use, resting or not."""
-        accounts = self._usable_accounts()
-        if not accounts:
-            raise AuthError("You are not signed in")
-        if name is not None and name not in [a.username for a in accounts]:
-            raise AuthError(
-                f"No account is called {name!r}",
-                hint="`python -m puter status` lists them.",
-            )
-        wanted = name or self._current or self.active_name
-        return next((a for a in accounts if a.username == wanted), accounts[0])
-
-    @staticmethod
-    def _token_marks(accounts: Iterable[Account]) -> dict[str, str]:
-        """What tells one token of an account from the next, without being it."""
-        return {a.username: _token_mark(a.token) for a in accounts}
-
-    def _gate(self, account: Account) -> _Gate:
-        with self._lock:
-            if account.username not in self._gates:
-                self._gates[account.username] = _Gate(self.config.max_concurrent)
-            return self._gates[account.username]
-
-    # ---- one request ----
-
-    def _ask(
-        self,
-        prompt: Prompt,
-        model: str | None,
-        system: str | None,
-        images: Sequence[Image],
-        files: Sequence[File],
-        tools: Sequence[Any] | None,
-        fallback: bool,
-        timeout_ms: int | None,
-        args: JSON,
-    ) -> _Ask:
-        """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
-        if "stream" in args:
-            raise BadRequestError(
-                "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
-            )
-        if timeout_ms is not None and (
-            not isinstance(timeout_ms, int) or timeout_ms <= 0
-        ):
-            raise BadRequestError(
-                f"timeout_ms is {_described(timeout_ms)}",
-                hint="Give milliseconds, 1 or more.",
-            )
-        parts = [
-            *map(image_part, _listing(images)),
-            *map(file_part, _listing(files)),
-        ]
-        messages = wire_messages(messages_from(prompt, system, parts))
-        schemas = tool_schemas(tools)
-        name = model or self.config.default_model or DEFAULT_MODEL
-        sent = {k: v for k, v in args.items() if v is not None}
-        needs = needs_of(messages, schemas)
-        self._check_inputs(name, needs)
-        return _Ask(
-            model=plain_model_name(name),
-            args={
-                "messages": messages,
-                **({"tools": schemas} if schemas else {}),
-                **sent,
-            },
-            needs=needs,
-            fallback=fallback and self.config.fallback_enabled,
-            timeout_s=timeout_ms / 1000 if timeout_ms else None,
-        )
-
-    def _timeout_s(self, ask: _Ask) -> float:
-        return ask.timeout_s or self.config.api_timeout_ms / 1000
-
-    def _check_inputs(self, name: str, needs: Needs) -> None:
-        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
-        if not needs.inputs:
-            return
-        try:
-            model, catalogue = self.model(name), self._models(False)
-        except PuterError as error:
-            _log.info("Not checked whether %s takes images or files: %s", name, error)
-            return
-        if model.inputs is None or needs.inputs <= set(model.inputs):
-            return
-        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
-        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        kinds = " and ".join(sorted(needs.inputs))
-        raise BadRequestError(
-            f"{model.id} takes {', '.join(model.inputs)}, but no {kinds}",
-            model=model.id,
-            hint=f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}.",
-        )
-
-    def _complete(
-        self, ask: _Ask, model: str, account: Account, handle: _Handle
-    ) -> Reply:
-        """One request for a whole reply."""
-        timeout_s = self._timeout_s(ask)
-        with ExitStack() as stack:
-            ask = self._uploaded(ask, account, stack)
-            answer = self._send(ask, model, account, handle, timeout_s, streaming=False)
-        assert isinstance(answer, _Answer)
-        return self._read_whole(answer, model, account)
-
-    def _read_whole(self, answer: _Answer, model: str, account: Account) -> Reply:
-        body = body_of(answer, model, account.username)
-        if self.config.api_style == "openai":
-            return reply_from_openai(body, model)
-        return reply_from_driver(body, model)
-
-    def _open_stream(
-        self, ask: _Ask, model: str, account: Account, handle: _Handle
-    ) -> _Source | _WholeSource:
-        """One request for a streaming reply, read up to its first chunk."""
-        if self._must_be_exact(ask, model):
-            patient_s = max(self._timeout_s(ask), EXACT_TOOLS_TIMEOUT_S)
-            patient = replace(ask, timeout_s=patient_s)
-            return _WholeSource(self._complete(patient, model, account, handle))
-        timeout_s, started = self._timeout_s(ask), time.monotonic()
-        with ExitStack() as stack:
-            ask = self._uploaded(ask, account, stack)
-            answer = self._send(ask, model, account, handle, timeout_s, streaming=True)
-            if isinstance(answer, _Answer):
-                return _WholeSource(self._read_whole(answer, model, account))
-            stack.callback(answer.close)
-            duration_ms = (time.monotonic() - started) * 1000
-            _log.info("Stream connected duration=%.0fms", duration_ms)
-            return _Source(answer, model, stack)
-
-    def _uploaded(self, ask: _Ask, account: Account, stack: ExitStack) -> _Ask:
-        """The request with its files put into the account's storage, until the stack ends."""
-        if self.config_is_gateway or not any(map(_has_file, ask.args["messages"])):
-            return ask
-        messages = []
-        for message in ask.args["messages"]:
-            if _has_file(message):
-                parts = [
-                    self._upload(part, account, stack) if _holds_file(part) else part
-                    for part in message["content"]
-                ]
-                message = {**message, "content": parts}
-            messages.append(message)
-        return replace(ask, args={**ask.args, "messages": messages})
-
-    def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
-        """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
-        name, data, mime = file_of(part)
-        owner = account.username
-        if self._token:  # the name of a given token's account is not known
-            owner = str(self._data("GET", "/whoami", account).get("username"))
-        operation = {
-            "op": "write",
-            "dedupe_name": True,
-            "overwrite": False,
-            "create_missing_ancestors": True,
-            "path": f"/{owner}/AppData/puter.py",
-            "name": name,
-            "item_upload_id": 0,
-        }
-        info = {"name": name, "type": mime, "size": len(data)}
-        form = [
-            ("fileinfo", json.dumps(info)),
-            ("operation", json.dumps(operation)),
-            ("file", (name, data, mime)),
-        ]
-        _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
-        answer = self._transport.call(
-            "POST",
-            f"{self._api_origin()}/batch",
-            token=account.token,
-            form=form,
-            progress=partial(self.on_upload, name) if self.on_upload else None,
-        )
-        assert isinstance(answer, _Answer)
-        results = body_of(answer, None, account.username).get("results")
-        path = results[0].get("path") if isinstance(results, list) and results else None
-        if not isinstance(path, str):
-            raise ServerError(f"The server took {name!r}, but does not say where it is")
-        stack.callback(self._delete, path, account)
-        return {"type": "file", "puter_path": path}
-
-    def _delete(self, path: str, account: Account) -> None:
-        """Remove an uploaded file; the answer matters more, so a failure is only logged."""
-        try:
-            answer = self._transport.call(
-                "POST",
-                f"{self._api_origin()}/delete",
-                token=account.token,
-                body={"paths": [path]},
-            )
-            assert isinstance(answer, _Answer)
-            if answer.status >= 400:
-                raise error_from(answer.status, answer.data, account=account.username)
-        except PuterError as error:
-            _log.warning("%s could not be deleted from Puter: %s", path, error)
-
-    def _must_be_exact(self, ask: _Ask, model: str) -> bool:
-        """Whether streaming could lose tool calls, and the user wants none lost."""
-        if (
-            self.config.stream_tools == "live"
-            or not ask.needs.tools
-            or self.config_is_gateway
-        ):
-            return False
-        provider = None
-        with suppress(PuterError):  # without a catalogue the provider is unknown
-            provider = self.model(model).provider
-        return may_lose_calls(provider, ask.args.get("tools"), ask.args)
-
-    def _send(
-        self,
-        ask: _Ask,
-        model: str,
-        account: Account,
-        handle: _Handle,
-        timeout_s: float,
-        streaming: bool,
-    ) -> _Answer | _Wire:
-        """Put one request on the wire, in the dialect of the `api_style`."""
-        args = {**ask.args, "model": model, **({"stream": True} if streaming else {})}
-        if self.config.api_style == "openai":
-            if streaming:
-                args.setdefault("stream_options", {"include_usage": True})
-            args["messages"] = openai_messages(args["messages"])
-            url, body = f"{self._openai_base()}/chat/completions", args
-        else:
-            url = f"{self.config.api_base_url}/drivers/call"
-            body = {
-                "interface": "puter-chat-completion",
-                "driver": "ai-chat",
-                "method": "complete",
-                "args": args,
-            }
-        _log.info(
-            "Request: POST %s method=complete model=%s stream=%s messages=%d",
-            _path_of(url),
-            model,
-            str(streaming).lower(),
-            len(args["messages"]),
-        )
-        return self._post(url, body, account, handle, timeout_s, streaming)
-
-    def _post(
-        self,
-        url: str,
-        body: JSON,
-        account: Account,
-        handle: _Handle,
-        timeout_s: float,
-        streaming: bool,
-    ) -> _Answer | _Wire:
-        """POST with the account's token; a session token is exchanged once if the server asks."""
-        for exchange in (False, True):
-            token, headers = account.token, {}
-            if exchange:
-                self._exchanged[token] = self._exchange(account)
-            if token in self._exchanged:
-                token, headers = self._exchanged[token], {"Origin": _APP_ORIGIN}
-            answer = self._transport.call(
-                "POST",
-                url,
-                token=token,
-                body=body,
-                headers=headers,
-                timeout_s=timeout_s,
-                handle=handle,
-                streaming=streaming,
-            )
-            wants_exchange = (
-                isinstance(answer, _Answer)
-                and answer.status == 403
-                and _error_fields(answer.data)["code"] == "app_or_api_token_required"
-            )
-            if not wants_exchange or token != account.token:
-                break
-        return answer
-
-    def _exchange(self, account: Account) -> str:
-        """A user-app token for an account session token."""
-        url = f"{self._api_origin()}/auth/get-user-app-token"
-        answer = self._transport.call(
-            "POST", url, token=account.token, body={"origin": _APP_ORIGIN}
-        )
-        assert isinstance(answer, _Answer)
-        token = body_of(answer, None, account.username).get("token")
-        if not isinstance(token, str) or not token:
-            raise AuthError("The server exchanged the session token for nothing")
-        return token
-
-    def _data(self, method: str, path: str, account: Account) -> JSON:
-        """A question about the account."""
-        answer = self._transport.call(
-            method, self._api_origin() + path, token=account.token
-        )
-        assert isinstance(answer, _Answer)
-        return body_of(answer, None, account.username)
-
-    def _api_origin(self) -> str:
-        return self.config.api_base_url.removesuffix(_OPENAI_PATH)
-
-    def _openai_base(self) -> str:
-        base = self.config.api_base_url
-        return base if _path_of(base) else base + _OPENAI_PATH
-
-    def _models(self, refresh: bool) -> list[Model]:
-        """The catalogue from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
-        now, ttl_s = time.time(), self.config.cache_ttl_ms / 1000
-        with self._lock:
-            if (
-                self._catalogue
-                and not refresh
-                and 0 <= now - self._catalogue[1] < ttl_s
-            ):
-                return self._catalogue[0]
-            base = self.config.api_base_url
-            kept = self.state.catalogue(base)
-            if kept and not refresh and 0 <= now - kept[1] < ttl_s:
-                self._catalogue = (models_from(json.loads(kept[0])), kept[1])
-                return self._catalogue[0]
-            try:
-                body = self._fetch_catalogue()
-            except PuterError as error:
-                if not kept or refresh:
-                    raise
-                _log.warning(
-                    "The model list is %.0f minutes old, since a new one cannot be had: %s",
-                    (now - kept[1]) / 60,
-                    error,
-                )
-                return models_from(json.loads(kept[0]))
-            self._catalogue = (models_from(body), now)
-            self.state.put_catalogue(base, json.dumps(body), now)
-            return self._catalogue[0]
-
-    def _fetch_catalogue(self) -> JSON:
-        if self.config_is_gateway:
-            url, token = f"{self.config.api_base_url}/models", self._token or ""
-        else:
-            url, token = f"{self._api_origin()}/puterai/chat/models/details", ""
-        answer = self._transport.call("GET", url, token=token)
-        assert isinstance(answer, _Answer)
-        return body_of(answer)
 
 
 class Conversation:
@@ -4782,6 +5022,22 @@ def _result_of(
 _OPENAI_PATH = "/puterai/openai/v1"
 
 
+def _is_gateway(config: Config) -> bool:
+    """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
+    path = _path_of(config.api_base_url)
+    return config.api_style == "openai" and path not in ("", _OPENAI_PATH)
+
+
+def _api_origin(config: Config) -> str:
+    """Where Puter's own calls are, whatever the style of the chat."""
+    return config.api_base_url.removesuffix(_OPENAI_PATH)
+
+
+def _openai_base(config: Config) -> str:
+    base = config.api_base_url
+    return base if _path_of(base) else base + _OPENAI_PATH
+
+
 def _holds_file(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "file" and "file" in part
 
@@ -4834,22 +5090,7 @@ def openai_messages(messages: Sequence[JSON]) -> Messages:
         if not uses:
             result.append(message)
             continue
-        calls = [
-            {
-                "id": use["id"],
-                "type": "function",
-                "function": {
-                    "name": use["name"],
-                    "arguments": json.dumps(use["input"]),
-                },
-                **(
-                    {"extra_content": use["extra_content"]}
-                    if use.get("extra_content")
-                    else {}
-                ),
-            }
-            for use in uses
-        ]
+        calls = [openai_call(use) for use in uses]
         result.append({"role": "assistant", "content": None, "tool_calls": calls})
     return result
 
@@ -4916,14 +5157,9 @@ def account_of(token: str, config: Config) -> Account:
     """
     transport = _Transport(config)
     try:
-        answer = transport.call(
-            "GET",
-            f"{config.api_base_url.removesuffix(_OPENAI_PATH)}/whoami",
-            token=token,
-        )
+        answer = transport.ask("GET", f"{_api_origin(config)}/whoami", token=token)
     finally:
         transport.close()
-    assert isinstance(answer, _Answer)
     told = body_of(answer)
     username, is_temporary = told.get("username"), bool(told.get("is_temp"))
     if not isinstance(username, str) or not username:
@@ -4988,6 +5224,9 @@ class _Callback:
         except PuterError as error:
             self.error = error
             return 403, "Not signed in", html.escape(str(error))
+        except BaseException:
+            self.error = AuthError("The sign-in failed")
+            raise
         name = html.escape(self.account.username)
         return 200, f"Signed in as {name}", "You can close this page."
 
@@ -5053,7 +5292,13 @@ def _callback_server(port: int) -> Any:
         def answer(self) -> None:
             callback: _Callback = self.server.callback  # type: ignore[attr-defined]
             host = self.headers.get("Host", "")
-            status, title, text = callback.answer(self.command, self.path, host)
+            try:
+                self.reply(*callback.answer(self.command, self.path, host))
+            finally:  # the person has the page, or did not wait for it
+                if callback.account or callback.error:
+                    callback.done.set()
+
+        def reply(self, status: int, title: str, text: str) -> None:
             body = _PAGE.format(title=title, text=text) if status != 302 else ""
             self.send_response(status)
             if status == 302:
@@ -5067,8 +5312,6 @@ def _callback_server(port: int) -> Any:
             if self.command != "HEAD":
                 self.wfile.write(body.encode())
                 self.wfile.flush()
-            if callback.account or callback.error:
-                callback.done.set()  # only now: the person has the page
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = answer
 
@@ -5275,16 +5518,6 @@ def usage_object(usage: Usage) -> JSON | None:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
     }
     return told if usage.cost_usd is None else {**told, "cost_usd": usage.cost_usd}
-
-
-def call_object(call: ToolCall) -> JSON:
-    """A tool call in OpenAI's shape; a client needs an id, so a missing one is made."""
-    return {
-        "id": call.id or f"call_{os.urandom(8).hex()}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
-        **({"extra_content": call.extra_content} if call.extra_content else {}),
-    }
 
 
 def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
@@ -6783,18 +7016,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         _say("")
         return 130
     except BrokenPipeError:
-        # Nobody reads on; without this the interpreter complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 141
+    except OSError as error:
+        _say(f"error: The output cannot be written ({error.strerror or error}).")
+        _give_up_stdout()
+        return 1
     except PuterError as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def _give_up_stdout() -> None:
+    """Nobody takes the output; without this the interpreter complains of it at its end."""
+    if sys.stdout is not None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> Any:
@@ -6881,28 +7125,35 @@ def _add_ask(command: Callable[..., Any]) -> None:
         )
 
 
+def _port(text: str) -> int:
+    """A port number, for argparse."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise ValueError(text)
+    return int(text)
+
+
 def _add_accounts(command: Callable[..., Any]) -> None:
     login = command("login", cmd_login, "sign in and keep the account")
-    login.add_argument(
+    how = login.add_mutually_exclusive_group()
+    how.add_argument(
         "--with-token", action="store_true", help="read a token from stdin"
     )
-    login.add_argument(
-        "--no-browser", action="store_true", help="only print the address"
-    )
-    login.add_argument(
+    how.add_argument("--no-browser", action="store_true", help="only print the address")
+    how.add_argument(
         "--import",
         dest="import_file",
         metavar="FILE",
         help="take the accounts of a file",
     )
     login.add_argument(
-        "--port", type=int, default=LOGIN_PORT, help="where to wait (%(default)s)"
+        "--port", type=_port, default=LOGIN_PORT, help="where to wait (%(default)s)"
     )
     logout = command(
         "logout", cmd_logout, "forget an account; the active one by default"
     )
-    logout.add_argument("name", nargs="?", help="the account's name")
-    logout.add_argument("--all", action="store_true", help="forget all accounts")
+    which = logout.add_mutually_exclusive_group()
+    which.add_argument("name", nargs="?", help="the account's name")
+    which.add_argument("--all", action="store_true", help="forget all accounts")
     switch = command("switch", cmd_switch, "make another account the active one")
     switch.add_argument("name", help="the account's name")
     status = command("status", cmd_status, "the accounts, and who rests for how long")
@@ -6961,7 +7212,7 @@ def _add_serve(command: Callable[..., Any]) -> None:
     serve.add_argument(
         "--host", default="127.0.0.1", help="where to listen (%(default)s)"
     )
-    serve.add_argument("--port", type=int, default=SERVER_PORT, help="(%(default)s)")
+    serve.add_argument("--port", type=_port, default=SERVER_PORT, help="(%(default)s)")
     serve.add_argument("--api-key", metavar="K", help="what callers must send")
     serve.add_argument(
         "--allow-origin",
@@ -7044,7 +7295,7 @@ def _ask_once(args: Any, talk: Conversation, text: str, options: JSON) -> Reply:
     """One turn of a conversation; printed as it comes unless it is wanted whole."""
     client = talk._its_client()
     with _Spinner(client.config.quiet_mode) as spinner:
-        client.on_upload = spinner.uploading
+        client._caller.on_upload = spinner.uploading
         if args.json or args.no_stream:
             return talk.say(text, **options)
         return _print_stream(talk._streaming(text, **options), spinner)
@@ -7232,7 +7483,7 @@ def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
     wanted = plain_model_name(asked or client.config.default_model or DEFAULT_MODEL)
     if not tried or client.config.quiet_mode:
         return
-    first = client.active_name
+    first = client._roster.active_name
     if tried[-1].model != wanted or first not in (None, reply.account):
         why = next(
             (a.error.message for a in tried if a.error), "what was asked is resting"
@@ -7320,7 +7571,7 @@ class _Chat:
 
     def _once(self, text: str, options: JSON) -> Reply:
         with _Spinner(self.client.config.quiet_mode) as spinner:
-            self.client.on_upload = spinner.uploading
+            self.client._caller.on_upload = spinner.uploading
             return _print_stream(self.talk._streaming(text, **options), spinner)
 
     def model(self, name: str) -> None:
@@ -7486,27 +7737,37 @@ def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
 
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
-    config = Config.load()
+    config = _load_config()
     store = AccountStore(config.folder / ACCOUNTS_NAME)
-    if args.import_file:
+    if args.import_file is not None:
         return _import_accounts(store, Path(args.import_file).expanduser())
     if args.with_token:
-        if sys.stdin.isatty():
-            import getpass
-
-            token = getpass.getpass("Token (it is not shown): ").strip()
-        else:
-            token = sys.stdin.readline().strip()
+        token = _read_token()
         if not token:
-            _say(
-                "error: No token came on standard input. Try: python -m puter login --with-token < FILE"
-            )
+            _say("error: No token came. Try: python -m puter login --with-token < FILE")
             return 2
         account = account_of(token, config)
     else:
         account = _login_with_browser(config, args.no_browser, args.port)
     _keep(store, config, account)
     return 0
+
+
+def _read_token() -> str:
+    """A token from the terminal, unseen, or from standard input."""
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass("Token (it is not shown): ").strip()
+    try:
+        return sys.stdin.buffer.readline().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadRequestError(
+            "The token on standard input is no UTF-8 text",
+            hint="Pipe it as plain text.",
+        ) from error
 
 
 def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
@@ -7543,9 +7804,8 @@ def _import_accounts(store: AccountStore, path: Path) -> int:
         raise StoreError(
             f"{path}: cannot be read ({error.strerror})", hint="Check the path."
         ) from error
-    taken = [
-        _account_from(record) for record in parse_accounts(raw, str(path))["accounts"]
-    ]
+    given = parse_accounts(raw, str(path))
+    taken = [_account_from(record) for record in given["accounts"]]
     if not taken:
         print(f"{path} holds no account; nothing was changed.")
         return 0
@@ -7554,14 +7814,14 @@ def _import_accounts(store: AccountStore, path: Path) -> int:
         is_new = store.add(account, activate=False)
         print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if not had_any:
-        store.switch(taken[0].username)
+        store.switch(taken[given["activeIndex"]].username)
     print(f"{len(taken)} account{'s' * (len(taken) > 1)} from {path}")
     return 0
 
 
 def cmd_logout(args: Any) -> int:
     """Forget an account, or all."""
-    store = AccountStore(Config.load().folder / ACCOUNTS_NAME)
+    store = AccountStore(_load_config().folder / ACCOUNTS_NAME)
     if args.all:
         gone = store.clear()
     else:
@@ -7584,7 +7844,7 @@ def cmd_logout(args: Any) -> int:
 
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
-    account = AccountStore(Config.load().folder / ACCOUNTS_NAME).switch(args.name)
+    account = AccountStore(_load_config().folder / ACCOUNTS_NAME).switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     print(f"The active account is {account.username}.")
     return 0
@@ -7592,11 +7852,14 @@ def cmd_switch(args: Any) -> int:
 
 def cmd_status(args: Any) -> int:
     """Who is signed in, and who rests."""
-    config = Config.load()
+    config = _load_config()
     store = AccountStore(config.folder / ACCOUNTS_NAME)
     state = State(config.folder / STATE_NAME)
     if args.clear_cooldowns:
-        print(f"Ended {state.clear_cooldowns()} rests.")
+        count = len(state.cooldowns(time.time()))
+        state.clear_cooldowns()
+        told = f"Ended {count} rest{'s' * (count != 1)}."
+        print(json.dumps({"cleared": count}) if args.json else told)
         return 0
     if args.check:
         results = list(_checks(config))
@@ -7605,18 +7868,17 @@ def cmd_status(args: Any) -> int:
         return 0 if all(fine for fine, _ in results) else 1
     accounts, active = store.accounts(), store.active()
     report = _status_report(accounts, active, state, time.time())
+    signed_in = bool(accounts or os.environ.get("PUTER_AUTH_TOKEN"))
     if args.json:
-        print(
-            json.dumps({"config_dir": str(config.folder), **report}, ensure_ascii=False)
-        )
-        return 0
+        print(json.dumps({"config_dir": str(config.folder), **report}))
+        return 0 if signed_in else 1
     if os.environ.get("PUTER_AUTH_TOKEN"):
         print("PUTER_AUTH_TOKEN is set: its account is used, and none of these.")
     for line in _status_lines(report, time.time()):
         print(line)
     if not accounts:
         print(_not_signed_in_text(store))
-    return 0 if accounts or os.environ.get("PUTER_AUTH_TOKEN") else 1
+    return 0 if signed_in else 1
 
 
 def _status_report(
@@ -7818,7 +8080,7 @@ def cmd_stats(args: Any) -> int:
     """How the models have done."""
     with _client() as client:
         if args.reset:
-            client._figures.reset_figures()
+            client._ledger.figures.reset_figures()
             print("The figures begin anew.")
             return 0
         found = client.stats(args.model)
@@ -7858,10 +8120,12 @@ def cmd_cache(args: Any) -> int:
     with _client() as client:
         config = client.config
         if args.clear:
-            print(f"Forgot {client._replies.clear_cache()} replies.")
+            print(f"Forgot {client._ledger.replies.clear_cache()} replies.")
             return 0
-        told = client._replies.cache_figures(time.time(), config.cache_ttl_ms / 1000)
-        place = client._replies.path
+        told = client._ledger.replies.cache_figures(
+            time.time(), config.cache_ttl_ms / 1000
+        )
+        place = client._ledger.replies.path
     asked = told["hits"] + told["misses"]
     rate = f"{100 * told['hits'] / asked:.0f}%" if asked else "-"
     if args.json:
@@ -7919,7 +8183,7 @@ def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
     base = client.config.api_base_url
     try:
         answer = client._transport.call(
-            "GET", f"{client._api_origin()}/puterai/chat/models"
+            "GET", f"{_api_origin(client.config)}/puterai/chat/models"
         )
         assert isinstance(answer, _Answer)
         yield True, f"{base} answers"
@@ -8529,10 +8793,17 @@ def _replace_with_backup(target: Path, old: str, new: str) -> None:
 
 def _client() -> Puter:
     """The client of a command; what the user should know of goes to stderr."""
-    client = Puter()
-    if not client.config.debug and not client.config.quiet_mode:
+    return Puter(config=_load_config())
+
+
+def _load_config() -> Config:
+    """The settings of a command, with the log that they ask for on stderr."""
+    config = Config.load()
+    if config.debug:
+        log_to_stderr(logging.DEBUG)
+    elif not config.quiet_mode:
         log_to_stderr(logging.WARNING)
-    return client
+    return config
 
 
 def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
@@ -8613,7 +8884,9 @@ def _dim(text: str) -> str:
 
 def _say(text: str) -> None:
     """A line for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with suppress(BrokenPipeError):  # nobody listens there
+            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

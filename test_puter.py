@@ -10,21 +10,42 @@ answer, and can be told to fail in every way that such a server, or the road to 
 from __future__ import annotations
 
 import argparse
+import base64
+import builtins
+import contextlib
+import copy
+import dataclasses
+import errno
+import gc
+import gzip
 import html
+import itertools
 import json
+import logging
+import os
+import pickle
+import random
 import re
 import selectors
+import signal
 import socket
+import sqlite3
+import stat
+import struct
+import subprocess
 import sys
+import textwrap
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 import uuid
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +55,10 @@ from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pytest
 import requests
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import puter
 
 # =============================================================================
 # Helpers
@@ -1604,6 +1629,7530 @@ class TestFakePuter:
             session.get(f"{fake.url}/puterai/chat/models", timeout=10)
         fake.start()
         assert session.get(f"{fake.url}/puterai/chat/models", timeout=10).ok
+
+
+# =============================================================================
+# Helpers
+# =============================================================================
+
+JSON = dict[str, Any]
+# Recordings of a real server, where they lie beside the repository.
+RECORDED = Path(puter.__file__).resolve().parent.parent / "shared" / "wire"
+ALL_ERRORS = sorted(
+    (
+        kind
+        for kind in vars(puter).values()
+        if isinstance(kind, type)
+        and issubclass(kind, puter.PuterError)
+        and not kind.__name__.startswith("_")
+    ),
+    key=lambda kind: kind.__name__,
+)
+
+
+def table(*rows: Any) -> list[Any]:
+    """Rows whose first value is their name; `pytest.param`s stay as they are."""
+    return [
+        row if not isinstance(row, list) else pytest.param(*row[1:], id=row[0])
+        for row in rows
+    ]
+
+
+def recorded(name: str) -> Any:
+    """One recorded file, or a skipped test."""
+    path = RECORDED / name
+    if not path.is_file():
+        pytest.skip("there are no recordings beside the repository")
+    return json.loads(path.read_text("utf-8"))
+
+
+def recorded_answer(name: str) -> JSON:
+    """The response of the recorded exchange of this name."""
+    found = next(e for e in recorded("exchanges.json") if e["name"] == name)
+    answer: JSON = found["response"]
+    return answer
+
+
+def attempt(
+    model: str, account: str, error: puter.PuterError | None = None
+) -> puter.Attempt:
+    return puter.Attempt(model, account, error, 0.1)
+
+
+def write_settings(folder: Path, text: str | bytes) -> Path:
+    """puter.json in the folder, byte for byte."""
+    path = folder / "puter.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def load(folder: Path, env: Mapping[str, str] | None = None, **given: Any) -> Any:
+    """The settings of a folder, and of no environment but the one given."""
+    return puter.Config.load(folder, env or {}, **given)
+
+
+def config_fault(
+    folder: Path, env: Mapping[str, str] | None = None, **given: Any
+) -> str:
+    """The text of the `ConfigError` that these settings raise."""
+    with pytest.raises(puter.ConfigError) as caught:
+        load(folder, env, **given)
+    return str(caught.value)
+
+
+def user(content: Any, **more: Any) -> JSON:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
+    said = {"role": "assistant", "content": content, **more}
+    return {**said, "tool_calls": list(calls)} if calls else said
+
+
+def called(call_id: str, name: str = "f", arguments: str = "{}", **more: Any) -> JSON:
+    """A call in OpenAI's shape."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function, **more}
+
+
+def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
+    """A call as a `tool_use` part."""
+    part = {"type": "tool_use", "id": call_id, "name": name}
+    return {**part, "input": {} if given is None else given, **more}
+
+
+def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
+
+
+def text_part(text: Any) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def as_it_arrives(messages: Sequence[JSON]) -> list[tuple[Any, ...]]:
+    """What a model gets to see of wire messages, by what was recorded of the server.
+
+    Several `tool_use` parts arrive in reverse and without the text beside them; calls beside
+    a blank text arrive in reverse and with their arguments encoded twice.
+    """
+    seen: list[tuple[Any, ...]] = []
+    for message in messages:
+        content, role = message["content"], message["role"]
+        if role == "tool":
+            seen.append(("result", message["tool_call_id"], content))
+            continue
+        parts = content if isinstance(content, list) else [text_part(content)]
+        calls = [p for p in parts if p["type"] == "tool_use"]
+        if not calls:
+            seen += [(role, p["text"]) for p in parts if p["text"]]
+        seen += [
+            ("call", c["id"], c["name"], c["input"], c.get("extra_content"))
+            for c in reversed(calls)
+        ]
+        open_calls = message.get("tool_calls") or []
+        if open_calls and not (isinstance(content, str) and content.strip()):
+            open_calls = [
+                {**c, "function": {**c["function"], "arguments": None}}
+                for c in reversed(open_calls)
+            ]
+        for call in open_calls:
+            arguments = json.loads(call["function"]["arguments"] or "null")
+            name, extra = call["function"]["name"], call.get("extra_content")
+            seen.append(("call", call["id"], name, arguments, extra))
+    return seen
+
+
+THOUGHT_SIGNATURE = {"google": {"thought_signature": "abc"}}
+TEXTS = st.text(max_size=20).filter(lambda t: not t or t.strip())
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+ARGUMENTS = st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3)
+
+
+@st.composite
+def turns(
+    draw: st.DrawFn, only_one_call_if_signed_and_silent: bool = False
+) -> tuple[list[JSON], list[tuple[Any, ...]]]:
+    """A history of an agent, and what a model must get to see of it.
+
+    Every turn uses the same ids again, as some agents do, and results come in any order.
+    """
+    messages: list[JSON] = [user("Begin.")]
+    meant: list[tuple[Any, ...]] = [("user", "Begin.")]
+    for _ in range(draw(st.integers(0, 4))):
+        if draw(st.booleans()):
+            text = draw(TEXTS)
+            messages.append(user(text))
+            meant += [("user", text)] if text else []
+            continue
+        spoken, signed = draw(st.none() | TEXTS), draw(st.booleans())
+        few = only_one_call_if_signed_and_silent and signed and not spoken
+        number = draw(st.integers(0, 1 if few else 3))
+        given = [draw(ARGUMENTS) for _ in range(number)]
+        extra = {"extra_content": THOUGHT_SIGNATURE} if signed else {}
+        calls = [
+            called(f"call_{n}", f"f{n}", json.dumps(a), **extra)
+            for n, a in enumerate(given)
+        ]
+        order = draw(st.permutations(range(number)))
+        said: Any = [text_part(spoken)] if spoken and draw(st.booleans()) else spoken
+        messages.append(assistant(said, *calls))
+        messages += [result(f"call_{n}", f"result {n}") for n in order]
+        meant += [("assistant", spoken)] if spoken else []
+        seen = [
+            ("call", f"call_{n}", f"f{n}", a, THOUGHT_SIGNATURE if signed else None)
+            for n, a in enumerate(given)
+        ]
+        results = [("result", f"call_{n}", f"result {n}") for n in range(number)]
+        if signed:
+            meant += [*seen, *(results[n] for n in order)]
+        else:
+            meant += [
+                event for pair in zip(seen, results, strict=True) for event in pair
+            ]
+    return messages, meant
+
+
+TINY_PNG = b"\x89PNG\r\n\x1a\n....."
+PDF = b"%PDF-1.4 small"
+PDF_URL = f"data:application/pdf;base64,{base64.b64encode(PDF).decode()}"
+PDF_PART: JSON = {
+    "type": "file",
+    "file": {"filename": "a.pdf", "file_data": PDF_URL},
+}
+IMAGES = table(
+    ["png", TINY_PNG, "image/png"],
+    ["jpeg", b"\xff\xd8\xff\xe0....", "image/jpeg"],
+    ["gif87", b"GIF87a....", "image/gif"],
+    ["gif89", b"GIF89a....", "image/gif"],
+    ["webp", b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"],
+)
+
+
+def stream_line(kind: str, **more: Any) -> bytes:
+    """One line of Puter's stream, its text unescaped as the server sends it."""
+    event = {"type": kind, **more}
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+USAGE_LINE = stream_line("usage", usage={"prompt": 11, "completion": 22})
+
+
+def decoded(
+    *pieces: bytes, model: str = "m"
+) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
+    """What a line decoder makes of pieces and the end after them."""
+    decoder = puter.LineDecoder(model)
+    chunks = [chunk for piece in pieces for chunk in decoder.feed(piece)]
+    decoder.finish()
+    return chunks, decoder.error, decoder.reply()
+
+
+def values_of(
+    *pieces: bytes,
+) -> tuple[list[puter.Chunk], type | None, str, puter.Reply]:
+    """The same in values that can be compared."""
+    chunks, error, reply = decoded(*pieces)
+    return chunks, type(error) if error else None, str(error or ""), reply
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    """The bytes cut at these places (of any order, taken modulo the length)."""
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+# Lines of every kind that a server sends, and some that none does.
+LINES = st.one_of(
+    st.builds(lambda t: stream_line("text", text=t), st.text(max_size=10)),
+    st.builds(lambda t: stream_line("reasoning", reasoning=t), st.text(max_size=10)),
+    st.builds(lambda a: stream_line("tool_use", id="c", name="f", input=a), ARGUMENTS),
+    st.builds(lambda v: stream_line("extra_content", extra_content=v), JSON_VALUES),
+    st.sampled_from(
+        [
+            USAGE_LINE,
+            stream_line("error", message="gone"),
+            stream_line("tool_use", id="c", name="f", input="{broken"),
+            stream_line("text"),
+            b"\n",
+            b" \r\n",
+            b"[1]\n",
+            b"{}\n",
+            b"\xff\xfe\n",
+        ]
+    ),
+    st.binary(max_size=20),
+)
+
+
+def delta(**given: Any) -> str:
+    """The data of one event of an OpenAI-compatible stream."""
+    return json.dumps({"choices": [{"index": 0, "delta": given}]})
+
+
+def call_delta(index: Any, arguments: str, **head: Any) -> str:
+    name = {"name": head.pop("name")} if "name" in head else {}
+    function = {**name, "arguments": arguments}
+    return delta(tool_calls=[{"index": index, **head, "function": function}])
+
+
+def heard(
+    *events: str,
+) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
+    """What an event decoder makes of events and the end after them."""
+    decoder = puter.EventDecoder("m")
+    chunks = [chunk for event in events for chunk in decoder.feed(event)]
+    decoder.finish()
+    return chunks, decoder.error, decoder.reply()
+
+
+def model_entry(model_id: str, **more: Any) -> JSON:
+    """A model as the catalogue lists it; free unless it says otherwise."""
+    prices = {"input_cost_key": "prompt", "output_cost_key": "completion"}
+    costs = {"tokens": 1_000_000, "prompt": 0, "completion": 0}
+    return {"id": model_id, "provider": "openrouter", **prices, "costs": costs, **more}
+
+
+def model(model_id: str, *aliases: str, **more: Any) -> puter.Model:
+    return puter.Model(model_id, aliases=aliases, **more)
+
+
+def account(name: str, last_used_ms: int | None = None) -> puter.Account:
+    return puter.Account(name, f"token of {name}", last_used_ms=last_used_ms)
+
+
+def ids(models: Sequence[puter.Model]) -> list[str]:
+    return [m.id for m in models]
+
+
+# =============================================================================
+# Errors
+# =============================================================================
+
+
+class TestErrors:
+    @pytest.mark.parametrize("kind", ALL_ERRORS)
+    def test_every_kind_is_public_and_shadows_nothing(self, kind: type) -> None:
+        assert kind.__name__ in puter.__all__
+        assert not hasattr(builtins, kind.__name__)
+
+    @pytest.mark.parametrize("kind", ALL_ERRORS)
+    def test_every_kind_says_what_it_means(self, kind: Any) -> None:
+        assert kind.scope in ("request", "model", "account", "server")
+        assert isinstance(kind.retryable, bool)
+        assert kind.__doc__
+
+    # The errors of settings and files get their hint where they are raised.
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            kind
+            for kind in ALL_ERRORS
+            if kind not in (puter.PuterError, puter.ConfigError, puter.StoreError)
+        ],
+    )
+    def test_every_kind_has_a_hint(self, kind: Any) -> None:
+        assert str(kind("It failed")) == f"It failed. {kind.default_hint}"
+
+    @pytest.mark.parametrize("kind", ALL_ERRORS)
+    def test_pickles_with_all_it_knows(self, kind: Any) -> None:
+        error = kind(
+            "It failed",
+            status=418,
+            code="teapot",
+            hint="Use a pot.",
+            model="m",
+            account="a",
+            attempts=[attempt("m", "a", puter.ServerError("Down", code="x"))],
+            retry_after_s=1.5,
+        )
+        copied = pickle.loads(pickle.dumps(error))
+        assert type(copied) is kind
+        assert str(copied) == str(error)
+        values_of, again = dict(vars(error)), dict(vars(copied))
+        assert [a.outcome for a in values_of.pop("attempts")] == [
+            a.outcome for a in again.pop("attempts")
+        ]
+        assert values_of == again
+
+    def test_pickles_what_single_kinds_know(self) -> None:
+        statuses = [puter.Cooldown("a", "", 5.0, 1, "x")]
+        errors: list[tuple[puter.PuterError, str, Any]] = [
+            (puter.ModelNotFoundError("x", near=["a"]), "near", ("a",)),
+            (puter.ReplyError("x", raw="{"), "raw", "{"),
+            (
+                puter.StreamError("x", reply=puter.Reply("hi")),
+                "reply",
+                puter.Reply("hi"),
+            ),
+            (
+                puter.AllAccountsOnCooldownError("x", statuses=statuses),
+                "statuses",
+                tuple(statuses),
+            ),
+        ]
+        for error, name, value in errors:
+            assert getattr(error, name) == value
+            assert getattr(pickle.loads(pickle.dumps(error)), name) == value
+
+    @pytest.mark.parametrize(
+        ("message", "hint", "text"),
+        table(
+            ["a full stop is added", "It failed", "Do that", "It failed. Do that."],
+            ["none is doubled", "It failed!", "Really?", "It failed! Really?"],
+            ["no hint", "It failed", "", "It failed."],
+        ),
+    )
+    def test_text(self, message: str, hint: str, text: str) -> None:
+        assert str(puter.PuterError(message, hint=hint)) == text
+
+    def test_one_attempt_is_not_summed_up(self) -> None:
+        error = puter.PuterError("It failed", attempts=[attempt("m", "a")])
+        assert str(error) == "It failed."
+
+    def test_two_attempts_are_summed_up(self) -> None:
+        tried = [attempt("m", "a", puter.NetworkError("Refused")), attempt("n", "a")]
+        assert str(puter.PuterError("It failed", attempts=tried)) == (
+            "It failed. Tried m on a: NetworkError; n on a: answered."
+        )
+
+    def test_attempts_are_summed_up_and_repeats_counted(self) -> None:
+        busy = puter.RateLimitError("Slow", code="too_many_requests")
+        down = puter.NetworkError("Refused")
+        tried = [attempt("m", "a", busy)] * 2 + [attempt("n", "b", down)]
+        tried += [attempt("m", "a", busy), attempt("n", "c")]
+        assert "Tried " in str(puter.PuterError("It failed", attempts=tried))
+        assert str(puter.PuterError("It failed", attempts=tried)) == (
+            "It failed. Tried m on a: too_many_requests (2 times); "
+            "n on b: NetworkError; m on a: too_many_requests; n on c: answered."
+        )
+
+
+# =============================================================================
+# Values
+# =============================================================================
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("usage", "is_told"),
+        table(
+            ["nothing", puter.Usage(), False],
+            ["zeros", puter.Usage(0, 0), True],
+            ["input", puter.Usage(input_tokens=1), True],
+            ["output", puter.Usage(output_tokens=1), True],
+            ["price", puter.Usage(cost_usd=0.0), True],
+        ),
+    )
+    def test_an_empty_usage_is_false(self, usage: puter.Usage, is_told: bool) -> None:
+        assert bool(usage) is is_told
+
+    @pytest.mark.parametrize(
+        ("chunk", "text"),
+        table(
+            ["text", puter.Chunk("text", "hi"), "hi"],
+            ["reasoning", puter.Chunk("reasoning", "hm"), ""],
+            [
+                "tool call",
+                puter.Chunk("tool_call", tool_call=puter.ToolCall("1", "f", {})),
+                "",
+            ],
+            ["usage", puter.Chunk("usage", usage=puter.Usage(1, 2)), ""],
+        ),
+    )
+    def test_only_text_chunks_have_a_text(self, chunk: puter.Chunk, text: str) -> None:
+        assert str(chunk) == text
+
+    def test_a_reply_is_its_text(self) -> None:
+        assert str(puter.Reply("hi", reasoning="hm")) == "hi"
+
+    def test_a_model_knows_its_names(self) -> None:
+        assert model("a-1", "a", "b").names() == ("a-1", "a", "b")
+
+    def test_no_token_in_a_repr(self) -> None:
+        assert "secret" not in repr(puter.Account("me", "secret"))
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            puter.Usage(),
+            puter.ToolCall("1", "f", {}),
+            puter.Chunk("text", "hi"),
+            attempt("m", "a"),
+            puter.Reply("hi"),
+            model("m"),
+            account("a"),
+            puter.Cooldown("a", "", 1.0, 1, "x"),
+            puter.Credit("usd", 1.0, 1.0, 0.0),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_values_are_frozen_and_slotted(self, value: Any) -> None:
+        name = dataclasses.fields(value)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, 1)
+        assert not hasattr(value, "__dict__")
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
+# =============================================================================
+# Config
+# =============================================================================
+
+# The names of the original plugin, so that its file can be brought along, and our own.
+SETTING_NAMES = [
+    "quiet_mode",
+    "debug",
+    "api_base_url",
+    "gui_base_url",
+    "api_timeout_ms",
+    "auto_create_temp_user",
+    "max_retries",
+    "retry_delay_ms",
+    "cache_ttl_ms",
+    "cache_enabled",
+    "cache_max_entries",
+    "cache_directory",
+    "metrics_enabled",
+    "metrics_max_samples",
+    "metrics_file",
+    "fallback_enabled",
+    "fallback_models",
+    "fallback_cooldown_ms",
+    "account_rotation_enabled",
+    "account_rotation_strategy",
+    "account_rotation_cooldown_ms",
+    "default_model",
+    "api_style",
+    "stream_tools",
+    "max_concurrent",
+]
+HUGE = "9" * 5_000
+
+
+class TestConfig:
+    def test_all_settings_and_no_others(self, tmp_path: Path) -> None:
+        values, sources = puter.settings_and_sources(tmp_path, {})
+        assert sorted(values) == sorted(SETTING_NAMES)
+        assert set(sources.values()) == {"default"}
+
+    def test_defaults_are_those_of_the_class(self, tmp_path: Path) -> None:
+        assert load(tmp_path) == puter.Config(folder=tmp_path)
+        assert load(tmp_path).api_base_url == "https://api.puter.com"
+        assert load(tmp_path).api_style == "drivers"
+        assert load(tmp_path).folder == tmp_path
+
+    def test_the_defaults_can_be_written_down(self, tmp_path: Path) -> None:
+        values, _ = puter.settings_and_sources(tmp_path, {})
+        write_settings(tmp_path, json.dumps(values))
+        assert load(tmp_path) == puter.Config(folder=tmp_path)
+
+    def test_a_config_is_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            puter.Config().debug = True  # type: ignore[misc]
+
+    @pytest.mark.parametrize(
+        ("in_file", "env", "argument", "value", "source"),
+        table(
+            ["default", None, None, None, 3, "default"],
+            ["file", 5, None, None, 5, "file"],
+            ["environment over file", 5, "6", None, 6, "PUTER_MAX_RETRIES"],
+            ["argument over all", 5, "6", 7, 7, "argument"],
+            ["environment alone", None, "6", None, 6, "PUTER_MAX_RETRIES"],
+        ),
+    )
+    def test_precedence(
+        self,
+        tmp_path: Path,
+        in_file: int | None,
+        env: str | None,
+        argument: int | None,
+        value: int,
+        source: str,
+    ) -> None:
+        path = tmp_path / "puter.json"
+        if in_file is not None:
+            write_settings(tmp_path, json.dumps({"max_retries": in_file}))
+        environ = {} if env is None else {"PUTER_MAX_RETRIES": env}
+        overrides = {} if argument is None else {"max_retries": argument}
+        values, sources = puter.settings_and_sources(tmp_path, environ, overrides)
+        assert values["max_retries"] == value
+        assert sources["max_retries"] == (str(path) if source == "file" else source)
+        assert load(tmp_path, environ, **overrides).max_retries == value
+
+    @pytest.mark.parametrize("name", SETTING_NAMES)
+    def test_null_is_the_default(self, tmp_path: Path, name: str) -> None:
+        write_settings(tmp_path, json.dumps({name: None}))
+        assert load(tmp_path) == puter.Config(folder=tmp_path)
+        nothing: JSON = {name: None}
+        assert puter.Config(folder=tmp_path, **nothing) == load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "kept"),
+        table(
+            ["boolean", "debug", True, True],
+            ["lowest", "max_retries", 0, 0],
+            ["highest", "max_retries", 20, 20],
+            ["text", "default_model", "gpt-5", "gpt-5"],
+            ["folder", "cache_directory", "/x y", "/x y"],
+            ["choice", "api_style", "openai", "openai"],
+            ["list", "fallback_models", ["a", "b"], ("a", "b")],
+            ["no fallback models", "fallback_models", [], ()],
+            ["last slash", "api_base_url", "https://x.y/", "https://x.y"],
+            ["path", "api_base_url", "http://x.y:1/v1", "http://x.y:1/v1"],
+        ),
+    )
+    def test_values_are_taken(
+        self, tmp_path: Path, name: str, value: Any, kept: Any
+    ) -> None:
+        write_settings(tmp_path, json.dumps({name: value}))
+        assert getattr(load(tmp_path), name) == kept
+        assert getattr(puter.Config(**{name: value}), name) == kept
+
+    @pytest.mark.parametrize(
+        ("name", "value", "found", "allowed"),
+        table(
+            ["text for a boolean", "debug", "true", "'true' (a text)", "true or false"],
+            ["number for a boolean", "debug", 1, "1 (a number)", "true or false"],
+            ["text for a number", "max_retries", "3", "'3' (a text)", "from 0 to 20"],
+            ["fraction", "max_retries", 2.5, "2.5 (a number)", "a whole number"],
+            ["boolean for a number", "max_retries", True, "a boolean", "from 0 to 20"],
+            ["too low", "max_retries", -1, "-1 (a number)", "from 0 to 20"],
+            ["too high", "max_retries", 21, "21 (a number)", "from 0 to 20"],
+            ["no time at all", "api_timeout_ms", 0, "0 (a number)", "from 1 to"],
+            ["nobody at once", "max_concurrent", 0, "0 (a number)", "from 1 to"],
+            ["number for a text", "default_model", 5, "5 (a number)", "a text"],
+            ["blank text", "default_model", " ", "' ' (a text)", "not empty"],
+            ["object for a text", "metrics_file", {}, "{} (an object)", "a text"],
+            ["text for a list", "fallback_models", "a", "'a' (a text)", "a list"],
+            ["list of numbers", "fallback_models", [1], "[1] (a list)", "model names"],
+            ["blank in a list", "fallback_models", [""], "[''] (a list)", "a list"],
+            ["no choice", "api_style", "x", "'x' (a text)", '"drivers" or "openai"'],
+            ["list for a choice", "api_style", [], "[] (a list)", '"drivers" or'],
+            ["wrong case", "account_rotation_strategy", "LRU", "'LRU'", "round-robin"],
+            ["no scheme", "api_base_url", "x.y", "'x.y' (a text)", "an address"],
+            ["other scheme", "gui_base_url", "ftp://x", "'ftp://x'", "an address"],
+            ["query", "api_base_url", "https://x/?a", "'https://x/?a'", "an address"],
+            ["no host", "api_base_url", "https://", "'https://'", "an address"],
+            ["number for an address", "api_base_url", 1, "1 (a number)", "a text"],
+            ["line end", "api_base_url", "https://x\n", "https://x", "an address"],
+        ),
+    )
+    def test_a_wrong_value_is_named_with_its_place_and_what_is_allowed(
+        self, tmp_path: Path, name: str, value: Any, found: str, allowed: str
+    ) -> None:
+        path = write_settings(tmp_path, json.dumps({name: value}))
+        message = config_fault(tmp_path)
+        for words in (str(path), f"{name} is ", found, f"must be {allowed}"[8:]):
+            assert words in message
+        with pytest.raises(puter.ConfigError, match=f"argument: {name} is "):
+            puter.Config(**{name: value})
+
+    def test_a_long_value_is_shortened(self, tmp_path: Path) -> None:
+        assert len(config_fault(tmp_path, default_model=["x" * 10_000])) < 300
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            pytest.param(b"x", id="bytes"),
+            pytest.param(("x",), id="tuple"),
+        ],
+    )
+    def test_what_json_does_not_know_is_not_called_null(self, value: Any) -> None:
+        with pytest.raises(puter.ConfigError) as caught:
+            puter.Config(cache_directory=value)
+        assert "null" not in caught.value.message
+
+    @pytest.mark.parametrize(
+        ("name", "text", "value"),
+        table(
+            *(
+                [f"boolean {w}", "debug", w, True]
+                for w in ("1", "true", "Yes", " ON ", "TRUE")
+            ),
+            *(
+                [f"boolean {w}", "quiet_mode", w, False]
+                for w in ("0", "False", "no", "off")
+            ),
+            ["number", "MAX_RETRIES", " 7 ", 7],
+            ["text", "default_model", "gpt-5", "gpt-5"],
+            ["empty text", "default_model", "", None],
+            ["names", "fallback_models", " a, b ,,c:free ", ("a", "b", "c:free")],
+            ["names in JSON", "fallback_models", ' ["a", "b"]', ("a", "b")],
+            ["no names", "fallback_models", "", ()],
+            ["address", "api_base_url", "http://x:1/", "http://x:1"],
+        ),
+    )
+    def test_environment(
+        self, tmp_path: Path, name: str, text: str, value: Any
+    ) -> None:
+        config = load(tmp_path, {f"PUTER_{name.upper()}": text})
+        assert getattr(config, name.lower()) == value
+
+    @pytest.mark.parametrize(
+        ("name", "text", "allowed"),
+        table(
+            ["boolean", "DEBUG", "maybe", "true or false"],
+            ["no boolean", "DEBUG", "", "true or false"],
+            ["number", "MAX_RETRIES", "three", "a whole number from 0 to 20"],
+            ["range", "MAX_RETRIES", "-1", "a whole number from 0 to 20"],
+            ["fraction", "MAX_RETRIES", "1.5", "a whole number"],
+            pytest.param(
+                "MAX_RETRIES",
+                HUGE,
+                "a whole number",
+                id="more digits than Python takes",
+            ),
+            ["half a list", "FALLBACK_MODELS", '["a"', "a list of model names"],
+            ["wrong list", "FALLBACK_MODELS", "[1]", "a list of model names"],
+            ["choice", "API_STYLE", "rest", '"drivers" or "openai"'],
+            ["address", "API_BASE_URL", "x", "an address"],
+        ),
+    )
+    def test_a_wrong_variable_is_named(
+        self, tmp_path: Path, name: str, text: str, allowed: str
+    ) -> None:
+        message = config_fault(tmp_path, {f"PUTER_{name}": text})
+        assert message.startswith(f"PUTER_{name}: {name.lower()} is ")
+        assert allowed in message
+
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        table(
+            ["letter missing", "PUTER_MAX_RETRIE", "PUTER_MAX_RETRIES"],
+            ["words turned round", "PUTER_MODEL_DEFAULTS", None],
+            ["plural", "PUTER_DEFAULT_MODELS", "PUTER_DEFAULT_MODEL"],
+            ["unit missing", "PUTER_API_TIMEOUT", "PUTER_API_TIMEOUT_MS"],
+            ["somebody else's", "PUTER_HOME", None],
+            ["other prefix", "MAX_RETRIE", None],
+            ["the token", "PUTER_AUTH_TOKEN", None],
+            ["the folder", "PUTER_CONFIG_DIR", None],
+            ["the server's key", "PUTER_SERVER_API_KEY", None],
+            pytest.param(
+                "PUTER_AUTH_TOKN",
+                "PUTER_AUTH_TOKEN",
+                id="near the token",
+            ),
+        ),
+    )
+    def test_a_near_miss_of_a_variable_is_told(
+        self, tmp_path: Path, variable: str, meant: str | None
+    ) -> None:
+        if meant is None:
+            assert load(tmp_path, {variable: "1"}) == puter.Config(folder=tmp_path)
+        else:
+            message = config_fault(tmp_path, {variable: "1"})
+            assert message.startswith(f"{variable}: ")
+            assert f"Did you mean {meant}?" in message
+
+    @pytest.mark.parametrize(
+        ("key", "hint"),
+        table(
+            ["near", "max_retry", "Did you mean 'max_retries'?"],
+            ["other case", "Debug", "Did you mean 'debug'?"],
+            ["far", "zzz", "Known keys: quiet_mode, debug, "],
+            ["the folder is none", "folder", "there is no setting 'folder'"],
+        ),
+    )
+    def test_an_unknown_key_is_an_error(
+        self, tmp_path: Path, key: str, hint: str
+    ) -> None:
+        path = write_settings(tmp_path, json.dumps({key: 1}))
+        assert config_fault(tmp_path).startswith(f"{path}: there is no setting")
+        assert hint in config_fault(tmp_path)
+
+    def test_an_unknown_argument_is_an_error(self, tmp_path: Path) -> None:
+        message = config_fault(tmp_path, max_retry=1)
+        assert message.startswith("argument: there is no setting 'max_retry'")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        table(
+            ["not JSON", '{"debug": tru}', "is not valid JSON"],
+            ["empty", "", "is not valid JSON"],
+            ["comment", '{"debug": true} // on', "is not valid JSON"],
+            ["nested too deeply", "[" * 200_000, "is not valid JSON"],
+            ["same key twice", '{"debug": true, "debug": false}', "'debug' stands"],
+            ["list", "[]", "holds [] (a list), not an object"],
+            ["text", '"debug"', "holds 'debug' (a text), not an object"],
+            ["null", "null", "holds None (null), not an object"],
+            ["not UTF-8", b'{"default_model": "\xe9"}', "cannot be read"],
+            ["UTF-16", "{}".encode("utf-16"), "cannot be read"],
+        ),
+    )
+    def test_a_broken_file_is_named(
+        self, tmp_path: Path, text: str | bytes, words: str
+    ) -> None:
+        path = write_settings(tmp_path, text)
+        assert config_fault(tmp_path).startswith(f"{path}: ")
+        assert words in config_fault(tmp_path)
+
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "puter.json").mkdir()
+        assert "puter.json: cannot be read" in config_fault(tmp_path)
+
+    def test_a_byte_order_mark_is_no_harm(self, tmp_path: Path) -> None:
+        write_settings(tmp_path, b'\xef\xbb\xbf{"debug": true}')
+        assert load(tmp_path).debug is True
+
+    @pytest.mark.parametrize(
+        ("environ", "os_name", "folder"),
+        table(
+            ["Linux", {}, "posix", "/home/me/.config/puter"],
+            ["macOS", {"TMPDIR": "/x"}, "posix", "/home/me/.config/puter"],
+            ["XDG", {"XDG_CONFIG_HOME": "/xdg"}, "posix", "/xdg/puter"],
+            ["empty XDG", {"XDG_CONFIG_HOME": ""}, "posix", "/home/me/.config/puter"],
+            ["Windows", {"APPDATA": "/Roaming"}, "nt", "/Roaming/puter"],
+            ["no APPDATA", {}, "nt", "/home/me/AppData/Roaming/puter"],
+            ["APPDATA elsewhere", {"APPDATA": "/x"}, "posix", "/home/me/.config/puter"],
+            [
+                "XDG on Windows",
+                {"XDG_CONFIG_HOME": "/x", "APPDATA": "/a"},
+                "nt",
+                "/a/puter",
+            ],
+            [
+                "given",
+                {"PUTER_CONFIG_DIR": "/p", "XDG_CONFIG_HOME": "/x"},
+                "posix",
+                "/p",
+            ],
+            [
+                "given on Windows",
+                {"PUTER_CONFIG_DIR": "/p", "APPDATA": "/a"},
+                "nt",
+                "/p",
+            ],
+            [
+                "given empty",
+                {"PUTER_CONFIG_DIR": ""},
+                "posix",
+                "/home/me/.config/puter",
+            ],
+        ),
+    )
+    def test_config_dir(
+        self, environ: dict[str, str], os_name: str, folder: str
+    ) -> None:
+        assert puter.config_dir(environ, os_name, "/home/me") == Path(folder)
+
+    def test_config_dir_knows_the_home(self) -> None:
+        given = puter.config_dir({"PUTER_CONFIG_DIR": "~/x"})
+        assert given == Path("~/x").expanduser()
+        assert puter.config_dir({}, "posix") == Path.home() / ".config" / "puter"
+
+    def test_the_folder_comes_from_the_environment(self, tmp_path: Path) -> None:
+        write_settings(tmp_path, '{"debug": true}')
+        config = puter.Config.load(None, {"PUTER_CONFIG_DIR": str(tmp_path)})
+        assert (config.debug, config.folder) == (True, tmp_path)
+
+
+# =============================================================================
+# Messages
+# =============================================================================
+
+
+class TestMessages:
+    # ---- prompts ----
+
+    def test_a_text_is_a_user_message(self) -> None:
+        assert puter.messages_from("Hi") == [user("Hi")]
+
+    def test_a_system_text_comes_first(self) -> None:
+        system = {"role": "system", "content": "Be brief."}
+        assert puter.messages_from("Hi", "Be brief.") == [system, user("Hi")]
+        assert puter.messages_from([user("Hi")], "Be brief.") == [system, user("Hi")]
+        assert puter.messages_from("Hi", "") == [user("Hi")]
+
+    @pytest.mark.parametrize(
+        ("prompt", "messages"),
+        table(
+            ["text", "Look", [user([text_part("Look"), {"type": "x"}])]],
+            ["no text", "", [user([{"type": "x"}])]],
+            [
+                "the last user message",
+                [user("a"), user("b"), assistant("c")],
+                [user("a"), user([text_part("b"), {"type": "x"}]), assistant("c")],
+            ],
+            [
+                "parts",
+                [user([text_part("a"), "b", text_part("")])],
+                [user([text_part("a"), text_part("b"), {"type": "x"}])],
+            ],
+            [
+                "nobody asked",
+                [assistant("a")],
+                [assistant("a"), user([{"type": "x"}])],
+            ],
+        ),
+    )
+    def test_extra_parts_join_the_last_question(
+        self, prompt: Any, messages: list[JSON]
+    ) -> None:
+        before = copy.deepcopy(prompt)
+        assert puter.messages_from(prompt, None, [{"type": "x"}]) == messages
+        assert prompt == before
+
+    @pytest.mark.parametrize(
+        ("prompt", "words"),
+        table(
+            ["number", 5, "The prompt is 5 (a number)"],
+            ["one message", user("Hi"), "(an object)"],
+            ["nothing", None, "The prompt is None (null)"],
+            ["bytes", b"Hi", "The prompt is b'Hi'"],
+            ["text in a list", ["Hi"], "messages[0] is 'Hi' (a text), not an object"],
+            ["no role", [user("a"), {"content": "b"}], "messages[1].role is None"],
+            ["unknown role", [{"role": "robot"}], "messages[0].role is 'robot'"],
+            ["role that is no text", [{"role": ["user"]}], "messages[0].role is"],
+            ["content of a number", [user(5)], "messages[0].content is 5 (a number)"],
+            ["content of an object", [user({})], "messages[0].content is {}"],
+            ["part of a number", [user(["a", 5])], "messages[0].content[1] is 5"],
+            [
+                "result of nothing",
+                [{"role": "tool"}],
+                "messages[0] has no tool_call_id",
+            ],
+        ),
+    )
+    def test_a_wrong_prompt_is_told(self, prompt: Any, words: str) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.messages_from(prompt)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    def test_a_prompt_of_bytes_is_not_called_null(self) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.messages_from(b"Hi")  # type: ignore[arg-type]
+        assert "null" not in caught.value.message
+
+    # ---- histories ----
+
+    @pytest.mark.parametrize(
+        ("messages", "wire"),
+        table(
+            ["texts stay", [user("a"), assistant("b")], [user("a"), assistant("b")]],
+            ["developer", [{"role": "developer", "content": "a"}], [{"role": "system", "content": "a"}]],
+            ["name stays", [user("a", name="me")], [user("a", name="me")]],
+            ["null keys go", [user("a", name=None)], [user("a")]],
+            ["empty text goes", [user(""), user("a")], [user("a")]],
+            ["null goes", [user("a"), assistant(None)], [user("a")]],
+            ["no content at all", [user("a"), {"role": "assistant"}], [user("a")]],
+            ["no parts", [user([]), user("a")], [user("a")]],
+            ["empty part goes", [user([text_part(""), "a"])], [user([text_part("a")])]],
+            ["part of null goes", [user([text_part(None), text_part("a")])], [user([text_part("a")])]],
+            ["only empty parts", [user([text_part("")]), user("a")], [user("a")]],
+            ["parts in a tuple", [user((text_part("a"),))], [user([text_part("a")])]],
+            ["image stays", [user([{"type": "image_url", "image_url": {"url": "u"}}])], [user([{"type": "image_url", "image_url": {"url": "u"}}])]],
+            ["file stays", [user([{"type": "file", "puter_path": "/a"}])], [user([{"type": "file", "puter_path": "/a"}])]],
+            [
+                "what only replies carry goes",
+                [assistant("a", reasoning="r", refusal="no", audio={}, annotations=[])],
+                [assistant("a")],
+            ],
+            [
+                "text, then the call, then its result",
+                [assistant("a", called("1", "f", '{"x": 1}')), result("1")],
+                [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")],
+            ],
+            [
+                "parts of text beside a call",
+                [assistant([text_part("a"), text_part("b")], called("1"))],
+                [assistant([text_part("a"), text_part("b")]), assistant([used("1")])],
+            ],
+            [
+                "call beside null",
+                [assistant(None, called("1")), result("1")],
+                [assistant([used("1")]), result("1")],
+            ],
+            [
+                "call beside an empty text",
+                [assistant("", called("1")), result("1")],
+                [assistant([used("1")]), result("1")],
+            ],
+            [
+                "each result follows its call",
+                [assistant(None, called("1"), called("2")), result("1", "a"), result("2", "b")],
+                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
+            ],
+            [
+                "results the other way round",
+                [assistant(None, called("1"), called("2")), result("2", "b"), result("1", "a")],
+                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
+            ],
+            [
+                "late result",
+                [assistant(None, called("1")), user("Well?"), result("1")],
+                [assistant([used("1")]), result("1"), user("Well?")],
+            ],
+            [
+                "one result of two",
+                [assistant(None, called("1"), called("2")), result("2")],
+                [assistant([used("1")]), assistant([used("2")]), result("2")],
+            ],
+            [
+                "same id in every turn",
+                [
+                    *(assistant(None, called("1", "f")), result("1", "a")),
+                    *(assistant(None, called("1", "g")), result("1", "b")),
+                ],
+                [
+                    *(assistant([used("1", "f")]), result("1", "a")),
+                    *(assistant([used("1", "g")]), result("1", "b")),
+                ],
+            ],
+            [
+                "same id again after a call without result",
+                [assistant(None, called("1", "f")), assistant(None, called("1", "g")), result("1")],
+                [assistant([used("1", "f")]), assistant([used("1", "g")]), result("1")],
+            ],
+            [
+                "same id twice in one turn",
+                [assistant(None, called("1", "f"), called("1", "g")), result("1", "a"), result("1", "b")],
+                [assistant([used("1", "f")]), result("1", "a"), assistant([used("1", "g")]), result("1", "b")],
+            ],
+            ["result of no call", [user("a"), result("9")], [user("a"), result("9")]],
+            [
+                "second result of one call",
+                [assistant(None, called("1")), result("1", "a"), result("1", "b")],
+                [assistant([used("1")]), result("1", "a"), result("1", "b")],
+            ],
+            [
+                "calls as parts",
+                [assistant([text_part("a"), used("1"), used("2")]), result("2"), result("1")],
+                [assistant([text_part("a")]), assistant([used("1")]), result("1"), assistant([used("2")]), result("2")],
+            ],
+            ["no arguments", [assistant(None, called("1", "f", ""))], [assistant([used("1")])]],
+            ["blank arguments", [assistant(None, called("1", "f", " "))], [assistant([used("1")])]],
+            [
+                "arguments as an object",
+                [assistant(None, called("1", "f", {"x": 1}))],  # type: ignore[arg-type]
+                [assistant([used("1", "f", {"x": 1})])],
+            ],
+            ["empty result", [user("a"), result("1", "")], [user("a"), result("1", "(no output)")]],
+            ["null result", [user("a"), result("1", None)], [user("a"), result("1", "(no output)")]],
+            ["no parts of a result", [user("a"), result("1", [])], [user("a"), result("1", "(no output)")]],
+            ["result of texts", [result("1", [text_part("a"), "b"])], [result("1", "a\nb")]],
+            [
+                "result with an image",
+                [result("1", [text_part("a"), {"type": "image_url"}])],
+                [result("1", [text_part("a"), {"type": "image_url"}])],
+            ],
+            [
+                "signed calls stay with their text",
+                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("2"), result("1")],
+                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("2"), result("1")],
+            ],
+            [
+                # Parts of one message arrive in reverse, so they leave in reverse.
+                "signed calls without text",
+                [assistant(None, called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("1")],
+                [assistant([used("2"), used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+            ],
+            [
+                "one signed part",
+                [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+                [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+            ],
+            pytest.param([assistant(" \n", called("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+                [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+                id="signed call beside a blank text",
+            ),
+            ["empty note is none", [assistant(None, called("1", extra_content={}))], [assistant([used("1")])]],
+        ),
+    )  # fmt: skip
+    def test_history(self, messages: list[JSON], wire: list[JSON]) -> None:
+        before = copy.deepcopy(messages)
+        assert puter.wire_messages(messages) == wire
+        assert messages == before
+
+    @settings(deadline=None)
+    @given(turns())
+    def test_all_of_a_history_arrives_in_order(
+        self, history: tuple[list[JSON], list[tuple[Any, ...]]]
+    ) -> None:
+        messages, meant = history
+        before = copy.deepcopy(messages)
+        assert as_it_arrives(puter.wire_messages(messages)) == meant
+        assert messages == before
+
+    @settings(deadline=None)
+    @given(turns(only_one_call_if_signed_and_silent=True))
+    def test_a_history_in_wire_form_stays_as_it_is(
+        self, history: tuple[list[JSON], list[tuple[Any, ...]]]
+    ) -> None:
+        once = puter.wire_messages(history[0])
+        assert puter.wire_messages(once) == once
+
+    @pytest.mark.parametrize(
+        ("messages", "words"),
+        table(
+            ["no messages", [], "nothing to send"],
+            ["only empty ones", [user(""), assistant(None)], "nothing to send"],
+            ["call without id", [assistant(None, called(""))], "tool_calls[0] lacks"],
+            ["call without name", [assistant(None, called("1", ""))], "tool_calls[0]"],
+            ["call of no function", [user("a"), assistant(None, {"id": "1"})], "messages[1].tool_calls[0] lacks"],
+            ["call that is a text", [assistant(None, "f")], "tool_calls[0] lacks"],  # type: ignore[arg-type]
+            ["broken arguments", [assistant(None, called("1", "f", "{"))], "tool_calls[0].function.arguments is not a JSON object"],
+            ["arguments of a list", [assistant(None, called("1", "f", "[]"))], "(not an object)"],
+            ["arguments of a number", [assistant(None, called("1", "f", 5))], "(not an object)"],  # type: ignore[arg-type]
+            ["deep arguments", [assistant(None, called("1", "f", "[" * 200_000))], "nested too deeply"],
+            ["wrong message", [5], "messages[0] is 5"],
+            pytest.param([assistant([{"type": "tool_use", "name": "f"}])], "messages[0]", id="part without id"),
+            pytest.param([assistant([{"type": "tool_use", "id": "1", "extra_content": {"a": 1}}, text_part("a")])], "messages[0]", id="signed part without name"),
+            pytest.param([assistant([used("1", "f", "{")])], "messages[0]", id="part with broken input"),
+            pytest.param([{"role": "assistant", "tool_calls": 5}], "messages[0]", id="number of calls"),
+            pytest.param([result(["1"])], "messages[0]", id="result of a list"),  # type: ignore[arg-type]
+            pytest.param([assistant(None, called(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
+            pytest.param([user([text_part(5)])], "messages[0].content[0]", id="text of a number"),
+        ),
+    )  # fmt: skip
+    def test_a_wrong_history_is_told(self, messages: Any, words: str) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.wire_messages(messages)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    @pytest.mark.parametrize(
+        ("messages", "tools", "needs"),
+        table(
+            ["text", [user("12345678901")], None, puter.Needs(context=2)],
+            ["tools", [user("a")], [{}], puter.Needs(tools=True)],
+            ["no tools", [user("a")], [], puter.Needs()],
+            ["nothing", [assistant(None)], None, puter.Needs()],
+            ["image", [user([{"type": "image_url"}, text_part("1234")])], None, puter.Needs(inputs=frozenset({"image"}), context=1)],
+            ["PDF", [user([PDF_PART])], None, puter.Needs(inputs=frozenset({"pdf"}))],
+            ["all together", [user("12"), assistant("12")], None, puter.Needs(context=1)],
+        ),
+    )  # fmt: skip
+    def test_needs(self, messages: list[JSON], tools: Any, needs: puter.Needs) -> None:
+        assert puter.needs_of(messages, tools) == needs
+
+    # ---- images ----
+
+    @pytest.mark.parametrize(("data", "kind"), IMAGES)
+    def test_images_become_data_urls(
+        self, tmp_path: Path, data: bytes, kind: str
+    ) -> None:
+        path = tmp_path / "image"  # the bytes tell the kind, not the name
+        path.write_bytes(data)
+        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        images: list[Any] = [data, bytearray(data), path, str(path)]
+        for image in images:
+            assert puter.image_part(image) == part
+        assert puter.image_part(url) == part
+
+    @pytest.mark.parametrize("url", ["http://x/a.png", "HTTPS://x/a?b=c"])
+    def test_addresses_stay(self, url: str) -> None:
+        part = {"type": "image_url", "image_url": {"url": url}}
+        assert puter.image_part(url) == part
+
+    @pytest.mark.parametrize(
+        ("image", "words"),
+        table(
+            ["no image", b"%PDF-1.4", "the image given as bytes is no image"],
+            ["nothing", b"", "(0 bytes)"],
+            ["half a signature", b"\x89PN", "is no image"],
+            ["sound, not WebP", b"RIFF\0\0\0\0WAVE", "is no image"],
+            [
+                "no such file",
+                "nowhere/a.png",
+                "'nowhere/a.png' cannot be read (No such",
+            ],
+            ["folder", ".", "cannot be read"],
+            ["NUL in the name", "a\0b", "cannot be read"],
+            ["number", 5, "'5' cannot be read"],
+            ["none", None, "cannot be read"],
+            ["data of a text", "data:text/plain;base64,QQ==", "is no base64 data URL"],
+            ["data without base64", "data:image/png,abc", "is no base64 data URL"],
+            ["broken base64", "data:image/png;base64,%%", "is no base64 data URL"],
+            ["no data", "data:image/png;base64,", "is no base64 data URL"],
+            pytest.param("~nobody.png", "cannot be read", id="name after ~"),
+        ),
+    )
+    def test_no_image(self, image: Any, words: str) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.image_part(image)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    def test_a_file_whose_name_begins_with_a_tilde(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "~copy.png").write_bytes(TINY_PNG)
+        monkeypatch.chdir(tmp_path)
+        assert puter.image_part("~copy.png") == puter.image_part(TINY_PNG)
+
+    # ---- files ----
+
+    def test_files_become_data_urls(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pdf"
+        path.write_bytes(PDF)
+        files: list[Any] = [path, str(path), ("a.pdf", PDF), ("C:\\x\\a.pdf", PDF)]
+        for file in files:
+            assert puter.file_part(file) == PDF_PART
+        assert puter.file_part(PDF)["file"]["filename"] == "document.pdf"
+
+    @pytest.mark.parametrize(
+        ("file", "mime"),
+        table(
+            ["by its bytes", ("a.txt", PDF), "application/pdf"],
+            ["by its name", ("a.txt", b"a"), "text/plain"],
+            ["not known", ("a", b"a"), "application/octet-stream"],
+        ),
+    )
+    def test_a_file_comes_out_as_it_went_in(
+        self, file: tuple[str, bytes], mime: str
+    ) -> None:
+        assert puter.file_of(puter.file_part(file)) == (*file, mime)
+
+    def test_a_file_that_is_no_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 3)
+        assert puter.file_part(b"abc")
+        for file, words in (
+            (b"", "is 0 bytes"),
+            (b"abcd", "is 4 bytes"),
+            (tmp_path / "gone.pdf", "gone.pdf' cannot be read"),
+        ):
+            with pytest.raises(puter.BadRequestError, match=words):
+                puter.file_part(file)
+
+    @pytest.mark.parametrize(
+        ("part", "words"),
+        table(
+            ["no file", {"type": "file"}, "messages\\[0\\] has no file_data"],
+            ["no data", {"file": {"filename": "a"}}, "has no file_data"],
+            ["number for data", {"file": {"file_data": 5}}, "has no file_data"],
+            ["no base64", {"file": {"file_data": "data:a/b;base64,%"}}, "no base64"],
+        ),
+    )
+    def test_a_part_that_holds_no_file(self, part: JSON, words: str) -> None:
+        with pytest.raises(puter.BadRequestError, match=words):
+            puter.file_of(part, "messages[0]")
+
+    def test_bare_base64_of_a_client_is_a_file(self) -> None:
+        encoded = PDF_URL.rpartition(",")[2]
+        found = puter.file_of({"file": {"file_data": encoded}})
+        assert found == ("document.pdf", PDF, "application/octet-stream")
+
+    def test_audio_is_refused(self) -> None:
+        with pytest.raises(puter.BadRequestError, match="is audio"):
+            puter.wire_messages([user([{"type": "input_audio"}])])
+
+    # ---- tools ----
+
+    @pytest.mark.parametrize(
+        "tool",
+        table(
+            ["OpenAI's shape", {"type": "function", "function": {"name": "f", "parameters": {}}}],
+            ["no type", {"function": {"name": "f", "parameters": {}}}],
+            ["flat", {"type": "function", "name": "f", "parameters": {}}],
+            ["flat without type", {"name": "f", "parameters": {}}],
+            pytest.param({"name": "f", "input_schema": {}}, id="Anthropic's shape"),
+        ),
+    )  # fmt: skip
+    def test_tools(self, tool: JSON) -> None:
+        before = copy.deepcopy(tool)
+        function = {"name": "f", "parameters": {}}
+        assert puter.tool_schemas([tool]) == [
+            {"type": "function", "function": function}
+        ]
+        assert tool == before
+
+    def test_no_tools(self) -> None:
+        assert puter.tool_schemas(None) == puter.tool_schemas([]) == []
+
+    @pytest.mark.parametrize(
+        "tool",
+        table(
+            ["text", "f"],
+            ["nothing", None],
+            ["no name", {"type": "function", "function": {}}],
+            ["number for a name", {"name": 5}],
+            ["other kind", {"type": "web_search"}],
+            pytest.param(
+                {"type": "web_search_20250305", "name": "web_search"},
+                id="other kind with a name",
+            ),
+        ),
+    )
+    def test_no_tool(self, tool: Any) -> None:
+        good = {"type": "function", "function": {"name": "f"}}
+        with pytest.raises(puter.BadRequestError, match=r"tools\[1\] is .*schema"):
+            puter.tool_schemas([good, tool])
+
+    # ---- usage ----
+
+    @pytest.mark.parametrize(
+        ("given", "usage"),
+        table(
+            [
+                "OpenRouter",
+                {"prompt": 11, "completion": 22, "input_cache_read": 5, "usd_cents": 0.5},
+                puter.Usage(11, 22, 5, 38, 0.005),
+            ],
+            [
+                "OpenAI",
+                {"prompt_tokens": 11, "completion_tokens": 22, "cached_tokens": 5, "usd_cents": 1},
+                puter.Usage(11, 22, 5, 33, 0.01),
+            ],
+            [
+                "Claude",
+                {"input_tokens": 11, "output_tokens": 22, "cache_read_input_tokens": 5, "usd_cents": 6},
+                puter.Usage(11, 22, 5, 38, 0.06),
+            ],
+            [
+                "OpenAI's details",
+                {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}},
+                puter.Usage(1, None, 1, 1),
+            ],
+            ["total as told", {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 9}, puter.Usage(1, 2, None, 9)],
+            ["price of null", {"prompt": 1, "usd_cents": None}, puter.Usage(1, None, None, 1, None)],
+            ["price of nothing", {"prompt": 0, "completion": 0, "usd_cents": 0}, puter.Usage(0, 0, None, 0, 0.0)],
+            ["price in dollars", {"cost_usd": 0.5}, puter.Usage(cost_usd=0.5)],
+            ["whole fractions", {"prompt": 11.0}, puter.Usage(11, None, None, 11)],
+            ["texts and booleans are no numbers", {"prompt": "11", "completion": True}, puter.Usage()],
+            ["empty", {}, puter.Usage()],
+            ["null", None, puter.Usage()],
+            ["list", [1], puter.Usage()],
+        ),
+    )  # fmt: skip
+    def test_usage(self, given: Any, usage: puter.Usage) -> None:
+        assert puter.usage_from(given) == usage
+
+    # ---- replies ----
+
+    @pytest.mark.parametrize(
+        ("message", "meant"),
+        table(
+            ["text", {"content": "hi"}, {"text": "hi"}],
+            ["null", {"content": None}, {}],
+            ["nothing", {}, {}],
+            ["parts", {"content": [text_part("a"), text_part("b")]}, {"text": "ab"}],
+            ["reasoning", {"content": "a", "reasoning": "r"}, {"text": "a", "reasoning": "r"}],
+            ["other reasoning", {"content": "a", "reasoning_content": "r"}, {"text": "a", "reasoning": "r"}],
+            ["thinking", {"content": [{"type": "thinking", "thinking": "r"}, text_part("a")]}, {"text": "a", "reasoning": "r"}],
+            ["calls", {"content": None, "tool_calls": [called("1", "f", '{"x": 1}'), called("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
+            ["calls as parts", {"content": [text_part("a"), used("1", "f", {"x": 1})]}, {"text": "a", "tool_calls": (puter.ToolCall("1", "f", {"x": 1}),), "finish_reason": "tool_calls"}],
+            ["signature", {"tool_calls": [called("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["signature of a part", {"content": [used("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["no arguments", {"tool_calls": [called("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["Anthropic's end", {"content": "a", "stop_reason": "max_tokens"}, {"text": "a", "finish_reason": "length"}],
+        ),
+    )  # fmt: skip
+    def test_reply(self, message: JSON, meant: JSON) -> None:
+        usage = {"prompt": 1, "completion": 2}
+        driver = {"success": True, "result": {"message": message, "usage": usage}}
+        openai = {"choices": [{"message": message}], "usage": usage}
+        values_of = puter.Usage(1, 2, None, 3)
+        assert puter.reply_from_driver(driver, "m") == puter.Reply(
+            model="m", usage=values_of, raw=driver, **meant
+        )
+        assert puter.reply_from_openai(openai, "m") == puter.Reply(
+            model="m", usage=values_of, raw=openai, **meant
+        )
+
+    @pytest.mark.parametrize(
+        ("told", "calls", "reason"),
+        table(
+            ["stop", "stop", [], "stop"],
+            ["length", "length", [], "length"],
+            ["Anthropic's stop", "end_turn", [], "stop"],
+            ["stop sequence", "stop_sequence", [], "stop"],
+            ["Anthropic's length", "max_tokens", [], "length"],
+            ["Anthropic's calls", "tool_use", [called("1")], "tool_calls"],
+            ["old word for calls", "function_call", [called("1")], "tool_calls"],
+            ["own word", "content_filter", [], "content_filter"],
+            ["nothing told", None, [], "stop"],
+            ["nothing told, calls", None, [called("1")], "tool_calls"],
+            ["empty", "", [called("1")], "tool_calls"],
+            ["no text", 5, [], "stop"],
+        ),
+    )
+    def test_finish_reason(
+        self, values_of: Any, calls: list[JSON], reason: str
+    ) -> None:
+        choice = {"message": {"tool_calls": calls}, "finish_reason": values_of}
+        assert puter.reply_from_driver({"result": choice}, "m").finish_reason == reason
+
+    @pytest.mark.parametrize(
+        ("arguments", "raw"),
+        table(
+            ["half", '{"city": "Par', '{"city": "Par'],
+            ["two", "{}{}", "{}{}"],
+            ["list", "[1]", "[1]"],
+            ["list, decoded", [1], "[1]"],
+            ["number", 5, "5"],
+            ["too deep", "[" * 200_000, "[" * 200_000],
+        ),
+    )
+    def test_broken_arguments_keep_their_text(self, arguments: Any, raw: str) -> None:
+        messages = [
+            {"tool_calls": [called("1", "f", arguments)]},
+            {"content": [used("1", "f", arguments)]},
+        ]
+        for message in messages:
+            with pytest.raises(puter.ReplyError, match="'f'") as caught:
+                puter.reply_from_driver({"result": {"message": message}}, "m")
+            assert caught.value.raw == raw
+            assert len(caught.value.message) < 500
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["no result", {}],
+            ["result of a text", {"result": "hi"}],
+            ["no message", {"result": {}}],
+            ["message of a text", {"result": {"message": "hi"}}],
+            pytest.param({"result": {"message": {"content": ["a"]}}}, id="part of a text"),
+            pytest.param({"result": {"message": {"tool_calls": ["f"]}}}, id="call of a text"),
+            pytest.param({"result": {"message": {"tool_calls": [{"function": "f"}]}}}, id="function of a text"),
+            pytest.param({"result": {"message": {"tool_calls": 5}}}, id="number of calls"),
+        ),
+    )  # fmt: skip
+    def test_no_reply_of_the_driver(self, body: JSON) -> None:
+        with pytest.raises(puter.ReplyError) as caught:
+            puter.reply_from_driver(body, "m")
+        assert caught.value.raw == json.dumps(body)
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["nothing", {}],
+            ["no choices", {"choices": []}],
+            ["choices of an object", {"choices": {}}],
+            ["choice of a text", {"choices": ["hi"]}],
+            ["no message", {"choices": [{}]}],
+        ),
+    )
+    def test_no_reply_of_an_openai_endpoint(self, body: JSON) -> None:
+        with pytest.raises(puter.ReplyError) as caught:
+            puter.reply_from_openai(body, "m")
+        assert caught.value.raw == json.dumps(body)
+
+    @pytest.mark.parametrize(
+        ("metadata", "answered"),
+        table(
+            ["named", {"providerUsed": "openrouter:m"}, "openrouter:m"],
+            ["not named", {}, "m"],
+            ["no metadata", None, "m"],
+        ),
+    )
+    def test_the_model_that_answered_is_named(
+        self, metadata: Any, answered: str
+    ) -> None:
+        body = {"result": {"message": {"content": "hi"}}, "metadata": metadata}
+        assert puter.reply_from_driver(body, "m").model == answered
+
+    def test_an_openai_endpoint_names_its_model(self) -> None:
+        body = {"choices": [{"message": {"content": "hi"}}], "model": "m-1"}
+        assert puter.reply_from_openai(body, "m").model == "m-1"
+
+    @pytest.mark.parametrize(
+        "metadata",
+        table(
+            ["fake", {"service_used": "fake-chat", "providerUsed": "fake"}],
+            pytest.param(
+                {"service_used": "fake-chat"},
+                id="only the service",
+            ),
+        ),
+    )
+    def test_a_blocked_prompt_is_no_answer(self, metadata: JSON) -> None:
+        body = {"result": {"message": {"content": "Lorem"}}, "metadata": metadata}
+        with pytest.raises(puter.BadRequestError, match="blocked") as caught:
+            puter.reply_from_driver(body, "gpt-5-nano")
+        assert caught.value.code == "prompt_blocked"
+        assert caught.value.model == "gpt-5-nano"
+
+    def test_the_fake_model_may_be_asked_for(self) -> None:
+        metadata = {"service_used": "fake-chat", "providerUsed": "fake"}
+        body = {"result": {"message": {"content": "Lorem"}}, "metadata": metadata}
+        assert puter.reply_from_driver(body, "fake").text == "Lorem"
+
+    def test_a_whole_reply_as_chunks(self) -> None:
+        call = puter.ToolCall("1", "f", {})
+        reply = puter.Reply("a", "r", (call,), usage=puter.Usage(1))
+        assert puter.chunks_of(reply) == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("usage", usage=puter.Usage(1)),
+        ]
+        assert puter.chunks_of(puter.Reply()) == [
+            puter.Chunk("usage", usage=puter.Usage())
+        ]
+
+    # ---- the catalogue and the credit ----
+
+    def test_models(self) -> None:
+        paid = model_entry(
+            "claude-1",
+            puterId="anthropic:claude-1",
+            name="Claude 1",
+            provider="claude",
+            aliases=["claude", "claude-1", "claude"],
+            context=200,
+            max_tokens=100,
+            modalities={"input": ["text", "image"], "output": ["text"]},
+            tool_call=True,
+            release_date="2025-11-01",
+            costs={"tokens": 1_000_000, "prompt": 300, "completion": 1500, "x": None},
+        )
+        assert puter.models_from({"models": [paid]}) == [
+            puter.Model(
+                id="claude-1",
+                name="Claude 1",
+                provider="claude",
+                aliases=("anthropic:claude-1", "claude"),
+                context=200,
+                max_tokens=100,
+                inputs=("text", "image"),
+                tools=True,
+                free=False,
+                input_usd_per_million=3.0,
+                output_usd_per_million=15.0,
+                released="2025-11-01",
+            )
+        ]
+
+    @pytest.mark.parametrize(
+        ("entry", "free", "price"),
+        table(
+            ["nothing to pay", model_entry("m"), True, 0.0],
+            ["one price", model_entry("m", costs={"prompt": 0, "image": 1}), False, 0.0],
+            ["per thousand", model_entry("m", costs={"tokens": 1000, "prompt": 1}), False, 10.0],
+            ["no prices", model_entry("m", costs={"tokens": 1_000_000}), False, None],
+            ["no costs", model_entry("m", costs=None), False, None],
+            ["no key", model_entry("m", input_cost_key=None), True, None],
+            ["only an id", {"id": "m"}, False, None],
+        ),
+    )  # fmt: skip
+    def test_prices(self, entry: JSON, free: bool, price: float | None) -> None:
+        (found,) = puter.models_from({"models": [entry]})
+        assert (found.free, found.input_usd_per_million) == (free, price)
+
+    def test_what_a_catalogue_does_not_say_is_not_known(self) -> None:
+        (found,) = puter.models_from({"models": [{"id": "m"}]})
+        assert found == puter.Model("m", name="m")
+
+    def test_model_ids_alone_and_openai_lists(self) -> None:
+        assert ids(puter.models_from({"models": ["a", "b"]})) == ["a", "b"]
+        data = {"object": "list", "data": [{"id": "a", "owned_by": "x"}]}
+        assert puter.models_from(data) == [puter.Model("a", "a", "x")]
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["nothing", None],
+            ["text", "<html>"],
+            ["no list", {}],
+            ["list of numbers", {"models": [1]}],
+            ["bare list", ["a"]],
+        ),
+    )
+    def test_no_models(self, body: Any) -> None:
+        with pytest.raises(puter.ServerError, match="not in a form"):
+            puter.models_from(body)
+
+    def test_the_real_catalogue(self) -> None:
+        body = recorded("catalogue.json")
+        models = puter.models_from(body)
+        assert ids(models) == [entry["id"] for entry in body["models"]]
+        assert all(m.provider and m.inputs and m.context for m in models)
+        assert all(m.input_usd_per_million is not None for m in models)
+        opus = puter.find_model("puter/Claude-Opus-4-5", models)
+        assert opus.id == "claude-opus-4-5-20251101"
+        assert opus.provider == "claude"
+        qvq = puter.find_model("qvq-max", models)
+        assert (qvq.input_usd_per_million, qvq.output_usd_per_million) == (1.2, 4.8)
+
+    def test_every_id_of_the_real_catalogue_finds_its_model(self) -> None:
+        models = puter.models_from(recorded("catalogue.json"))
+        assert [puter.find_model(m.id, models).id for m in models] == ids(models)
+
+    def test_credit_in_dollars(self) -> None:
+        body = {
+            "usage": {
+                "total": 50_000_000,
+                "chat:in": {"cost": 50_000_000, "units": 7, "count": 2},
+            },
+            "allowanceInfo": {
+                "remaining": 150_000_000,
+                "monthUsageAllowance": 200_000_000,
+            },
+        }
+        by_api = {"chat:in": (0.5, 7.0, 2)}
+        assert puter.credit_from(body) == puter.Credit(
+            "usd", 2.0, 1.5, 0.5, by_api, body
+        )
+
+    def test_credit_in_credits(self) -> None:
+        info = {"remaining": 150, "monthUsageAllowance": 200, "unit": "credits"}
+        usage = {"total": 50, "chat": {"cost": 50, "units": 7, "count": 2}}
+        body = {"usage": usage, "allowanceInfo": info}
+        by_api = {"chat": (50.0, 7.0, 2)}
+        assert puter.credit_from(body) == puter.Credit(
+            "credits", 200.0, 150.0, 50.0, by_api, body
+        )
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["nothing else", {"allowanceInfo": {"remaining": 0}}],
+            ["nulls", {"usage": None, "allowanceInfo": {"remaining": None}}],
+            ["no total", {"usage": {"x": 1}, "allowanceInfo": {"remaining": 0}}],
+            pytest.param(
+                {"usage": {"x": {"cost": None}}, "allowanceInfo": {"remaining": 0}},
+                id="cost of null",
+            ),
+        ),
+    )
+    def test_a_short_usage_report(self, body: JSON) -> None:
+        credit = puter.credit_from(body)
+        assert (credit.allowance, credit.remaining, credit.used) == (0.0, 0.0, 0.0)
+
+    @pytest.mark.parametrize(
+        "body", [None, "x", {}, {"allowanceInfo": None}, {"allowanceInfo": {}}]
+    )
+    def test_no_usage_report(self, body: Any) -> None:
+        with pytest.raises(puter.ServerError, match="not in a form"):
+            puter.credit_from(body)
+
+    def test_the_recorded_usage_report(self) -> None:
+        credit = puter.credit_from(recorded_answer("usage")["json"])
+        assert (credit.unit, credit.allowance, credit.used) == ("usd", 0.25, 0.0)
+
+
+# =============================================================================
+# Stream decoders
+# =============================================================================
+
+
+class TestStreamDecoders:
+    # ---- Puter's lines ----
+
+    def test_every_kind_of_line(self) -> None:
+        call = puter.ToolCall("1", "f", {"x": 1}, THOUGHT_SIGNATURE)
+        note = {"type": "extra_content", "extra_content": {"a": 1}}
+        chunks, error, reply = decoded(
+            stream_line("reasoning", reasoning="r"),
+            stream_line("text", text="a"),
+            stream_line(
+                "tool_use",
+                id="1",
+                name="f",
+                input={"x": 1},
+                text="",
+                extra_content=THOUGHT_SIGNATURE,
+            ),
+            stream_line("extra_content", extra_content={"a": 1}),
+            stream_line("text", text="b"),
+            USAGE_LINE,
+        )
+        usage = puter.Usage(11, 22, None, 33)
+        assert error is None
+        assert chunks == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("text", "b"),
+            puter.Chunk("usage", usage=usage),
+        ]
+        assert reply == puter.Reply(
+            "ab", "r", (call,), "tool_calls", usage, "m", raw={"extra": [note]}
+        )
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.lists(LINES, max_size=6).map(b"".join), st.lists(st.integers(0), max_size=8)
+    )
+    @example(
+        "é日🦊\u2028\u2029\x85".encode().join([b'{"type":"text","text":"', b'"}\n']), []
+    )
+    def test_cuts_change_nothing(self, data: bytes, places: list[int]) -> None:
+        whole = values_of(data)
+        assert values_of(*cut(data, places)) == whole
+        assert values_of(*(data[n : n + 1] for n in range(len(data)))) == whole
+
+    @pytest.mark.parametrize(
+        "text",
+        table(
+            ["line separator", "a\u2028b\u2029c"],
+            ["next line", "a\x85b\x0bc\x0cd\x1ee"],
+            ["half of a character at an edge", "é日🦊"],
+            ["escaped line end", "a\nb\r\nc"],
+            ["empty", ""],
+            ["zero", "a\0b"],
+        ),
+    )
+    def test_text_at_every_cut(self, text: str) -> None:
+        data = stream_line("text", text=text) + USAGE_LINE
+        for place in range(len(data)):
+            chunks, error, reply = decoded(data[:place], data[place:])
+            assert (chunks[0].text, reply.text, error) == (text, text, None)
+
+    def test_chunks_come_as_soon_as_their_line_is_whole(self) -> None:
+        decoder = puter.LineDecoder("m")
+        assert decoder.feed(b'{"type":"text",') == []
+        assert decoder.feed(b'"text":"a"}\n{"type"') == [puter.Chunk("text", "a")]
+        assert decoder.reply().text == "a"
+        assert not decoder.whole
+        assert decoder.feed(b':"usage"}\n') == [
+            puter.Chunk("usage", usage=puter.Usage())
+        ]
+        assert decoder.whole
+
+    @pytest.mark.parametrize(
+        ("usage", "meant"),
+        table(
+            ["figures", {"usage": {"prompt": 1}}, puter.Usage(1, None, None, 1)],
+            ["empty", {"usage": {}}, puter.Usage()],
+            ["null", {"usage": None}, puter.Usage()],
+            ["missing", {}, puter.Usage()],
+        ),
+    )
+    def test_any_usage_line_ends_a_reply(self, usage: JSON, meant: puter.Usage) -> None:
+        chunks, error, reply = decoded(
+            stream_line("text", text="a"), stream_line("usage", **usage)
+        )
+        assert error is None
+        assert chunks[-1] == puter.Chunk("usage", usage=meant)
+        assert reply.usage == meant
+
+    def test_empty_lines_and_windows_line_ends_are_no_harm(self) -> None:
+        data = (
+            b"\n \r\n"
+            + stream_line("text", text="a").replace(b"\n", b"\r\n")
+            + USAGE_LINE
+        )
+        assert decoded(data)[2].text == "a"
+        assert decoded(data)[1] is None
+
+    def test_only_a_line_feed_ends_a_line(self) -> None:
+        data = b'{"type":\r"text",\r"text":"a"}\n' + USAGE_LINE
+        assert decoded(data)[2].text == "a"
+        assert decoded(data)[1] is None
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        table(
+            ["nothing at all", b"", "the connection ended before"],
+            [
+                "no usage line",
+                stream_line("text", text="b"),
+                "the connection ended before",
+            ],
+            ["half a line", b'{"type":"te', 'the last line is cut: b\'{"type":"te\''],
+            ["half a usage line", USAGE_LINE[:-3], "the last line is cut"],
+            ["half a line after the end", USAGE_LINE + b"{", "the last line is cut"],
+            ["error line", stream_line("error", message="gone"), "gone"],
+            [
+                "error line of an object",
+                stream_line("error", message={"a": 1}),
+                "{'a': 1}",
+            ],
+            ["error line without words", stream_line("error"), "names no reason"],
+            [
+                "lines after an error",
+                stream_line("error", message="gone") + USAGE_LINE,
+                "gone",
+            ],
+            ["no JSON", b"<html>\n", "not what Puter sends: b'<html>'"],
+            ["no UTF-8", b'{"type":"text","text":"\xff"}\n', "not what Puter sends"],
+            ["list", b"[]\n", "not what Puter sends"],
+            ["text", b'"type"\n', "not what Puter sends"],
+            ["null", b"null\n", "not what Puter sends"],
+            ["no type", b"{}\n", "not what Puter sends"],
+            ["too deep", b"[" * 200_000 + b"\n", "not what Puter sends"],
+            ["text without text", stream_line("text"), "not what Puter sends"],
+            ["reasoning without any", stream_line("reasoning"), "not what Puter sends"],
+            [
+                "call without id",
+                stream_line("tool_use", name="f", input={}),
+                "not what",
+            ],
+            [
+                "call without name",
+                stream_line("tool_use", id="1", input={}),
+                "not what",
+            ],
+            [
+                "call without input",
+                stream_line("tool_use", id="1", name="f"),
+                "not what",
+            ],
+        ),
+    )
+    def test_a_broken_stream(self, data: bytes, words: str) -> None:
+        chunks, error, reply = decoded(stream_line("text", text="a"), data)
+        assert isinstance(error, puter.StreamError)
+        assert error.message.startswith("The reply of m broke off: ")
+        assert words in error.message
+        assert len(error.message) < 300
+        assert error.model == "m"
+        assert chunks[0] == puter.Chunk("text", "a")
+        assert reply.text.startswith("a")
+
+    def test_nothing_counts_after_a_fault(self) -> None:
+        late = (
+            stream_line("error", message="gone")
+            + stream_line("text", text="b")
+            + USAGE_LINE
+        )
+        for pieces in ([late], late.splitlines(keepends=True)):
+            chunks, error, reply = decoded(stream_line("text", text="a"), *pieces)
+            assert chunks == [puter.Chunk("text", "a")]
+            assert reply.text == "a"
+            assert error is not None and "gone" in error.message
+
+    def test_the_first_fault_is_kept(self) -> None:
+        _, error, _ = decoded(b"x\n", b"y\n", b"half")
+        assert error is not None and "b'x'" in error.message
+
+    def test_broken_arguments_keep_their_text(self) -> None:
+        broken = stream_line("tool_use", id="1", name="f", input='{"city": "Par')
+        chunks, error, reply = decoded(
+            stream_line("text", text="a"), broken, USAGE_LINE
+        )
+        assert isinstance(error, puter.ReplyError)
+        assert error.raw == '{"city": "Par'
+        assert chunks == [puter.Chunk("text", "a")]
+        assert reply.text == "a"
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            pytest.param(stream_line("text", text=None), id="text of null"),
+            pytest.param(stream_line("text", text=5), id="text of a number"),
+            pytest.param(stream_line("reasoning", reasoning=None), id="reasoning of null"),
+            pytest.param(b'{"type":"usage","usage":{"prompt":1e999}}\n', id="endless usage"),
+            pytest.param(b'{"type":"usage","usage":{"prompt":NaN}}\n', id="usage of NaN"),
+        ],
+    )  # fmt: skip
+    def test_a_value_of_the_wrong_kind_breaks_nothing(self, data: bytes) -> None:
+        chunks, _, reply = decoded(stream_line("text", text="a"), data)
+        assert reply.text == "a"
+        assert all(isinstance(str(chunk), str) for chunk in chunks)
+
+    @pytest.mark.parametrize(
+        "pieces",
+        table(
+            ["bit by bit", [b"x" * 20] * 6],
+            ["all at once", [b"x" * 120]],
+            pytest.param(
+                [b"x" * 120 + b"\n"],
+                id="with its line end",
+            ),
+            pytest.param(
+                [USAGE_LINE, stream_line("text", text="x" * 120)],
+                id="good, but too long",
+            ),
+        ),
+    )
+    def test_a_line_without_end_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes]
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 100)
+        _, error, _ = decoded(*pieces)
+        assert error is not None
+        assert "a line is longer than 100 bytes" in error.message
+
+    def test_a_line_of_the_greatest_length_is_taken(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", len(USAGE_LINE) - 1)
+        assert decoded(*(USAGE_LINE[n : n + 1] for n in range(99)))[1] is None
+
+    @pytest.mark.parametrize("name", ["text", "reason", "empty", "tools"])
+    def test_recorded_streams_say_what_whole_replies_say(self, name: str) -> None:
+        lines = recorded_answer(f"stream: {name}")["lines"]
+        whole = recorded_answer(f"complete: {name}")["json"]
+        chunks, error, reply = decoded("".join(f"{one}\n" for one in lines).encode())
+        meant = puter.reply_from_driver(whole, "m")
+        assert error is None
+        assert dataclasses.replace(reply, raw=meant.raw, model=meant.model) == (
+            dataclasses.replace(meant, reasoning=reply.reasoning)
+        )
+        assert bool(reply.reasoning) == bool(meant.reasoning)
+        assert "".join(map(str, chunks)) == meant.text
+
+    # ---- events of OpenAI's kind ----
+
+    def test_every_kind_of_event(self) -> None:
+        chunks, error, reply = heard(
+            json.dumps({"model": "m-1", "choices": [{"delta": {"role": "assistant"}}]}),
+            delta(reasoning_content="r"),
+            delta(reasoning="s"),
+            delta(content="a"),
+            delta(content=""),
+            call_delta(0, '{"x"', id="1", name="f"),
+            call_delta(1, "", id="2", name="g"),
+            call_delta(0, ": 1}"),
+            delta(content="b"),
+            json.dumps({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}),
+            json.dumps(
+                {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+            ),
+            " [DONE]\n",
+        )
+        calls = (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "g", {}))
+        usage = puter.Usage(1, 2, None, 3)
+        assert error is None
+        assert chunks == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("reasoning", "s"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("text", "b"),
+            *(puter.Chunk("tool_call", tool_call=call) for call in calls),
+            puter.Chunk("usage", usage=usage),
+        ]
+        assert reply == puter.Reply("ab", "rs", calls, "tool_calls", usage, "m-1")
+
+    @settings(deadline=None)
+    @given(ARGUMENTS, st.lists(st.integers(0), max_size=6))
+    def test_arguments_cut_anywhere(self, given: JSON, places: list[int]) -> None:
+        text = json.dumps(given)  # ASCII alone: any cut leaves whole characters
+        pieces = [piece.decode() for piece in cut(text.encode(), places)]
+        head, *rest = pieces
+        _, error, reply = heard(
+            call_delta(0, head, id="1", name="f", extra_content=THOUGHT_SIGNATURE),
+            *(call_delta(0, piece) for piece in rest),
+            "[DONE]",
+        )
+        assert error is None
+        assert reply.tool_calls == (puter.ToolCall("1", "f", given, THOUGHT_SIGNATURE),)
+
+    @pytest.mark.parametrize(
+        ("finish", "reason"),
+        table(
+            ["length", "length", "length"],
+            ["stop", "stop", "stop"],
+            ["nothing", None, "stop"],
+        ),
+    )
+    def test_finish_reason(self, finish: Any, reason: str) -> None:
+        end = json.dumps({"choices": [{"delta": None, "finish_reason": finish}]})
+        assert heard(delta(content="a"), end, "[DONE]")[2].finish_reason == reason
+
+    def test_calls_without_an_index_are_calls_of_their_own(self) -> None:
+        calls = [called("1"), called("2")]
+        _, error, reply = heard(delta(tool_calls=calls), "[DONE]")
+        assert error is None
+        assert [call.id for call in reply.tool_calls] == ["1", "2"]
+
+    def test_an_index_of_null_breaks_nothing(self) -> None:
+        given = {"name": "f"}
+        heard(
+            call_delta(None, "{}", id="1", **given),
+            call_delta(0, "{}", id="2", **given),
+            "[DONE]",
+        )
+
+    def test_calls_under_one_index_are_told_apart_by_their_ids(self) -> None:
+        # Some gateways send each call whole, and every one under index 0.
+        _, error, reply = heard(
+            call_delta(0, '{"x": 1}', id="1", name="f"),
+            call_delta(0, '{"x": 2}', id="2", name="g"),
+            "[DONE]",
+        )
+        assert error is None
+        assert [call.name for call in reply.tool_calls] == ["f", "g"]
+
+    @pytest.mark.parametrize(
+        ("event", "words", "code"),
+        table(
+            ["cut", None, "the connection ended before", None],
+            ["half a JSON", '{"choices": [{"del', "not what an OpenAI endpoint", None],
+            ["no JSON", "hello", "not what an OpenAI endpoint sends: 'hello'", None],
+            ["list", "[1]", "not what an OpenAI endpoint sends", None],
+            ["choice of null", '{"choices": [null]}', "not what an OpenAI", None],
+            ["too deep", "[" * 200_000, "not what an OpenAI endpoint sends", None],
+            ["error", '{"error": {"message": "gone", "code": "x"}}', "gone", "x"],
+            ["error of a text", '{"error": "gone"}', "gone", None],
+            ["error without words", '{"error": {"code": "x"}}', "{'code': 'x'}", "x"],
+            pytest.param(
+                '{"error": {"message": "gone", "code": 429}}',
+                "gone",
+                None,
+                id="error with a number",
+            ),
+        ),
+    )
+    def test_a_broken_event_stream(
+        self, event: str | None, words: str, code: str | None
+    ) -> None:
+        events = [delta(content="a"), *([event] if event else [])]
+        chunks, error, reply = heard(*events)
+        assert isinstance(error, puter.StreamError)
+        assert error.message.startswith("The reply of m broke off: ")
+        assert words in error.message
+        assert error.code == code
+        assert chunks == [puter.Chunk("text", "a")]
+        assert reply.text == "a"
+
+    def test_broken_arguments_of_events_keep_their_text(self) -> None:
+        _, error, reply = heard(
+            delta(content="a"), call_delta(0, '{"x', id="1", name="f"), "[DONE]"
+        )
+        assert isinstance(error, puter.ReplyError)
+        assert error.raw == '{"x'
+        assert reply.text == "a"
+
+    def test_a_content_of_the_wrong_kind_breaks_nothing(self) -> None:
+        assert heard(delta(content="a"), delta(content=5))[2].text == "a"
+
+    @pytest.mark.parametrize("name", ["text", "tools", "reason"])
+    def test_recorded_event_streams(self, name: str) -> None:
+        events = recorded_answer(f"openai endpoint, stream: {name}")["text"]
+        whole = recorded_answer(f"openai endpoint, complete: {name}")["json"]
+        data = [e.removeprefix("data: ") for e in events.split("\n\n") if e]
+        _, error, reply = heard(*data)
+        assert error is None
+        meant = puter.reply_from_openai(whole, "m")
+        assert dataclasses.replace(meant, raw={}) == reply
+
+
+# =============================================================================
+# Policies
+# =============================================================================
+
+# The wire's table of errors: whose fault each is, and whether waiting may help.
+WIRE_ERRORS = table(
+    *(
+        [code, 401, code, puter.AuthError, "account", False]
+        for code in ("token_missing", "reauth_required", "token_auth_failed")
+    ),
+    ["insufficient_funds", 402, "insufficient_funds", puter.CreditError, "account", False],
+    ["subscription_required", 402, "subscription_required", puter.SubscriptionError, "request", False],
+    ["permission_denied", 403, "permission_denied", puter.ModelAccessError, "model", False],
+    *(
+        [code, 403, code, puter.AccessError, "account", False]
+        for code in ("forbidden", "account_is_not_verified", "account_suspended", "new_one")
+    ),
+    ["app_or_api_token_required", 403, "app_or_api_token_required", puter.AuthError, "account", False],
+    ["too_many_requests", 429, "too_many_requests", puter.RateLimitError, "account", True],
+    ["upstream_rate_limited", 429, "upstream_rate_limited", puter.ModelRateLimitError, "model", False],
+    ["upstream_provider_unavailable", 400, "upstream_provider_unavailable", puter.ModelUnavailableError, "model", True],
+    ["upstream_failed", 400, "upstream_failed", puter.ModelUnavailableError, "model", True],
+    ["upstream_auth_failed", 500, "upstream_auth_failed", puter.ProviderAuthError, "model", False],
+    ["upstream_bad_request", 400, "upstream_bad_request", puter.BadRequestError, "request", False],
+    ["bad_request", 400, "bad_request", puter.BadRequestError, "request", False],
+    ["not_found", 404, "not_found", puter.BadRequestError, "request", False],
+    ["too large", 413, None, puter.BadRequestError, "request", False],
+    ["internal_error", 500, "internal_error", puter.ServerError, "server", True],
+    *([str(s), s, None, puter.ServerError, "server", True] for s in (500, 502, 503, 504)),
+    ["401", 401, None, puter.AuthError, "account", False],
+    ["402", 402, None, puter.CreditError, "account", False],
+    ["403", 403, None, puter.AccessError, "account", False],
+    ["408", 408, None, puter.RequestTimeoutError, "server", True],
+    ["429", 429, None, puter.RateLimitError, "account", True],
+    ["418", 418, "teapot", puter.BadRequestError, "request", False],
+    # An OpenAI endpoint's own words.
+    ["invalid_api_key", 401, "invalid_api_key", puter.AuthError, "account", False],
+    ["model_not_found", 404, "model_not_found", puter.ModelNotFoundError, "request", False],
+)  # fmt: skip
+
+
+def waits(
+    error: puter.PuterError,
+    base_s: float,
+    max_retries: int = 3,
+    alone: bool = True,
+    enough: int = 1_000,
+) -> list[float]:
+    """The waits before each new try while the same error comes back, `enough` at most."""
+    delays: list[float] = []
+    while len(delays) < enough and puter.may_retry(
+        error, len(delays), max_retries, alone, sum(delays)
+    ):
+        delays.append(
+            puter.retry_delay_s(
+                len(delays) + 1,
+                base_s,
+                retry_after_s=error.retry_after_s,
+                rand=lambda: 0.0,
+            )
+        )
+    return delays
+
+
+FREE_MODEL = model("a:free", "a-free", free=True)
+PAID = model("paid", "paid-alias", "PAID-2")
+CATALOGUE = [
+    FREE_MODEL,
+    PAID,
+    model("eyes:free", free=True, inputs=("text", "image"), tools=False),
+    model("blind:free", free=True, inputs=("text",), tools=True),
+    model("small:free", free=True, context=100),
+]
+
+
+class TestPolicies:
+    # ---- what an error means ----
+
+    @pytest.mark.parametrize(
+        ("status", "code", "kind", "scope", "retryable"), WIRE_ERRORS
+    )
+    def test_kind(
+        self, status: int, code: str | None, kind: Any, scope: str, retryable: bool
+    ) -> None:
+        body = {"error": "Bad luck", "message": "Bad luck", "code": code}
+        error = puter.error_from(status, body, model="m", account="a")
+        assert type(error) is kind
+        assert (error.scope, error.retryable) == (scope, retryable)
+        assert (error.status, error.code) == (status, code)
+        assert (error.model, error.account) == ("m", "a")
+        assert error.message == "m: Bad luck"
+        assert error.hint
+
+    @pytest.mark.parametrize(
+        ("status", "code", "kind"),
+        table(
+            ["an outage", 400, "upstream_failed", puter.ModelUnavailableError],
+            ["credit", 400, "insufficient_funds", puter.CreditError],
+            ["rate", 500, "too_many_requests", puter.RateLimitError],
+        ),
+    )
+    def test_the_code_decides_before_the_status(
+        self, status: int, code: str, kind: type
+    ) -> None:
+        assert type(puter.error_from(status, {"code": code, "message": "x"})) is kind
+
+    @pytest.mark.parametrize(
+        ("status", "body", "kind", "message"),
+        table(
+            ["model of an unknown name", 400, {"message": "Model not found: x", "code": "bad_request"}, puter.ModelNotFoundError, "Model not found: x"],
+            ["the same without code", 400, {"error": "Model not found: x"}, puter.ModelNotFoundError, "Model not found: x"],
+            pytest.param(400, {"message": "Model not found: x", "code": "upstream_bad_request"}, puter.BadRequestError, "Model not found: x", id="the same of a provider"),
+            ["old text", 403, {"message": "usage-limited-chat: no"}, puter.ModelAccessError, "usage-limited-chat: no"],
+            ["old text under a code", 403, {"message": "usage-limited-chat", "code": "forbidden"}, puter.ModelAccessError, "usage-limited-chat"],
+            ["old code", 400, {"code": "usage-limited-chat", "message": "no"}, puter.ModelAccessError, "no"],
+            ["success false", 200, {"success": False, "error": {"code": "insufficient_funds", "message": "Empty", "status": 402}}, puter.CreditError, "Empty"],
+            ["success false by status", 200, {"success": False, "error": {"message": "Slow", "status": 429}}, puter.RateLimitError, "Slow"],
+            ["success false by text", 200, {"success": False, "error": "usage-limited-chat"}, puter.ModelAccessError, "usage-limited-chat"],
+            ["OpenAI", 401, {"error": {"message": "No key", "type": "x", "code": "invalid_api_key"}}, puter.AuthError, "No key"],
+            ["OpenAI with a null code", 429, {"error": {"message": "Slow", "code": None}}, puter.RateLimitError, "Slow"],
+            ["OpenAI with a number", 429, {"error": {"message": "Slow", "code": 429}}, puter.RateLimitError, "Slow"],
+            ["page", 502, "<html><body><h1>502 Bad\nGateway</h1><hr></body></html>", puter.ServerError, "502 Bad Gateway"],
+            ["page with a look", 502, "<style>p{x:y}</style><script>go()</script><p>Down</p>", puter.ServerError, "Down"],
+            ["text", 503, "Down", puter.ServerError, "Down"],
+            ["nothing", 500, None, puter.ServerError, "The server answered 500 without saying why"],
+            ["empty object", 400, {}, puter.BadRequestError, "The server answered 400 without saying why"],
+            ["list", 500, [], puter.ServerError, "The server answered 500 without saying why"],
+        ),
+    )  # fmt: skip
+    def test_shapes(self, status: int, body: Any, kind: type, message: str) -> None:
+        error = puter.error_from(status, body)
+        assert (type(error), error.message) == (kind, message)
+
+    def test_style_and_script_of_a_page_are_not_told(self) -> None:
+        page = "<style>p{x:y}</style><script>go()</script><p>Down &amp; out</p>"
+        assert puter.error_from(502, page).message == "Down & out"
+
+    def test_an_old_server_names_the_status_inside(self) -> None:
+        inside = {"message": "Empty", "status": 402, "code": "insufficient_funds"}
+        error = puter.error_from(200, {"success": False, "error": inside})
+        assert error.status == 402
+
+    def test_texts_without_end_are_shortened(self) -> None:
+        assert len(puter.error_from(500, "x" * 10_000).message) <= 300
+        assert len(puter.error_from(500, {"message": "x" * 10_000}).message) <= 2_000
+
+    @pytest.mark.parametrize(
+        ("attempts", "message"),
+        table(
+            ["told", [{"error": "429 slow down"}], "m: Busy (the provider said: 429 slow down)"],
+            ["the last one", [{"error": "a"}, {"error": "b"}], "m: Busy (the provider said: b)"],
+            ["the same words", [{"error": "Busy"}], "m: Busy"],
+            ["no words", [{"status": 429}], "m: Busy"],
+            ["none", [], "m: Busy"],
+            ["no list", "x", "m: Busy"],
+            ["no object", ["x"], "m: Busy"],
+        ),
+    )  # fmt: skip
+    def test_the_providers_words_are_told(self, attempts: Any, message: str) -> None:
+        body = {"message": "Busy", "code": "upstream_failed", "attempts": attempts}
+        assert puter.error_from(400, body, model="m").message == message
+
+    def test_the_model_is_named_once(self) -> None:
+        error = puter.error_from(400, {"message": "Model not found: m"}, model="m")
+        assert error.message == "Model not found: m"
+
+    def test_retry_after_is_kept(self) -> None:
+        assert puter.error_from(429, {}, retry_after_s=7.0).retry_after_s == 7.0
+
+    @pytest.mark.parametrize(
+        ("code", "words"),
+        [
+            ("app_or_api_token_required", "session token"),
+            ("not_found", "api_base_url"),
+            ("account_is_not_verified", "e-mail"),
+            ("subscription_required", "api_style"),
+            ("token_missing", "login"),
+            ("insufficient_funds", "--free"),
+        ],
+    )
+    def test_hints_say_what_helps(self, code: str, words: str) -> None:
+        assert words in str(puter.error_from(400, {"code": code, "message": "x"}))
+
+    def test_every_recorded_error_is_known(self) -> None:
+        seen = set()
+        for exchange in recorded("exchanges.json"):
+            answer = exchange["response"]
+            if answer["status"] >= 400 and answer.get("json"):
+                error = puter.error_from(answer["status"], answer["json"], model="m")
+                assert error.code == answer["json"]["code"]
+                assert answer["json"]["message"] in error.message
+                for one in answer["json"].get("attempts", ()):
+                    assert one["error"] in error.message
+                seen.add(type(error))
+        assert len(seen) >= 8
+
+    # ---- how long, and whether ----
+
+    @pytest.mark.parametrize(
+        ("attempt", "given", "delay_s"),
+        table(
+            ["first", 1, {"rand": 0.0}, 1.0],
+            ["second", 2, {"rand": 0.0}, 2.0],
+            ["fourth", 4, {"rand": 0.0}, 8.0],
+            ["shortened by a quarter", 2, {"rand": 1.0}, 1.5],
+            ["shortened by an eighth", 2, {"rand": 0.5}, 1.75],
+            ["capped", 10, {"rand": 0.0}, 30.0],
+            ["own cap", 10, {"rand": 0.0, "cap_s": 5.0}, 5.0],
+            ["capped, then shortened", 10, {"rand": 1.0}, 22.5],
+            ["far beyond", 10**6, {"rand": 0.0}, 30.0],
+            ["the server's word", 1, {"rand": 0.5, "retry_after_s": 7.0}, 7.0],
+            [
+                "the server's word, capped",
+                1,
+                {"rand": 0.0, "retry_after_s": 99.0},
+                30.0,
+            ],
+            ["at once", 5, {"rand": 0.0, "retry_after_s": 0.0}, 0.0],
+            ["in the past", 5, {"rand": 0.0, "retry_after_s": -5.0}, 0.0],
+        ),
+    )
+    def test_retry_delay(
+        self, attempt: int, given: dict[str, float], delay_s: float
+    ) -> None:
+        number = given["rand"]
+        more = {name: value for name, value in given.items() if name != "rand"}
+        found = puter.retry_delay_s(attempt, 1.0, rand=lambda: number, **more)
+        assert found == delay_s
+
+    def test_retry_delay_draws_lots_of_its_own(self) -> None:
+        assert 0.75 <= puter.retry_delay_s(1, 1.0) <= 1.0
+        assert puter.retry_delay_s(3, 0.0) == 0.0
+
+    @pytest.mark.parametrize(
+        ("error", "retries", "max_retries", "alone", "waited_s", "again"),
+        table(
+            ["server, first", puter.ServerError(""), 0, 3, False, 0.0, True],
+            ["server, last", puter.ServerError(""), 2, 3, False, 0.0, True],
+            ["server, enough", puter.ServerError(""), 3, 3, False, 0.0, False],
+            ["time-out", puter.RequestTimeoutError(""), 0, 3, False, 0.0, True],
+            ["network", puter.NetworkError(""), 0, 3, False, 0.0, True],
+            ["retries off", puter.ServerError(""), 0, 0, True, 0.0, False],
+            ["provider down, once", puter.ModelUnavailableError(""), 0, 3, True, 0.0, True],
+            ["provider down, twice", puter.ModelUnavailableError(""), 1, 3, True, 0.0, False],
+            ["stream without a chunk", puter.StreamError(""), 0, 3, True, 0.0, True],
+            ["Puter's own key", puter.ProviderAuthError(""), 0, 3, True, 0.0, False],
+            ["provider's limit", puter.ModelRateLimitError(""), 0, 3, True, 0.0, False],
+            ["wrong request", puter.BadRequestError(""), 0, 3, True, 0.0, False],
+            ["no credit", puter.CreditError(""), 0, 3, True, 0.0, False],
+            ["dead token", puter.AuthError(""), 0, 3, True, 0.0, False],
+            ["limit, alone", puter.RateLimitError(""), 0, 3, True, 0.0, True],
+            ["limit, within the window", puter.RateLimitError(""), 5, 3, True, 9.9, True],
+            ["limit, after the window", puter.RateLimitError(""), 3, 3, True, 10.0, False],
+            ["limit, retries left", puter.RateLimitError(""), 2, 3, True, 60.0, True],
+            ["limit, others there", puter.RateLimitError(""), 0, 3, False, 0.0, False],
+            ["limit, retries off", puter.RateLimitError(""), 0, 0, True, 0.0, False],
+        ),
+    )  # fmt: skip
+    def test_may_retry(
+        self,
+        error: puter.PuterError,
+        retries: int,
+        max_retries: int,
+        alone: bool,
+        waited_s: float,
+        again: bool,
+    ) -> None:
+        assert puter.may_retry(error, retries, max_retries, alone, waited_s) is again
+
+    def test_a_server_is_asked_again_with_growing_waits(self) -> None:
+        assert waits(puter.ServerError(""), 1.0) == [1.0, 2.0, 4.0]
+
+    def test_a_lonely_account_waits_until_the_window_is_over(self) -> None:
+        assert waits(puter.RateLimitError(""), 1.0, 1) == [1.0, 2.0, 4.0, 8.0]
+
+    @pytest.mark.parametrize(
+        ("base_s", "retry_after_s"),
+        [
+            pytest.param(0.0, None, id="no wait set"),
+            pytest.param(1.0, 0.0, id="Retry-After of 0"),
+        ],
+    )
+    def test_waiting_for_a_limit_ends(
+        self, base_s: float, retry_after_s: float | None
+    ) -> None:
+        error = puter.RateLimitError("", retry_after_s=retry_after_s)
+        assert len(waits(error, base_s)) < 1_000
+
+    # ---- where to go next ----
+
+    @pytest.mark.parametrize(
+        ("error", "is_asked_model", "may_fall_back", "step"),
+        table(
+            ["unknown model", puter.ModelNotFoundError(""), True, True, "rename"],
+            ["unknown fallback", puter.ModelNotFoundError(""), False, True, "next_model"],
+            ["no credit", puter.CreditError(""), True, True, "free_model"],
+            ["no credit, no fallback", puter.CreditError(""), True, False, "next_account"],
+            ["no credit even so", puter.CreditError(""), False, True, "next_account"],
+            ["model", puter.ModelUnavailableError(""), True, True, "next_model"],
+            ["model's limit", puter.ModelRateLimitError(""), False, True, "next_model"],
+            ["model not for you", puter.ModelAccessError(""), True, True, "next_model"],
+            ["Puter's own key", puter.ProviderAuthError(""), True, True, "next_model"],
+            ["broken before its start", puter.StreamError(""), True, True, "next_model"],
+            ["limit", puter.RateLimitError(""), True, True, "next_account"],
+            ["token", puter.AuthError(""), True, True, "next_account"],
+            ["suspended", puter.AccessError(""), True, True, "next_account"],
+            ["paid endpoint", puter.SubscriptionError(""), True, True, "raise"],
+            ["wrong request", puter.BadRequestError(""), True, True, "raise"],
+            ["wrong request to a fallback", puter.BadRequestError(""), False, True, "next_model"],
+            ["unreadable", puter.ReplyError(""), True, True, "raise"],
+            ["server", puter.ServerError(""), True, True, "raise"],
+            ["time-out", puter.RequestTimeoutError(""), True, True, "raise"],
+            ["network", puter.NetworkError(""), True, True, "raise"],
+        ),
+    )  # fmt: skip
+    def test_next_step(
+        self,
+        error: puter.PuterError,
+        is_asked_model: bool,
+        may_fall_back: bool,
+        step: str,
+    ) -> None:
+        assert puter.next_step(error, is_asked_model, may_fall_back) == step
+
+    @pytest.mark.parametrize(
+        ("asked", "given", "order"),
+        table(
+            ["other free ones", "paid", {"listed": []}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed ones first", "x", {"listed": ["blind:free", "eyes:free"]}, ["blind:free", "eyes:free", "a:free", "small:free"]],
+            ["listed, but not there", "x", {"listed": ["gone"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed by an alias of any case", "x", {"listed": ["A-Free"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed and paid", "x", {"listed": ["Paid-2"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed twice", "x", {"listed": ["paid", "paid-alias"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
+            ["never the asked one", "a:free", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
+            ["nor by its alias", "A-FREE", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
+            ["none that rests", "x", {"listed": [], "cooled": {"a:free", "small:free"}}, ["eyes:free", "blind:free"]],
+            ["tools", "x", {"listed": [], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
+            ["images", "x", {"listed": [], "needs": puter.Needs(inputs=frozenset({"image"}))}, ["a:free", "eyes:free", "small:free"]],
+            ["room", "x", {"listed": [], "needs": puter.Needs(context=101)}, ["a:free", "eyes:free", "blind:free"]],
+            ["listed ones must be able too", "x", {"listed": ["eyes:free"], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
+            pytest.param("x", {"listed": [], "cooled": {"a-free"}}, ["eyes:free", "blind:free", "small:free"], id="none that rests under an alias"),
+            pytest.param("x", {"listed": ["puter/paid"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"], id="listed with puter/ in front"),
+        ),
+    )  # fmt: skip
+    def test_fallback_order(self, asked: str, given: JSON, order: list[str]) -> None:
+        given = {"cooled": (), **given}
+        assert puter.fallback_order(asked, CATALOGUE, **given) == order
+
+    def test_the_built_in_list_costs_nothing(self) -> None:
+        first, second = puter.DEFAULT_FALLBACK_MODELS[:2]
+        # What was free when the list was made may cost money by now.
+        catalogue = [model("z:free", free=True), model(first), model(second, free=True)]
+        assert puter.fallback_order("x", catalogue, ()) == [second, "z:free"]
+
+    def test_no_catalogue_no_fallback(self) -> None:
+        assert puter.fallback_order("x", [], (), listed=["a"]) == []
+
+    @pytest.mark.parametrize(
+        ("one", "needs", "able"),
+        table(
+            ["nothing told", model("m"), puter.Needs(True, frozenset({"image"}), 10**9), True],
+            ["tools", model("m", tools=True), puter.Needs(tools=True), True],
+            ["no tools", model("m", tools=False), puter.Needs(tools=True), False],
+            ["no tools wanted", model("m", tools=False), puter.Needs(), True],
+            ["sees", model("m", inputs=("text", "image")), puter.Needs(inputs=frozenset({"image"})), True],
+            ["does not see", model("m", inputs=("text",)), puter.Needs(inputs=frozenset({"image"})), False],
+            ["sees, reads no PDF", model("m", inputs=("image",)), puter.Needs(inputs=frozenset({"image", "pdf"})), False],
+            ["just room", model("m", context=10), puter.Needs(context=10), True],
+            ["no room", model("m", context=10), puter.Needs(context=11), False],
+            ["room of 0 is not told", model("m", context=0), puter.Needs(context=11), True],
+        ),
+    )  # fmt: skip
+    def test_can_do(self, one: puter.Model, needs: puter.Needs, able: bool) -> None:
+        assert puter.can_do(one, needs) is able
+
+    @pytest.mark.parametrize("strategy", ["round-robin", "least-recently-used"])
+    @pytest.mark.parametrize(
+        ("names", "rests", "current", "chosen"),
+        table(
+            ["nobody", "", {}, None, None],
+            ["one", "a", {}, None, "a"],
+            ["the current one stays", "abc", {}, "b", "b"],
+            ["all rest", "ab", {"a": 101.0, "b": 102.0}, "a", None],
+            ["rest is over", "a", {"a": 100.0}, "a", "a"],
+            ["rest is not over", "ab", {"a": 100.1}, "a", "b"],
+            ["only one is left", "abc", {"a": 101.0, "c": 101.0}, "c", "b"],
+            ["current one rests for good", "ab", {"b": float("inf")}, "b", "a"],
+        ),
+    )
+    def test_next_account(
+        self,
+        strategy: str,
+        names: str,
+        rests: dict[str, float],
+        current: str | None,
+        chosen: str | None,
+    ) -> None:
+        accounts = [account(name) for name in names]
+        found = puter.next_account(accounts, rests, strategy, current, now=100.0)
+        assert (found and found.username) == chosen
+
+    @pytest.mark.parametrize(
+        ("rests", "current", "in_turn", "least_used"),
+        table(
+            ["nobody yet", [], None, "a", "c"],
+            ["after the first", ["a"], "a", "b", "c"],
+            ["after the second", ["b"], "b", "c", "c"],
+            ["after the last", ["d"], "d", "a", "c"],
+            ["over one that rests", ["a", "b", "c"], "a", "d", "d"],
+            ["round the end", ["c", "d"], "c", "a", "b"],
+            ["after one that is gone", [], "z", "a", "c"],
+        ),
+    )
+    def test_strategies(
+        self, rests: list[str], current: str | None, in_turn: str, least_used: str
+    ) -> None:
+        # c was never used: its turn comes first.
+        used_ms = {"a": 400, "b": 200, "c": None, "d": 300}
+        accounts = [account(name, used_ms[name]) for name in used_ms]
+        until = dict.fromkeys(rests, 200.0)
+        for strategy, name in (
+            ("round-robin", in_turn),
+            ("least-recently-used", least_used),
+        ):
+            found = puter.next_account(accounts, until, strategy, current, now=100.0)
+            assert found is not None and found.username == name
+
+    @pytest.mark.parametrize(
+        ("strikes", "times"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (99, 4)]
+    )
+    def test_cooldown(self, strikes: int, times: int) -> None:
+        assert puter.cooldown_s(strikes, 300.0) == 300.0 * times
+
+    # ---- names of models ----
+
+    @pytest.mark.parametrize(
+        ("name", "found"),
+        table(
+            ["id", "paid", "paid"],
+            ["alias", "a-free", "a:free"],
+            ["any case", "A:FREE", "a:free"],
+            ["alias in any case", "paid-2", "paid"],
+            ["puter/", "puter/paid", "paid"],
+            ["blanks", " Puter/a-free ", "a:free"],
+        ),
+    )
+    def test_find_model(self, name: str, found: str) -> None:
+        assert puter.find_model(name, CATALOGUE).id == found
+
+    def test_the_exact_case_comes_first(self) -> None:
+        models = [model("Model"), model("model")]
+        assert puter.find_model("model", models).id == "model"
+        assert puter.find_model("MODEL", models).id == "Model"
+
+    def test_an_id_comes_before_another_models_alias(self) -> None:
+        models = [model("vendor:x", "x"), model("x")]
+        assert puter.find_model("x", models).id == "x"
+
+    @pytest.mark.parametrize(
+        ("name", "near"),
+        table(
+            ["slip", "claude-opus-45", ("claude-opus-4-5",)],
+            ["other case", "CLAUDE-OPUS-45", ("claude-opus-4-5",)],
+            ["no more free", "openrouter:vendor/big:free", ("openrouter:vendor/big",)],
+            ["without its vendor", "big", ("openrouter:vendor/big",)],
+            ["nothing like it", "zzzzzz", ()],
+            ["empty", "", ()],
+        ),
+    )
+    def test_near_matches(self, name: str, near: tuple[str, ...]) -> None:
+        models = [
+            model("claude-opus-4-5", "anthropic/claude-opus-4-5"),
+            model("openrouter:vendor/big"),
+        ]
+        with pytest.raises(puter.ModelNotFoundError) as caught:
+            puter.find_model(name, models)
+        error = caught.value
+        assert error.near == near
+        assert (error.model, error.code) == (name, "model_not_found")
+        assert repr(name) in error.message
+        assert f"Did you mean {near[0]}?" in error.hint if near else not error.near
+        assert "python -m puter models" in error.hint
+
+    def test_no_more_than_three_near_matches(self) -> None:
+        models = [model(f"model-{n}") for n in range(9)]
+        with pytest.raises(puter.ModelNotFoundError, match=" or ") as caught:
+            puter.find_model("model", models)
+        assert len(caught.value.near) == 3
+
+    @pytest.mark.parametrize(
+        ("text", "found"),
+        table(
+            [
+                "nothing",
+                None,
+                ["a:free", "paid", "eyes:free", "blind:free", "small:free"],
+            ],
+            ["piece of an id", "BLI", ["blind:free"]],
+            ["piece of an alias", "paid-a", ["paid"]],
+            ["none", "zzz", []],
+        ),
+    )
+    def test_matching_models(self, text: str | None, found: list[str]) -> None:
+        assert ids(puter.matching_models(CATALOGUE, text)) == found
+
+    @pytest.mark.parametrize(
+        ("name", "plain"),
+        [
+            ("gpt-5", "gpt-5"),
+            ("puter/gpt-5", "gpt-5"),
+            ("PUTER/gpt-5", "gpt-5"),
+            (" puter/gpt-5\n", "gpt-5"),
+            ("puter/openrouter:a/b", "openrouter:a/b"),
+            ("vendor/puter/x", "vendor/puter/x"),
+            ("puterx", "puterx"),
+        ],
+    )
+    def test_plain_model_name(self, name: str, plain: str) -> None:
+        assert puter.plain_model_name(name) == plain
+
+    @pytest.mark.parametrize(
+        ("provider", "tools", "args", "may"),
+        table(
+            ["OpenAI's dialect", "openrouter", [{}], {}, True],
+            ["not known", None, [{}], {}, True],
+            ["Claude", "claude", [{}], {}, False],
+            ["no tools", "openrouter", [], {}, False],
+            [
+                "one at a time",
+                "openrouter",
+                [{}],
+                {"parallel_tool_calls": False},
+                False,
+            ],
+            ["several", "openrouter", [{}], {"parallel_tool_calls": True}, True],
+            ["not said", "openrouter", [{}], {"parallel_tool_calls": None}, True],
+        ),
+    )
+    def test_may_lose_calls(
+        self, provider: str | None, tools: Any, args: JSON, may: bool
+    ) -> None:
+        assert puter.may_lose_calls(provider, tools, args) is may
+
+
+# =============================================================================
+# Helpers: processes, folders, files
+# =============================================================================
+
+ACCOUNTS = "puter-accounts.json"
+STATE = "state.sqlite3"
+SECRET = "eyJhbGciOi.very-secret-token.c2lnbmF0dXJl"
+# What the original plugin writes, and a key on every level that nobody knows yet.
+PLUGIN_FILE: dict[str, Any] = {
+    "version": 1,
+    "accounts": [
+        {
+            "username": "alice",
+            "authToken": SECRET,
+            "addedAt": 1_700_000_000_000,
+            "lastUsed": 1_700_000_500_000,
+            "isTemporary": False,
+        },
+        {
+            "username": "temp_bob",
+            "authToken": "token-bob",
+            "addedAt": 1_700_000_100_000,
+            "isTemporary": True,
+        },
+    ],
+    "activeIndex": 0,
+}
+
+
+def clean_environ(config_dir: Path, **more: str) -> dict[str, str]:
+    """The environment of a child process: no setting of ours but the folder and `more`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PUTER_") and not name.lower().endswith("_proxy")
+    }
+    return {
+        **kept,
+        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
+        "PUTER_CONFIG_DIR": str(config_dir),
+        "HOME": str(config_dir.parent / "home"),
+        "NO_COLOR": "1",
+        **more,
+    }
+
+
+def start_script(script: str, config_dir: Path, *args: str) -> subprocess.Popen[str]:
+    """Start Python code in a process of its own; `puter`, `sys` and `os` are imported."""
+    code = "import os, sys, puter\n" + textwrap.dedent(script)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        env=clean_environ(config_dir),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_script(
+    script: str, config_dir: Path, *args: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own to its end."""
+    process = start_script(script, config_dir, *args)
+    out, err = process.communicate(timeout=30)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def run_at_once(script: str, config_dir: Path, count: int) -> None:
+    """Run the code in `count` processes that all begin at the same moment."""
+    # Each says that it is ready, and waits: the import takes longer than the work.
+    wait = "print('ready', flush=True); sys.stdin.readline(); number = int(sys.argv[1])"
+    script = f"{wait}\n{textwrap.dedent(script)}"
+    processes = [start_script(script, config_dir, str(i)) for i in range(count)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+
+
+def mode_of(path: Path) -> int:
+    """The permission bits of a file or folder."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def accounts_json(folder: Path) -> Any:
+    """What stands in the accounts file."""
+    return json.loads((folder / ACCOUNTS).read_text("utf-8"))
+
+
+def names(store: puter.AccountStore) -> list[str]:
+    """The names of all accounts, in order."""
+    return [account.username for account in store.accounts()]
+
+
+def active_name(store: puter.AccountStore) -> str:
+    """The name of the active account, or an empty text."""
+    active = store.active()
+    return active.username if active else ""
+
+
+def told_by(error: BaseException) -> str:
+    """All that an error could show to anybody: text, representation, traceback."""
+    shown = traceback.format_exception(type(error), error, error.__traceback__)
+    # Tools that report crashes show what an error was raised from, too.
+    cause = vars(error.__cause__) if error.__cause__ else {}
+    return "".join([str(error), repr(error), repr(vars(error)), repr(cause), *shown])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A settings folder that does not exist yet, and that this process uses."""
+    path = tmp_path / "config"
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def store(folder: Path) -> puter.AccountStore:
+    """A store in a folder that does not exist yet."""
+    return puter.AccountStore(folder / ACCOUNTS)
+
+
+@pytest.fixture
+def filled(store: puter.AccountStore) -> puter.AccountStore:
+    """A store whose file is the plugin's."""
+    store.path.parent.mkdir(mode=0o700)
+    store.path.write_text(json.dumps(PLUGIN_FILE, indent=2), "utf-8")
+    return store
+
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    """A umask that takes no permission away."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, name: str, code: int, on: str = ""
+) -> None:
+    """Let `os.<name>` fail with an errno, for paths (or open files) with `on` in them."""
+    real = getattr(os, name)
+
+    def fail(target: Any, *args: Any, **kwargs: Any) -> Any:
+        path = target
+        if isinstance(target, int):
+            path = os.readlink(f"/proc/self/fd/{target}")
+        if on in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(target, *args, **kwargs)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+# =============================================================================
+# 5. store: the accounts
+# =============================================================================
+
+BROKEN_FILES = {
+    "empty": b"",
+    "no JSON": b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode(),
+    "half": json.dumps(PLUGIN_FILE)[:150].encode(),
+    "not UTF-8": b'{"version": 1, "accounts": [], "x": "\xff\xfe%b"}' % SECRET.encode(),
+    "too deep": b"[" * 100_000,
+    "twins": b'{"version": 1, "version": 1, "accounts": [], "activeIndex": 0}',
+}
+
+
+def with_record(**changed: Any) -> dict[str, Any]:
+    """The plugin's file with something wrong in its second account."""
+    first, second = PLUGIN_FILE["accounts"]
+    return {**PLUGIN_FILE, "accounts": [first, {**second, **changed}]}
+
+
+WRONG_SHAPES: dict[str, Any] = {
+    "a list": [PLUGIN_FILE],
+    "null": None,
+    "a text": SECRET,
+    "no version": {"accounts": [], "activeIndex": 0},
+    "version true": {**PLUGIN_FILE, "version": True},
+    "version 0": {**PLUGIN_FILE, "version": 0},
+    "version as a text": {**PLUGIN_FILE, "version": "1"},
+    "newer": {**PLUGIN_FILE, "version": 2},
+    "no accounts": {"version": 1, "activeIndex": 0},
+    "accounts by name": {**PLUGIN_FILE, "accounts": {"alice": SECRET}},
+    "an account that is a text": {**PLUGIN_FILE, "accounts": [SECRET]},
+    "name missing": {**PLUGIN_FILE, "accounts": [{"authToken": SECRET}]},
+    "name a number": with_record(username=7),
+    "name empty": with_record(username=" "),
+    "token null": with_record(authToken=None),
+    "token empty": with_record(authToken=""),
+    "time a text": with_record(addedAt="yesterday"),
+    "use a list": with_record(lastUsed=[SECRET]),
+    "index a text": {**PLUGIN_FILE, "activeIndex": "0"},
+    "index true": {**PLUGIN_FILE, "activeIndex": True},
+    "index null": {**PLUGIN_FILE, "activeIndex": None},
+    "index beyond": {**PLUGIN_FILE, "activeIndex": 2},
+    "index below": {**PLUGIN_FILE, "activeIndex": -1},
+}
+UNREADABLE: dict[str, bytes] = {
+    **BROKEN_FILES,
+    **{name: json.dumps(value).encode() for name, value in WRONG_SHAPES.items()},
+}
+# Python's JSON takes such numbers, and no whole number can be made of them.
+NO_NUMBERS = {
+    f"time {word}": json.dumps(PLUGIN_FILE)
+    .replace("1700000000000", word)
+    .encode("ascii")
+    for word in ("Infinity", "-1e999", "NaN")
+}
+
+
+class TestAccountStore:
+    """One file, two tools, many processes: nothing is lost, nothing is shown."""
+
+    def test_a_folder_that_is_not_there_holds_no_account(
+        self, store: puter.AccountStore
+    ) -> None:
+        assert store.accounts() == []
+        assert store.active() is None
+        assert store.stamp() is None
+        assert not store.path.parent.exists(), "reading must not write"
+
+    def test_add_and_read(self, store: puter.AccountStore) -> None:
+        assert store.add(puter.Account("alice", "t1", 5, 6, True)) is True
+        assert store.add(puter.Account("bob", "t2"), activate=False) is True
+        alice, bob = store.accounts()
+        assert alice == puter.Account("alice", "t1", 5, 6, True)
+        assert store.active() == alice
+        assert bob.added_at_ms and bob.last_used_ms is None and not bob.is_temporary
+        assert "t1" not in repr(alice) and "t1" not in repr(store)
+
+    def test_the_newest_account_is_active_unless_told_otherwise(
+        self, store: puter.AccountStore
+    ) -> None:
+        for name, activate in (("a", True), ("b", True), ("c", False), ("a", False)):
+            store.add(puter.Account(name, "t"), activate=activate)
+        assert active_name(store) == "b"
+        store.add(puter.Account("a", "t"))
+        assert active_name(store) == "a"
+
+    @pytest.mark.parametrize("given", ["folder", "file", "environment"])
+    def test_where_it_stands(self, folder: Path, given: str) -> None:
+        paths = {"folder": folder, "file": folder / ACCOUNTS, "environment": None}
+        store = puter.AccountStore(paths[given])
+        store.add(puter.Account("alice", "t"))
+        assert store.path == folder / ACCOUNTS
+        assert names(puter.AccountStore(folder)) == ["alice"]
+
+    @pytest.mark.parametrize("given", ["argument", "environment"])
+    def test_a_folder_with_a_dot_in_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+    ) -> None:
+        folder = tmp_path / "puter-1.2"
+        monkeypatch.setenv("PUTER_CONFIG_DIR", str(folder))
+        store = puter.AccountStore(folder if given == "argument" else None)
+        assert store.path == folder / ACCOUNTS
+
+    # The format that is shared with the plugin.
+
+    def test_the_plugins_file_is_read(self, filled: puter.AccountStore) -> None:
+        before = filled.path.read_bytes()
+        alice, bob = filled.accounts()
+        assert alice == puter.Account(
+            "alice", SECRET, 1_700_000_000_000, 1_700_000_500_000, False
+        )
+        assert bob == puter.Account(
+            "temp_bob", "token-bob", 1_700_000_100_000, None, True
+        )
+        assert filled.active() == alice
+        assert filled.path.read_bytes() == before
+
+    def test_the_plugin_can_read_what_is_written(
+        self, filled: puter.AccountStore
+    ) -> None:
+        filled.add(puter.Account("josé 🦊", "t3", 1_700_000_200_000))
+        data = accounts_json(filled.path.parent)
+        assert data == {
+            "version": 1,
+            "accounts": [
+                *PLUGIN_FILE["accounts"],
+                {
+                    "username": "josé 🦊",
+                    "authToken": "t3",
+                    "addedAt": 1_700_000_200_000,
+                    "isTemporary": False,
+                },
+            ],
+            "activeIndex": 2,
+        }
+        raw = filled.path.read_bytes()
+        assert raw.startswith(b'{\n  "version": 1,') and raw.endswith(b"}\n")
+
+    def test_a_new_file_has_all_that_the_plugin_needs(
+        self, store: puter.AccountStore
+    ) -> None:
+        store.add(puter.Account("alice", "t"))
+        data = accounts_json(store.path.parent)
+        (record,) = data["accounts"]
+        assert set(data) == {"version", "accounts", "activeIndex"}
+        assert set(record) == {"username", "authToken", "addedAt", "isTemporary"}
+        assert isinstance(record["addedAt"], int) and record["isTemporary"] is False
+
+    def test_a_byte_order_mark_is_no_error(self, filled: puter.AccountStore) -> None:
+        filled.path.write_bytes(b"\xef\xbb\xbf" + filled.path.read_bytes())
+        filled.switch("temp_bob")
+        # JSON.parse of the plugin does not take one.
+        assert filled.path.read_bytes()[:1] == b"{"
+
+    def test_unknown_keys_survive_every_change(self, store: puter.AccountStore) -> None:
+        data = json.loads(json.dumps(PLUGIN_FILE))
+        data["theme"] = {"dark": [1, None, "é\u2028"]}
+        data["accounts"][0]["note"] = {"plan": "free", "n": 1.5}
+        data["accounts"][1]["tags"] = ["x"]
+        store.path.parent.mkdir()
+        store.path.write_text(json.dumps(data), "utf-8")
+        store.switch("temp_bob")
+        store.add(puter.Account("alice", "new"), activate=False)
+        store.add(puter.Account("carol", "t"), activate=False)
+        store.remove("carol")
+        data["activeIndex"] = 1
+        data["accounts"][0]["authToken"] = "new"
+        assert accounts_json(store.path.parent) == data
+
+    def test_adding_again_replaces_only_the_token(
+        self, filled: puter.AccountStore
+    ) -> None:
+        assert filled.add(puter.Account("alice", "new", 9), activate=False) is False
+        want = [
+            {**PLUGIN_FILE["accounts"][0], "authToken": "new"},
+            PLUGIN_FILE["accounts"][1],
+        ]
+        assert accounts_json(filled.path.parent) == {**PLUGIN_FILE, "accounts": want}
+
+    def test_a_temporary_account_may_become_a_whole_one(
+        self, filled: puter.AccountStore
+    ) -> None:
+        filled.add(puter.Account("temp_bob", "t", is_temporary=False))
+        assert not filled.accounts()[1].is_temporary
+
+    @pytest.mark.parametrize(
+        ("active", "removed", "left"),
+        [
+            ("a", "a", "b"),
+            ("a", "b", "a"),
+            ("a", "c", "a"),
+            ("b", "a", "b"),
+            ("b", "b", "c"),
+            ("b", "c", "b"),
+            ("c", "a", "c"),
+            ("c", "b", "c"),
+            ("c", "c", "b"),
+        ],
+    )
+    def test_removal_keeps_the_right_account_active(
+        self, store: puter.AccountStore, active: str, removed: str, left: str
+    ) -> None:
+        for name in "abc":
+            store.add(puter.Account(name, f"t-{name}"))
+        store.switch(active)
+        assert store.remove(removed).token == f"t-{removed}"
+        assert active_name(store) == left
+        assert removed not in names(store)
+
+    def test_removing_the_last_one_and_clearing(
+        self, filled: puter.AccountStore
+    ) -> None:
+        assert [gone.username for gone in filled.clear()] == ["alice", "temp_bob"]
+        assert filled.active() is None and filled.clear() == []
+        filled.add(puter.Account("carol", "t"))
+        filled.remove("carol")
+        assert accounts_json(filled.path.parent) == {
+            "version": 1,
+            "accounts": [],
+            "activeIndex": 0,
+        }
+
+    @pytest.mark.parametrize("change", ["remove", "switch"])
+    def test_a_name_that_nobody_has(
+        self, filled: puter.AccountStore, change: str
+    ) -> None:
+        before = filled.path.read_bytes()
+        with pytest.raises(puter.StoreError) as caught:
+            getattr(filled, change)("Alice")
+        assert "'Alice'" in str(caught.value)
+        assert "Did you mean 'alice'?" in str(caught.value)
+        assert "alice, temp_bob" in str(caught.value)
+        assert SECRET not in told_by(caught.value)
+        assert filled.path.read_bytes() == before
+
+    def test_without_accounts_the_error_tells_how_to_sign_in(
+        self, store: puter.AccountStore
+    ) -> None:
+        with pytest.raises(puter.StoreError, match="python -m puter login"):
+            store.switch("alice")
+
+    @pytest.mark.parametrize("index", [3, -1])
+    def test_an_index_without_accounts_does_no_harm(
+        self, store: puter.AccountStore, index: int
+    ) -> None:
+        store.path.parent.mkdir()
+        store.path.write_text(
+            json.dumps({"version": 1, "accounts": [], "activeIndex": index})
+        )
+        assert store.active() is None
+        store.add(puter.Account("alice", "t"), activate=False)
+        assert active_name(store) == "alice"
+
+    @pytest.mark.parametrize(
+        ("username", "token"),
+        [("alice", ""), ("alice", " "), ("", "t"), (" ", "t"), ("alice", None)],
+    )
+    def test_what_could_not_be_read_again_is_not_written(
+        self, filled: puter.AccountStore, username: str, token: Any
+    ) -> None:
+        with contextlib.suppress(puter.PuterError, ValueError, TypeError):
+            filled.add(puter.Account(username, token))
+        assert names(filled) == ["alice", "temp_bob"]
+
+    # Files that are not as they should be.
+
+    @pytest.mark.parametrize("raw", UNREADABLE.values(), ids=UNREADABLE)
+    def test_a_file_that_cannot_be_read_is_left_alone(
+        self, store: puter.AccountStore, raw: bytes
+    ) -> None:
+        store.path.parent.mkdir()
+        store.path.write_bytes(raw)
+        for use in (
+            store.accounts,
+            store.active,
+            store.clear,
+            lambda: store.add(puter.Account("carol", "token-carol")),
+            lambda: store.remove("alice"),
+            lambda: store.switch("alice"),
+        ):
+            with pytest.raises(puter.StoreError) as caught:
+                use()
+            assert str(store.path) in str(caught.value)
+            assert "it was left as it is" in str(caught.value)
+            assert re.search(r"Mend the file|Update", str(caught.value))
+            assert SECRET not in told_by(caught.value)
+            assert store.path.read_bytes() == raw
+
+    @pytest.mark.parametrize("raw", NO_NUMBERS.values(), ids=NO_NUMBERS)
+    def test_times_must_be_finite(self, store: puter.AccountStore, raw: bytes) -> None:
+        store.path.parent.mkdir()
+        store.path.write_bytes(raw)
+        with pytest.raises(puter.StoreError, match="addedAt"):
+            store.accounts()
+
+    @pytest.mark.parametrize(
+        ("raw", "words"),
+        [
+            (b'{"version": 1,\n\n "accounts": oops}', "not valid JSON at line 3"),
+            (b'{"version": 9, "accounts": 5}', "version 9, which is newer"),
+            (UNREADABLE["token null"], r"accounts\[1\]\.authToken"),
+            (UNREADABLE["time a text"], r"accounts\[1\]\.addedAt"),
+            (UNREADABLE["index beyond"], r'"activeIndex" is 2, but there are 2'),
+        ],
+    )
+    def test_the_error_says_where(self, raw: bytes, words: str) -> None:
+        with pytest.raises(puter.StoreError, match=words):
+            puter.parse_accounts(raw, "here")
+
+    def test_half_a_character_survives(self, filled: puter.AccountStore) -> None:
+        data = {**PLUGIN_FILE, "note": "\ud83e"}
+        filled.path.write_text(json.dumps(data), "ascii")
+        filled.switch("temp_bob")
+        assert accounts_json(filled.path.parent) == {**data, "activeIndex": 1}
+
+    def test_a_folder_in_its_place(self, store: puter.AccountStore) -> None:
+        store.path.mkdir(parents=True)
+        for use in (store.accounts, lambda: store.add(puter.Account("a", "t"))):
+            with pytest.raises(puter.StoreError, match="folder stands in its place"):
+                use()
+        assert list(store.path.iterdir()) == []
+
+    def test_a_folder_in_its_place_from_the_beginning(self, folder: Path) -> None:
+        (folder / ACCOUNTS).mkdir(parents=True)
+        with pytest.raises(puter.StoreError, match="folder stands in its place"):
+            puter.AccountStore(folder / ACCOUNTS).add(puter.Account("a", "t"))
+
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_a_file_in_place_of_the_folder(self, tmp_path: Path, depth: int) -> None:
+        in_the_way = tmp_path / "config"
+        in_the_way.write_text("mine")
+        store = puter.AccountStore(in_the_way.joinpath(*["x"] * depth) / ACCOUNTS)
+        for use in (store.accounts, lambda: store.add(puter.Account("a", "t"))):
+            with pytest.raises(puter.StoreError, match="PUTER_CONFIG_DIR") as caught:
+                use()
+            assert str(store.path) in str(caught.value)
+        assert in_the_way.read_text() == "mine"
+
+    # Files that cannot be written.
+
+    @linux_only
+    @pytest.mark.parametrize(
+        ("call", "code", "on"),
+        [
+            ("open", errno.EACCES, ".part"),
+            ("open", errno.EROFS, ".lock"),
+            ("open", errno.EMFILE, ".lock"),
+            ("fsync", errno.ENOSPC, ".part"),
+            ("fsync", errno.EIO, ".part"),
+            ("replace", errno.EACCES, ".part"),
+            ("replace", errno.EROFS, ".part"),
+        ],
+    )
+    def test_what_cannot_be_written_stays_as_it_was(
+        self,
+        filled: puter.AccountStore,
+        monkeypatch: pytest.MonkeyPatch,
+        call: str,
+        code: int,
+        on: str,
+    ) -> None:
+        before = filled.path.read_bytes()
+        with monkeypatch.context() as patch:
+            failing(patch, call, code, on)
+            with pytest.raises(puter.StoreError) as caught:
+                filled.add(puter.Account("carol", SECRET))
+        assert str(filled.path) in str(caught.value)
+        assert os.strerror(code) in str(caught.value)
+        assert "PUTER_CONFIG_DIR" in str(caught.value)
+        assert SECRET not in told_by(caught.value)
+        assert filled.path.read_bytes() == before
+        assert list(filled.path.parent.glob(".*")) == [], "a part file was left"
+        assert filled.add(puter.Account("carol", SECRET))
+
+    @linux_only
+    def test_a_file_system_without_locks(
+        self, filled: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import fcntl
+
+        def no_locks(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+        with pytest.raises(puter.StoreError, match="PUTER_CONFIG_DIR"):
+            filled.switch("temp_bob")
+
+    @linux_only
+    def test_a_folder_that_cannot_be_synced_is_no_failure(
+        self, filled: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Some network and FUSE file systems refuse this; the file itself is there.
+        real = os.fsync
+
+        def fsync(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            real(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with contextlib.suppress(puter.StoreError):
+            filled.switch("temp_bob")
+            return
+        assert active_name(filled) == "alice", "the error said it is as it was"
+
+    @posix_only
+    def test_a_disk_that_takes_only_some_bytes(
+        self, filled: puter.AccountStore
+    ) -> None:
+        before = filled.path.read_bytes()
+        script = """
+            import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+            try:
+                puter.AccountStore().add(puter.Account("carol", "token-carol"))
+            except puter.StoreError as error:
+                print(error)
+        """
+        done = run_script(script, filled.path.parent)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert str(filled.path) in done.stdout
+        assert filled.path.read_bytes() == before
+        assert list(filled.path.parent.glob(".*")) == []
+
+    @posix_only
+    @pytest.mark.skipif(
+        hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere"
+    )
+    def test_a_folder_without_the_right_to_write(
+        self, filled: puter.AccountStore
+    ) -> None:
+        filled.path.parent.chmod(0o500)
+        try:
+            assert names(filled) == ["alice", "temp_bob"]
+            with pytest.raises(puter.StoreError, match="the right to read and write"):
+                filled.switch("temp_bob")
+        finally:
+            filled.path.parent.chmod(0o700)
+
+    # Who may read it.
+
+    @posix_only
+    @pytest.mark.usefixtures("no_umask")
+    def test_files_are_private_from_their_first_byte(
+        self, store: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+        created: list[tuple[str, int]] = []
+
+        def watched(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            handle = real(path, flags, *args, **kwargs)
+            if flags & os.O_CREAT:
+                created.append((str(path), stat.S_IMODE(os.fstat(handle).st_mode)))
+            return handle
+
+        monkeypatch.setattr(os, "open", watched)
+        store.add(puter.Account("alice", "t"))
+        assert any("part" in path for path, _ in created)
+        assert {mode for _, mode in created} == {0o600}
+        assert mode_of(store.path) == 0o600
+        assert mode_of(store.path.parent) == 0o700
+
+    @posix_only
+    def test_files_are_private_at_every_moment(self, folder: Path) -> None:
+        script = """
+            os.umask(0)
+            store = puter.AccountStore()
+            for number in range(300):
+                store.add(puter.Account(f"user{number % 20}", f"token-{number}" * 50))
+        """
+        writer = start_script(script, folder)
+        seen: dict[str, set[int]] = {}
+        while writer.poll() is None:
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(folder):
+                    with contextlib.suppress(OSError):
+                        mode = stat.S_IMODE(entry.stat(follow_symlinks=False).st_mode)
+                        seen.setdefault(entry.name, set()).add(mode)
+        out, err = writer.communicate()
+        assert (writer.returncode, out, err) == (0, "", "")
+        assert set(seen) > {ACCOUNTS}, "the files beside it were never seen"
+        assert set().union(*seen.values()) == {0o600}
+        assert mode_of(folder) == 0o700
+
+    @posix_only
+    def test_a_file_that_others_could_read_becomes_private(
+        self, filled: puter.AccountStore
+    ) -> None:
+        filled.path.chmod(0o644)
+        filled.switch("temp_bob")
+        assert mode_of(filled.path) == 0o600
+
+    @posix_only
+    @pytest.mark.parametrize("exists", [True, False], ids=["there", "dangling"])
+    @pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+    def test_a_symlinked_file_stays_a_symlink(
+        self, store: puter.AccountStore, tmp_path: Path, exists: bool, relative: bool
+    ) -> None:
+        target = tmp_path / "dotfiles" / "accounts.json"
+        store.path.parent.mkdir()
+        target.parent.mkdir()
+        if exists:
+            target.write_text(json.dumps(PLUGIN_FILE))
+        link = Path("..") / "dotfiles" / target.name if relative else target
+        store.path.symlink_to(link)
+        store.add(puter.Account("carol", "t"))
+        assert store.path.is_symlink() and Path(os.readlink(store.path)) == link
+        assert not target.is_symlink() and mode_of(target) == 0o600
+        assert active_name(puter.AccountStore(target)) == "carol"
+        assert len(store.accounts()) == (3 if exists else 1)
+
+    # Many at once, and sudden ends.
+
+    def test_eight_processes_at_once_lose_nothing(self, folder: Path) -> None:
+        script = """
+            store = puter.AccountStore()
+            for i in range(50):
+                assert store.add(puter.Account(f"user-{number}-{i}", "t"))
+        """
+        run_at_once(script, folder, 8)
+        want = {f"user-{number}-{i}" for number in range(8) for i in range(50)}
+        found = names(puter.AccountStore(folder))
+        assert len(found) == 400 and set(found) == want
+
+    def test_threads_at_once_lose_nothing(self, store: puter.AccountStore) -> None:
+        def work(number: int) -> None:
+            for i in range(10):
+                store.add(puter.Account(f"user-{number}-{i}", "t"))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(names(store))) == 80
+
+    def test_a_reader_always_finds_a_whole_file(
+        self, filled: puter.AccountStore
+    ) -> None:
+        script = """
+            store = puter.AccountStore()
+            for number in range(300):
+                store.switch(("alice", "temp_bob")[number % 2])
+        """
+        writer = start_script(script, filled.path.parent)
+        while writer.poll() is None:
+            assert names(filled) == ["alice", "temp_bob"]
+        assert writer.communicate()[1] == ""
+
+    @posix_only
+    def test_kill_at_any_moment_leaves_the_old_file_or_the_new(
+        self, folder: Path
+    ) -> None:
+        # A server of victims, since a fork is much cheaper than a new interpreter.
+        script = """
+            store = puter.AccountStore()
+            for i in range(60):
+                store.add(puter.Account(f"user{i}", "x" * 500))
+            for line in sys.stdin:
+                child = os.fork()
+                if child == 0:
+                    number = int(line)
+                    while True:
+                        number += 1
+                        store.add(puter.Account("counter", str(number)))
+                        os.write(1, b"done %d\\n" % number)
+                os.write(1, b"child %d\\n" % child)
+                os.waitpid(child, 0)
+                os.write(1, b"dead 0\\n")
+        """
+        server = start_script(script, folder)
+        assert server.stdin and server.stdout
+        store = puter.AccountStore(folder)
+        dice = random.Random(1)
+        done = 0
+        for _ in range(60):
+            server.stdin.write(f"{done}\n")
+            server.stdin.flush()
+            child, before = None, done
+            while child is None or done == before:
+                word, value = server.stdout.readline().split()
+                child = int(value) if word == "child" else child
+                done = int(value) if word == "done" else done
+            time.sleep(dice.random() * 0.008)
+            os.kill(child, signal.SIGKILL)
+            while (line := server.stdout.readline().split())[0] != "dead":
+                done = int(line[1])
+            counters = [a.token for a in store.accounts() if a.username == "counter"]
+            assert len(store.accounts()) >= 60
+            found = int(counters[0])
+            # The kill may have come between the rename and the word of it.
+            assert done <= found <= done + 1
+            done = found
+        server.stdin.close()
+        server.wait(timeout=10)
+        server.stdout.close()
+        if server.stderr:
+            server.stderr.close()
+
+    @posix_only
+    @pytest.mark.parametrize("step", ["fsync", "replace"])
+    def test_a_part_file_left_by_a_crash_does_not_hinder(
+        self, filled: puter.AccountStore, step: str
+    ) -> None:
+        before = filled.path.read_bytes()
+        script = f"""
+            import signal
+            os.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            puter.AccountStore().add(puter.Account("carol", "t"))
+        """
+        assert run_script(script, filled.path.parent).returncode == -signal.SIGKILL
+        assert list(filled.path.parent.glob(".*.part"))
+        assert filled.path.read_bytes() == before
+        filled.add(puter.Account("dave", "t"))
+        assert names(filled) == ["alice", "temp_bob", "dave"]
+        assert not list(filled.path.parent.glob(".*.part"))
+
+    @posix_only
+    def test_a_fork_during_a_change_does_not_keep_the_lock(self, folder: Path) -> None:
+        # Another thread may well fork (multiprocessing does) while this one writes.
+        script = """
+            import signal, threading
+            store = puter.AccountStore()
+            with store._change() as data:
+                child = os.fork()
+                if child == 0:
+                    signal.pause()
+            later = threading.Thread(
+                target=store.add, args=(puter.Account("bob", "t"),), daemon=True)
+            later.start()
+            later.join(1)
+            os.kill(child, signal.SIGKILL)
+            os._exit(later.is_alive())
+        """
+        assert run_script(script, folder).returncode == 0
+
+    def test_the_stamp_changes_with_every_change(
+        self, filled: puter.AccountStore
+    ) -> None:
+        stamps = [filled.stamp()]
+        for number in range(30):
+            filled.add(puter.Account("alice", f"token-{number:03}"))
+            stamps.append(filled.stamp())
+        assert all(old != new for old, new in itertools.pairwise(stamps))
+        # Two changes of the same length: the inode may be the first one's again.
+        assert all(old != new for old, new in zip(stamps, stamps[2:], strict=False))
+
+    def test_what_changes_nothing_writes_nothing(
+        self, filled: puter.AccountStore
+    ) -> None:
+        before = filled.path.read_bytes(), filled.stamp()
+        filled.switch("alice")
+        filled.add(puter.Account("alice", SECRET))
+        assert (filled.path.read_bytes(), filled.stamp()) == before
+
+    # Windows.
+
+    def test_the_lock_of_windows_is_asked_for_until_it_is_ours(self) -> None:
+        class Msvcrt:
+            LK_LOCK = 1
+
+            def __init__(self) -> None:
+                self.asked: list[tuple[int, ...]] = []
+
+            def locking(self, *args: int) -> None:
+                self.asked.append(args)
+                if len(self.asked) < 3:
+                    raise OSError(36, "Resource deadlock avoided")
+
+        module = Msvcrt()
+        puter._lock_file_windows(7, module)
+        assert module.asked == [(7, 1, 1)] * 3
+
+    def test_the_lock_of_windows_may_fail(self) -> None:
+        class Msvcrt:
+            LK_LOCK = 1
+
+            def locking(self, *_: int) -> None:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            puter._lock_file_windows(7, Msvcrt())
+
+
+# =============================================================================
+# 5. store: the state
+# =============================================================================
+
+
+def minutes(strikes: int) -> float:
+    """A rest that grows with the strikes."""
+    return 60.0 * strikes
+
+
+@pytest.fixture
+def state(folder: Path) -> Iterator[puter.State]:
+    """The state of a folder that does not exist yet."""
+    state = puter.State(folder / STATE)
+    yield state
+    state.close()
+
+
+class TestState:
+    """What processes tell each other; never a reason to stop."""
+
+    def test_a_rest_ends_by_itself(self, state: puter.State) -> None:
+        rest = state.cool("alice", "", minutes, "too_many_requests", now=1000.0)
+        assert rest == puter.Cooldown("alice", "", 1060.0, 1, "too_many_requests")
+        assert state.cooldowns(1059.9) == [rest]
+        assert state.cooldowns(1060.0) == []
+
+    def test_strikes_grow_until_a_success(self, state: puter.State) -> None:
+        for strikes in (1, 2, 3):
+            rest = state.cool("alice", "m", minutes, "busy", now=1000.0)
+            assert (rest.strikes, rest.until_s) == (strikes, 1000.0 + 60 * strikes)
+        # They are in a row even when the rests between them have ended.
+        assert state.cool("alice", "m", minutes, "busy", now=9000.0).strikes == 4
+        state.succeed("alice", ("m",), now=9001.5)
+        assert state.cooldowns(9001.5) == []
+        assert state.cool("alice", "m", minutes, "busy", now=9002.0).strikes == 1
+        assert state.last_used_ms() == {"alice": 9_001_500}
+
+    def test_a_success_ends_the_accounts_rest_and_the_models(
+        self, state: puter.State
+    ) -> None:
+        for account, model in (
+            ("a", ""),
+            ("a", "m"),
+            ("a", "n"),
+            ("b", ""),
+            ("b", "m"),
+        ):
+            state.cool(account, model, minutes, "busy", now=0.0)
+        state.succeed("a", ("m",), now=1.0)
+        left = [(rest.account, rest.model) for rest in state.cooldowns(1.0)]
+        assert left == [("a", "n"), ("b", ""), ("b", "m")]
+
+    def test_clearing_one_account_or_all(self, state: puter.State) -> None:
+        for account in ("a", "b", "c"):
+            state.cool(account, "", minutes, "busy", now=0.0)
+            state.cool(account, "m", minutes, "busy", now=0.0)
+        assert state.clear_cooldowns("a") == 2
+        assert {rest.account for rest in state.cooldowns(1.0)} == {"b", "c"}
+        assert state.clear_cooldowns() == 4
+        assert state.cooldowns(1.0) == []
+        assert state.cool("b", "", minutes, "busy", now=2.0).strikes == 1
+
+    def test_a_dead_tokens_mark_ends_when_the_token_changes(
+        self, state: puter.State
+    ) -> None:
+        for_ever = float("inf")
+        state.cool("alice", "", lambda _: for_ever, "login", 0.0, token_mark="old")
+        assert state.cooldowns(1e12, {"alice": "old"})[0].reason == "login"
+        assert state.cooldowns(1e12, {"bob": "x"})[0].account == "alice"
+        assert state.cooldowns(1e12, {"alice": "new"}) == []
+        # Any other rest is the account's, whatever its token is.
+        state.cool("alice", "", minutes, "busy", 0.0, token_mark="old")
+        assert state.cooldowns(1.0, {"alice": "new"})[0].reason == "busy"
+
+    def test_other_objects_and_processes_see_it(
+        self, state: puter.State, folder: Path
+    ) -> None:
+        state.cool("alice", "m", minutes, "busy", now=0.0)
+        other = puter.State(folder / STATE)
+        assert other.cooldowns(1.0) == state.cooldowns(1.0)
+        other.close()
+        script = """
+            state = puter.State()
+            assert [rest.account for rest in state.cooldowns(1.0)] == ["alice"]
+            state.cool("bob", "", lambda _: 60.0, "from afar", 0.0)
+            state.succeed("alice", ("m",), 5.0)
+        """
+        done = run_script(script, folder)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [rest.reason for rest in state.cooldowns(1.0)] == ["from afar"]
+        assert state.last_used_ms() == {"alice": 5000}
+
+    def test_eight_processes_at_once_lose_nothing(
+        self, state: puter.State, folder: Path
+    ) -> None:
+        script = """
+            import logging
+            logging.basicConfig(level="WARNING")  # a warning is a failure, too
+            state = puter.State()
+            for i in range(20):
+                state.cool(f"user-{number}", f"m{i}", lambda _: 60.0, "busy", 0.0)
+                state.cool("shared", "", lambda _: 60.0, "busy", 0.0)
+        """
+        assert state.cooldowns(1.0) == []  # the file is there: the next test is without
+        run_at_once(script, folder, 8)
+        rests = state.cooldowns(1.0)
+        assert len(rests) == 8 * 20 + 1
+        assert {rest.strikes for rest in rests if rest.account == "shared"} == {160}
+
+    def test_a_file_that_another_process_is_making(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # Two that begin together meet here now and then; this one always does.
+        folder.mkdir()
+        maker = sqlite3.connect(
+            folder / STATE, isolation_level=None, check_same_thread=False
+        )
+        maker.execute("CREATE TABLE other (x)")
+        maker.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.2, maker.execute, ["COMMIT"])
+        timer.start()
+        state = puter.State(folder / STATE)
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        timer.join()
+        maker.close()
+        state.close()
+        assert caplog.records == []
+        assert run_script("assert puter.State().cooldowns(1.0)", folder).stderr == ""
+
+    def test_threads_may_share_one(self, state: puter.State) -> None:
+        def work() -> None:
+            for _ in range(20):
+                state.cool("shared", "", minutes, "busy", now=0.0)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert state.cooldowns(1.0)[0].strikes == 160
+
+    def test_a_wrong_answer_of_the_policy_changes_nothing(
+        self, state: puter.State
+    ) -> None:
+        with pytest.raises(ZeroDivisionError):
+            state.cool("alice", "", lambda strikes: 1 / 0, "busy", now=0.0)
+        assert state.cool("alice", "", minutes, "busy", now=0.0).strikes == 1
+
+    def test_model_lists(self, state: puter.State, folder: Path) -> None:
+        assert state.catalogue("https://a") is None
+        state.put_catalogue("https://a", '{"models": []}', 5.0)
+        state.put_catalogue("https://b", "{}", 6.0)
+        state.put_catalogue("https://a", '{"models": ["🦊"]}', 7.0)
+        other = puter.State(folder / STATE)
+        assert other.catalogue("https://a") == ('{"models": ["🦊"]}', 7.0)
+        assert other.catalogue("https://b") == ("{}", 6.0)
+        other.close()
+
+    def test_closed_and_used_again(self, state: puter.State) -> None:
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.close()
+        state.close()
+        assert len(state.cooldowns(1.0)) == 1
+
+    @posix_only
+    @pytest.mark.usefixtures("no_umask")
+    def test_its_files_are_private(self, state: puter.State, folder: Path) -> None:
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        modes = {path.name: mode_of(path) for path in folder.iterdir()}
+        assert set(modes) >= {STATE, f"{STATE}-wal"}
+        assert set(modes.values()) == {0o600}
+        assert mode_of(folder) == 0o700
+
+    # When the file is of no use.
+
+    @pytest.mark.parametrize(
+        "damage", ["junk", "half", "a folder", "no folder", "other tables"]
+    )
+    def test_damage_is_told_once_and_memory_is_used(
+        self, folder: Path, caplog: pytest.LogCaptureFixture, damage: str
+    ) -> None:
+        path = folder / STATE
+        if damage == "no folder":
+            folder.write_text("a file")
+        elif damage == "a folder":
+            path.mkdir(parents=True)
+        else:
+            folder.mkdir()
+        if damage == "junk":
+            path.write_bytes(b"this is no database, " * 500)
+        if damage == "half":
+            whole = puter.State(path)
+            whole.put_catalogue("u", "x" * 50_000, 0.0)
+            whole.close()
+            path.write_bytes(path.read_bytes()[:5000])
+        if damage == "other tables":
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                db.execute("CREATE TABLE cooldowns (who TEXT)")
+        state = puter.State(path)
+        with caplog.at_level(logging.DEBUG, "puter"):
+            state.cool("alice", "", minutes, "busy", now=0.0)
+            state.put_catalogue("u", "{}", 1.0)
+            assert state.catalogue("u") == ("{}", 1.0)
+            assert [rest.account for rest in state.cooldowns(1.0)] == ["alice"]
+            state.succeed("alice", "", now=2.0)
+            assert state.cooldowns(1.0) == []
+        (warning,) = caplog.records
+        assert warning.levelname == "WARNING" and str(path) in warning.getMessage()
+        assert "memory" in warning.getMessage()
+        state.close()
+
+    @linux_only
+    def test_a_file_that_may_not_be_written(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        failing(monkeypatch, "open", errno.EACCES, STATE)
+        state = puter.State(folder / STATE)
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        assert len(state.cooldowns(1.0)) == 1
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        state.close()
+
+    @posix_only
+    def test_a_full_disk(self, folder: Path) -> None:
+        script = """
+            import logging, resource
+            logging.basicConfig(format="%(levelname)s %(message)s")
+            state = puter.State()
+            state.cool("alice", "", lambda _: 60.0, "busy", 0.0)
+            state.close()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+            state.put_catalogue("u", "x" * 100_000, 0.0)
+            state.cool("bob", "", lambda _: 60.0, "busy", 0.0)
+            assert [rest.account for rest in state.cooldowns(1.0)] == ["bob"]
+            assert len(state.catalogue("u")[0]) == 100_000
+        """
+        done = run_script(script, folder)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert done.stderr.count("WARNING") == 1 and str(folder) in done.stderr
+        # What others had written is still there.
+        whole = puter.State(folder / STATE)
+        assert [rest.account for rest in whole.cooldowns(1.0)] == ["alice"]
+        whole.close()
+
+    def test_the_file_may_be_deleted_after_a_crash(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # The crash leaves the write-ahead log, which is of no file any more then.
+        script = """
+            state = puter.State()
+            state.put_catalogue("u", "x" * 50_000, 0.0)
+            os._exit(0)
+        """
+        assert run_script(script, folder).returncode == 0
+        assert (folder / f"{STATE}-wal").exists()
+        (folder / STATE).unlink()
+        state = puter.State(folder / STATE)
+        assert state.cooldowns(0.0) == [] and state.catalogue("u") is None
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.close()
+        assert caplog.records == []
+        assert len(state.cooldowns(1.0)) == 1
+        state.close()
+
+    @posix_only
+    def test_after_a_fork_both_go_on(self, folder: Path) -> None:
+        script = """
+            import logging
+            logging.basicConfig(level="WARNING")
+            state = puter.State()
+            state.cool("before", "", lambda _: 60.0, "busy", 0.0)
+            inherited = state._db
+            child = os.fork()
+            for i in range(50):
+                state.cool(f"{child == 0}-{i}", "", lambda _: 60.0, "busy", 0.0)
+            if child == 0:
+                # SQLite forbids the use of a connection on the other side of a fork.
+                os._exit(state._db is inherited)
+            assert os.waitpid(child, 0)[1] == 0
+            assert len(state.cooldowns(1.0)) == 101, len(state.cooldowns(1.0))
+        """
+        done = run_script(script, folder)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @posix_only
+    def test_a_fork_while_a_thread_is_at_work(self, folder: Path) -> None:
+        script = """
+            import signal, threading
+            state = puter.State()
+            inside, go_on = threading.Event(), threading.Event()
+            def rest_s(strikes):
+                inside.set()
+                go_on.wait()
+                return 60.0
+            work = (  # another account's thread is in the middle of a write
+                "alice", "", rest_s, "busy", 0.0)
+            thread = threading.Thread(target=state.cool, args=work)
+            thread.start()
+            inside.wait()
+            child = os.fork()
+            if child == 0:
+                signal.alarm(1)  # ends the child if it hangs
+                state.cooldowns(1.0)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            go_on.set()
+            thread.join()
+            sys.exit(status != 0)
+        """
+        assert run_script(script, folder).returncode == 0
+
+
+# =============================================================================
+# 10. login
+# =============================================================================
+
+GUI = "https://gui.example"
+NONCE = "0123456789abcdef0123456789abcdef"
+
+
+def config_for(fake: FakePuter, folder: Path, **settings: Any) -> puter.Config:
+    """Settings that point to the scripted server."""
+    return puter.Config(
+        api_base_url=fake.url, gui_base_url=fake.url, folder=folder, **settings
+    )
+
+
+def callback_url(sign_in_url: str) -> str:
+    """The address to which the sign-in page would send the browser back."""
+    back = query_value(sign_in_url, "redirectURL")
+    assert back
+    return back
+
+
+class Browser:
+    """Stands in for the person's browser: approves at once, and keeps what it was shown."""
+
+    def __init__(self, fake: FakePuter, token: str | None = None) -> None:
+        self.fake, self.token = fake, token
+        self.shown: list[str] = []
+        self.pages: list[tuple[int, str]] = []
+
+    def open(self, url: str) -> None:
+        """Go to the sign-in page and press the button."""
+        self.pages.append(self.fake.approve(url, self.token))
+
+    def sign_in(self, config: puter.Config, **options: Any) -> puter.Account:
+        """A whole login with this browser."""
+        options = {"port": 0, "open_browser": self.open, "timeout_s": 5.0, **options}
+        return puter.browser_login(config, show=self.shown.append, **options)
+
+
+class Checked:
+    """A callback whose check knows one token, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.callback = puter._Callback(GUI, 1234, NONCE, self.check)
+
+    def check(self, token: str) -> puter.Account:
+        """The account of a token."""
+        self.tokens.append(token)
+        if token != "good":
+            raise puter.AuthError("<b>no</b>")
+        return puter.Account("<i>alice</i>", token)
+
+
+class TestLogin:
+    """The loopback callback takes one token, from Puter's page, on this computer."""
+
+    # The callback, as a table.
+
+    @pytest.mark.parametrize(
+        ("status", "method", "target", "host"),
+        [
+            (200, "GET", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
+            (200, "GET", f"/callback/{NONCE}?token=good", "LOCALHOST:1234"),
+            (200, "GET", f"/callback/{NONCE}?token=good", "[::1]:1234"),
+            (200, "GET", f"/callback/{NONCE}?x=1&token=good&y", "127.0.0.1"),
+            (302, "GET", "/", "127.0.0.1:1234"),
+            (302, "GET", "/?token=good", "127.0.0.1:1234"),
+            (400, "GET", f"/callback/{NONCE}", "127.0.0.1:1234"),
+            (400, "GET", f"/callback/{NONCE}?token=", "127.0.0.1:1234"),
+            (400, "GET", f"/callback/{NONCE}?Token=good", "127.0.0.1:1234"),
+            (404, "GET", "/callback/?token=good", "127.0.0.1:1234"),
+            (404, "GET", f"/callback/{NONCE[:-1]}?token=good", "127.0.0.1:1234"),
+            (404, "GET", f"/callback/{NONCE}/?token=good", "127.0.0.1:1234"),
+            (404, "GET", f"/Callback/{NONCE}?token=good", "127.0.0.1:1234"),
+            (404, "GET", "/favicon.ico", "127.0.0.1:1234"),
+            (404, "GET", "/caf\xe9", "127.0.0.1:1234"),
+            (405, "POST", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
+            (405, "HEAD", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
+            (405, "OPTIONS", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
+            (403, "GET", f"/callback/{NONCE}?token=good", "evil.example"),
+            (403, "GET", f"/callback/{NONCE}?token=good", "127.0.0.1.evil.example"),
+            (403, "GET", f"/callback/{NONCE}?token=good", "evil.example:1234"),
+            (403, "GET", f"/callback/{NONCE}?token=good", ""),
+            (403, "GET", "/", "evil.example"),
+            (403, "GET", f"/callback/{NONCE}?token=bad", "127.0.0.1:1234"),
+        ],
+    )
+    def test_answers(self, status: int, method: str, target: str, host: str) -> None:
+        checked = Checked()
+        found, title, text = checked.callback.answer(method, target, host)
+        assert (found, bool(title), bool(text)) == (status, True, True)
+        assert (checked.callback.account is not None) == (status == 200)
+        asked = status == 200 or "token=bad" in target
+        assert len(checked.tokens) == asked, "only a right request reaches the server"
+
+    def test_the_second_token_is_refused(self) -> None:
+        checked = Checked()
+        target = f"/callback/{NONCE}?token="
+        assert checked.callback.answer("GET", f"{target}good", "localhost")[0] == 200
+        assert checked.callback.answer("GET", f"{target}bad", "localhost")[0] == 410
+        assert checked.callback.answer("GET", f"{target}good", "localhost")[0] == 410
+        assert checked.tokens == ["good"]
+        assert checked.callback.account and checked.callback.error is None
+
+    def test_a_request_without_a_token_does_not_use_it_up(self) -> None:
+        checked = Checked()
+        target = f"/callback/{NONCE}"
+        assert checked.callback.answer("GET", target, "localhost")[0] == 400
+        assert (
+            checked.callback.answer("GET", f"{target}?token=good", "localhost")[0]
+            == 200
+        )
+
+    def test_the_root_leads_to_the_sign_in_page(self) -> None:
+        _, _, address = Checked().callback.answer("GET", "/", "127.0.0.1:1234")
+        url = urlsplit(address)
+        assert f"{url.scheme}://{url.netloc}{url.path}" == f"{GUI}/"
+        assert parse_qs(url.query) == {
+            "action": ["authme"],
+            "redirectURL": [f"http://127.0.0.1:1234/callback/{NONCE}"],
+        }
+        assert "token_type" not in address, "a session token could change the password"
+
+    def test_names_and_errors_are_escaped(self) -> None:
+        for token in ("good", "bad"):
+            answer = Checked().callback.answer(
+                "GET", f"/callback/{NONCE}?token={token}", "localhost"
+            )
+            shown = "".join(map(str, answer[1:]))
+            assert "&lt;" in shown and "<" not in shown
+
+    # With a browser.
+
+    def test_from_end_to_end(self, fake: FakePuter, folder: Path) -> None:
+        browser = Browser(fake)
+        account = browser.sign_in(config_for(fake, folder))
+        assert (account.username, account.token) == ("bob", "token-bob")
+        assert account.added_at_ms and not account.is_temporary
+        assert len(browser.shown) == 1 and browser.shown[0].startswith(f"{fake.url}/?")
+        ((status, page),) = browser.pages
+        assert status == 200 and "Signed in as bob" in page
+        assert not folder.exists(), "keeping the account is the caller's"
+
+    def test_a_person_opens_the_address(self, fake: FakePuter, folder: Path) -> None:
+        browser = Browser(fake)
+        threads = []
+
+        def show(url: str) -> None:
+            threads.append(threading.Thread(target=browser.open, args=(url,)))
+            threads[0].start()
+
+        account = puter.browser_login(
+            config_for(fake, folder), show=show, port=0, timeout_s=5
+        )
+        threads[0].join()
+        assert account.username == "bob" and browser.pages[0][0] == 200
+
+    def test_the_root_of_the_callback_leads_to_a_login(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        def open_browser(url: str) -> None:
+            root = callback_url(url).partition("/callback/")[0]
+            reply = requests.get(f"{root}/", allow_redirects=False, timeout=5)
+            assert (reply.status_code, reply.headers["Location"]) == (302, url)
+            fake.approve(reply.headers["Location"])
+
+        account = Browser(fake).sign_in(
+            config_for(fake, folder), open_browser=open_browser
+        )
+        assert account.username == "bob"
+
+    def test_the_nonce_is_long_and_new_each_time(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        browser = Browser(fake)
+        for _ in range(3):
+            browser.sign_in(config_for(fake, folder))
+        nonces = {callback_url(url).rpartition("/")[2] for url in browser.shown}
+        assert len(nonces) == 3
+        assert all(len(bytes.fromhex(nonce)) == 16 for nonce in nonces)
+
+    def test_what_others_send_does_not_disturb(
+        self, fake: FakePuter, folder: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        statuses: list[int] = []
+        silent: list[socket.socket] = []
+
+        def open_browser(url: str) -> None:
+            back = callback_url(url)
+            root, port = back.partition("/callback/")[0], urlsplit(back).port
+            for data in (b"", b"\x16\x03\x01\x00\xff garbage\r\n\r\n", b"GET / HT"):
+                silent.append(socket.create_connection(("127.0.0.1", port), 5))
+                silent[-1].sendall(data)
+            for method, address, host in (
+                ("GET", f"{root}/favicon.ico", None),
+                ("GET", f"{root}/callback/{'0' * 32}?token=evil", None),
+                ("POST", f"{back}?token=evil", None),
+                ("DELETE", f"{back}?token=evil", None),
+                ("GET", f"{back}?token=evil", "evil.example"),
+                ("GET", back, None),
+            ):
+                headers = {"Host": host} if host else {}
+                reply = requests.request(method, address, headers=headers, timeout=5)
+                statuses.append(reply.status_code)
+            fake.approve(url)
+
+        account = Browser(fake).sign_in(
+            config_for(fake, folder), open_browser=open_browser
+        )
+        for connection in silent:
+            connection.close()
+        assert account.username == "bob"
+        assert statuses == [404, 404, 405, 405, 403, 400]
+        assert [one.token for one in fake.requests] == ["token-bob"]
+        assert capfd.readouterr() == ("", "")
+
+    def test_the_answer_is_not_kept_by_the_browser(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        replies: list[requests.Response] = []
+
+        def open_browser(url: str) -> None:
+            address = f"{callback_url(url)}?token=token-bob"
+            replies.append(requests.get(address, timeout=5))
+
+        Browser(fake).sign_in(config_for(fake, folder), open_browser=open_browser)
+        headers = replies[0].headers
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Content-Type"] == "text/html; charset=utf-8"
+        # The address bar, and so the history, would show it else.
+        assert "history.replaceState" in replies[0].text
+
+    def test_a_name_with_html_in_it(self, fake: FakePuter, folder: Path) -> None:
+        name = "<script>alert('x')</script>{0}"
+        fake.login_token = fake.add_account(name, "token-evil").token
+        browser = Browser(fake)
+        assert browser.sign_in(config_for(fake, folder)).username == name
+        page = browser.pages[0][1]
+        assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+    def test_nobody_comes(self, fake: FakePuter, folder: Path) -> None:
+        with pytest.raises(puter.AuthError) as caught:
+            Browser(fake).sign_in(
+                config_for(fake, folder), open_browser=None, timeout_s=0.05
+            )
+        assert "Nobody signed in" in str(caught.value)
+        assert "--no-browser" in str(caught.value)
+
+    def test_a_taken_port(self, fake: FakePuter, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            browser = Browser(fake)
+            assert browser.sign_in(config_for(fake, folder), port=port)
+        assert urlsplit(callback_url(browser.shown[0])).port != port
+
+    def test_the_wanted_port(self, fake: FakePuter, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        browser = Browser(fake)
+        for _ in range(2):  # the second one finds the first one's closed connections
+            browser.sign_in(config_for(fake, folder), port=port)
+        ports = [urlsplit(callback_url(url)).port for url in browser.shown]
+        assert ports == [port, port]
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port), 5)
+
+    def test_temporary_accounts(self, fake: FakePuter, folder: Path) -> None:
+        fake.accounts["token-bob"].temporary = True
+        assert Browser(fake).sign_in(config_for(fake, folder)).is_temporary
+        browser = Browser(fake)
+        with pytest.raises(puter.AuthError, match="auto_create_temp_user") as caught:
+            browser.sign_in(config_for(fake, folder, auto_create_temp_user=False))
+        assert "Sign in to your own account" in str(caught.value)
+        ((status, page),) = browser.pages
+        assert status == 403 and "temporary account" in page
+
+    def test_a_token_that_the_server_refuses(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        browser = Browser(fake, token=SECRET)
+        with pytest.raises(puter.AuthError) as caught:
+            browser.sign_in(config_for(fake, folder))
+        assert browser.pages[0][0] == 403 and "Not signed in" in browser.pages[0][1]
+        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
+
+    def test_a_server_that_is_away(self, fake: FakePuter, folder: Path) -> None:
+        config = config_for(fake, folder)
+        fake.stop()
+        browser = Browser(fake, token=SECRET)
+        with pytest.raises(puter.NetworkError) as caught:
+            browser.sign_in(config)
+        assert browser.pages[0][0] == 403
+        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
+
+    def test_an_answer_that_names_nobody(self, fake: FakePuter, folder: Path) -> None:
+        fake.routes["GET", "/whoami"] = lambda handler: handler.send(
+            Raw({"username": None})
+        )
+        with pytest.raises(puter.ServerError, match="whose token"):
+            Browser(fake).sign_in(config_for(fake, folder))
+
+    def test_the_token_is_never_shown(
+        self,
+        fake: FakePuter,
+        folder: Path,
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        fake.login_token = fake.add_account("carol", SECRET).token
+        browser = Browser(fake)
+        with caplog.at_level(logging.DEBUG):
+            account = browser.sign_in(config_for(fake, folder, debug=True))
+        shown = "".join(capfd.readouterr()) + caplog.text + browser.pages[0][1]
+        assert SECRET not in shown + repr(account) + "".join(browser.shown)
+
+    @posix_only
+    def test_a_browser_that_does_not_wait_for_the_page(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        gone = threading.Event()
+
+        def slow(handler: FakeHandler) -> None:
+            gone.wait(2)
+            whoami(handler)
+
+        def open_browser(url: str) -> None:
+            back = urlsplit(callback_url(url))
+            with socket.create_connection(("127.0.0.1", back.port), 5) as tab:
+                # Closing sends a reset, as when a browser is killed.
+                tab.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                tab.sendall(
+                    f"GET {back.path}?token=token-bob HTTP/1.1\r\n"
+                    "Host: localhost\r\n\r\n".encode()
+                )
+                assert eventually(lambda: bool(fake.requests))
+            gone.set()
+
+        fake.routes["GET", "/whoami"] = slow
+        account = Browser(fake).sign_in(
+            config_for(fake, folder), open_browser=open_browser, timeout_s=1.0
+        )
+        assert account.username == "bob"
+
+    def test_a_browser_that_cannot_be_opened_ends_the_server(
+        self, fake: FakePuter, folder: Path
+    ) -> None:
+        addresses: list[str] = []
+
+        def broken(url: str) -> None:
+            addresses.append(callback_url(url))
+            raise RuntimeError("no browser")
+
+        with pytest.raises(RuntimeError, match="no browser"):
+            Browser(fake).sign_in(config_for(fake, folder), open_browser=broken)
+        with pytest.raises(requests.exceptions.ConnectionError):
+            requests.get(addresses[0], timeout=5)
+
+
+# =============================================================================
+# 13. cli: the accounts
+# =============================================================================
+
+
+class Shell:
+    """Runs `python -m puter` as a person does, against the scripted server."""
+
+    def __init__(self, fake: FakePuter, folder: Path) -> None:
+        self.fake, self.folder = fake, folder
+        self.environ = clean_environ(
+            folder, PUTER_API_BASE_URL=fake.url, PUTER_GUI_BASE_URL=fake.url
+        )
+
+    def start(self, *args: str, **more: Any) -> subprocess.Popen[bytes]:
+        """Start a command; `more` is for Popen, and `environ` adds variables."""
+        environ = {**self.environ, **more.pop("environ", {})}
+        more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **more}
+        return subprocess.Popen(
+            [sys.executable, "-m", "puter", *args],
+            env=environ,
+            stderr=subprocess.PIPE,
+            **more,
+        )
+
+    def run(
+        self, *args: str, stdin: str | bytes = "", **environ: str
+    ) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        process = self.start(*args, stdin=subprocess.PIPE, environ=environ)
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        out, err = process.communicate(data, timeout=20)
+        assert b"Traceback" not in err, err.decode()
+        return process.returncode, out.decode(), err.decode()
+
+    def good(self, *args: str, stdin: str = "", **environ: str) -> str:
+        """Standard output of a command that must work, and say nothing else."""
+        code, out, err = self.run(*args, stdin=stdin, **environ)
+        assert (code, err) == (0, "")
+        return out
+
+    def refused(self, *args: str, stdin: str = "", code: int = 1) -> str:
+        """The one line on standard error of a command that must fail."""
+        found, out, err = self.run(*args, stdin=stdin)
+        assert (found, out) == (code, "")
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    @property
+    def store(self) -> puter.AccountStore:
+        """The accounts that the commands see."""
+        return puter.AccountStore(self.folder / ACCOUNTS)
+
+    @property
+    def state(self) -> puter.State:
+        """The state that the commands see."""
+        return puter.State(self.folder / STATE)
+
+
+@pytest.fixture
+def shell(fake: FakePuter, folder: Path) -> Shell:
+    """The commands, with nobody signed in."""
+    return Shell(fake, folder)
+
+
+@pytest.fixture
+def two(shell: Shell) -> Shell:
+    """The commands, with alice and bob signed in; bob is active."""
+    for name in ("alice", "bob"):
+        shell.store.add(puter.Account(name, f"token-{name}", 1_700_000_000_000))
+    return shell
+
+
+class TestAccountCommands:
+    """login, logout, switch and status as processes of their own."""
+
+    # login
+
+    def test_login_with_a_token(self, shell: Shell) -> None:
+        out = shell.good("login", "--with-token", stdin="  token-alice \r\n")
+        path = shell.folder / ACCOUNTS
+        assert out == f"Signed in as alice; 1 account in {path}\n"
+        out = shell.good("login", "--with-token", stdin="token-bob")
+        assert out == f"Signed in as bob; 2 accounts in {path}\n"
+        assert names(shell.store) == ["alice", "bob"]
+        assert active_name(shell.store) == "bob"
+
+    def test_login_again_renews_the_token_and_ends_the_rests(self, two: Shell) -> None:
+        state = two.state
+        state.cool("alice", "", minutes, "busy", now=time.time())
+        state.cool("bob", "", minutes, "busy", now=time.time())
+        two.fake.add_account("alice", "token-new")
+        two.good("login", "--with-token", stdin="token-new\n")
+        assert names(two.store) == ["alice", "bob"]
+        alice = two.store.active()
+        assert alice and (alice.username, alice.token) == ("alice", "token-new")
+        assert alice.added_at_ms == 1_700_000_000_000
+        assert [r.account for r in state.cooldowns(time.time())] == ["bob"]
+        state.close()
+
+    @pytest.mark.parametrize("token", [SECRET, f"two {SECRET}", f"{SECRET}é"])
+    def test_login_with_a_token_that_is_of_no_use(
+        self, shell: Shell, token: str
+    ) -> None:
+        told = shell.refused("login", "--with-token", stdin=token)
+        assert SECRET not in told
+        assert not shell.store.path.exists()
+
+    def test_login_without_a_token(self, shell: Shell) -> None:
+        assert "--with-token" in shell.refused("login", "--with-token", code=2)
+
+    def test_login_without_a_server(self, shell: Shell) -> None:
+        shell.fake.stop()
+        told = shell.refused("login", "--with-token", stdin=SECRET)
+        assert shell.fake.url in told and SECRET not in told
+
+    def test_login_to_a_temporary_account(self, shell: Shell) -> None:
+        shell.fake.accounts["token-bob"].temporary = True
+        code, _, err = shell.run(
+            "login", "--with-token", stdin="token-bob", PUTER_AUTO_CREATE_TEMP_USER="0"
+        )
+        assert code == 1 and "auto_create_temp_user" in err
+        assert shell.store.accounts() == []
+        out = shell.good("login", "--with-token", stdin="token-bob")
+        assert "bob (a temporary account)" in out
+        assert shell.store.accounts()[0].is_temporary
+        assert "(temporary, " in shell.good("status")
+
+    def test_a_wrong_setting_is_wrong_usage(self, shell: Shell) -> None:
+        code, out, err = shell.run("status", PUTER_MAX_RETRIES="many")
+        assert (code, out) == (2, "") and "PUTER_MAX_RETRIES" in err
+
+    def shown_address(self, process: subprocess.Popen[bytes]) -> str:
+        """The address that a waiting login shows."""
+        assert process.stderr
+        for line in process.stderr:
+            if b"action=authme" in line:
+                return line.decode().strip()
+        raise AssertionError("no address was shown")
+
+    def test_login_with_a_browser_elsewhere(self, shell: Shell) -> None:
+        shell.fake.login_token = shell.fake.add_account("carol", SECRET).token
+        with shell.start("login", "--no-browser", "--port", "0") as process:
+            status, page = shell.fake.approve(self.shown_address(process))
+            out, err = process.communicate(timeout=10)
+        assert (process.returncode, status) == (0, 200)
+        assert out.startswith(b"Signed in as carol; 1 account in ")
+        assert SECRET.encode() not in out + err + page.encode()
+        assert shell.store.accounts()[0].token == SECRET
+
+    @posix_only
+    def test_login_opens_the_browser(self, shell: Shell, tmp_path: Path) -> None:
+        # A browser that presses the button on the page that it is told to open.
+        browser = tmp_path / "browser"
+        browser.write_text(
+            f"#!{sys.executable}\n"
+            "import html, re, sys, urllib.request as u\n"
+            "page = u.urlopen(sys.argv[1]).read().decode()\n"
+            "u.urlopen(html.unescape(re.search('href=\"([^\"]+)', page)[1])).read()\n"
+        )
+        browser.chmod(0o700)
+        environ = {"BROWSER": f"{browser} %s"}
+        code, out, err = shell.run("login", "--port", "0", **environ)
+        assert (code, out[:16]) == (0, "Signed in as bob")
+        assert "Open this address to sign in" in err
+
+    @posix_only
+    def test_ctrl_c_ends_a_waiting_login_at_once(self, shell: Shell) -> None:
+        with shell.start("login", "--no-browser", "--port", "0") as process:
+            self.shown_address(process)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=5)
+        assert (process.returncode, out) == (130, b"")
+        assert b"Traceback" not in err
+
+    @pytest.mark.parametrize("port", ["99999", "-1"])
+    def test_login_at_a_port_that_cannot_be(self, shell: Shell, port: str) -> None:
+        code, out, err = shell.run("login", "--no-browser", "--port", port)
+        assert (code, out) == (2, "") and "port" in err
+
+    def test_login_with_a_token_in_utf_16(self, shell: Shell) -> None:
+        # What a redirection of an older PowerShell writes.
+        code, _, err = shell.run(
+            "login",
+            "--with-token",
+            stdin=f"{SECRET}\n".encode("utf-16"),
+            PYTHONIOENCODING="utf-8:strict",
+        )
+        assert code in (1, 2) and err.startswith("error: ")
+
+    # login --import
+
+    def test_import(self, shell: Shell, tmp_path: Path) -> None:
+        shell.fake.stop()  # it needs no network
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps(PLUGIN_FILE))
+        out = shell.good("login", "--import", str(plugin))
+        assert out.splitlines() == [
+            "Added alice",
+            "Added temp_bob",
+            f"2 accounts from {plugin}",
+        ]
+        assert accounts_json(shell.folder) == PLUGIN_FILE
+        assert json.loads(plugin.read_text()) == PLUGIN_FILE
+
+    def test_import_into_a_filled_store(self, two: Shell, tmp_path: Path) -> None:
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps(PLUGIN_FILE))
+        out = two.good("login", "--import", str(plugin))
+        assert "Renewed the token of alice\nAdded temp_bob\n" in out
+        assert SECRET not in out
+        assert names(two.store) == ["alice", "bob", "temp_bob"]
+        assert two.store.accounts()[0].token == SECRET
+        assert active_name(two.store) == "bob"
+
+    def test_import_keeps_the_active_account(
+        self, shell: Shell, tmp_path: Path
+    ) -> None:
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps({**PLUGIN_FILE, "activeIndex": 1}))
+        shell.good("login", "--import", str(plugin))
+        assert active_name(shell.store) == "temp_bob"
+
+    @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", "a folder"])
+    def test_import_of_what_is_no_accounts_file(
+        self, shell: Shell, tmp_path: Path, content: Any
+    ) -> None:
+        path = tmp_path / "plugin.json"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content:
+            path.mkdir()
+        assert str(path) in shell.refused("login", "--import", str(path))
+        assert not shell.store.path.exists()
+
+    def test_import_of_nobody(self, shell: Shell, tmp_path: Path) -> None:
+        path = tmp_path / "plugin.json"
+        path.write_text('{"version": 1, "accounts": [], "activeIndex": 0}')
+        assert "holds no account" in shell.good("login", "--import", str(path))
+
+    def test_import_of_an_empty_name(self, shell: Shell) -> None:
+        process = shell.start("login", "--import", "", "--no-browser", "--port", "0")
+        try:
+            assert process.wait(timeout=0.7) in (1, 2)
+        except subprocess.TimeoutExpired:
+            pytest.fail("it waits for a browser")
+        finally:
+            process.kill()
+            process.communicate()
+
+    # logout
+
+    def test_logout(self, two: Shell) -> None:
+        out = two.good("logout")
+        assert out.startswith("Forgot bob.\nThe active account is alice.\n")
+        assert "revoke it on puter.com" in out
+        assert names(two.store) == ["alice"]
+        assert two.good("logout", "alice").startswith("Forgot alice.\n")
+        assert two.good("logout") == "Nobody is signed in.\n"
+
+    def test_logout_of_another(self, two: Shell) -> None:
+        out = two.good("logout", "alice")
+        assert out.startswith("Forgot alice.\nThe active account is bob.\n")
+
+    def test_logout_of_all(self, two: Shell) -> None:
+        assert two.good("logout", "--all").startswith("Forgot alice, bob.\n")
+        assert two.store.accounts() == []
+        assert two.good("logout", "--all") == "Forgot nobody.\n"
+
+    def test_logout_of_a_stranger(self, two: Shell) -> None:
+        told = two.refused("logout", "Alice")
+        assert "Did you mean 'alice'?" in told and "alice, bob" in told
+        assert len(two.store.accounts()) == 2
+
+    def test_logout_of_one_and_all(self, two: Shell) -> None:
+        two.run("logout", "alice", "--all")
+        assert len(two.store.accounts()) == 2
+
+    # switch
+
+    def test_switch(self, two: Shell) -> None:
+        assert two.good("switch", "alice") == "The active account is alice.\n"
+        assert active_name(two.store) == "alice"
+        assert "Did you mean 'bob'?" in two.refused("switch", "bop")
+        assert active_name(two.store) == "alice"
+
+    def test_switch_without_accounts(self, shell: Shell) -> None:
+        assert "python -m puter login" in shell.refused("switch", "alice")
+
+    # status
+
+    def test_status(self, two: Shell) -> None:
+        now, state = time.time(), two.state
+        state.succeed("alice", ("m",), now - 7200)
+        state.cool("alice", "m1", lambda _: 500.0, "upstream_failed", now)
+        state.cool("bob", "", lambda _: 900.0, "too_many_requests", now)
+        state.cool("bob", "old", lambda _: -1.0, "is over", now)
+        state.close()
+        lines = two.good("status").splitlines()
+        assert lines[:2] == [
+            "  alice  (last used 2 hours ago)",
+            "* bob  (last used never)",
+        ]
+        assert re.fullmatch(
+            r"  resting: m1 on alice, \d+ s left \(upstream_failed\)", lines[2]
+        )
+        assert re.fullmatch(
+            r"  resting: bob, \d+ s left \(too_many_requests\)", lines[3]
+        )
+        assert len(lines) == 4
+
+    def test_status_as_json(self, two: Shell) -> None:
+        state = two.state
+        state.cool("bob", "m", lambda _: 900.0, "busy", time.time())
+        mark = puter._token_mark("token-alice")
+        state.cool("alice", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
+        state.close()
+        out = two.good("status", "--json")
+        data = json.loads(out)
+        assert data["config_dir"] == str(two.folder)
+        alice, bob = data["accounts"]
+        assert alice == {
+            "username": "alice",
+            "active": False,
+            "temporary": False,
+            "added_at_ms": 1_700_000_000_000,
+            "last_used_ms": None,
+            "needs_login": True,
+        }
+        assert (bob["active"], bob["needs_login"]) == (True, False)
+        (rest,) = data["cooldowns"]
+        left = rest.pop("seconds_left")
+        assert 0 < left <= 900
+        assert rest == {"account": "bob", "model": "m", "reason": "busy", "strikes": 1}
+        assert "token-" not in out
+
+    def test_status_of_a_dead_token(self, two: Shell) -> None:
+        state = two.state
+        mark = puter._token_mark("token-bob")
+        state.cool("bob", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
+        state.close()
+        out = two.good("status")
+        assert "* bob  (needs a new sign-in: python -m puter login" in out
+        assert "resting" not in out
+        two.store.add(puter.Account("bob", "another"))
+        assert "needs a new" not in two.good("status")
+
+    def test_status_without_accounts(self, shell: Shell, tmp_path: Path) -> None:
+        code, out, err = shell.run("status")
+        assert (code, err) == (1, "")
+        assert "python -m puter login" in out and "--import" not in out
+        plugin = tmp_path / "home" / ".config" / "opencode" / ACCOUNTS
+        plugin.parent.mkdir(parents=True)
+        plugin.write_text(json.dumps(PLUGIN_FILE))
+        assert f"login --import {plugin}\n" in shell.run("status")[1]
+
+    def test_status_without_accounts_as_json(self, shell: Shell) -> None:
+        code, out, _ = shell.run("status", "--json")
+        assert json.loads(out)["accounts"] == []
+        assert code == 1
+
+    def test_status_with_a_token_of_the_environment(self, two: Shell) -> None:
+        out = two.good("status", PUTER_AUTH_TOKEN=SECRET)
+        assert out.startswith("PUTER_AUTH_TOKEN is set") and SECRET not in out
+
+    def test_status_tells_of_a_damaged_state(self, two: Shell) -> None:
+        (two.folder / STATE).write_bytes(b"this is no database, " * 500)
+        code, out, err = two.run("status")
+        assert code == 0 and "* bob" in out
+        assert STATE in err
+
+    def test_clearing_the_cooldowns(self, two: Shell) -> None:
+        state = two.state
+        for model in ("", "m"):
+            state.cool("bob", model, minutes, "busy", time.time())
+        assert two.good("status", "--clear-cooldowns") == "Ended 2 rests.\n"
+        assert state.cooldowns(time.time()) == []
+        assert two.good("status", "--clear-cooldowns") == "Ended 0 rests.\n"
+        state.close()
+
+    def test_clearing_counts_what_rests(self, two: Shell) -> None:
+        state = two.state
+        state.cool("bob", "", minutes, "busy", now=0.0)
+        state.close()
+        assert "resting" not in two.good("status")
+        assert two.good("status", "--clear-cooldowns") == "Ended 0 rests.\n"
+
+    def test_clearing_as_json(self, two: Shell) -> None:
+        json.loads(two.good("status", "--clear-cooldowns", "--json"))
+
+    # all of them
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("login", "--with-token"),
+            ("logout",),
+            ("logout", "--all"),
+            ("logout", "alice"),
+            ("switch", "alice"),
+            ("status",),
+            ("status", "--json"),
+        ],
+        ids=" ".join,
+    )
+    def test_a_broken_file_is_named_and_kept(
+        self, two: Shell, command: tuple[str, ...]
+    ) -> None:
+        path = two.store.path
+        raw = b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode()
+        path.write_bytes(raw)
+        told = two.refused(*command, stdin="token-alice")
+        assert str(path) in told and SECRET not in told
+        assert path.read_bytes() == raw
+
+    def test_wrong_usage(self, shell: Shell) -> None:
+        for args in ((), ("switch",), ("logout", "a", "b"), ("login", "--port", "x")):
+            code, out, err = shell.run(*args)
+            assert (code, out) == (2, "") and err.startswith("usage: python -m puter")
+
+    def test_debug_shows_what_happens_to_the_accounts(self, shell: Shell) -> None:
+        code, _, err = shell.run(
+            "login", "--with-token", stdin="token-alice", PUTER_DEBUG="1"
+        )
+        assert code == 0 and "token-alice" not in err
+        assert re.search(
+            r"^\[puter-auth\] [\d:]{8} Auth: Account added - alice$", err, re.MULTILINE
+        )
+        _, _, err = shell.run("switch", "alice", PUTER_DEBUG="1")
+        assert "Auth: Switched account - alice" in err
+
+    @posix_only
+    @pytest.mark.parametrize(
+        ("redirection", "args"),
+        [("<&-", "login --with-token"), (">&-", "status"), (">/dev/full", "status")],
+    )
+    def test_streams_that_are_closed_or_full(
+        self, two: Shell, redirection: str, args: str
+    ) -> None:
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable],
+            env=two.environ,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+    def test_what_needs_no_network_loads_no_network(self, two: Shell) -> None:
+        script = """
+            for args in (["status"], ["switch", "alice"], ["logout", "alice"]):
+                assert puter.main(args) == 0
+            assert not {"requests", "http.server", "sseclient"} & set(sys.modules)
+        """
+        done = run_script(script, two.folder)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+# =============================================================================
+# Helpers of the client's tests
+# =============================================================================
+
+MakeClient = Callable[..., puter.Puter]
+Script = Callable[[FakeHandler, dict[str, Any]], Answer]
+
+# The free models of the fake catalogue, in the order in which they stand in.
+FREE = (
+    "openrouter:xiaomi/mimo-v2-flash:free",
+    "openrouter:deepseek/deepseek-r1-0528:free",
+    "openrouter:mistralai/devstral-2512:free",
+    "openrouter:qwen/qwen3-coder:free",
+    "allam-2-7b",
+)
+PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 16
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+NO_MODEL = (400, {"code": "bad_request", "message": "Model not found: x"})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for settings, accounts and state."""
+    for name in [name for name in os.environ if name.startswith("PUTER_")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
+    return tmp_path / "puter"
+
+
+@pytest.fixture
+def make(fake: FakePuter, home: Path) -> Iterator[MakeClient]:
+    """Makes clients of the fake server: `make("alice", "bob", max_retries=0)`."""
+    made: list[puter.Puter] = []
+
+    def make_client(*usernames: str, **settings: Any) -> puter.Puter:
+        sign_in(fake, home, *(usernames or ("alice",)))
+        more = {"api_base_url": fake.url, "retry_delay_ms": 1, **settings}
+        made.append(puter.Puter(**more))
+        return made[-1]
+
+    yield make_client
+    for client in made:
+        client.close()
+
+
+def sign_in(fake: FakePuter, home: Path, *usernames: str) -> None:
+    """Keeps the accounts in the store, the first one active, and tells the server of them."""
+    store = puter.AccountStore(home)
+    for username in usernames:
+        if f"token-{username}" not in fake.accounts:
+            fake.add_account(username)
+        known = [account.username for account in store.accounts()]
+        if username not in known:
+            account = puter.Account(username, f"token-{username}", 1)
+            store.add(account, activate=not known)
+
+
+def lab(name: str) -> str:
+    """The id of the model of a scenario."""
+    return name if name == "fake" else f"openrouter:lab/{name}"
+
+
+def told(fake: FakePuter) -> list[str]:
+    """Every driver call that the server saw: "alice text", or "alice F1" for a stand-in."""
+    short = {model: f"F{number}" for number, model in enumerate(FREE, 1)}
+    return [
+        f"{account} {short.get(str(model), str(model).removeprefix('openrouter:lab/'))}"
+        for account, model in fake.chat_calls()
+    ]
+
+
+def ask(client: puter.Puter, how: str, model: str, **more: Any) -> puter.Reply:
+    """The whole reply, by `chat` or by a stream that is read to its end."""
+    if how == "chat":
+        return client.chat("hi", model=model, **more)
+    with client.stream("hi", model=model, **more) as stream:
+        for _ in stream:
+            pass
+        return stream.reply
+
+
+def text_of_chunks(chunks: list[puter.Chunk]) -> str:
+    """The text of a stream's chunks."""
+    return "".join(map(str, chunks))
+
+
+def calls_of(reply: puter.Reply) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of the tool calls of a reply."""
+    return [(call.name, call.arguments) for call in reply.tool_calls]
+
+
+def line(kind: str, **fields: Any) -> bytes:
+    """A line of a driver stream."""
+    return compact({"type": kind, **fields}).encode() + b"\n"
+
+
+def event(**delta: Any) -> bytes:
+    """An event of an OpenAI stream."""
+    return f"data: {compact({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode()
+
+
+def streams(*chunks: bytes, content_type: str | None = None) -> Script:
+    """A scenario that streams the given chunks and ends as a stream should."""
+
+    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+        handler.begin_stream(content_type)
+        for chunk in chunks:
+            handler.chunk(chunk)
+        handler.end_stream()
+        return None
+
+    return send
+
+
+def silent(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+    """A scenario that never sends a byte."""
+    handler.pause(30.0)
+    return None
+
+
+def refusing(status: int, code: str, message: str = "no") -> Raw:
+    """An error of the server."""
+    return Raw({"code": code, "message": message, "error": message}, status)
+
+
+def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Starts the work in a thread; its value, or the error that it raised, comes into a list."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 (handed over)
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+def unstarted(client: puter.Puter, model: str, **more: Any) -> puter.Stream:
+    """A stream that has not been asked for yet, so that another thread can close it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(puter.Stream, "_start", lambda stream: stream)
+        return client.stream("hi", model=model, **more)
+
+
+def running_on(client: puter.Puter, username: str = "alice") -> int:
+    """How many places of an account are taken in this client."""
+    return client._gates[username]._running
+
+
+def let_rests_end(home: Path) -> None:
+    """Lets time pass: every rest has ended, and the strikes stay."""
+    with sqlite3.connect(home / puter.STATE_NAME) as db:
+        db.execute("UPDATE cooldowns SET until_s = 1 WHERE reason != 'login'")
+    db.close()
+
+
+@contextmanager
+def raw_server(serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that knows no HTTP: `serve` gets each connection; gives the address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    kept: list[socket.socket] = []
+
+    def run(connection: socket.socket) -> None:
+        with suppress(OSError):
+            serve(connection)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                threading.Thread(target=run, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        for one in (listener, *kept):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages of the log."""
+    return [record.getMessage() for record in caplog.records if record.name == "puter"]
+
+
+def count_connections(fake: FakePuter) -> Callable[[], int]:
+    """Counts the connections that clients open from now on."""
+    opened: list[Any] = []
+    server = fake._server
+    assert server is not None
+    before = server.process_request
+
+    def process(request: Any, address: Any) -> None:
+        opened.append(address)
+        before(request, address)
+
+    server.process_request = process  # type: ignore
+    return lambda: len(opened)
+
+
+# What each scenario must come to: for a whole reply, and for a stream of it. A value is what
+# is special about the reply; an error is its kind and how many requests it takes when two
+# retries are allowed.
+PLAIN: dict[str, Any] = {"text": SENTENCE, "finish_reason": "stop"}
+GOOD: dict[str, dict[str, Any]] = {
+    "text": {"usage": puter.Usage(11, 22, 0, 33, 0.000055)},
+    "reason": {"reasoning": "thinking..."},
+    "empty": {"text": ""},
+    "length": {"finish_reason": "length"},
+    "tools": {"text": "", "finish_reason": "tool_calls"},
+    "twotools": {"text": "", "finish_reason": "tool_calls"},
+    "vision": {"text": 'parts: ["text"]'},
+    "midfail": {},
+    "cut": {},
+    "nousage": {"usage": puter.Usage()},
+    "slow": {},
+    "long": {"text": " ".join(f"word{number}" for number in range(2000))},
+    "fake": {"text": LOREM},
+    "halfline": {},
+    "nousageline": {},
+    "flaky": {},
+    "anthropic": {"finish_reason": "tool_calls"},
+    "openaiusage": {"usage": puter.Usage(11, 22, 5, 33, 0.0001)},
+    "unicode": {"text": ODD_TEXT},
+    "echo": {"text": "hi"},
+    "extra": {"text": "", "finish_reason": "tool_calls"},
+}
+PARIS = ("get_weather", {"city": "Paris"})
+CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "tools": [PARIS],
+    "twotools": [PARIS, ("get_time", {"tz": "CET"})],
+    "anthropic": [PARIS],
+    "extra": [PARIS],
+}
+BAD: dict[str, tuple[type[puter.PuterError], int]] = {
+    "err400": (puter.BadRequestError, 1),
+    "err401": (puter.ProviderAuthError, 1),
+    "err403": (puter.ProviderAuthError, 1),
+    "err429": (puter.ModelRateLimitError, 1),
+    "err500": (puter.ModelUnavailableError, 2),
+    "hang": (puter.RequestTimeoutError, 3),
+    "closed": (puter.ReplyError, 1),
+    "badjson": (puter.ReplyError, 1),
+    "html": (puter.ServerError, 3),
+    "notjson": (puter.ReplyError, 1),
+    "busy503": (puter.ServerError, 2),
+    "internal": (puter.ServerError, 3),
+    "denied": (puter.ModelAccessError, 1),
+    "oldfail": (puter.ModelAccessError, 1),
+    "blocked": (puter.BadRequestError, 1),
+    "badargs": (puter.ReplyError, 1),
+}
+# A stream differs: no finish reason but what the calls tell, one call of two, and a blocked
+# prompt cannot be told from a reply.
+BROKEN_STREAMS = {
+    "midfail": "The quick brown fox — ",
+    "cut": "The quick brown fox — ",
+    "closed": None,
+    "halfline": SENTENCE.removesuffix("line."),
+    "nousageline": SENTENCE,
+}
+
+GOOD_STREAMED: dict[str, dict[str, Any]] = {
+    **{name: GOOD[name] for name in GOOD if name not in BROKEN_STREAMS},
+    "length": {},
+    "blocked": {"text": LOREM},
+}
+BAD_CASES = [("chat", name) for name in BAD] + [
+    ("stream", name) for name in BAD if name not in {**GOOD_STREAMED, **BROKEN_STREAMS}
+]
+
+
+def check_reply(reply: puter.Reply, want: Mapping[str, Any]) -> None:
+    """Compares the fields of a reply that a table names."""
+    assert {name: getattr(reply, name) for name in want} == want
+
+
+# =============================================================================
+# Transport
+# =============================================================================
+
+
+class TestTransport:
+    """The road to the server: every way in which it can fail has a kind and a text."""
+
+    def test_the_tables_know_every_scenario(self) -> None:
+        assert GOOD.keys() | BAD.keys() == SCENARIOS.keys()
+        streamed = GOOD_STREAMED.keys() | BAD.keys() | BROKEN_STREAMS.keys()
+        assert streamed == SCENARIOS.keys()
+
+    @pytest.mark.parametrize("scenario", GOOD)
+    def test_a_whole_reply(
+        self, make: MakeClient, fake: FakePuter, scenario: str
+    ) -> None:
+        reply = make().chat("hi", model=lab(scenario), fallback=False)
+        check_reply(reply, {**PLAIN, **GOOD[scenario]})
+        assert calls_of(reply) == CALLS.get(scenario, [])
+        assert str(reply) == reply.text
+        assert (reply.model, reply.account) == (lab(scenario), "alice")
+        assert len(reply.attempts) == len(fake.chat_calls())
+
+    @pytest.mark.parametrize(("how", "scenario"), BAD_CASES)
+    def test_an_error_has_its_kind_and_its_number_of_requests(
+        self, make: MakeClient, fake: FakePuter, scenario: str, how: str
+    ) -> None:
+        kind, count = BAD[scenario]
+        # Each retry of this one waits a second, as its server asks.
+        retries = 1 if scenario == "busy503" else 2
+        client = make(max_retries=retries, api_timeout_ms=150)
+        with pytest.raises(kind) as caught:
+            ask(client, how, lab(scenario), fallback=False)
+        error = caught.value
+        assert type(error) is kind
+        assert len(fake.chat_calls()) == len(error.attempts) == count
+        assert (error.model, error.account) == (lab(scenario), "alice")
+        assert error.hint and "token-" not in repr(vars(error)) + str(error)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0)
+        assert running_on(client) == 0
+
+    @pytest.mark.parametrize(
+        ("url", "words"),
+        [
+            ("http://127.0.0.1:{dead}", "refused"),
+            ("http://no-such-host.invalid", "no-such-host.invalid"),
+            ("https://127.0.0.1:{live}", "TLS"),
+        ],
+    )
+    def test_there_is_no_way_to_the_server(
+        self, make: MakeClient, fake: FakePuter, url: str, words: str
+    ) -> None:
+        client = make(
+            api_base_url=url.format(dead=free_port(), live=fake.port), max_retries=1
+        )
+        with pytest.raises(puter.NetworkError, match=words) as caught:
+            client.chat("hi")
+        assert len(caught.value.attempts) == 2
+        assert "api_base_url" in str(caught.value)
+        assert not fake.requests
+
+    def test_a_dead_proxy(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(puter.NetworkError, match="proxy"):
+            make(max_retries=0).chat("hi")
+        assert not fake.requests
+
+    @pytest.mark.parametrize("status", [301, 302, 307, 308])
+    def test_the_token_does_not_follow_a_redirect(
+        self, make: MakeClient, fake: FakePuter, status: int
+    ) -> None:
+        with FakePuter() as other:
+            there = {"Location": f"{other.url}/drivers/call"}
+            fake.script[lab("text")] = lambda *_: Raw({}, status, headers=there)
+            with pytest.raises(puter.ServerError, match=re.escape(other.url)):
+                make(max_retries=0).chat("hi", model=lab("text"))
+            assert not other.requests
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize("framing", ["length", "chunked"])
+    def test_gzip(
+        self, make: MakeClient, fake: FakePuter, how: str, framing: str
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            body = compact(driver_reply(Turn(SENTENCE), handler.model)).encode()
+            kind = JSON_TYPE
+            if args.get("stream"):
+                body = line("text", text=SENTENCE) + line("usage", usage={})
+                kind = NDJSON_TYPE
+            packed, head = gzip.compress(body), {"Content-Encoding": "gzip"}
+            if framing == "length":
+                return Raw(packed, 200, kind, head)
+            handler.send_response(200)
+            for name, value in (
+                *head.items(),
+                ("Content-Type", kind),
+                ("Transfer-Encoding", "chunked"),
+            ):
+                handler.send_header(name, value)
+            handler.end_headers()
+            for start in range(0, len(packed), 7):
+                handler.chunk(packed[start : start + 7])
+            handler.end_stream()
+            return None
+
+        fake.script[lab("text")] = send
+        assert ask(make(), how, lab("text")).text == SENTENCE
+
+    def test_a_long_gzip_body_is_read_in_good_time(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        words = os.urandom(500_000).hex()
+
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            body = compact(driver_reply(Turn(words), handler.model)).encode()
+            packed = gzip.compress(body, 1)
+            return Raw(packed, 200, JSON_TYPE, {"Content-Encoding": "gzip"})
+
+        fake.script[lab("text")] = send
+        # Read byte by byte this takes many times as long.
+        assert (
+            make(max_retries=0, api_timeout_ms=700).chat("hi", model=lab("text")).text
+            == words
+        )
+
+    @pytest.mark.parametrize(
+        ("how", "kind"), [("chat", puter.PuterError), ("stream", puter.StreamError)]
+    )
+    def test_a_body_over_the_limit_is_given_up(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        monkeypatch: pytest.MonkeyPatch,
+        how: str,
+        kind: type[puter.PuterError],
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 50_000)
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 50_000)
+        fake.script[lab("text")] = lambda *_: Turn("x" * 300_000, whole=True)
+        with pytest.raises(kind, match="50,?000 bytes"):
+            ask(make(max_retries=0), how, lab("text"), fallback=False)
+
+    def test_a_body_over_the_limit_is_not_asked_for_again(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 50_000)
+        fake.script[lab("text")] = lambda *_: Turn("x" * 300_000)
+        with pytest.raises(puter.PuterError):
+            make().chat("hi", model=lab("text"))
+        assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        "content_type",
+        [
+            "application/x-ndjson; charset=utf-8",
+            "Application/X-NDJSON",
+            "application/jsonl",
+        ],
+    )
+    def test_names_of_a_stream(
+        self, make: MakeClient, fake: FakePuter, content_type: str
+    ) -> None:
+        fake.script[lab("text")] = streams(
+            line("text", text="yes"), line("usage"), content_type=content_type
+        )
+        assert ask(make(), "stream", lab("text")).text == "yes"
+
+    def test_a_stream_is_read_by_its_content_type(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = streams(
+            event(content="yes"), b"data: [DONE]\n\n", content_type=SSE_TYPE
+        )
+        assert ask(make(), "stream", lab("text")).text == "yes"
+
+    def test_a_server_that_does_not_stream_is_understood(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            turn = Turn("whole", reasoning=("thought",))
+            return Raw(driver_reply(turn, handler.model))
+
+        fake.script[lab("text")] = send
+        with make().stream("hi", model=lab("text")) as stream:
+            kinds = [chunk.type for chunk in stream]
+        assert kinds == ["reasoning", "text", "usage"]
+        assert stream.reply.text == "whole"
+
+    @pytest.mark.parametrize(
+        "content_type", ["text/plain", HTML_TYPE, "application/octet-stream"]
+    )
+    def test_lines_under_another_name_are_no_stream(
+        self, make: MakeClient, fake: FakePuter, content_type: str
+    ) -> None:
+        fake.script[lab("text")] = streams(
+            line("text", text="no"), line("usage"), content_type=content_type
+        )
+        with pytest.raises(puter.ReplyError, match=content_type.partition(";")[0]):
+            make().stream("hi", model=lab("text"))
+        assert len(fake.chat_calls()) == 1
+
+    def test_json_under_another_name_is_read(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            body = compact(driver_reply(Turn("yes"), handler.model)).encode()
+            return Raw(body, 200, "text/plain")
+
+        fake.script[lab("text")] = send
+        assert make().chat("hi", model=lab("text")).text == "yes"
+
+    def test_a_netrc_does_not_override_the_token(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        netrc = tmp_path / "netrc"
+        netrc.write_text("machine 127.0.0.1 login me password secret\n")
+        netrc.chmod(0o600)
+        monkeypatch.setenv("NETRC", str(netrc))
+        # Shows that requests would use it.
+        plain = requests.get(f"{fake.url}/whoami", timeout=10)
+        assert plain.request.headers["Authorization"].startswith("Basic ")
+        client = make()
+        client.chat("hi", model=lab("text"))
+        client.models()
+        sent = [one.headers.get("Authorization") for one in fake.requests[1:]]
+        assert sent == ["Bearer token-alice", None]
+
+    def test_cookies_of_one_account_are_not_sent_with_another(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            if handler.seen.account == "alice":
+                cookie = {"Set-Cookie": "session=of-alice; Path=/"}
+                refusal = {"code": "too_many_requests", "message": "Slow down"}
+                return Raw(refusal, 429, headers=cookie)
+            return "text"
+
+        fake.script[lab("text")] = send
+        client = make("alice", "bob")
+        for _ in range(2):
+            client.chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text", "bob text", "bob text"]
+        assert all(one.headers.get("Cookie") is None for one in fake.requests)
+
+    def test_connections_are_used_again(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        opened, client = count_connections(fake), make()
+        for how in ("chat", "stream") * 4:
+            ask(client, how, lab("text"))
+        assert opened() == 1
+
+    def test_a_kept_connection_that_the_server_closed_is_no_failure(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(max_retries=1)
+        client.chat("hi", model=lab("text"))
+        fake.stop()
+        fake.start()
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    @pytest.mark.parametrize(
+        "fate",
+        [
+            "closed",
+            pytest.param(
+                "stalled",
+            ),
+        ],
+    )
+    def test_a_whole_reply_that_broke_off_after_its_headers_is_not_asked_for_again(
+        self, make: MakeClient, fake: FakePuter, fate: str
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.send_body(b'{"success": true, "resu', Raw(None), 1_000)
+            handler.pause(5.0 if fate == "stalled" else 0.0)
+            handler.drop()
+            return None
+
+        fake.script[lab("text")] = send
+        # It was made, and billed: a second one would be billed again.
+        with pytest.raises(puter.PuterError):
+            make(api_timeout_ms=150).chat("hi", model=lab("text"))
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_reply_in_drops_ends_with_the_timeout(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream(JSON_TYPE)
+            while True:
+                handler.chunk(b" ")
+                handler.pause(0.02)
+
+        fake.script[lab("text")] = send
+        with pytest.raises(puter.ReplyError, match="not whole after 0.2 s"):
+            make(max_retries=0, api_timeout_ms=200).chat("hi", model=lab("text"))
+
+    @pytest.mark.parametrize("how", ["first request", "after a stream"])
+    def test_a_slow_upload_has_as_much_time_as_a_slow_reply(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        # A picture on a slow line: the server takes the bytes late, within `timeout_ms`.
+        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.3)
+        uploads: list[int] = []
+
+        def read_request(reader: Any) -> None:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                if not (got := reader.readline()):
+                    raise ConnectionAbortedError("the client has gone away")
+                head += got
+            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+            if length > 1_000_000:
+                time.sleep(1.3)
+            uploads.append(len(reader.read(length)))
+
+        def serve(connection: socket.socket) -> None:
+            with connection.makefile("rb") as reader:
+                while True:
+                    read_request(reader)
+                    body = line("text", text="seen") + line("usage")
+                    head = f"HTTP/1.1 200 OK\r\nContent-Type: {NDJSON_TYPE}\r\n"
+                    head += f"Content-Length: {len(body)}\r\n\r\n"
+                    connection.sendall(head.encode() + body)
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter("t", api_base_url=url, max_retries=0) as client,
+        ):
+            if how == "after a stream":
+                ask(client, "stream", lab("text"))
+            words = "x" * 20_000_000  # more than the buffers of a socket hold
+            with client.stream(words, model=lab("text")) as stream:
+                assert text_of_chunks(list(stream)) == "seen"
+        assert uploads[-1] > len(words)
+
+    @pytest.mark.parametrize("token", ["two words", "line\nbreak", "schlüssel"])
+    def test_a_broken_token_is_not_sent(
+        self, make: MakeClient, fake: FakePuter, token: str
+    ) -> None:
+        with pytest.raises(puter.AuthError, match="blank") as caught:
+            make(token=token).chat("hi")
+        assert not fake.requests
+        assert token not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                "token",
+            ),
+            pytest.param(
+                "limit",
+            ),
+            "timeout",
+        ],
+    )
+    def test_an_error_is_not_its_own_cause(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        monkeypatch: pytest.MonkeyPatch,
+        case: str,
+    ) -> None:
+        # Programs that follow the causes to their end would never come to it.
+        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 10 if case == "limit" else 10**6)
+        token = "two words" if case == "token" else "token-alice"
+        client = make(token=token, max_retries=0, api_timeout_ms=100)
+        with pytest.raises(puter.PuterError) as caught:
+            client.chat("hi", model=lab("hang" if case == "timeout" else "text"))
+        assert caught.value.__cause__ is not caught.value
+
+    def test_what_json_cannot_hold_is_not_sent(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        for value in (object(), float("nan"), {1, 2}):
+            with pytest.raises(puter.BadRequestError, match="JSON"):
+                make().chat("hi", temperature=value)
+        assert not fake.requests
+
+    def test_a_given_session_is_used_and_left_open(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        with requests.Session() as session:
+            session.headers["X-Mine"] = "1"
+            client = make(session=session)
+            client.chat("hi", model=lab("text"))
+            ask(client, "stream", lab("text"))
+            client.close()
+            assert session.get(f"{fake.url}/puterai/chat/models", timeout=10).ok
+        assert [one.headers.get("X-Mine") for one in fake.requests] == ["1"] * 3
+        assert fake.requests[0].token == "token-alice"
+
+
+# =============================================================================
+# chat
+# =============================================================================
+
+
+class TestChat:
+    """A question and its whole answer: what is sent, retried and told."""
+
+    def test_what_is_sent(self, make: MakeClient, fake: FakePuter) -> None:
+        more: dict[str, Any] = {
+            "temperature": 0.5,
+            "top_p": None,
+            "reasoning_effort": "low",
+        }
+        make().chat("hi", model="puter/lab/text", system="Be brief", **more)
+        (sent,) = fake.requests
+        assert sent.path == CHAT
+        assert sent.body | {"args": 0} == {
+            "interface": "puter-chat-completion",
+            "driver": "ai-chat",
+            "method": "complete",
+            "args": 0,
+        }
+        assert sent.args == {
+            "messages": [
+                {"role": "system", "content": "Be brief"},
+                {"role": "user", "content": "hi"},
+            ],
+            "model": "lab/text",
+            "temperature": 0.5,
+            "reasoning_effort": "low",
+        }
+
+    @pytest.mark.parametrize(
+        ("settings", "want"),
+        [({}, puter.DEFAULT_MODEL), ({"default_model": lab("echo")}, lab("echo"))],
+    )
+    def test_the_model_when_none_is_named(
+        self, make: MakeClient, fake: FakePuter, settings: dict[str, Any], want: str
+    ) -> None:
+        make(**settings).chat("hi")
+        assert fake.requests[0].args["model"] == want
+
+    def test_the_callers_values_are_left_alone(self, make: MakeClient) -> None:
+        messages: list[dict[str, Any]] = [
+            {"role": "developer", "content": "Be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "look"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [tool_call("c1", "f", '{"a": 1}')],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": ""},
+            {"role": "user", "content": "and this"},
+        ]
+        wanted: dict[str, Any] = {
+            "messages": messages,
+            "tools": [WEATHER],
+            "stop": ["x"],
+        }
+        before = copy.deepcopy(wanted)
+        client = make(stream_tools="live")
+        for how in (client.chat, client.stream):
+            how(
+                messages,
+                model=lab("text"),
+                images=[PNG],
+                tools=wanted["tools"],
+                stop=wanted["stop"],
+            )
+        assert wanted == before
+
+    @pytest.mark.parametrize("as_what", ["path", "bytes", "url", "alone"])
+    def test_images(
+        self, make: MakeClient, fake: FakePuter, tmp_path: Path, as_what: str
+    ) -> None:
+        path = tmp_path / "a.png"
+        path.write_bytes(PNG)
+        url = "https://example.com/a.png"
+        images: Any = {"path": [path], "bytes": [PNG], "url": [url], "alone": PNG}
+        reply = make().chat("look", model=lab("vision"), images=images[as_what])
+        assert reply.text == 'parts: ["text", "image_url"]'
+        part = fake.requests[-1].args["messages"][0]["content"][1]
+        sent = part["image_url"]["url"]
+        assert sent == url if as_what == "url" else sent.startswith("data:image/png;")
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"prompt": 5},
+            {"prompt": []},
+            {"prompt": [{"role": "wizard", "content": "x"}]},
+            {"images": ["/no/such/file.png"]},
+            {"images": [b"no image"]},
+            {"tools": [5]},
+            {"timeout_ms": 0},
+            {"timeout_ms": "5"},
+            {"stream": True},
+        ],
+    )
+    def test_a_wrong_argument_is_told_before_anything_is_sent(
+        self, make: MakeClient, fake: FakePuter, wrong: dict[str, Any]
+    ) -> None:
+        client = make()
+        for how in (client.chat, client.stream):
+            with pytest.raises(puter.BadRequestError) as caught:
+                how(**{"prompt": "hi", **wrong})
+            assert caught.value.hint
+        assert not fake.requests
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_timeout_ms(self, make: MakeClient, fake: FakePuter, how: str) -> None:
+        fake.script[lab("text")] = silent
+        started = time.monotonic()
+        with pytest.raises(puter.RequestTimeoutError, match=r"silent for 0\.1 s"):
+            ask(make(max_retries=0), how, lab("text"), timeout_ms=100)
+        assert time.monotonic() - started < 10  # the setting says 120 s
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize(
+        ("plan", "retries", "works"),
+        [
+            (["internal", "internal", "text"], 2, True),
+            (["internal", "internal", "text"], 1, False),
+            (["html", "text"], 3, True),
+            (["err500", "text"], 3, True),
+            (["err500", "err500", "text"], 3, False),
+            (["err500", "text"], 0, False),
+            (["err401", "text"], 3, False),
+            (["err429", "text"], 3, False),
+            (["err400", "text"], 3, False),
+            (["hang", "text"], 1, True),
+        ],
+    )
+    def test_retries(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        how: str,
+        plan: list[str],
+        retries: int,
+        works: bool,
+    ) -> None:
+        fake.script[lab("text")] = list(plan)
+        client = make(max_retries=retries, api_timeout_ms=200)
+        outcome = 0
+        try:
+            reply = ask(client, how, lab("text"), fallback=False)
+            outcome = len(reply.attempts)
+            assert reply.attempts[-1].error is None
+        except puter.PuterError as error:
+            assert not works
+            assert len(error.attempts) == len(fake.chat_calls())
+        assert outcome == (len(plan) if works else 0)
+
+    @pytest.mark.parametrize(
+        ("status", "code", "least"),
+        [(503, "internal_error", 0), (429, "too_many_requests", 250)],
+    )
+    def test_retry_after_is_honoured(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        caplog: pytest.LogCaptureFixture,
+        status: int,
+        code: str,
+        least: int,
+    ) -> None:
+        def at(when: str) -> Script:
+            error = {"code": code, "message": "busy"}
+            return lambda *_: Raw(error, status, headers={"Retry-After": when})
+
+        past = "Wed, 21 Oct 2015 07:28:00 GMT"
+        fake.script[lab("text")] = [at("0"), at(past), at("0.05"), "text"]
+        caplog.set_level(logging.INFO, "puter")
+        started = time.monotonic()
+        assert make(retry_delay_ms=60_000).chat("hi", model=lab("text")).text
+        assert time.monotonic() - started < 30  # its own wait would be a minute
+        waits = [re.search(r"waiting (\d+)ms", text) for text in logged(caplog)]
+        told = [int(found[1]) for found in waits if found]
+        assert told == [max(wait, least) for wait in (0, 0, 50)]
+
+    def test_a_blocked_prompt(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make()
+        with pytest.raises(puter.BadRequestError, match="blocked") as caught:
+            client.chat("hi", model=lab("blocked"))
+        assert caught.value.code == "prompt_blocked"
+        assert client.chat("hi", model="fake").text == LOREM
+        assert len(fake.chat_calls()) == 2
+
+    def test_a_session_token_is_exchanged_once(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make()
+        fake.accounts["token-alice"].session_token = True
+        for how in ("chat", "stream", "chat"):
+            assert ask(client, how, lab("text")).text == SENTENCE
+        tokens = [(one.path, one.token) for one in fake.requests]
+        granted = (CHAT, "granted-1-alice")
+        exchange = ("/auth/get-user-app-token", "token-alice")
+        assert tokens == [(CHAT, "token-alice"), exchange, *[granted] * 3]
+        assert len(client.chat("hi", model=lab("text")).attempts) == 1
+
+    def test_a_token_that_no_exchange_helps(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.accounts["token-alice"].error = (
+            403,
+            {"code": "app_or_api_token_required", "message": "no"},
+        )
+        with pytest.raises(puter.AuthError, match="login"):
+            make().chat("hi", model=lab("text"))
+        assert len(fake.requests) == 3
+
+    def test_sixteen_threads_share_a_client(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make("alice", "bob", max_concurrent=4)
+        gate = threading.Barrier(16)
+
+        def work(number: int) -> list[str]:
+            gate.wait(10)
+            said = []
+            for turn in range(4):
+                words = f"thread {number} turn {turn}"
+                if turn % 2:
+                    with client.stream(words, model=lab("echo")) as stream:
+                        said.append(text_of_chunks(list(stream)))
+                else:
+                    said.append(client.chat(words, model=lab("echo")).text)
+            return said
+
+        started = [in_background(lambda n=n: work(n)) for n in range(16)]  # type: ignore[misc]
+        for number, (thread, outcome) in enumerate(started):
+            thread.join(20)
+            assert outcome == [[f"thread {number} turn {turn}" for turn in range(4)]]
+        assert running_on(client) == 0
+
+    def test_a_slow_model_list_holds_nobody_else_up(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        details = ("GET", "/puterai/chat/models/details")
+        let_go, route = threading.Event(), fake.routes[details]
+
+        def slow_list(handler: FakeHandler) -> None:
+            let_go.wait(1.5)
+            route(handler)
+
+        fake.routes[details] = slow_list
+        client = make()
+        listing, _ = in_background(client.models)
+        assert eventually(lambda: len(fake.requests) == 1)
+        reply = client.chat("hi", model=lab("text"))
+        is_listing = listing.is_alive()
+        let_go.set()
+        listing.join(5)
+        assert reply.text == SENTENCE
+        assert is_listing, "the question waited for the model list of another thread"
+
+    def test_nothing_secret_is_shown(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        caplog: pytest.LogCaptureFixture,
+        home: Path,
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].dead = True
+        shown = [repr(client), str(client)]
+        for how, scenario in itertools.product(("chat", "stream"), ("text", "err500")):
+            with suppress(puter.PuterError):
+                shown += [repr(ask(client, how, lab(scenario)))]
+        fake.accounts["token-bob"].dead = True
+        for _ in range(2):
+            with pytest.raises(puter.AuthError) as caught:
+                client.chat("hi")
+            error = caught.value
+            shown += [str(error), repr(error), repr(vars(error))]
+        shown += [repr(client.accounts), repr(client.cooldowns())]
+        shown += [repr(puter.Puter("token-given")), repr(client.store)]
+        shown += [repr(client.state), caplog.text]
+        assert "token-" in "".join(fake.accounts)
+        secrets = ("token-alice", "token-bob", "token-given", "Bearer")
+        assert not [s for s in secrets if s in "\n".join(shown)]
+
+    def test_a_token_that_the_server_repeats_is_not_passed_on(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        # Some proxies print the request that they refuse.
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            echoed = f"<pre>{handler.headers['Authorization']}</pre>"
+            return Raw(echoed.encode(), 400, HTML_TYPE)
+
+        fake.script[lab("text")] = send
+        with pytest.raises(puter.BadRequestError) as caught:
+            make().chat("hi", model=lab("text"))
+        assert "token-alice" not in str(caught.value)
+
+    def test_the_log_of_a_question(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        fake.script[lab("text")] = ["internal", "text"]
+        fake.script[lab("echo")] = "err429"
+        client = make("alice", "bob", retry_delay_ms=0)
+        client.models()
+        client.chat("hi", model=lab("text"))
+        client.chat("hi", model=lab("echo"))
+        fake.accounts["token-alice"].max_in_window = 0
+        client.chat("hi", model=lab("text"))
+        head = "Request: POST /drivers/call method=complete model={} stream=false"
+        want = [
+            head.format(lab("text")) + " messages=1",
+            "Retry 1/3: internal_error (500), waiting 0ms",
+            head.format(lab("text")) + " messages=1",
+            r"Response: 200 OK \(\d+\.\ds\)",
+            head.format(lab("echo")) + " messages=1",
+            "Rate limited (429), adding to cooldown",
+            f"Fallback: trying {FREE[0]}",
+            head.format(FREE[0]) + " messages=1",
+            "Response: 200 OK (used fallback model)",
+            head.format(lab("text")) + " messages=1",
+            "Rate limited (429), adding to cooldown",
+            "Auth: Switched account - bob",
+            head.format(lab("text")) + " messages=1",
+            r"Response: 200 OK \(\d+\.\ds\)",
+        ]
+        lines = logged(caplog)
+        assert len(lines) == len(want)
+        for got, wanted in zip(lines, want, strict=True):
+            assert got == wanted or re.fullmatch(wanted, got), got
+
+    def test_the_logged_time_holds_the_waits(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        fake.script[lab("text")] = ["internal", "text"]
+        make(retry_delay_ms=400).chat("hi", model=lab("text"))
+        seconds = re.search(r"Response: 200 OK \(([\d.]+)s\)", caplog.text)
+        assert seconds and float(seconds[1]) >= 0.3
+
+    def test_a_retry_is_never_numbered_beyond_their_count(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        # A rate limit is waited for longer than `max_retries` short waits.
+        caplog.set_level(logging.INFO, "puter")
+        busy = refusing(429, "too_many_requests")
+        fake.script[lab("text")] = [*[lambda *_: busy] * 3, "text"]
+        make(max_retries=1).chat("hi", model=lab("text"))
+        numbers = re.findall(r"Retry (\d+)/(\d+)", caplog.text)
+        assert len(numbers) == 3
+        assert all(int(number) <= int(count) for number, count in numbers)
+
+    def test_module_level_chat_and_stream(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make()
+        monkeypatch.setattr(puter, "_default", None)
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        assert puter.chat("hi", model=lab("echo")).text == "hi"
+        said = "".join(map(str, puter.stream("hi", model=lab("echo"))))
+        assert said == "hi"
+        puter._default_client().close()
+
+
+# =============================================================================
+# Streams
+# =============================================================================
+
+
+def stepwise(
+    pieces: list[bytes], framing: str, steps: threading.Semaphore, content_type: str
+) -> Script:
+    """A stream that sends each piece only after a step, in one of the framings of HTTP."""
+
+    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+        head = {"Content-Type": content_type}
+        packer = zlib.compressobj(wbits=31) if "gzip" in framing else None
+        if packer:
+            head["Content-Encoding"] = "gzip"
+        if "chunked" in framing:
+            head["Transfer-Encoding"] = "chunked"
+        elif "length" in framing:
+            head["Content-Length"] = str(sum(map(len, pieces)))
+        else:
+            head["Connection"] = "close"
+        handler.send_response(200)
+        for name, value in head.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        for piece in pieces:
+            if not steps.acquire(timeout=2.0):
+                break  # the client waits for more than what it was sent
+            if packer:
+                piece = packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH)
+            if "chunked" in framing:
+                handler.chunk(piece)
+            else:
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+        handler.release()
+        if "chunked" in framing:
+            if packer:
+                handler.chunk(packer.flush())
+            handler.wfile.write(b"0\r\n\r\n")
+        handler.wfile.flush()
+        return None
+
+    return send
+
+
+class TestStream:
+    """A reply as it comes: each chunk at once, and every way of its ending."""
+
+    @pytest.mark.parametrize("scenario", GOOD_STREAMED)
+    def test_a_good_stream(
+        self, make: MakeClient, fake: FakePuter, scenario: str
+    ) -> None:
+        client = make()
+        with client.stream("hi", model=lab(scenario), fallback=False) as stream:
+            chunks = list(stream)
+            reply = stream.reply
+        special = {**PLAIN, **GOOD_STREAMED[scenario]}
+        check_reply(reply, special)
+        assert calls_of(reply) == CALLS.get(scenario, [])[-1:]  # the server's own loss
+        assert text_of_chunks(chunks) == reply.text
+        assert chunks[-1].type == "usage" and chunks[-1].usage == reply.usage
+        spoken = [c.text for c in chunks if c.type == "reasoning"]
+        assert "".join(spoken) == reply.reasoning
+        assert [c.tool_call for c in chunks if c.tool_call] == list(reply.tool_calls)
+        assert (reply.model, reply.account) == (lab(scenario), "alice")
+        assert running_on(client) == fake.open_streams == 0
+
+    @pytest.mark.parametrize("scenario", BROKEN_STREAMS)
+    def test_a_broken_stream_has_its_partial_reply_and_is_not_asked_for_again(
+        self, make: MakeClient, fake: FakePuter, scenario: str
+    ) -> None:
+        client = make("alice", "bob")
+        chunks = []
+        stream = client.stream("hi", model=lab(scenario))
+        with pytest.raises(puter.StreamError, match="broke off") as caught:
+            for chunk in stream:
+                chunks += [chunk]  # as far as it comes
+        partial, want = caught.value.reply, BROKEN_STREAMS[scenario]
+        assert partial is not None and text_of_chunks(chunks) == partial.text
+        assert partial.text == want or want is None and SENTENCE.startswith(want or "T")
+        assert (caught.value.model, caught.value.account) == (lab(scenario), "alice")
+        assert (partial.account, len(partial.attempts)) == ("alice", 1)
+        assert told(fake) == [f"alice {scenario}"]
+        assert running_on(client) == 0
+        with pytest.raises(puter.StreamError):
+            _ = stream.reply
+
+    def test_the_servers_words_are_in_the_error(self, make: MakeClient) -> None:
+        with pytest.raises(puter.StreamError, match="scripted mid-stream failure"):
+            list(make().stream("hi", model=lab("midfail")))
+
+    def test_the_first_chunk_comes_long_before_the_last(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        stream = make().stream("hi", model=lab("slow"))
+        assert fake.open_streams == 1
+        assert str(next(stream)) == "The "
+        assert fake.open_streams == 1
+        assert "The " + text_of_chunks(list(stream)) == SENTENCE
+
+    @pytest.mark.parametrize("dialect", ["lines", "events"])
+    @pytest.mark.parametrize(
+        "framing", ["chunked", "chunked gzip", "close", "length", "close gzip"]
+    )
+    def test_each_chunk_arrives_when_its_line_does(
+        self, make: MakeClient, fake: FakePuter, framing: str, dialect: str
+    ) -> None:
+        words = ["one ", "two ", "three"]
+        if dialect == "lines":
+            pieces = [line("text", text=word) for word in words] + [line("usage")]
+        else:
+            pieces = [event(content=w) for w in words] + [b"data: [DONE]\n\n"]
+        steps = threading.Semaphore(1)
+        kind = NDJSON_TYPE if dialect == "lines" else SSE_TYPE
+        fake.script[lab("text")] = stepwise(pieces, framing, steps, kind)
+        said = []
+        with make(max_retries=0).stream("hi", model=lab("text")) as stream:
+            for chunk in stream:
+                said.append(str(chunk))
+                steps.release()  # only now may the server send the next one
+        assert said == [*words, ""]
+
+    def test_a_line_in_pieces_and_lines_in_one_piece(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        whole = line("text", text="é🦊") + line("text", text="2") + line("usage")
+        for size in (1, 7, len(whole)):
+            parts = [whole[i : i + size] for i in range(0, len(whole), size)]
+            fake.script[lab("text")] = streams(*parts)
+            assert ask(make(), "stream", lab("text")).text == "é🦊2"
+
+    @pytest.mark.parametrize("way", ["with", "close", "drop", "break", "error"])
+    def test_leaving_early(self, make: MakeClient, fake: FakePuter, way: str) -> None:
+        client = make(max_concurrent=1)
+        stream = client.stream("hi", model=lab("slow"))
+        assert running_on(client) == fake.open_streams == 1
+        if way == "with":
+            with stream:
+                next(stream)
+        elif way == "close":
+            next(stream)
+            stream.close()
+            stream.close()
+        elif way == "drop":
+            del stream
+        elif way == "break":
+            for _ in stream:
+                break
+            del stream
+        else:
+            with pytest.raises(ZeroDivisionError), stream:
+                _ = [1 / len(str(chunk).strip("The ")) for chunk in stream]
+        gc.collect()
+        assert running_on(client) == 0
+        assert eventually(lambda: fake.open_streams == 0, 0.4)
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    def test_a_closed_stream_gives_nothing_more(self, make: MakeClient) -> None:
+        stream = make().stream("hi", model=lab("slow"))
+        next(stream)
+        stream.close()
+        assert list(stream) == []
+        assert "closed" in repr(stream)
+        with pytest.raises(puter.StreamError):
+            _ = stream.reply
+
+    @pytest.mark.parametrize(
+        "session",
+        [
+            "own",
+            pytest.param(
+                "given",
+            ),
+        ],
+    )
+    def test_close_from_another_thread_wakes_the_reader(
+        self, make: MakeClient, fake: FakePuter, session: str
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream()
+            handler.chunk(line("text", text="one"))
+            handler.pause(30.0)
+            return None
+
+        fake.script[lab("text")] = send
+        wanted = requests.Session() if session == "given" else None
+        client = make("alice", "bob", session=wanted, api_timeout_ms=2_500)
+        stream = client.stream("hi", model=lab("text"))
+        reader, outcome = in_background(lambda: list(stream))
+        assert eventually(lambda: stream._batch is not None)
+        time.sleep(0.05)  # the reader waits for bytes now
+        closer, _ = in_background(stream.close)
+        closer.join(1.0)
+        is_closing = closer.is_alive()
+        reader.join(1.0)
+        assert not is_closing and not reader.is_alive(), "they wait for the timeout"
+        assert isinstance(outcome[0], (list, puter.StreamError))
+        assert eventually(lambda: fake.open_streams == 0, 0.5)
+        assert running_on(client) == 0
+        assert told(fake) == ["alice text"]
+
+    @pytest.mark.parametrize(
+        "stage",
+        [
+            "no headers",
+            "headers",
+            pytest.param(
+                "identity",
+            ),
+            "exact",
+        ],
+    )
+    def test_close_while_the_answer_is_waited_for(
+        self, make: MakeClient, fake: FakePuter, stage: str
+    ) -> None:
+        def identity(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.send_response(200)
+            handler.send_header("Content-Type", NDJSON_TYPE)
+            handler.end_headers()
+            handler.wfile.flush()
+            handler.pause(30.0)
+            return None
+
+        plans: dict[str, Any] = {"headers": "hang", "identity": identity}
+        fake.script[lab("text")] = plans.get(stage, silent)
+        client = make("alice", "bob")
+        tools = [WEATHER] if stage == "exact" else None
+        stream = unstarted(client, lab("text"), tools=tools)
+        waiter, outcome = in_background(stream._start)
+        assert eventually(lambda: told(fake) == ["alice text"])
+        time.sleep(0.05)
+        stream.close()
+        waiter.join(1.5)
+        assert not waiter.is_alive(), "the waiter waits on"
+        assert isinstance(outcome[0], puter.PuterError)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0, 0.5)
+        assert running_on(client) == 0
+        # Who goes away wants nothing else, and no model or account is at fault.
+        assert told(fake) == ["alice text"]
+        assert client.cooldowns() == []
+
+    def test_close_during_the_wait_before_a_retry(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = "internal"
+        stream = unstarted(make(retry_delay_ms=60_000), lab("text"))
+        waiter, outcome = in_background(stream._start)
+        assert eventually(lambda: len(fake.requests) == 1)
+        time.sleep(0.05)
+        stream.close()
+        waiter.join(1.5)
+        assert isinstance(outcome[0], puter.PuterError)
+        time.sleep(0.1)  # what was sent has arrived by now
+        assert told(fake) == ["alice text"], "one more request was sent, for nobody"
+
+    def test_two_threads_close_at_once(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make()
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)  # lets the threads meet in the middle
+        try:
+            for _ in range(30):
+                stream = client.stream("hi", model=lab("text"))
+                barrier = threading.Barrier(4)
+
+                def close(one: Any = stream, gate: Any = barrier) -> None:
+                    gate.wait(5)
+                    one.close()
+
+                for thread, _ in [in_background(close) for _ in range(4)]:
+                    thread.join(5)
+        finally:
+            sys.setswitchinterval(before)
+        assert running_on(client) == 0
+
+    def test_a_stall_ends_with_the_timeout(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream()
+            handler.chunk(line("text", text="one"))
+            handler.pause(30.0)
+            return None
+
+        fake.script[lab("text")] = send
+        client = make("alice", "bob")
+        stream = client.stream("hi", model=lab("text"), timeout_ms=150)
+        with pytest.raises(puter.StreamError, match=r"silent for 0\.15 s") as caught:
+            list(stream)
+        assert caught.value.reply and caught.value.reply.text == "one"
+        assert told(fake) == ["alice text"]
+        assert eventually(lambda: fake.open_streams == 0, 0.5)
+        assert running_on(client) == 0
+
+    def test_silence_is_counted_from_the_last_byte(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        # 13 words at 50 ms each: longer together than the timeout.
+        stream = make().stream("hi", model=lab("slow"), timeout_ms=400)
+        assert text_of_chunks(list(stream)) == SENTENCE
+
+    def test_a_body_that_stays_open_after_the_last_line(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream()
+            handler.chunk(line("text", text="whole") + line("usage"))
+            handler.pause(30.0)
+            return None
+
+        fake.script[lab("text")] = send
+        started = time.monotonic()
+        assert ask(make(), "stream", lab("text")).text == "whole"
+        assert time.monotonic() - started < 15  # the timeout is two minutes
+        assert eventually(lambda: fake.open_streams == 0, 0.5)
+
+    @pytest.mark.parametrize("first", ["error", "closed", "silence"])
+    def test_before_the_first_chunk_another_may_answer(
+        self, make: MakeClient, fake: FakePuter, first: str
+    ) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream()
+            if first == "error":
+                handler.chunk(line("error", message="no luck"))
+                handler.end_stream()
+            elif first == "silence":
+                handler.pause(30.0)
+            handler.drop()
+            return None
+
+        fake.script[lab("text")] = [send, "text"]
+        client = make(api_timeout_ms=150)
+        assert ask(client, "stream", lab("text")).text == SENTENCE
+        assert told(fake) == ["alice text", "alice text"]
+        assert running_on(client) == 0
+
+    def test_a_reply_is_only_there_at_the_end(self, make: MakeClient) -> None:
+        stream = make().stream("hi", model=lab("slow"))
+        with pytest.raises(puter.StreamError, match="not come to its end"):
+            _ = stream.reply
+        assert "open" in repr(stream)
+        list(stream)
+        assert stream.reply.text == SENTENCE and "ended" in repr(stream)
+
+    def test_the_log_of_a_stream(
+        self, make: MakeClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        ask(make(), "stream", lab("text"))
+        request, connected, response = logged(caplog)
+        assert request == (
+            "Request: POST /drivers/call method=complete "
+            f"model={lab('text')} stream=true messages=1"
+        )
+        assert re.fullmatch(r"Stream connected duration=\d+ms", connected)
+        assert re.fullmatch(r"Response: 200 Stream complete \(\d+\.\ds\)", response)
+
+    def test_the_logged_time_of_a_stream_is_that_of_the_whole(
+        self, make: MakeClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        ask(make(), "stream", lab("slow"))
+        seconds = re.search(r"Response: 200 .*\(([\d.]+)s\)", caplog.text)
+        assert seconds and float(seconds[1]) >= 0.4  # 13 words at 50 ms each
+
+    # Tools: a stream of most providers loses all but the last of several calls.
+
+    @pytest.mark.parametrize(
+        ("setting", "model", "more", "streamed", "count"),
+        [
+            ("exact", "twotools", {}, False, 2),
+            ("exact", "twotools", {"parallel_tool_calls": True}, False, 2),
+            ("exact", "twotools", {"parallel_tool_calls": False}, True, 1),
+            ("live", "twotools", {}, True, 1),
+            ("exact", "claude-opus-4-5", {}, True, 2),
+            ("exact", "CLAUDE-opus-4-5", {}, True, 2),
+            ("live", "claude-opus-4-5", {}, True, 2),
+            ("exact", "gemini-2.5-flash", {}, False, 2),
+        ],
+    )
+    def test_streams_with_tools(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        setting: str,
+        model: str,
+        more: dict[str, Any],
+        streamed: bool,
+        count: int,
+    ) -> None:
+        def two_calls(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            turn = SCENARIOS["twotools"](handler, args)
+            assert isinstance(turn, Turn)
+            return replace(turn, claude=handler.model["provider"] == "claude")
+
+        for name in ("claude-opus-4-5-20251101", "gemini-2.5-flash"):
+            fake.script[name] = two_calls
+        name = lab(model) if model == "twotools" else model
+        with make(stream_tools=setting).stream(
+            "hi", model=name, tools=[WEATHER], **more
+        ) as stream:
+            chunks = list(stream)
+        asked = [one.args for one in fake.requests if one.path == CHAT]
+        assert asked[-1].get("stream", False) is streamed
+        assert asked[-1]["tools"] == [WEATHER]
+        assert calls_of(stream.reply) == CALLS["twotools"][-count:]
+        assert len([c for c in chunks if c.type == "tool_call"]) == count
+        assert stream.reply.finish_reason == "tool_calls"
+
+    def test_a_blocked_prompt_is_seen_when_the_reply_is_whole(
+        self, make: MakeClient
+    ) -> None:
+        with pytest.raises(puter.BadRequestError, match="blocked"):
+            make().stream("hi", model=lab("blocked"), tools=[WEATHER])
+
+    def test_tools_are_exact_when_no_model_list_can_be_had(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.routes.pop(("GET", "/puterai/chat/models/details"))
+        stream = make(max_retries=0).stream(
+            "hi", model=lab("twotools"), tools=[WEATHER]
+        )
+        list(stream)
+        assert calls_of(stream.reply) == CALLS["twotools"]
+
+
+# =============================================================================
+# An OpenAI-compatible base
+# =============================================================================
+
+
+def sse(*chunks: bytes, done: bool = True) -> Script:
+    """A stream of Server-Sent Events."""
+    return streams(
+        *chunks, *([b"data: [DONE]\n\n"] if done else []), content_type=SSE_TYPE
+    )
+
+
+class TestApiStyleOpenAI:
+    """The same client over Server-Sent Events, at Puter's endpoint or at a gateway."""
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize("scenario", ["text", "empty", "unicode", "long", "echo"])
+    def test_text(
+        self, make: MakeClient, fake: FakePuter, how: str, scenario: str
+    ) -> None:
+        reply = ask(make(api_style="openai"), how, lab(scenario))
+        want = GOOD[scenario].get("text", SENTENCE)
+        check_reply(reply, {"text": want, "finish_reason": "stop"})
+        assert (reply.model, reply.account) == (lab(scenario), "alice")
+        (sent,) = fake.requests
+        assert (sent.path, sent.token) == (OPENAI_CHAT, "token-alice")
+        assert sent.body["messages"] == [{"role": "user", "content": "hi"}]
+        assert sent.body.get("stream", False) is (how == "stream")
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_a_base_that_names_the_path(
+        self, make: MakeClient, fake: FakePuter, how: str
+    ) -> None:
+        base = f"{fake.url}/puterai/openai/v1"
+        client = make(api_style="openai", api_base_url=base)
+        assert ask(client, how, lab("text")).text == SENTENCE
+        assert client.whoami()["username"] == "alice"
+        assert client.model("lab/text").id == lab("text")
+        assert [one.path for one in fake.requests[:1]] == [OPENAI_CHAT]
+
+    @pytest.mark.parametrize(
+        "scenario", sorted(BAD.keys() - {"hang", "busy503", "blocked"})
+    )
+    def test_errors(self, make: MakeClient, fake: FakePuter, scenario: str) -> None:
+        client = make(api_style="openai", max_retries=0)
+        with pytest.raises(BAD[scenario][0]):
+            client.chat("hi", model=lab(scenario), fallback=False)
+        assert running_on(client) == 0
+
+    def test_a_plan_is_needed(self, make: MakeClient, fake: FakePuter) -> None:
+        fake.script[lab("text")] = lambda *_: refusing(402, "subscription_required")
+        with pytest.raises(puter.SubscriptionError, match="drivers"):
+            make("alice", "bob", api_style="openai").chat("hi", model=lab("text"))
+        assert len(fake.requests) == 1
+
+    def test_tools_are_put_together(self, make: MakeClient, fake: FakePuter) -> None:
+        def piece(index: int, text: str, **more: Any) -> bytes:
+            function = {"arguments": text}
+            if "name" in more:
+                function["name"] = more.pop("name")
+            return event(tool_calls=[{"index": index, "function": function, **more}])
+
+        fake.script[lab("text")] = sse(
+            event(role="assistant", content=None),
+            event(reasoning_content="hm"),
+            piece(0, "", id="a", name="get_weather", type="function"),
+            piece(0, '{"ci'),
+            piece(1, "", id="b", name="get_time", extra_content=SIGNATURE),
+            piece(1, '{"tz": "CET"}'),
+            piece(0, 'ty": "Paris"}'),
+            b": a comment\n\n",
+            compact({"choices": []}).join(["data: ", "\n\n"]).encode(),
+            b'data: {"choices": [], "usage": {"prompt_tokens": 1, '
+            b'"completion_tokens": 2}}\n\n',
+        )
+        client = make(api_style="openai", stream_tools="live")
+        with client.stream("hi", model=lab("text"), tools=[WEATHER]) as stream:
+            chunks = list(stream)
+        reply = stream.reply
+        assert calls_of(reply) == CALLS["twotools"]
+        assert [call.id for call in reply.tool_calls] == ["a", "b"]
+        assert reply.tool_calls[1].extra_content == SIGNATURE
+        assert reply.finish_reason == "tool_calls"
+        assert reply.usage.total_tokens == 3
+        kinds = [chunk.type for chunk in chunks]
+        assert kinds == ["reasoning", "tool_call", "tool_call", "usage"]
+        assert fake.requests[0].body["stream_options"] == {"include_usage": True}
+
+    def test_tools_of_puters_endpoint_are_exact(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(api_style="openai")
+        stream = client.stream("hi", model=lab("twotools"), tools=[WEATHER])
+        list(stream)
+        assert calls_of(stream.reply) == CALLS["twotools"]
+
+    def test_a_history_with_calls_is_in_openais_shape(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        calls = [tool_call("c1", "f", '{"a": 1}'), tool_call("c2", "g", "{}")]
+        results = [
+            {"role": "tool", "tool_call_id": one, "content": f"r{one}"}
+            for one in ("c1", "c2")
+        ]
+        asked: dict[str, Any] = {
+            "role": "assistant",
+            "content": "wait",
+            "tool_calls": calls,
+        }
+        history: list[dict[str, Any]] = [
+            {"role": "user", "content": "hi"},
+            asked,
+            *results,
+        ]
+        make(api_style="openai").chat(history, model=lab("text"))
+        sent = fake.requests[0].body["messages"]
+        got = {
+            call["id"]: (call["function"]["name"], call["function"]["arguments"])
+            for message in sent
+            for call in message.get("tool_calls") or ()
+        }
+        assert got == {"c1": ("f", '{"a": 1}'), "c2": ("g", "{}")}
+        # Every result comes right after the message with its call.
+        for before, message in itertools.pairwise(sent):
+            if message["role"] == "tool" and before["role"] != "tool":
+                ids = [call["id"] for call in before["tool_calls"]]
+                assert message["tool_call_id"] in ids
+
+    @pytest.mark.parametrize(
+        ("chunks", "done", "words"),
+        [
+            ([event(content="one ")], False, "ended before"),
+            ([event(content="one "), event(content="two")[:-9]], False, "broke off"),
+            ([event(content="one "), b'data: {"error":{"message":"oh"}}\n\n'], 1, "oh"),
+            ([event(content="one "), b'data: {"error":"oh no"}\n\n'], True, "oh no"),
+            ([event(content="one "), b"data: what\n\n"], True, "what"),
+        ],
+    )
+    def test_streams_that_do_not_end_well(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        chunks: list[bytes],
+        done: bool,
+        words: str,
+    ) -> None:
+        fake.script[lab("text")] = sse(*chunks, done=done)
+        client = make("alice", "bob", api_style="openai")
+        with pytest.raises(puter.StreamError, match=words) as caught:
+            list(client.stream("hi", model=lab("text")))
+        assert caught.value.reply and caught.value.reply.text == "one "
+        assert len(fake.requests) == 1
+        assert running_on(client) == 0
+
+    def test_a_dropped_connection(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(api_style="openai")
+        with pytest.raises(puter.StreamError, match="broke off") as caught:
+            list(client.stream("hi", model=lab("closed")))
+        assert caught.value.reply and SENTENCE.startswith(caught.value.reply.text)
+        assert len(fake.requests) == 1
+
+    def test_leaving_early(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(api_style="openai")
+        with client.stream("hi", model=lab("slow")) as stream:
+            assert str(next(stream)) == "The "
+            assert fake.open_streams == 1
+        assert eventually(lambda: fake.open_streams == 0, 0.4)
+        assert running_on(client) == 0
+
+    def test_events_that_end_in_crlf_may_be_many(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 2_000)
+        many = [event(content="word ").replace(b"\n", b"\r\n")] * 50
+        fake.script[lab("text")] = sse(*many)
+        reply = ask(make(api_style="openai"), "stream", lab("text"))
+        assert reply.text == "word " * 50
+
+    def test_an_event_without_end_is_given_up(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 2_000)
+        fake.script[lab("text")] = sse(
+            event(content="one"), b"data: ", *[b"x" * 500] * 10, done=False
+        )
+        with pytest.raises(puter.StreamError, match="2000 bytes"):
+            list(make(api_style="openai").stream("hi", model=lab("text")))
+
+    # A gateway: an OpenAI-compatible base whose path is not Puter's.
+
+    @staticmethod
+    def gateway(fake: FakePuter) -> str:
+        """Puts an OpenAI server that wants no token under /v1; gives its address."""
+
+        def answer(handler: FakeHandler) -> None:
+            args = handler.fields()
+            if not args.get("stream"):
+                message = {"role": "assistant", "content": "from the gateway"}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                handler.send(Raw({"choices": [choice], "model": "big"}))
+                return
+            handler.begin_stream(SSE_TYPE)
+            handler.chunk(event(content="from the gateway"))
+            handler.chunk(b"data: [DONE]\n\n")
+            handler.end_stream()
+
+        def models(handler: FakeHandler) -> None:
+            handler.send(Raw({"data": [{"id": "big", "owned_by": "us"}]}))
+
+        fake.routes["POST", "/v1/chat/completions"] = answer
+        fake.routes["GET", "/v1/models"] = models
+        return f"{fake.url}/v1"
+
+    def test_no_stored_token_is_sent_to_a_gateway(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(
+            "alice", "bob", api_style="openai", api_base_url=self.gateway(fake)
+        )
+        for how in ("chat", "stream"):
+            assert ask(client, how, "big").text == "from the gateway"
+        stream = client.stream("hi", model="big", tools=[WEATHER])
+        assert text_of_chunks(list(stream)) == "from the gateway"
+        assert [model.id for model in client.models()] == ["big"]
+        assert fake.requests[2].body["stream"] is True
+        sent = [one.headers.get("Authorization") for one in fake.requests]
+        assert sent == [None] * 4
+
+    def test_a_given_token_is_for_the_gateway(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        base = self.gateway(fake)
+        client = make(token="gateway-key", api_style="openai", api_base_url=base)
+        client.chat("hi", model="big")
+        client.models()
+        assert [one.token for one in fake.requests] == ["gateway-key"] * 2
+
+    @pytest.mark.parametrize(
+        ("status", "body", "kind"),
+        [
+            (401, {"error": {"code": "invalid_api_key"}}, puter.AuthError),
+            (404, {"error": {"code": "model_not_found"}}, puter.ModelNotFoundError),
+            (429, {"error": {"message": "slow down"}}, puter.RateLimitError),
+            (500, {"error": {"message": "oh"}}, puter.ServerError),
+        ],
+    )
+    def test_errors_of_a_gateway(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        status: int,
+        body: Any,
+        kind: type[puter.PuterError],
+    ) -> None:
+        base = self.gateway(fake)
+        fake.routes["POST", "/v1/chat/completions"] = lambda h: h.send(
+            Raw(body, status)
+        )
+        client = make(api_style="openai", api_base_url=base, max_retries=0)
+        with pytest.raises(kind):
+            client.chat("hi", model="other")
+
+
+# =============================================================================
+# The walk over models and accounts
+# =============================================================================
+
+
+def prepare(fake: FakePuter, faults: Mapping[str, Any]) -> None:
+    """Lets accounts (by name) and models (by the name of their scenario, or F1…) fail."""
+    for name, wanted in faults.items():
+        fault = list(wanted) if isinstance(wanted, list) else wanted  # it is used up
+        account = fake.accounts.get(f"token-{name}")
+        if account is None:
+            number = int(name[1:]) if re.fullmatch(r"F\d", name) else 0
+            fake.script[FREE[number - 1] if number else lab(name)] = fault
+        elif fault == "dead":
+            account.dead = True
+        elif fault == "no credit":
+            account.credit_microcents = 0
+        elif fault == "limited":
+            account.error = (429, {"code": "too_many_requests", "message": "Slow"})
+        else:
+            account.error = (403, {"code": fault, "message": "no"})
+
+
+ALL_FREE_FAIL = {f"F{number}": "err429" for number in range(1, 6)}
+TWO, THREE = ("alice", "bob"), ("alice", "bob", "carol")
+SEND_ON = [f"alice F{number}" for number in range(1, 6)]
+# Accounts, faults, settings and arguments; then what the server must see, and who answers
+# or the kind of the error.
+WALKS: dict[str, tuple[Any, ...]] = {
+    "all is well": (TWO, {}, {}, {}, ["alice text"], "text"),
+    "the model's provider is busy": (
+        TWO,
+        {"text": "err429"},
+        {},
+        {},
+        ["alice text", "alice F1"],
+        "F1",
+    ),
+    "two stand-ins fail": (
+        TWO,
+        {"text": "err429", "F1": "err429", "F2": "err401"},
+        {},
+        {},
+        ["alice text", "alice F1", "alice F2", "alice F3"],
+        "F3",
+    ),
+    "the model is down": (
+        ("alice",),
+        {"text": "err500"},
+        {},
+        {},
+        ["alice text", "alice text", "alice F1"],
+        "F1",
+    ),
+    "the model is for subscribers": (
+        TWO,
+        {"text": "denied"},
+        {},
+        {},
+        ["alice text", "alice F1"],
+        "F1",
+    ),
+    "an old server's limit": (
+        ("alice",),
+        {"text": "oldfail"},
+        {},
+        {},
+        ["alice text", "alice F1"],
+        "F1",
+    ),
+    "no fallback for this call": (
+        ("alice",),
+        {"text": "err429"},
+        {},
+        {"fallback": False},
+        ["alice text"],
+        puter.ModelRateLimitError,
+    ),
+    "no fallback at all": (
+        ("alice",),
+        {"text": "err429"},
+        {"fallback_enabled": False},
+        {},
+        ["alice text"],
+        puter.ModelRateLimitError,
+    ),
+    "no fallback, but another account": (
+        TWO,
+        {"text": "err429"},
+        {},
+        {"fallback": False},
+        ["alice text", "bob text"],
+        puter.ModelRateLimitError,
+    ),
+    "a list of the user's, with a model that costs": (
+        ("alice",),
+        {"text": "err429"},
+        {"fallback_models": ["nobody/knows-it", "lab/echo"]},
+        {},
+        ["alice text", "alice echo"],
+        "echo",
+    ),
+    "after the user's list come the free ones": (
+        ("alice",),
+        {"text": "err429", "echo": "err429"},
+        {"fallback_models": ["lab/echo"]},
+        {},
+        None,
+        "free",
+    ),
+    "nobody can stand in": (
+        ("alice",),
+        {"text": "err429", **ALL_FREE_FAIL},
+        {},
+        {},
+        ["alice text", *SEND_ON],
+        puter.ModelRateLimitError,
+    ),
+    "the next account begins again": (
+        TWO,
+        {"text": ["err429", "text"], **ALL_FREE_FAIL},
+        {},
+        {},
+        ["alice text", *SEND_ON, "bob text"],
+        "text",
+    ),
+    "no credit": (
+        ("alice",),
+        {"alice": "no credit"},
+        {},
+        {},
+        ["alice text", "alice F1"],
+        "F1",
+    ),
+    "no credit: one free model, then the next account": (
+        TWO,
+        {"alice": "no credit", "F1": "err429"},
+        {},
+        {},
+        ["alice text", "alice F1", "bob text"],
+        "text",
+    ),
+    "no credit and no fallback": (
+        TWO,
+        {"alice": "no credit"},
+        {},
+        {"fallback": False},
+        ["alice text", "bob text"],
+        "text",
+    ),
+    "no credit, and what the user listed costs": (
+        TWO,
+        {"alice": "no credit"},
+        {"fallback_models": ["lab/echo"]},
+        {},
+        None,
+        "free",
+    ),
+    "the account is limited": (
+        TWO,
+        {"alice": "limited"},
+        {},
+        {},
+        ["alice text", "bob text"],
+        "text",
+    ),
+    "the token is dead": (
+        TWO,
+        {"alice": "dead"},
+        {},
+        {},
+        ["alice text", "bob text"],
+        "text",
+    ),
+    "the account is suspended": (
+        TWO,
+        {"alice": "account_suspended"},
+        {},
+        {},
+        ["alice text", "bob text"],
+        "text",
+    ),
+    "a code nobody knows": (
+        TWO,
+        {"alice": "made_up"},
+        {},
+        {},
+        ["alice text", "bob text"],
+        "text",
+    ),
+    "all accounts are limited": (
+        THREE,
+        {name: "limited" for name in THREE},
+        {},
+        {},
+        ["alice text", "bob text", "carol text"],
+        puter.RateLimitError,
+    ),
+    "no rotation": (
+        TWO,
+        {"alice": "dead"},
+        {"account_rotation_enabled": False},
+        {},
+        ["alice text"],
+        puter.AuthError,
+    ),
+    "the account is chosen": (
+        TWO,
+        {"bob": "dead"},
+        {"account": "bob"},
+        {},
+        ["bob text"],
+        puter.AuthError,
+    ),
+    "a bad request is told at once": (
+        TWO,
+        {"text": "err400"},
+        {},
+        {},
+        ["alice text"],
+        puter.BadRequestError,
+    ),
+    "a plan is needed": (
+        TWO,
+        {"text": lambda *_: refusing(402, "subscription_required")},
+        {},
+        {},
+        ["alice text"],
+        puter.SubscriptionError,
+    ),
+    "the server does not know the call": (
+        TWO,
+        {"text": lambda *_: refusing(404, "not_found")},
+        {},
+        {},
+        ["alice text"],
+        puter.BadRequestError,
+    ),
+    "too large": (
+        TWO,
+        {"text": lambda *_: refusing(413, "payload_too_large")},
+        {},
+        {},
+        ["alice text"],
+        puter.BadRequestError,
+    ),
+}
+
+
+class TestWalk:
+    """Which model on which account is asked after which: as the server saw it."""
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize("name", WALKS)
+    def test_the_order(
+        self, make: MakeClient, fake: FakePuter, name: str, how: str
+    ) -> None:
+        accounts, faults, settings, more, seen, outcome = WALKS[name]
+        client = make(*accounts, **settings)
+        prepare(fake, faults)
+        if isinstance(outcome, type):
+            with pytest.raises(outcome) as caught:
+                ask(client, how, lab("text"), **more)
+            assert type(caught.value) is outcome
+            attempts = caught.value.attempts  # type: ignore[attr-defined]
+            assert attempts[0].error is caught.value
+            assert caught.value.account == attempts[0].account
+        else:
+            reply = ask(client, how, lab("text"), **more)
+            attempts = reply.attempts
+            want = FREE[int(outcome[1:]) - 1] if outcome[1:].isdigit() else lab(outcome)
+            assert reply.model in ([want] if outcome != "free" else FREE)
+            assert attempts[-1].error is None
+            assert (attempts[-1].model, attempts[-1].account) == (
+                reply.model,
+                reply.account,
+            )
+        assert seen is None or told(fake) == seen
+        assert [(a.account, a.model) for a in attempts] == fake.chat_calls()
+        assert all(running_on(client, name) == 0 for name in client._gates)
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(THREE)))
+    def test_three_accounts_with_three_faults_in_every_order(
+        self, make: MakeClient, fake: FakePuter, order: tuple[str, ...]
+    ) -> None:
+        client = make(*order, "dave")
+        faults = {"alice": "no credit", "bob": "limited", "carol": "dead"}
+        prepare(fake, {**faults, "F1": "err429"})
+        reply = client.chat("hi", model=lab("text"))
+        want = []
+        for name in order:
+            want += [f"{name} text"] + ([f"{name} F1"] if name == "alice" else [])
+        assert told(fake) == [*want, "dave text"]
+        assert (reply.text, reply.account) == (SENTENCE, "dave")
+        rests = {(c.account, c.reason) for c in client.cooldowns() if not c.model}
+        assert rests == {
+            ("alice", "insufficient_funds"),
+            ("bob", "too_many_requests"),
+            ("carol", "login"),
+        }
+        # Who has learned it, and a new client, goes to the good one at once.
+        for one in (client, make()):
+            one.chat("hi", model=lab("text"))
+        assert told(fake)[len(want) + 1 :] == ["dave text"] * 2
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(THREE)))
+    def test_when_nobody_is_left_the_first_error_is_raised_and_then_the_rest(
+        self, make: MakeClient, fake: FakePuter, order: tuple[str, ...]
+    ) -> None:
+        client = make(*order)
+        faults = {"alice": "no credit", "bob": "limited", "carol": "dead"}
+        prepare(fake, {**faults, "F1": "err429"})
+        kinds = {
+            "alice": puter.CreditError,
+            "bob": puter.RateLimitError,
+            "carol": puter.AuthError,
+        }
+        # The one that is left when all others are dead waits; here no other two are.
+        with pytest.raises(kinds[order[0]]) as caught:
+            client.chat("hi", model=lab("text"))
+        assert len(caught.value.attempts) == len(fake.requests) - 1 == 4
+        for name in THREE:
+            assert f"{lab('text')} on {name}" in str(caught.value)
+        with pytest.raises(puter.AllAccountsOnCooldownError) as resting:
+            client.chat("hi", model=lab("text"))
+        error = resting.value
+        assert {(c.account, c.reason) for c in error.statuses} == {
+            ("alice", "insufficient_funds"),
+            ("bob", "too_many_requests"),
+            ("carol", "login"),
+        }
+        assert error.retry_after_s is not None and 290 < error.retry_after_s <= 300
+        assert re.search(r"free in \d+ s", str(error))
+        assert len(fake.chat_calls()) == 4
+
+    def test_a_resting_model_is_not_asked_by_a_new_process(
+        self, fake: FakePuter, home: Path
+    ) -> None:
+        sign_in(fake, home, "alice")
+        fake.script[lab("text")] = "err429"
+        for _ in range(2):
+            done = run_cli(fake, "ask", "-m", lab("text"), "hi")
+            assert (done.returncode, done.stdout) == (0, SENTENCE + "\n")
+        assert told(fake) == ["alice text", "alice F1", "alice F1"]
+
+    def test_a_resting_model_is_asked_where_nobody_stands_in(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = ["err429", "text"]
+        client = make(fallback_models=[])
+        fake.catalogue = [m for m in fake.catalogue if m["id"] == lab("text")]
+        with pytest.raises(puter.ModelRateLimitError):
+            client.chat("hi", model=lab("text"))
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    def test_a_resting_model_is_asked_when_no_other_is_wanted(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = ["err429", "text"]
+        client = make()
+        client.chat("hi", model=lab("text"))
+        reply = client.chat("hi", model=lab("text"), fallback=False)
+        assert reply.model == lab("text")
+
+    def test_a_model_rests_under_all_its_names(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = "err429"
+        client = make()
+        for name in (lab("text"), "lab/text", "openrouter/lab/text"):
+            client.chat("hi", model=name)
+        assert told(fake) == ["alice text", *["alice F1"] * 3]
+
+    def test_a_model_rests_on_one_account_only_and_not_for_ever(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = ["err429", "text"]
+        client = make("alice", "bob", fallback_cooldown_ms=30)
+        client.chat("hi", model=lab("text"))
+        rests = [(c.account, c.model) for c in client.cooldowns()]
+        assert rests in ([("alice", lab("text"))], [])
+        assert eventually(lambda: not client.cooldowns())
+        assert client.chat("hi", model=lab("text")).model == lab("text")
+
+    def test_a_paid_model_is_never_chosen(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = "err429"
+        # What the built-in list names is no longer free.
+        fake.catalogue = [m for m in fake.catalogue if m["id"].startswith("openrouter")]
+        for model in fake.catalogue:
+            model["costs"] = {**model["costs"], "prompt": 1}
+        with pytest.raises(puter.ModelRateLimitError):
+            make().chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text"]
+
+    @pytest.mark.parametrize(
+        ("more", "left_out"),
+        [({"tools": [WEATHER]}, True), ({"images": [PNG]}, True), ({}, False)],
+    )
+    def test_models_that_cannot_do_it_are_left_out(
+        self, make: MakeClient, fake: FakePuter, more: dict[str, Any], left_out: bool
+    ) -> None:
+        prepare(fake, {"text": "err429", **ALL_FREE_FAIL})
+        with pytest.raises(puter.ModelRateLimitError):
+            make(max_retries=0).chat("hi", model=lab("text"), **more)
+        assert ("alice F5" not in told(fake)) is left_out
+        assert "alice F4" in told(fake)
+
+    def test_models_with_too_little_room_are_left_out(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        prepare(fake, {"text": "err429", **ALL_FREE_FAIL})
+        with pytest.raises(puter.ModelRateLimitError):
+            make().chat("word " * 5_000, model=lab("text"))
+        assert "alice F4" in told(fake) and "alice F5" not in told(fake)
+
+    @pytest.mark.parametrize("fault", ["err400", "internal", "closed"])
+    def test_a_stand_in_that_fails_otherwise_does_not_hide_the_first_error(
+        self, make: MakeClient, fake: FakePuter, fault: str
+    ) -> None:
+        # The caller asked for another model: an error about a stand-in says nothing to him.
+        prepare(fake, {"text": "err429", "F1": fault})
+        try:
+            assert make(max_retries=0).chat("hi", model=lab("text")).text == SENTENCE
+        except puter.PuterError as error:
+            assert isinstance(error, puter.ModelRateLimitError)
+
+    def test_no_credit_and_no_model_list(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        prepare(fake, {"alice": "no credit"})
+        fake.routes.pop(("GET", "/puterai/chat/models/details"))
+        reply = make("alice", "bob", max_retries=0).chat("hi", model=lab("text"))
+        assert (reply.account, told(fake)) == ("bob", ["alice text", "bob text"])
+
+    def test_the_log_names_only_what_is_tried(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        prepare(fake, {"alice": "no credit"})
+        make("alice", "bob").chat("hi", model=lab("text"))
+        tried = [text for text in logged(caplog) if text.startswith("Fallback")]
+        assert tried == [f"Fallback: trying {FREE[0]}"]
+
+    # Names of models.
+
+    @pytest.mark.parametrize(
+        "name", ["Lab/TEXT", "puter/LAB/text", "OPENROUTER:lab/text", "TEXT"]
+    )
+    def test_a_name_in_any_case(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        caplog: pytest.LogCaptureFixture,
+        name: str,
+    ) -> None:
+        caplog.set_level(logging.INFO, "puter")
+        reply = make().chat("hi", model=name)
+        assert (reply.text, reply.model) == (SENTENCE, lab("text"))
+        assert fake.chat_calls()[-1] == ("alice", lab("text"))
+        assert "fallback" not in caplog.text.lower()
+
+    def test_an_unknown_name(self, make: MakeClient, fake: FakePuter) -> None:
+        with pytest.raises(puter.ModelNotFoundError, match="Did you mean") as caught:
+            make("alice", "bob").chat("hi", model="claude-opus-4-6")
+        error = caught.value
+        assert "claude-opus-4-5-20251101" in error.near
+        assert fake.chat_calls() == [("alice", "claude-opus-4-6")]
+        assert len(error.attempts) == 1
+
+    def test_an_unknown_name_without_a_model_list(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.routes.pop(("GET", "/puterai/chat/models/details"))
+        with pytest.raises(puter.ModelNotFoundError, match="claude-opus-4-6"):
+            make(max_retries=0).chat("hi", model="claude-opus-4-6")
+
+    def test_a_model_that_is_not_free_any_more(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        reply = make().chat("hi", model="openrouter:lab/text:free")
+        assert (reply.text, reply.model) == (SENTENCE, lab("text"))
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warnings) == 1 and "may cost credit" in warnings[0]
+
+    def test_a_free_model_of_no_name_at_all(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        with pytest.raises(puter.ModelNotFoundError):
+            make().chat("hi", model="openrouter:nobody/nothing:free")
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_listed_model_that_the_server_does_not_know_is_passed_over(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        prepare(fake, {"text": "err429", "F1": lambda *_: Raw(NO_MODEL[1], 400)})
+        assert make().chat("hi", model=lab("text")).model == FREE[1]
+
+    # Accounts.
+
+    def test_a_dead_token_is_marked_and_its_record_kept(
+        self, make: MakeClient, fake: FakePuter, home: Path
+    ) -> None:
+        client = make("alice", "bob")
+        path = home / puter.ACCOUNTS_NAME
+        before = path.read_bytes()
+        fake.accounts["token-alice"].dead = True
+        client.chat("hi", model=lab("text"))
+        assert path.read_bytes() == before
+        (rest,) = client.cooldowns()
+        assert (rest.account, rest.model, rest.reason) == ("alice", "", "login")
+        make().chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text", "bob text", "bob text"]
+        # A new sign-in brings a new token, and the mark is of the old one.
+        fake.add_account("alice", "token-alice-2")
+        client.store.add(puter.Account("alice", "token-alice-2", 1))
+        assert make().chat("hi", model=lab("text")).account == "alice"
+
+    def test_only_dead_tokens(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make("alice", "bob")
+        prepare(fake, {"alice": "dead", "bob": "dead"})
+        with pytest.raises(puter.AuthError) as caught:
+            client.chat("hi", model=lab("text"))
+        assert [a.account for a in caught.value.attempts] == ["alice", "bob"]
+        with pytest.raises(puter.AuthError, match=r"alice, bob.*login"):
+            client.chat("hi", model=lab("text"))
+        assert len(fake.chat_calls()) == 2
+
+    def test_nobody_is_signed_in(self, fake: FakePuter, home: Path) -> None:
+        with (
+            puter.Puter(api_base_url=fake.url) as client,
+            pytest.raises(puter.AuthError, match=r"not signed in.*puter login"),
+        ):
+            client.chat("hi")
+        assert not fake.requests
+
+    def test_an_account_of_no_name(self, make: MakeClient) -> None:
+        with pytest.raises(puter.AuthError, match=r"alcie.*Did you mean 'alice'"):
+            make("alice", "bob", account="alcie").chat("hi")
+
+    def test_a_chosen_account_wins_over_the_environment(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make("alice", "bob")
+        monkeypatch.setenv("PUTER_AUTH_TOKEN", "token-alice")
+        make(account="bob").chat("hi", model=lab("text"))
+        assert told(fake) == ["bob text"]
+
+    def test_a_token_of_the_environment_wins_over_the_store(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PUTER_AUTH_TOKEN", "token-bob")
+        make("alice").chat("hi", model=lab("text"))
+        assert told(fake) == ["bob text"]
+
+    def test_rests_grow_with_each_failure_in_a_row(
+        self, make: MakeClient, fake: FakePuter, home: Path
+    ) -> None:
+        client = make("alice", "bob")
+        prepare(fake, {"alice": "limited", "bob": "limited"})
+        lengths = []
+        for _ in range(5):
+            with pytest.raises(puter.RateLimitError):
+                client.chat("hi", model=lab("text"))
+            until = [c.until_s - time.time() for c in client.cooldowns()]
+            lengths.append([round(seconds / 300, 1) for seconds in until])
+            strikes = [c.strikes for c in client.cooldowns()]
+            let_rests_end(home)
+        assert lengths == [[n, n] for n in (1.0, 2.0, 3.0, 4.0, 4.0)]
+        assert strikes == [5, 5]
+        prepare_well = fake.accounts["token-alice"]
+        prepare_well.error = None
+        client.chat("hi", model=lab("text"))
+        prepare_well.error = (429, {"code": "too_many_requests", "message": "Slow"})
+        with pytest.raises(puter.RateLimitError):
+            client.chat("hi", model=lab("text"))
+        assert [c.strikes for c in client.cooldowns()] == [1, 6]
+
+    def test_all_rest_until_the_first_is_free(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make("alice", "bob", account_rotation_cooldown_ms=40_000)
+        prepare(fake, {"alice": "limited", "bob": "limited"})
+        with pytest.raises(puter.RateLimitError):
+            client.chat("hi", model=lab("text"))
+        for one in (client, make()):
+            with pytest.raises(puter.AllAccountsOnCooldownError) as caught:
+                one.stream("hi", model=lab("text"))
+            assert 30 < (caught.value.retry_after_s or 0) <= 40
+            assert [c.account for c in caught.value.statuses] == ["alice", "bob"]
+            assert caught.value.attempts == ()
+        assert len(fake.chat_calls()) == 2
+        client.state.clear_cooldowns()
+        fake.accounts["token-alice"].error = None
+        assert client.chat("hi", model=lab("text")).account == "alice"
+
+    def test_a_rest_that_ends_in_between_is_no_crash(self, make: MakeClient) -> None:
+        # Between the look for an account and the words about it, the last rest may end.
+        error = make("alice", "bob")._roster.nobody()
+        assert isinstance(error, puter.AllAccountsOnCooldownError)
+
+    def test_the_account_that_works_is_kept(
+        self, make: MakeClient, fake: FakePuter, home: Path
+    ) -> None:
+        client = make(*THREE)
+        prepare(fake, {"alice": "limited"})
+        client.chat("hi", model=lab("text"))
+        fake.accounts["token-alice"].error = None
+        let_rests_end(home)
+        for _ in range(3):
+            client.chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text", *["bob text"] * 4]
+
+    @pytest.mark.parametrize(
+        ("strategy", "want"),
+        [
+            ("round-robin", ["alice", "bob", "carol", "dave"]),
+            ("least-recently-used", ["alice", "carol", "dave", "bob"]),
+        ],
+    )
+    def test_strategies(
+        self, make: MakeClient, fake: FakePuter, strategy: str, want: list[str]
+    ) -> None:
+        names = ("alice", "bob", "carol", "dave")
+        client = make(*names, account_rotation_strategy=strategy)
+        for seconds, name in enumerate(["carol", "dave", "bob", "alice"], 1):
+            client.state.succeed(name, "x", seconds)
+        for name in names:
+            prepare(fake, {name: "limited"})
+        with pytest.raises(puter.RateLimitError):
+            client.chat("hi", model=lab("text"))
+        assert [account for account, _ in fake.chat_calls()] == want
+
+    def test_round_robin_goes_on_from_the_active_account(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(*THREE)
+        client.store.switch("bob")
+        prepare(fake, {"bob": "limited", "carol": "limited"})
+        client.chat("hi", model=lab("text"))
+        assert told(fake) == ["bob text", "carol text", "alice text"]
+
+    @pytest.mark.parametrize("others", ["none", "dead", "not wanted"])
+    def test_who_is_alone_waits_out_a_rate_limit(
+        self, make: MakeClient, fake: FakePuter, others: str
+    ) -> None:
+        names = ("alice",) if others == "none" else ("alice", "bob")
+        client = make(*names, account="alice" if others == "not wanted" else None)
+        if others == "dead":
+            prepare(fake, {"bob": "dead"})
+            client.store.switch("bob")
+            client.chat("hi", model=lab("text"))
+            fake.requests.clear()
+        limited = refusing(429, "too_many_requests")
+        fake.script[lab("text")] = [lambda *_: limited, lambda *_: limited, "text"]
+        for _ in range(2):
+            assert client.chat("hi", model=lab("text")).account == "alice"
+        assert told(fake) == ["alice text"] * 4
+        assert not [c for c in client.cooldowns() if c.reason != "login"]
+
+    def test_who_is_alone_with_a_window(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.add_account("erin", max_in_window=3, window_s=0.2)
+        client = make("erin", retry_delay_ms=50)
+        for _ in range(7):
+            assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    def test_who_wants_no_retry_does_not_wait(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        prepare(fake, {"alice": "limited"})
+        with pytest.raises(puter.RateLimitError):
+            make(max_retries=0).chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text"]
+
+    def test_an_account_added_meanwhile_is_used(
+        self, make: MakeClient, fake: FakePuter, home: Path
+    ) -> None:
+        client = make("alice")
+        client.chat("hi", model=lab("text"))
+        sign_in(fake, home, "bob")
+        prepare(fake, {"alice": "limited"})
+        assert client.chat("hi", model=lab("text")).account == "bob"
+
+    def test_a_broken_state_file_costs_a_warning(
+        self, make: MakeClient, home: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / puter.STATE_NAME).write_bytes(b"no database" * 100)
+        client = make()
+        for _ in range(2):
+            assert client.chat("hi", model=lab("text")).text == SENTENCE
+        warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warnings) == 1
+
+
+# =============================================================================
+# The gate
+# =============================================================================
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestGate:
+    """So many requests at once and no more; a refusal holds everybody back."""
+
+    def test_places_are_taken_and_given_back(self) -> None:
+        gate, handle = puter._Gate(2), puter._Handle()
+        gate.enter(handle, 1)
+        gate.enter(handle, 1)
+        with pytest.raises(puter.RateLimitError, match="2 requests.*max_concurrent"):
+            gate.enter(handle, 0)
+        gate.leave()
+        gate.enter(handle, 0)
+
+    def test_who_waits_gets_the_place_that_comes_free(self) -> None:
+        gate = puter._Gate(1)
+        gate.enter(puter._Handle(), 1)
+        waiter, outcome = in_background(lambda: gate.enter(puter._Handle(), 5))
+        time.sleep(0.02)
+        assert not outcome
+        gate.leave()
+        waiter.join(2)
+        assert outcome == [None]
+
+    def test_who_is_closed_does_not_wait(self) -> None:
+        gate, handle = puter._Gate(1), puter._Handle()
+        gate.enter(puter._Handle(), 1)
+        waiter, outcome = in_background(lambda: gate.enter(handle, 30))
+        handle.close()
+        waiter.join(2)
+        assert isinstance(outcome[0], puter.PuterError)
+
+    def test_a_refusal_holds_all_back_and_fewer_go_at_once(self) -> None:
+        clock = Clock()
+        gate, handle = puter._Gate(3, clock), puter._Handle()
+        gate.enter(handle, 0)
+        gate.enter(handle, 0)
+        gate.refused(5.0, too_many_at_once=True)
+        gate.leave()
+        with pytest.raises(puter.RateLimitError):
+            gate.enter(handle, 0)  # the pause
+        clock.now += 5.1
+        gate.enter(handle, 0)
+        with pytest.raises(puter.RateLimitError):
+            gate.enter(handle, 0)  # two are enough for now
+        clock.now += 60
+        gate.enter(handle, 0)
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_max_concurrent_at_the_server(
+        self, make: MakeClient, fake: FakePuter, how: str
+    ) -> None:
+        seen: list[int] = []
+
+        def count(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            seen.append(fake.accounts["token-alice"].running)
+            handler.pause(0.02)
+            return Turn("ok", pause_s=0.01)
+
+        fake.script[lab("text")] = count
+        client = make(max_concurrent=2)
+        work = [in_background(lambda: ask(client, how, lab("text"))) for _ in range(12)]
+        for thread, outcome in work:
+            thread.join(10)
+            assert outcome[0].text == "ok"
+        assert len(seen) == 12 and max(seen) == 2
+
+    def test_a_limit_of_the_server_is_learned(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.add_account("erin", max_concurrent=2)
+        client = make("erin", max_concurrent=6, retry_delay_ms=10)
+        fake.script[lab("text")] = lambda *_: Turn("ok", pause_s=0.05)
+        work = [
+            in_background(lambda: ask(client, "chat", lab("text"))) for _ in "12345678"
+        ]
+        for thread, outcome in work:
+            thread.join(10)
+            assert getattr(outcome[0], "text", outcome[0]) == "ok"
+
+    def test_a_full_gate_is_no_fault_of_the_account(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make("alice", "bob", max_concurrent=1)
+        with client.stream("hi", model=lab("slow")):
+            with suppress(puter.PuterError):
+                client.chat("hi", model=lab("text"), timeout_ms=50)
+            # The server has refused nothing: no process must let the account rest.
+            assert client.cooldowns() == []
+
+    def test_a_closed_wait_at_the_gate_asks_nobody_else(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make("alice", "bob", max_concurrent=1)
+        with client.stream("hi", model=lab("slow")):
+            waiting = unstarted(client, lab("text"))
+            waiter, outcome = in_background(waiting._start)
+            time.sleep(0.05)
+            waiting.close()
+            waiter.join(1.5)
+        assert isinstance(outcome[0], puter.PuterError)
+        assert told(fake) == ["alice slow"]
+        assert client.cooldowns() == []
+
+
+# =============================================================================
+# The catalogue, the account
+# =============================================================================
+
+DETAILS = "/puterai/chat/models/details"
+
+
+class TestModels:
+    """The model list, who is signed in, and what may still be spent."""
+
+    def test_the_list_is_sorted_and_filtered(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make()
+        ids = [model.id for model in client.models()]
+        assert ids == sorted(model["id"] for model in fake.catalogue)
+        assert [m.id for m in client.models(free=True)] == sorted(FREE)
+        assert {m.id for m in client.models(free=False)} == {*ids} - {*FREE}
+        found = [m.id for m in client.models("Google")]
+        assert found == [m.id for m in client.models("gemini")]
+        assert found == ["gemini-2.5-flash"]
+        assert client.models("nobody") == []
+        assert [m.id for m in client.models("qwen", free=True)] == [FREE[3]]
+        assert len(fake.requests) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "want"),
+        [
+            ("claude-opus-4-5", "claude-opus-4-5-20251101"),
+            ("CLAUDE-OPUS-4.5", "claude-opus-4-5-20251101"),
+            ("puter/claude-opus-4-5", "claude-opus-4-5-20251101"),
+            ("anthropic:anthropic/claude-opus-4-5", "claude-opus-4-5-20251101"),
+            (" Puter/lab/Text ", "openrouter:lab/text"),
+        ],
+    )
+    def test_one_model(self, make: MakeClient, name: str, want: str) -> None:
+        assert make().model(name).id == want
+
+    def test_an_unknown_model(self, make: MakeClient) -> None:
+        with pytest.raises(puter.ModelNotFoundError, match="gemini-2.5-flash"):
+            make().model("gemini-2.5-flahs")
+
+    def test_the_list_is_kept(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make()
+        client.models()
+        make().models()  # another process would find it on disk as well
+        assert len(fake.requests) == 1
+        client.models(refresh=True)
+        assert len(fake.requests) == 2
+        make(cache_ttl_ms=0).models()
+        assert len(fake.requests) == 3
+
+    def test_the_list_of_another_server_is_another_list(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        make().models()
+        with FakePuter(catalogue=[]) as other:
+            assert make(api_base_url=other.url).models() == []
+
+    def test_no_account_is_needed(self, fake: FakePuter, home: Path) -> None:
+        with puter.Puter(api_base_url=fake.url) as client:
+            assert client.models()
+        assert fake.requests[0].token is None
+
+    def test_an_old_list_is_better_than_none(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        count = len(make().models())
+        client = make(cache_ttl_ms=0)
+        fake.routes.pop(("GET", DETAILS))
+        assert len(client.models()) == count
+        assert "old" in caplog.text
+        with pytest.raises(puter.PuterError):
+            client.models(refresh=True)
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            Raw(b"<html>hello</html>", 200, HTML_TYPE),
+            Raw({"models": 5}),
+            pytest.param(
+                Raw({"models": [{"name": "no id"}]}),
+            ),
+            Raw({"models": [{"id": "a", "costs": {"tokens": "many", "x": 1}}]}),
+            Raw({"models": [{"id": "a", "modalities": [], "aliases": "b"}]}),
+            Raw([1, 2]),
+            refusing(503, "down"),
+        ],
+    )
+    def test_what_is_no_list_is_an_error_of_ours(
+        self, make: MakeClient, fake: FakePuter, reply: Raw
+    ) -> None:
+        fake.routes["GET", DETAILS] = lambda handler: handler.send(reply)
+        try:
+            assert isinstance(make().models(), list)
+        except puter.PuterError as error:
+            assert error.hint
+
+    def test_whoami_and_usage(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make("alice", "bob")
+        assert client.whoami()["username"] == "alice"
+        fake.accounts["token-alice"].credit_microcents = 10_000_000
+        credit = client.usage()
+        assert (credit.unit, credit.remaining, credit.used) == ("usd", 0.1, 0.15)
+        prepare(fake, {"alice": "limited"})
+        client.chat("hi", model=lab("text"))
+        assert client.whoami()["username"] == "bob"  # the one in use
+        fake.accounts["token-bob"].dead = True
+        with pytest.raises(puter.AuthError, match="login"):
+            client.whoami()
+
+    def test_usage_of_an_old_server(self, make: MakeClient, fake: FakePuter) -> None:
+        fake.routes["GET", "/auth/get-monthly-usage"] = fake.routes.pop(
+            ("GET", "/metering/usage")
+        )
+        assert make().usage().remaining == 0.25
+        with pytest.raises(puter.PuterError):
+            fake.routes.pop(("GET", "/auth/get-monthly-usage"))
+            make().usage()
+
+    def test_accounts(self, make: MakeClient) -> None:
+        client = make("alice", "bob")
+        assert [account.username for account in client.accounts] == ["alice", "bob"]
+        assert [one.username for one in make(account="bob").accounts] == ["bob"]
+        wanted = make(token="token-alice").accounts
+        assert len(wanted) == 1 and "token-alice" not in repr(wanted)
+
+
+# =============================================================================
+# Commands: ask
+# =============================================================================
+
+
+def cli_env(fake: FakePuter, **more: str) -> dict[str, str]:
+    """The environment of a command that talks to the fake server."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(puter.__file__).parent),
+        "PUTER_API_BASE_URL": fake.url,
+        "PUTER_RETRY_DELAY_MS": "1",
+        **more,
+    }
+
+
+def run_cli(
+    fake: FakePuter, *argv: str, stdin: str | bytes = b"", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; its input is a pipe with the given bytes."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    command = [sys.executable, "-m", "puter", *argv]
+    done = subprocess.run(
+        command,
+        check=False,
+        input=data,
+        capture_output=True,
+        env=cli_env(fake, **env),
+        timeout=20,
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    return subprocess.CompletedProcess(argv, done.returncode, out, err)
+
+
+@contextmanager
+def running_cli(
+    fake: FakePuter, *argv: str, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs while the test does something to it."""
+    command = [sys.executable, "-m", "puter", *argv]
+    pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    pipes = {"stdin": subprocess.DEVNULL, **pipes, **options}
+    with subprocess.Popen(command, env=cli_env(fake), **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def signed_in(fake: FakePuter, home: Path) -> FakePuter:
+    """The fake server, with alice signed in."""
+    sign_in(fake, home, "alice")
+    return fake
+
+
+class TestAskCommand:
+    """`ask`, as a process of its own."""
+
+    @pytest.mark.parametrize("how", [[], ["--no-stream"]])
+    def test_an_answer(self, signed_in: FakePuter, how: list[str]) -> None:
+        done = run_cli(signed_in, "ask", "-m", lab("text"), *how, "Why", "so?")
+        assert (done.returncode, done.stdout, done.stderr) == (0, SENTENCE + "\n", "")
+        (sent,) = [one for one in signed_in.requests if one.path == CHAT]
+        assert sent.args["messages"] == [{"role": "user", "content": "Why so?"}]
+        assert sent.args.get("stream", False) is not bool(how)
+
+    def test_it_is_printed_as_it_comes(self, signed_in: FakePuter) -> None:
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            handler.begin_stream()
+            handler.chunk(line("text", text="first"))
+            handler.pause(30.0)
+            return None
+
+        signed_in.script[lab("text")] = send
+        with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
+            assert process.stdout and process.stdout.read(5) == b"first"
+
+    def test_options(self, signed_in: FakePuter) -> None:
+        options = ["-s", "Be brief", "--max-tokens", "9", "--temperature", "0.5"]
+        assert run_cli(signed_in, "ask", *options, "hi").returncode == 0
+        args = signed_in.requests[-1].args
+        assert args["messages"][0] == {"role": "system", "content": "Be brief"}
+        assert (args["max_tokens"], args["temperature"]) == (9, 0.5)
+        assert args["model"] == puter.DEFAULT_MODEL
+
+    def test_reasoning_goes_to_stderr(self, signed_in: FakePuter) -> None:
+        done = run_cli(signed_in, "ask", "-m", lab("reason"), "hi")
+        assert (done.stdout, done.stderr) == (SENTENCE + "\n", "thinking...\n")
+
+    @pytest.mark.parametrize("scenario", ["text", "twotools", "reason"])
+    def test_json(self, signed_in: FakePuter, scenario: str) -> None:
+        done = run_cli(signed_in, "ask", "--json", "-m", lab(scenario), "hi")
+        told_json = json.loads(done.stdout)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+        want = {**PLAIN, **GOOD[scenario]}
+        assert told_json["text"] == want["text"]
+        assert told_json["finish_reason"] == want["finish_reason"]
+        names = [call["name"] for call in told_json["tool_calls"]]
+        assert names == [name for name, _ in CALLS.get(scenario, [])]
+        assert told_json["model"] == lab(scenario)
+        assert told_json["usage"]["output_tokens"] == 22
+        assert "token-" not in done.stdout
+
+    @pytest.mark.parametrize(
+        ("argv", "stdin", "want"),
+        [
+            (["What broke?"], "the log\n", "What broke?\n\nthe log"),
+            ([], "a question\n", "a question"),
+            (["-"], "a question", "a question"),
+            (["hi"], "", "hi"),
+            (["hi"], "é🦊", "hi\n\né🦊"),
+        ],
+    )
+    def test_a_pipe_joins_the_prompt(
+        self, signed_in: FakePuter, argv: list[str], stdin: str, want: str
+    ) -> None:
+        done = run_cli(signed_in, "ask", "-m", lab("echo"), *argv, stdin=stdin)
+        assert (done.returncode, done.stdout) == (0, want + "\n")
+
+    def test_an_open_pipe_that_says_nothing_is_left_alone(
+        self, signed_in: FakePuter
+    ) -> None:
+        argv = ("ask", "-m", lab("echo"), "hi")
+        with running_cli(signed_in, *argv, stdin=subprocess.PIPE) as process:
+            assert process.wait(15) == 0
+            assert process.stdout and process.stdout.read() == b"hi\n"
+            assert process.stderr and b"silent" in process.stderr.read()
+
+    def test_a_pipe_that_is_no_text(self, signed_in: FakePuter) -> None:
+        done = run_cli(signed_in, "ask", "hi", stdin=b"\xff\xfe")
+        assert done.returncode == 1 and "UTF-8" in done.stderr
+        assert not signed_in.requests
+
+    @pytest.mark.parametrize("argv", [[], ["-"], [" "], ["--json"]])
+    def test_nothing_to_ask(self, signed_in: FakePuter, argv: list[str]) -> None:
+        done = run_cli(signed_in, "ask", *argv)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "python -m puter ask" in done.stderr
+        assert not signed_in.requests
+
+    @pytest.mark.parametrize(
+        "argv", [["ask", "hi"], ["ask", "--json", "hi"], ["whoami"]]
+    )
+    def test_not_signed_in(self, fake: FakePuter, home: Path, argv: list[str]) -> None:
+        done = run_cli(fake, *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "python -m puter login" in done.stderr
+        assert done.stderr.count("\n") == 1 and not fake.requests
+
+    @pytest.mark.parametrize("scenario", ["midfail", "closed", "nousageline"])
+    def test_a_failure_in_the_middle(self, signed_in: FakePuter, scenario: str) -> None:
+        done = run_cli(signed_in, "ask", "-m", lab(scenario), "hi")
+        assert done.returncode == 1
+        said = done.stdout.rstrip("\n")
+        assert said and SENTENCE.startswith(said) and done.stdout.endswith("\n")
+        assert done.stderr.startswith("error: ") and "broke off" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(signed_in.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("scenario", "words"),
+        [("err400", "scripted 400"), ("badargs", "arguments"), ("html", "502")],
+    )
+    def test_a_failure_is_one_line(
+        self, signed_in: FakePuter, scenario: str, words: str
+    ) -> None:
+        done = run_cli(signed_in, "ask", "--no-fallback", "-m", lab(scenario), "hi")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.count("\n") == 1 and words in done.stderr
+
+    def test_who_stood_in_is_told(self, signed_in: FakePuter) -> None:
+        signed_in.script[lab("text")] = "err429"
+        argv = ("ask", "-m", lab("text"), "hi")
+        done = run_cli(signed_in, *argv)
+        assert done.stdout == SENTENCE + "\n"
+        assert f"answered by {FREE[0]} on alice" in done.stderr
+        assert run_cli(signed_in, *argv, PUTER_QUIET_MODE="1").stderr == ""
+        done = run_cli(signed_in, *argv[:-1], "--no-fallback", "hi")
+        assert done.returncode == 1
+
+    @pytest.mark.parametrize("scenario", ["long", "slow"])
+    def test_a_reader_that_goes_away_is_no_noise(
+        self, signed_in: FakePuter, scenario: str
+    ) -> None:
+        argv = ("ask", "-m", lab(scenario), "hi")
+        with running_cli(signed_in, *argv, bufsize=0) as process:
+            assert process.stdout and process.stderr
+            process.stdout.read(3)
+            process.stdout.close()
+            assert process.wait(10) == 141
+            assert process.stderr.read() == b""
+        assert eventually(lambda: signed_in.open_streams == 0)
+
+    @pytest.mark.parametrize("scenario", ["slow", "hang"])
+    def test_ctrl_c(self, signed_in: FakePuter, scenario: str) -> None:
+        argv = ("ask", "-m", lab(scenario), "hi")
+        with running_cli(signed_in, *argv) as process:
+            assert eventually(lambda: signed_in.open_streams == 1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert process.stderr and b"Traceback" not in process.stderr.read()
+        assert eventually(lambda: signed_in.open_streams == 0)
+
+    def test_the_debug_log(self, signed_in: FakePuter) -> None:
+        signed_in.script[lab("text")] = "err429"
+        done = run_cli(signed_in, "ask", "-m", lab("text"), "hi", PUTER_DEBUG="1")
+        lines = [one for one in done.stderr.splitlines() if one.startswith("[")]
+        form = r"\[puter-auth\] \d\d:\d\d:\d\d (Request|Rate|Fallback|Stream|Response)"
+        assert len(lines) >= 5 and all(re.match(form, one) for one in lines)
+        assert done.stdout == SENTENCE + "\n"
+        assert "token-alice" not in done.stderr
+
+    def test_a_wrong_setting(self, signed_in: FakePuter) -> None:
+        done = run_cli(signed_in, "ask", "hi", PUTER_MAX_RETRIES="many")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "PUTER_MAX_RETRIES" in done.stderr and "Traceback" not in done.stderr
+
+
+# =============================================================================
+# Commands: whoami and models, and the frame of all
+# =============================================================================
+
+
+class TestCatalogueCommands:
+    """`whoami`, `models`, `--version` and `--help`."""
+
+    def test_whoami(self, signed_in: FakePuter) -> None:
+        done = run_cli(signed_in, "whoami")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "alice\n", "")
+        signed_in.accounts["token-alice"].temporary = True
+        assert run_cli(signed_in, "whoami").stdout == "alice (temporary)\n"
+        told_json = json.loads(run_cli(signed_in, "whoami", "--json").stdout)
+        assert told_json["username"] == "alice" and told_json["is_temp"] is True
+
+    def test_whoami_with_a_dead_token(self, signed_in: FakePuter) -> None:
+        signed_in.accounts["token-alice"].dead = True
+        done = run_cli(signed_in, "whoami")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "python -m puter login" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "want"),
+        [
+            (["--free"], sorted(FREE)),
+            (["--provider", "google"], ["gemini-2.5-flash"]),
+            (["--search", "OPUS"], ["claude-opus-4-5-20251101"]),
+            (["--search", "qwen3", "--free"], [FREE[3]]),
+            (["--search", "nothing-like-this"], []),
+        ],
+    )
+    def test_models(
+        self, fake: FakePuter, home: Path, argv: list[str], want: Any
+    ) -> None:
+        done = run_cli(fake, "models", *argv)
+        head, *rows = done.stdout.splitlines()
+        assert done.returncode == 0 and head.startswith("MODEL ")
+        assert [row.split()[0] for row in rows] == want
+        assert ("No model" in done.stderr) is (not want)
+        told_json = json.loads(run_cli(fake, "models", "--json", *argv).stdout)
+        assert [model["id"] for model in told_json] == want
+        assert len(fake.requests) == 1  # the second process found it on disk
+
+    def test_a_row(self, fake: FakePuter, home: Path) -> None:
+        rows = run_cli(fake, "models").stdout.splitlines()
+        opus = next(row for row in rows if row.startswith("claude-opus"))
+        cells = re.split(r"  +", opus)
+        assert cells[1:] == ["claude", "200,000", "text+image+pdf", "yes", "5", "25"]
+        assert len(rows) == len(fake.catalogue) + 1
+
+    def test_refresh(self, fake: FakePuter, home: Path) -> None:
+        for _ in range(2):
+            assert run_cli(fake, "models", "--refresh").returncode == 0
+        assert len(fake.requests) == 2
+
+    def test_no_server(self, fake: FakePuter, home: Path) -> None:
+        dead = f"http://127.0.0.1:{free_port()}"
+        done = run_cli(fake, "models", PUTER_API_BASE_URL=dead)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and "refused" in done.stderr
+
+    def test_a_reader_that_goes_away(self, fake: FakePuter, home: Path) -> None:
+        with running_cli(fake, "models", bufsize=0) as process:
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            assert process.wait(10) == 141
+            assert process.stderr.read() == b""
+
+    def test_version(self, fake: FakePuter, home: Path) -> None:
+        done = run_cli(fake, "--version")
+        assert (done.returncode, done.stdout) == (0, f"puter.py {puter.__version__}\n")
+
+    @pytest.mark.parametrize("argv", [[], ["ask"], ["models"], ["whoami"]])
+    def test_help(self, fake: FakePuter, home: Path, argv: list[str]) -> None:
+        done = run_cli(fake, *argv, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: python -m puter")
+        if not argv:
+            for word in ("ask", "models", "whoami", "exit codes:", "examples:"):
+                assert word in done.stdout
+
+    @pytest.mark.parametrize("argv", [[], ["aks"], ["ask", "--max-tokens", "x", "hi"]])
+    def test_wrong_usage(self, fake: FakePuter, home: Path, argv: list[str]) -> None:
+        done = run_cli(fake, *argv)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "usage:" in done.stderr
 
 
 # =============================================================================
