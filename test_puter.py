@@ -2977,10 +2977,8 @@ class TestMessages:
             ["no text", 5, [], "stop"],
         ),
     )
-    def test_finish_reason(
-        self, values_of: Any, calls: list[JSON], reason: str
-    ) -> None:
-        choice = {"message": {"tool_calls": calls}, "finish_reason": values_of}
+    def test_finish_reason(self, told: Any, calls: list[JSON], reason: str) -> None:
+        choice = {"message": {"tool_calls": calls}, "finish_reason": told}
         assert puter.reply_from_driver({"result": choice}, "m").finish_reason == reason
 
     @pytest.mark.parametrize(
