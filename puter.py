@@ -461,7 +461,7 @@ class Reply:
 
     def _repr_markdown_(self) -> str:
         """How Jupyter shows it."""
-        return self.text
+        return self.text or f"```\n{self!r}\n```"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1387,12 +1387,16 @@ class State:
 
         return self._run(work)
 
-    def reset_figures(self) -> None:
-        """Forget what `record` counted."""
+    def reset_figures(self, models: Sequence[str] | None = None) -> None:
+        """Forget what `record` counted, of some models or of all."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM totals")
-            db.execute("DELETE FROM samples")
+            for table in ("totals", "samples"):
+                if models is None:
+                    db.execute(f"DELETE FROM {table}")
+                else:
+                    rows = [(name,) for name in models]
+                    db.executemany(f"DELETE FROM {table} WHERE model=?", rows)
 
         self._run(self._written(work))
 
@@ -1929,6 +1933,7 @@ def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, byte
         ) from None
     mime = kind.group(1) if kind else "application/octet-stream"
     name = str(given.get("filename") or "document.pdf")
+    name = name.encode("utf-8", "replace").decode("utf-8")
     return re.split(r"[/\\]", name)[-1] or "document.pdf", content, mime
 
 
@@ -1957,6 +1962,10 @@ def image_kind(data: bytes) -> str | None:
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
+    if not isinstance(tools, (list, tuple, type(None))):
+        raise BadRequestError(
+            f"tools is {_described(tools)}, not a list", hint="Write tools=[function]."
+        )
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
 
 
@@ -1983,27 +1992,36 @@ def _tool_schema(tool: Any, index: int) -> JSON:
 def function_schema(function: Callable[..., Any]) -> JSON:
     """A Python function as OpenAI's schema, from its signature, type hints and docstring.
 
-    Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks.
+    Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
+    for what has no name or must be awaited.
     """
     import inspect
 
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str) or inspect.iscoroutinefunction(function):
+        raise BadRequestError(
+            f"{_described(function)} has no name, or must be awaited",
+            hint="Wrap it in an ordinary function (def) with type hints.",
+        )
     text, about = _docstring_parts(inspect.getdoc(function) or "")
     properties: JSON = {}
     required = []
-    for name, (hint, parameter) in _parameters(function).items():
-        where = f"{function.__name__}({name})"
-        properties[name] = hint_schema(hint, where)
-        if about.get(name):
-            properties[name].setdefault("description", about[name])
+    for parameter_name, (hint, parameter) in _parameters(function).items():
+        shape = hint_schema(hint, f"{name}({parameter_name})")
+        if about.get(parameter_name):
+            shape.setdefault("description", about[parameter_name])
         if parameter.default is parameter.empty:
-            required.append(name)
+            required.append(parameter_name)
         elif isinstance(parameter.default, (str, int, float, bool)):
-            properties[name]["default"] = parameter.default
+            shape["default"] = parameter.default
+        properties[parameter_name] = shape
     schema: JSON = {"type": "object", "properties": properties, "required": required}
     schema["additionalProperties"] = False
     described = {"description": text} if text else {}
-    named = {"name": function.__name__, **described, "parameters": schema}
-    return {"type": "function", "function": named}
+    return {
+        "type": "function",
+        "function": {"name": name, **described, "parameters": schema},
+    }
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -2039,19 +2057,22 @@ def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 _PLAIN_HINTS = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
-def hint_schema(hint: Any, where: str = "the hint") -> JSON:
+_LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
+
+
+def hint_schema(
+    hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()
+) -> JSON:
     """A type hint as a JSON schema; raises `BadRequestError` for what JSON cannot say."""
-    import enum
     import typing
-    from dataclasses import MISSING, is_dataclass
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         text = next((a for a in inner[1:] if isinstance(a, str)), None)
-        return {
-            **hint_schema(inner[0], where),
-            **({"description": text} if text else {}),
-        }
+        shape = hint_schema(inner[0], where, outer)
+        return {**shape, **({"description": text} if text else {})}
+    if _is_marked(origin):
+        return hint_schema(inner[0], where, outer)
     if hint in _PLAIN_HINTS:
         return {"type": _PLAIN_HINTS[hint]}
     if hint is Any:
@@ -2060,37 +2081,69 @@ def hint_schema(hint: Any, where: str = "the hint") -> JSON:
         return {"type": "null"}
     if origin is Literal:
         return {"enum": list(inner)}
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if _is_enum(hint):
         return {"enum": [member.value for member in hint]}
     if _is_union(origin):
-        return {"anyOf": [hint_schema(h, where) for h in inner]}
-    if hint in (list, tuple, set) or origin in (list, tuple, set, Sequence, Iterable):
-        items = [h for h in inner if h is not Ellipsis]
-        return {
-            "type": "array",
-            **({"items": hint_schema(items[0], where)} if items else {}),
-        }
+        return {"anyOf": [hint_schema(h, where, outer) for h in inner]}
+    if hint in _LISTS or origin in _LISTS:
+        if (hint is tuple or origin is tuple) and inner and Ellipsis not in inner:
+            shapes = [hint_schema(h, where, outer) for h in inner]
+            return {
+                "type": "array",
+                "prefixItems": shapes,
+                "minItems": len(inner),
+                "items": False,
+            }
+        item = {"items": hint_schema(inner[0], where, outer)} if inner else {}
+        return {"type": "array", **item}
     if hint is dict or origin in (dict, Mapping):
-        values = {"additionalProperties": hint_schema(inner[1], where)} if inner else {}
-        return {"type": "object", **values}
-    if typing.is_typeddict(hint):
-        keys = typing.get_type_hints(hint, include_extras=True)
-        return _fields_schema(
-            keys, sorted(hint.__required_keys__, key=list(keys).index), where
+        values = hint_schema(inner[1], where, outer) if inner else None
+        return {"type": "object", **({"additionalProperties": values} if inner else {})}
+    parts = _parts_of_hint(hint)
+    if parts is None or hint in outer:
+        raise BadRequestError(
+            f"{where} is of type {hint!r}, which a model cannot give",
+            hint="Use str, int, float, bool, list, dict, Literal, Enum, a dataclass or "
+            "TypedDict (not one that holds its like).",
         )
-    if is_dataclass(hint):
+    hints, required = parts
+    return {
+        "type": "object",
+        "properties": {
+            n: hint_schema(h, f"{where}.{n}", (*outer, hint)) for n, h in hints.items()
+        },
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _parts_of_hint(hint: Any) -> tuple[dict[str, Any], list[str]] | None:
+    """(fields with their hints, those that must be given) of a dataclass or TypedDict."""
+    import typing
+    from dataclasses import MISSING, is_dataclass
+
+    if typing.is_typeddict(hint):
         hints = typing.get_type_hints(hint, include_extras=True)
-        needed = [
-            f.name
-            for f in fields(hint)
-            if f.init and f.default is MISSING and f.default_factory is MISSING
+        return hints, [name for name in hints if name in hint.__required_keys__]
+    if is_dataclass(hint):
+        known = typing.get_type_hints(hint, include_extras=True)
+        given = [f for f in fields(hint) if f.init]
+        bare = [
+            f for f in given if f.default is MISSING and f.default_factory is MISSING
         ]
-        names = {f.name: hints[f.name] for f in fields(hint) if f.init}
-        return _fields_schema(names, needed, where)
-    raise BadRequestError(
-        f"{where} is of type {hint!r}, which a model cannot give",
-        hint="Use str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict.",
-    )
+        return {f.name: known[f.name] for f in given}, [f.name for f in bare]
+    return None
+
+
+def _is_marked(origin: Any) -> bool:
+    """Whether it is Required or NotRequired (of typing since 3.11, or its extensions)."""
+    return getattr(origin, "_name", "") in ("Required", "NotRequired")
+
+
+def _is_enum(hint: Any) -> bool:
+    import enum
+
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
 
 
 def _is_union(origin: Any) -> bool:
@@ -2100,36 +2153,38 @@ def _is_union(origin: Any) -> bool:
     return origin in (typing.Union, getattr(types, "UnionType", typing.Union))
 
 
-def _fields_schema(
-    hints: Mapping[str, Any], required: Sequence[str], where: str
-) -> JSON:
-    properties = {n: hint_schema(h, f"{where}.{n}") for n, h in hints.items()}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": False,
-    }
-
-
 def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
     """(what stands before the parameters, text of each) of a Google- or Sphinx-style docstring."""
+    head: list[str] = []
     about: dict[str, str] = {}
-    head = re.split(
-        r"\n\s*(?:Args|Arguments|Parameters|Returns|Raises):|\n\s*:param", doc
-    )[0]
-    for name, text in re.findall(
-        r":param (?:[\w.\[\]]+ )?(\w+): *((?:.|\n(?!\s*:))*)", doc
-    ):
-        about[name] = " ".join(text.split())
-    section = re.search(
-        r"(?:^|\n)(?:Args|Arguments|Parameters):\n((?:[ \t]+.*(?:\n|$)|\n)*)", doc
-    )
-    if section:
-        entry = r"^[ \t]+(\w+)(?: *\([^)]*\))?: *(.*(?:\n[ \t]+(?!\w+(?: *\([^)]*\))?:).*)*)"
-        for name, text in re.findall(entry, section.group(1), re.MULTILINE):
-            about[name] = " ".join(text.split())
-    return " ".join(head.split()), about
+    section, indent, name = "head", "", ""
+    for row in doc.splitlines():
+        titled = re.match(r"(\w+):\s*$", row)
+        sphinx = re.match(r":(\w+)(?: [^:]*?(\w+))?: *(.*)", row)
+        if titled and titled.group(1) in _DOC_SECTIONS:
+            section, indent = _DOC_SECTIONS[titled.group(1)], ""
+        elif sphinx:
+            section = "sphinx" if sphinx.group(1) == "param" else "other"
+            name = sphinx.group(2) or ""
+            if section == "sphinx":
+                about[name] = sphinx.group(3).strip()
+        elif section == "head":
+            head.append(row.strip())
+        elif section in ("args", "sphinx") and row.strip():
+            indent = indent or row[: len(row) - len(row.lstrip())]
+            entry = re.match(rf"{indent}(\w+)(?: *\([^)]*\))?: *(.*)", row)
+            if section == "args" and entry:
+                name, about[entry.group(1)] = entry.group(1), entry.group(2).strip()
+            elif name in about:
+                about[name] = f"{about[name]} {row.strip()}".strip()
+    return " ".join(" ".join(head).split()), about
+
+
+_DOC_SECTIONS = dict.fromkeys(("Args", "Arguments", "Parameters"), "args")
+_DOC_SECTIONS |= dict.fromkeys(
+    ("Returns", "Raises", "Yields", "Example", "Examples"), "other"
+)
+_DOC_SECTIONS |= dict.fromkeys(("Note", "Notes", "Attributes"), "other")
 
 
 def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
@@ -2156,61 +2211,86 @@ def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
 
 def fitted(value: Any, hint: Any, where: str) -> Any:
     """The value as the hint wants it (an Enum member, a dataclass…); raises TypeError."""
-    import enum
     import typing
-    from dataclasses import is_dataclass
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     wrong = TypeError(f"{where} is {_described(value)}, but must be {_hint_name(hint)}")
-    if origin is typing.Annotated:
+    if origin is typing.Annotated or _is_marked(origin):
         return fitted(value, inner[0], where)
     if hint is Any or (value is None and hint in (None, type(None))):
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if hint in _PLAIN_HINTS:
-        if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
-            raise wrong
-        return value
+        return _plain_fit(value, hint, wrong)
     if origin is Literal:
-        if value not in inner:
+        if not any(value == choice and type(value) is type(choice) for choice in inner):
             raise wrong
         return value
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if _is_enum(hint):
         try:
             return hint(value)
         except ValueError:
             raise wrong from None
     if _is_union(origin):
         return _first_fit(value, inner, where, wrong)
-    if origin in (list, tuple, set, Sequence, Iterable) or hint in (list, tuple, set):
-        if not isinstance(value, list):
-            raise wrong
-        items = [h for h in inner if h is not Ellipsis]
-        made = (
-            [fitted(v, items[0], f"{where}[{i}]") for i, v in enumerate(value)]
-            if items
-            else value
-        )
-        return (origin or hint)(made) if (origin or hint) in (tuple, set) else made
+    kind = origin or hint
+    if kind in _LISTS:
+        return _list_fit(value, kind, inner, where, wrong)
     if not isinstance(value, dict):
         raise wrong
-    if hint is dict or origin in (dict, Mapping):
-        return (
-            {k: fitted(v, inner[1], f"{where}.{k}") for k, v in value.items()}
-            if inner
-            else value
-        )
-    hints = typing.get_type_hints(hint, include_extras=True)
+    if kind in (dict, Mapping):
+        if not inner:
+            return value
+        keys = {k: _key_fit(k, inner[0], where) for k in value}
+        return {keys[k]: fitted(v, inner[1], f"{where}.{k}") for k, v in value.items()}
+    hints, required = _parts_of_hint(hint) or ({}, [])
     stray = [key for key in value if key not in hints]
-    lacking = [k for k in hint_schema(hint, where)["required"] if k not in value]
+    lacking = [key for key in required if key not in value]
     if stray or lacking:
-        raise TypeError(
-            f"{where} has no place for {stray}" if stray else f"{where} lacks {lacking}"
-        )
-    made_of = {k: fitted(v, hints[k], f"{where}.{k}") for k, v in value.items()}
-    make: Any = hint if is_dataclass(hint) else dict
-    return make(**made_of)
+        what = f"has no place for {stray}" if stray else f"lacks {lacking}"
+        raise TypeError(f"{where} {what}")
+    made = {k: fitted(v, hints[k], f"{where}.{k}") for k, v in value.items()}
+    return made if typing.is_typeddict(hint) else hint(**made)
+
+
+def _plain_fit(value: Any, hint: type, wrong: TypeError) -> Any:
+    """A text, number or boolean; JSON has one kind of number, so 2.0 is a whole one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and is_number:
+        return float(value)
+    if hint is int and is_number and float(value).is_integer():
+        return int(value)
+    if hint in (str, bool) and type(value) is hint:
+        return value
+    raise wrong
+
+
+def _list_fit(
+    value: Any, kind: Any, inner: Sequence[Any], where: str, wrong: TypeError
+) -> Any:
+    if not isinstance(value, list):
+        raise wrong
+    hints = list(inner[:1] or (Any,)) * len(value)
+    if kind is tuple and inner and Ellipsis not in inner:
+        if len(value) != len(inner):
+            raise wrong
+        hints = list(inner)
+    made = [
+        fitted(v, h, f"{where}[{i}]")
+        for i, (v, h) in enumerate(zip(value, hints, strict=True))
+    ]
+    return kind(made) if kind in (tuple, set, frozenset) else made
+
+
+def _key_fit(key: str, hint: Any, where: str) -> Any:
+    """A key of an object, which JSON knows as text alone, as the hint wants it."""
+    if hint in (int, float):
+        try:
+            return hint(key)
+        except ValueError:
+            raise TypeError(
+                f"{where} has the key {key!r}, which is no number"
+            ) from None
+    return fitted(key, hint, f"a key of {where}")
 
 
 def _first_fit(value: Any, hints: Sequence[Any], where: str, wrong: TypeError) -> Any:
@@ -2234,7 +2314,18 @@ def tool_result_text(value: Any) -> str:
         return value or _NO_OUTPUT
     if value is None:
         return _NO_OUTPUT
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return json.dumps(value, default=_json_value, ensure_ascii=False)
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON does not know, in terms that it does."""
+    from dataclasses import asdict, is_dataclass
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if _is_enum(type(value)):
+        return value.value
+    return list(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 # Names of the same figure: OpenRouter, OpenAI and most others, Claude (recorded).
@@ -2276,18 +2367,18 @@ def usage_from(given: Any) -> Usage:
 
 
 _FINISH_REASONS = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "tool_calls",
+    **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token", "stop"), "stop"),
+    **dict.fromkeys(("tool_use", "function_call", "tool_calls"), "tool_calls"),
+    **dict.fromkeys(("max_tokens", "max_output_tokens", "length"), "length"),
+    **dict.fromkeys(("safety", "content_filter", "recitation"), "content_filter"),
 }
-_FINISH_REASONS |= {"max_tokens": "length", "function_call": "tool_calls"}
 
 
 def _finish_reason(given: Any, calls: Sequence[ToolCall]) -> str:
-    """The provider's word in OpenAI's terms; where it says nothing, what must be so."""
-    if not isinstance(given, str) or not given:
-        return "tool_calls" if calls else "stop"
-    return _FINISH_REASONS.get(given, given)
+    """The provider's word in OpenAI's terms; calls are calls whatever it says."""
+    told = given.strip() if isinstance(given, str) else ""
+    reason = _FINISH_REASONS.get(told.lower(), told) or "stop"
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def _tool_call(call_id: Any, name: Any, arguments: Any, extra: Any) -> ToolCall:
@@ -2961,7 +3052,9 @@ def stats_from(
     found = []
     for model in dict.fromkeys(row[0] for row in totals):
         rows = [row for row in totals if row[0] == model]
-        counts = {outcome: count for _, outcome, count, _ in rows}
+        counts: dict[str, int] = {}
+        for _, outcome, count, _ in rows:  # an outcome twice: under an alias and the id
+            counts[outcome] = counts.get(outcome, 0) + count
         times = [s[0] for s in samples.get(model, ())]
         firsts = [s[1] for s in samples.get(model, ()) if s[1] is not None]
         spoken = [(s[2], s[0]) for s in samples.get(model, ()) if s[2] and s[0]]
@@ -3345,9 +3438,7 @@ class _Transport:
         if streaming and response.status_code == 200 and _is_stream(content_type):
             return _Wire(response, content_type, handle, timeout_s)
         text = self._whole(response, timeout_s)
-        if (
-            token and token in text
-        ):  # some proxies show the request in their error pages
+        if token and response.status_code >= 400:  # some proxies show the request
             text = text.replace(token, "<token>")
         return _Answer(
             response.status_code,
@@ -4229,8 +4320,6 @@ class Stream:
         """The model that answers."""
         self.account: str = ""
         self.attempts: tuple[Attempt, ...] = ()
-        self.on_end: Callable[[Reply], None] = lambda _: None
-        """Told the whole reply, once, when the stream has ended well."""
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -4296,7 +4385,7 @@ class Stream:
             self._ask, self._handle, self._client._caller.open_stream
         )
         self._walked, self._source = walked, walked.result
-        self.model = walked.model
+        self.model = self._client._catalogue.id_of(walked.model)
         self.account, self.attempts = walked.account.username, walked.attempts
         self._batch = iter(walked.result.first)
         return self
@@ -4322,7 +4411,6 @@ class Stream:
         if not chunks:
             self._reply = self._with_walk(source.reply())
             self._end(self._reply, "ok")
-            self.on_end(self._reply)
         return chunks
 
     def _end(self, reply: Reply, outcome: str) -> None:
@@ -4558,11 +4646,36 @@ class Puter:
                 raise
             return credit_from(self._caller.data("/auth/get-monthly-usage", holder))
 
+    @property
+    def on_upload(self) -> Callable[[str, int, int], None] | None:
+        """Told (name, bytes sent, bytes in all) while a file is uploaded; None tells nobody."""
+        return self._caller.on_upload
+
+    @on_upload.setter
+    def on_upload(self, told: Callable[[str, int, int], None] | None) -> None:
+        self._caller.on_upload = told
+
     def stats(self, model: str | None = None) -> list[ModelStats]:
         """How the models have done in all calls from this computer, most asked first."""
-        figures = self._ledger.figures.figures(self.config.metrics_max_samples)
-        name = None if model is None else plain_model_name(model)
-        return [s for s in stats_from(*figures) if name in (None, s.model)]
+        if model is not None:
+            self._catalogue.models_if_any("Aliases are counted apart")
+        totals, samples = self._ledger.figures.figures(self.config.metrics_max_samples)
+        ids = {name: self._catalogue.id_of(name, look=True) for name in samples}
+        by_id: dict[str, list[tuple[Any, ...]]] = {}
+        for name, rows in samples.items():
+            by_id.setdefault(ids[name], []).extend(rows)
+        found = stats_from([(ids[row[0]], *row[1:]) for row in totals], by_id)
+        wanted = model and self._catalogue.id_of(plain_model_name(model), look=True)
+        return [s for s in found if not wanted or s.model == wanted]
+
+    def reset_stats(self, model: str | None = None) -> None:
+        """Forget the figures of a model, or of all."""
+        names = None
+        if model is not None:
+            wanted = self._catalogue.id_of(plain_model_name(model), look=True)
+            _, samples = self._ledger.figures.figures(1)
+            names = [n for n in samples if self._catalogue.id_of(n) == wanted]
+        self._ledger.figures.reset_figures(names)
 
     @property
     def accounts(self) -> list[Account]:
@@ -4861,7 +4974,8 @@ class Puter:
         elif ask.streaming:
             how = f"Stream complete ({now - walked.began:.1f}s)"
         _log.info("Response: 200 %s", how)
-        self._ledger.keep(ask, reply)
+        if walked.model == walked.asked:
+            self._ledger.keep(ask, reply)
 
     def _run(
         self,
@@ -4872,23 +4986,13 @@ class Puter:
         options: JSON,
     ) -> Reply:
         """As `run`; the turns are added to `messages`."""
-        for tool in tools:
-            if not callable(tool):
-                raise BadRequestError(
-                    f"{_described(tool)} is no function to call",
-                    hint="`run` needs functions; with schemas use `chat`.",
-                )
-        functions = {tool.__name__: tool for tool in tools}
-        for _ in range(max_rounds):
-            reply = self.chat(messages, tools=tools, **options)
+        functions = _functions_by_name(tools)
+        for _ in range(max_rounds + 1):
+            reply = self.chat(messages, tools=list(functions.values()), **options)
             messages.append(message_from(reply))
             if not reply.tool_calls:
                 return reply
-            for call in reply.tool_calls:
-                result = _result_of(call, functions, on_tool)
-                messages.append(
-                    {"role": "tool", "tool_call_id": call.id, "content": result}
-                )
+            messages += _results_of(reply, functions, on_tool)
         raise ReplyError(
             f"The model still calls functions after {max_rounds} rounds",
             hint="Raise `max_rounds`, or say in the prompt when to stop.",
@@ -4917,6 +5021,7 @@ class Conversation:
         self.messages: Messages = list(messages)
         self.options = options
         self._client = client
+        self._reply: Reply | None = None
 
     def __repr__(self) -> str:
         return f"<puter.Conversation of {len(self.messages)} messages>"
@@ -4924,52 +5029,60 @@ class Conversation:
     def __getstate__(self) -> JSON:
         return {**self.__dict__, "_client": None}
 
-    def say(self, text: str, **options: Any) -> Reply:
-        """The model's answer to the next thing said; `options` are `chat`'s.
+    def say(self, said: str | JSON, **options: Any) -> Reply:
+        """The model's answer to the next thing said: a text, or a message in OpenAI's shape.
 
-        With functions as `tools` they are called until the model answers, as by `run`.
+        `options` are `chat`'s. With functions as `tools` they are called until the model
+        answers, as by `run` (which see for `max_rounds` and `on_tool`).
         """
+        for _ in self._turns(said, options, streaming=False):
+            pass
+        return self.reply
+
+    def stream(self, said: str | JSON, **options: Any) -> Iterator[Chunk]:
+        """The answer as it comes, otherwise as `say`; remembered once it has come whole."""
+        return self._turns(said, options, streaming=True)
+
+    @property
+    def reply(self) -> Reply:
+        """The latest answer; raises `BadRequestError` before the first."""
+        if self._reply is None:
+            raise BadRequestError(
+                "Nothing was answered yet", hint="Say something first."
+            )
+        return self._reply
+
+    def _turns(
+        self, said: str | JSON, options: JSON, streaming: bool
+    ) -> Iterator[Chunk]:
         asked = {**self.options, **options}
-        tools = asked.pop("tools", None)
-        messages = self._with(text, asked)
-        if tools and all(callable(t) for t in tools):
-            rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
-            asked = {"model": self.model, "system": self.system, **asked}
-            reply = self._its_client()._run(messages, tools, rounds, on_tool, asked)
-            self.messages = messages
-            return reply
-        options = {"model": self.model, "system": self.system, "tools": tools, **asked}
-        reply = self._its_client().chat(messages, **options)
-        self.messages = [*messages, message_from(reply)]
-        return reply
-
-    def stream(self, text: str, **options: Any) -> Iterator[Chunk]:
-        """The answer as it comes; the turn is remembered once it has come whole."""
-        with self._streaming(text, **options)() as stream:
-            yield from stream
-
-    def _streaming(self, said: str | JSON, **options: Any) -> Callable[[], Stream]:
-        """Opens the stream of the next turn, which is remembered when it ends well."""
-        asked = {**self.options, **options}
-        if isinstance(said, str):
-            messages = self._with(said, asked)
-        else:
-            messages = [*self.messages, said]
-        asked = {"model": self.model, "system": self.system, **asked}
-
-        def remember(reply: Reply) -> None:
-            self.messages = [*messages, message_from(reply)]
-
-        def start() -> Stream:
-            stream = self._its_client().stream(messages, **asked)
-            stream.on_end = remember
-            return stream
-
-        return start
+        messages = self._with(said, asked)
+        tools, rounds = asked.pop("tools", None), asked.pop("max_rounds", 8)
+        on_tool = asked.pop("on_tool", None)
+        is_run = bool(tools) and all(map(callable, tools))
+        functions = _functions_by_name(tools) if is_run else {}
+        asked = {"model": self.model, "system": self.system, "tools": tools, **asked}
+        client = self._its_client()
+        for _ in range(rounds + 1):
+            if streaming:
+                with client.stream(messages, **asked) as stream:
+                    yield from stream
+                reply = stream.reply
+            else:
+                reply = client.chat(messages, **asked)
+            messages = [*messages, message_from(reply)]
+            if not functions or not reply.tool_calls:
+                self.messages, self._reply = messages, reply
+                return
+            messages += _results_of(reply, functions, on_tool)
+        raise ReplyError(
+            f"The model still calls functions after {rounds} rounds",
+            hint="Raise `max_rounds`, or say in the prompt when to stop.",
+        )
 
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
-        told = {k: v for k, v in self.options.items() if k != "tools"}
+        told = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
         names = ("system", "model", "messages")
         return {**{n: getattr(self, n) for n in names}, "options": told}
 
@@ -4984,19 +5097,57 @@ class Conversation:
             **(data.get("options") or {}),
         )
 
-    def _with(self, text: str, asked: JSON) -> Messages:
+    def _with(self, said: str | JSON, asked: JSON) -> Messages:
         """The history with the next thing said; images and files become part of it."""
         parts = [*map(image_part, _listing(asked.pop("images", ())))]
         parts += map(file_part, _listing(asked.pop("files", ())))
-        return [*self.messages, *messages_from(text, None, parts)]
+        prompt = said if isinstance(said, str) else [said]
+        return [*self.messages, *messages_from(prompt, None, parts)]
 
     def _its_client(self) -> Puter:
         return self._client or _default_client()
 
 
 def _listing(given: Any) -> Sequence[Any]:
-    """One path, URL or bytes as a list of it; a list stays."""
-    return [given] if isinstance(given, (str, bytes, os.PathLike)) else given
+    """One path, URL, bytes, or (name, bytes) as a list of it; a list stays."""
+    named = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], bytes)
+    alone = isinstance(given, (str, bytes, bytearray, os.PathLike)) or callable(given)
+    return [given] if alone or (named and isinstance(given[0], str)) else given
+
+
+def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
+    """Functions for a model by their names; raises `BadRequestError` for anything else."""
+    found: dict[str, Callable[..., Any]] = {}
+    for tool in _listing(tools):
+        if not callable(tool):
+            raise BadRequestError(
+                f"{_described(tool)} is no function to call",
+                hint="`run` needs functions; with schemas use `chat`.",
+            )
+        name = function_schema(tool)["function"]["name"]
+        if name in found:
+            raise BadRequestError(
+                f"Two functions are called {name!r}",
+                hint="Give each a name of its own.",
+            )
+        found[name] = tool
+    return found
+
+
+def _results_of(
+    reply: Reply,
+    functions: Mapping[str, Callable[..., Any]],
+    on_tool: Callable[[ToolCall], bool | None] | None,
+) -> Messages:
+    """The results of a reply's calls, made in order."""
+    return [
+        {
+            "role": "tool",
+            "tool_call_id": c.id,
+            "content": _result_of(c, functions, on_tool),
+        }
+        for c in reply.tool_calls
+    ]
 
 
 def _result_of(
@@ -5376,7 +5527,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages must be a list with at least one message", "messages")
-    if body.get("n") not in (None, 1):
+    if body.get("n") is not None and (body["n"] != 1 or body["n"] is True):
         raise _wrong("n must be 1: ask several times for several answers", "n")
     if body.get("functions"):
         raise _wrong("functions are long gone: use tools", "functions")
@@ -5386,8 +5537,10 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
         raise _wrong("stop must be a text or a list of texts", "stop")
     options = body.get("stream_options") or {}
     args = {k: body[k] for k in _PASSED_ON if body.get(k) is not None}
-    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    limit = body.get("max_completion_tokens")
+    limit = body.get("max_tokens") if limit is None else limit
     if limit is not None:
+        limit = int(limit) if _is_number(limit) and limit == int(limit) else limit
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = limit
@@ -5422,7 +5575,8 @@ def _chosen_tools(tools: list[JSON], choice: Any) -> tuple[list[JSON], str]:
         return [], ""
     if choice == "required":
         return tools, "Answer by calling at least one of the functions."
-    named = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    named = function.get("name") if isinstance(function, dict) else None
     chosen = [t for t in tools if t["function"]["name"] == named]
     if not chosen:
         raise _wrong(
@@ -5439,7 +5593,12 @@ def _json_order(response_format: Any) -> str:
             "Answer with one JSON object and nothing else: no code fence, no remarks."
         )
     if kind == "json_schema":
-        schema = (response_format.get("json_schema") or {}).get("schema")
+        told = response_format.get("json_schema", {})
+        if not isinstance(told, dict):
+            raise _wrong(
+                "response_format needs a json_schema object", "response_format"
+            )
+        schema = told.get("schema")
         return (
             "Answer with one JSON value and nothing else: no code fence, no remarks. "
             f"It must match this JSON schema: {json.dumps(schema)}"
@@ -5478,17 +5637,20 @@ class StopText:
             return "" if self.found else text
         text, self._held = self._held + text, ""
         places = [place for s in self._stops if (place := text.find(s)) >= 0]
-        if places:
+        keep = max(_overlap(text, s) for s in self._stops)
+        # A sequence that may yet begin before the one found would end the text earlier.
+        if places and min(places) <= len(text) - keep:
             self.found = True
             return text[: min(places)]
-        keep = max(_overlap(text, s) for s in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def rest(self) -> str:
         """What was held back and turned out to be text."""
         held, self._held = self._held, ""
-        return "" if self.found else held
+        places = [place for s in self._stops if (place := held.find(s)) >= 0]
+        self.found = self.found or bool(places)
+        return held[: min(places)] if places else held
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -5544,12 +5706,16 @@ def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
     }
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def json_text(text: str) -> str:
     """The JSON of an answer, out of a code fence if need be; raises `ReplyError`."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     inner = fenced.group(1) if fenced else text
     try:
-        json.loads(inner)
+        json.loads(inner, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ReplyError(
             f"The model was asked for JSON and answered something else ({error})",
@@ -5589,6 +5755,9 @@ def completion_frames(
         elif chunk.type == "reasoning":
             delta = {"reasoning_content": chunk.text}
         elif chunk.tool_call:
+            if held := stop.rest():
+                yield frame({**role, "content": held})
+                role = {}
             delta = {"tool_calls": [{"index": calls, **call_object(chunk.tool_call)}]}
             calls += 1
         if delta:
@@ -5671,6 +5840,7 @@ def model_object(model: Model) -> JSON:
         "created": created,
         "owned_by": model.provider or "puter",
         "name": model.name,
+        "aliases": list(model.aliases),
         "context_length": model.context,
         "max_completion_tokens": model.max_tokens,
         "free": model.free,
@@ -5704,8 +5874,10 @@ class Gatekeeper:
         if self.api_key is not None and path not in ("/", "/health"):
             import hmac
 
-            given = authorization.encode("utf-8", "replace")
-            if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
+            scheme, _, given = authorization.strip().partition(" ")
+            key = given.strip().encode("utf-8", "replace")
+            fine = hmac.compare_digest(key, self.api_key.encode("utf-8", "replace"))
+            if not fine or scheme.lower() != "bearer":
                 return 401, "invalid_api_key", "The API key is wrong or missing"
         return None
 
@@ -5834,10 +6006,11 @@ class OpenAIServer:
                 hint="Add --api-key, or listen on 127.0.0.1.",
             )
         self.client = client
-        self.gatekeeper = Gatekeeper(host, api_key, frozenset(allowed_origins))
+        origins = frozenset(origin.rstrip("/") for origin in allowed_origins)
+        self.gatekeeper = Gatekeeper(host, api_key, origins)
         self.watch = _Watch()
         self.stopping = threading.Event()
-        self.busy = 0
+        self._working: set[Any] = set()
         self._idle = threading.Condition()
         self._server = _openai_http_server(self, host, port, max_connections)
         self.port: int = self._server.server_address[1]
@@ -5863,22 +6036,31 @@ class OpenAIServer:
         """Take no more work, let what runs end for so many seconds, then close."""
         self.stopping.set()
         self._server.shutdown()
+        self._server.socket.close()  # who comes now is refused, not left waiting
+        self._server.close_connections(self._working)
         with self._idle:
-            self._idle.wait_for(lambda: self.busy == 0, drain_s)
+            self._idle.wait_for(lambda: not self._working, drain_s)
         self._server.close_connections()
+        with self._idle:  # the watch sees them closed, and ends their calls to Puter
+            self._idle.wait_for(lambda: not self._working, 1.0)
         self._server.server_close()
         self.watch.close()
 
+    @property
+    def busy(self) -> int:
+        """How many requests are being answered."""
+        return len(self._working)
+
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Counts a request that is being answered."""
+    def working(self, connection: Any) -> Iterator[None]:
+        """Notes a connection whose request is being answered."""
         with self._idle:
-            self.busy += 1
+            self._working.add(connection)
         try:
             yield
         finally:
             with self._idle:
-                self.busy -= 1
+                self._working.discard(connection)
                 self._idle.notify_all()
 
 
@@ -5955,19 +6137,18 @@ class _BoundedServer:
             self._open.discard(request)
         super().shutdown_request(request)  # type: ignore[misc]
 
-    def close_connections(self) -> None:
-        """Hang up on everybody."""
-        import socket
-
+    def close_connections(self, keep: Collection[Any] = ()) -> None:
+        """Hang up on everybody but these."""
         with self._lock:
-            connections = list(self._open)
+            connections = [c for c in self._open if c not in keep]
         for connection in connections:
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(_SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of ours: into the log, with its traceback."""
-        _log.error("A connection failed", exc_info=True)
+        """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            _log.error("A connection failed", exc_info=True)
 
 
 def _error_body(message: str, kind: str, code: str | None) -> JSON:
@@ -5980,6 +6161,10 @@ _ROUTES = {
     "/v1/models": ("GET", "HEAD"),
     "/v1/chat/completions": ("POST",),
 }
+
+
+class _ClientGoneError(ConnectionError):
+    """The client does not take what is sent to it."""
 
 
 class _OpenAIHandler:
@@ -6007,9 +6192,12 @@ class _OpenAIHandler:
         """As the base class, with a time limit for the whole request, and one router."""
         self.close_connection = True
         self.sent = False
+        self.requestline, self.request_version, self.command = "", "HTTP/1.1", ""
         self.connection.settimeout(IDLE_TIMEOUT_S)
         try:
-            if not self.rfile.peek(1) or self.app.stopping.is_set():
+            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):
+                self.rfile.read(1)  # blank lines before a request are to be skipped
+            if not self.rfile.peek(1):
                 return
             with self.app.watch.over(self.connection, self._hang_up, REQUEST_TIMEOUT_S):
                 self.raw_requestline = self.rfile.readline(65_537)
@@ -6020,17 +6208,21 @@ class _OpenAIHandler:
                     return
                 refused, body = self._read()
             if not refused:
-                with self.app.working():
+                with self.app.working(self.connection):
                     self._route(body)
             self.wfile.flush()
-        except (TimeoutError, ConnectionError, OSError):
+        except OSError:
             self.close_connection = True  # the client is gone or stuck: nobody to tell
 
-    def _hang_up(self) -> None:
-        import socket
+    def handle_expect_100(self) -> bool:
+        """As the base class; what waits for the word must get it now."""
+        going_on = bool(super().handle_expect_100())  # type: ignore[misc]
+        self.wfile.flush()
+        return going_on
 
+    def _hang_up(self) -> None:
         with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(_SHUT_RDWR)
 
     def _read(self) -> tuple[bool, bytes]:
         """(whether it was refused, the body): checks the caller before reading."""
@@ -6050,8 +6242,11 @@ class _OpenAIHandler:
             return True, b""
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
             return self._wrong(411, "Send a Content-Length"), b""
+        for name in ("Content-Length", "Host", "Authorization"):
+            if len(set(self.headers.get_all(name, ()))) > 1:
+                return self._wrong(400, f"There are several {name} headers"), b""
         length = self.headers.get("Content-Length", "0")
-        if not length.isascii() or not length.isdigit():
+        if not re.fullmatch(r"[0-9]{1,18}", length):
             return self._wrong(400, "Content-Length is no number"), b""
         if int(length) > MAX_REQUEST_BYTES:
             return self._wrong(
@@ -6103,7 +6298,7 @@ class _OpenAIHandler:
                 self._json(200, status)
         except PuterError as error:
             self._fail(error)
-        except (TimeoutError, ConnectionError, OSError):
+        except _ClientGoneError:
             raise
         except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
             _log.exception("A request could not be answered")
@@ -6147,21 +6342,15 @@ class _OpenAIHandler:
         who: Reply | Stream,
         stream: Stream | None,
     ) -> None:
-        """Write frames as Server-Sent Events; a failure becomes the last frame."""
+        """Write frames as Server-Sent Events."""
 
         def finish_reason() -> str:
             return stream.reply.finish_reason if stream else _finish_of(who)
 
         head = completion_head("chat.completion.chunk", who.model, time.time())
         self._begin_events(_answer_headers(who))
-        try:
-            for frame in completion_frames(chunks, finish_reason, asked, head):
-                self._event(json.dumps(frame))
-        except PuterError as error:
-            # No [DONE] and no proper end of the body: nobody may take it for whole.
-            self._event(json.dumps(error_object(error)[1]))
-            self.close_connection = True
-            return
+        for frame in completion_frames(chunks, finish_reason, asked, head):
+            self._event(json.dumps(frame))
         self._event("[DONE]")
         self._end_events()
 
@@ -6179,21 +6368,28 @@ class _OpenAIHandler:
 
     def _event(self, data: str) -> None:
         event = f"data: {data}\n\n".encode()
-        self.wfile.write(
-            b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event
-        )
-        self.wfile.flush()
+        self._write(b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event)
+
+    def _write(self, data: bytes) -> None:
+        """Send to the client; whatever is wrong with it is no fault of the answer."""
+        try:
+            self.wfile.write(data)
+            self.wfile.flush()
+        except OSError as error:
+            raise _ClientGoneError(str(error)) from error
 
     def _end_events(self) -> None:
-        if self.chunked:
-            self.wfile.write(b"0\r\n\r\n")
-        self.wfile.flush()
+        self._write(b"0\r\n\r\n" if self.chunked else b"")
 
     def _fail(self, error: PuterError) -> None:
+        """A status of its own; once bytes are out, an error frame and no proper end."""
         status, body, headers = error_object(error)
         _log.info("Server: %d %s", status, error.message)
         if not self.sent:
             self._json(status, body, headers)
+            return
+        self.close_connection = True
+        self._event(json.dumps(body))
 
     def _wrong(
         self,
@@ -6232,9 +6428,7 @@ class _OpenAIHandler:
         if self.close_connection:
             self.send_header("Connection", "close")
         self._end_head(headers or {})
-        if getattr(self, "command", None) != "HEAD":
-            self.wfile.write(body)
-        self.wfile.flush()
+        self._write(b"" if self.command == "HEAD" else body)
 
     def _end_head(self, headers: Mapping[str, str]) -> None:
         for name, value in {**headers, **self._cors()}.items():
@@ -6250,8 +6444,12 @@ class _OpenAIHandler:
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": "authorization, content-type, x-stainless-*",
-            "Access-Control-Expose-Headers": "x-puter-model, x-puter-account",
+            "Access-Control-Allow-Headers": headers.get(
+                "Access-Control-Request-Headers"
+            )
+            or "authorization, content-type",
+            "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, "
+            "x-puter-attempts, retry-after",
             "Vary": "Origin",
         }
 
@@ -6858,10 +7056,6 @@ def _rpc_failure(request_id: Any, error: _RpcError) -> JSON:
     return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _tool_failure(text: str) -> JSON:
     return {"content": [{"type": "text", "text": text}], "isError": True}
 
@@ -7013,7 +7207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = getattr(sys, name)
         if hasattr(output, "reconfigure"):
             output.reconfigure(encoding="utf-8", errors="replace")
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         code: int = args.run(args)
         if sys.stdout is not None:
@@ -7032,6 +7226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PuterError as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def _parsed(argv: Sequence[str] | None) -> Any:
+    """The arguments; words of a question may stand on both sides of its options."""
+    parser = build_parser()
+    args, more = parser.parse_known_args(argv)
+    if more:
+        if not hasattr(args, "prompt") or any(word.startswith("-") for word in more):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        args.prompt += more
+    return args
 
 
 def _give_up_stdout() -> None:
@@ -7295,34 +7500,34 @@ def _ask_once(args: Any, talk: Conversation, text: str, options: JSON) -> Reply:
     """One turn of a conversation; printed as it comes unless it is wanted whole."""
     client = talk._its_client()
     with _Spinner(client.config.quiet_mode) as spinner:
-        client._caller.on_upload = spinner.uploading
+        client.on_upload = spinner.uploading
         if args.json or args.no_stream:
             return talk.say(text, **options)
-        return _print_stream(talk._streaming(text, **options), spinner)
+        _print_stream(talk.stream(text, **options), spinner)
+        return talk.reply
 
 
-def _print_stream(open_stream: Callable[[], Stream], spinner: _Spinner) -> Reply:
-    """Print the text as it comes, the reasoning dimmed on stderr; the whole reply."""
+def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
+    """Print the text as it comes, the reasoning dimmed on stderr."""
     last, thinking = "", False
-    with open_stream() as stream:
-        try:
-            for chunk in stream:
-                spinner.stop()
-                if chunk.type == "reasoning":
-                    thinking = True
-                    sys.stderr.write(_dim(chunk.text))
-                    sys.stderr.flush()
-                elif chunk.type == "text" and chunk.text:
-                    if thinking:
-                        thinking = False
-                        _say("")
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
-                    last = chunk.text
-        finally:
-            if last and not last.endswith("\n"):
-                print(flush=True)
-    return stream.reply
+    try:
+        for chunk in chunks:
+            spinner.stop()
+            if chunk.type == "reasoning":
+                thinking = True
+                sys.stderr.write(_dim(chunk.text))
+                sys.stderr.flush()
+            elif chunk.type == "text" and chunk.text:
+                if thinking:
+                    thinking = False
+                    _say("")
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                last = chunk.text
+    finally:
+        chunks.close()  # type: ignore[attr-defined]  # the stream with it, whatever happened
+        if last and not last.endswith("\n"):
+            print(flush=True)
 
 
 class _Spinner:
@@ -7406,6 +7611,10 @@ def attachments(sources: Sequence[str], client: Puter) -> Attachments:
                 else _bytes_of(source, "file")[0]
             )
             name, kind = ("standard input" if source == "-" else Path(source).name), ""
+        if not data:
+            raise BadRequestError(
+                f"{source} holds nothing", hint="Attach something else."
+            )
         if image_kind(data):
             found.images.append(data)
         elif (text := _as_text(data)) is not None and "pdf" not in kind:
@@ -7481,7 +7690,11 @@ def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
     """One dim line when another model or account answered than was asked."""
     tried = reply.attempts
     wanted = plain_model_name(asked or client.config.default_model or DEFAULT_MODEL)
-    if not tried or client.config.quiet_mode:
+    if client.config.quiet_mode:
+        return
+    if reply.finish_reason == "length":
+        _say(_dim("the answer was cut at its longest length (--max-tokens)"))
+    if not tried:
         return
     first = client._roster.active_name
     if tried[-1].model != wanted or first not in (None, reply.account):
@@ -7494,7 +7707,7 @@ def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
 CONVERSATION_NAME = "conversation.json"
 _CHAT_HELP = """/model NAME    ask another model (alone: say which)
 /system TEXT   set the system text (alone: say which)
-/attach FILE   send a file, image or address with the next message
+/attach FILE   send a file, image or address with the next message (-: none)
 /retry         ask the last message again
 /undo          forget the last message and its answer
 /save FILE     write the conversation (.json, else as text)
@@ -7512,6 +7725,8 @@ class _Chat:
         self.talk = talk
         self.options = options
         self.attached: list[str] = []
+        self.unanswered: JSON | None = None
+        self.failures = 0
         self.used: list[Usage] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "/model": self.model,
@@ -7528,18 +7743,18 @@ class _Chat:
         """Read lines until there are no more."""
         while True:
             try:
-                line = _read_message()
+                text, is_block = _read_message()
             except EOFError:
                 return
             except KeyboardInterrupt:
                 _say("\n(Ctrl-D leaves)")
                 continue
             try:
-                self.take(line)
+                self.say(text) if is_block else self.take(text)
             except PuterError as error:
                 _say(f"error: {error}")
             except KeyboardInterrupt:
-                _say("\n(stopped; the answer is not kept)")
+                _say("\n(stopped; the answer is not kept, /retry asks again)")
 
     def take(self, line: str) -> None:
         """One message or command."""
@@ -7561,18 +7776,26 @@ class _Chat:
         """Ask, and print the answer as it comes."""
         given = attachments(self.attached, self.client)
         text = "\n\n".join([text, *given.texts])
-        options = {**self.options, "images": given.images, "files": given.files}
-        ask = partial(self._once, text, options)
-        reply = _signed_in(self.client, ask)
+        images, files = map(image_part, given.images), map(file_part, given.files)
+        self.ask(messages_from(text, None, [*images, *files])[0])
         self.attached = []
+
+    def ask(self, message: JSON) -> None:
+        """One turn; a message that fails is kept for /retry."""
+        self.unanswered = message
+        self.failures += 1
+        reply = _signed_in(self.client, partial(self._once, message))
+        self.unanswered = None
+        self.failures -= 1
         self.used.append(reply.usage)
         _tell_who(self.client, self.talk.model, reply)
         _keep_conversation(self.client, self.talk)
 
-    def _once(self, text: str, options: JSON) -> Reply:
+    def _once(self, message: JSON) -> Reply:
         with _Spinner(self.client.config.quiet_mode) as spinner:
-            self.client._caller.on_upload = spinner.uploading
-            return _print_stream(self.talk._streaming(text, **options), spinner)
+            self.client.on_upload = spinner.uploading
+            _print_stream(self.talk.stream(message, **self.options), spinner)
+        return self.talk.reply
 
     def model(self, name: str) -> None:
         """Choose the model."""
@@ -7589,32 +7812,34 @@ class _Chat:
         _say(f"system: {self.talk.system or 'none'}")
 
     def attach(self, source: str) -> None:
-        """Send something with the next message."""
-        if not source:
-            _say("Say what: /attach FILE or ADDRESS")
+        """Send something with the next message; "-" forgets what was to be sent."""
+        if source == "-":
+            self.attached = []
+        if source in ("", "-"):
+            told = ", ".join(self.attached) or "nothing"
+            _say(
+                f"With the next message goes {told}. /attach FILE or ADDRESS adds to it."
+            )
             return
         attachments([source], self.client)  # what is wrong with it is told now
         self.attached.append(source)
         _say(f"{source} goes with the next message")
 
     def retry(self, _: str) -> None:
-        """Ask the last message again."""
+        """Ask the last message again: the one that failed, else the one that was answered."""
+        if self.unanswered is not None:
+            self.ask(self.unanswered)
+            return
         before, said = self._split()
         if said is None:
             _say("Nothing was asked yet.")
             return
         kept, self.talk.messages = self.talk.messages, before
         try:
-            reply = _signed_in(self.client, partial(self._again, said))
+            self.ask(said)
         except BaseException:
             self.talk.messages = kept
             raise
-        self.used.append(reply.usage)
-        _keep_conversation(self.client, self.talk)
-
-    def _again(self, message: JSON) -> Reply:
-        with _Spinner(self.client.config.quiet_mode) as spinner:
-            return _print_stream(self.talk._streaming(message, **self.options), spinner)
 
     def undo(self, _: str) -> None:
         """Forget the last message and its answer."""
@@ -7683,24 +7908,31 @@ def cmd_chat(args: Any) -> int:
                 chat.run()
         else:
             chat.run()
+            return 1 if chat.failures else 0
     return 0
 
 
-def _read_message() -> str:
-    """A line, or several; raises EOFError at the end."""
+def _read_message() -> tuple[str, bool]:
+    """(a line, or several; whether between \"\"\"); raises EOFError at the end.
+
+    At the end of a pipe, what was begun counts as it is.
+    """
     prompt = "> " if sys.stdin.isatty() else ""
-    line = input(prompt)
-    if line.lstrip().startswith('"""'):
-        lines = [line.lstrip()[3:]]
-        while not lines[-1].rstrip().endswith('"""'):
-            lines.append(input(". " if prompt else ""))
-        lines[-1] = lines[-1].rstrip()[:-3]
-        return "\n".join(lines).strip("\n")
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(input(". " if prompt else ""))
-    return "\n".join(lines)
+    more = ". " if prompt else ""
+    lines = [input(prompt)]
+    is_block = lines[0].lstrip().startswith('"""')
+    if is_block:
+        lines[0] = lines[0].lstrip()[3:]
+    with suppress(EOFError):
+        while is_block and not lines[-1].rstrip().endswith('"""'):
+            lines.append(input(more))
+        while not is_block and lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input(more))
+    text = "\n".join(lines)
+    if is_block:
+        text = text.rstrip().removesuffix('"""').strip("\n")
+    return text, is_block
 
 
 @contextmanager
@@ -7721,12 +7953,17 @@ def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
         if line.startswith("/model "):
             with suppress(PuterError):  # without the list there is nothing to complete
                 names = [m.id for m in client.models()]
+        elif line.startswith(("/attach ", "/save ")):
+            import glob
+
+            names = glob.glob(glob.escape(text) + "*")
         found = [n for n in names if n.startswith(text)]
         return found[state] if state < len(found) else None
 
     readline.set_completer_delims(" ")
     readline.set_completer(complete)
     readline.parse_and_bind("tab: complete")
+    readline.set_history_length(1_000)
     try:
         yield
     finally:
@@ -7970,7 +8207,8 @@ def cmd_models(args: Any) -> int:
         print(json.dumps([_plain_values(m) for m in found], ensure_ascii=False))
         return 0
     head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
-    for line in _table([head, *map(_model_row, found)], "<<><<>>"):
+    table = [head, *map(_model_row, found)]
+    for line in _table(table, "<<><<>>", (3, 1, 2, 4, 6, 5)):
         print(line)
     if not found:
         _say("No model is like that.")
@@ -7986,18 +8224,20 @@ def _model_row(model: Model) -> tuple[str, ...]:
     return (model.id, model.provider, context, inputs, tools, *shown)
 
 
-def _table(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+def _table(
+    rows: Sequence[Sequence[str]], sides: str, less: Sequence[int] = ()
+) -> Iterator[str]:
     """Rows of texts as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow the first column is cut, so that a row stays a line.
+    On a terminal that is too narrow the columns of `less` are left out, in that order.
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    spare = shutil_columns() - (sum(widths[1:]) + 2 * len(widths) - 2)
-    if sys.stdout.isatty() and widths[0] > spare:
-        widths[0] = max(12, spare)
+    shown = list(range(len(widths)))
+    for column in less if sys.stdout.isatty() else ():
+        if sum(widths[i] + 2 for i in shown) - 2 > shutil_columns():
+            shown.remove(column)
     for row in rows:
-        cells = (f"{c[:w]:{s}{w}}" for c, w, s in zip(row, widths, sides, strict=True))
-        yield "  ".join(cells).rstrip()
+        yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in shown).rstrip()
 
 
 def shutil_columns() -> int:
@@ -8080,8 +8320,8 @@ def cmd_stats(args: Any) -> int:
     """How the models have done."""
     with _client() as client:
         if args.reset:
-            client._ledger.figures.reset_figures()
-            print("The figures begin anew.")
+            client.reset_stats(args.model)
+            print(f"The figures{f' of {args.model}' if args.model else ''} begin anew.")
             return 0
         found = client.stats(args.model)
     if args.json:
@@ -8092,7 +8332,7 @@ def cmd_stats(args: Any) -> int:
         return 0
     head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
     rows = [_stats_row(s) for s in found]
-    for line in _table([head, *rows], "<>>>>>>>"):
+    for line in _table([head, *rows], "<>>>>>>>", (4, 5, 6, 3, 2)):
         print(line)
     for stats in found:
         if stats.failures:
@@ -8878,7 +9118,7 @@ def _ago(time_ms: int | None, now: float) -> str:
 
 def _dim(text: str) -> str:
     """The text in grey on a terminal that has colours."""
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
 
 

@@ -10,15 +10,19 @@ answer, and can be told to fail in every way that such a server, or the road to 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import builtins
 import contextlib
 import copy
 import dataclasses
+import enum
 import errno
+import functools
 import gc
 import gzip
 import html
+import importlib
 import itertools
 import json
 import logging
@@ -26,6 +30,7 @@ import os
 import pickle
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -44,19 +49,23 @@ import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Optional, TypedDict, Union
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
+import openai
 import pytest
 import requests
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from openai.types import Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import puter
 
@@ -9151,6 +9160,4687 @@ class TestCatalogueCommands:
         done = run_cli(fake, *argv)
         assert (done.returncode, done.stdout) == (2, "")
         assert "usage:" in done.stderr
+
+
+# =============================================================================
+# Helpers of the server's tests
+# =============================================================================
+
+JSONObject = dict[str, Any]
+Serve = Callable[..., puter.OpenAIServer]
+
+HI: list[JSONObject] = [{"role": "user", "content": "hi"}]
+CLIENT_REQUESTS = (
+    Path(__file__).resolve().parent.parent / "shared" / "wire" / "client-requests.json"
+)
+A_PDF_URL = "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.4 x").decode()
+PNG_URL = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+KEY = "the-key-of-the-server"
+
+
+def function_tool(name: str = "get_weather", **more: Any) -> JSONObject:
+    """A tool in OpenAI's shape."""
+    parameters = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {"city": {"type": ["string", "null"], "$comment": "any"}},
+        "additionalProperties": False,
+        **more,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def body_for(scenario: Any = "text", **more: Any) -> JSONObject:
+    """The body of a chat completion."""
+    return {"model": lab(scenario), "messages": HI, **more}
+
+
+def understood(**more: Any) -> puter.Completion:
+    """A request as the server understands it."""
+    return puter.completion_from(body_for(**more), None)
+
+
+def post_to(
+    server: puter.OpenAIServer, body: Any, stream: Any = False, **headers: Any
+) -> requests.Response:
+    """A chat completion, by plain `requests`; bytes are sent as they are."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return requests.post(
+        f"{server.url}/chat/completions",
+        data=data,
+        headers={"Content-Type": "application/json", **headers},
+        stream=stream,
+        timeout=10,
+    )
+
+
+def get_from(
+    server: puter.OpenAIServer, path: str, method: str = "GET", **headers: str
+) -> requests.Response:
+    """A request of any other kind."""
+    root = server.url.removesuffix("/v1")
+    return requests.request(method, root + path, headers=headers, timeout=10)
+
+
+def error_of(reply: requests.Response) -> JSONObject:
+    """The error of a reply, which must have OpenAI's shape."""
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    assert isinstance(body["error"]["type"], str)
+    return body["error"]
+
+
+def events_of(text: str) -> list[str]:
+    """The data of Server-Sent Events."""
+    blocks = [block for block in text.split("\n\n") if block]
+    assert all(block.startswith("data: ") for block in blocks), text
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def frames_of(reply: requests.Response) -> list[JSONObject]:
+    """The frames of a stream that ended well."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["Content-Type"].startswith("text/event-stream")
+    *frames, last = events_of(reply.content.decode())
+    assert last == "[DONE]"
+    return [json.loads(frame) for frame in frames]
+
+
+def deltas_of(frames: Sequence[JSONObject]) -> list[JSONObject]:
+    """What each frame adds."""
+    return [choice["delta"] for frame in frames for choice in frame["choices"]]
+
+
+def joined(frames: Sequence[JSONObject], key: str = "content") -> str:
+    """A text that came in frames."""
+    return "".join(delta.get(key) or "" for delta in deltas_of(frames))
+
+
+def finish_of(frames: Sequence[JSONObject]) -> str:
+    """The one finish reason, which must come with the last choice."""
+    reasons = [c["finish_reason"] for frame in frames for c in frame["choices"]]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    return reasons[-1]
+
+
+def answer_of(server: puter.OpenAIServer, body: JSONObject) -> tuple[str, str]:
+    """(text, finish reason) of a request, streamed or not."""
+    reply = post_to(server, body)
+    if body.get("stream"):
+        frames = frames_of(reply)
+        return joined(frames), finish_of(frames)
+    choice = reply.json()["choices"][0]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+def sent_to(fake: FakePuter) -> JSONObject:
+    """The arguments of the last chat call that reached Puter."""
+    return [one for one in fake.requests if one.path == CHAT][-1].args
+
+
+def texts_sent(fake: FakePuter, role: str) -> str:
+    """What was said in one role, in the last chat call that reached Puter."""
+    messages = sent_to(fake)["messages"]
+    return "\n".join(str(m["content"]) for m in messages if m["role"] == role)
+
+
+@contextmanager
+def connected(server: puter.OpenAIServer) -> Iterator[socket.socket]:
+    """A bare connection to the server."""
+    with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+        yield sock
+
+
+def head_of(
+    method: str = "GET", path: str = "/health", version: str = "1.1", **headers: Any
+) -> bytes:
+    """The head of a request; an underscore in a header's name is a hyphen."""
+    lines = [f"{method} {path} HTTP/{version}"]
+    named = {"Host": "127.0.0.1", **headers}
+    lines += [f"{k.replace('_', '-')}: {v}" for k, v in named.items() if v is not None]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def chat_request(body: JSONObject, version: str = "1.1", **headers: Any) -> bytes:
+    """A whole chat completion as bytes."""
+    data = json.dumps(body).encode()
+    head = head_of("POST", "/v1/chat/completions", version, **headers)
+    return head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def until_end(sock: socket.socket, within_s: float = 5.0) -> bytes:
+    """All that comes until the server closes; raises TimeoutError when it does not."""
+    sock.settimeout(within_s)
+    got = b""
+    with suppress(ConnectionError):
+        while data := sock.recv(65_536):
+            got += data
+    return got
+
+
+def until_seen(sock: socket.socket, mark: bytes, within_s: float = 5.0) -> bytes:
+    """What comes until the mark does."""
+    sock.settimeout(within_s)
+    got = b""
+    while mark not in got and (data := sock.recv(65_536)):
+        got += data
+    return got
+
+
+def said_to(server: puter.OpenAIServer, request: bytes) -> bytes:
+    """The whole answer to bytes after which the server closes the connection."""
+    with connected(server) as sock:
+        sock.sendall(request)
+        return until_end(sock)
+
+
+def status_of(answer: bytes) -> int:
+    """The status of an answer; 0 when there is none."""
+    found = re.match(rb"HTTP/1\.[01] (\d+)", answer)
+    return int(found[1]) if found else 0
+
+
+@pytest.fixture
+def serve(make: MakeClient) -> Iterator[Serve]:
+    """Starts servers: `serve(make("alice"), api_key="k")`; without a client, on alice's."""
+    started: list[puter.OpenAIServer] = []
+
+    def start(client: puter.Puter | None = None, **options: Any) -> puter.OpenAIServer:
+        client = client or make(max_retries=0, fallback_enabled=False)
+        started.append(puter.OpenAIServer(client, **{"port": 0, **options}).start())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop(0)
+
+
+@pytest.fixture
+def server(serve: Serve) -> puter.OpenAIServer:
+    """A server without any options."""
+    return serve()
+
+
+def sdk(server: puter.OpenAIServer, key: str = "any") -> openai.OpenAI:
+    """The real SDK, which does not try again."""
+    return openai.OpenAI(base_url=server.url, api_key=key, max_retries=0, timeout=10)
+
+
+# =============================================================================
+# Openai server: functions
+# =============================================================================
+
+TOOLS = [function_tool("get_weather"), function_tool("get_time")]
+NAMED = {"type": "function", "function": {"name": "get_time"}}
+CHUNK_HEAD = {"id": "i", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+OUR_USAGE = puter.Usage(11, 22, 5, 33, 0.01)
+USAGE_OBJECT = {
+    "prompt_tokens": 11,
+    "completion_tokens": 22,
+    "total_tokens": 33,
+    "prompt_tokens_details": {"cached_tokens": 5},
+    "cost_usd": 0.01,
+}
+
+
+def reply_of(text: str = "Hi", **more: Any) -> puter.Reply:
+    """A reply to be worded."""
+    base = puter.Reply(text=text, model="m", account="alice")
+    return replace(base, **more)
+
+
+def text_chunk(text: str) -> puter.Chunk:
+    """A piece of text."""
+    return puter.Chunk("text", text)
+
+
+def frames_for(
+    chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any
+) -> list[JSONObject]:
+    """The frames of these chunks."""
+    wanted = understood(stream=True, **asked)
+    return list(puter.completion_frames(chunks, lambda: finish, wanted, CHUNK_HEAD))
+
+
+class TestTranslation:
+    """What is asked and what is answered, without sockets."""
+
+    # What is asked.
+
+    @pytest.mark.parametrize(
+        ("more", "args"),
+        [
+            ({}, {}),
+            ({"max_tokens": 5}, {"max_tokens": 5}),
+            ({"max_completion_tokens": 7}, {"max_tokens": 7}),
+            ({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}),
+            ({"max_tokens": None}, {}),
+            ({"temperature": 0, "top_p": 0.5}, {"temperature": 0, "top_p": 0.5}),
+            ({"temperature": None, "seed": 4}, {"seed": 4}),
+            ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+            (
+                {"user": "u", "metadata": {"a": "b"}, "store": False, "logprobs": True},
+                {},
+            ),
+            ({"service_tier": "auto", "prediction": {}, "anything": [1]}, {}),
+            ({"n": 1, "stop": None, "tools": None, "functions": None}, {}),
+        ],
+    )
+    def test_arguments(self, more: JSONObject, args: JSONObject) -> None:
+        asked = understood(**more)
+        assert asked.args == args
+        assert (asked.prompt, asked.model) == (HI, lab("text"))
+        assert (asked.tools, asked.stop, asked.wants_json) == ([], (), False)
+
+    @pytest.mark.parametrize(
+        ("more", "streaming", "include_usage"),
+        [
+            ({}, False, False),
+            ({"stream": False}, False, False),
+            ({"stream": None}, False, False),
+            ({"stream": True}, True, False),
+            ({"stream": True, "stream_options": None}, True, False),
+            (
+                {"stream": True, "stream_options": {"include_usage": False}},
+                True,
+                False,
+            ),
+            ({"stream": True, "stream_options": {"include_usage": True}}, True, True),
+            ({"stream": True, "stream_options": [1]}, True, False),
+        ],
+    )
+    def test_streaming(
+        self, more: JSONObject, streaming: bool, include_usage: bool
+    ) -> None:
+        asked = understood(**more)
+        assert (asked.streaming, asked.include_usage) == (streaming, include_usage)
+
+    @pytest.mark.parametrize(
+        ("stop", "want"),
+        [
+            ("END", ("END",)),
+            (["a", "b"], ("a", "b")),
+            ([], ()),
+            (None, ()),
+            ("", ()),
+        ],
+    )
+    def test_stop(self, stop: Any, want: tuple[str, ...]) -> None:
+        assert understood(stop=stop).stop == want
+
+    @pytest.mark.parametrize(
+        ("more", "param"),
+        [
+            ({"model": None}, "model"),
+            ({"model": ""}, "model"),
+            ({"model": 5}, "model"),
+            ({"model": ["m"]}, "model"),
+            ({"messages": None}, "messages"),
+            ({"messages": []}, "messages"),
+            ({"messages": "hi"}, "messages"),
+            ({"messages": {}}, "messages"),
+            ({"n": 2}, "n"),
+            ({"n": 0}, "n"),
+            ({"n": "1"}, "n"),
+            ({"stop": 5}, "stop"),
+            ({"stop": ["a", 1]}, "stop"),
+            ({"stop": [""]}, "stop"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": -1}, "max_tokens"),
+            ({"max_tokens": "5"}, "max_tokens"),
+            ({"max_completion_tokens": True}, "max_tokens"),
+            ({"functions": [{"name": "f"}]}, "functions"),
+            ({"response_format": {"type": "xml"}}, "response_format"),
+            ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+            ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+            (
+                {"tools": TOOLS, "tool_choice": {"function": {"name": "nope"}}},
+                "tool_choice",
+            ),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, more: JSONObject, param: str) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            understood(**more)
+        status, body, _ = puter.error_object(caught.value)
+        assert status == 400
+        assert body["error"]["type"] == "invalid_request_error"
+        assert body["error"]["param"] == param
+        assert param.removeprefix("max_") in body["error"]["message"]
+
+    @pytest.mark.parametrize("body", [None, [], "x", 5, True, [{"model": "m"}]])
+    def test_no_object(self, body: Any) -> None:
+        with pytest.raises(puter.BadRequestError, match="no JSON object"):
+            puter.completion_from(body, "m")
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            pytest.param(more, id=name)
+            for name, more, why in [
+                ("tools", {"tools": 5}, "TypeError: tools is gone through unchecked"),
+                (
+                    "choice",
+                    {"tools": TOOLS, "tool_choice": {"function": "get_time"}},
+                    "AttributeError: function is taken for an object",
+                ),
+                (
+                    "schema",
+                    {"response_format": {"type": "json_schema", "json_schema": "x"}},
+                    "AttributeError: json_schema is taken for an object",
+                ),
+            ]
+        ],
+    )
+    def test_odd_types_are_bad_requests(self, more: JSONObject) -> None:
+        with pytest.raises(puter.BadRequestError):
+            understood(**more)
+
+    def test_no_completion_tokens(self) -> None:
+        with pytest.raises(puter.BadRequestError, match="max_tokens"):
+            understood(max_completion_tokens=0)
+
+    def test_the_default_model(self) -> None:
+        for given_model in ({}, {"model": None}, {"model": ""}):
+            body = {"messages": HI, **given_model}
+            assert puter.completion_from(body, "m").model == "m"
+        assert puter.completion_from(body_for(), "m").model == lab("text")
+
+    @pytest.mark.parametrize(
+        ("choice", "offered", "order"),
+        [
+            (None, ["get_weather", "get_time"], ""),
+            ("auto", ["get_weather", "get_time"], ""),
+            ("none", [], ""),
+            ("required", ["get_weather", "get_time"], "calling at least one"),
+            (NAMED, ["get_time"], "calling the function get_time"),
+        ],
+    )
+    def test_tool_choice(self, choice: Any, offered: list[str], order: str) -> None:
+        asked = understood(tools=TOOLS, tool_choice=choice)
+        assert [tool["function"]["name"] for tool in asked.tools] == offered
+        system = [m["content"] for m in asked.prompt if m["role"] == "system"]
+        assert len(system) == bool(order)
+        assert not order or order in system[0]
+        assert all(tool in TOOLS for tool in asked.tools)  # schemas as they were
+
+    def test_tool_choice_without_tools(self) -> None:
+        for choice in ("auto", "none", "required", NAMED):
+            assert understood(tool_choice=choice).prompt == HI
+
+    @pytest.mark.parametrize(
+        ("wanted", "words"),
+        [
+            (None, None),
+            ({"type": "text"}, None),
+            ({"type": "json_object"}, ["one JSON object"]),
+            (
+                {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "array"}},
+                },
+                ["one JSON value", '{"type": "array"}'],
+            ),
+            ({"type": "json_schema"}, ["one JSON value"]),
+        ],
+    )
+    def test_json_is_asked_for(self, wanted: Any, words: list[str] | None) -> None:
+        asked = understood(response_format=wanted)
+        assert asked.wants_json is (words is not None)
+        system = [m["content"] for m in asked.prompt if m["role"] == "system"]
+        assert len(system) == asked.wants_json
+        assert all(word in system[0] for word in words or ())
+        assert asked.args == ({"response_format": wanted} if wanted else {})
+
+    @pytest.mark.parametrize(
+        ("roles", "place"),
+        [
+            (["user"], 0),
+            (["system", "user"], 1),
+            (["system", "developer", "user", "system"], 2),
+            (["user", "assistant", "user"], 0),
+        ],
+    )
+    def test_where_an_order_stands(self, roles: list[str], place: int) -> None:
+        messages = [{"role": role, "content": "x"} for role in roles]
+        before = json.dumps(messages)
+        asked = understood(messages=messages, response_format={"type": "json_object"})
+        given_roles = [message["role"] for message in asked.prompt]
+        assert given_roles == [*roles[:place], "system", *roles[place:]]
+        assert "JSON" in asked.prompt[place]["content"]
+        assert json.dumps(messages) == before  # the caller's list is left alone
+
+    # Stop sequences.
+
+    @pytest.mark.parametrize(
+        ("stops", "pieces", "want", "found"),
+        [
+            ([], ["a", "b"], "ab", False),
+            (["END"], ["one END two"], "one ", True),
+            (["END"], ["one E", "N", "D two"], "one ", True),
+            (["END"], ["one E", "N", "E"], "one ENE", False),
+            (["END"], ["one EN"], "one EN", False),
+            (["END"], ["EN", "END"], "EN", True),
+            (["aab"], ["a", "a", "a", "b", "x"], "a", True),
+            (["b", "c"], ["acb"], "a", True),
+            (["\n\n"], ["x\n", "\ny"], "x", True),
+            (["日本"], ["x日", "本語"], "x", True),
+            (["END"], ["END", "more", "END"], "", True),
+            (["END"], [], "", False),
+        ],
+    )
+    def test_stop_text(
+        self, stops: list[str], pieces: list[str], want: str, found: bool
+    ) -> None:
+        stop = puter.StopText(stops)
+        shown = [stop.feed(piece) for piece in pieces]
+        assert "".join([*shown, stop.rest()]) == want
+        assert stop.found is found
+        assert stop.rest() == ""
+
+    def test_no_more_is_held_than_need_be(self) -> None:
+        stop = puter.StopText(["END", "EXIT"])
+        shown = [stop.feed(piece) for piece in ("aE", "b", "EX", "I", "!")]
+        assert shown == ["a", "Eb", "", "", "EXI!"]
+
+    @given(
+        text=st.text("ab\n", max_size=20),
+        stop=st.text("ab\n", min_size=1, max_size=4),
+        cuts=st.lists(st.integers(0, 20), max_size=6),
+    )
+    def test_pieces_make_no_difference(
+        self, text: str, stop: str, cuts: list[int]
+    ) -> None:
+        edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+        reader = puter.StopText([stop])
+        shown = [reader.feed(text[a:b]) for a, b in itertools.pairwise(edges)]
+        assert "".join([*shown, reader.rest()]) == text.partition(stop)[0]
+        assert reader.found is (stop in text)
+
+    def test_pieces_make_no_difference_to_several_stops(self) -> None:
+        def shown(pieces: Sequence[str]) -> str:
+            stop = puter.StopText(["abc", "b"])
+            return "".join([*(stop.feed(piece) for piece in pieces), stop.rest()])
+
+        assert shown(["abc"]) == shown(["a", "b", "c"])
+
+    # What is answered: whole.
+
+    def test_completion_object(self) -> None:
+        reply = reply_of(reasoning="Hm", usage=OUR_USAGE)
+        whole = puter.completion_object(reply, understood(), 12.7)
+        assert re.fullmatch("chatcmpl-[0-9a-f]{24}", whole.pop("id"))
+        message = {"role": "assistant", "content": "Hi", "refusal": None}
+        assert whole == {
+            "object": "chat.completion",
+            "created": 12,
+            "model": "m",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {**message, "reasoning_content": "Hm"},
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                }
+            ],
+            "usage": USAGE_OBJECT,
+        }
+
+    @pytest.mark.parametrize(
+        ("text", "content"), [("", None), ("Let me see", "Let me see")]
+    )
+    def test_calls_of_a_whole_answer(self, text: str, content: str | None) -> None:
+        calls = (
+            puter.ToolCall("c1", "get_weather", {"city": "Köln"}, SIGNATURE),
+            puter.ToolCall("", "get_time", {}),
+        )
+        reply = reply_of(text, tool_calls=calls, finish_reason="tool_calls")
+        whole = puter.completion_object(reply, understood(), 0)
+        message = whole["choices"][0]["message"]
+        assert whole["choices"][0]["finish_reason"] == "tool_calls"
+        assert message["content"] == content
+        first, second = message["tool_calls"]
+        assert json.loads(first["function"]["arguments"]) == {"city": "Köln"}
+        assert (first["id"], first["extra_content"]) == ("c1", SIGNATURE)
+        assert second["id"].startswith("call_") and "extra_content" not in second
+        assert second["function"] == {"name": "get_time", "arguments": "{}"}
+        assert first["type"] == second["type"] == "function"
+        ChatCompletion.model_validate(whole, strict=True)
+
+    @pytest.mark.parametrize(
+        "usage", [puter.Usage(), puter.Usage(cost_usd=0.1), puter.Usage(total_tokens=5)]
+    )
+    def test_no_empty_usage(self, usage: puter.Usage) -> None:
+        assert puter.usage_object(usage) is None
+        whole = puter.completion_object(reply_of(usage=usage), understood(), 0)
+        assert "usage" not in whole
+
+    def test_usage_object(self) -> None:
+        assert puter.usage_object(OUR_USAGE) == USAGE_OBJECT
+        told_little = puter.usage_object(puter.Usage(None, 4, None, 4, None))
+        assert told_little == {
+            "prompt_tokens": 0,
+            "completion_tokens": 4,
+            "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+    @pytest.mark.parametrize(
+        ("stop", "text", "finish", "want"),
+        [
+            ("END", "one END two", "stop", ("one ", "stop")),
+            ("END", "one END two", "length", ("one ", "stop")),
+            ("END", "one two", "length", ("one two", "length")),
+            ("END", "one EN", "stop", ("one EN", "stop")),
+        ],
+    )
+    def test_stop_of_a_whole_answer(
+        self, stop: str, text: str, finish: str, want: tuple[str, str]
+    ) -> None:
+        reply = reply_of(text, finish_reason=finish)
+        choice = puter.completion_object(reply, understood(stop=stop), 0)["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == want
+
+    @pytest.mark.parametrize(
+        ("text", "want"),
+        [
+            ('{"a": 1}', '{"a": 1}'),
+            ('```json\n{"a": 1}\n```', '{"a": 1}'),
+            ('  ```\n{"a": 1}```\n', '{"a": 1}'),
+            (" [1]\n", " [1]\n"),
+        ],
+    )
+    def test_json_text(self, text: str, want: str) -> None:
+        assert puter.json_text(text) == want
+        asked = understood(response_format={"type": "json_object"})
+        whole = puter.completion_object(reply_of(text), asked, 0)
+        assert whole["choices"][0]["message"]["content"] == want
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "Sure!", '{"a": 1', 'Here: {"a": 1}', "```json\nno\n```", "[" * 9999],
+    )
+    def test_no_json(self, text: str) -> None:
+        with pytest.raises(puter.ReplyError, match="asked for JSON") as caught:
+            puter.json_text(text)
+        assert caught.value.raw == text
+        assert puter.error_object(caught.value)[0] == 502
+
+    def test_nan_is_no_json(self) -> None:
+        with pytest.raises(puter.ReplyError):
+            puter.json_text('{"a": NaN}')
+
+    def test_json_is_not_wanted_of_calls_and_of_what_was_cut(self) -> None:
+        asked = understood(response_format={"type": "json_object"})
+        call = puter.ToolCall("c", "f", {})
+        for reply in (
+            reply_of("no", tool_calls=(call,), finish_reason="tool_calls"),
+            reply_of('{"a', finish_reason="length"),
+        ):
+            whole = puter.completion_object(reply, asked, 0)
+            assert whole["choices"][0]["message"]["content"] == reply.text
+
+    # What is answered: in frames.
+
+    def test_frames_of_a_text(self) -> None:
+        frames = frames_for([text_chunk("a"), text_chunk("b")])
+        assert deltas_of(frames) == [
+            {"role": "assistant", "content": "a"},
+            {"content": "b"},
+            {},
+        ]
+        assert finish_of(frames) == "stop"
+        for frame in frames:
+            assert {key: frame[key] for key in CHUNK_HEAD} == CHUNK_HEAD
+            assert frame["choices"][0]["index"] == 0
+            assert "usage" not in frame
+
+    def test_frames_of_all_kinds(self) -> None:
+        call = puter.ToolCall("c1", "f", {"x": 1})
+        chunks = [
+            puter.Chunk("reasoning", "Hm"),
+            text_chunk("a"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("tool_call", tool_call=replace(call, id="")),
+            puter.Chunk("usage", usage=OUR_USAGE),
+        ]
+        frames = frames_for(chunks, "tool_calls")
+        thought, text, first, second, last = deltas_of(frames)
+        assert thought == {"role": "assistant", "reasoning_content": "Hm"}
+        assert (text, last) == ({"content": "a"}, {})
+        function = {"name": "f", "arguments": '{"x": 1}'}
+        whole = {"index": 0, "id": "c1", "type": "function", "function": function}
+        assert first == {"tool_calls": [whole]}
+        assert second["tool_calls"][0]["index"] == 1
+        assert re.fullmatch("call_[0-9a-f]+", second["tool_calls"][0]["id"])
+        assert finish_of(frames) == "tool_calls"
+        for frame in frames:
+            ChatCompletionChunk.model_validate(frame, strict=True)
+
+    def test_frames_of_nothing(self) -> None:
+        frames = frames_for([], "length")
+        assert deltas_of(frames) == [{"role": "assistant", "content": ""}]
+        assert finish_of(frames) == "length"
+
+    @pytest.mark.parametrize("counted", [True, False])
+    def test_usage_in_frames(self, counted: bool) -> None:
+        usage = [puter.Chunk("usage", usage=OUR_USAGE)] if counted else []
+        frames = frames_for(
+            [text_chunk("a"), *usage], stream_options={"include_usage": True}
+        )
+        plain = frames[:-1] if counted else frames
+        assert [frame["usage"] for frame in plain] == [None, None]
+        assert finish_of(plain) == "stop"
+        if counted:
+            assert frames[-1] == {**CHUNK_HEAD, "choices": [], "usage": USAGE_OBJECT}
+
+    def test_a_stop_ends_the_reading(self) -> None:
+        chunks = iter(map(text_chunk, ["one E", "ND", "more", "and more"]))
+        asked = understood(stop="END", stream=True)
+        frames = list(
+            puter.completion_frames(chunks, lambda: "length", asked, CHUNK_HEAD)
+        )
+        assert (joined(frames), finish_of(frames)) == ("one ", "stop")
+        assert [chunk.text for chunk in chunks] == ["more", "and more"]
+
+    def test_a_stop_waits_for_the_usage(self) -> None:
+        call = puter.ToolCall("c1", "f", {})
+        chunks = [
+            text_chunk("one END"),
+            text_chunk("more"),
+            puter.Chunk("reasoning", "Hm"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("usage", usage=OUR_USAGE),
+        ]
+        options = {"include_usage": True}
+        frames = frames_for(chunks, stop=["END"], stream_options=options)
+        assert deltas_of(frames) == [{"role": "assistant", "content": "one "}, {}]
+        assert frames[-1]["usage"] == USAGE_OBJECT
+
+    def test_what_was_held_back_is_told(self) -> None:
+        frames = frames_for([text_chunk("EN")], stop="END")
+        assert deltas_of(frames)[0] == {"role": "assistant", "content": "EN"}
+
+    def test_what_was_held_back_comes_before_a_call(self) -> None:
+        call = puter.Chunk("tool_call", tool_call=puter.ToolCall("c", "f", {}))
+        frames = frames_for([text_chunk("EN"), call], "tool_calls", stop="END")
+        assert [set(delta) - {"role"} for delta in deltas_of(frames)] == [
+            {"content"},
+            {"tool_calls"},
+            set(),
+        ]
+
+    @given(
+        st.lists(
+            st.one_of(
+                st.text(max_size=5).map(text_chunk),
+                st.text(max_size=5).map(lambda text: puter.Chunk("reasoning", text)),
+                st.dictionaries(st.text(max_size=3), st.integers()).map(
+                    lambda args: puter.Chunk(
+                        "tool_call", tool_call=puter.ToolCall("", "f", args)
+                    )
+                ),
+            ),
+            max_size=6,
+        ),
+        st.booleans(),
+    )
+    def test_any_frames_parse(
+        self, chunks: list[puter.Chunk], include_usage: bool
+    ) -> None:
+        usage = puter.Chunk("usage", usage=OUR_USAGE)
+        options = {"include_usage": include_usage}
+        frames = frames_for([*chunks, usage], stream_options=options)
+        for frame in frames:
+            again = json.loads(json.dumps(frame))
+            ChatCompletionChunk.model_validate(again, strict=True)
+        assert joined(frames) == "".join(map(str, chunks))
+        roles = [delta.get("role") for delta in deltas_of(frames)]
+        assert roles == ["assistant"] + [None] * (len(roles) - 1)
+        assert ("usage" in frames[-1]) is include_usage
+
+    # What is answered: errors.
+
+    @pytest.mark.parametrize(
+        ("error", "status", "kind", "code", "retry_after"),
+        [
+            (puter.BadRequestError("x"), 400, "invalid_request_error", None, None),
+            (
+                puter.BadRequestError("x", status=413, code="too_large"),
+                *(413, "invalid_request_error", "too_large", None),
+            ),
+            (
+                puter.ModelNotFoundError("x", status=400, code="bad_request"),
+                *(404, "invalid_request_error", "model_not_found", None),
+            ),
+            (puter.AuthError("x"), 401, "authentication_error", "not_signed_in", None),
+            (
+                puter.AuthError("x", status=403, code="token_missing"),
+                *(401, "authentication_error", "token_missing", None),
+            ),
+            (puter.CreditError("x"), 402, "insufficient_quota", None, None),
+            (puter.SubscriptionError("x"), 402, "insufficient_quota", None, None),
+            (puter.AccessError("x"), 403, "permission_error", None, None),
+            (puter.ModelAccessError("x"), 403, "permission_error", None, None),
+            (puter.RateLimitError("x"), 429, "rate_limit_error", None, "10"),
+            (
+                puter.RateLimitError("x", retry_after_s=2.2),
+                *(429, "rate_limit_error", None, "3"),
+            ),
+            (puter.ModelRateLimitError("x"), 429, "rate_limit_error", None, "60"),
+            (
+                puter.AllAccountsOnCooldownError("x", retry_after_s=0.0),
+                *(429, "rate_limit_error", "too_many_requests", "1"),
+            ),
+            (puter.ModelUnavailableError("x"), 503, "server_error", None, "60"),
+            (puter.ProviderAuthError("x"), 502, "server_error", None, None),
+            (puter.ServerError("x"), 502, "server_error", None, None),
+            (puter.ServerError("x", status=200), 502, "server_error", None, None),
+            (puter.ServerError("x", status=500), 500, "server_error", None, None),
+            (
+                puter.ServerError("x", status=503, retry_after_s=7),
+                *(503, "server_error", None, "7"),
+            ),
+            (puter.RequestTimeoutError("x"), 504, "server_error", "timeout", None),
+            (puter.NetworkError("x"), 502, "server_error", None, None),
+            (puter.ReplyError("x"), 502, "server_error", None, None),
+            (puter.StreamError("x"), 502, "server_error", None, None),
+            (puter.StoreError("x"), 500, "server_error", None, None),
+            (puter.ConfigError("x"), 500, "server_error", None, None),
+        ],
+    )
+    def test_error_object(
+        self,
+        error: puter.PuterError,
+        status: int,
+        kind: str,
+        code: str | None,
+        retry_after: str | None,
+    ) -> None:
+        got, body, headers = puter.error_object(error)
+        inner = body["error"]
+        assert (got, inner["type"], inner["code"]) == (status, kind, code)
+        assert headers.get("Retry-After") == retry_after
+        assert inner["param"] == ("model" if code == "model_not_found" else None)
+        assert inner["message"].startswith("x")
+
+    def test_every_kind_of_error_has_a_status(self) -> None:
+        kinds = {
+            kind
+            for kind in vars(puter).values()
+            if isinstance(kind, type) and issubclass(kind, puter.PuterError)
+        }
+        for kind in kinds:
+            status, body, _ = puter.error_object(kind("x"))
+            assert 400 <= status < 600 and body["error"]["message"].startswith("x")
+
+    def test_words_for_those_who_use_no_python(self) -> None:
+        shown = puter.error_object(puter.StreamError("It broke"))[1]["error"]
+        assert ".reply" not in shown["message"]
+        hinted = puter.error_object(puter.AuthError("No token"))[1]["error"]
+        assert "python -m puter login" in hinted["message"]
+
+    @pytest.mark.parametrize(
+        ("released", "created"),
+        [("2025-11-01", True), (None, False), ("2025", False), ("soon", False)],
+    )
+    def test_model_object(self, released: str | None, created: bool) -> None:
+        model = puter.Model(id="a/b:free", name="B", provider="p", released=released)
+        shown = puter.model_object(model)
+        assert (shown["id"], shown["object"]) == ("a/b:free", "model")
+        assert (shown["created"] > 0) is created
+        assert shown["owned_by"] == "p"
+        Model.model_validate(shown, strict=True)
+
+    # Who may call.
+
+    @pytest.mark.parametrize(
+        ("bound", "host", "may"),
+        [
+            ("127.0.0.1", "127.0.0.1", True),
+            ("127.0.0.1", "127.0.0.1:11480", True),
+            ("127.0.0.1", "localhost:80", True),
+            ("127.0.0.1", "LOCALHOST", True),
+            ("127.0.0.1", "[::1]:11480", True),
+            ("127.0.0.1", "evil.example", False),
+            ("127.0.0.1", "evil.example:11480", False),
+            ("127.0.0.1", "localhost.evil.example", False),
+            ("127.0.0.1", "127.0.0.1.evil.example", False),
+            ("127.0.0.1", "127.0.0.1:80:80", False),
+            ("127.0.0.1", "127.0.0.1@evil.example", False),
+            ("127.0.0.1", "", False),
+            ("127.0.0.1", None, False),
+            ("::1", "[::1]:11480", True),
+            ("::1", "evil.example", False),
+            ("box.lan", "box.lan:11480", True),
+            ("box.lan", "BOX.lan", True),
+            ("box.lan", "other.lan", False),
+            ("192.168.1.5", "192.168.1.5:11480", True),
+            ("0.0.0.0", "anything:1", True),
+            ("::", "anything:1", True),
+        ],
+    )
+    def test_hosts(self, bound: str, host: str | None, may: bool) -> None:
+        refusal = puter.Gatekeeper(bound).refusal("/v1/models", host, None, "")
+        assert (refusal is None) is may
+        assert may or (refusal or ())[:2] == (403, "forbidden_host")
+
+    @pytest.mark.parametrize(
+        ("origin", "allowed", "may"),
+        [
+            (None, [], True),
+            ("http://127.0.0.1:11480", [], True),
+            ("https://127.0.0.1:11480", [], False),
+            ("http://127.0.0.1:3000", [], False),
+            ("http://localhost:11480", [], False),
+            ("https://evil.example", [], False),
+            ("null", [], False),
+            ("", [], False),
+            ("https://app.example", ["https://app.example"], True),
+            ("https://app.example:8443", ["https://app.example"], False),
+            ("http://app.example", ["https://app.example"], False),
+            ("https://app.example.evil", ["https://app.example"], False),
+            ("https://anyone.example", ["*"], True),
+        ],
+    )
+    def test_origins(self, origin: str | None, allowed: list[str], may: bool) -> None:
+        keeper = puter.Gatekeeper("127.0.0.1", None, frozenset(allowed))
+        refusal = keeper.refusal("/v1/models", "127.0.0.1:11480", origin, "")
+        assert (refusal is None) is may
+        assert may or (refusal or ())[:2] == (403, "forbidden_origin")
+
+    @pytest.mark.parametrize(
+        ("path", "authorization", "may"),
+        [
+            ("/v1/models", f"Bearer {KEY}", True),
+            ("/v1/models", "", False),
+            ("/v1/models", "Bearer", False),
+            ("/v1/models", "Bearer ", False),
+            ("/v1/models", KEY, False),
+            ("/v1/models", f"Bearer {KEY}x", False),
+            ("/v1/models", f"Bearer {KEY[:-1]}", False),
+            ("/v1/models", f"Basic {KEY}", False),
+            ("/v1/models", "Bearer \xff\ud800", False),
+            ("/v1/chat/completions", "", False),
+            ("/nowhere", "", False),
+            ("/health/", "", False),
+            ("/", "", True),
+            ("/health", "", True),
+        ],
+    )
+    def test_keys(self, path: str, authorization: str, may: bool) -> None:
+        keeper = puter.Gatekeeper("127.0.0.1", KEY)
+        refusal = keeper.refusal(path, "127.0.0.1", None, authorization)
+        assert (refusal is None) is may
+        assert may or (refusal or ())[:2] == (401, "invalid_api_key")
+        free = puter.Gatekeeper("127.0.0.1")
+        assert free.refusal(path, "127.0.0.1", None, authorization) is None
+
+    def test_a_key_is_compared_in_constant_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import hmac
+
+        compared: list[Any] = []
+
+        def compare(*both: Any) -> bool:
+            compared.append(both)
+            return False
+
+        monkeypatch.setattr(hmac, "compare_digest", compare)
+        keeper = puter.Gatekeeper("127.0.0.1", KEY)
+        assert keeper.refusal("/v1/models", "127.0.0.1", None, f"Bearer {KEY}")
+        assert len(compared) == 1
+
+    def test_a_refusal_tells_no_key(self) -> None:
+        keeper = puter.Gatekeeper("127.0.0.1", KEY)
+        assert KEY not in str(keeper.refusal("/v1/models", "127.0.0.1", None, "no"))
+
+
+# =============================================================================
+# Openai server: sockets
+# =============================================================================
+
+
+def client_requests() -> list[Any]:
+    """What real clients sent, as test parameters, or one that is skipped and says why."""
+    if not CLIENT_REQUESTS.is_file():
+        skip = pytest.mark.skip(reason=f"there are no requests at {CLIENT_REQUESTS}")
+        return [pytest.param({}, marks=skip, id="requests")]
+    requests_sent = json.loads(CLIENT_REQUESTS.read_text("utf-8"))
+    return [
+        pytest.param(one, id=f"{number}-{one['client']}")
+        for number, one in enumerate(requests_sent)
+    ]
+
+
+def two_tools(handler: FakeHandler, args: JSONObject) -> Answer:
+    """Two calls in one turn, which arrive both from such a provider."""
+    calls = (
+        tool_call("call_1", "get_weather", '{"city": "Paris"}'),
+        tool_call("call_2", "get_time", '{"tz": "CET"}'),
+    )
+    return Turn(calls=calls, finish="tool_calls", claude=True)
+
+
+def says_text(text: str, **turn: Any) -> Callable[[FakeHandler, JSONObject], Answer]:
+    """A model that says this."""
+    return lambda handler, args: Turn(text, **turn)
+
+
+KNOWN_KEYS = (
+    *("model", "messages", "tools", "tool_choice", "stop", "n", "max_tokens"),
+    *("max_completion_tokens", "response_format", "stream", "stream_options"),
+    *("temperature", "parallel_tool_calls", "reasoning_effort", "functions"),
+)
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*KNOWN_KEYS, "role", "content", "type", "function", "x"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+ANY_BODY = ANY_JSON | st.dictionaries(st.sampled_from(KNOWN_KEYS), ANY_JSON).map(
+    lambda more: {"model": lab("text"), "messages": HI, **more}
+)
+
+
+class TestOpenAIServer:
+    """The server on a real socket, asked by plain HTTP and by the real SDK."""
+
+    # What is there.
+
+    def test_health(self, server: puter.OpenAIServer) -> None:
+        for path in ("/", "/health", "/health?x=1"):
+            reply = get_from(server, path)
+            assert (reply.status_code, reply.json()["status"]) == (200, "ok")
+            assert reply.json()["base_url"] == server.url
+            head = get_from(server, path, "HEAD")
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["Content-Length"] == str(len(reply.content))
+
+    def test_models(self, server: puter.OpenAIServer, fake: FakePuter) -> None:
+        listed = get_from(server, "/v1/models").json()
+        assert listed["object"] == "list"
+        assert [m["id"] for m in listed["data"]] == [m["id"] for m in fake.catalogue]
+        for model in listed["data"]:
+            Model.model_validate(model, strict=True)
+        assert get_from(server, "/v1/models", "HEAD").status_code == 200
+
+    @pytest.mark.parametrize(
+        ("asked", "found"),
+        [
+            ("openrouter:lab/text", "openrouter:lab/text"),
+            ("openrouter%3Alab%2Ftext", "openrouter:lab/text"),
+            ("openrouter:qwen/qwen3-coder:free", "openrouter:qwen/qwen3-coder:free"),
+            ("claude-opus-4-5", "claude-opus-4-5-20251101"),
+            ("anthropic/claude-opus-4-5", "claude-opus-4-5-20251101"),
+            ("CLAUDE-OPUS-4.5", "claude-opus-4-5-20251101"),
+            ("puter/gemini-2.5-flash", "gemini-2.5-flash"),
+            ("gemini-2.5-flash?x=1", "gemini-2.5-flash"),
+        ],
+    )
+    def test_one_model(
+        self, server: puter.OpenAIServer, asked: str, found: str
+    ) -> None:
+        reply = get_from(server, f"/v1/models/{asked}")
+        assert (reply.status_code, reply.json()["id"]) == (200, found)
+
+    def test_no_such_model(self, server: puter.OpenAIServer) -> None:
+        reply = get_from(server, "/v1/models/claud-opus-4-5")
+        error = error_of(reply)
+        assert (reply.status_code, error["code"]) == (404, "model_not_found")
+        assert "claude-opus-4-5" in error["message"]
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status", "allow"),
+        [
+            ("GET", "/nowhere", 404, None),
+            ("POST", "/v1/responses", 404, None),
+            ("POST", "/v1/embeddings", 404, None),
+            ("POST", "/chat/completions", 404, None),
+            ("GET", "/v1", 404, None),
+            ("GET", "/%ff%00", 404, None),
+            ("OPTIONS", "*", 404, None),
+            ("GET", "/v1/chat/completions", 405, "POST"),
+            ("DELETE", "/v1/chat/completions", 405, "POST"),
+            ("POST", "/v1/models", 405, "GET, HEAD"),
+            ("DELETE", "/v1/models/lab/text", 405, "GET, HEAD"),
+            ("PUT", "/health", 405, "GET, HEAD"),
+            ("BREW", "/", 405, "GET, HEAD"),
+            ("OPTIONS", "/v1/models", 405, "GET, HEAD"),
+        ],
+    )
+    def test_unknown(
+        self,
+        server: puter.OpenAIServer,
+        *,
+        method: str,
+        path: str,
+        status: int,
+        allow: str | None,
+    ) -> None:
+        request = head_of(method, path, Connection="close")
+        head, _, body = said_to(server, request).partition(b"\r\n\r\n")
+        assert status_of(head) == status
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        assert (f"Allow: {allow}".encode() in head) is (allow is not None)
+
+    # Requests as clients send them.
+
+    @pytest.mark.parametrize("request_sent", client_requests())
+    def test_what_real_clients_send(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        request_sent: JSONObject,
+    ) -> None:
+        model = "gemini-2.5-flash"
+        sent = json.dumps(request_sent["body"]).replace("stub-model", model)
+        body = json.loads(sent.replace("err-429", lab("err429")))
+        headers = {
+            k: v for k, v in request_sent["headers"].items() if k != "connection"
+        }
+        url = server.url.removesuffix("/v1") + request_sent["path"]
+        reply = requests.request(
+            request_sent["method"], url, headers=headers, json=body, timeout=10
+        )
+        if body is None:
+            assert reply.json()["data"]
+        elif body["model"] != model or not body["messages"]:
+            status = {"no-such-model-xyz": 404, lab("err429"): 429}
+            assert reply.status_code == status.get(body["model"], 400)
+            assert error_of(reply)["message"]
+        elif body.get("stream"):
+            frames = frames_of(reply)
+            assert joined(frames) == SENTENCE
+            wants_usage = (body.get("stream_options") or {}).get("include_usage")
+            assert ("usage" in frames[-1]) is bool(wants_usage)
+            assert [ChatCompletionChunk.model_validate(f, strict=True) for f in frames]
+        else:
+            whole = ChatCompletion.model_validate(reply.json(), strict=True)
+            assert whole.choices[0].message.content == SENTENCE
+        if reply.ok and body:
+            wire = sent_to(fake)
+            assert wire["model"] == model
+            assert len(wire.get("tools", [])) <= len(body.get("tools", []))
+            limit = body.get("max_completion_tokens") or body.get("max_tokens")
+            assert wire.get("max_tokens") == limit
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "text",
+            [{"type": "text", "text": "text"}],
+            [{"type": "text", "text": "te"}, {"type": "text", "text": "xt"}],
+        ],
+    )
+    def test_contents(
+        self, server: puter.OpenAIServer, content: Any, stream: bool
+    ) -> None:
+        messages = [
+            {"role": "developer", "content": "Be brief"},
+            {"role": "user", "content": None},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": content},
+        ]
+        body = body_for("echo", messages=messages, stream=stream)
+        assert answer_of(server, body) == ("text", "stop")
+
+    @pytest.mark.parametrize("url", [PNG_URL, "https://example.com/a.png"])
+    def test_images(
+        self, server: puter.OpenAIServer, fake: FakePuter, url: str
+    ) -> None:
+        image = {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+        content = [{"type": "text", "text": "What is it?"}, image]
+        messages = [{"role": "user", "content": content}]
+        text, _ = answer_of(server, body_for("vision", messages=messages))
+        assert text == 'parts: ["text", "image_url"]'
+        assert sent_to(fake)["messages"][0]["content"][1]["image_url"]["url"] == url
+
+    @pytest.mark.parametrize(
+        ("part", "words"),
+        [
+            (
+                {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+                "audio",
+            ),
+            ({"type": "file", "file": {"file_id": "file-1"}}, "file_data"),
+            ({"type": "file", "file": {"file_data": "data:a/b;base64,?"}}, "base64"),
+        ],
+    )
+    def test_parts_that_cannot_be_sent(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        part: JSONObject,
+        words: str,
+    ) -> None:
+        messages = [{"role": "user", "content": [part]}]
+        reply = post_to(server, body_for(messages=messages))
+        assert (reply.status_code, fake.chat_calls()) == (400, [])
+        assert words in error_of(reply)["message"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_files_are_uploaded_and_deleted(
+        self, server: puter.OpenAIServer, fake: FakePuter, stream: bool
+    ) -> None:
+        seen: list[list[str]] = []
+
+        def look(handler: FakeHandler, args: JSONObject) -> Answer:
+            seen.append(list(fake.files))
+            return "vision"
+
+        fake.script[lab("vision")] = look
+        part = {"type": "file", "file": {"filename": "a.pdf", "file_data": A_PDF_URL}}
+        content = [{"type": "text", "text": "Read"}, part]
+        messages = [{"role": "user", "content": content}]
+        body = body_for("vision", messages=messages, stream=stream)
+        assert answer_of(server, body)[0] == 'parts: ["text", "file"]'
+        ((path,),) = seen
+        assert path.endswith("/a.pdf")
+        assert sent_to(fake)["messages"][0]["content"][1]["puter_path"] == path
+        assert eventually(lambda: not fake.files)
+
+    def test_a_history_with_calls(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        calls = [
+            tool_call("c1", "get_weather", '{"city": "Rome"}'),
+            tool_call("c2", "get_time", ""),
+        ]
+        messages = [
+            *HI,
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            {"role": "tool", "tool_call_id": "c2", "content": ""},
+        ]
+        body = body_for("tools", messages=messages, tools=TOOLS, stream=True)
+        assert answer_of(server, body) == (SENTENCE, "stop")
+        wire = sent_to(fake)["messages"]
+        assert [m["role"] for m in wire[1:]] == ["assistant", "tool"] * 2
+        inputs = [m["content"][0]["input"] for m in wire if m["role"] == "assistant"]
+        assert inputs == [{"city": "Rome"}, {}]
+
+    def test_what_is_passed_on(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        passed: JSONObject = {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "reasoning_effort": "low",
+            "seed": 7,
+            "parallel_tool_calls": False,
+            "tool_choice": "auto",
+        }
+        ignored: JSONObject = {
+            "user": "u",
+            "metadata": {"a": "b"},
+            "store": True,
+            "logit_bias": {},
+        }
+        tools = [function_tool()]
+        reply = post_to(server, body_for(**passed, **ignored, tools=tools))
+        wire = sent_to(fake)
+        assert reply.status_code == 200
+        assert {key: wire.get(key) for key in passed} == passed
+        assert not ignored.keys() & wire.keys()
+        assert wire["tools"] == tools
+
+    @pytest.mark.parametrize(
+        ("choice", "offered", "order"),
+        [
+            ("required", 2, "calling at least one"),
+            (NAMED, 1, "calling the function get_time"),
+            ("none", 0, ""),
+        ],
+    )
+    def test_tool_choice(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        *,
+        choice: Any,
+        offered: int,
+        order: str,
+    ) -> None:
+        post_to(server, body_for(tools=TOOLS, tool_choice=choice))
+        assert len(sent_to(fake).get("tools", [])) == offered
+        assert order in texts_sent(fake, "system")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("stop", "want"),
+        [
+            ("fox", "The quick brown "),
+            (["日本語", "nowhere"], "The quick brown fox — naïve café, "),
+            ("quick brown fox", "The "),
+            ("nowhere", SENTENCE),
+            ("line.!", SENTENCE),
+        ],
+    )
+    def test_stop(
+        self, server: puter.OpenAIServer, stop: Any, want: str, stream: bool
+    ) -> None:
+        body = body_for(stop=stop, stream=stream)
+        assert answer_of(server, body) == (want, "stop")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("text", "want"),
+        [
+            ('{"a": 1}', '{"a": 1}'),
+            ('```json\n{"a": 1}\n```', '{"a": 1}'),
+            ("Sure, here it is", None),
+        ],
+    )
+    def test_json_answers(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        *,
+        text: str,
+        want: str | None,
+        stream: bool,
+    ) -> None:
+        fake.script[lab("text")] = says_text(text)
+        wanted = {"type": "json_schema", "json_schema": {"schema": {"title": "T1"}}}
+        body = body_for(response_format=wanted, stream=stream)
+        if want is None:
+            reply = post_to(server, body)
+            assert reply.status_code == 502
+            assert "asked for JSON" in error_of(reply)["message"]
+        else:
+            assert answer_of(server, body) == (want, "stop")
+        assert "T1" in texts_sent(fake, "system")
+        assert sent_to(fake)["response_format"] == wanted
+
+    def test_a_default_model(
+        self, serve: Serve, make: MakeClient, fake: FakePuter
+    ) -> None:
+        nameless = {"messages": HI}
+        reply = post_to(serve(make(default_model=lab("echo"))), nameless)
+        assert reply.json()["model"] == lab("echo")
+        error = error_of(post_to(serve(make()), nameless))
+        assert error["param"] == "model" and "default_model" in error["message"]
+
+    # Replies.
+
+    @pytest.mark.parametrize(
+        ("scenario", "finish"),
+        [("text", "stop"), ("length", "length"), ("tools", "tool_calls")],
+    )
+    def test_a_whole_reply(
+        self, server: puter.OpenAIServer, scenario: str, finish: str
+    ) -> None:
+        reply = post_to(server, body_for(scenario, tools=TOOLS))
+        whole = ChatCompletion.model_validate(reply.json(), strict=True)
+        choice = whole.choices[0]
+        assert (choice.index, choice.finish_reason) == (0, finish)
+        assert whole.model == lab(scenario)
+        assert whole.usage and whole.usage.total_tokens == 33
+        assert bool(choice.message.tool_calls) is (finish == "tool_calls")
+
+    @pytest.mark.parametrize(
+        ("turn", "finish"),
+        [
+            ({"finish": "stop", "calls": (TOOLS[0],)}, "tool_calls"),
+            ({"finish": "MAX_TOKENS"}, "length"),
+            ({"finish": "eos"}, "stop"),
+        ],
+    )
+    def test_finish_reasons_of_other_providers(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        turn: JSONObject,
+        finish: str,
+    ) -> None:
+        if "calls" in turn:
+            turn = {**turn, "calls": (tool_call("c", "get_weather", "{}"),)}
+        fake.script[lab("text")] = says_text("x", **turn)
+        whole = post_to(server, body_for(tools=TOOLS)).json()
+        ChatCompletion.model_validate(whole, strict=True)
+        assert whole["choices"][0]["finish_reason"] == finish
+
+    @pytest.mark.parametrize("include_usage", [False, True])
+    def test_a_streamed_reply(
+        self, server: puter.OpenAIServer, include_usage: bool
+    ) -> None:
+        options = {"include_usage": include_usage}
+        body = body_for("reason", stream=True, stream_options=options)
+        frames = frames_of(post_to(server, body))
+        assert joined(frames) == SENTENCE
+        assert joined(frames, "reasoning_content") == "thinking..."
+        assert finish_of(frames) == "stop"
+        assert [delta.get("role") for delta in deltas_of(frames)].count(
+            "assistant"
+        ) == 1
+        assert deltas_of(frames)[0]["role"] == "assistant"
+        for frame in frames:
+            assert frame["object"] == "chat.completion.chunk"
+            assert frame["model"] == lab("reason")
+            assert frame["id"] == frames[0]["id"]
+            assert frame["created"] == frames[0]["created"]
+            ChatCompletionChunk.model_validate(frame, strict=True)
+        if include_usage:
+            *before, last = frames
+            assert [frame["usage"] for frame in before] == [None] * len(before)
+            assert last["choices"] == []
+            assert last["usage"]["prompt_tokens"] == 11
+            assert last["usage"]["completion_tokens"] == 22
+        else:
+            assert not any("usage" in frame for frame in frames)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_no_usage_where_none_was_told(
+        self, server: puter.OpenAIServer, stream: bool
+    ) -> None:
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        reply = post_to(server, body_for("nousage", stream=stream, **options))
+        bodies = frames_of(reply) if stream else [reply.json()]
+        assert not any(body.get("usage") for body in bodies)
+
+    @pytest.mark.parametrize("scenario", ["twotools", "anthropic", "extra"])
+    def test_calls_in_a_stream(self, server: puter.OpenAIServer, scenario: str) -> None:
+        body = body_for(scenario, tools=TOOLS, stream=True)
+        frames = frames_of(post_to(server, body))
+        calls = [c for delta in deltas_of(frames) for c in delta.get("tool_calls", [])]
+        assert [call["index"] for call in calls] == list(range(len(calls)))
+        assert len(calls) == (2 if scenario == "twotools" else 1)
+        assert calls[0]["id"] == "call_1" and calls[0]["type"] == "function"
+        assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Paris"}
+        assert ("extra_content" in calls[0]) is (scenario == "extra")
+        assert finish_of(frames) == "tool_calls"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_who_answered(
+        self, serve: Serve, make: MakeClient, fake: FakePuter, stream: bool
+    ) -> None:
+        server = serve(make("alexandra", max_retries=0))
+        body = body_for("err429", stream=stream)
+        reply = post_to(server, body)
+        model = frames_of(reply)[0]["model"] if stream else reply.json()["model"]
+        assert model == reply.headers["x-puter-model"] == FREE[0]
+        assert reply.headers["x-puter-attempts"] == "2"
+        shown = reply.headers["x-puter-account"].rstrip(".")
+        assert "alexandra".startswith(shown) and 1 <= len(shown) <= 3
+
+    def test_the_same_name_in_both(self, server: puter.OpenAIServer) -> None:
+        server.client.models()  # an id is known once the list is
+        whole = post_to(server, body_for(model="lab/text")).json()["model"]
+        frames = frames_of(post_to(server, body_for(model="lab/text", stream=True)))
+        assert {frame["model"] for frame in frames} == {whole}
+
+    @pytest.mark.parametrize("account", ["é", "ab", "a\r\nX-Evil: 1", "名前です"])
+    def test_names_that_no_header_takes(self, account: str) -> None:
+        reply = reply_of(account=account, model="m\r\nX: 1")
+        headers = puter._answer_headers(reply)
+        assert all(re.fullmatch("[ -~]+", value) for value in headers.values())
+        assert account not in headers["x-puter-account"]
+
+    def test_frames_come_as_they_are_made(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        more = threading.Event()
+
+        def speak(handler: FakeHandler, args: JSONObject) -> Answer:
+            handler.begin_stream()
+            handler.chunk(b'{"type":"text","text":"first"}\n')
+            more.wait(5)
+            handler.chunk(b'{"type":"text","text":"second"}\n')
+            handler.chunk(b'{"type":"usage","usage":{}}\n')
+            handler.end_stream()
+            return None
+
+        fake.script[lab("text")] = speak
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for(stream=True)))
+            assert b"second" not in until_seen(sock, b"first")
+            more.set()
+            assert b"second" in until_seen(sock, b"[DONE]")
+
+    # Errors.
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("answer", "status", "code"),
+        [
+            (refusing(400, "upstream_bad_request"), 400, "upstream_bad_request"),
+            (refusing(402, "insufficient_funds"), 402, "insufficient_funds"),
+            (refusing(403, "permission_denied"), 403, "permission_denied"),
+            (refusing(403, "account_suspended"), 403, "account_suspended"),
+            (refusing(401, "token_auth_failed"), 401, "token_auth_failed"),
+            (refusing(413, "too_large"), 413, "too_large"),
+            (refusing(429, "upstream_rate_limited"), 429, "upstream_rate_limited"),
+            (refusing(500, "upstream_auth_failed"), 502, "upstream_auth_failed"),
+            (refusing(400, "upstream_failed"), 503, "upstream_failed"),
+            (refusing(500, "internal_error"), 500, "internal_error"),
+            (Raw(b"<h1>Bad Gateway</h1>", 502, HTML_TYPE), 502, None),
+            (Raw(b"<h1>Busy</h1>", 503, HTML_TYPE), 503, None),
+            (Raw(b"<h1>Late</h1>", 504, HTML_TYPE), 504, None),
+        ],
+    )
+    def test_errors_of_puter(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        *,
+        answer: Raw,
+        status: int,
+        code: str | None,
+        stream: bool,
+    ) -> None:
+        fake.script[lab("text")] = lambda handler, args: answer
+        reply = post_to(server, body_for(stream=stream))
+        assert (reply.status_code, error_of(reply)["code"]) == (status, code)
+        assert reply.headers["Content-Type"] == "application/json"
+        waits = reply.headers.get("Retry-After", "0")
+        assert (int(waits) > 0) is (status in (429, 503))
+        assert get_from(server, "/health").ok
+
+    def test_no_answer_in_time(
+        self, serve: Serve, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = silent
+        client = make(api_timeout_ms=200, max_retries=0, fallback_enabled=False)
+        reply = post_to(serve(client), body_for())
+        assert (reply.status_code, error_of(reply)["code"]) == (504, "timeout")
+
+    def test_puter_cannot_be_reached(self, serve: Serve, make: MakeClient) -> None:
+        dead = f"http://127.0.0.1:{free_port()}"
+        server = serve(make(api_base_url=dead, max_retries=0))
+        for reply in (post_to(server, body_for()), get_from(server, "/v1/models")):
+            assert reply.status_code == 502
+            assert "refused" in error_of(reply)["message"]
+        assert get_from(server, "/health").ok
+
+    def test_nobody_signed_in(self, serve: Serve, fake: FakePuter, home: Path) -> None:
+        with puter.Puter(api_base_url=fake.url) as client:
+            server = serve(client)
+            reply = post_to(server, body_for())
+            assert reply.status_code == 401
+            assert "python -m puter login" in error_of(reply)["message"]
+            assert error_of(reply)["code"] == "not_signed_in"
+            assert get_from(server, "/v1/models").ok  # which needs no account
+
+    def test_all_accounts_rest(
+        self, serve: Serve, make: MakeClient, fake: FakePuter
+    ) -> None:
+        server = serve(make("alice", "bob", max_retries=0, fallback_enabled=False))
+        for username in ("alice", "bob"):
+            fake.accounts[f"token-{username}"].max_in_window = 0
+        for _ in range(2):
+            reply = post_to(server, body_for())
+            assert (reply.status_code, error_of(reply)["code"]) == (
+                429,
+                "too_many_requests",
+            )
+            assert int(reply.headers["Retry-After"]) > 0
+        assert len(fake.chat_calls()) == 2  # the second time nobody was asked
+
+    def test_unknown_models(self, server: puter.OpenAIServer) -> None:
+        reply = post_to(server, body_for(model="claud-opus-4-5"))
+        error = error_of(reply)
+        assert (reply.status_code, error["code"]) == (404, "model_not_found")
+        assert error["param"] == "model" and "claude-opus-4-5" in error["message"]
+
+    @pytest.mark.parametrize("version", ["1.0", "1.1"])
+    @pytest.mark.parametrize(
+        ("scenario", "words"),
+        [("midfail", "scripted mid-stream failure"), ("cut", "terminated")],
+    )
+    def test_a_stream_that_breaks(
+        self, server: puter.OpenAIServer, scenario: str, words: str, version: str
+    ) -> None:
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for(scenario, stream=True), version))
+            head, _, body = until_end(sock).partition(b"\r\n\r\n")
+        assert status_of(head) == 200
+        events = re.findall(rb"^data: (.*)$", body, re.MULTILINE)
+        last = json.loads(events[-1].strip())
+        assert words in last["error"]["message"]
+        assert ".reply" not in last["error"]["message"]
+        assert b"quick" in body
+        assert b"[DONE]" not in body and not body.endswith(b"0\r\n\r\n")
+
+    @pytest.mark.parametrize("scenario", ["closed", "halfline", "nousageline"])
+    def test_a_stream_that_ends_too_soon(
+        self, server: puter.OpenAIServer, scenario: str
+    ) -> None:
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for(scenario, stream=True)))
+            body = until_end(sock)
+        assert b'"error"' in body and b"[DONE]" not in body
+
+    def test_one_bad_request_touches_no_other(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for("slow", stream=True)))
+            until_seen(sock, b"quick")
+            for bad in (b"", b"\xff", b"[" * 100_000, b'{"model":1}'):
+                assert post_to(server, bad).status_code == 400
+            said_to(server, b"\x16\x03\x01\r\n\r\n")
+            post_to(server, body_for("midfail", stream=True), stream=True).close()
+            assert b"line." in until_seen(sock, b"[DONE]")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            pytest.param(b"", id="empty"),
+            pytest.param(b"{", id="half"),
+            pytest.param(b"\xff\xfe\x00", id="no text"),
+            pytest.param(b"\x1f\x8b\x08\x00", id="gzip"),
+            pytest.param(b"[" * 200_000, id="lists"),
+            pytest.param(b'{"a":' * 200_000, id="objects"),
+            pytest.param(b"9" * 5000, id="digits"),
+            pytest.param(b'{"model":"m","messages":[' * 500, id="messages"),
+            pytest.param(b"[" * 300 + b"]" * 300, id="list"),
+            pytest.param(json.dumps(body_for(temperature=1e999)).encode(), id="nan"),
+        ],
+    )
+    def test_bad_bodies(self, server: puter.OpenAIServer, body: bytes) -> None:
+        reply = post_to(server, body)
+        assert reply.status_code == 400
+        error = error_of(reply)
+        assert error["type"] == "invalid_request_error"
+        assert len(error["message"]) < 1000
+
+    def test_nesting_near_the_limit(self, server: puter.OpenAIServer) -> None:
+        statuses = set()
+        for depth in range(800, 1000, 8):
+            nested = '{"a":' * depth + "1" + "}" * depth
+            body = json.dumps(body_for(reasoning=0)).replace('"reasoning": 0', "%s")
+            sent = (body % f'"reasoning": {nested}').encode()
+            statuses.add(post_to(server, sent).status_code)
+        assert statuses <= {200, 400}
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            5,
+            {"content": "x"},
+            {"role": ["user"], "content": "x"},
+            {"role": "function", "name": "f", "content": "x"},
+            {"role": "user", "content": 5},
+            {"role": "user", "content": [5]},
+            {"role": "user", "content": [{"type": "text", "text": 5}]},
+            {"role": "tool", "content": "y"},
+            {"role": "tool", "tool_call_id": ["x"], "content": "y"},
+            {"role": "assistant", "content": "x", "tool_calls": 5},
+            {"role": "assistant", "content": "x", "tool_calls": [5]},
+            {"role": "assistant", "content": [{"type": "tool_use"}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": [1], "function": {"name": "f"}}],
+            },
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": 5}}],
+            },
+        ],
+    )
+    def test_bad_messages(
+        self, server: puter.OpenAIServer, message: JSONObject
+    ) -> None:
+        reply = post_to(server, body_for(messages=[*HI, message]))
+        assert reply.status_code == 400
+        assert "messages[1]" in error_of(reply)["message"]
+
+    def test_a_file_name_that_is_no_text(self, server: puter.OpenAIServer) -> None:
+        file = {"filename": "\ud800.pdf", "file_data": A_PDF_URL}
+        content = [{"type": "file", "file": file}]
+        messages = [{"role": "user", "content": content}]
+        reply = post_to(server, body_for(messages=messages))
+        assert reply.status_code in (200, 400)
+
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(body=ANY_BODY)
+    @example(body={"model": lab("text"), "messages": HI, "tools": 5})
+    def test_any_json(self, server: puter.OpenAIServer, body: Any) -> None:
+        reply = post_to(server, body)
+        assert reply.status_code in (200, 400, 404)
+        if reply.status_code != 200:
+            error_of(reply)
+        elif body.get("stream") is True:
+            frames_of(reply)
+        assert get_from(server, "/health").ok
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            RuntimeError("secret"),
+            KeyError("secret"),
+            RecursionError("secret"),
+            pytest.param(
+                OSError(28, "secret"),
+            ),
+            pytest.param(
+                TimeoutError("secret"),
+            ),
+        ],
+    )
+    def test_a_fault_of_ours(
+        self,
+        server: puter.OpenAIServer,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: Exception,
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(puter, "completion_from", fail)
+            reply = post_to(server, body_for())
+            assert reply.status_code == 500
+            assert "secret" not in error_of(reply)["message"]
+        assert post_to(server, body_for()).ok
+
+    def test_a_fault_of_ours_in_a_stream(
+        self, server: puter.OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> Iterator[JSONObject]:
+            yield {"first": "frame"}
+            raise RuntimeError("secret")
+
+        monkeypatch.setattr(puter, "completion_frames", fail)
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for(stream=True)))
+            got = until_end(sock, 1)
+        assert b'"error"' in got
+        assert b"secret" not in got and b"[DONE]" not in got
+
+    # Clients that go away.
+
+    @pytest.mark.parametrize("scenario", ["slow", "hang"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_goes_away(
+        self,
+        serve: Serve,
+        make: MakeClient,
+        fake: FakePuter,
+        *,
+        scenario: str,
+        stream: bool,
+    ) -> None:
+        client = make(max_concurrent=1)
+        server = serve(client)
+        alice = fake.accounts["token-alice"]
+        pause = {"slow": says_text(" ".join("x" * 200), pause_s=0.05)}
+        fake.script[lab(scenario)] = pause.get(scenario, "hang")
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for(scenario, stream=stream)))
+            assert eventually(lambda: alice.running == 1)
+            if stream and scenario == "slow":
+                until_seen(sock, b"data: ")
+        assert eventually(lambda: alice.running == 0, 2.0)
+        assert eventually(lambda: server.busy == 0)
+        assert post_to(server, body_for()).ok
+
+    def test_a_client_that_goes_away_costs_no_second_try(
+        self, serve: Serve, make: MakeClient, fake: FakePuter
+    ) -> None:
+        server = serve(make("alice", "bob"))
+        with connected(server) as sock:
+            sock.sendall(chat_request(body_for("hang")))
+            assert eventually(lambda: fake.chat_calls() != [])
+        assert eventually(lambda: server.busy == 0)
+        time.sleep(0.1)
+        assert told(fake) == ["alice hang"]
+        assert server.client.cooldowns() == []
+
+    def test_a_client_that_goes_away_in_its_request(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        whole = chat_request(body_for())
+        for length in (3, 60, len(whole) - 1):
+            with connected(server) as sock:
+                sock.sendall(whole[:length])
+        assert post_to(server, body_for()).ok
+        assert len(fake.chat_calls()) == 1
+
+    # Who may call.
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "box.lan", "::", ""])
+    def test_the_network_needs_a_key(self, make: MakeClient, host: str) -> None:
+        for key in (None, ""):
+            with pytest.raises(puter.ConfigError, match="API key"):
+                puter.OpenAIServer(make(), host=host, port=0, api_key=key)
+
+    def test_loopback_only(self, server: puter.OpenAIServer) -> None:
+        assert server._server.server_address[0] == "127.0.0.1"
+        assert server.url == f"http://127.0.0.1:{server.port}/v1"
+
+    def test_an_open_bind_with_a_key(self, serve: Serve) -> None:
+        server = serve(host="0.0.0.0", api_key=KEY)
+        url = f"http://127.0.0.1:{server.port}/v1/models"
+        assert requests.get(url, timeout=5).status_code == 401
+        headers = {"Authorization": f"Bearer {KEY}", "Host": "box.lan"}
+        assert requests.get(url, headers=headers, timeout=5).ok
+
+    def test_keys(self, serve: Serve, fake: FakePuter) -> None:
+        server = serve(api_key=KEY)
+        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY}):
+            for size in (2, 300_000):
+                reply = post_to(server, b"x" * size, **headers)
+                assert reply.status_code == 401
+                assert error_of(reply)["code"] == "invalid_api_key"
+                assert KEY not in reply.text
+        assert get_from(server, "/v1/models").status_code == 401
+        assert get_from(server, "/nowhere").status_code == 401
+        assert get_from(server, "/health").ok and get_from(server, "/").ok
+        assert fake.chat_calls() == []
+        assert post_to(server, body_for(), Authorization=f"Bearer {KEY}").ok
+
+    @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", ""])
+    def test_foreign_hosts(
+        self, server: puter.OpenAIServer, fake: FakePuter, host: str
+    ) -> None:
+        answer = said_to(server, chat_request(body_for(), Host=host))
+        assert status_of(answer) == 403 and b"forbidden_host" in answer
+        assert fake.requests == []
+
+    @pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+    @pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+    def test_foreign_origins(
+        self, server: puter.OpenAIServer, fake: FakePuter, origin: str, kind: str
+    ) -> None:
+        headers = {"Origin": origin, "Content-Type": kind}
+        reply = post_to(server, body_for(), **headers)
+        assert (reply.status_code, error_of(reply)["code"]) == (403, "forbidden_origin")
+        assert get_from(server, "/v1/models", Origin=origin).status_code == 403
+        asked = {"Access-Control-Request-Method": "POST"}
+        preflight = get_from(server, "/v1/models", "OPTIONS", Origin=origin, **asked)
+        assert preflight.status_code == 403
+        for one in (reply, preflight):
+            assert not [n for n in one.headers if n.startswith("Access-Control")]
+        assert fake.requests == []
+
+    def test_allowed_origins(self, serve: Serve) -> None:
+        origin = "https://app.example"
+        server = serve(api_key=KEY, allowed_origins=[origin])
+        preflight = get_from(
+            server,
+            "/v1/chat/completions",
+            "OPTIONS",
+            Origin=origin,
+            **{"Access-Control-Request-Method": "POST"},
+        )
+        assert (preflight.status_code, preflight.content) == (204, b"")
+        assert preflight.headers["Access-Control-Allow-Origin"] == origin
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert "Origin" in preflight.headers["Vary"]
+        asked = {"Origin": origin, "Authorization": f"Bearer {KEY}"}
+        for reply in (
+            post_to(server, body_for(), **asked),
+            post_to(server, body_for(stream=True), **asked),
+            post_to(server, b"{", **asked),
+            post_to(server, body_for(), Origin=origin),
+        ):
+            assert reply.headers["Access-Control-Allow-Origin"] == origin
+        other = post_to(server, body_for(), **{**asked, "Origin": "https://b.example"})
+        assert other.status_code == 403
+        assert "Access-Control-Allow-Origin" not in other.headers
+
+    def test_headers_of_the_sdk_in_a_browser(self, serve: Serve) -> None:
+        origin = "https://app.example"
+        server = serve(allowed_origins=[origin])
+        asked = "authorization,content-type,x-stainless-lang,x-stainless-os"
+        path = "/v1/chat/completions"
+        headers = {"Origin": origin, "Access-Control-Request-Headers": asked}
+        preflight = get_from(server, path, "OPTIONS", **headers)
+        allowed = preflight.headers["Access-Control-Allow-Headers"].lower()
+        assert set(asked.split(",")) <= {name.strip() for name in allowed.split(",")}
+
+    def test_headers_that_a_page_may_read(self, serve: Serve) -> None:
+        server = serve(allowed_origins=["*"])
+        reply = post_to(server, body_for(), Origin="https://app.example")
+        exposed = reply.headers["Access-Control-Expose-Headers"].lower()
+        for name in ("x-puter-model", "x-puter-account", "x-puter-attempts"):
+            assert name in exposed
+        assert "retry-after" in exposed
+
+    def test_an_allowed_origin_with_a_slash(self, serve: Serve) -> None:
+        server = serve(allowed_origins=["http://localhost:3000/"])
+        assert get_from(server, "/v1/models", Origin="http://localhost:3000").ok
+
+    # Limits.
+
+    @pytest.mark.parametrize("size", [101, 300_000])
+    def test_large_bodies(
+        self, server: puter.OpenAIServer, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        assert puter.MAX_REQUEST_BYTES == 32 * 1024 * 1024
+        monkeypatch.setattr(puter, "MAX_REQUEST_BYTES", 100)
+        reply = post_to(server, b"x" * size)
+        assert reply.status_code == 413
+        assert "100" in error_of(reply)["message"]
+        assert post_to(server, b"x" * 100).status_code == 400
+
+    @pytest.mark.parametrize(
+        "sent", [b"", b"GET /health HTTP/1.1\r\nX: ", chat_request(body_for())[:-1]]
+    )
+    def test_slow_requests(
+        self,
+        server: puter.OpenAIServer,
+        monkeypatch: pytest.MonkeyPatch,
+        sent: bytes,
+    ) -> None:
+        monkeypatch.setattr(puter, "REQUEST_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(puter, "IDLE_TIMEOUT_S", 0.4)
+        with connected(server) as sock:
+            sock.sendall(sent)
+            assert status_of(until_end(sock)) in (0, 408)
+        assert get_from(server, "/health").ok
+
+    def test_a_drop_at_a_time(
+        self, server: puter.OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "REQUEST_TIMEOUT_S", 0.2)
+        closed = False
+        with connected(server) as sock:
+            for _ in range(100):
+                with suppress(ConnectionError):
+                    sock.sendall(b"GET"[:1])
+                time.sleep(0.02)
+                sock.setblocking(False)
+                with suppress(BlockingIOError, ConnectionError):
+                    closed = closed or sock.recv(1) == b""
+                if closed:
+                    break
+                sock.setblocking(True)
+        assert closed
+
+    def test_a_kept_connection_is_not_kept_for_ever(
+        self, server: puter.OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "IDLE_TIMEOUT_S", 0.3)
+        with connected(server) as sock:
+            sock.sendall(head_of())
+            assert status_of(until_end(sock)) == 200
+
+    def test_long_answers_are_not_cut(
+        self, server: puter.OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "REQUEST_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(puter, "IDLE_TIMEOUT_S", 0.1)
+        for stream in (False, True):
+            assert answer_of(server, body_for("slow", stream=stream))[0] == SENTENCE
+
+    def test_too_many_connections(self, serve: Serve) -> None:
+        server = serve(max_connections=2)
+        with connected(server) as first, connected(server) as second:
+            for sock in (first, second):
+                sock.sendall(head_of())
+                assert status_of(until_seen(sock, b"}")) == 200
+            for _ in range(3):
+                reply = post_to(server, body_for())
+                assert (reply.status_code, error_of(reply)["code"]) == (
+                    503,
+                    "overloaded",
+                )
+                assert int(reply.headers["Retry-After"]) > 0
+            first.sendall(head_of())
+            assert status_of(until_seen(first, b"}")) == 200
+        assert eventually(lambda: get_from(server, "/health").ok)
+
+    def test_many_at_once(self, server: puter.OpenAIServer) -> None:
+        def ask_for(number: int) -> tuple[str, str]:
+            messages = [{"role": "user", "content": f"number {number}"}]
+            stream = number % 2 == 0
+            return answer_of(server, body_for("echo", messages=messages, stream=stream))
+
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(ask_for, range(24)))
+        assert answers == [(f"number {number}", "stop") for number in range(24)]
+
+    # HTTP.
+
+    def test_several_requests_on_one_connection(
+        self, server: puter.OpenAIServer
+    ) -> None:
+        with requests.Session() as session:
+            for body in (body_for(), {}, body_for(stream=True), body_for(model="no")):
+                url = f"{server.url}/chat/completions"
+                reply = session.post(url, json=body, timeout=5)
+                assert reply.headers.get("Connection") != "close"
+            assert session.get(f"{server.url}/nowhere", timeout=5).status_code == 404
+            pools = session.get_adapter(url).poolmanager.pools  # type: ignore[attr-defined]
+            (pool,) = [pools[key] for key in pools.keys()]  # noqa: SIM118 (no dict)
+            assert pool.num_connections == 1
+
+    def test_pipelined_requests(self, server: puter.OpenAIServer) -> None:
+        last = chat_request(body_for("echo"), Connection="close")
+        stream = chat_request(body_for(stream=True))
+        answer = said_to(server, head_of() + chat_request({}) + stream + last)
+        statuses = re.findall(rb"HTTP/1\.1 (\d+)", answer)
+        assert statuses == [b"200", b"400", b"200", b"200"]
+        assert answer.count(b"0\r\n\r\n") == 1
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["model"] == lab("echo")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_http_1_0(self, server: puter.OpenAIServer, stream: bool) -> None:
+        answer = said_to(server, chat_request(body_for(stream=stream), "1.0"))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert status_of(head) == 200
+        assert b"chunked" not in head
+        if stream:
+            assert events_of(body.decode())[-1] == "[DONE]"
+        else:
+            assert json.loads(body)["choices"]
+
+    def test_head_has_no_body(self, server: puter.OpenAIServer) -> None:
+        for path, status in (
+            ("/health", 200),
+            ("/nowhere", 404),
+            ("/v1/models/x", 404),
+        ):
+            request = head_of("HEAD", path, Connection="close")
+            head, _, body = said_to(server, request).partition(b"\r\n\r\n")
+            assert (status_of(head), body) == (status, b"")
+
+    def test_close_is_heeded(self, server: puter.OpenAIServer) -> None:
+        for body in (body_for(), body_for(stream=True)):
+            assert b'"finish_reason": "stop"' in said_to(
+                server, chat_request(body, Connection="close")
+            )
+
+    def test_expect_100_continue(self, server: puter.OpenAIServer) -> None:
+        head, _, body = chat_request(
+            body_for(), Expect="100-continue", Connection="close"
+        ).partition(b"\r\n\r\n")
+        with connected(server) as sock:
+            sock.sendall(head + b"\r\n\r\n")
+            assert status_of(until_seen(sock, b"\r\n\r\n", 1)) == 100
+            sock.sendall(body)
+            assert status_of(until_end(sock)) == 200
+
+    def test_a_body_in_chunks(self, server: puter.OpenAIServer) -> None:
+        head = head_of("POST", "/v1/chat/completions", Transfer_Encoding="chunked")
+        answer = said_to(server, head + b"2\r\n{}\r\n0\r\n\r\n")
+        assert status_of(answer) == 411 and answer.count(b"HTTP/1.1") == 1
+
+    @pytest.mark.parametrize(
+        ("length", "status"),
+        [
+            ("abc", {400}),
+            ("-1", {400}),
+            ("+2", {400}),
+            ("2_0", {400}),
+            ("2, 2", {400}),
+            ("", {400}),
+            ("²", {400}),
+            ("99999999999", {413}),
+            pytest.param(
+                "9" * 5000,
+                {400, 413},
+            ),
+        ],
+    )
+    def test_broken_lengths(
+        self, server: puter.OpenAIServer, length: str, status: set[int]
+    ) -> None:
+        head = head_of("POST", "/v1/chat/completions", Content_Length=length)
+        answer = said_to(server, head + b"{}")
+        assert status_of(answer) in status
+        assert b"invalid_request_error" in answer
+
+    @pytest.mark.parametrize(
+        "doubled", ["Content-Length: 2\r\nContent-Length: 3", "Host: evil.example"]
+    )
+    def test_contradicting_headers(
+        self, server: puter.OpenAIServer, doubled: str
+    ) -> None:
+        head = head_of("POST", "/v1/chat/completions", Connection="close")
+        request = head[:-2] + f"{doubled}\r\n\r\n".encode() + b"{}"
+        answer = said_to(server, request)
+        assert status_of(answer) in (400, 403)
+        assert b"you must name a model" not in answer
+        assert b"not valid JSON" not in answer
+
+    @pytest.mark.parametrize(
+        ("request_sent", "status"),
+        [
+            pytest.param(
+                head_of(path="/" + "a" * 70_000),
+                414,
+                id="long path",
+            ),
+            pytest.param(head_of(X="a" * 70_000), 431, id="long header"),
+            pytest.param(
+                head_of()[:-2] + b"X: y\r\n" * 150 + b"\r\n", 431, id="many headers"
+            ),
+        ],
+    )
+    def test_large_heads(
+        self, server: puter.OpenAIServer, request_sent: bytes, status: int
+    ) -> None:
+        assert status_of(said_to(server, request_sent)) == status
+
+    @pytest.mark.parametrize(
+        "noise",
+        [
+            b"\x16\x03\x01\x02\x00\r\n\r\n",
+            b"GET\r\n\r\n",
+            b"\0" * 100 + b"\n",
+        ],
+    )
+    def test_noise(self, server: puter.OpenAIServer, noise: bytes) -> None:
+        said_to(server, noise)
+        assert get_from(server, "/health").ok
+
+    # Start and stop.
+
+    def test_a_port_in_use(self, server: puter.OpenAIServer) -> None:
+        with pytest.raises(OSError, match="in use"):
+            puter.OpenAIServer(server.client, port=server.port)
+
+    def test_a_port_is_free_again(self, serve: Serve, make: MakeClient) -> None:
+        with puter.OpenAIServer(make(), port=0) as first:
+            assert get_from(first, "/health").ok
+        with pytest.raises(requests.ConnectionError):
+            get_from(first, "/health")
+        assert get_from(serve(port=first.port), "/health").ok
+
+    def test_what_runs_may_end(self, serve: Serve, make: MakeClient) -> None:
+        server = puter.OpenAIServer(make(), port=0).start()
+        thread, answers = in_background(
+            lambda: answer_of(server, body_for("slow", stream=True))
+        )
+        assert eventually(lambda: server.busy == 1)
+        server.stop(5)
+        thread.join(5)
+        assert answers == [(SENTENCE, "stop")]
+
+    def test_what_runs_too_long_is_cut(self, make: MakeClient, fake: FakePuter) -> None:
+        server = puter.OpenAIServer(make(), port=0).start()
+        thread, answers = in_background(
+            lambda: post_to(server, body_for("hang", stream=False))
+        )
+        assert eventually(lambda: fake.accounts["token-alice"].running == 1)
+        server.stop(0.1)
+        thread.join(5)
+        assert isinstance(answers[0], requests.RequestException)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0, 1.0)
+
+    def test_who_comes_late_is_turned_away(self, make: MakeClient) -> None:
+        server = puter.OpenAIServer(make(), port=0).start()
+        running, _ = in_background(lambda: answer_of(server, body_for("slow")))
+        assert eventually(lambda: server.busy == 1)
+        stopping, _ = in_background(lambda: server.stop(5))
+        assert eventually(server.stopping.is_set)
+        time.sleep(0.1)
+        try:
+            with connected(server) as sock:
+                sock.sendall(head_of())
+                until_end(sock, 0.3)
+        except ConnectionError:
+            pass
+        finally:
+            running.join(5)
+            stopping.join(5)
+
+    # Our own client.
+
+    def test_our_client(self, serve: Serve, make: MakeClient, fake: FakePuter) -> None:
+        gateway = serve(api_key=KEY)
+        with puter.Puter(
+            KEY, api_style="openai", api_base_url=gateway.url, max_retries=0
+        ) as client:
+            reply = client.chat("hi", model=lab("reason"))
+            assert (reply.text, reply.reasoning) == (SENTENCE, "thinking...")
+            assert reply.usage.total_tokens == 33
+            assert reply.model == lab("reason")
+            with client.stream("hi", model=lab("text")) as stream:
+                assert "".join(map(str, stream)) == SENTENCE
+                assert stream.reply.usage.total_tokens == 33
+            for how in (client.chat, self._streamed(client)):
+                called = how("hi", model=lab("twotools"), tools=TOOLS)
+                assert [call.name for call in called.tool_calls] == [
+                    "get_weather",
+                    "get_time",
+                ]
+                assert called.finish_reason == "tool_calls"
+            assert client.model(lab("text")).id == lab("text")
+        assert {one.token for one in fake.requests if one.path == CHAT} == {
+            "token-alice"
+        }
+
+    @staticmethod
+    def _streamed(client: puter.Puter) -> Callable[..., puter.Reply]:
+        def ask(prompt: str, **more: Any) -> puter.Reply:
+            with client.stream(prompt, **more) as stream:
+                list(stream)
+                return stream.reply
+
+        return ask
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            pytest.param(
+                "chat",
+            ),
+            "stream",
+        ],
+    )
+    def test_a_key_that_is_a_word(self, server: puter.OpenAIServer, how: str) -> None:
+        with puter.Puter(
+            "puter", api_base_url=server.url, api_style="openai"
+        ) as client:
+            ask = client.chat if how == "chat" else self._streamed(client)
+            reply = ask("a computer, puter.py", model=lab("echo"))
+        assert reply.text == "a computer, puter.py"
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize(
+        ("answer", "kind"),
+        [
+            (refusing(400, "upstream_bad_request"), puter.BadRequestError),
+            (refusing(402, "insufficient_funds"), puter.CreditError),
+            (refusing(403, "permission_denied"), puter.ModelAccessError),
+            (refusing(403, "account_suspended"), puter.AccessError),
+            (refusing(401, "token_auth_failed"), puter.AuthError),
+            (refusing(429, "upstream_rate_limited"), puter.ModelRateLimitError),
+            (refusing(500, "upstream_auth_failed"), puter.ProviderAuthError),
+            (refusing(400, "upstream_failed"), puter.ModelUnavailableError),
+            (refusing(500, "internal_error"), puter.ServerError),
+            (
+                refusing(400, "bad_request", "Model not found: x"),
+                puter.ModelNotFoundError,
+            ),
+        ],
+    )
+    def test_errors_keep_their_kinds(
+        self,
+        server: puter.OpenAIServer,
+        fake: FakePuter,
+        *,
+        answer: Raw,
+        kind: type[puter.PuterError],
+        how: str,
+    ) -> None:
+        fake.script[lab("text")] = lambda handler, args: answer
+        style: Any = {
+            "api_style": "openai",
+            "fallback_enabled": False,
+            "max_retries": 0,
+        }
+        with puter.Puter("any", api_base_url=server.url, **style) as client:
+            ask = client.chat if how == "chat" else self._streamed(client)
+            with pytest.raises(puter.PuterError) as caught:
+                ask("hi", model=lab("text"))
+        assert type(caught.value) is kind
+
+    def test_our_client_and_a_stream_that_breaks(
+        self, server: puter.OpenAIServer
+    ) -> None:
+        with (
+            puter.Puter("any", api_base_url=server.url, api_style="openai") as client,
+            client.stream("hi", model=lab("midfail")) as stream,
+            pytest.raises(puter.StreamError, match="scripted") as caught,
+        ):
+            list(stream)
+        assert caught.value.reply
+        assert caught.value.reply.text == "The quick brown fox — "
+
+    # The real SDK.
+
+    def test_sdk_whole(self, server: puter.OpenAIServer) -> None:
+        with sdk(server) as client:
+            whole = client.chat.completions.create(model=lab("reason"), messages=HI)  # type: ignore[arg-type]
+            assert whole.choices[0].message.content == SENTENCE
+            assert whole.choices[0].message.reasoning_content == "thinking..."  # type: ignore[attr-defined]
+            assert whole.usage and whole.usage.prompt_tokens == 11
+            models = [model.id for model in client.models.list()]
+            assert lab("text") in models
+            assert client.models.retrieve("qwen/qwen3-coder:free").id == FREE[3]
+
+    def test_sdk_stream(self, server: puter.OpenAIServer) -> None:
+        with sdk(server) as client:
+            body: Any = body_for(stream=True, stream_options={"include_usage": True})
+            chunks = list(client.chat.completions.create(**body))
+        *before, last = chunks
+        assert "".join(c.choices[0].delta.content or "" for c in before) == SENTENCE
+        assert last.choices == [] and last.usage.total_tokens == 33
+        assert all(chunk.usage is None for chunk in before)
+
+    def test_sdk_parallel_calls(
+        self, server: puter.OpenAIServer, fake: FakePuter
+    ) -> None:
+        fake.script["claude-opus-4-5-20251101"] = two_tools
+        body: Any = {"model": "claude-opus-4-5", "messages": HI, "tools": TOOLS}
+        with sdk(server) as client, client.chat.completions.stream(**body) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert message.tool_calls
+        told_calls = [(c.id, c.function.name) for c in message.tool_calls]
+        assert told_calls == [("call_1", "get_weather"), ("call_2", "get_time")]
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": "ok"}
+            for call in message.tool_calls
+        ]
+        again = [*HI, message.model_dump(exclude_unset=True), *results]
+        fake.script["claude-opus-4-5-20251101"] = "text"
+        with sdk(server) as client:
+            whole = client.chat.completions.create(**{**body, "messages": again})
+        assert whole.choices[0].message.content == SENTENCE
+
+    @pytest.mark.parametrize(
+        ("model", "kind"),
+        [
+            ("no-such-model", openai.NotFoundError),
+            (lab("err400"), openai.BadRequestError),
+            (lab("err429"), openai.RateLimitError),
+            (lab("err500"), openai.InternalServerError),
+            (lab("denied"), openai.PermissionDeniedError),
+            ("", openai.BadRequestError),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_sdk_errors(
+        self,
+        server: puter.OpenAIServer,
+        *,
+        model: str,
+        kind: type[openai.APIStatusError],
+        stream: bool,
+    ) -> None:
+        body: Any = {"model": model, "messages": HI, "stream": stream}
+        with sdk(server) as client, pytest.raises(kind) as caught:
+            client.chat.completions.create(**body)
+        assert caught.value.body["message"]  # type: ignore[index]
+
+    def test_sdk_and_a_wrong_key(self, serve: Serve) -> None:
+        server = serve(api_key=KEY)
+        image = {"type": "image_url", "image_url": {"url": PNG_URL + "A" * 400_000}}
+        body: Any = body_for(messages=[{"role": "user", "content": [image]}])
+        with sdk(server, "no") as client:
+            for one in (body_for(), body):
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    client.chat.completions.create(**one)
+                assert caught.value.code == "invalid_api_key"
+        with sdk(server, KEY) as client:
+            assert client.chat.completions.create(**body).choices
+
+    def test_sdk_and_a_stream_that_breaks(self, server: puter.OpenAIServer) -> None:
+        body: Any = body_for("midfail", stream=True)
+        text = ""
+        with sdk(server) as client, pytest.raises(openai.APIError, match="scripted"):
+            for chunk in client.chat.completions.create(**body):
+                text += chunk.choices[0].delta.content or ""
+        assert text == "The quick brown fox — "
+
+    def test_sdk_at_once(self, server: puter.OpenAIServer) -> None:
+        async def ask_all() -> list[str]:
+            async with openai.AsyncOpenAI(
+                base_url=server.url, api_key="any", max_retries=0, timeout=10
+            ) as client:
+                bodies: list[Any] = [
+                    body_for("echo", messages=[{"role": "user", "content": str(n)}])
+                    for n in range(6)
+                ]
+                calls = [client.chat.completions.create(**body) for body in bodies]
+                wholes = await asyncio.gather(*calls)
+                return [whole.choices[0].message.content or "" for whole in wholes]
+
+        assert asyncio.run(ask_all()) == ["0", "1", "2", "3", "4", "5"]
+
+
+# =============================================================================
+# Commands: serve --openai
+# =============================================================================
+
+
+@contextmanager
+def serving(
+    fake: FakePuter, *argv: str, **env: str
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server as a process: the process, its base URL, and the lines that it printed."""
+    command = [sys.executable, "-m", "puter", "serve", "--openai", *argv]
+    with subprocess.Popen(
+        command,
+        env=cli_env(fake, **env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            lines = [process.stdout.readline().rstrip("\n") for _ in range(2)]
+            found = re.search(r"http://\S+/v1", lines[0])
+            assert found, process.stderr and process.stderr.read()
+            yield process, found[0], lines
+        finally:
+            process.kill()
+
+
+class TestServeCommand:
+    """`serve --openai`, as a process of its own."""
+
+    def test_what_is_printed(self, signed_in: FakePuter) -> None:
+        with serving(signed_in, "--port", "0") as (process, url, lines):
+            assert process.stdout
+            count = process.stdout.readline()
+            assert count.startswith(f"{len(signed_in.catalogue)} models")
+            assert url in lines[1] and "API key" in lines[1]
+            body = {"model": lab("text"), "messages": HI}
+            reply = requests.post(f"{url}/chat/completions", json=body, timeout=5)
+            assert reply.json()["choices"][0]["message"]["content"] == SENTENCE
+
+    @pytest.mark.parametrize("way", ["option", "environment"])
+    def test_a_key(self, signed_in: FakePuter, way: str) -> None:
+        argv = ["--api-key", KEY] if way == "option" else []
+        env = {"PUTER_SERVER_API_KEY": KEY} if way == "environment" else {}
+        with serving(signed_in, "--port", "0", *argv, **env) as (process, url, lines):
+            assert process.stdout
+            lines.append(process.stdout.readline())
+            assert not any(KEY in line for line in lines)
+            assert requests.get(f"{url}/models", timeout=5).status_code == 401
+            headers = {"Authorization": f"Bearer {KEY}"}
+            assert requests.get(f"{url}/models", headers=headers, timeout=5).ok
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+    def test_signals(self, signed_in: FakePuter, name: str) -> None:
+        with serving(signed_in, "--port", "0") as (process, url, _):
+            body = {"model": lab("slow"), "messages": HI, "stream": True}
+            with requests.post(
+                f"{url}/chat/completions", json=body, stream=True, timeout=10
+            ) as reply:
+                pieces = reply.iter_content(None)
+                first = next(pieces)
+                process.send_signal(getattr(signal, name))
+                rest = b"".join(pieces)
+            assert b"line." in first + rest
+            assert (first + rest).endswith(b"data: [DONE]\n\n")
+            assert process.wait(5) == 0
+            assert process.stderr
+            assert "Traceback" not in process.stderr.read()
+
+    def test_a_port_in_use(self, signed_in: FakePuter) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            done = self.failing(signed_in, "--port", port)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.count("\n") == 1
+        assert f"127.0.0.1:{port}" in done.stderr and "in use" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["--host", "0.0.0.0"], "--api-key"),
+            (["--host", "no.such.host.invalid", "--api-key", KEY], "Cannot listen"),
+            (["--port", "70000"], "--port"),
+            (["--port", "-1"], "--port"),
+            (["--port", "x"], "--port"),
+            (["--mcp"], "not allowed with"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, signed_in: FakePuter, argv: list[str], words: str
+    ) -> None:
+        done = self.failing(signed_in, *argv)
+        assert done.returncode in (1, 2) and done.stdout == ""
+        assert words in done.stderr and "Traceback" not in done.stderr
+        assert KEY not in done.stderr
+
+    @staticmethod
+    def failing(fake: FakePuter, *argv: str) -> subprocess.CompletedProcess[str]:
+        """A server that cannot start."""
+        return subprocess.run(
+            [sys.executable, "-m", "puter", "serve", "--openai", *argv],
+            check=False,
+            env=cli_env(fake),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+
+    def test_nobody_signed_in_and_no_puter(self, fake: FakePuter, home: Path) -> None:
+        dead = f"http://127.0.0.1:{free_port()}"
+        with serving(fake, "--port", "0", PUTER_API_BASE_URL=dead) as (process, url, _):
+            assert process.stdout and process.stderr
+            assert "login" in process.stdout.readline()
+            assert "model list" in process.stderr.readline()
+            assert requests.get(url.removesuffix("v1") + "health", timeout=5).ok
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+
+    def test_origins(self, signed_in: FakePuter) -> None:
+        origins = ["https://a.example", "https://b.example"]
+        argv = [word for origin in origins for word in ("--allow-origin", origin)]
+        with serving(signed_in, "--port", "0", *argv) as (_, url, _lines):
+            for origin in (*origins, "https://c.example"):
+                reply = requests.get(
+                    f"{url}/models", headers={"Origin": origin}, timeout=5
+                )
+                assert reply.ok is (origin in origins)
+
+    def test_the_default_port(self, fake: FakePuter, home: Path) -> None:
+        done = self.failing(fake, "--help")
+        assert "11480" in done.stdout and "127.0.0.1" in done.stdout
+        assert puter.SERVER_PORT == 11480
+        assert os.environ["PUTER_CONFIG_DIR"] == str(home)
+
+
+# =============================================================================
+# Helpers of the tests of everyday use
+# =============================================================================
+
+SMALL_PDF = b"%PDF-1.4 a small document"
+OPUS = "claude-opus-4-5-20251101"
+
+
+def chats(fake: FakePuter) -> list[dict[str, Any]]:
+    """The arguments of every driver call that the server saw."""
+    return [one.args for one in fake.requests if one.path == CHAT]
+
+
+def sent(fake: FakePuter) -> list[dict[str, Any]]:
+    """The messages of the last driver call."""
+    messages: list[dict[str, Any]] = chats(fake)[-1]["messages"]
+    return messages
+
+
+def results(fake: FakePuter) -> list[str]:
+    """The results of functions in the last driver call."""
+    return [one["content"] for one in sent(fake) if one["role"] == "tool"]
+
+
+def calling(*calls: tuple[str, Mapping[str, Any]]) -> Callable[..., Turn]:
+    """A model that calls functions, the first one with the id call_1."""
+    made = [
+        tool_call(f"call_{number}", name, json.dumps(arguments))
+        for number, (name, arguments) in enumerate(calls, 1)
+    ]
+    return lambda handler, args: Turn(calls=tuple(made), finish="tool_calls")
+
+
+def late(seconds: float, turn: Turn) -> Callable[..., Turn]:
+    """A model that thinks for a while before its first byte."""
+
+    def answer(handler: FakeHandler, args: dict[str, Any]) -> Turn:
+        handler.pause(seconds)
+        return turn
+
+    return answer
+
+
+# =============================================================================
+# Function tools
+# =============================================================================
+
+
+class Unit(enum.Enum):
+    """A choice, as the functions of the tests take it."""
+
+    CELSIUS = "c"
+    FAHRENHEIT = "f"
+
+
+class Place(TypedDict):
+    """An object with named keys."""
+
+    city: str
+    zip: int
+
+
+class Hints(TypedDict, total=False):
+    """An object whose keys may all be missing."""
+
+    lang: str
+
+
+@dataclass
+class Trip:
+    """An object that becomes an instance."""
+
+    to: str
+    days: int = 1
+    tags: Annotated[list[str], "free words"] = field(default_factory=list)
+    made: bool = field(default=False, init=False)
+
+
+@dataclass
+class Node:
+    """An object that holds its like."""
+
+    name: str
+    children: list[Node] = field(default_factory=list)
+
+
+TRIP_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "to": {"type": "string"},
+        "days": {"type": "integer"},
+        "tags": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "free words",
+        },
+    },
+    "required": ["to"],
+    "additionalProperties": False,
+}
+
+
+def get_weather(city: str) -> str:
+    """The weather of a city."""
+    return f"sunny in {city}"
+
+
+def get_time(tz: str) -> dict[str, Any]:
+    """The time in a time zone."""
+    return {"tz": tz, "time": "12:00"}
+
+
+def fails(reason: str) -> str:
+    """Never works."""
+    raise LookupError(reason)
+
+
+def google(city: str, days: int = 3) -> str:
+    """The weather of a city.
+
+    It may be wrong.
+
+    Args:
+        city (str): the name,
+            as people write it: Paris
+        days: how many to look ahead
+
+    Returns:
+        A sentence.
+    """
+    return f"{city} {days}"
+
+
+def sphinx(city: str, days: int = 3) -> str:
+    """The weather of a city.
+
+    It may be wrong.
+
+    :param city: the name,
+        as people write it: Paris
+    :param int days: how many to look ahead
+    :returns: A sentence.
+    """
+    return f"{city} {days}"
+
+
+def google_alone(city: str) -> str:
+    """The weather of a city. It may be wrong.
+
+    Args:
+        city: the name, as people write it: Paris
+
+    Raises:
+        ValueError: when there is none
+    """
+    return city
+
+
+def only_arguments(city: str) -> str:
+    """Args:
+    city: the name
+    """
+    return city
+
+
+def sphinx_result(city: str) -> str:
+    """The weather of a city.
+
+    :returns: A sentence.
+    """
+    return city
+
+
+async def slow_weather(city: str) -> str:
+    """The weather, from somewhere far away."""
+    await asyncio.sleep(0)
+    return f"sunny in {city}"
+
+
+class TestFunctionTools:
+    """Python functions as tools: their schema, and calling them with a model's arguments."""
+
+    @pytest.mark.parametrize(
+        ("hint", "want"),
+        [
+            (str, {"type": "string"}),
+            (int, {"type": "integer"}),
+            (float, {"type": "number"}),
+            (bool, {"type": "boolean"}),
+            (None, {"type": "null"}),
+            (Any, {}),
+            (Literal["a", 2], {"enum": ["a", 2]}),
+            (Unit, {"enum": ["c", "f"]}),
+            (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
+            (int | None, {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
+            (Union[int, str], {"anyOf": [{"type": "integer"}, {"type": "string"}]}),  # noqa: UP007
+            (list, {"type": "array"}),
+            (list[int], {"type": "array", "items": {"type": "integer"}}),
+            (list[Unit], {"type": "array", "items": {"enum": ["c", "f"]}}),
+            (Sequence[str], {"type": "array", "items": {"type": "string"}}),
+            (set[str], {"type": "array", "items": {"type": "string"}}),
+            (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+            (dict, {"type": "object"}),
+            (
+                dict[str, float],
+                {"type": "object", "additionalProperties": {"type": "number"}},
+            ),
+            (
+                Annotated[int, "how many"],
+                {"type": "integer", "description": "how many"},
+            ),
+            (Annotated[int, 7], {"type": "integer"}),
+            (Trip, TRIP_SCHEMA),
+            (list[Trip], {"type": "array", "items": TRIP_SCHEMA}),
+            (
+                Place,
+                {
+                    "type": "object",
+                    "properties": {
+                        "city": {"type": "string"},
+                        "zip": {"type": "integer"},
+                    },
+                    "required": ["city", "zip"],
+                    "additionalProperties": False,
+                },
+            ),
+            (
+                Hints,
+                {
+                    "type": "object",
+                    "properties": {"lang": {"type": "string"}},
+                    "required": [],
+                    "additionalProperties": False,
+                },
+            ),
+        ],
+    )
+    def test_a_hint(self, hint: Any, want: Any) -> None:
+        assert puter.hint_schema(hint) == want
+        json.dumps(want)
+
+    @pytest.mark.parametrize("hint", [bytes, object, Path, list[bytes], "str", 3])
+    def test_a_hint_that_json_lacks(self, hint: Any) -> None:
+        with pytest.raises(puter.BadRequestError, match="which a model cannot give"):
+            puter.hint_schema(hint)
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing has it since 3.11")
+    def test_keys_that_may_be_missing(self) -> None:
+        import typing
+
+        optional: Any = typing.NotRequired[str]  # type: ignore[attr-defined, unused-ignore]
+        keys: Any = {"city": str, "zip": optional}
+        make: Any = TypedDict
+        hint = make("hint", keys)
+        schema = puter.hint_schema(hint)
+        assert schema["required"] == ["city"]
+        assert schema["properties"]["zip"] == {"type": "string"}
+        assert puter.fitted({"city": "Rome"}, hint, "place") == {"city": "Rome"}
+
+    def test_an_object_that_holds_its_like(self) -> None:
+        try:
+            schema = puter.hint_schema(Node)
+        except puter.BadRequestError:
+            return  # refusing it is fine too
+        assert "$ref" in json.dumps(schema)
+
+    @pytest.mark.parametrize(
+        ("function", "text", "about"),
+        [
+            (
+                sphinx,
+                "The weather of a city. It may be wrong.",
+                {
+                    "city": "the name, as people write it: Paris",
+                    "days": "how many to look ahead",
+                },
+            ),
+            pytest.param(
+                google,
+                "The weather of a city. It may be wrong.",
+                {
+                    "city": "the name, as people write it: Paris",
+                    "days": "how many to look ahead",
+                },
+            ),
+            (
+                google_alone,
+                "The weather of a city. It may be wrong.",
+                {"city": "the name, as people write it: Paris"},
+            ),
+            pytest.param(
+                only_arguments,
+                None,
+                {"city": "the name"},
+            ),
+            pytest.param(
+                sphinx_result,
+                "The weather of a city.",
+                {"city": None},
+            ),
+        ],
+        ids=["sphinx", "google", "google-alone", "only-arguments", "sphinx-result"],
+    )
+    def test_a_docstring(
+        self, function: Any, text: str | None, about: dict[str, str | None]
+    ) -> None:
+        told = puter.function_schema(function)["function"]
+        assert told.get("description") == text
+        properties = told["parameters"]["properties"]
+        assert {n: p.get("description") for n, p in properties.items()} == about
+
+    def test_a_signature(self) -> None:
+        def plan(
+            trip: Trip,
+            unit: Unit,
+            days: int = 3,
+            *,
+            note: str | None = None,
+            exact: bool = False,
+            where: Annotated[str, "a place"] = "here",
+        ) -> None: ...
+
+        told = puter.function_schema(plan)
+        assert told["type"] == "function" and told["function"]["name"] == "plan"
+        assert "description" not in told["function"]
+        schema = told["function"]["parameters"]
+        assert schema["required"] == ["trip", "unit"]
+        assert schema["additionalProperties"] is False
+        assert schema["properties"]["days"] == {"type": "integer", "default": 3}
+        assert schema["properties"]["exact"] == {"type": "boolean", "default": False}
+        assert schema["properties"]["where"] == {
+            "type": "string",
+            "description": "a place",
+            "default": "here",
+        }
+        assert "default" not in schema["properties"]["note"]
+        assert schema["properties"]["trip"] == TRIP_SCHEMA
+
+    def test_methods(self) -> None:
+        class Home:
+            name = "Rome"
+
+            def near(self, km: int) -> str:
+                return f"{km} km from {self.name}"
+
+            @classmethod
+            def far(cls, km: int) -> str:
+                return f"{km} km from {cls.name}"
+
+            @staticmethod
+            def plus(km: int) -> str:
+                return f"{km} km"
+
+        for function, want in [
+            (Home().near, "2 km from Rome"),
+            (Home.far, "2 km from Rome"),
+            (Home.plus, "2 km"),
+        ]:
+            schema = puter.function_schema(function)["function"]["parameters"]
+            assert list(schema["properties"]) == ["km"]
+            assert puter.call_function(function, {"km": 2}) == want
+
+    def test_a_decorated_function(self) -> None:
+        @functools.wraps(sphinx)
+        def wrapped(*args: Any, **kwargs: Any) -> str:
+            return "wrapped " + sphinx(*args, **kwargs)
+
+        assert puter.function_schema(wrapped) == puter.function_schema(sphinx)
+        assert puter.call_function(wrapped, {"city": "Rome"}) == "wrapped Rome 3"
+
+    def test_what_a_model_cannot_call(self) -> None:
+        def untyped(city) -> None: ...  # type: ignore[no-untyped-def]
+        def many(*cities: str) -> None: ...
+        def named(**cities: str) -> None: ...
+        def by_place(city: str, /) -> None: ...
+        def unknown(city: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+        def raw(data: bytes) -> None: ...
+
+        table: list[tuple[Callable[..., Any], str]] = [
+            (untyped, "no type hint"),
+            (many, "cannot name"),
+            (named, "no type hint"),
+            (by_place, "cannot name"),
+            (unknown, "cannot be read"),
+            (raw, "cannot give"),
+            (lambda city: city, "no type hint"),
+        ]
+        for function, words in table:
+            with pytest.raises(puter.BadRequestError, match=words):
+                puter.function_schema(function)
+
+    @pytest.mark.parametrize(
+        "tool", [None, 3, "get_weather", {}, {"name": 3}, {"type": "x"}]
+    )
+    def test_what_is_no_tool(self, tool: Any) -> None:
+        with pytest.raises(puter.BadRequestError, match=r"tools\[1\]"):
+            puter.tool_schemas([get_weather, tool])
+
+    def test_schemas_in_several_shapes(self) -> None:
+        function = WEATHER["function"]
+        for wanted in (WEATHER, function, {"type": "function", **function}):  # type: ignore[dict-item]
+            assert puter.tool_schemas([wanted]) == [WEATHER]
+        assert puter.tool_schemas(None) == puter.tool_schemas([]) == []
+
+    @pytest.mark.parametrize(
+        ("value", "hint", "want"),
+        [
+            ("a", str, "a"),
+            (1, int, 1),
+            (1, float, 1.0),
+            (1.5, float, 1.5),
+            (True, bool, True),
+            (None, int | None, None),
+            (2, int | None, 2),
+            ("2", int | str, "2"),
+            ("f", Unit, Unit.FAHRENHEIT),
+            ("a", Literal["a", 1], "a"),
+            (["c"], list[Unit], [Unit.CELSIUS]),
+            ([1, 2], tuple[int, ...], (1, 2)),
+            ([1, 1], set[int], {1}),
+            ([1, "a"], list, [1, "a"]),
+            ({"a": "c"}, dict[str, Unit], {"a": Unit.CELSIUS}),
+            ({"a": [1]}, dict, {"a": [1]}),
+            ({"x": 1}, Any, {"x": 1}),
+            (3, Annotated[int, "how many"], 3),
+            ({"to": "Rome"}, Trip, Trip("Rome")),
+            ({"to": "Rome", "days": 2, "tags": ["x"]}, Trip, Trip("Rome", 2, ["x"])),
+            ([{"to": "Rome"}], list[Trip], [Trip("Rome")]),
+            ({"city": "Rome", "zip": 1}, Place, {"city": "Rome", "zip": 1}),
+            ({}, Hints, {}),
+        ],
+    )
+    def test_an_argument(self, value: Any, hint: Any, want: Any) -> None:
+        made = puter.fitted(value, hint, "it")
+        assert made == want and type(made) is type(want)
+
+    @pytest.mark.parametrize(
+        ("value", "hint", "where"),
+        [
+            (1, str, "it is 1"),
+            ("1", int, "it is '1'"),
+            (1.5, int, "it is 1.5"),
+            (True, int, "it is True"),
+            (True, float, "it is True"),
+            (1, bool, "it is 1"),
+            (None, str, "it is None"),
+            ("x", Unit, "it is 'x'"),
+            ("CELSIUS", Unit, "it is 'CELSIUS'"),
+            ({}, Unit, "it is {}"),
+            ("b", Literal["a"], "it is 'b'"),
+            ([], Literal["a"], "it is []"),
+            ([], int | None, "it is []"),
+            ("a", list[str], "it is 'a'"),
+            (["a", 1], list[str], "it[1] is 1"),
+            ({"a": "b"}, dict[str, int], "it.a is 'b'"),
+            ([], dict, "it is []"),
+            ([], Trip, "it is []"),
+            ({}, Trip, "it lacks ['to']"),
+            ({"to": "Rome", "by": "car"}, Trip, "it has no place for ['by']"),
+            ({"to": 1}, Trip, "it.to is 1"),
+            ({"city": "Rome"}, Place, "it lacks ['zip']"),
+        ],
+    )
+    def test_an_argument_that_does_not_fit(
+        self, value: Any, hint: Any, where: str
+    ) -> None:
+        with pytest.raises(TypeError, match=re.escape(where)):
+            puter.fitted(value, hint, "it")
+
+    @pytest.mark.parametrize(
+        ("value", "hint", "want"),
+        [
+            pytest.param(2.0, int, 2, id="a whole number with a point"),
+            pytest.param(
+                [1, "a"], tuple[int, str], (1, "a"), id="a tuple of several types"
+            ),
+            pytest.param(
+                {"1": "a"}, dict[int, str], {1: "a"}, id="keys that are numbers"
+            ),
+            pytest.param([1], frozenset[int], frozenset({1}), id="a frozenset"),
+        ],
+    )
+    def test_an_argument_that_should_fit(
+        self, value: Any, hint: Any, want: Any
+    ) -> None:
+        made = puter.fitted(value, hint, "it")
+        assert made == want and type(made) is type(want)
+
+    @pytest.mark.parametrize(
+        ("value", "hint"), [(True, Literal[1]), (1, Literal[True])]
+    )
+    def test_a_boolean_is_no_choice_of_a_number(self, value: Any, hint: Any) -> None:
+        with pytest.raises(TypeError):
+            puter.fitted(value, hint, "it")
+
+    def test_calls(self) -> None:
+        def plan(trip: Trip, unit: Unit = Unit.CELSIUS, *, note: str = "") -> Any:
+            return (trip, unit, note)
+
+        call = functools.partial(puter.call_function, plan)
+        trip = {"to": "Rome", "days": 2}
+        assert call({"trip": trip}) == (Trip("Rome", 2), Unit.CELSIUS, "")
+        made = call({"unit": "f", "note": "x", "trip": trip})
+        assert made == (Trip("Rome", 2), Unit.FAHRENHEIT, "x")
+        table: list[tuple[dict[str, Any], str]] = [
+            ({}, "'trip' is missing"),
+            ({"trp": trip}, "no parameter 'trp'; there are .*'trip'"),
+            ({"trip": {"to": "Rome", "days": "2"}}, "trip.days is '2'"),
+            ({"trip": trip, "unit": "k"}, "unit is 'k'"),
+        ]
+        for arguments, words in table:
+            with pytest.raises(TypeError, match=words):
+                call(arguments)
+
+    @pytest.mark.parametrize(
+        ("value", "want"),
+        [
+            ("sunny", "sunny"),
+            ("", "(no output)"),
+            (None, "(no output)"),
+            (3, "3"),
+            (True, "true"),
+            ([1, "é"], '[1, "é"]'),
+            ({"a": None}, '{"a": null}'),
+            (Path("x"), '"x"'),
+        ],
+    )
+    def test_a_result(self, value: Any, want: str) -> None:
+        assert puter.tool_result_text(value) == want
+
+    @pytest.mark.parametrize(
+        ("value", "want"),
+        [
+            (Trip("Rome"), {"to": "Rome", "days": 1, "tags": [], "made": False}),
+            ([Unit.CELSIUS], ["c"]),
+            ({"x": {"b", "a"}}, {"x": ["a", "b"]}),
+        ],
+        ids=["dataclass", "enum", "set"],
+    )
+    def test_a_result_of_what_arguments_may_be(self, value: Any, want: Any) -> None:
+        told = json.loads(puter.tool_result_text(value))
+        if isinstance(told, dict) and "x" in told:
+            told["x"] = sorted(told["x"])
+        assert told == want
+
+
+class TestRun:
+    """`Puter.run`: functions are called until the model answers."""
+
+    def test_it_calls_and_goes_on(self, make: MakeClient, fake: FakePuter) -> None:
+        reply = make().run("Paris?", [get_weather], model=lab("tools"))
+        assert str(reply) == SENTENCE and not reply.tool_calls
+        first, second = chats(fake)
+        assert first["tools"] == [puter.function_schema(get_weather)] == second["tools"]
+        assert [m["role"] for m in second["messages"]] == ["user", "assistant", "tool"]
+        assert second["messages"][2] == {
+            "role": "tool",
+            "tool_call_id": "call_1",
+            "content": "sunny in Paris",
+        }
+
+    def test_no_call(self, make: MakeClient, fake: FakePuter) -> None:
+        assert str(make().run("hi", [get_weather], model=lab("text"))) == SENTENCE
+        assert len(chats(fake)) == 1
+
+    def test_parallel_calls_in_order(self, make: MakeClient, fake: FakePuter) -> None:
+        fake.script[lab("text")] = [
+            calling(("get_time", {"tz": "CET"}), ("get_weather", {"city": "Rome"})),
+            says("done"),
+        ]
+        order: list[str] = []
+        tools = [get_weather, get_time]
+        reply = make().run(
+            "hi",
+            tools,
+            model=lab("text"),
+            on_tool=lambda call: order.append(call.name),
+        )
+        assert (str(reply), order) == ("done", ["get_time", "get_weather"])
+        assert results(fake) == ['{"tz": "CET", "time": "12:00"}', "sunny in Rome"]
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (("fails", {"reason": "no map"}), ["LookupError", "no map"]),
+            (("fails", {}), ["TypeError", "'reason' is missing"]),
+            (("fails", {"reason": 3}), ["TypeError", "reason is 3", "str"]),
+            (("fails", {"why": "x"}), ["TypeError", "'why'", "'reason'"]),
+            (("nothing", {}), ["no function 'nothing'", "fails"]),
+        ],
+    )
+    def test_a_failure_is_the_models_to_read(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        caplog: pytest.LogCaptureFixture,
+        call: tuple[str, dict[str, Any]],
+        words: list[str],
+    ) -> None:
+        fake.script[lab("text")] = [calling(call), says("sorry")]
+        with caplog.at_level(logging.WARNING, "puter"):
+            assert str(make().run("hi", [fails], model=lab("text"))) == "sorry"
+        (told,) = results(fake)
+        assert told.startswith("Error: ") and all(word in told for word in words)
+        assert "Traceback" not in told
+        logged = [r for r in caplog.records if "fails" in r.getMessage()]
+        assert bool(logged) is (call[0] == "fails")
+        assert all(r.exc_info for r in logged)
+
+    def test_ctrl_c_in_a_function_ends_it(self, make: MakeClient) -> None:
+        def get_weather(city: str) -> str:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            make().run("hi", [get_weather], model=lab("tools"))
+
+    def test_on_tool_watches_and_refuses(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        made: list[str] = []
+
+        def note(text: str) -> str:
+            """Keep a text."""
+            made.append(text)
+            return "kept"
+
+        calls = [("note", {"text": text}) for text in ("a", "b", "c")]
+        fake.script[lab("text")] = [calling(*calls), says("done")]
+        seen: list[puter.ToolCall] = []
+
+        def watch(call: puter.ToolCall) -> bool | None:
+            seen.append(call)
+            return {"a": True, "b": False, "c": None}[call.arguments["text"]]
+
+        make().run("hi", [note], model=lab("text"), on_tool=watch)
+        assert [call.arguments["text"] for call in seen] == ["a", "b", "c"]
+        assert made == ["a", "c"]
+        first, refused, last = results(fake)
+        assert (first, last) == ("kept", "kept") and "refused" in refused
+
+    def test_on_tool_may_end_it(self, make: MakeClient, fake: FakePuter) -> None:
+        def stop(call: puter.ToolCall) -> None:
+            raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            make().run("hi", [get_weather], model=lab("tools"), on_tool=stop)
+        assert len(chats(fake)) == 1
+
+    @pytest.mark.parametrize("rounds", [2, 3])
+    def test_a_model_that_does_not_stop(
+        self, make: MakeClient, fake: FakePuter, rounds: int
+    ) -> None:
+        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
+        with pytest.raises(puter.ReplyError, match=f"after {rounds} rounds"):
+            make().run("hi", [get_weather], model=lab("text"), max_rounds=rounds)
+        assert rounds <= len(chats(fake)) <= rounds + 1
+
+    def test_after_the_last_round_the_model_may_answer(self, make: MakeClient) -> None:
+        reply = make().run("hi", [get_weather], model=lab("tools"), max_rounds=1)
+        assert str(reply) == SENTENCE
+
+    def test_options_go_with_every_round(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        history = [{"role": "user", "content": "Paris?"}]
+        make().run(
+            history,
+            [get_weather],
+            model=lab("tools"),
+            system="Be brief",
+            temperature=0.5,
+            images=[PNG],
+        )
+        assert history == [{"role": "user", "content": "Paris?"}]
+        for args in chats(fake):
+            assert args["temperature"] == 0.5
+            assert args["messages"][0] == {"role": "system", "content": "Be brief"}
+            kinds = [part["type"] for part in args["messages"][1]["content"]]
+            assert kinds == ["text", "image_url"]
+
+    def test_a_note_of_the_provider_goes_back(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = ["extra", "text"]
+        make().run("hi", [get_weather], model=lab("text"))
+        assert json.dumps(SIGNATURE) in json.dumps(sent(fake))
+
+    @pytest.mark.parametrize("tool", [WEATHER, "get_weather", None])
+    def test_it_needs_functions(
+        self, make: MakeClient, fake: FakePuter, tool: Any
+    ) -> None:
+        with pytest.raises(puter.BadRequestError, match="function"):
+            make().run("hi", [tool], model=lab("text"))
+        assert not chats(fake)
+
+    @pytest.mark.parametrize(
+        "tools",
+        [
+            pytest.param([functools.partial(google, days=2)], id="a partial"),
+            pytest.param([print, print], id="two of one name"),
+        ],
+    )
+    def test_what_cannot_be_a_tool_is_said(self, make: MakeClient, tools: Any) -> None:
+        if isinstance(tools, list) and tools[0] is print:
+            tools = [get_weather, functools.wraps(get_weather)(lambda city: "no")]
+        with pytest.raises(puter.BadRequestError):
+            make().run("hi", tools, model=lab("text"))
+
+    @pytest.mark.filterwarnings("ignore:coroutine")
+    def test_an_async_function(self, make: MakeClient, fake: FakePuter) -> None:
+        fake.script[lab("text")] = [calling(("waits", {"city": "Rome"})), says("done")]
+        try:
+            make().run("hi", [slow_weather], model=lab("text"))
+        except puter.BadRequestError:
+            return  # refusing it before anything is sent is fine too
+        assert results(fake) == ["sunny in Rome"]
+
+
+# =============================================================================
+# Conversations
+# =============================================================================
+
+
+def roles(talk: puter.Conversation) -> str:
+    """The roles of a history by their first letters."""
+    return "".join(message["role"][0] for message in talk.messages)
+
+
+class TestConversation:
+    """Turns that are remembered."""
+
+    @pytest.mark.parametrize("how", ["say", "stream"])
+    def test_it_remembers(self, make: MakeClient, fake: FakePuter, how: str) -> None:
+        talk = make().conversation("Be brief", model=lab("echo"), temperature=0)
+        for text in ("one", "two"):
+            if how == "say":
+                assert str(talk.say(text)) == text
+            else:
+                assert "".join(map(str, talk.stream(text))) == text
+        assert [m["content"] for m in talk.messages] == ["one", "one", "two", "two"]
+        assert roles(talk) == "uaua"
+        assert [m["content"] for m in sent(fake)] == ["Be brief", "one", "one", "two"]
+        assert chats(fake)[-1]["temperature"] == 0
+        assert "4 messages" in repr(talk)
+
+    def test_options_of_a_turn(self, make: MakeClient, fake: FakePuter) -> None:
+        talk = make().conversation(model=lab("echo"), temperature=0)
+        talk.say("one", temperature=1, model=lab("text"), system="Once")
+        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (
+            1,
+            lab("text"),
+        )
+        talk.say("two")
+        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (
+            0,
+            lab("echo"),
+        )
+        assert sent(fake)[0]["role"] == "user"
+
+    def test_the_history_is_yours(self, make: MakeClient, fake: FakePuter) -> None:
+        talk = make().conversation(model=lab("echo"))
+        talk.messages = [{"role": "user", "content": "a"}]
+        talk.messages.append({"role": "assistant", "content": "b"})
+        talk.say("c")
+        assert [m["content"] for m in sent(fake)] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("how", ["say", "stream"])
+    @pytest.mark.parametrize("scenario", ["err400", "closed", "html"])
+    def test_a_turn_that_fails_leaves_no_trace(
+        self, make: MakeClient, how: str, scenario: str
+    ) -> None:
+        talk = make(max_retries=0).conversation(model=lab("echo"), fallback=False)
+        talk.say("one")
+        before = list(talk.messages)
+        with pytest.raises(puter.PuterError):
+            getattr(talk, how)("two", model=lab(scenario))
+            list(talk.stream("two", model=lab(scenario)))
+        assert talk.messages == before
+        assert str(talk.say("three")) == "three" and roles(talk) == "uaua"
+
+    def test_a_stream_that_is_left(self, make: MakeClient, fake: FakePuter) -> None:
+        talk = make().conversation(model=lab("slow"))
+        chunks = talk.stream("one")
+        next(chunks)
+        chunks.close()  # type: ignore[attr-defined]
+        assert talk.messages == []
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_tools(self, make: MakeClient, fake: FakePuter) -> None:
+        talk = make().conversation(model=lab("tools"), tools=[get_weather])
+        assert str(talk.say("Paris?")) == SENTENCE
+        assert roles(talk) == "uata"
+        assert talk.messages[2]["content"] == "sunny in Paris"
+        talk.say("And now?")
+        assert roles(talk) == "uataua"
+        refused = make().conversation(model=lab("tools"), on_tool=lambda _: False)
+        refused.say("Paris?", tools=[get_weather])
+        assert "refused" in refused.messages[2]["content"]
+
+    def test_tools_that_fail_leave_no_trace(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = [
+            calling(("get_weather", {"city": "Rome"})),
+            "err400",
+        ]
+        talk = make(max_retries=0).conversation(model=lab("text"), fallback=False)
+        with pytest.raises(puter.PuterError):
+            talk.say("Rome?", tools=[get_weather])
+        assert talk.messages == []
+
+    def test_schemas_are_not_called(self, make: MakeClient) -> None:
+        talk = make().conversation(model=lab("tools"))
+        reply = talk.say("Paris?", tools=[WEATHER])
+        assert [call.name for call in reply.tool_calls] == ["get_weather"]
+        assert roles(talk) == "ua" and talk.messages[1]["tool_calls"]
+
+    def test_tools_in_a_stream(self, make: MakeClient) -> None:
+        talk = make().conversation(model=lab("tools"), tools=[get_weather])
+        assert "".join(map(str, talk.stream("Paris?"))) == SENTENCE
+        assert roles(talk) == "uata"
+
+    def test_images_and_files_stay_with_their_turn(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        talk = make().conversation(model=lab("vision"))
+        talk.say("look", images=[PNG], files=[("a.pdf", SMALL_PDF)])
+        talk.say("again")
+        kinds = [p["type"] for p in sent(fake)[0]["content"]]
+        assert kinds == ["text", "image_url", "file"]
+        assert sent(fake)[2]["content"] == "again"
+        assert fake.files == {}
+
+    def test_pickle_and_json(
+        self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = make()
+        talk = client.conversation("Be brief", model=lab("echo"), max_tokens=9)
+        talk.say("one", images=[PNG])
+        told = json.loads(json.dumps(talk.to_json()))
+        assert told["messages"] == talk.messages and "token-" not in json.dumps(told)
+        monkeypatch.setattr(puter, "_default", client)
+        for again in (
+            pickle.loads(pickle.dumps(talk)),
+            puter.Conversation.from_json(told),
+            puter.Conversation.from_json(told, client),
+        ):
+            assert (again.system, again.model) == ("Be brief", lab("echo"))
+            assert again.options == {"max_tokens": 9}
+            assert str(again.say("two")) == "two"
+            assert len(again.messages) == 4
+        assert len(talk.messages) == 2  # the copies are on their own
+        empty = puter.Conversation.from_json({})
+        assert (empty.messages, empty.options, empty.model) == ([], {}, None)
+
+    def test_functions_are_left_out_of_json(self, make: MakeClient) -> None:
+        talk = make().conversation(tools=[get_weather], temperature=0)
+        assert json.loads(json.dumps(talk.to_json()))["options"] == {"temperature": 0}
+
+    def test_on_tool_is_left_out_of_json(self, make: MakeClient) -> None:
+        talk = make().conversation(tools=[get_weather], on_tool=print)
+        json.dumps(talk.to_json())
+
+    def test_it_works_without_a_client_of_its_own(
+        self, make: MakeClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "_default", make())
+        assert str(puter.Conversation(model=lab("echo")).say("hi")) == "hi"
+
+
+# =============================================================================
+# Files
+# =============================================================================
+
+
+def steps(fake: FakePuter) -> list[str]:
+    """What the server was asked to do with files and the chat, in order."""
+    names = {"/batch": "upload", CHAT: "ask", "/delete": "delete"}
+    return [names[one.path] for one in fake.requests if one.path in names]
+
+
+class TestFiles:
+    """`files=`: uploaded, used, and deleted whatever happens."""
+
+    @pytest.mark.parametrize("how", ["path", "text", "bytes", "named", "alone"])
+    def test_upload_use_delete(
+        self, make: MakeClient, fake: FakePuter, tmp_path: Path, how: str
+    ) -> None:
+        path = tmp_path / "über uns.pdf"
+        path.write_bytes(SMALL_PDF)
+        wanted: Any = {
+            "path": [path],
+            "text": [str(path)],
+            "bytes": [SMALL_PDF],
+            "named": [("C:\\docs\\über uns.pdf", SMALL_PDF)],
+            "alone": path,
+        }[how]
+        name = "document.pdf" if how == "bytes" else "über uns.pdf"
+        kept: dict[str, bytes] = {}
+
+        def look(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            kept.update(fake.files)
+            return "text"
+
+        fake.script[lab("text")] = look
+        client = make()
+        told: list[tuple[str, int, int]] = []
+        client.on_upload = lambda *numbers: told.append(numbers)
+        assert str(client.chat("Sum up", files=wanted, model=lab("text"))) == SENTENCE
+        where = f"/alice/AppData/puter.py/{name}"
+        assert kept == {where: SMALL_PDF} and fake.files == {}
+        assert steps(fake) == ["upload", "ask", "delete"]
+        content = sent(fake)[0]["content"]
+        assert content[0] == {"type": "text", "text": "Sum up"}
+        assert content[1] == {"type": "file", "puter_path": where}
+        (seen,) = [one for one in fake.requests if one.path == "/batch"]
+        assert seen.body["fileinfo"]["type"] == "application/pdf"
+        assert told[-1][0] == name and told[-1][1] == told[-1][2] >= len(SMALL_PDF)
+
+    def test_several_with_one_name(self, make: MakeClient, fake: FakePuter) -> None:
+        files = [("a.pdf", SMALL_PDF), ("a.pdf", SMALL_PDF + b"2"), ("b.csv", b"x,y")]
+        make().chat("hi", files=files, model=lab("text"))
+        paths = [part["puter_path"] for part in sent(fake)[0]["content"][1:]]
+        assert len(set(paths)) == 3 and fake.files == {}
+        assert steps(fake) == ["upload"] * 3 + ["ask"] + ["delete"] * 3
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize(
+        "scenario", ["text", "err400", "err500", "closed", "midfail", "badjson"]
+    )
+    def test_deleted_whatever_the_answer(
+        self, make: MakeClient, fake: FakePuter, how: str, scenario: str
+    ) -> None:
+        client = make(max_retries=1)
+        try:
+            if how == "chat":
+                client.chat(
+                    "hi", files=[SMALL_PDF], model=lab(scenario), fallback=False
+                )
+            else:
+                list(
+                    client.stream(
+                        "hi", files=[SMALL_PDF], model=lab(scenario), fallback=False
+                    )
+                )
+        except puter.PuterError:
+            assert scenario != "text"
+        assert steps(fake).count("upload") >= 1 and fake.files == {}
+
+    def test_deleted_when_another_model_answers(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        reply = make().chat("hi", files=[("a.csv", b"x,y")], model=lab("err429"))
+        assert reply.model == FREE[0] and fake.files == {}
+        assert steps(fake).count("upload") == steps(fake).count("delete")
+
+    @pytest.mark.parametrize("end", ["close", "with", "drop", "read"])
+    def test_deleted_when_a_stream_ends(
+        self, make: MakeClient, fake: FakePuter, end: str
+    ) -> None:
+        stream = make().stream("hi", files=[SMALL_PDF], model=lab("slow"))
+        next(stream)
+        assert len(fake.files) == 1  # it is needed until the end
+        if end == "close":
+            stream.close()
+        elif end == "with":
+            with stream:
+                pass
+        elif end == "read":
+            list(stream)
+        del stream
+        assert eventually(lambda: fake.files == {})
+
+    @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_deleted_when_it_is_stopped(
+        self, make: MakeClient, fake: FakePuter, how: str
+    ) -> None:
+        def stop(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+            handler.pause(10.0)
+            return None
+
+        fake.script[lab("text")] = stop
+        with pytest.raises(KeyboardInterrupt):
+            getattr(make(), how)("hi", files=[SMALL_PDF], model=lab("text"))
+        assert steps(fake) == ["upload", "ask", "delete"] and fake.files == {}
+
+    def test_deleted_when_the_next_upload_fails(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        real = fake.routes["POST", "/batch"]
+
+        def full(handler: FakeHandler) -> None:
+            if steps(fake).count("upload") == 1:
+                real(handler)
+            else:
+                code = "not_enough_space"
+                handler.send(Raw({"code": code, "message": "Storage is full"}, 400))
+
+        fake.routes["POST", "/batch"] = full
+        with pytest.raises(puter.PuterError, match="Storage is full"):
+            make().chat(
+                "hi", files=[SMALL_PDF, SMALL_PDF], model=lab("text"), fallback=False
+            )
+        assert "ask" not in steps(fake) and fake.files == {}
+
+    def test_a_file_that_cannot_be_deleted(
+        self, make: MakeClient, fake: FakePuter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refuse(handler: FakeHandler) -> None:
+            handler.send(Raw({"code": "forbidden", "message": "no"}, 403))
+
+        fake.routes["POST", "/delete"] = refuse
+        assert str(make().chat("hi", files=[SMALL_PDF], model=lab("text"))) == SENTENCE
+        assert "document.pdf could not be deleted" in caplog.text
+
+    def test_a_given_token(self, make: MakeClient, fake: FakePuter) -> None:
+        make(token="token-bob").chat("hi", files=[SMALL_PDF], model=lab("text"))
+        part = sent(fake)[0]["content"][1]
+        assert part["puter_path"].startswith("/bob/AppData/puter.py/")
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ([("empty.pdf", b"")], "0 bytes"),
+            ([("large.pdf", SMALL_PDF * 9)], r"225 bytes.*1 to 99 bytes"),
+            (["no-such.pdf"], "no-such.pdf.*cannot be read"),
+            ([Path("/")], "cannot be read"),
+            ([None], "cannot be read"),
+        ],
+    )
+    def test_limits_are_named_before_anything_is_sent(
+        self,
+        make: MakeClient,
+        fake: FakePuter,
+        monkeypatch: pytest.MonkeyPatch,
+        given: Any,
+        words: str,
+    ) -> None:
+        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 99)
+        with pytest.raises(puter.BadRequestError, match=words):
+            make().chat("hi", files=[SMALL_PDF, *given], model=lab("text"))
+        assert not fake.requests
+
+    @pytest.mark.parametrize(
+        ("more", "kind", "near"),
+        [
+            ({"files": [SMALL_PDF]}, "pdf", "gemini-2.5-flash"),
+            ({"images": [PNG]}, "image", "gemini-2.5-flash"),
+            ({"images": PNG, "files": SMALL_PDF}, "image and pdf", OPUS),
+        ],
+    )
+    def test_a_model_that_cannot_see_it(
+        self, make: MakeClient, fake: FakePuter, more: Any, kind: str, near: str
+    ) -> None:
+        with pytest.raises(puter.BadRequestError) as caught:
+            make().chat("hi", model="groq:allam-2-7b", **more)
+        assert f"allam-2-7b takes text, but no {kind}" in str(caught.value)
+        assert near in str(caught.value) and not steps(fake)
+        make().chat("hi", model=OPUS, **more)
+        assert fake.files == {}
+
+    def test_an_image_is_not_uploaded(self, make: MakeClient, fake: FakePuter) -> None:
+        reply = make().chat("look", images=[PNG], model=lab("vision"))
+        assert str(reply) == 'parts: ["text", "image_url"]'
+        assert steps(fake) == ["ask"]
+
+    @pytest.mark.parametrize("what", ["files", "images"])
+    def test_one_alone(self, make: MakeClient, fake: FakePuter, what: str) -> None:
+        wanted: Any = ("a.pdf", SMALL_PDF) if what == "files" else bytearray(PNG)
+        make().chat("hi", model=lab("vision"), **{what: wanted})
+        assert len(sent(fake)[0]["content"]) == 2
+
+
+# =============================================================================
+# Kept replies and figures
+# =============================================================================
+
+
+class TestReplies:
+    """`Reply` at the prompt and in Jupyter, and replies that are kept."""
+
+    def test_how_it_looks(self) -> None:
+        call = puter.ToolCall("call_1", "get_weather", {"city": "Rome"})
+        reply = puter.Reply("**Hi**", model="m", finish_reason="length")
+        assert str(reply) == reply._repr_markdown_() == "**Hi**"
+        assert repr(reply) == "<m, length>\n**Hi**"
+        assert "-> get_weather({'city': 'Rome'})" in repr(
+            replace(reply, tool_calls=(call,))
+        )
+        assert "token" not in repr(puter.Account("alice", "token-alice"))
+
+    def test_calls_are_seen_in_jupyter(self) -> None:
+        call = puter.ToolCall("call_1", "get_weather", {"city": "Rome"})
+        assert "get_weather" in puter.Reply(tool_calls=(call,))._repr_markdown_()
+
+    def ask(self, client: puter.Puter, how: str, **more: Any) -> puter.Reply:
+        """A reply, whole or from a stream."""
+        more = {"model": lab("reason"), **more}
+        if how == "chat":
+            return client.chat("hi", **more)
+        with client.stream("hi", **more) as stream:
+            told = "".join(map(str, stream))
+            assert told == str(stream.reply)
+            return stream.reply
+
+    @pytest.mark.parametrize("first", ["chat", "stream"])
+    @pytest.mark.parametrize("second", ["chat", "stream"])
+    def test_the_same_request_is_answered_from_what_is_kept(
+        self, make: MakeClient, fake: FakePuter, first: str, second: str
+    ) -> None:
+        client = make(cache_enabled=True)
+        one, two = self.ask(client, first), self.ask(client, second)
+        assert len(chats(fake)) == 1
+        for name in ("text", "reasoning", "finish_reason", "model", "account", "usage"):
+            assert getattr(one, name) == getattr(two, name), name
+        assert two.reasoning and two.usage and not two.attempts
+        self.ask(make(cache_enabled=True), "chat")  # another process finds it too
+        assert len(chats(fake)) == 1
+
+    def test_calls_are_kept(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(cache_enabled=True)
+        replies = [
+            client.chat("hi", model=lab("extra"), tools=[WEATHER]) for _ in range(2)
+        ]
+        assert replies[0].tool_calls == replies[1].tool_calls
+        assert replies[1].tool_calls[0].extra_content == SIGNATURE
+        assert len(chats(fake)) == 1
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"temperature": 1},
+            {"model": lab("text")},
+            {"system": "Be brief"},
+            {"tools": [WEATHER]},
+            {"images": [PNG]},
+        ],
+    )
+    def test_another_request_is_asked(
+        self, make: MakeClient, fake: FakePuter, more: Any
+    ) -> None:
+        client = make(cache_enabled=True)
+        self.ask(client, "chat")
+        self.ask(client, "chat", **more)
+        assert len(chats(fake)) == 2
+
+    def test_off_unless_wanted(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make()
+        for _ in range(2):
+            self.ask(client, "chat")
+        assert len(chats(fake)) == 2
+
+    def test_it_grows_old(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(cache_enabled=True, cache_ttl_ms=150)
+        self.ask(client, "chat")
+        time.sleep(0.2)
+        self.ask(client, "chat")
+        assert len(chats(fake)) == 2
+
+    def test_the_oldest_go(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(cache_enabled=True, cache_max_entries=2)
+        for text in ("a", "b", "c", "c", "b", "a"):
+            client.chat(text, model=lab("echo"))
+        assert len(chats(fake)) == 4  # a, b, c, and a again
+
+    @pytest.mark.parametrize("scenario", ["closed", "midfail", "err400"])
+    def test_a_failure_is_not_kept(
+        self, make: MakeClient, fake: FakePuter, scenario: str
+    ) -> None:
+        client = make(cache_enabled=True, max_retries=0)
+        for _ in range(2):
+            with pytest.raises(puter.PuterError):
+                list(client.stream("hi", model=lab(scenario), fallback=False))
+        assert len(chats(fake)) == 2
+
+    def test_a_stream_that_is_left_is_not_kept(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(cache_enabled=True)
+        with client.stream("hi", model=lab("slow")) as stream:
+            next(stream)
+        assert str(client.chat("hi", model=lab("slow"))) == SENTENCE
+        assert len(chats(fake)) == 2
+
+    def test_a_folder_of_its_own(self, make: MakeClient, tmp_path: Path) -> None:
+        folder = tmp_path / "kept"
+        client = make(cache_enabled=True, cache_directory=str(folder))
+        self.ask(client, "chat")
+        (kept,) = folder.glob("*.sqlite3")
+        assert stat.S_IMODE(kept.stat().st_mode) & 0o077 == 0 or os.name == "nt"
+
+    def test_a_file_is_not_sent_for_a_kept_reply(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            self.ask(client, "chat", files=[SMALL_PDF])
+        assert steps(fake) == ["upload", "ask", "delete"]
+
+    def test_a_conversation_remembers_a_kept_reply(self, make: MakeClient) -> None:
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            talk = client.conversation(model=lab("echo"))
+            assert "".join(map(str, talk.stream("hi"))) == "hi"
+            assert roles(talk) == "ua"
+
+
+class TestStats:
+    """Figures of every call, exact however many ask at once."""
+
+    @pytest.mark.parametrize(
+        ("values", "percent", "want"),
+        [
+            ([], 50, None),
+            ([3], 50, 3),
+            ([3], 95, 3),
+            ([1, 2], 50, 1),
+            ([3, 1, 2], 50, 2),
+            (range(1, 101), 50, 50),
+            (range(1, 101), 95, 95),
+            (range(1, 21), 95, 19),
+            (range(1, 12), 95, 11),
+            ([5, 1], 0, 1),
+            ([5, 1], 100, 5),
+        ],
+    )
+    def test_percentile(self, values: Any, percent: float, want: float | None) -> None:
+        assert puter.percentile(values, percent) == want
+
+    def test_figures(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(max_retries=0)
+        client.chat("hi", model=lab("text"))
+        list(client.stream("hi", model=lab("text")))
+        with client.stream("hi", model=lab("text")) as stream:
+            next(stream)
+        with pytest.raises(puter.PuterError):
+            client.chat("hi", model=lab("err400"), fallback=False)
+        text, failed = client.stats()
+        assert (text.model, text.requests, text.successes) == (lab("text"), 3, 2)
+        assert text.failures == {}
+        assert text.p50_s is not None and text.p95_s is not None
+        assert 0 < text.p50_s <= text.p95_s < 5
+        assert text.first_s is not None and 0 < text.first_s < 5
+        assert text.tokens_per_s is not None and text.tokens_per_s > 0
+        assert text.cost_usd == pytest.approx(2 * 0.000055)
+        assert (failed.model, failed.requests, failed.successes) == (
+            lab("err400"),
+            1,
+            0,
+        )
+        assert failed.failures == {"upstream_bad_request": 1} and failed.p50_s is None
+        assert client.stats("puter/" + lab("text")) == [text]
+        assert client.stats("nothing") == []
+
+    def test_retries_and_stand_ins_count_for_who_was_asked(
+        self, make: MakeClient, fake: FakePuter
+    ) -> None:
+        fake.script[lab("text")] = ["internal", "err429"]
+        make(max_retries=1).chat("hi", model=lab("text"))
+        told = {s.model: (s.requests, s.successes) for s in make().stats()}
+        assert told == {lab("text"): (2, 0), FREE[0]: (1, 1)}
+
+    def test_off(self, make: MakeClient) -> None:
+        client = make(metrics_enabled=False)
+        client.chat("hi", model=lab("text"))
+        assert client.stats() == []
+
+    def test_the_latest_times_count(self, make: MakeClient, home: Path) -> None:
+        client = make(metrics_max_samples=10)
+        state = puter.State(home / puter.STATE_NAME)
+        for number in range(200):
+            state.record("m", "ok", float(number), keep=10)
+        state.close()
+        (told,) = client.stats()
+        assert (told.requests, told.p50_s, told.p95_s) == (200, 194.0, 199.0)
+
+    def test_a_file_of_their_own(self, make: MakeClient, tmp_path: Path) -> None:
+        client = make(metrics_file=str(tmp_path / "figures.sqlite3"))
+        client.chat("hi", model=lab("text"))
+        assert (tmp_path / "figures.sqlite3").exists()
+        assert make().stats() == [] and len(client.stats()) == 1
+
+    def test_32_threads(self, make: MakeClient) -> None:
+        client = make(max_concurrent=32, max_retries=0)
+        errors: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                for _ in range(3):
+                    if number % 2:
+                        client.chat("hi", model=lab("text"))
+                    else:
+                        list(client.stream("hi", model=lab("text")))
+            except BaseException as error:  # noqa: BLE001 (shown below)
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert errors == []
+        (told,) = client.stats()
+        assert (told.requests, told.successes, told.failures) == (96, 96, {})
+        assert told.cost_usd == pytest.approx(96 * 0.000055)
+
+    def test_8_processes(self, make: MakeClient, home: Path) -> None:
+        client = make()
+        code = (
+            "import puter\n"
+            "state = puter.State()\n"
+            "for n in range(25):\n"
+            "    usage = puter.Usage(1, 2, cost_usd=0.5)\n"
+            "    state.record('m', 'ok' if n % 5 else 'late', 1.0, 0.5, usage)\n"
+        )
+        env = {**os.environ, "PYTHONPATH": str(Path(puter.__file__).parent)}
+        command = [sys.executable, "-c", code]
+        running = [subprocess.Popen(command, env=env) for _ in range(8)]
+        assert [process.wait(30) for process in running] == [0] * 8
+        (told,) = client.stats()
+        assert (told.requests, told.successes) == (200, 160)
+        assert told.failures == {"late": 40} and told.cost_usd == pytest.approx(100)
+        state = puter.State(home / puter.STATE_NAME)
+        state.reset_figures()
+        state.close()
+        assert client.stats() == []
+
+
+class TestModuleLevel:
+    """`puter.chat`, `puter.stream`, and what the module shows."""
+
+    def test_chat_and_stream(
+        self, fake: FakePuter, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sign_in(fake, home, "alice")
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        monkeypatch.setattr(puter, "_default", None)
+        assert str(puter.chat("hi", model=lab("echo"), system="Be brief")) == "hi"
+        client = puter._default
+        with puter.stream("hi", model=lab("text")) as stream:
+            assert "".join(map(str, stream)) == SENTENCE
+        assert puter._default is client is not None
+        client.close()
+
+    def test_one_client_for_many_threads(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "_default", None)
+        found: list[puter.Puter] = []
+        start = threading.Barrier(8)
+
+        def work() -> None:
+            start.wait(10)
+            found.append(puter._default_client())
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(found) == 8 and len({id(client) for client in found}) == 1
+
+    def test_not_signed_in(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(puter, "_default", None)
+        monkeypatch.setenv("PUTER_API_BASE_URL", "http://127.0.0.1:9")
+        with pytest.raises(puter.AuthError, match="python -m puter login"):
+            puter.chat("hi")
+
+    def test_names(self) -> None:
+        assert puter.__all__ == sorted(puter.__all__, key=lambda n: (n.islower(), n))
+        assert all(hasattr(puter, name) for name in puter.__all__)
+        assert dir(puter) == sorted([*puter.__all__, "__version__"])
+        errors = {
+            name
+            for name, value in vars(puter).items()
+            if isinstance(value, type) and issubclass(value, puter.PuterError)
+            if not name.startswith("_")
+        }
+        assert errors <= set(puter.__all__)
+
+    def test_every_public_name_says_what_it_is(self) -> None:
+        for name in puter.__all__:
+            assert getattr(puter, name).__doc__, name
+        assert importlib.import_module("puter").__doc__
+
+
+# =============================================================================
+# Commands at a terminal
+# =============================================================================
+
+# Takes the terminal for its own, so that Ctrl-C reaches it, and is the command then.
+AT_TERMINAL = (
+    "import fcntl, sys, termios, puter\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "sys.exit(puter.main())"
+)
+needs_pty = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are of Unix")
+
+
+def plain(text: str) -> str:
+    """What a terminal was sent, without colours and moves."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+
+
+class Terminal:
+    """A command at a pseudo-terminal: `send` types, `expect` waits for what it shows.
+
+    With `piped`, its stdout is a pipe, read into `piped_out` once it has ended.
+    """
+
+    def __init__(
+        self,
+        fake: FakePuter,
+        *argv: str,
+        columns: int = 80,
+        piped: bool = False,
+        **env: str,
+    ) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.master, tty = pty.openpty()
+        size = struct.pack("HHHH", 24, columns, 0, 0)
+        fcntl.ioctl(tty, termios.TIOCSWINSZ, size)
+        self.shown, self.read_to, self.piped_out = "", 0, b""
+        unset = ("NO_COLOR", "COLUMNS", "LINES", "CI")
+        settings = {
+            **{n: v for n, v in os.environ.items() if n not in unset},
+            "PYTHONPATH": str(Path(puter.__file__).parent),
+            "PUTER_API_BASE_URL": fake.url,
+            "PUTER_RETRY_DELAY_MS": "1",
+            "TERM": "xterm-256color",
+            "INPUTRC": os.devnull,
+            **env,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AT_TERMINAL, *argv],
+            stdin=tty,
+            stdout=subprocess.PIPE if piped else tty,
+            stderr=tty,
+            env=settings,
+            start_new_session=True,
+        )
+        os.close(tty)
+
+    def read(self, timeout_s: float) -> bool:
+        """Takes what has come; False when nothing did, or nothing will."""
+        if not select.select([self.master], [], [], timeout_s)[0]:
+            return False
+        try:
+            data = os.read(self.master, 65_536)
+        except OSError:  # the other side is closed
+            return False
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def expect(self, text: str, timeout_s: float = 10.0) -> str:
+        """Waits until it shows the text, behind what was expected before; what led to it."""
+        end = time.monotonic() + timeout_s
+        while (at := self.shown.find(text, self.read_to)) < 0:
+            left = end - time.monotonic()
+            if left <= 0 or not (self.read(left) or self.process.poll() is None):
+                raise AssertionError(f"no {text!r} in {self.shown[self.read_to :]!r}")
+        before, self.read_to = self.shown[self.read_to : at], at + len(text)
+        return before
+
+    def send(self, text: str) -> None:
+        """Types."""
+        os.write(self.master, text.encode())
+
+    def say(self, text: str) -> None:
+        """Types a line at the prompt."""
+        self.expect("> ")
+        self.send(text + "\r")
+        self.expect("\n")
+
+    def end(self, timeout_s: float = 10.0) -> int:
+        """Waits for its end; the exit code. Everything that it showed is in `shown` then."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self.process.poll() is None:
+            self.read(0.05)
+        code = self.process.wait(0.1)
+        while self.read(0.05):
+            pass
+        if self.process.stdout:
+            self.piped_out = self.process.stdout.read()
+        return code
+
+    def close(self) -> None:
+        """Ends it for good."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        os.close(self.master)
+
+
+@contextmanager
+def at_terminal(fake: FakePuter, *argv: str, **options: Any) -> Iterator[Terminal]:
+    """A command at a terminal, until the end of the block."""
+    terminal = Terminal(fake, *argv, **options)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture
+def desk(
+    fake: FakePuter, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FakePuter:
+    """The fake server, with alice signed in, a home and a working folder of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("NO_COLOR", "TERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    sign_in(fake, home, "alice")
+    return fake
+
+
+def web(fake: FakePuter, path: str, reply: Raw) -> str:
+    """An address of the fake server that answers with this."""
+    fake.routes["GET", path] = lambda handler: handler.send(reply)
+    return fake.url + path
+
+
+class TestAsk:
+    """`ask` with attachments, conversations, and at a terminal."""
+
+    def test_attachments_by_what_they_hold(self, desk: FakePuter) -> None:
+        Path("notes.txt").write_text("remember\n", "utf-8")
+        Path("image.dat").write_bytes(PNG)
+        Path("report.bin").write_bytes(SMALL_PDF)
+        page = web(desk, "/page.html?x=1".partition("?")[0], Raw(b"<p>hello</p>"))
+        picture = web(desk, "/picture", Raw(PNG, content_type="image/png"))
+        options = [f"-a{name}" for name in ("notes.txt", "image.dat", "report.bin")]
+        options += ["-a", page + "?x=1", "--attach", picture, "-a", "-"]
+        done = run_cli(
+            desk, "ask", "-m", lab("text"), *options, "Sum up", stdin="piped"
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, SENTENCE + "\n", "")
+        text, *parts = sent(desk)[0]["content"]
+        assert text["text"] == (
+            "Sum up\n\nnotes.txt:\n```\nremember\n```\n\n"
+            "page.html:\n```\n<p>hello</p>\n```\n\nstandard input:\n```\npiped\n```"
+        )
+        assert [part["type"] for part in parts] == ["image_url", "image_url", "file"]
+        assert parts[0] == parts[1] and desk.files == {}
+        assert all(
+            "Authorization" not in one.headers
+            for one in desk.requests
+            if one.path in ("/page.html", "/picture")
+        )
+
+    def test_an_image_from_a_pipe_needs_no_prompt(self, desk: FakePuter) -> None:
+        done = run_cli(desk, "ask", "-m", lab("vision"), "-a", "-", stdin=PNG)
+        assert done.stdout == 'parts: ["image_url"]\n'
+
+    @pytest.mark.parametrize(
+        ("source", "words"),
+        [
+            ("nowhere.txt", "nowhere.txt"),
+            (".", "cannot be read"),
+            ("http://127.0.0.1:9/x", "127.0.0.1:9"),
+            ("MISSING", "404"),
+            pytest.param(
+                "empty.pdf",
+                "empty.pdf",
+            ),
+        ],
+    )
+    def test_an_attachment_that_cannot_be_had(
+        self, desk: FakePuter, source: str, words: str
+    ) -> None:
+        source = desk.url + "/missing" if source == "MISSING" else source
+        Path("empty.pdf").touch()
+        done = run_cli(desk, "ask", "-a", source, "hi", PUTER_MAX_RETRIES="0")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.count("\n") == 1 and words in done.stderr
+        assert not chats(desk)
+
+    def test_a_model_without_pdf(self, desk: FakePuter) -> None:
+        Path("a.pdf").write_bytes(SMALL_PDF)
+        done = run_cli(desk, "ask", "-m", "allam-2-7b", "-a", "a.pdf", "hi")
+        assert done.returncode == 1 and OPUS in done.stderr
+        assert steps(desk) == []
+
+    def test_continue(self, desk: FakePuter, home: Path) -> None:
+        first = ["-m", lab("echo"), "-s", "Be brief", "one"]
+        assert run_cli(desk, "ask", *first).returncode == 0
+        kept = home / "conversation.json"
+        assert os.name == "nt" or stat.S_IMODE(kept.stat().st_mode) == 0o600
+        assert run_cli(desk, "ask", "-c", "two").stdout == "two\n"  # the same model
+        assert run_cli(desk, "ask", "--continue", "--json", "three").returncode == 0
+        told = [m["content"] for m in sent(desk)]
+        assert told == ["Be brief", "one", "one", "two", "two", "three"]
+        assert run_cli(desk, "ask", "-n", "-m", lab("echo"), "four").returncode == 0
+        assert [m["content"] for m in sent(desk)] == ["four"]
+        assert run_cli(desk, "ask", "-c", "-n", "x").returncode == 2
+
+    def test_continue_without_any(self, desk: FakePuter, home: Path) -> None:
+        done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "one")
+        assert (done.returncode, done.stdout) == (0, "one\n")
+        (home / "conversation.json").write_text("[nothing", "utf-8")
+        done = run_cli(desk, "ask", "-c", "two")
+        assert done.returncode == 1 and "conversation.json" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    def test_a_failure_is_not_kept(self, desk: FakePuter) -> None:
+        run_cli(desk, "ask", "-m", lab("echo"), "one")
+        assert run_cli(desk, "ask", "-c", "-m", lab("closed"), "two").returncode == 1
+        run_cli(desk, "ask", "-c", "-m", lab("echo"), "three")
+        assert [m["content"] for m in sent(desk)] == ["one", "one", "three"]
+
+    @pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]])
+    def test_usage(self, desk: FakePuter, how: list[str]) -> None:
+        done = run_cli(desk, "ask", "-m", lab("text"), "--usage", *how, "hi")
+        assert done.stderr == "tokens: 11 in, 22 out; cost $0.000055\n"
+        if how == ["--json"]:
+            assert json.loads(done.stdout)["cost_usd"] == pytest.approx(0.000055)
+        done = run_cli(
+            desk, "ask", "-m", lab("nousage"), "--no-stream", "--usage", "hi"
+        )
+        assert "not told" in done.stderr
+
+    @needs_pty
+    @pytest.mark.parametrize("columns", [80, 40])
+    @pytest.mark.parametrize("how", [[], ["--no-stream"]])
+    def test_the_spinner(self, desk: FakePuter, columns: int, how: list[str]) -> None:
+        desk.script[lab("text")] = late(0.4, Turn("done"))
+        argv = ("ask", "-m", lab("text"), *how, "hi")
+        with at_terminal(desk, *argv, columns=columns) as terminal:
+            assert terminal.end() == 0
+        before, _, after = terminal.shown.partition("done")
+        assert " 0 s" in before and "\x1b[2m" in before
+        assert before.endswith("\r\x1b[K") and plain(after) == "\n"
+        frames = plain(before).split("\r")
+        assert len(frames) > 2 and all(len(one) < columns for one in frames)
+
+    @needs_pty
+    def test_stdout_in_a_pipe_stays_clean(self, desk: FakePuter) -> None:
+        desk.script[lab("text")] = late(0.3, Turn("done", reasoning=("so",)))
+        argv = ("ask", "-m", lab("text"), "hi")
+        with at_terminal(desk, *argv, piped=True) as terminal:
+            assert terminal.end() == 0
+        assert terminal.piped_out == b"done\n"
+        assert "\x1b[2mso\x1b[0m" in terminal.shown and " 0 s" in terminal.shown
+
+    def test_no_spinner_in_a_pipe(self, desk: FakePuter) -> None:
+        desk.script[lab("text")] = late(0.3, Turn("done"))
+        done = run_cli(desk, "ask", "-m", lab("text"), "hi")
+        assert (done.stdout, done.stderr) == ("done\n", "")
+
+    @needs_pty
+    @pytest.mark.parametrize(
+        ("env", "colour", "spinner"),
+        [
+            ({"NO_COLOR": "1"}, False, True),
+            ({"TERM": "dumb"}, False, False),
+            ({"PUTER_QUIET_MODE": "1"}, True, False),
+            pytest.param(
+                {"NO_COLOR": ""},
+                True,
+                True,
+            ),
+        ],
+    )
+    def test_plain_terminals(
+        self, desk: FakePuter, env: dict[str, str], colour: bool, spinner: bool
+    ) -> None:
+        desk.script[lab("text")] = late(0.3, Turn("done", reasoning=("so",)))
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", **env) as terminal:
+            assert terminal.end() == 0
+        assert ("\x1b[2m" in terminal.shown) is colour
+        assert (" 0 s" in terminal.shown) is spinner
+        if not spinner and not colour:
+            assert terminal.shown == "so\r\ndone\r\n"
+
+    @needs_pty
+    @pytest.mark.parametrize("scenario", ["midfail", "closed"])
+    def test_a_failure_half_way(self, desk: FakePuter, scenario: str) -> None:
+        with at_terminal(desk, "ask", "-m", lab(scenario), "hi") as terminal:
+            assert terminal.end() == 1
+        first, *rest = plain(terminal.shown.rpartition("\r\x1b[K")[2]).splitlines()
+        assert first and SENTENCE.startswith(first)
+        assert any(one.startswith("error: ") for one in rest)
+        assert "Traceback" not in terminal.shown
+
+    @needs_pty
+    def test_ctrl_c(self, desk: FakePuter) -> None:
+        with at_terminal(desk, "ask", "-m", lab("slow"), "hi") as terminal:
+            terminal.expect("The ")
+            terminal.send("\x03")
+            assert terminal.end() == 130
+        assert "Traceback" not in terminal.shown
+        assert eventually(lambda: desk.open_streams == 0)
+
+    @pytest.mark.parametrize(
+        ("argv", "want"),
+        [
+            (["Why", "so?", "-m", lab("echo")], "Why so?"),
+            (["-m", lab("echo"), "--", "-5", "is?"], "-5 is?"),
+            pytest.param(
+                ["Why", "-m", lab("echo"), "so?"],
+                "Why so?",
+            ),
+        ],
+    )
+    def test_where_the_prompt_stands(
+        self, desk: FakePuter, argv: list[str], want: str
+    ) -> None:
+        assert run_cli(desk, "ask", *argv).stdout == want + "\n"
+
+
+class TestChatCommand:
+    """`chat`, at a terminal and on a pipe."""
+
+    def talk(self, desk: FakePuter, *lines: str, argv: Sequence[str] = ()) -> Any:
+        """Says the lines on a pipe."""
+        stdin = "".join(f"{line}\n" for line in lines)
+        return run_cli(desk, "chat", "-m", lab("echo"), *argv, stdin=stdin)
+
+    def test_on_a_pipe(self, desk: FakePuter) -> None:
+        done = self.talk(desk, "one", "", "  ", "two")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+        assert [m["content"] for m in sent(desk)] == ["one", "one", "two"]
+
+    def test_options(self, desk: FakePuter) -> None:
+        argv = ["-s", "Be brief", "--max-tokens", "9", "--temperature", "0.5"]
+        self.talk(desk, "one", argv=argv)
+        args = chats(desk)[-1]
+        assert (args["max_tokens"], args["temperature"]) == (9, 0.5)
+        assert sent(desk)[0] == {"role": "system", "content": "Be brief"}
+
+    @pytest.mark.parametrize(
+        ("lines", "want"),
+        [
+            (["one \\", "two\\", "three"], "one \ntwo\nthree"),
+            (['"""', "one", "", "two", '"""'], "one\n\ntwo"),
+            (['"""one', 'two"""'], "one\ntwo"),
+            (['"""one two"""'], "one two"),
+            pytest.param(
+                ['"""', "/etc/hosts is what?", '"""'],
+                "/etc/hosts is what?",
+            ),
+            pytest.param(
+                ['"""', "one"],
+                "one",
+            ),
+            pytest.param(
+                ["one\\"],
+                "one",
+            ),
+        ],
+    )
+    def test_longer_texts(self, desk: FakePuter, lines: list[str], want: str) -> None:
+        self.talk(desk, *lines)
+        assert [sent(desk)[0]["content"]] == [want] and len(chats(desk)) == 1
+
+    def test_commands(self, desk: FakePuter) -> None:
+        Path("notes.txt").write_text("remember", "utf-8")
+        done = self.talk(
+            desk,
+            "/help",
+            "/model",
+            "/model LAB/TEXT",
+            "/model claude-opus-4",
+            "/system",
+            "/system Be brief",
+            "/attach notes.txt",
+            "/attach nowhere.txt",
+            "/attach",
+            "/usage",
+            "one",
+            "two",
+            "/usage",
+            "/hepl",
+        )
+        told = done.stderr
+        for words in (
+            "/attach FILE",
+            f"model: {lab('echo')}",
+            f"model: {lab('text')}",
+            f"Did you mean {OPUS}",
+            "system: none",
+            "system: Be brief",
+            "nowhere.txt",
+            "0 answers, 0 tokens, $0.000000",
+            "2 answers, 66 tokens, $0.000110",
+            "Did you mean /help?",
+        ):
+            assert words in told, words
+        assert done.returncode == 0 and done.stdout == f"{SENTENCE}\n" * 2
+        first = chats(desk)[0]
+        assert first["model"] == lab("text")
+        assert [m["content"] for m in first["messages"]] == [
+            "Be brief",
+            "one\n\nnotes.txt:\n```\nremember\n```",
+        ]
+        assert sent(desk)[-1]["content"] == "two"  # it went with one message
+
+    def test_retry_and_undo(self, desk: FakePuter, home: Path) -> None:
+        desk.script[lab("echo")] = [says(text) for text in "abcdef"]
+        lines = ["/retry", "/undo", "one", "/retry", "two", "/undo", "three"]
+        done = self.talk(desk, *lines)
+        assert done.stdout == "a\nb\nc\nd\n"
+        for words in ("Nothing was asked", "nothing to undo", "forgotten"):
+            assert words in done.stderr
+        assert [m["content"] for m in chats(desk)[1]["messages"]] == ["one"]
+        assert [m["content"] for m in sent(desk)] == ["one", "b", "three"]
+        kept = json.loads((home / "conversation.json").read_text("utf-8"))
+        assert [m["content"] for m in kept["messages"]] == ["one", "b", "three", "d"]
+
+    def test_retry_keeps_the_answer_when_it_fails(self, desk: FakePuter) -> None:
+        desk.script[lab("echo")] = [says("a"), "closed", says("c")]
+        done = self.talk(desk, "one", "/retry", "two")
+        assert "error: " in done.stderr and done.returncode == 1
+        assert [m["content"] for m in sent(desk)] == ["one", "a", "two"]
+
+    @pytest.mark.parametrize("before", [[], ["zero"]])
+    def test_retry_after_a_failure(self, desk: FakePuter, before: list[str]) -> None:
+        answers: list[Any] = [says("0")] * len(before)
+        desk.script[lab("echo")] = [*answers, "closed", says("better")]
+        done = self.talk(desk, *before, "one", "/retry")
+        assert sent(desk)[-1]["content"] == "one" and "better" in done.stdout
+
+    def test_an_attachment_waits_for_an_answer(self, desk: FakePuter) -> None:
+        Path("a.png").write_bytes(PNG)
+        desk.script[lab("echo")] = ["closed", "vision"]
+        done = self.talk(desk, "/attach a.png", "one", "two", "three")
+        assert 'parts: ["text", "image_url"]' in done.stdout
+        assert sent(desk)[-1]["content"] == "three"
+
+    def test_save(self, desk: FakePuter, home: Path) -> None:
+        lines = ["one", "/save", "/save a.md", "/save a.json", "/save a.md"]
+        done = self.talk(desk, *lines, "/save no/where.md")
+        assert (
+            Path("a.md").read_text("utf-8") == "## user\n\none\n\n## assistant\n\none\n"
+        )
+        told = json.loads(Path("a.json").read_text("utf-8"))
+        assert puter.Conversation.from_json(told).messages[1]["content"] == "one"
+        assert "Say where" in done.stderr
+        assert "a.md cannot be written (File exists)" in done.stderr
+        assert "where.md cannot be written" in done.stderr
+
+    def test_continue(self, desk: FakePuter, home: Path) -> None:
+        run_cli(desk, "ask", "-m", lab("echo"), "one")
+        done = run_cli(desk, "chat", "-c", stdin="two\n")
+        assert done.stdout == "two\n"
+        run_cli(desk, "ask", "--continue", "three")
+        assert [m["content"] for m in sent(desk)] == [
+            "one",
+            "one",
+            "two",
+            "two",
+            "three",
+        ]
+        mode = stat.S_IMODE((home / "conversation.json").stat().st_mode)
+        assert os.name == "nt" or mode == 0o600
+        run_cli(desk, "chat", stdin="/help\n")  # without a word nothing is kept
+        assert run_cli(desk, "ask", "-c", "four").returncode == 0
+        assert len(sent(desk)) == 7
+
+    @needs_pty
+    @pytest.mark.parametrize("columns", [80, 40])
+    def test_at_a_terminal(self, desk: FakePuter, home: Path, columns: int) -> None:
+        argv = ("chat", "-m", lab("echo"))
+        with at_terminal(desk, *argv, columns=columns) as terminal:
+            terminal.expect("Talking with")
+            terminal.say("one")
+            terminal.expect("one\r\n")
+            terminal.expect("> ")
+            terminal.send("two\\\r")
+            terminal.expect(". ")
+            terminal.send("lines\r")
+            terminal.expect("two\r\nlines\r\n")
+            terminal.expect("> ")
+            terminal.send("\x1b[A\r")  # the line before
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+        assert sent(desk)[-1]["content"] == "lines"
+        history = home / "chat-history"
+        assert stat.S_IMODE(history.stat().st_mode) == 0o600
+        assert "one" in history.read_text("utf-8").splitlines()
+        with at_terminal(desk, *argv, columns=columns) as terminal:
+            terminal.expect("> ")
+            terminal.send("\x1b[A\x1b[A\x1b[A\x1b[A\r")  # kept from the last time
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+        assert [m["content"] for m in sent(desk)] == ["one"]
+
+    @needs_pty
+    def test_ctrl_c_stops_the_answer_only(self, desk: FakePuter) -> None:
+        desk.script[lab("text")] = [says("a"), "slow", says("b")]
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.say("one")
+            terminal.expect("a\r\n")
+            terminal.say("two")
+            terminal.expect("The quick")
+            terminal.send("\x03")
+            terminal.expect("stopped")
+            assert eventually(lambda: desk.open_streams == 0)
+            terminal.expect("> ")
+            terminal.send("half a line\x03")
+            terminal.expect("Ctrl-D leaves")
+            terminal.say("three")
+            terminal.expect("b\r\n")
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+        assert [m["content"] for m in sent(desk)] == ["one", "a", "three"]
+        assert "Traceback" not in terminal.shown
+
+    @needs_pty
+    def test_a_failure_keeps_the_session(self, desk: FakePuter) -> None:
+        desk.script[lab("text")] = ["closed", says("b")]
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.say("one")
+            terminal.expect("error: ")
+            terminal.say("two")
+            terminal.expect("b\r\n")
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+
+    @needs_pty
+    def test_tab_completes(self, desk: FakePuter) -> None:
+        pytest.importorskip("readline")
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.expect("> ")
+            terminal.send("/mod\t")
+            terminal.expect("/model")
+            terminal.send("\x15/model openrouter:lab/ech\t")
+            terminal.expect("openrouter:lab/echo")
+            terminal.send("\r")
+            terminal.expect(f"model: {lab('echo')}")
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+
+    @needs_pty
+    def test_tab_completes_paths(self, desk: FakePuter) -> None:
+        pytest.importorskip("readline")
+        Path("remember-this.txt").write_text("x", "utf-8")
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.expect("> ")
+            terminal.send("/attach rememb\t")
+            terminal.expect("remember-this.txt", 2)
+
+
+# =============================================================================
+# Commands: what was used, what is there, and whether it works
+# =============================================================================
+
+
+class TestReports:
+    """`models`, `usage`, `stats`, `cache` and `status --check`."""
+
+    @pytest.mark.parametrize(
+        ("argv", "want"),
+        [
+            (["--free", "--sort", "context"], [*sorted(FREE[:4]), FREE[4]]),
+            (["--vision"], [OPUS, "gemini-2.5-flash"]),
+            (["--vision", "--sort", "price"], ["gemini-2.5-flash", OPUS]),
+            (["--vision", "--sort", "context"], ["gemini-2.5-flash", OPUS]),
+            (["--vision", "--sort", "released"], [OPUS, "gemini-2.5-flash"]),
+            (["--vision", "--provider", "ANTHROPIC"], [OPUS]),
+            (["--vision", "--search", "opus 4.5"], [OPUS]),
+            (["--tools", "--provider", "groq"], []),
+        ],
+    )
+    def test_models(self, desk: FakePuter, argv: list[str], want: list[str]) -> None:
+        told = json.loads(run_cli(desk, "models", "--json", *argv).stdout)
+        assert [model["id"] for model in told] == want
+        head, *rows = run_cli(desk, "models", *argv).stdout.splitlines()
+        assert [row.split()[0] for row in rows] == want
+        assert head.split()[0] == "MODEL"
+
+    def test_sorted_by_price(self, desk: FakePuter) -> None:
+        told = json.loads(run_cli(desk, "models", "--json", "--sort", "price").stdout)
+        prices = [m["input_usd_per_million"] for m in told]
+        assert prices[:5] == [0.0] * 5 and told[-1]["id"] == OPUS
+        assert run_cli(desk, "models", "--sort", "size").returncode == 2
+
+    @needs_pty
+    @pytest.mark.parametrize("columns", [80, 40])
+    def test_the_ids_can_be_read_on_a_terminal(
+        self, desk: FakePuter, columns: int
+    ) -> None:
+        with at_terminal(desk, "models", columns=columns) as terminal:
+            assert terminal.end() == 0
+        for model in desk.catalogue:
+            assert model["id"] in terminal.shown
+
+    @needs_pty
+    @pytest.mark.parametrize("columns", [80, 40])
+    def test_a_row_of_models_stays_a_line(self, desk: FakePuter, columns: int) -> None:
+        with at_terminal(desk, "models", "--vision", columns=columns) as terminal:
+            assert terminal.end() == 0
+        assert max(map(len, plain(terminal.shown).splitlines())) <= columns
+
+    def metering(self, desk: FakePuter) -> None:
+        """Lets alice have used something, and bob have credits."""
+
+        def answer(handler: FakeHandler) -> None:
+            account = handler.signed_in()
+            info: dict[str, Any] = {
+                "remaining": 10_000_000,
+                "monthUsageAllowance": 25_000_000,
+            }
+            usage: dict[str, Any] = {
+                "total": 15_000_000,
+                "gpt:input": {"cost": 5_000_000, "units": 1234, "count": 3},
+                "opus:output": {"cost": 10_000_000, "units": 9, "count": 1},
+            }
+            if account.username == "bob":
+                info = {"unit": "credits", "remaining": 40, "monthUsageAllowance": 50}
+                usage = {"total": 10}
+            handler.send(Raw({"usage": usage, "allowanceInfo": info}))
+
+        desk.routes["GET", "/metering/usage"] = answer
+
+    def test_usage(self, desk: FakePuter, home: Path) -> None:
+        self.metering(desk)
+        sign_in(desk, home, "bob")
+        done = run_cli(desk, "usage")
+        assert done.returncode == 0 and "bob" not in done.stdout
+        first, bar, head, *rows = done.stdout.splitlines()
+        assert first.startswith("alice: ") and "$0.1000 of $0.2500 left" in first
+        assert bar.strip() == "[########............] 40% (fair)"
+        assert head.split() == ["USED", "FOR", "COST", "UNITS", "CALLS"]
+        assert [row.split()[0] for row in rows] == ["opus:output", "gpt:input"]
+        assert rows[1].split()[2:] == ["1,234", "3"]
+        done = run_cli(desk, "usage", "--all")
+        assert done.returncode == 0 and "alice: " in done.stdout
+        (line,) = [one for one in done.stdout.splitlines() if one.startswith("bob")]
+        assert "40" in line and "credits" in line and "$" not in line
+
+    def test_usage_json(self, desk: FakePuter, home: Path) -> None:
+        self.metering(desk)
+        sign_in(desk, home, "bob")
+        alice, bob = json.loads(run_cli(desk, "usage", "--all", "--json").stdout)
+        assert (alice["username"], alice["unit"], alice["error"]) == (
+            "alice",
+            "usd",
+            None,
+        )
+        assert (alice["remaining"], alice["allowance"], alice["used"]) == (
+            0.1,
+            0.25,
+            0.15,
+        )
+        assert alice["by_api"]["gpt:input"] == {"cost": 0.05, "units": 1234, "count": 3}
+        assert (bob["unit"], bob["remaining"], bob["used"]) == ("credits", 40, 10)
+
+    @pytest.mark.parametrize("how", [[], ["--json"]])
+    def test_one_failing_account_does_not_hide_others(
+        self, desk: FakePuter, home: Path, how: list[str]
+    ) -> None:
+        sign_in(desk, home, "bob")
+        desk.accounts["token-alice"].dead = True
+        done = run_cli(desk, "usage", "--all", *how)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        if how:
+            alice, bob = json.loads(done.stdout)
+            assert alice["username"] == "alice" and alice["error"]
+            assert bob["error"] is None and bob["remaining"] == 0.25
+        else:
+            assert "python -m puter login" in done.stdout + done.stderr
+            assert "bob: $0.2500 of $0.2500 left" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("left", "words"),
+        [
+            (25_000_000, "100% (plenty)"),
+            (5_000_000, "20% (low)"),
+            (0, "0% (used up)"),
+            (-5, "0% (used up)"),
+            (90_000_000, "100% (plenty)"),
+        ],
+    )
+    def test_the_bar(self, desk: FakePuter, left: int, words: str) -> None:
+        desk.accounts["token-alice"].credit_microcents = left
+        line = run_cli(desk, "usage").stdout.splitlines()[1]
+        assert words in line and len(re.sub(r"[^#.]", "", line)) == 20
+
+    def test_usage_without_an_account(self, fake: FakePuter, home: Path) -> None:
+        done = run_cli(fake, "usage", "--json")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "python -m puter login" in done.stderr
+
+    def test_stats(self, desk: FakePuter) -> None:
+        assert run_cli(desk, "stats").stdout == "There are no figures yet.\n"
+        assert run_cli(desk, "stats", "--json").stdout == "[]\n"
+        for scenario in ("text", "text", "err400"):
+            run_cli(desk, "ask", "--no-fallback", "-m", lab(scenario), "hi")
+        done = run_cli(desk, "stats")
+        head, text, failed, why = done.stdout.splitlines()
+        assert head.split() == [
+            "MODEL",
+            "ASKED",
+            "OK",
+            "P50",
+            "P95",
+            "FIRST",
+            "TOK/S",
+            "COST",
+        ]
+        assert text.split()[:3] == [lab("text"), "2", "2"]
+        assert text.split()[-1] == "$0.0001"
+        assert failed.split() == [lab("err400"), "1", "0", *"----", "$0.0000"]
+        assert why == f"failures of {lab('err400')}: upstream_bad_request 1"
+        rows = run_cli(desk, "stats", lab("text")).stdout.splitlines()
+        assert [row.split() for row in rows] == [head.split(), text.split()]
+        (told,) = json.loads(run_cli(desk, "stats", "--json", lab("text")).stdout)
+        assert (told["model"], told["requests"]) == (lab("text"), 2)
+        assert run_cli(desk, "stats", "--reset").returncode == 0
+        assert run_cli(desk, "stats", "--json").stdout == "[]\n"
+
+    def test_reset_of_one_model(self, desk: FakePuter) -> None:
+        for scenario in ("text", "echo"):
+            run_cli(desk, "ask", "-m", lab(scenario), "hi")
+        run_cli(desk, "stats", lab("echo"), "--reset")
+        told = json.loads(run_cli(desk, "stats", "--json").stdout)
+        assert lab("text") in [one["model"] for one in told]
+
+    def test_stats_by_an_alias(self, desk: FakePuter) -> None:
+        run_cli(desk, "ask", "-m", "claude-opus-4.5", "hi")
+        run_cli(desk, "ask", "-m", OPUS, "hi")
+        (told,) = json.loads(run_cli(desk, "stats", "--json", "claude-opus-4-5").stdout)
+        assert told["requests"] == 2
+
+    def test_cache(self, desk: FakePuter) -> None:
+        assert "off (set cache_enabled to true)" in run_cli(desk, "cache").stdout
+        on = {"PUTER_CACHE_ENABLED": "1"}
+        for _ in range(2):
+            done = run_cli(desk, "ask", "-m", lab("text"), "hi", **on)
+            assert done.stdout == SENTENCE + "\n"
+        assert len(chats(desk)) == 1
+        told = json.loads(run_cli(desk, "cache", "--json", **on).stdout)
+        assert told["enabled"] is True and told["bytes"] > 50
+        assert [told[n] for n in ("entries", "fresh", "hits", "misses")] == [1, 1, 1, 1]
+        shown = run_cli(desk, "cache", **on).stdout
+        assert "1 of 500 entries, 1 fresh" in shown and "2 look-ups, 50% found" in shown
+        assert run_cli(desk, "cache", "--clear").stdout == "Forgot 1 replies.\n"
+        told = json.loads(run_cli(desk, "cache", "--json").stdout)
+        assert [told[n] for n in ("entries", "hits", "misses")] == [0, 0, 0]
+
+    def test_check(self, desk: FakePuter, home: Path) -> None:
+        done = run_cli(desk, "status", "--check")
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0 and all(one.startswith("ok  ") for one in lines)
+        assert f"ok    {desk.url} answers" in lines
+        assert f"ok    {len(desk.catalogue)} models" in lines
+        assert any("the token of alice works (alice)" in one for one in lines)
+        assert any("clock" in one for one in lines)
+        assert not chats(desk)  # it costs nothing
+
+    @pytest.mark.parametrize(
+        ("fault", "words"),
+        [
+            ("dead", "the token of bob"),
+            ("mode", "do: chmod 600"),
+            ("nobody", "python -m puter login"),
+            ("server", "127.0.0.1:9"),
+            ("models", "the model list"),
+        ],
+    )
+    def test_check_finds(
+        self, desk: FakePuter, home: Path, fault: str, words: str
+    ) -> None:
+        sign_in(desk, home, "bob")
+        accounts = puter.AccountStore(home).path
+        env = {"PUTER_API_BASE_URL": desk.url, "PUTER_MAX_RETRIES": "0"}
+        if fault == "dead":
+            desk.accounts["token-bob"].dead = True
+        elif fault == "mode":
+            if os.name == "nt":
+                pytest.skip("modes are of Unix")
+            Path(accounts).chmod(0o644)
+        elif fault == "nobody":
+            Path(accounts).unlink()
+        elif fault == "server":
+            env["PUTER_API_BASE_URL"] = "http://127.0.0.1:9"
+        else:
+            desk.routes["GET", "/puterai/chat/models/details"] = lambda handler: (
+                handler.send(Raw({"code": "internal_error", "message": "no"}, 500))
+            )
+        done = run_cli(desk, "status", "--check", **env)
+        failed = [one for one in done.stdout.splitlines() if one.startswith("FAIL")]
+        assert done.returncode == 1 and any(words in one for one in failed)
+        if fault == "dead":
+            assert "ok    the token of alice works" in done.stdout
+            assert len(failed) == 1
+        assert "Traceback" not in done.stderr
 
 
 # =============================================================================
