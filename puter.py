@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
 import os
 import re
@@ -28,11 +27,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+)
 
 if TYPE_CHECKING:
     import sqlite3
+    from pathlib import Path
     from typing import TypeGuard
 
     import requests
@@ -113,8 +121,70 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_LINE_BYTES = 32 * 1024 * 1024
 
-_log = logging.getLogger("puter")
-_log.addHandler(logging.NullHandler())
+
+class _LazyLog:
+    """The logger `puter`; `logging` is imported only when somebody could hear.
+
+    That is when the program has imported it itself, or wants these messages on stderr.
+    """
+
+    def __init__(self) -> None:
+        self._logger: Any = None
+        self._shown_from: int | None = None
+
+    def show(self, level: int) -> None:
+        """Show messages from this level on on stderr, as ``[puter-auth] 15:30:45 …``."""
+        self._shown_from = level
+        if self._logger is not None:
+            self._attach()
+
+    def debug(self, message: str, *args: Any) -> None:
+        """See `logging`."""
+        self._log(10, message, args)
+
+    def info(self, message: str, *args: Any) -> None:
+        """See `logging`."""
+        self._log(20, message, args)
+
+    def warning(self, message: str, *args: Any, exc_info: bool = False) -> None:
+        """See `logging`."""
+        self._log(30, message, args, exc_info)
+
+    def error(self, message: str, *args: Any, exc_info: bool = True) -> None:
+        """See `logging`; with the traceback of the exception at hand."""
+        self._log(40, message, args, exc_info)
+
+    def _log(
+        self, level: int, message: str, args: tuple[Any, ...], exc_info: bool = False
+    ) -> None:
+        if self._logger is None:
+            shown = self._shown_from is not None and level >= self._shown_from
+            if "logging" not in sys.modules and not shown:
+                return
+            import logging
+
+            self._logger = logging.getLogger("puter")
+            self._logger.addHandler(logging.NullHandler())
+            self._attach()
+        self._logger.log(level, message, *args, exc_info=exc_info, stacklevel=3)
+
+    def _attach(self) -> None:
+        import logging
+
+        if self._shown_from is None:
+            return
+        if all(h.name != _STDERR_HANDLER for h in self._logger.handlers):
+            handler = logging.StreamHandler()
+            handler.name = _STDERR_HANDLER
+            form = "[puter-auth] %(asctime)s %(message)s"
+            handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+            self._logger.addHandler(handler)
+        self._logger.setLevel(self._shown_from)
+
+
+_STDERR_HANDLER = "puter-stderr"
+_DEBUG, _WARNING = 10, 30  # logging's levels
+_log = _LazyLog()
 _T = TypeVar("_T")
 
 
@@ -571,6 +641,8 @@ def config_dir(
     home: str | None = None,
 ) -> Path:
     """The folder of settings, accounts and state: `PUTER_CONFIG_DIR`, else the system's place."""
+    from pathlib import Path
+
     env = os.environ if environ is None else environ
     if env.get("PUTER_CONFIG_DIR"):
         return Path(env["PUTER_CONFIG_DIR"]).expanduser()
@@ -693,6 +765,8 @@ class Config:
         the process's. Raises `ConfigError`, which names file (or variable), key, what was
         found and what is allowed.
         """
+        from pathlib import Path
+
         values, _ = settings_and_sources(folder, environ, overrides)
         return cls(**values, folder=Path(folder) if folder else config_dir(environ))
 
@@ -703,6 +777,8 @@ def settings_and_sources(
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """All settings as (name -> value, name -> where it comes from); raises `ConfigError`."""
+    from pathlib import Path
+
     env = os.environ if environ is None else environ
     path = (Path(folder) if folder else config_dir(env)) / CONFIG_NAME
     found: dict[str, tuple[Any, str]] = {}
@@ -814,6 +890,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
 
 def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
     """("" and the value to keep) if the value is fine, else (what is allowed, None)."""
+
     check = spec.metadata
     if spec.type == "bool":
         return ("" if isinstance(value, bool) else "true or false"), value
@@ -831,8 +908,8 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
     if "choices" in check:
         choices = " or ".join(f'"{c}"' for c in check["choices"])
         return ("" if value in check["choices"] else choices), value
-    if isinstance(value, Path) and not check.get("url"):
-        value = str(value)
+    if isinstance(value, os.PathLike) and not check.get("url"):
+        value = os.fspath(value)
     if not isinstance(value, str) or not value.strip():
         return "a text that is not empty", None
     if check.get("url"):
@@ -889,6 +966,8 @@ class AccountStore:
     VERSION = 1
 
     def __init__(self, path: str | Path | None = None) -> None:
+        from pathlib import Path
+
         given = Path(path) if path is not None else config_dir()
         is_file = path is not None and given.suffix == ".json"
         self.path = given if is_file else given / ACCOUNTS_NAME
@@ -1106,6 +1185,8 @@ def _pretty_json(data: Any) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
+    from pathlib import Path
+
     target = Path(os.path.realpath(path))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -1512,6 +1593,7 @@ class State:
 
     def _open(self) -> sqlite3.Connection:
         import sqlite3
+        from pathlib import Path
 
         if self._db is not None and self._pid == os.getpid():
             return self._db
@@ -1568,8 +1650,7 @@ _IMAGE_KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What a request asks of a model: tools, kinds of input, and room for so many tokens."""
 
     tools: bool = False
@@ -1939,6 +2020,8 @@ def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, byte
 
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
+    from pathlib import Path
+
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
@@ -3247,8 +3330,7 @@ class _Handle:
         return Tracked
 
 
-@dataclass(slots=True)
-class _Answer:
+class _Answer(NamedTuple):
     """A whole HTTP answer: `data` is the decoded JSON, or None and then `text` holds it."""
 
     status: int
@@ -3688,8 +3770,7 @@ def _seconds(retry_after: str | None) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
-@dataclass(frozen=True, slots=True)
-class _Ask:
+class _Ask(NamedTuple):
     """One request as the caller made it, checked and in wire form."""
 
     model: str
@@ -3987,6 +4068,8 @@ class _Ledger:
     """What is noted of answered requests: figures, and replies to give again."""
 
     def __init__(self, config: Config, state: State) -> None:
+        from pathlib import Path
+
         figures, folder = config.metrics_file, config.cache_directory
         self._config = config
         self.figures = State(Path(figures).expanduser()) if figures else state
@@ -4133,7 +4216,7 @@ class _Caller:
     ) -> _Source | _WholeSource:
         """A streaming reply, read up to its first chunk."""
         if self._must_be_exact(ask, model):
-            patient = replace(ask, timeout_s=max(ask.timeout_s, EXACT_TOOLS_TIMEOUT_S))
+            patient = ask._replace(timeout_s=max(ask.timeout_s, EXACT_TOOLS_TIMEOUT_S))
             return _WholeSource(self.complete(patient, model, account, handle))
         started = time.monotonic()
         with ExitStack() as stack:
@@ -4251,7 +4334,7 @@ class _Caller:
                 ]
                 message = {**message, "content": parts}
             messages.append(message)
-        return replace(ask, args={**ask.args, "messages": messages})
+        return ask._replace(args={**ask.args, "messages": messages})
 
     def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
         """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
@@ -4500,7 +4583,7 @@ class Puter:
         self._gates: dict[str, _Gate] = {}
         self._gates_pid = os.getpid()
         if self.config.debug:
-            log_to_stderr(logging.DEBUG)
+            _log.show(_DEBUG)
 
     def __repr__(self) -> str:
         who = "a given token" if self._roster.has_token else self._roster.current
@@ -4576,7 +4659,7 @@ class Puter:
         ask = self._ask(
             prompt, model, system, images, files, tools, fallback, timeout_ms, args
         )
-        return Stream(self, replace(ask, streaming=True))._start()
+        return Stream(self, ask._replace(streaming=True))._start()
 
     def run(
         self,
@@ -4722,7 +4805,7 @@ class Puter:
                     step = next_step(error, model == ask.model, ask.fallback)
                     self._learn(error, model, account)
                     if step == "rename" and (name := self._name_for(ask.model, error)):
-                        ask = replace(ask, model=name)
+                        ask = ask._replace(model=name)
                         first, models = None, self._models_in_turn(ask, account)
                     elif step in ("raise", "rename"):
                         raise self._summed_up(first, attempts) from first.__cause__
@@ -5246,19 +5329,6 @@ def openai_messages(messages: Sequence[JSON]) -> Messages:
     return result
 
 
-def log_to_stderr(level: int) -> None:
-    """Show the log on stderr, in the form ``[puter-auth] 15:30:45 Request: …``; once."""
-    marker = "puter-stderr"
-    if all(h.name != marker for h in _log.handlers):
-        handler = logging.StreamHandler()
-        handler.name = marker
-        handler.setFormatter(
-            logging.Formatter("[puter-auth] %(asctime)s %(message)s", "%H:%M:%S")
-        )
-        _log.addHandler(handler)
-    _log.setLevel(level)
-
-
 _default: Puter | None = None
 _default_lock = threading.Lock()
 
@@ -5501,8 +5571,7 @@ _PASSED_ON = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A chat completion that a client asks for, understood and checked."""
 
     prompt: Messages
@@ -5847,8 +5916,7 @@ def model_object(model: Model) -> JSON:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Gatekeeper:
+class Gatekeeper(NamedTuple):
     """Who may call: decisions on the head of a request, without sockets."""
 
     host: str
@@ -6148,7 +6216,7 @@ class _BoundedServer:
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            _log.error("A connection failed", exc_info=True)
+            _log.error("A connection failed")
 
 
 def _error_body(message: str, kind: str, code: str | None) -> JSON:
@@ -6301,7 +6369,7 @@ class _OpenAIHandler:
         except _ClientGoneError:
             raise
         except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
-            _log.exception("A request could not be answered")
+            _log.error("A request could not be answered")
             self._fail(PuterError("An internal error of puter.py; its log says more"))
 
     def _complete(self, body: bytes) -> None:
@@ -6319,7 +6387,7 @@ class _OpenAIHandler:
             asked.args,
         )
         if asked.streaming and not asked.wants_json:
-            self._stream(asked, Stream(self.app.client, replace(ask, streaming=True)))
+            self._stream(asked, Stream(self.app.client, ask._replace(streaming=True)))
             return
         handle = _Handle()
         with self.app.watch.over(self.connection, handle.close):
@@ -6502,7 +6570,8 @@ MCP_STATELESS_VERSION = "2026-07-28"
 MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives a call up after 60 s without progress
 _MCP_META = "io.modelcontextprotocol/"
 _MCP_BATCH_VERSION = "2025-03-26"  # the only one with batches
-_MCP_TICK_S = 5.0
+_MCP_TICK_S = 5.0  # a word of progress when nothing else comes
+_MCP_TELL_S = 0.25  # and at most so often while text comes
 _MCP_MODELS_TTL_MS = 3_600_000
 _EMPTY_LISTS = {
     "prompts/list": "prompts",
@@ -6635,35 +6704,62 @@ class _RpcError(Exception):
             self.body["data"] = data
 
 
-@dataclass(slots=True)
 class _McpCall:
-    """One request in work: how it may be told of, and cancelled."""
+    """One request in work: how it is told of, cancelled, or stopped when its time is over."""
 
-    request_id: str | int
-    version: str
-    progress_token: str | int | None = None
-    notify: Callable[[JSON], None] = lambda _: None
-    stream: Stream | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    progress: float = 0.0
+    def __init__(
+        self, version: str, progress_token: Any, notify: Callable[[JSON], None]
+    ) -> None:
+        self.version = version
+        self.cancelled = threading.Event()
+        self.out_of_time = threading.Event()
+        self.said: list[str] = []  # the answer's text so far
+        self._token = progress_token if _is_rpc_id(progress_token) else None
+        self._notify = notify
+        self._progress = 0.0
+        self._lock = threading.Lock()
+        self._stream: Stream | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether the client asked for progress."""
+        return self._token is not None
+
+    def works_on(self, stream: Stream) -> None:
+        """What must be closed when the call is stopped."""
+        with self._lock:
+            self._stream = stream
+        if self.cancelled.is_set():
+            stream.close()
 
     def cancel(self) -> None:
-        """Stop the work, and the request to Puter with it; there will be no answer."""
+        """The client does not want it any more; there will be no answer."""
         self.cancelled.set()
-        if self.stream is not None:
-            self.stream.close()
+        self.stop()
 
-    def tell(self, message: str) -> None:
+    def stop(self) -> None:
+        """End the request to Puter."""
+        with self._lock:
+            stream = self._stream
+        if stream is not None:
+            stream.close()
+
+    def end(self) -> None:
+        """The answer is about to go out: no word of progress after it."""
+        with self._lock:
+            self._token = None
+
+    def tell(self) -> None:
         """A progress notification, if the client asked for them."""
-        if self.progress_token is None or self.cancelled.is_set():
-            return
-        self.progress += 1
-        params = {"progressToken": self.progress_token, "progress": self.progress}
-        if self.version != "2024-11-05":
-            params["message"] = message
-        self.notify(
-            {"jsonrpc": "2.0", "method": "notifications/progress", "params": params}
-        )
+        with self._lock:  # the numbers must not come out of order
+            if self._token is None or self.cancelled.is_set():
+                return
+            self._progress += 1
+            params = {"progressToken": self._token, "progress": self._progress}
+            if self.version != "2024-11-05":
+                params["message"] = f"{sum(map(len, self.said))} characters so far"
+            method = "notifications/progress"
+            self._notify({"jsonrpc": "2.0", "method": method, "params": params})
 
 
 class McpServer:
@@ -6699,10 +6795,39 @@ class McpServer:
             return
         if isinstance(message, list):
             self._batch(message)
-        elif self._takes_time(message):
-            self._in_thread(lambda: self._answer_to(message))
         else:
-            self._answer_to(message)
+            self._take(message, self._write)
+
+    def _take(
+        self, message: Any, reply: Callable[[JSON], None]
+    ) -> threading.Thread | None:
+        """Answer a message, a call to a tool on a thread of its own (which is given back)."""
+        is_call = isinstance(message, dict) and message.get("method") == "tools/call"
+        call = self._registered(message) if is_call else None
+
+        def work() -> None:
+            answer = self.answer(message, call)
+            if answer is not None:
+                reply(answer)
+
+        if is_call:
+            return self._in_thread(work)
+        work()
+        return None
+
+    def _registered(self, message: JSON) -> _McpCall:
+        """Notes a call before its thread runs, so that its cancellation finds it."""
+        params = message.get("params")
+        meta = params.get("_meta") if isinstance(params, dict) else None
+        meta = meta if isinstance(meta, dict) else {}
+        is_stateless = f"{_MCP_META}protocolVersion" in meta
+        version = MCP_STATELESS_VERSION if is_stateless else self._version
+        call = _McpCall(version, meta.get("progressToken"), self._write)
+        request_id: Any = message.get("id")
+        if _is_rpc_id(request_id):
+            with self._lock:
+                self._running[_rpc_key(request_id)] = call
+        return call
 
     def close(self) -> None:
         """The client is gone: stop what runs."""
@@ -6711,7 +6836,7 @@ class McpServer:
         for call in running:
             call.cancel()
 
-    def answer(self, message: Any) -> JSON | None:
+    def answer(self, message: Any, call: _McpCall | None = None) -> JSON | None:
         """The reply to one message, or None when there is to be none."""
         try:
             kind = _rpc_kind(message)
@@ -6724,62 +6849,49 @@ class McpServer:
             self._notified(message)
             return None
         try:
-            result = self._result(message)
+            result = self._result(message, call)
         except _RpcError as error:
             return _rpc_failure(message["id"], error)
         except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
-            _log.exception("A request could not be answered")
+            _log.error("A request could not be answered")
             return _rpc_failure(message["id"], _RpcError(-32603, "Internal error"))
         if result is None:
             return None
         return {"jsonrpc": "2.0", "id": message["id"], "result": result}
 
-    def _answer_to(self, message: Any) -> None:
-        reply = self.answer(message)
-        if reply is not None:
-            self._write(reply)
-
     def _batch(self, messages: list[Any]) -> None:
         """Several messages in one line, which one version of the protocol had."""
         if not messages or not self._initialized or self._version != _MCP_BATCH_VERSION:
-            error = _RpcError(
-                -32600, "Batches are not part of this version of the protocol"
-            )
-            self._write(_rpc_failure(None, error))
+            why = "Batches are not part of this version of the protocol"
+            self._write(_rpc_failure(None, _RpcError(-32600, why)))
             return
+        replies: list[JSON] = []
+        threads = [self._take_from_batch(m, replies.append) for m in messages]
 
-        def work() -> None:
-            replies: list[JSON] = []
-
-            def one(message: Any) -> None:
-                reply = self._answer_in_batch(message)
-                if reply is not None:
-                    replies.append(reply)
-
-            threads = [self._in_thread(partial(one, m)) for m in messages]
+        def finish() -> None:
             for thread in threads:
-                thread.join()
+                if thread is not None:
+                    thread.join()
             if replies:
                 self._write(replies)
 
-        self._in_thread(work)
+        self._in_thread(finish)
 
-    def _answer_in_batch(self, message: Any) -> JSON | None:
+    def _take_from_batch(
+        self, message: Any, reply: Callable[[JSON], None]
+    ) -> threading.Thread | None:
         if isinstance(message, dict) and message.get("method") == "initialize":
             given = message.get("id")
             error = _RpcError(-32600, "initialize must not be part of a batch")
-            return _rpc_failure(given if _is_rpc_id(given) else None, error)
-        return self.answer(message)
+            reply(_rpc_failure(given if _is_rpc_id(given) else None, error))
+            return None
+        return self._take(message, reply)
 
     @staticmethod
     def _in_thread(work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return thread
-
-    @staticmethod
-    def _takes_time(message: Any) -> bool:
-        return isinstance(message, dict) and message.get("method") == "tools/call"
 
     def _notified(self, message: JSON) -> None:
         params = message.get("params")
@@ -6790,7 +6902,7 @@ class McpServer:
             if call is not None:
                 call.cancel()
 
-    def _result(self, message: JSON) -> JSON | None:
+    def _result(self, message: JSON, call: _McpCall | None) -> JSON | None:
         """The result of a request; raises `_RpcError`."""
         method, params = message["method"], message.get("params") or {}
         if method == "initialize":
@@ -6803,7 +6915,12 @@ class McpServer:
             raise _RpcError(-32602, f"params._meta needs {_MCP_META}protocolVersion")
         version = MCP_STATELESS_VERSION if is_stateless else self._version
         if method == "tools/call":
-            result = self._call(message["id"], params, version)
+            call = call or self._registered(message)
+            try:
+                result = self._call(params, call)
+            finally:
+                call.end()
+                self._forget(message["id"], call)
         else:
             result = mcp_list_result(method, params, version)
         if result is not None and is_stateless:
@@ -6819,12 +6936,17 @@ class McpServer:
         self._initialized = True
         return {
             "protocolVersion": self._version,
-            "capabilities": {"tools": {}, "prompts": {}, "resources": {}},
+            "capabilities": {"tools": {}},
             "serverInfo": _server_info(),
             "instructions": _MCP_INSTRUCTIONS,
         }
 
-    def _call(self, request_id: str | int, params: JSON, version: str) -> JSON | None:
+    def _forget(self, request_id: str | int, call: _McpCall) -> None:
+        with self._lock:
+            if self._running.get(_rpc_key(request_id)) is call:
+                del self._running[_rpc_key(request_id)]
+
+    def _call(self, params: JSON, call: _McpCall) -> JSON | None:
         """Run a tool; None when it was cancelled."""
         name, arguments = params.get("name"), params.get("arguments")
         tool = next((t for t in MCP_TOOLS if t["name"] == name), None)
@@ -6832,42 +6954,62 @@ class McpServer:
             raise _RpcError(-32602, f"Unknown tool: {name!r}")
         if not isinstance(arguments, (dict, type(None))):
             raise _RpcError(-32602, "arguments must be an object")
-        meta = params.get("_meta")
-        token = meta.get("progressToken") if isinstance(meta, dict) else None
-        call = _McpCall(
-            request_id, version, token if _is_rpc_id(token) else None, self._write
-        )
-        with self._lock:
-            self._running[_rpc_key(request_id)] = call
-        try:
-            result = self._run_tool(tool, arguments or {}, call)
-        finally:
-            call.progress_token = None  # no word of progress after the answer
-            with self._lock:
-                if self._running.get(_rpc_key(request_id)) is call:
-                    del self._running[_rpc_key(request_id)]
-        if version in ("2024-11-05", "2025-03-26"):
-            result.pop("structuredContent", None)
-        return None if call.cancelled.is_set() else result
-
-    def _run_tool(self, tool: JSON, arguments: JSON, call: _McpCall) -> JSON:
+        arguments = arguments or {}
         wrong = argument_fault(arguments, tool["inputSchema"])
         if wrong:
-            return _tool_failure(f"{tool['name']}: {wrong}")
+            return _tool_failure(f"{name}: {wrong}")
         runs = {
             "puter-chat": self._chat,
             "puter-models": self._models,
             "puter-account": self._account,
         }
         try:
-            text, structured = runs[tool["name"]](arguments, call)
+            text, structured = self._in_time(
+                partial(runs[tool["name"]], arguments, call), call
+            )
         except PuterError as error:
-            return _tool_failure(str(error))
-        return {
-            "content": [{"type": "text", "text": text}],
-            "structuredContent": structured,
-            "isError": False,
-        }
+            return None if call.cancelled.is_set() else _tool_failure(str(error))
+        if call.cancelled.is_set():
+            return None
+        result: JSON = {"content": [{"type": "text", "text": text}], "isError": False}
+        if call.version not in ("2024-11-05", "2025-03-26"):
+            result["structuredContent"] = structured
+        return result
+
+    def _in_time(
+        self, run: Callable[[], tuple[str, JSON]], call: _McpCall
+    ) -> tuple[str, JSON]:
+        """The result of a tool, or what there is of it when its time is over."""
+        results: list[tuple[str, JSON] | BaseException] = []
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                results.append(run())
+            except BaseException as error:  # noqa: BLE001 (raised by who waits for it)
+                results.append(error)
+            done.set()
+
+        self._in_thread(work)
+        until = time.monotonic() + self._call_limit_s
+        wait_s = min(_MCP_TICK_S, self._call_limit_s)
+        while not done.wait(wait_s):
+            call.tell()
+            left_s = until - time.monotonic()
+            if left_s <= 0 and not call.tells:
+                call.out_of_time.set()
+                call.stop()
+                done.wait(1.0)
+                break
+            wait_s = _MCP_TICK_S if call.tells else max(0.01, min(_MCP_TICK_S, left_s))
+        if not results:
+            raise RequestTimeoutError(
+                f"Nothing came within {self._call_limit_s:.0f} s",
+                hint="Try again later.",
+            )
+        if isinstance(results[0], BaseException):
+            raise results[0]
+        return results[0]
 
     def _the_client(self) -> Puter:
         with self._lock:
@@ -6886,53 +7028,37 @@ class McpServer:
             arguments.get("system"),
             *((), (), None, True, None, args),
         )
-        call.stream = Stream(client, replace(ask, streaming=True))
-        if call.cancelled.is_set():
-            call.stream.close()
-        out_of_time, done = threading.Event(), threading.Event()
-        said: list[str] = []
-
-        def watch() -> None:
-            until = time.monotonic() + self._call_limit_s
-            while not done.wait(min(_MCP_TICK_S, self._call_limit_s)):
-                if call.progress_token is not None:
-                    call.tell(f"{sum(map(len, said))} characters so far")
-                elif time.monotonic() >= until:
-                    out_of_time.set()
-                    if call.stream is not None:
-                        call.stream.close()
-                    return
-
-        self._in_thread(watch)
+        stream = Stream(client, ask._replace(streaming=True))
+        call.works_on(stream)
         try:
-            with call.stream._start() as stream:
-                reply = _told_stream(stream, said, call)
+            with stream._start():
+                last = time.monotonic()
+                for chunk in stream:
+                    call.said.append(str(chunk))
+                    if time.monotonic() - last >= _MCP_TELL_S:
+                        last = time.monotonic()
+                        call.tell()
+                if not call.out_of_time.is_set():
+                    return stream.reply.text, _chat_content(stream.reply, partial=False)
         except PuterError:
-            if not out_of_time.is_set():
+            if not call.out_of_time.is_set() or call.cancelled.is_set():
                 raise
-            reply = None
-        finally:
-            done.set()
-        if reply is not None:
-            return reply.text, _chat_content(reply, partial=False)
-        return self._partial_answer("".join(said), call)
+        return self._partial_answer(stream, "".join(call.said))
 
-    def _partial_answer(self, text: str, call: _McpCall) -> tuple[str, JSON]:
+    def _partial_answer(self, stream: Stream, text: str) -> tuple[str, JSON]:
         """What there is when the time is over."""
-        note = (
-            f"[cut off after {self._call_limit_s:.0f} s, before the answer was whole]"
-        )
+        limit = f"{self._call_limit_s:.0f} s"
         if not text:
             raise RequestTimeoutError(
-                f"No answer came within {self._call_limit_s:.0f} s",
+                f"No answer came within {limit}",
                 hint="Ask a faster model, or a shorter question.",
             )
-        stream = call.stream
+        note = f"[cut off after {limit}, before the answer was whole]"
         reply = Reply(
             text=f"{text}\n\n{note}",
             finish_reason="length",
-            model=stream.model if stream else "",
-            account=stream.account if stream else "",
+            model=stream.model,
+            account=stream.account,
         )
         return reply.text, _chat_content(reply, partial=True)
 
@@ -6942,17 +7068,7 @@ class McpServer:
         )
         found = matching_models(found, arguments.get("search"))
         rows = [{k: _listed(getattr(m, k)) for k in _MCP_MODEL_KEYS} for m in found]
-        lines = [f"{len(rows)} models"]
-        for model in found:
-            price = (
-                "free" if model.free else f"${model.input_usd_per_million or 0:g} in, "
-            )
-            price += (
-                ""
-                if model.free
-                else f"${model.output_usd_per_million or 0:g} out, a million tokens"
-            )
-            lines.append(f"{model.id} ({price})")
+        lines = [f"{len(rows)} models", *(f"{m.id} ({_price_words(m)})" for m in found)]
         return "\n".join(lines), {"models": rows, "count": len(rows)}
 
     def _account(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
@@ -6982,7 +7098,7 @@ def mcp_list_result(method: str, params: JSON, version: str) -> JSON:
     if method == "server/discover":
         return {
             "supportedVersions": [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]],
-            "capabilities": {"tools": {}, "prompts": {}, "resources": {}},
+            "capabilities": {"tools": {}},
             "instructions": _MCP_INSTRUCTIONS,
             **lasting,
         }
@@ -7072,12 +7188,14 @@ def argument_fault(arguments: JSON, schema: JSON) -> str:
     for name in schema.get("required", ()):
         if arguments.get(name) in (None, ""):
             return f"the argument {name!r} is missing"
-    for name, value in arguments.items():
+    for name, value in list(arguments.items()):
         if name not in known:
             return (
                 f"there is no argument {name!r}; there are {', '.join(known) or 'none'}"
             )
         kind = known[name]["type"]
+        if kind == "integer" and isinstance(value, float) and value.is_integer():
+            value = arguments[name] = int(value)  # JSON has one kind of number
         is_flag = isinstance(value, bool)
         if value is not None and (
             not isinstance(value, kinds[kind]) or is_flag != (kind == "boolean")
@@ -7086,19 +7204,19 @@ def argument_fault(arguments: JSON, schema: JSON) -> str:
         if isinstance(value, (int, float)) and not is_flag:
             low, high = known[name].get("minimum"), known[name].get("maximum")
             if (low is not None and value < low) or (high is not None and value > high):
-                return f"{name} is {value}, but must be from {low} to {high or 'any'}"
+                bounds = (
+                    f"from {low} to {high}" if high is not None else f"{low} or more"
+                )
+                return f"{name} is {value}, but must be {bounds}"
     return ""
 
 
-def _told_stream(stream: Stream, said: list[str], call: _McpCall) -> Reply | None:
-    """Read a stream to its end, telling of it now and then; None when it was closed."""
-    last = time.monotonic()
-    for chunk in stream:
-        said.append(str(chunk))
-        if time.monotonic() - last >= 0.25:
-            last = time.monotonic()
-            call.tell(f"{sum(map(len, said))} characters so far")
-    return stream._reply
+def _price_words(model: Model) -> str:
+    prices = (model.input_usd_per_million, model.output_usd_per_million)
+    if model.free:
+        return "free"
+    told = ["?" if price is None else f"${price:g}" for price in prices]
+    return f"{told[0]} in, {told[1]} out, a million tokens"
 
 
 def _chat_content(reply: Reply, partial: bool) -> JSON:
@@ -7155,32 +7273,49 @@ def money(amount: float, unit: str) -> str:
     return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
-def serve_mcp(make_client: Callable[[], Puter]) -> None:
-    """Speak MCP on stdin and stdout until stdin ends.
+def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
+    """Speak MCP on stdin and stdout until stdin ends, and end the process then.
 
     Nothing else may reach stdout, so the process's own is kept for messages, and whatever
-    prints goes to stderr.
+    prints goes to stderr. Messages are written by a thread of their own, so that a client
+    that does not read is no reason not to see the end of stdin.
     """
+    import queue
+
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    lock = threading.Lock()
-
-    def write(message: Any) -> None:
-        line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
-        with (
-            lock,
-            suppress(BrokenPipeError, ValueError),
-        ):  # the client is gone: stdin ends too
-            output.write(line)
-            output.flush()
-
-    server = McpServer(make_client, write)
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    server = McpServer(make_client, messages.put)
+    writer = threading.Thread(
+        target=_write_lines, args=(messages.get, output), daemon=True
+    )
+    writer.start()
     try:
         for line in iter(sys.stdin.buffer.readline, b""):
             server.receive(line)
-    finally:
-        server.close()
+    except KeyboardInterrupt:
+        pass  # as good as the end of stdin
+    server.close()
+    messages.put(None)
+    writer.join(1.0)
+    os._exit(0)  # threads still at work must not hold the process up
+
+
+def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
+    """Write messages as lines until one is None, or nobody reads any more."""
+    while (message := get()) is not None:
+        try:
+            line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
+        except ValueError as error:  # a number that JSON lacks
+            _log.error("A message could not be written")
+            failure = _RpcError(-32603, f"Internal error: {error}")
+            line = json.dumps(_rpc_failure(message.get("id"), failure)).encode() + b"\n"
+        try:
+            output.write(line)
+            output.flush()
+        except OSError:
+            return  # the client is gone: stdin ends, too
 
 
 # ======================================================================================
@@ -7583,13 +7718,13 @@ class _Spinner:
             sys.stderr.flush()
 
 
-@dataclass(slots=True)
 class Attachments:
     """What `--attach` brings: texts for the prompt, images and files beside it."""
 
-    texts: list[str] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
-    files: list[File] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.images: list[Image] = []
+        self.files: list[File] = []
 
     @property
     def parts(self) -> int:
@@ -7599,6 +7734,8 @@ class Attachments:
 
 def attachments(sources: Sequence[str], client: Puter) -> Attachments:
     """Sort files, addresses and "-" (stdin) by what they hold; raises `BadRequestError`."""
+    from pathlib import Path
+
     found = Attachments()
     for source in sources:
         if re.match(r"https?://", source):
@@ -7860,6 +7997,8 @@ class _Chat:
 
     def save(self, name: str) -> None:
         """Write the conversation into a file."""
+        from pathlib import Path
+
         if not name:
             _say("Say where: /save FILE")
             return
@@ -7974,6 +8113,8 @@ def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
 
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
+    from pathlib import Path
+
     config = _load_config()
     store = AccountStore(config.folder / ACCOUNTS_NAME)
     if args.import_file is not None:
@@ -8173,6 +8314,8 @@ def _status_lines(report: JSON, now: float) -> Iterator[str]:
 
 def _not_signed_in_text(store: AccountStore) -> str:
     """How to sign in, or to bring along the accounts of the plugin."""
+    from pathlib import Path
+
     text = "Nobody is signed in. Sign in with: python -m puter login"
     for folder in (Path.home() / ".config" / "opencode", Path.home() / ".opencode"):
         path = folder / ACCOUNTS_NAME
@@ -8459,7 +8602,6 @@ def cmd_serve(args: Any) -> int:
     """Run a server until it is told to stop."""
     if args.mcp:
         serve_mcp(_client)
-        return 0
     return _serve_openai(args)
 
 
@@ -8695,11 +8837,15 @@ def _indented_by(indent: str, lines: Iterable[str]) -> list[str]:
 
 
 def _home(*parts: str) -> Path:
+    from pathlib import Path
+
     return Path.home().joinpath(*parts)
 
 
 def _app_folder(name: str, environ: Mapping[str, str], platform: str) -> Path:
     """Where a desktop program keeps its settings, by platform."""
+    from pathlib import Path
+
     if platform == "win32":
         return Path(environ.get("APPDATA") or _home("AppData", "Roaming")) / name
     if platform == "darwin":
@@ -8709,6 +8855,8 @@ def _app_folder(name: str, environ: Mapping[str, str], platform: str) -> Path:
 
 def mcp_command() -> list[str]:
     """How another program starts the MCP server, from whatever folder it runs in."""
+    from pathlib import Path
+
     here = Path(__file__).resolve()
     installed = any(part in ("site-packages", "dist-packages") for part in here.parts)
     return [
@@ -8729,6 +8877,8 @@ def opencode_block(
     models: Sequence[Model], base_url: str, key: str | None
 ) -> list[Block]:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
+    from pathlib import Path
+
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or _home(".config")) / "opencode"
     named = folder / "opencode.jsonc"
     provider = {
@@ -8806,6 +8956,8 @@ def claude_desktop_block(
     models: Sequence[Model], base_url: str, key: str | None
 ) -> list[Block]:
     """Claude Desktop: the MCP server (it takes no OpenAI-compatible provider)."""
+    from pathlib import Path
+
     folder = _app_folder("Claude", os.environ, sys.platform)
     if sys.platform == "win32":  # the installer of the app store keeps its own copy
         packages = (
@@ -8821,6 +8973,8 @@ def claude_code_block(
     models: Sequence[Model], base_url: str, key: str | None
 ) -> list[Block]:
     """Claude Code: the MCP server, for the user (it takes no OpenAI-compatible provider)."""
+    from pathlib import Path
+
     folder = os.environ.get("CLAUDE_CONFIG_DIR")
     path = (Path(folder) if folder else _home()) / ".claude.json"
     return _mcp_json(path, {"type": "stdio"})
@@ -8830,6 +8984,8 @@ def continue_block(
     models: Sequence[Model], base_url: str, key: str | None
 ) -> list[Block]:
     """Continue: models with the provider `openai`, and the MCP server."""
+    from pathlib import Path
+
     folder = Path(os.environ.get("CONTINUE_GLOBAL_DIR") or _home(".continue"))
     lines = []
     for m in models:
@@ -8891,6 +9047,8 @@ def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list
 
 def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
+    from pathlib import Path
+
     given = os.environ.get("LLM_USER_PATH")
     folder = (
         Path(given)
@@ -8985,6 +9143,7 @@ def _show_config(as_json: bool) -> int:
 def _write_block(block: Block, sure: bool) -> None:
     """Merge a block into its program's file: a diff first, a backup beside it."""
     import difflib
+    from pathlib import Path
 
     target = Path(os.path.realpath(block.path))
     try:
@@ -9040,9 +9199,9 @@ def _load_config() -> Config:
     """The settings of a command, with the log that they ask for on stderr."""
     config = Config.load()
     if config.debug:
-        log_to_stderr(logging.DEBUG)
+        _log.show(_DEBUG)
     elif not config.quiet_mode:
-        log_to_stderr(logging.WARNING)
+        _log.show(_WARNING)
     return config
 
 
