@@ -435,8 +435,36 @@ ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
 JSON = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+def _plain_values(value: Any) -> JSON:
+    """A dataclass as a dict of its fields."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+class _Value:
+    """What values have in common: equal when all fields are, and shown with those.
+
+    `dataclass` would write these methods anew for each class, which costs half of the time
+    that importing this module takes.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return _plain_values(self) == _plain_values(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(repr, _plain_values(self).values())))
+
+    def __repr__(self) -> str:
+        own: Any = self
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(own) if f.repr)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Usage(_Value):
     """Tokens and price of one reply, whatever the provider calls them; None is "not told".
 
     `input_tokens` is as the provider counts it: OpenRouter and Claude leave cached tokens
@@ -456,8 +484,8 @@ class Usage:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ToolCall(_Value):
     """A model's wish to call a function: `arguments` is a dict.
 
     `extra_content` is a provider's note (Gemini's thought signature) that must go back with
@@ -470,8 +498,8 @@ class ToolCall:
     extra_content: JSON | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Chunk(_Value):
     """A piece of a streamed reply; `str()` of any but a text chunk is empty.
 
     `type` is "text", "reasoning" (both carry `text`), "tool_call" or "usage".
@@ -486,8 +514,8 @@ class Chunk:
         return self.text if self.type == "text" else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Attempt(_Value):
     """One request made for a call: `error` is None for the one that answered."""
 
     model: str
@@ -503,8 +531,8 @@ class Attempt:
         return f"{self.model} on {self.account}: {told}"
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Reply(_Value):
     """A whole answer; `str()` is its text.
 
     `model` and `account` are the ones that answered, `attempts` everything that was tried.
@@ -534,8 +562,8 @@ class Reply:
         return self.text or f"```\n{self!r}\n```"
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Model(_Value):
     """A model of the catalogue; prices in US dollars per million tokens, None if not told.
 
     `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
@@ -560,8 +588,8 @@ class Model:
         return (self.id, *self.aliases)
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Account(_Value):
     """A stored account; times are milliseconds since 1970, None if never or not known."""
 
     username: str
@@ -571,8 +599,8 @@ class Account:
     is_temporary: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Cooldown:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Cooldown(_Value):
     """A rest: of a whole account (`model` is ""), or of one model on it.
 
     `until_s` is seconds since 1970; `reason` is the error's code, "login" for a token that is
@@ -586,8 +614,8 @@ class Cooldown:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Credit(_Value):
     """What an account may still spend this month, in `unit` ("usd" or "credits").
 
     `by_api` maps what was used to (cost in the unit, units, calls).
@@ -601,8 +629,8 @@ class Credit:
     raw: JSON = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelStats:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ModelStats(_Value):
     """How a model has done here: counts of all calls, times of the latest ones.
 
     Times are in seconds: `p50_s` and `p95_s` of whole replies, `first_s` the median to the
@@ -618,11 +646,6 @@ class ModelStats:
     first_s: float | None = None
     tokens_per_s: float | None = None
     cost_usd: float = 0.0
-
-
-def _plain_values(value: Any) -> JSON:
-    """A dataclass as a dict of its fields."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 # ======================================================================================
@@ -660,8 +683,8 @@ def _setting(default: Any, doc: str, **check: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **check})
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Config(_Value):
     """All settings; `Config.load()` reads them from puter.json and the environment.
 
     Raises `ConfigError` for a value of the wrong type or out of range.
@@ -5571,17 +5594,23 @@ _PASSED_ON = (
 )
 
 
-class Completion(NamedTuple):
+class Completion:
     """A chat completion that a client asks for, understood and checked."""
 
-    prompt: Messages
-    model: str
-    tools: list[JSON]
-    args: JSON
-    streaming: bool = False
-    include_usage: bool = False
-    stop: tuple[str, ...] = ()
-    wants_json: bool = False
+    def __init__(
+        self,
+        prompt: Messages,
+        model: str,
+        tools: list[JSON],
+        args: JSON,
+        streaming: bool = False,
+        include_usage: bool = False,
+        stop: tuple[str, ...] = (),
+        wants_json: bool = False,
+    ) -> None:
+        self.prompt, self.model, self.tools, self.args = prompt, model, tools, args
+        self.streaming, self.include_usage = streaming, include_usage
+        self.stop, self.wants_json = stop, wants_json
 
 
 def completion_from(body: Any, default_model: str | None) -> Completion:
@@ -5916,12 +5945,18 @@ def model_object(model: Model) -> JSON:
     }
 
 
-class Gatekeeper(NamedTuple):
+class Gatekeeper:
     """Who may call: decisions on the head of a request, without sockets."""
 
-    host: str
-    api_key: str | None = None
-    allowed_origins: frozenset[str] = frozenset()
+    def __init__(
+        self,
+        host: str,
+        api_key: str | None = None,
+        allowed_origins: Collection[str] = (),
+    ) -> None:
+        self.host = host
+        self.api_key = api_key
+        self.allowed_origins = frozenset(allowed_origins)
 
     def refusal(
         self, path: str, host: str | None, origin: str | None, authorization: str
@@ -8666,7 +8701,6 @@ _OPENCODE_KINDS = (
 )  # others make its file invalid
 
 
-@dataclass(frozen=True, slots=True)
 class Block:
     """A part of a program's settings: where it goes, and what goes there.
 
@@ -8674,11 +8708,19 @@ class Block:
     (of the whole file, for key "").
     """
 
-    path: Path
-    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
-    lines: dict[str, list[str]] = field(default_factory=dict)
-    comments: bool = False
-    fresh: str = ""  # what a new file begins with
+    def __init__(
+        self,
+        path: Path,
+        values: Mapping[tuple[str, ...], Any] | None = None,
+        lines: Mapping[str, list[str]] | None = None,
+        comments: bool = False,
+        fresh: str = "",
+    ) -> None:
+        self.path = path
+        self.values = values or {}
+        self.lines = lines or {}
+        self.comments = comments  # whether the program takes JSON with comments
+        self.fresh = fresh  # what a new file begins with
 
     def text(self) -> str:
         """The block alone, as a file that holds nothing else."""
