@@ -1102,7 +1102,7 @@ class AccountStore:
                 yield data
                 what = "be written"
                 if json.dumps(data) != before:
-                    _write_private(target, f"{_pretty_json(data)}\n")
+                    _write_private(target, f"{_pretty_json(data)}\n".encode())
         except OSError as error:
             raise self._failed(what, error) from error
 
@@ -1252,7 +1252,7 @@ def _lock_file_windows(handle: int, module: Any = None) -> None:
                 raise
 
 
-def _write_private(target: Path, text: str) -> None:
+def _write_private(target: Path, data: bytes) -> None:
     """Replace a file whole, or not at all; mode 0600 from the first byte. Caller holds a lock."""
     part = target.with_name(f".{target.name}.part")
     with suppress(FileNotFoundError):
@@ -1260,7 +1260,7 @@ def _write_private(target: Path, text: str) -> None:
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
@@ -6772,12 +6772,13 @@ class _McpCall:
         self.cancelled.set()
         self.stop()
 
-    def stop(self) -> None:
-        """End the request to Puter."""
+    def stop(self) -> bool:
+        """End the request to Puter; whether there was one that can be ended."""
         with self._lock:
             stream = self._stream
         if stream is not None:
             stream.close()
+        return stream is not None
 
     def end(self) -> None:
         """The answer is about to go out: no word of progress after it."""
@@ -7033,8 +7034,8 @@ class McpServer:
             left_s = until - time.monotonic()
             if left_s <= 0 and not call.tells:
                 call.out_of_time.set()
-                call.stop()
-                done.wait(1.0)
+                if call.stop():
+                    done.wait(1.0)  # for what there is of the answer
                 break
             wait_s = _MCP_TICK_S if call.tells else max(0.01, min(_MCP_TICK_S, left_s))
         if not results:
@@ -7827,9 +7828,7 @@ def _keep_conversation(client: Puter, talk: Conversation) -> None:
     path = client.config.folder / CONVERSATION_NAME
     try:
         with _locked(path) as target:
-            _write_private(
-                target, json.dumps(talk.to_json(), ensure_ascii=False) + "\n"
-            )
+            _write_private(target, json.dumps(talk.to_json()).encode() + b"\n")
     except (OSError, TypeError, ValueError) as error:
         _say(f"warning: The conversation could not be kept in {path} ({error}).")
 
@@ -8731,8 +8730,7 @@ class Block:
         new = old.lstrip("\ufeff") if old.strip() else self.fresh
         if self.values and new and not self.comments:
             json.loads(new)  # this program takes plain JSON only: say so before it does
-        for path, value in self.values.items():
-            new = jsonc_with(new or "{}\n", path, value)
+        new = jsonc_with_all(new or "{}\n", self.values) if self.values else new
         for key, lines in self.lines.items():
             new = yaml_with(new, key, lines)
         return new
@@ -8772,6 +8770,29 @@ def jsonc_with(text: str, path: Sequence[str], value: Any) -> str:
         "\n", f"\n{'  ' * len(path)}"
     )
     return text[:start] + shown + text[end:]
+
+
+def jsonc_with_all(text: str, values: Mapping[tuple[str, ...], Any]) -> str:
+    """As `jsonc_with` for several; new keys of the top are put in together, for speed."""
+    start = _jsonc_skip(text, 0)
+    known = (
+        {m[0] for m in _jsonc_members(text, start)}
+        if text[start : start + 1] == "{"
+        else set()
+    )
+    new = {
+        path[0]: value
+        for path, value in values.items()
+        if len(path) == 1 and path[0] not in known
+    }
+    rest = {path: value for path, value in values.items() if path[0] not in new}
+    for path, value in rest.items():
+        text = jsonc_with(text, path, value)
+    if not new:
+        return text
+    shown = json.dumps(new, indent=2, ensure_ascii=False)[2:-2]  # the members alone
+    marker = "puter.py puts its members here"
+    return jsonc_with(text, (marker,), 0).replace(f'  "{marker}": 0', shown)
 
 
 def _jsonc_skip(text: str, at: int) -> int:
@@ -8831,26 +8852,27 @@ def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
     do without a YAML parser: a list in one line, or a file of another shape.
     """
     begin, end = (f"{mark} {key}".rstrip() for mark in (_MARK_BEGIN, _MARK_END))
-    old = re.compile(
-        rf"^[ ]*{re.escape(begin)}\n.*?^[ ]*{re.escape(end)}\n",
-        re.DOTALL | re.MULTILINE,
-    )
-    text = old.sub("", text)
-    if text and not text.endswith("\n"):
-        text += "\n"
-    rows = text.split("\n")
+    text = _without_block(text, begin, end)
+    rows = text.rstrip("\n").split("\n") if text.strip() else []
     if not key:
-        if any(r and r[0] not in " -#" for r in rows):
+        items = [r for r in rows if r.strip() and not r.lstrip().startswith("#")]
+        indent = re.match(r" *", items[0]).group() if items else ""  # type: ignore[union-attr]
+        if any(
+            not r.startswith((f"{indent}- ", f"{indent} ")) and r.strip() != "-"
+            for r in items
+        ):
             raise ValueError("it is not a list")
-        return text + "\n".join([begin, *lines, end, ""])
-    at = next(
-        (i for i, r in enumerate(rows) if re.match(rf"{re.escape(key)}\s*:", r)), None
-    )
+        return "\n".join([*rows, *_indented_by(indent, [begin, *lines, end]), ""])
+    heads = [rf"{quote}{re.escape(key)}{quote}\s*:" for quote in ("", '"', "'")]
+    at = next((i for i, r in enumerate(rows) if re.match("|".join(heads), r)), None)
     if at is None:
-        return text + "\n".join(
-            [f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""]
+        return "\n".join(
+            [*rows, f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""]
         )
-    if not re.fullmatch(rf"{re.escape(key)}\s*:\s*(#.*)?", rows[at]):
+    told = re.sub(r"^[^:]*:\s*|\s*#.*$", "", rows[at])
+    if told.replace(" ", "") in ("[]", "~", "null"):
+        rows[at] = f"{rows[at].partition(':')[0]}:"
+    elif told:
         raise ValueError(f"{key} is written in one line")
     item = next(
         (r for r in rows[at + 1 :] if r.strip() and not r.lstrip().startswith("#")), ""
@@ -8859,19 +8881,24 @@ def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
     indent = first.group(1) if first else "  "
     last = at
     for i in range(at + 1, len(rows)):
-        inside = rows[i].startswith((f"{indent} ", f"{indent}-")) or rows[
-            i
-        ].lstrip().startswith("#")
-        if rows[i].strip() and not inside:
+        if rows[i].startswith((f"{indent} ", f"{indent}-")):
+            last = i  # the list's own; comments and blanks behind it belong to what follows
+        elif rows[i].strip() and not rows[i].lstrip().startswith("#"):
             break
-        last = i if rows[i].strip() else last
-    return "\n".join(
-        [
-            *rows[: last + 1],
-            *_indented_by(indent, [begin, *lines, end]),
-            *rows[last + 1 :],
-        ]
-    )
+    block = _indented_by(indent, [begin, *lines, end])
+    return "\n".join([*rows[: last + 1], *block, *rows[last + 1 :], ""])
+
+
+def _without_block(text: str, begin: str, end: str) -> str:
+    """The text without what an earlier run put between the marks; raises ValueError."""
+    rows = text.split("\n")
+    marks = [r.strip() for r in rows if r.strip() in (begin, end)]
+    if marks not in ([], [begin, end]):
+        raise ValueError(f"the marks {begin!r} and {end!r} do not stand in pairs")
+    if not marks:
+        return text
+    places = [i for i, r in enumerate(rows) if r.strip() in (begin, end)]
+    return "\n".join([*rows[: places[0]], *rows[places[1] + 1 :]])
 
 
 def _indented_by(indent: str, lines: Iterable[str]) -> list[str]:
@@ -9046,8 +9073,13 @@ def continue_block(
             f"  capabilities: {json.dumps(can)}",
         ]
         if m.context and m.max_tokens:
-            lines += ["  defaultCompletionOptions:", f"    contextLength: {m.context}"]
-            lines += [f"    maxTokens: {m.max_tokens}"]
+            # It refuses an answer that leaves less room than this for the question.
+            most = min(m.max_tokens, m.context // 4)
+            lines += [
+                "  defaultCompletionOptions:",
+                f"    contextLength: {m.context}",
+                f"    maxTokens: {most}",
+            ]
     command, *args = mcp_command()
     server = ["- name: puter", "  type: stdio", f"  command: {json.dumps(command)}"]
     server += [f"  args: {json.dumps(args)}"]
@@ -9141,23 +9173,28 @@ def cmd_config(args: Any) -> int:
     if args.what == "show":
         return _show_config(args.json)
     build, note = _PROGRAMS[args.what]
-    with _client() as client:
-        models = (
-            []
-            if args.what.startswith("claude")
-            else client.models(args.provider, args.free or None)
-        )
+    needs_models = not args.what.startswith("claude")
+    models: list[Model] = []
+    if needs_models:
+        with _client() as client:
+            models = client.models(args.provider, args.free or None)
     models = matching_models(models, args.search)
+    if needs_models and not models:
+        _say("error: No model is like that, so there is nothing to set up.")
+        return 1
     key = os.environ.get("PUTER_SERVER_API_KEY")
     blocks = build(models, args.base_url, key)
-    for block in blocks:
-        if args.write:
-            _write_block(block, args.yes)
-        else:
+    if args.write:
+        changes = [
+            _change_of(block) for block in blocks
+        ]  # all are read before one is written
+        for change in changes:
+            _write_change(*change, sure=args.yes)
+    else:
+        for block in blocks:
             _say(_dim(f"# {block.path}"))
             print(block.text(), end="")
-    needs_server = not args.what.startswith("claude")
-    if needs_server:
+    if needs_models:
         _say("The server must run: python -m puter serve --openai")
     _say(note.replace("COMMAND", " ".join(mcp_command())))
     return 0
@@ -9182,44 +9219,45 @@ def _show_config(as_json: bool) -> int:
     return 0
 
 
-def _write_block(block: Block, sure: bool) -> None:
-    """Merge a block into its program's file: a diff first, a backup beside it."""
-    import difflib
+def _change_of(block: Block) -> tuple[Path, bytes, bytes]:
+    """(file, its bytes, what they should be); raises `ConfigError` if it cannot be read."""
     from pathlib import Path
 
     target = Path(os.path.realpath(block.path))
     try:
-        old = target.read_text(encoding="utf-8") if target.exists() else ""
-        new = block.merged(old)
+        old = target.read_bytes() if target.exists() else b""
+        text = old.decode("utf-8")
+        ends = "\r\n" if "\r\n" in text else "\n"
+        new = block.merged(text.replace("\r\n", "\n")).replace("\n", ends)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{block.path} cannot be read ({error}); nothing was written",
             hint="Mend the file, or put the block there by hand: run this without --write.",
         ) from error
+    return target, old, new.encode("utf-8")
+
+
+def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
+    """Put a change into a program's file: a diff first, a backup beside it."""
+    import difflib
+
     if new == old:
-        print(f"{block.path} has it already.")
+        print(f"{target} has it already.")
         return
-    diff = difflib.unified_diff(
-        old.splitlines(True), new.splitlines(True), str(block.path), str(block.path)
+    before, after = (
+        data.decode("utf-8").replace("\r\n", "\n").splitlines(True)
+        for data in (old, new)
     )
-    sys.stderr.writelines(diff)
-    if not sure and _may_ask():
-        answer = input(f"Write this into {block.path}? [Y/n] ").strip().lower()
-        if answer not in ("", "y", "yes"):
-            print("Nothing was written.")
-            return
-    _replace_with_backup(target, old, new)
-
-
-def _replace_with_backup(target: Path, old: str, new: str) -> None:
-    """Write the new text, the old one kept in a file beside it, with the mode it had."""
+    name = str(target)
+    sys.stderr.writelines(difflib.unified_diff(before, after, name, name))
+    if not sure and _may_ask() and not _agrees(f"Write this into {target}?"):
+        print("Nothing was written.")
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
         if old:
-            backup = target.with_name(
-                f"{target.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak"
-            )
+            backup = _unused_name(target)
             _write_private(backup, old)
             print(f"The old file is kept as {backup}")
         _write_private(target, new)
@@ -9230,6 +9268,21 @@ def _replace_with_backup(target: Path, old: str, new: str) -> None:
             hint="Give yourself the right to.",
         ) from error
     print(f"Wrote {target}")
+
+
+def _unused_name(target: Path) -> Path:
+    """A name for a backup beside the file that no other backup has."""
+    stem = f"{target.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (f"{stem}{more}.bak" for more in ("", *(f"-{n}" for n in range(2, 1_000))))
+    return next(p for p in map(target.with_name, names) if not p.exists())
+
+
+def _agrees(question: str) -> bool:
+    """Whether the person says yes; the end of input is a no."""
+    try:
+        return input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+    except EOFError:
+        return False
 
 
 def _client() -> Puter:
@@ -9255,11 +9308,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         if client.accounts or not _may_ask():
             raise
     _say("You are not signed in.")
-    if input("Sign in with the browser now? [Y/n] ").strip().lower() not in (
-        "",
-        "y",
-        "yes",
-    ):
+    if not _agrees("Sign in with the browser now?"):
         raise AuthError("You are not signed in")
     account = _login_with_browser(client.config, False, LOGIN_PORT)
     _keep(client.store, client.config, account)

@@ -28,6 +28,7 @@ import json
 import logging
 import os
 import pickle
+import queue
 import random
 import re
 import select
@@ -59,11 +60,15 @@ from socketserver import TCPServer
 from typing import Annotated, Any, Literal, NoReturn, Optional, TypedDict, Union
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
+import anyio
+import jsonschema
+import mcp
 import openai
 import pytest
 import requests
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mcp.client.stdio import stdio_client
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -11635,6 +11640,1869 @@ class TestServeCommand:
         assert "11480" in done.stdout and "127.0.0.1" in done.stdout
         assert puter.SERVER_PORT == 11480
         assert os.environ["PUTER_CONFIG_DIR"] == str(home)
+
+
+# =============================================================================
+# Helpers of the tests of MCP
+# =============================================================================
+
+VERSIONS = puter.MCP_HANDSHAKE_VERSIONS
+NEWEST = "2025-11-25"
+META = "io.modelcontextprotocol/"
+ENVELOPE: dict[str, Any] = {
+    f"{META}protocolVersion": "2026-07-28",
+    f"{META}clientCapabilities": {},
+}
+DETAILS_PATH = ("GET", "/puterai/chat/models/details")
+
+
+def rpc(method: str, params: Any = None, request_id: Any = 1) -> dict[str, Any]:
+    """A request; one without an id (None) is a notification."""
+    message: dict[str, Any] = {"jsonrpc": "2.0", "method": method}
+    message |= {} if params is None else {"params": params}
+    return message if request_id is None else {**message, "id": request_id}
+
+
+def tool_request(
+    tool: str, arguments: Any = None, request_id: Any = 1, **meta: Any
+) -> dict[str, Any]:
+    """A call of a tool; `meta` is its `_meta`."""
+    params: dict[str, Any] = {"name": f"puter-{tool}", "arguments": arguments or {}}
+    return rpc(
+        "tools/call", {**params, **({"_meta": meta} if meta else {})}, request_id
+    )
+
+
+def lab_chat(scenario: str, request_id: Any = 1, **meta: Any) -> dict[str, Any]:
+    """A chat with the model of a scenario."""
+    arguments = {"message": "hi", "model": f"openrouter:lab/{scenario}"}
+    return tool_request("chat", arguments, request_id, **meta)
+
+
+def cancelled(request_id: Any) -> dict[str, Any]:
+    """The notification that a call is to end."""
+    return rpc("notifications/cancelled", {"requestId": request_id}, None)
+
+
+def as_line(message: Any) -> bytes:
+    """A message as it is sent; bytes are sent as they are."""
+    return message if isinstance(message, bytes) else json.dumps(message).encode()
+
+
+def fault_in_answer(answer: Any) -> str:
+    """What is wrong with an answer by JSON-RPC 2.0, or ""."""
+    if isinstance(answer, list):
+        return next(filter(None, map(fault_in_answer, answer)), "" if answer else "[]")
+    if not isinstance(answer, dict) or answer.get("jsonrpc") != "2.0":
+        return "no JSON-RPC 2.0"
+    if "method" in answer:
+        return "" if "id" not in answer else "a request"
+    if ("result" in answer) == ("error" in answer) or "id" not in answer:
+        return "neither result nor error, or both, or no id"
+    if not isinstance(answer["id"], (str, int, type(None))):
+        return "a wrong id"
+    error = answer.get("error")
+    if error is not None and not (
+        isinstance(error["code"], int) and isinstance(error["message"], str)
+    ):
+        return "a wrong error"
+    return "" if error or isinstance(answer["result"], dict) else "a wrong result"
+
+
+def nulls_in(value: Any) -> bool:
+    """Whether a null stands anywhere in the value."""
+    if isinstance(value, dict):
+        return any(map(nulls_in, value.values()))
+    return any(map(nulls_in, value)) if isinstance(value, list) else value is None
+
+
+class Talk:
+    """A server in this process: what is sent to it, and what it has written."""
+
+    def __init__(self, make_client: Callable[[], puter.Puter], **more: Any) -> None:
+        self.out: list[Any] = []
+        self.server = puter.McpServer(make_client, self.out.append, **more)
+
+    def send(self, *messages: Any) -> None:
+        for message in messages:
+            self.server.receive(as_line(message))
+
+    def answers(self, request_id: Any) -> list[Any]:
+        """The answers to a request so far."""
+        return [
+            one
+            for one in list(self.out)
+            if isinstance(one, dict)
+            and "method" not in one
+            and one["id"] == request_id
+            and type(one["id"]) is type(request_id)
+        ]
+
+    def ask(self, message: dict[str, Any]) -> Any:
+        """The one answer to a request."""
+        before = len(self.answers(message["id"]))
+        self.send(message)
+        assert eventually(lambda: len(self.answers(message["id"])) > before)
+        return self.answers(message["id"])[-1]
+
+    def result(self, message: dict[str, Any]) -> Any:
+        """The result of a request."""
+        return self.ask(message)["result"]
+
+    def progress(self) -> list[dict[str, Any]]:
+        """The params of every notification of progress so far."""
+        return [
+            one["params"]
+            for one in list(self.out)
+            if isinstance(one, dict) and one.get("method") == "notifications/progress"
+        ]
+
+    def initialize(self, version: str = NEWEST) -> Any:
+        """Shake hands."""
+        return self.result(rpc("initialize", {"protocolVersion": version}, "init"))
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder of the test's own, and no settings from outside."""
+    others = ("XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CONTINUE_GLOBAL_DIR")
+    for name in list(os.environ):
+        if name.startswith("PUTER_") or name in (*others, "LLM_USER_PATH"):
+            monkeypatch.delenv(name)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
+    return tmp_path
+
+
+@pytest.fixture
+def talk(fake: FakePuter, own_home: Path) -> Iterator[Callable[..., Talk]]:
+    """Starts servers in this process: `talk("alice", call_limit_s=1.0)`."""
+    made: list[puter.Puter] = []
+    talks: list[Talk] = []
+
+    def start(*usernames: str, limit_s: float = 30.0, **more: Any) -> Talk:
+        store = puter.AccountStore(own_home / "puter")
+        for name in usernames:
+            if f"token-{name}" not in fake.accounts:
+                fake.add_account(name)
+            store.add(
+                puter.Account(name, f"token-{name}", 1), activate=name == usernames[0]
+            )
+        plain = {"api_base_url": fake.url, "max_retries": 0, "fallback_enabled": False}
+
+        def make_client() -> puter.Puter:
+            made.append(puter.Puter(**{**plain, **more}))
+            return made[-1]
+
+        talks.append(Talk(make_client, call_limit_s=limit_s))
+        return talks[-1]
+
+    yield start
+    for one in talks:
+        one.server.close()
+    for client in made:
+        client.close()
+
+
+# (line, code and id of the error; None when there is no answer)
+BAD_LINES: dict[str, tuple[Any, tuple[int, Any] | None]] = {
+    "no JSON": (b"{", (-32700, None)),
+    "no UTF-8": (b'{"jsonrpc":"2.0","id":1,"method":"\xff"}', (-32700, None)),
+    "NaN": (b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}', (-32700, None)),
+    "two values": (b"{} {}", (-32700, None)),
+    "too deep": (b"[" * 200_000, (-32700, None)),
+    "too long a number": (b'{"id":' + b"9" * 5000 + b"}", (-32700, None)),
+    "a number": (b"5", (-32600, None)),
+    "null": (b"null", (-32600, None)),
+    "a text": (b'"ping"', (-32600, None)),
+    "an empty object": ({}, (-32600, None)),
+    "a batch": ([rpc("ping")], (-32600, None)),
+    "an empty batch": ([], (-32600, None)),
+    "old JSON-RPC": ({"jsonrpc": "1.0", "id": 3, "method": "ping"}, (-32600, 3)),
+    "no jsonrpc": ({"id": "x", "method": "ping"}, (-32600, "x")),
+    "no method": ({"jsonrpc": "2.0", "id": 3}, (-32600, 3)),
+    "method a number": ({"jsonrpc": "2.0", "id": 3, "method": 5}, (-32600, 3)),
+    "params a list": (rpc("ping", [1], 3), (-32600, 3)),
+    "params a text": (rpc("ping", "x", 3), (-32600, 3)),
+    "id null": ({"jsonrpc": "2.0", "id": None, "method": "ping"}, (-32600, None)),
+    "id a flag": (rpc("ping", None, True), (-32600, None)),
+    "id a fraction": (rpc("ping", None, 1.5), (-32600, None)),
+    "id an object": (rpc("ping", None, {}), (-32600, None)),
+    "unknown method": (rpc("nope", None, 3), (-32601, 3)),
+    "undeclared logging": (rpc("logging/setLevel", {"level": "info"}, 3), (-32601, 3)),
+    "undeclared completion": (rpc("completion/complete", {}, 3), (-32601, 3)),
+    "unknown tool": (tool_request("nope", None, 3), (-32602, 3)),
+    "no tool": (rpc("tools/call", None, 3), (-32602, 3)),
+    "tool a number": (rpc("tools/call", {"name": 5}, 3), (-32602, 3)),
+    "tool an object": (rpc("tools/call", {"name": {}}, 3), (-32602, 3)),
+    "arguments a list": (
+        rpc("tools/call", {"name": "puter-models", "arguments": [1]}, 3),
+        (-32602, 3),
+    ),
+    "unknown page": (rpc("tools/list", {"cursor": "2"}, 3), (-32602, 3)),
+    "initialize with nothing": (rpc("initialize", None, 3), (-32602, 3)),
+    "initialize with 5": (rpc("initialize", {"protocolVersion": 5}, 3), (-32602, 3)),
+    "a bare discover": (rpc("server/discover", None, 3), (-32602, 3)),
+    "a blank line": (b" \r\n", None),
+    "a notification": (rpc("notifications/initialized", None, None), None),
+    "a notification with null": (
+        {"jsonrpc": "2.0", "method": "notifications/initialized", "params": None},
+        None,
+    ),
+    "a call without an id": (tool_request("models", None, None), None),
+    "initialize without an id": (rpc("initialize", {}, None), None),
+    "an unknown notification": (rpc("nope", [5], None), None),
+    "an unasked result": ({"jsonrpc": "2.0", "id": 9, "result": {}}, None),
+    "an unasked error": ({"jsonrpc": "2.0", "id": 9, "error": {"code": 1}}, None),
+    "cancel of nothing": (cancelled(77), None),
+    "cancel of an object": (cancelled({}), None),
+    "cancel of null": (cancelled(None), None),
+    "cancel with a list": (rpc("notifications/cancelled", [1], None), None),
+}
+
+# (the _meta of a request, code of the error)
+BAD_ENVELOPES: dict[str, tuple[dict[str, Any], int]] = {
+    "version a number": ({**ENVELOPE, f"{META}protocolVersion": 5}, -32602),
+    "version null": ({**ENVELOPE, f"{META}protocolVersion": None}, -32602),
+    "no capabilities": ({f"{META}protocolVersion": "2026-07-28"}, -32602),
+    "capabilities null": ({**ENVELOPE, f"{META}clientCapabilities": None}, -32602),
+    "a later version": ({**ENVELOPE, f"{META}protocolVersion": "2027-01-01"}, -32022),
+    "an earlier version": ({**ENVELOPE, f"{META}protocolVersion": NEWEST}, -32022),
+}
+
+# (tool, arguments, what the text of the failure says)
+BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
+    ("chat", {}, "message"),
+    ("chat", {"message": None}, "message"),
+    ("chat", {"message": 5}, "message is 5"),
+    ("chat", {"message": "x", "modle": "y"}, "'modle'"),
+    ("chat", {"message": "x", "model": 5}, "model is 5"),
+    ("chat", {"message": "x", "temperature": "warm"}, "temperature"),
+    ("chat", {"message": "x", "temperature": 2.5}, "2.5"),
+    ("chat", {"message": "x", "temperature": True}, "temperature"),
+    ("chat", {"message": "x", "max_tokens": 0}, "max_tokens is 0"),
+    ("chat", {"message": "x", "max_tokens": 1.5}, "max_tokens"),
+    ("chat", {"message": "x", "max_tokens": True}, "max_tokens"),
+    ("models", {"free": "yes"}, "free"),
+    ("models", {"free": 1}, "free"),
+    ("models", {"provider": ["x"]}, "provider"),
+    ("account", {"x": 1}, "'x'"),
+]
+
+# (scenario, what the text of the failure says): the hint is part of it
+FAILURES = [
+    ("err400", "scripted 400"),
+    ("err429", "rate limit"),
+    ("internal", "Internal Server Error"),
+    ("midfail", "scripted mid-stream failure"),
+    ("closed", "broke off"),
+    ("html", "502"),
+]
+
+
+class TestMcpMessages:
+    """Lines in, messages out."""
+
+    @pytest.mark.parametrize(
+        ("asked", "answered"),
+        [
+            *((v, v) for v in VERSIONS),
+            *((v, NEWEST) for v in ("1999-01-01", "2026-07-28", "2024-10-07", "")),
+        ],
+    )
+    def test_the_handshake(
+        self, talk: Callable[..., Talk], asked: str, answered: str
+    ) -> None:
+        result = talk().initialize(asked)
+        assert result["protocolVersion"] == answered
+        assert result["serverInfo"]["name"] == "puter"
+        assert result["serverInfo"]["version"] == puter.__version__
+        assert result["capabilities"]["tools"] == {}
+        assert not nulls_in(result)
+
+    @pytest.mark.parametrize("case", BAD_LINES)
+    @pytest.mark.parametrize("greeted", [False, True])
+    def test_bad_lines(
+        self, talk: Callable[..., Talk], case: str, greeted: bool
+    ) -> None:
+        line, want = BAD_LINES[case]
+        server = talk()
+        if greeted:
+            server.initialize()
+            server.out.clear()
+        server.send(line)
+        if want is not None:
+            assert eventually(lambda: server.out)
+            code, request_id = want
+            assert server.out[0]["error"]["code"] == code
+            assert server.out[0]["id"] == request_id
+        assert server.result(rpc("ping", None, "after")) == {}
+        assert len(server.out) == (1 if want is None else 2)
+        assert not any(map(fault_in_answer, server.out))
+
+    @pytest.mark.parametrize("request_id", [0, -1, 2**70, "", "0", "\ud800", "日本"])
+    def test_the_id_comes_back_as_it_was(
+        self, talk: Callable[..., Talk], request_id: Any
+    ) -> None:
+        assert talk().ask(rpc("ping", None, request_id))["id"] == request_id
+
+    def test_requests_before_the_handshake_and_a_second_handshake(
+        self, talk: Callable[..., Talk]
+    ) -> None:
+        server = talk()
+        assert len(server.result(rpc("tools/list", None, 2))["tools"]) == 3
+        assert server.initialize("2024-11-05")["protocolVersion"] == "2024-11-05"
+        assert "title" not in server.result(rpc("tools/list"))["tools"][0]
+        assert server.initialize("2025-06-18")["protocolVersion"] == "2025-06-18"
+        assert "title" in server.result(rpc("tools/list"))["tools"][0]
+
+    @pytest.mark.parametrize("params", [None, {}, {"cursor": None}, {"_meta": {}}])
+    def test_the_empty_lists(
+        self, talk: Callable[..., Talk], params: dict[str, Any] | None
+    ) -> None:
+        server = talk()
+        server.initialize()
+        assert server.result(rpc("prompts/list", params)) == {"prompts": []}
+        assert server.result(rpc("resources/list", params)) == {"resources": []}
+        templates = server.result(rpc("resources/templates/list", params))
+        assert templates == {"resourceTemplates": []}
+
+    @pytest.mark.parametrize(
+        ("method", "params"),
+        [("prompts/get", {"name": "x"}), ("resources/read", {"uri": "x:y"})],
+    )
+    def test_what_is_declared_is_no_unknown_method(
+        self, talk: Callable[..., Talk], method: str, params: dict[str, Any]
+    ) -> None:
+        server = talk()
+        declared = server.initialize()["capabilities"]
+        code = server.ask(rpc(method, params))["error"]["code"]
+        assert code != -32601 or method.partition("/")[0] not in declared
+
+    @pytest.mark.parametrize(
+        ("version", "extras", "structured"),
+        [
+            ("2024-11-05", set(), False),
+            ("2025-03-26", {"annotations"}, False),
+            ("2025-06-18", {"annotations", "title", "outputSchema"}, True),
+            ("2025-11-25", {"annotations", "title", "outputSchema"}, True),
+        ],
+    )
+    def test_each_version_gets_what_it_knows(
+        self,
+        talk: Callable[..., Talk],
+        version: str,
+        extras: set[str],
+        structured: bool,
+    ) -> None:
+        server = talk("alice")
+        server.initialize(version)
+        for tool in server.result(rpc("tools/list"))["tools"]:
+            assert set(tool) - {"name", "description", "inputSchema"} == extras
+        result = server.result(lab_chat("slow", 2, progressToken=0))
+        assert ("structuredContent" in result) is structured
+        assert "resultType" not in result and "_meta" not in result
+        assert server.progress()
+        for params in server.progress():
+            assert params["progressToken"] == 0
+            assert ("message" in params) is (version != "2024-11-05")
+
+    def test_the_tools_are_described(self, talk: Callable[..., Talk]) -> None:
+        tools = talk().result(rpc("tools/list"))["tools"]
+        assert [t["name"] for t in tools] == [
+            "puter-chat",
+            "puter-models",
+            "puter-account",
+        ]
+        for tool in tools:
+            assert re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", tool["name"])
+            assert tool["title"] and tool["description"] and not nulls_in(tool)
+            for schema in (tool["inputSchema"], tool["outputSchema"]):
+                jsonschema.Draft202012Validator.check_schema(schema)
+                assert schema["type"] == "object"
+            assert set(tool["annotations"]) == {
+                *("readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint")
+            }
+        chat, models, account = (t["inputSchema"]["properties"] for t in tools)
+        assert set(chat) == {"message", "model", "system", "temperature", "max_tokens"}
+        assert set(models) == {"provider", "free", "search"} and not account
+
+    # The stateless form.
+
+    def test_the_stateless_form(self, talk: Callable[..., Talk]) -> None:
+        server = talk("alice")
+        stateless = {"_meta": ENVELOPE}
+        found = server.result(rpc("server/discover", stateless, "probe"))
+        assert found["supportedVersions"] == ["2026-07-28", *VERSIONS[::-1]]
+        listed = server.result(rpc("tools/list", stateless))
+        prompts = server.result(rpc("prompts/list", stateless))
+        called = server.result(lab_chat("text", **ENVELOPE))
+        failed = server.result(lab_chat("internal", **ENVELOPE))
+        for result in (found, listed, prompts, called, failed):
+            assert result["resultType"] == "complete" and not nulls_in(result)
+            info = result["_meta"][f"{META}serverInfo"]
+            assert (info["name"], info["version"]) == ("puter", puter.__version__)
+        for result in (found, listed, prompts):
+            assert type(result["ttlMs"]) is int and result["ttlMs"] >= 0
+            assert result["cacheScope"] in ("public", "private")
+        assert called["structuredContent"]["text"] == SENTENCE and failed["isError"]
+        assert server.ask(rpc("ping", stateless))["error"]["code"] == -32601
+        assert server.result(rpc("ping")) == {}
+        assert server.initialize()["protocolVersion"] == NEWEST
+
+    @pytest.mark.parametrize("method", ["tools/list", "server/discover", "tools/call"])
+    @pytest.mark.parametrize("case", BAD_ENVELOPES)
+    def test_bad_envelopes(
+        self, talk: Callable[..., Talk], case: str, method: str
+    ) -> None:
+        meta, code = BAD_ENVELOPES[case]
+        params = {"_meta": meta, "name": "puter-models"}
+        error = talk().ask(rpc(method, params))["error"]
+        assert error["code"] == code
+        if code == -32022:
+            assert error["data"]["requested"] == meta[f"{META}protocolVersion"]
+            assert error["data"]["supported"] == ["2026-07-28", *VERSIONS[::-1]]
+
+    # Batches, which one version has.
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_batches(self, talk: Callable[..., Talk], version: str) -> None:
+        server = talk("alice")
+        server.initialize(version)
+        server.out.clear()
+        batch = [
+            rpc("ping", None, 1),
+            lab_chat("slow", "two", progressToken="t"),
+            cancelled(9),
+            5,
+            rpc("initialize", {"protocolVersion": version}, 3),
+            rpc("nope", None, 4),
+        ]
+        server.send(batch)
+        assert eventually(lambda: any("method" not in one for one in server.out))
+        answer = next(one for one in server.out if "method" not in one)
+        if version != "2025-03-26":
+            assert answer["error"]["code"] == -32600 and answer["id"] is None
+            return
+        codes = {a["id"]: a.get("error", {}).get("code") for a in answer}
+        assert codes == {1: None, "two": None, None: -32600, 3: -32600, 4: -32601}
+        assert not fault_in_answer(answer) and server.progress()
+        server.out.clear()
+        server.send([cancelled(9)])
+        server.send([])
+        assert eventually(lambda: server.out)
+        assert [one["error"]["code"] for one in server.out] == [-32600]
+
+    # The tools.
+
+    @pytest.mark.parametrize(
+        "scenario",
+        [
+            *("text", "reason", "length", "nousage", "anthropic", "openaiusage"),
+            *("unicode", "long", "fake", "echo", "tools", "flaky", "empty"),
+        ],
+    )
+    def test_a_chat_answers_in_text_and_in_structure(
+        self, talk: Callable[..., Talk], scenario: str
+    ) -> None:
+        server = talk("alice", max_retries=1, retry_delay_ms=1)
+        model = "fake" if scenario == "fake" else f"openrouter:lab/{scenario}"
+        arguments = {"message": "hi", "model": model, "temperature": 1}
+        result = server.result(tool_request("chat", arguments))
+        if result["isError"]:
+            assert scenario in ("empty", "tools")
+            return
+        schema = puter.MCP_TOOLS[0]["outputSchema"]
+        jsonschema.validate(result["structuredContent"], schema)
+        told = result["structuredContent"]
+        assert result["content"] == [{"type": "text", "text": told["text"]}]
+        assert told["account"] == "alice" and told["partial"] is False
+        if scenario == "unicode":
+            assert told["text"] == ODD_TEXT
+        if scenario == "reason":
+            assert told["reasoning"] == "thinking..."
+
+    def test_what_a_chat_sends(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        server = talk("alice", default_model="openrouter:lab/echo")
+        arguments = {
+            "message": "hi",
+            "system": "Be short.",
+            "temperature": 0,
+            "max_tokens": 7,
+            "model": None,
+        }
+        assert not server.result(tool_request("chat", arguments))["isError"]
+        seen = fake.requests[-1]
+        assert seen.model == "openrouter:lab/echo" and seen.args["stream"] is True
+        assert (seen.args["temperature"], seen.args["max_tokens"]) == (0, 7)
+        assert [m["role"] for m in seen.args["messages"]] == ["system", "user"]
+
+    @pytest.mark.parametrize(("tool", "arguments", "told"), BAD_ARGUMENTS)
+    def test_bad_arguments_are_told(
+        self,
+        talk: Callable[..., Talk],
+        fake: FakePuter,
+        tool: str,
+        arguments: dict[str, Any],
+        told: str,
+    ) -> None:
+        result = talk("alice").result(tool_request(tool, arguments))
+        assert result["isError"] and told in result["content"][0]["text"]
+        assert not fake.requests
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"message": "x", "temperature": 2, "max_tokens": 1},
+            {"message": "x", "temperature": 0.5, "system": "", "model": ""},
+            pytest.param(
+                {"message": "x", "max_tokens": 100.0},
+            ),
+        ],
+    )
+    def test_what_the_schema_takes_is_taken(self, arguments: dict[str, Any]) -> None:
+        schema = puter.MCP_TOOLS[0]["inputSchema"]
+        jsonschema.validate(arguments, schema)
+        assert puter.argument_fault(arguments, schema) == ""
+
+    @pytest.mark.parametrize(("scenario", "told"), FAILURES)
+    def test_failures_are_told_with_their_hint(
+        self, talk: Callable[..., Talk], scenario: str, told: str
+    ) -> None:
+        result = talk("alice").result(lab_chat(scenario))
+        assert result["isError"] and told in result["content"][0]["text"]
+        assert "structuredContent" not in result
+
+    def test_the_hint_is_told(self, talk: Callable[..., Talk]) -> None:
+        text = talk().result(lab_chat("text"))["content"][0]["text"]
+        assert "python -m puter login" in text
+        near = {"message": "x", "model": "gemini-2.5-flahs"}
+        text = talk("alice").result(tool_request("chat", near))["content"][0]["text"]
+        assert "gemini-2.5-flash" in text
+
+    @pytest.mark.parametrize(
+        ("arguments", "ids"),
+        [
+            ({"provider": "gemini"}, ["gemini-2.5-flash"]),
+            ({"search": "OPUS"}, ["claude-opus-4-5-20251101"]),
+            ({"search": "no such model"}, []),
+            ({"free": True, "provider": "groq"}, ["allam-2-7b"]),
+            ({"free": False, "provider": "groq"}, []),
+            ({"free": None, "provider": "groq"}, ["allam-2-7b"]),
+        ],
+    )
+    def test_the_models(
+        self, talk: Callable[..., Talk], arguments: dict[str, Any], ids: list[str]
+    ) -> None:
+        result = talk().result(tool_request("models", arguments))
+        told = result["structuredContent"]
+        jsonschema.validate(told, puter.MCP_TOOLS[1]["outputSchema"])
+        assert [m["id"] for m in told["models"]] == ids and told["count"] == len(ids)
+        assert all(name in result["content"][0]["text"] for name in ids)
+
+    def test_all_models_conform(self, talk: Callable[..., Talk]) -> None:
+        told = talk().result(tool_request("models"))["structuredContent"]
+        jsonschema.validate(told, puter.MCP_TOOLS[1]["outputSchema"])
+        assert told["count"] > 40
+
+    def test_an_untold_price_is_not_zero(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        fake.catalogue = [{"id": "secret", "provider": "x"}]
+        text = talk().result(tool_request("models"))["content"][0]["text"]
+        assert "secret" in text and "$0" not in text
+
+    def test_the_accounts(self, talk: Callable[..., Talk], fake: FakePuter) -> None:
+        server = talk("alice", "bob", "carol")
+        fake.accounts["token-bob"].dead = True
+        result = server.result(tool_request("account"))
+        told = result["structuredContent"]
+        jsonschema.validate(told, puter.MCP_TOOLS[2]["outputSchema"])
+        rows = {row["username"]: row for row in told["accounts"]}
+        assert list(rows) == ["alice", "bob", "carol"]
+        assert [row["active"] for row in rows.values()] == [True, False, False]
+        assert rows["alice"]["remaining"] == 0.25 and rows["alice"]["unit"] == "usd"
+        assert rows["bob"]["error"] and rows["carol"]["error"] is None
+        text = result["content"][0]["text"]
+        assert "alice: $0.2500" in text and "token-" not in json.dumps(result)
+
+    @pytest.mark.parametrize("network", [True, False])
+    def test_nobody_is_signed_in(
+        self, talk: Callable[..., Talk], fake: FakePuter, network: bool
+    ) -> None:
+        if not network:
+            fake.stop()
+        server = talk()
+        account = server.result(tool_request("account"))
+        assert account["structuredContent"] == {"accounts": []}
+        assert "puter login" in account["content"][0]["text"]
+        assert server.result(lab_chat("text"))["isError"]
+        models = server.result(tool_request("models"))
+        assert models["isError"] is not network
+
+    def test_wrong_settings_are_told(self, own_home: Path) -> None:
+        server = Talk(lambda: puter.Puter(max_retries=-5))
+        result = server.result(tool_request("account"))
+        assert result["isError"] and "max_retries" in result["content"][0]["text"]
+
+    def test_a_fault_of_ours_ends_one_request_only(self, own_home: Path) -> None:
+        def broken() -> puter.Puter:
+            raise RuntimeError("a secret of ours")
+
+        server = Talk(broken)
+        answer = server.ask(tool_request("account"))
+        assert answer.get("error", {}).get("code", -32603) == -32603
+        assert "secret" not in json.dumps(answer)
+        assert server.result(rpc("ping")) == {}
+
+    # Progress, cancelling, time.
+
+    def test_progress_rises_and_ends_with_the_answer(
+        self, talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "_MCP_TICK_S", 0.01)
+        server = talk("alice")
+        server.ask(lab_chat("slow", 7, progressToken="t"))
+        server.ask(lab_chat("slow", 8))
+        time.sleep(0.05)
+        told = [params["progress"] for params in server.progress()]
+        assert len(told) > 5 and told == sorted(set(told))
+        assert {params["progressToken"] for params in server.progress()} == {"t"}
+        last = max(i for i, one in enumerate(server.out) if "method" in one)
+        assert last < server.out.index(server.answers(7)[0])
+
+    @pytest.mark.parametrize("token", [None, True, 1.5, {}, []])
+    def test_no_progress_without_a_good_token(
+        self, talk: Callable[..., Talk], token: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(puter, "_MCP_TICK_S", 0.01)
+        server = talk("alice")
+        assert not server.result(lab_chat("slow", progressToken=token))["isError"]
+        assert not server.progress()
+
+    @pytest.mark.parametrize("scenario", ["slow", "hang"])
+    @pytest.mark.parametrize("request_id", [0, 5, "five"])
+    def test_a_cancelled_call_ends_at_once(
+        self,
+        talk: Callable[..., Talk],
+        fake: FakePuter,
+        scenario: str,
+        request_id: Any,
+    ) -> None:
+        server = talk("alice")
+        server.send(lab_chat(scenario, request_id, progressToken=1))
+        assert eventually(lambda: fake.open_streams == 1)
+        other: Any = str(request_id) if isinstance(request_id, int) else 5
+        server.send(cancelled(other))
+        time.sleep(0.05)
+        assert fake.open_streams == 1
+        server.send(cancelled(request_id))
+        assert eventually(lambda: fake.open_streams == 0, 2.0)
+        server.send(cancelled(request_id))
+        assert server.result(rpc("ping", None, "after")) == {}
+        time.sleep(0.1)
+        assert not server.answers(request_id)
+        assert not server.result(lab_chat("text", request_id))["isError"]
+        server.send(cancelled(request_id))
+        assert server.result(rpc("ping", None, "after")) == {}
+
+    def test_a_call_that_waits_for_headers_is_cancelled(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        gone = threading.Event()
+
+        def silent(handler: Any, args: dict[str, Any]) -> None:
+            try:
+                handler.pause(30.0)
+            finally:
+                gone.set()
+
+        fake.script["openrouter:lab/hang"] = silent
+        server = talk("alice")
+        server.send(lab_chat("hang", 5))
+        assert eventually(lambda: len(fake.chat_calls()) == 1)
+        server.send(cancelled(5))
+        assert gone.wait(2.0) and not server.answers(5)
+
+    def test_calls_run_side_by_side_and_those_in_line_are_cancelled(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        server = talk("alice", max_concurrent=2)
+        server.send(*(lab_chat("hang", number) for number in range(4)))
+        assert eventually(lambda: fake.open_streams == 2)
+        assert server.result(rpc("ping", None, "meanwhile")) == {}
+        assert server.result(tool_request("models", None, "list"))["content"]
+        server.send(*(cancelled(number) for number in range(4)))
+        assert eventually(lambda: fake.open_streams == 0)
+        assert not server.result(lab_chat("text", "next"))["isError"]
+        assert not any(server.answers(number) for number in range(4))
+
+    def test_a_cancel_right_behind_its_call_counts(
+        self, talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start = puter.McpServer._in_thread
+
+        def late(work: Callable[[], None]) -> threading.Thread:
+            return start(lambda: (time.sleep(0.1), work())[1])
+
+        monkeypatch.setattr(puter.McpServer, "_in_thread", staticmethod(late))
+        server = talk("alice")
+        server.send(lab_chat("text", 5), cancelled(5), lab_chat("text", 6))
+        assert eventually(lambda: server.answers(6))
+        time.sleep(0.2)
+        assert not server.answers(5)
+
+    def test_the_end_of_the_client_ends_every_call(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        server = talk("alice")
+        server.send(*(lab_chat("hang", number) for number in range(3)))
+        assert eventually(lambda: fake.open_streams == 3)
+        server.server.close()
+        assert eventually(lambda: fake.open_streams == 0, 2.0)
+
+    def test_a_call_at_the_limit_gives_what_there_is(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        server = talk("alice", limit_s=0.4)
+        result = server.result(lab_chat("slow"))
+        told = result["structuredContent"]
+        jsonschema.validate(told, puter.MCP_TOOLS[0]["outputSchema"])
+        assert told["partial"] and told["finish_reason"] == "length"
+        assert told["text"].startswith("The quick") and "cut off" in told["text"]
+        assert SENTENCE not in told["text"] and not result["isError"]
+        assert result["content"][0]["text"] == told["text"]
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_a_call_at_the_limit_with_nothing_is_a_failure(
+        self, talk: Callable[..., Talk], fake: FakePuter
+    ) -> None:
+        result = talk("alice", limit_s=0.2).result(lab_chat("hang"))
+        assert result["isError"] and "No answer came" in result["content"][0]["text"]
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_a_client_that_gets_progress_has_no_limit(
+        self, talk: Callable[..., Talk]
+    ) -> None:
+        server = talk("alice", limit_s=0.2)
+        result = server.result(lab_chat("slow", progressToken="t"))
+        assert result["structuredContent"]["text"] == SENTENCE and server.progress()
+
+    @pytest.mark.parametrize("tool", ["models", "account"])
+    def test_every_tool_answers_at_the_limit(
+        self, talk: Callable[..., Talk], fake: FakePuter, tool: str
+    ) -> None:
+        for route in (DETAILS_PATH, ("GET", "/metering/usage")):
+            fake.routes[route] = lambda handler: handler.pause(2.5)
+        server = talk("alice", limit_s=0.2)
+        server.send(tool_request(tool, None, 5))
+        assert eventually(lambda: server.answers(5), 1.0)
+
+
+# =============================================================================
+# The MCP server as a command
+# =============================================================================
+
+
+class McpProcess:
+    """`python -m puter serve --mcp`, and the lines that it has written."""
+
+    def __init__(self, env: Mapping[str, str], *command: str) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command or mcp_argv(), stdin=pipe, stdout=pipe, stderr=pipe, env=dict(env)
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.stderr = self.process.stderr
+        self.lines: queue.Queue[bytes] = queue.Queue()
+
+    def read(self) -> None:
+        """Reads what comes, in a thread."""
+
+        def work() -> None:
+            for line in self.stdout:
+                self.lines.put(line)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def send(self, *messages: Any) -> None:
+        self.stdin.write(b"".join(as_line(message) + b"\n" for message in messages))
+        self.stdin.flush()
+
+    def next(self, timeout_s: float = 10.0) -> Any:
+        """The next message."""
+        return json.loads(self.lines.get(timeout=timeout_s))
+
+    def until(self, request_id: Any) -> list[Any]:
+        """All messages up to the answer to a request."""
+        found: list[Any] = []
+        while not found or found[-1].get("id") != request_id:
+            found.append(self.next())
+        return found
+
+    def end(self, timeout_s: float = 2.0) -> tuple[int, bytes]:
+        """Ends its input; gives exit code and stderr. It must end in time."""
+        self.stdin.close()
+        code = self.process.wait(timeout_s)
+        return code, self.stderr.read()
+
+
+def mcp_argv() -> list[str]:
+    """How the server is started here."""
+    return [sys.executable, str(Path(puter.__file__).resolve()), "serve", "--mcp"]
+
+
+@pytest.fixture
+def mcp_env(fake: FakePuter, own_home: Path) -> dict[str, str]:
+    """The near-empty environment in which other programs start the server."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(own_home),
+        "LANG": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **({"SYSTEMROOT": os.environ["SYSTEMROOT"]} if os.name == "nt" else {}),
+        "PUTER_CONFIG_DIR": str(own_home / "puter"),
+        "PUTER_API_BASE_URL": fake.url,
+        "PUTER_AUTH_TOKEN": "token-alice",
+    }
+
+
+@pytest.fixture
+def start_mcp(mcp_env: dict[str, str]) -> Iterator[Callable[..., McpProcess]]:
+    """Starts the command: `start_mcp(PUTER_DEBUG="1")`."""
+    made: list[McpProcess] = []
+
+    def start(*command: str, **env: str) -> McpProcess:
+        made.append(McpProcess({**mcp_env, **env}, *command))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.process.kill()
+        one.process.wait()
+        for stream in (one.stdin, one.stdout, one.stderr):
+            try:
+                stream.close()
+            except OSError:
+                pass
+
+
+def mutated(rand: random.Random) -> Any:
+    """A valid message with something wrong in it, as an object or as bytes."""
+    odd: list[Any] = [
+        *(None, True, 0, -1, 1.5, 2**70, "", "x", "\ud800", [], {}, [[]]),
+        *({"a": None}, "tools/call", "2.0", "2026-07-28", 1e300),
+    ]
+    message: Any = json.loads(
+        json.dumps(
+            rand.choice(
+                [
+                    rpc("initialize", {"protocolVersion": NEWEST}),
+                    rpc("initialize", {"protocolVersion": "2025-03-26"}),
+                    rpc("notifications/initialized", None, None),
+                    rpc("ping"),
+                    rpc("tools/list", {"cursor": None}),
+                    rpc("prompts/list", {}),
+                    rpc("server/discover", {"_meta": dict(ENVELOPE)}),
+                    rpc("tools/list", {"_meta": dict(ENVELOPE)}),
+                    tool_request("account", {"a": 1}, 3, progressToken=4),
+                    tool_request("models", {"search": 5}, "3"),
+                    tool_request("chat", {"temperature": 1}, 3, **ENVELOPE),
+                    cancelled(3),
+                    [rpc("ping"), rpc("tools/list", None, 2)],
+                    {"jsonrpc": "2.0", "id": 1, "result": {}},
+                ]
+            )
+        )
+    )
+    for _ in range(rand.randint(1, 3)):
+        place: Any = message
+        while True:
+            keys = list(place if isinstance(place, dict) else range(len(place)))
+            if not keys:
+                break
+            key = rand.choice(keys)
+            deeper = place[key]
+            if not isinstance(deeper, (dict, list)) or rand.random() < 0.4:
+                if rand.random() < 0.3:
+                    del place[key]
+                else:
+                    place[key] = json.loads(json.dumps(rand.choice(odd)))
+                break
+            place = deeper
+    line = bytearray(json.dumps(message).encode())
+    if rand.random() < 0.3:
+        for _ in range(rand.randint(1, 3)):
+            at = rand.randrange(len(line) + 1)
+            line[at : at + rand.randint(0, 2)] = rand.randbytes(rand.randint(0, 2))
+    return bytes(line).replace(b"\n", b" ")
+
+
+class TestMcpCommand:
+    """Real pipes."""
+
+    @pytest.mark.parametrize("debug", ["0", "1"])
+    def test_only_messages_in_utf8_reach_stdout(
+        self, start_mcp: Callable[..., McpProcess], debug: str
+    ) -> None:
+        server = start_mcp(PUTER_DEBUG=debug)
+        server.read()
+        server.send(rpc("initialize", {"protocolVersion": NEWEST}, 0))
+        assert server.next()["result"]["protocolVersion"] == NEWEST
+        server.send(b'{"jsonrpc":"2.0","method":"notifications/initialized"}\r')
+        odd = "naïve 日本語 🦊 \u2028 \x85 end"
+        arguments = {"message": odd, "model": "openrouter:lab/echo"}
+        sent = json.dumps(tool_request("chat", arguments, 1), ensure_ascii=False)
+        server.send(b"", sent.encode(), b"\xff\xfe", b"{", rpc("ping", None, 2))
+        answers = {one["id"]: one for one in (server.next() for _ in range(4))}
+        assert answers[1]["result"]["content"][0]["text"] == odd
+        assert answers[2]["result"] == {} and answers[None]["error"]["code"] == -32700
+        code, log = server.end()
+        assert (code, server.lines.qsize()) == (0, 0)
+        assert (b"Request" in log) is (debug == "1") and b"Traceback" not in log
+
+    def test_it_starts_without_account_and_network(
+        self, start_mcp: Callable[..., McpProcess], fake: FakePuter, own_home: Path
+    ) -> None:
+        fake.stop()
+        server = start_mcp(PUTER_AUTH_TOKEN="", PUTER_MAX_RETRIES="0")
+        server.read()
+        server.send(
+            rpc("initialize", {"protocolVersion": "2025-06-18"}, 1),
+            rpc("tools/list", None, 2),
+        )
+        assert [server.next()["id"] for _ in range(2)] == [1, 2]
+        server.send(tool_request("account", None, 3), lab_chat("text", 4))
+        server.send(tool_request("models", None, 5))
+        answers = {one["id"]: one["result"] for one in (server.next() for _ in "345")}
+        assert answers[3]["structuredContent"] == {"accounts": []}
+        assert answers[4]["isError"] and answers[5]["isError"]
+        assert server.end()[0] == 0
+
+    def test_it_ends_with_its_input(self, start_mcp: Callable[..., McpProcess]) -> None:
+        server = start_mcp()
+        server.send(rpc("ping"))
+        assert json.loads(server.stdout.readline())["id"] == 1
+        assert server.end() == (0, b"")
+
+    def test_it_ends_with_its_input_with_calls_in_flight(
+        self, start_mcp: Callable[..., McpProcess], fake: FakePuter
+    ) -> None:
+        folder = str(Path(puter.__file__).resolve().parent)
+        program = (
+            "import atexit, sys, threading\n"
+            f"sys.path.insert(0, {folder!r})\n"
+            "import puter\n"
+            "left = lambda: [t for t in threading.enumerate() if t.daemon]\n"
+            "atexit.register(lambda: left() and print('left at work', file=sys.stderr))\n"
+            "sys.exit(puter.main(['serve', '--mcp']))\n"
+        )
+        server = start_mcp(sys.executable, "-c", program)
+        server.send(*(lab_chat("hang", number) for number in range(20)))
+        assert eventually(lambda: fake.open_streams == 3)
+        assert server.end() == (0, b"")
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_it_ends_with_its_input_when_nobody_reads(
+        self, start_mcp: Callable[..., McpProcess]
+    ) -> None:
+        server = start_mcp()
+        server.send(*(rpc("tools/list", None, number) for number in range(100)))
+        time.sleep(0.5)
+        assert server.end()[0] == 0
+
+    @pytest.mark.parametrize("message", [rpc("ping"), tool_request("models")])
+    def test_a_broken_stdout_is_quiet(
+        self, start_mcp: Callable[..., McpProcess], message: Any
+    ) -> None:
+        server = start_mcp()
+        server.stdout.close()
+        server.send(*[message] * 3)
+        time.sleep(0.5)
+        assert server.end() == (0, b"")
+
+    def test_a_thousand_mutations(self, start_mcp: Callable[..., McpProcess]) -> None:
+        rand = random.Random(12)
+        server = start_mcp(PUTER_MAX_RETRIES="0")
+        server.read()
+        lines = [mutated(rand) for _ in range(1000)]
+        server.send(*lines, rpc("ping", None, "the last"))
+        count, ended = 0, False
+        while not ended:
+            answer = server.next()
+            count += 1
+            assert fault_in_answer(answer) == "", answer
+            ended = isinstance(answer, dict) and answer.get("id") == "the last"
+        assert count > 500
+        server.send(rpc("ping", None, "still here"))
+        assert server.until("still here")[-1]["result"] == {}
+        assert server.process.poll() is None
+
+    # The official SDK.
+
+    def test_the_session_of_the_sdk(self, mcp_env: dict[str, str]) -> None:
+        told: list[float] = []
+
+        async def heard(progress: float, total: float | None, text: str | None) -> None:
+            told.append(progress)
+
+        async def visit() -> dict[str, Any]:
+            command, *args = mcp_argv()
+            parameters = mcp.StdioServerParameters(
+                command=command, args=args, env=mcp_env
+            )
+            async with (
+                stdio_client(parameters) as (read, write),
+                mcp.ClientSession(read, write) as session,
+            ):
+                slow = {"message": "hi", "model": "openrouter:lab/slow"}
+                results: dict[str, Any] = {
+                    "init": await session.initialize(),
+                    "tools": await session.list_tools(),
+                    "prompts": await session.list_prompts(),
+                    "resources": await session.list_resources(),
+                    "models": await session.call_tool("puter-models", {"free": True}),
+                    "account": await session.call_tool("puter-account", {}),
+                    "chat": await session.call_tool(
+                        "puter-chat", slow, progress_callback=heard
+                    ),
+                    "wrong": await session.call_tool("puter-chat", {}),
+                }
+                return {
+                    k: v.model_dump(by_alias=True, mode="json")
+                    for k, v in results.items()
+                }
+
+        results = anyio.run(visit)
+        assert results["init"]["protocolVersion"] == NEWEST
+        assert len(results["tools"]["tools"]) == 3
+        assert results["prompts"]["prompts"] == results["resources"]["resources"] == []
+        assert results["models"]["structuredContent"]["count"] == 5
+        accounts = results["account"]["structuredContent"]["accounts"]
+        assert [row["remaining"] for row in accounts] == [0.25]
+        assert results["chat"]["structuredContent"]["text"] == SENTENCE
+        assert told == sorted(set(told)) and told
+        assert results["wrong"]["isError"]
+
+    @pytest.mark.skipif(not hasattr(mcp, "Client"), reason="mcp 1.x has no Client")
+    @pytest.mark.parametrize(
+        ("mode", "version"),
+        [("auto", "2026-07-28"), ("legacy", NEWEST), ("2026-07-28", "2026-07-28")],
+    )
+    def test_the_client_of_the_sdk(
+        self, mcp_env: dict[str, str], fake: FakePuter, mode: Any, version: str
+    ) -> None:
+        async def visit() -> list[Any]:
+            command, *args = mcp_argv()
+            parameters = mcp.StdioServerParameters(
+                command=command, args=args, env=mcp_env
+            )
+            async with mcp.Client(parameters, mode=mode) as client:
+                tools = await client.list_tools()
+                arguments = {"message": "hi", "model": "openrouter:lab/text"}
+                chat = await client.call_tool("puter-chat", arguments)
+                wrong = await client.call_tool("puter-chat", {})
+                hang = {**arguments, "model": "openrouter:lab/hang"}
+                with anyio.move_on_after(0.5):
+                    await client.call_tool("puter-chat", hang)
+                with anyio.move_on_after(5):
+                    while fake.open_streams:
+                        await anyio.sleep(0.01)
+                left = fake.open_streams
+                return [client.protocol_version, tools, chat, wrong, left]
+
+        got, tools, chat, wrong, left = anyio.run(visit)
+        assert got == version and len(tools.tools) == 3
+        assert chat.structured_content["text"] == SENTENCE and wrong.is_error
+        assert left == 0
+
+
+# =============================================================================
+# Other programs
+# =============================================================================
+
+MODELS = [
+    puter.Model(
+        "claude-opus-4-5",
+        "Claude Opus 4.5",
+        "claude",
+        ("anthropic/claude-opus-4-5",),
+        *(200_000, 64_000, ("text", "image", "pdf", "smell"), True),
+    ),
+    puter.Model("openrouter:a/b:free", 'A "B": #1 🦊', "openrouter", free=True),
+    puter.Model("gpt-5-mini", "GPT-5 mini", "openai", ("openai/gpt-5-mini",), 400, 128),
+    puter.Model("old", "Old", "groq", (), 4096, 4096, ("text",), False),
+]
+URL = "http://127.0.0.1:11480/v1"
+PROGRAMS = (
+    *("opencode", "zed", "claude-desktop", "claude-code", "continue", "aider"),
+    "llm",
+)
+# The first file of each program, in its home; and a text that its user might have there.
+FILES: dict[str, tuple[str, str]] = {
+    "opencode": (
+        ".config/opencode/opencode.json",
+        '// mine\n{\n  "theme": "x", // a theme\n  "mcp": {\n    /* keep */ "o": {"a": [1,],},\n  },\n}\n',
+    ),
+    "zed": (
+        ".config/zed/settings.json",
+        '// Zed settings\n//\n{\n  "vim_mode": true,\n  "context_servers": {}, // none\n}\n',
+    ),
+    "claude-desktop": (
+        ".config/Claude/claude_desktop_config.json",
+        '{\n  "preferences": {"a": 1},\n  "mcpServers": {"o": {"command": "x"}}\n}\n',
+    ),
+    "claude-code": (
+        ".claude.json",
+        '{"numStartups": 5, "projects": {"/é": {"mcpServers": {}}}}',
+    ),
+    "continue": (
+        ".continue/config.yaml",
+        (
+            "# mine\nname: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n  - name: x  # one\n"
+            "    provider: y\nrules:\n  - z\n"
+        ),
+    ),
+    "aider": (
+        ".aider.model.settings.yml",
+        "# mine\n- name: openai/x\n  edit_format: whole  # why\n",
+    ),
+    "llm": (
+        ".config/io.datasette.llm/extra-openai-models.yaml",
+        "- model_id: x\n  model_name: y # z",
+    ),
+}
+ON_LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the folders are those of Linux"
+)
+
+
+@pytest.fixture
+def config(
+    fake: FakePuter, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """Runs `config` with arguments, in this process."""
+    monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+    return lambda *args: puter.main(["config", *args])
+
+
+def blocks_of(
+    program: str, models: list[puter.Model] | None = None, key: str | None = None
+) -> list[puter.Block]:
+    """What goes into the files of a program."""
+    build = puter._PROGRAMS[program][0]
+    return build(MODELS if models is None else models, URL, key)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, but those of our own state."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != "puter"
+    }
+
+
+def puter_parts_removed(program: str, text: str, old: str) -> str:
+    """The text of a merged file without what was put into it."""
+    if program in ("continue", "aider", "llm"):
+        text = re.sub(
+            r" *# >>> puter.py.*?# <<< puter.py[^\n]*\n", "", text, flags=re.DOTALL
+        )
+        return text.removesuffix("mcpServers:\n")
+    for block in blocks_of(program, []):
+        for path in block.values:
+            inner, names = jsonc_value(old), list(path)
+            while names[0] in inner:
+                inner = inner[names.pop(0)]
+            at = text.index(f'"{names[0]}": {{\n')
+            end = puter._jsonc_end(text, text.index("{", at))
+            text = text[:at] + text[end:].removeprefix(",")
+    return text
+
+
+class TestConfigCommand:
+    """The settings, and those of other programs."""
+
+    def test_show_and_path(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert config("path") == 0
+        path = Path(capsys.readouterr().out.strip())
+        assert path == own_home / "puter" / "puter.json"
+        path.parent.mkdir()
+        path.write_text('{"max_retries": 5, "default_model": "é🦊"}', "utf-8")
+        monkeypatch.setenv("PUTER_DEBUG", "0")
+        assert config("show", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        names = {n for n in puter.Config.__dataclass_fields__ if n != "folder"}
+        assert set(told) == names
+        assert told["max_retries"] == {"value": 5, "source": str(path)}
+        assert told["debug"] == {"value": False, "source": "PUTER_DEBUG"}
+        assert told["quiet_mode"] == {"value": False, "source": "default"}
+        assert isinstance(told["fallback_models"]["value"], list)
+        assert config("show") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines[1:]} == names
+        assert any(re.match(r"default_model +\"é🦊\" +/", line) for line in lines)
+
+    def test_wrong_settings_end_show(
+        self,
+        config: Callable[..., int],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("PUTER_MAX_RETRIES", "many")
+        assert config("show") == 2
+        assert "PUTER_MAX_RETRIES" in capsys.readouterr().err
+
+    # What is printed.
+
+    @pytest.mark.parametrize("program", PROGRAMS)
+    def test_the_block_goes_to_stdout_alone(
+        self,
+        config: Callable[..., int],
+        program: str,
+        own_home: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert config(program, "--search", "opus") == 0
+        told = capsys.readouterr()
+        assert str(own_home / FILES[program][0]) in told.err
+        if program in ("opencode", "zed", "claude-desktop", "claude-code"):
+            assert "puter" in json.dumps(json.loads(told.out))
+        assert ("serve --openai" in told.err) is not program.startswith("claude")
+        has_models = not program.startswith("claude")
+        assert ("claude-opus-4-5-20251101" in told.out) is has_models
+        assert "allam" not in told.out and not files_in(own_home)
+
+    def test_opencode(self, own_home: Path) -> None:
+        (block,) = blocks_of("opencode", key="k")
+        told = json.loads(block.text())
+        assert told["$schema"] == "https://opencode.ai/config.json"
+        provider = told["provider"]["puter"]
+        assert provider["npm"] == "@ai-sdk/openai-compatible"
+        key = "{env:PUTER_SERVER_API_KEY}"
+        assert provider["options"] == {"baseURL": URL, "apiKey": key}
+        opus, free, *_ = provider["models"].values()
+        assert opus["modalities"]["input"] == ["text", "image", "pdf"]
+        assert opus["limit"] == {"context": 200_000, "output": 64_000}
+        assert "limit" not in free and free["modalities"]["input"] == ["text"]
+        server = told["mcp"]["puter"]
+        assert server["command"] == puter.mcp_command() and server["type"] == "local"
+        assert Path(server["command"][0]).is_absolute()
+
+    def test_opencode_prefers_its_jsonc(self, own_home: Path) -> None:
+        folder = own_home / ".config" / "opencode"
+        folder.mkdir(parents=True)
+        (folder / "opencode.jsonc").write_text("{}")
+        assert blocks_of("opencode")[0].path == folder / "opencode.jsonc"
+
+    def test_zed(self, own_home: Path) -> None:
+        told = json.loads(blocks_of("zed", key="k")[0].text())
+        provider = told["language_models"]["openai_compatible"]["puter"]
+        assert provider["api_url"] == URL
+        for model in provider["available_models"]:
+            assert {"name", "display_name", "max_tokens", "capabilities"} <= set(model)
+            needed = {"tools", "images", "parallel_tool_calls", "prompt_cache_key"}
+            assert needed <= set(model["capabilities"])
+        server = told["context_servers"]["puter"]
+        assert [server["command"], *server["args"]] == puter.mcp_command()
+        assert "source" not in server
+
+    @pytest.mark.parametrize("program", ["claude-desktop", "claude-code"])
+    def test_claude(self, own_home: Path, program: str) -> None:
+        server = json.loads(blocks_of(program)[0].text())["mcpServers"]["puter"]
+        assert [server["command"], *server["args"]] == puter.mcp_command()
+        assert server.get("type", "stdio") == "stdio"
+
+    def test_continue(self, own_home: Path) -> None:
+        text = blocks_of("continue", key="k")[0].text()
+        assert text.startswith("name: Local Config\nversion: 1.0.0\nschema: v1\n")
+        assert '  - name: "Puter: A \\"B\\": #1 🦊"\n    provider: openai\n' in text
+        assert '    model: "openai/gpt-5-mini"\n' in text
+        assert "    apiKey: ${{ secrets.PUTER_SERVER_API_KEY }}\n" in text
+        assert "mcpServers:\n  # >>> puter.py mcpServers\n  - name: puter\n" in text
+
+    def test_continue_leaves_room_for_the_question(self, own_home: Path) -> None:
+        text = blocks_of("continue")[0].text()
+        lengths = re.findall(r"contextLength: (\d+)\n +maxTokens: (\d+)", text)
+        for context, most in ((int(c), int(m)) for c, m in lengths):
+            room = min(max(most, (context - most) / 5), 15_000)
+            assert context - most - room > 0
+
+    def test_aider(self, own_home: Path) -> None:
+        settings_block, metadata = blocks_of("aider", key="k")
+        lines = settings_block.text().splitlines()
+        assert '- name: "openai/claude-opus-4-5"' in lines
+        assert f"    api_base: {URL}" in lines
+        assert "    api_key: os.environ/PUTER_SERVER_API_KEY" in lines
+        opus = json.loads(metadata.text())["openai/claude-opus-4-5"]
+        assert (opus["max_input_tokens"], opus["max_output_tokens"]) == (200000, 64000)
+        assert opus["litellm_provider"] == "openai" and opus["supports_vision"]
+
+    def test_aider_takes_the_whole_catalogue_at_once(self, own_home: Path) -> None:
+        models = [replace(MODELS[0], id=f"model-{n}") for n in range(250)]
+        before = time.process_time()
+        for block in blocks_of("aider", models):
+            block.text()
+        assert time.process_time() - before < 1.0
+
+    def test_llm(self, own_home: Path) -> None:
+        plain, with_key = (blocks_of("llm", key=k)[0].text() for k in (None, "k"))
+        assert "api_key_name" not in plain and "  api_key_name: puter\n" in with_key
+        opus = plain.split("- model_id: ")[1].splitlines()
+        assert opus[:3] == [
+            '"puter/claude-opus-4-5"',
+            '  model_name: "claude-opus-4-5"',
+            f'  api_base: "{URL}"',
+        ]
+        assert set(opus[3:]) == {"  vision: true", "  supports_tools: true"}
+
+    @pytest.mark.parametrize("program", ["continue", "llm"])
+    def test_no_model_is_no_block(
+        self, config: Callable[..., int], own_home: Path, program: str
+    ) -> None:
+        assert config(program, "--search", "no such model", "--write") != 0
+        assert not files_in(own_home)
+
+    @ON_LINUX
+    @pytest.mark.parametrize(
+        ("variable", "program", "path"),
+        [
+            ("XDG_CONFIG_HOME", "opencode", "opencode/opencode.json"),
+            ("XDG_CONFIG_HOME", "zed", "zed/settings.json"),
+            ("XDG_CONFIG_HOME", "claude-desktop", "Claude/claude_desktop_config.json"),
+            ("XDG_CONFIG_HOME", "llm", "io.datasette.llm/extra-openai-models.yaml"),
+            ("CLAUDE_CONFIG_DIR", "claude-code", ".claude.json"),
+            ("CONTINUE_GLOBAL_DIR", "continue", "config.yaml"),
+            ("LLM_USER_PATH", "llm", "extra-openai-models.yaml"),
+        ],
+    )
+    def test_the_variables_of_the_programs(
+        self,
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        variable: str,
+        program: str,
+        path: str,
+    ) -> None:
+        assert blocks_of(program)[0].path == own_home / FILES[program][0]
+        monkeypatch.setenv(variable, str(own_home / "else where"))
+        assert blocks_of(program)[0].path == own_home / "else where" / path
+        monkeypatch.setenv(variable, "")
+        assert blocks_of(program)[0].path == own_home / FILES[program][0]
+
+    @pytest.mark.parametrize(
+        ("platform", "program", "path"),
+        [
+            ("darwin", "opencode", ".config/opencode/opencode.json"),
+            ("darwin", "zed", ".config/zed/settings.json"),
+            (
+                "darwin",
+                "claude-desktop",
+                "Library/Application Support/Claude/claude_desktop_config.json",
+            ),
+            (
+                "darwin",
+                "llm",
+                "Library/Application Support/io.datasette.llm/extra-openai-models.yaml",
+            ),
+            ("win32", "opencode", ".config/opencode/opencode.json"),
+            ("win32", "zed", "Roaming/Zed/settings.json"),
+            (
+                "win32",
+                "claude-desktop",
+                "Local/Packages/Claude_x/LocalCache/Roaming/Claude/claude_desktop_config.json",
+            ),
+            ("win32", "llm", "Roaming/io.datasette.llm/extra-openai-models.yaml"),
+        ],
+    )
+    def test_the_folders_of_other_systems(
+        self,
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        platform: str,
+        program: str,
+        path: str,
+    ) -> None:
+        monkeypatch.setenv("APPDATA", str(own_home / "Roaming"))
+        monkeypatch.setenv("LOCALAPPDATA", str(own_home / "Local"))
+        (own_home / "Local" / "Packages" / "Claude_x").mkdir(parents=True)
+        monkeypatch.setattr(puter.sys, "platform", platform)
+        assert blocks_of(program)[0].path == own_home / path
+
+    # What is written.
+
+    @ON_LINUX
+    @pytest.mark.parametrize("program", PROGRAMS)
+    def test_writing_keeps_all_that_was_there(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        program: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        name, old = FILES[program]
+        path = own_home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(old, "utf-8")
+        path.chmod(0o640)
+        command = (program, "--search", "lab/t", "--write", "--yes")
+        assert config(*command) == 0
+        told = capsys.readouterr()
+        new = path.read_text("utf-8")
+        kept = puter_parts_removed(program, new, old)
+        assert re.sub(r"\s", "", kept) == re.sub(r"\s", "", old)
+        assert path.stat().st_mode & 0o777 == 0o640
+        (backup,) = path.parent.glob(f"{path.name}.*.bak")
+        assert backup.read_text("utf-8") == old and str(backup) in told.out
+        assert backup.stat().st_mode & 0o077 & ~0o040 == 0
+        assert re.search(r"^\+.*puter", told.err, re.MULTILINE)
+        before = files_in(own_home)
+        assert config(*command) == 0
+        assert "already" in capsys.readouterr().out and files_in(own_home) == before
+
+    @ON_LINUX
+    @pytest.mark.parametrize("program", PROGRAMS)
+    @pytest.mark.parametrize("old", [None, "", " \n"])
+    def test_writing_a_new_file(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        program: str,
+        old: str | None,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = own_home / FILES[program][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if old is not None:
+            path.write_text(old)
+        assert config(program, "--search", "lab/t") == 0
+        printed = capsys.readouterr().out
+        assert config(program, "--search", "lab/t", "--write") == 0
+        assert printed.startswith(path.read_text("utf-8"))
+        if old is None:
+            assert path.stat().st_mode & 0o777 == 0o600
+
+    @ON_LINUX
+    @pytest.mark.parametrize(
+        ("program", "broken"),
+        [
+            *((p, "{") for p in ("opencode", "zed", "claude-desktop", "claude-code")),
+            *((p, "[1]") for p in ("opencode", "zed", "claude-desktop")),
+            *((p, '{"a": 1,}') for p in ("claude-desktop", "claude-code")),
+            ("claude-code", '// mine\n{"a": 1}'),
+            ("claude-code", '{"mcpServers": []}'),
+            ("opencode", '{"provider": "x"}'),
+            ("opencode", '{"a": 1 "b": 2}'),
+            ("zed", '{"a": 1} /* open'),
+            ("continue", "models: &x [a]\n"),
+            ("llm", "a: 1\n"),
+            ("aider", "name: x\n"),
+        ],
+    )
+    def test_a_broken_file_is_left_alone(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        program: str,
+        broken: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        path = own_home / FILES[program][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(broken)
+        before = files_in(own_home)
+        assert config(program, "--search", "lab/t", "--write", "--yes") == 2
+        told = capsys.readouterr()
+        assert str(path) in told.err and "nothing was written" in told.err
+        assert "--write" in told.err and files_in(own_home) == before
+
+    @ON_LINUX
+    def test_what_is_no_utf8_is_left_alone(
+        self, config: Callable[..., int], own_home: Path
+    ) -> None:
+        path = own_home / ".claude.json"
+        path.write_bytes(b'{"a": "\xff"}')
+        before = files_in(own_home)
+        assert config("claude-code", "--write") == 2 and files_in(own_home) == before
+
+    def test_both_files_of_aider_or_none(
+        self, config: Callable[..., int], own_home: Path
+    ) -> None:
+        (own_home / ".aider.model.metadata.json").write_text("{'a': 1}")
+        before = files_in(own_home)
+        assert config("aider", "--search", "lab/t", "--write") == 2
+        assert files_in(own_home) == before
+
+    def test_line_ends_are_kept(
+        self, config: Callable[..., int], own_home: Path
+    ) -> None:
+        path, old = own_home / ".claude.json", b'{\r\n  "a": 1\r\n}\r\n'
+        path.write_bytes(old)
+        assert config("claude-code", "--write") == 0
+        (backup,) = own_home.glob(".claude.json.*.bak")
+        assert backup.read_bytes() == old
+        assert path.read_bytes().endswith(b'"a": 1\r\n}\r\n')
+
+    def test_two_backups_in_one_second(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(puter.time, "strftime", lambda *_: "20260101-000000")
+        path = own_home / ".config" / "opencode" / "opencode.json"
+        path.parent.mkdir(parents=True)
+        path.write_text('{"mine": 1}')
+        for url in ("http://a/v1", "http://b/v1"):
+            arguments = ("--search", "lab/t", "--base-url", url)
+            assert config("opencode", *arguments, "--write") == 0
+        assert b'{"mine": 1}' in files_in(own_home).values()
+
+    @ON_LINUX
+    @pytest.mark.parametrize("dangling", [False, True])
+    def test_a_link_stays(
+        self, config: Callable[..., int], own_home: Path, dangling: bool
+    ) -> None:
+        real, link = own_home / "dotfiles" / "claude", own_home / ".claude.json"
+        real.parent.mkdir()
+        if not dangling:
+            real.write_text('{"a": 1}')
+        link.symlink_to(real)
+        assert config("claude-code", "--write") == 0
+        assert link.is_symlink() and "mcpServers" in json.loads(real.read_text())
+
+    @pytest.mark.parametrize(
+        ("answer", "written"), [("n", False), ("", True), ("Yes", True)]
+    )
+    def test_the_diff_is_shown_before_the_question(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        answer: str,
+        written: bool,
+    ) -> None:
+        shown: list[str] = []
+
+        def asked(prompt: str = "") -> str:
+            shown.append(capsys.readouterr().err)
+            return answer
+
+        monkeypatch.setattr(puter, "_may_ask", lambda: True)
+        monkeypatch.setattr(builtins, "input", asked)
+        assert config("claude-code", "--write") == 0
+        assert '+    "puter": {' in shown[0]
+        assert (own_home / ".claude.json").exists() is written
+
+    def test_no_answer_is_a_no(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def gone(prompt: str = "") -> str:
+            raise EOFError
+
+        monkeypatch.setattr(puter, "_may_ask", lambda: True)
+        monkeypatch.setattr(builtins, "input", gone)
+        config("claude-code", "--write")
+        assert not (own_home / ".claude.json").exists()
+
+    @pytest.mark.skipif(
+        os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0,
+        reason="needs a user who may not write everywhere",
+    )
+    def test_no_right_to_write_is_told(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        own_home.chmod(0o500)
+        try:
+            assert config("claude-code", "--write") == 2
+        finally:
+            own_home.chmod(0o700)
+        assert ".claude.json" in capsys.readouterr().err
+
+    def test_a_folder_in_the_place_of_the_file_is_told(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (own_home / ".claude.json").mkdir()
+        assert config("claude-code", "--write") == 2
+        assert ".claude.json" in capsys.readouterr().err
+
+    def test_the_printed_command_starts_the_server(
+        self, start_mcp: Callable[..., McpProcess], own_home: Path
+    ) -> None:
+        server = start_mcp(*puter.mcp_command())
+        server.send(rpc("ping"))
+        assert json.loads(server.stdout.readline())["result"] == {}
+
+
+# =============================================================================
+# Merging
+# =============================================================================
+
+COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|(//[^\n]*|/\*.*?\*/)', re.DOTALL)
+
+
+def comments_in(text: str) -> list[str]:
+    """The comments of a JSON text, in order."""
+    return [match[1] for match in COMMENT.finditer(text) if match[1]]
+
+
+def jsonc_value(text: str) -> Any:
+    """The value of a JSON text with comments and trailing commas."""
+    bare = COMMENT.sub(lambda match: " " if match[1] else match[0], text)
+    token = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])')
+    return json.loads(
+        token.sub(lambda match: "" if match[0] == "," else match[0], bare)
+    )
+
+
+def put_in(value: dict[str, Any], path: list[str], new: Any) -> dict[str, Any]:
+    """A copy of the value with something put at a path; TypeError where it cannot be."""
+    key, *rest = path
+    inner = value.get(key, {})
+    if rest and not isinstance(inner, dict):
+        raise TypeError(key)
+    return {**value, key: put_in(inner, rest, new) if rest else new}
+
+
+@st.composite
+def jsonc_texts(draw: st.DrawFn, value: Any) -> str:
+    """A value written with blanks, comments and trailing commas here and there."""
+    gaps = st.sampled_from(
+        [*("", "", " ", "\n", "\t\r\n  ", "// it's\n"), '/* "x": { */', "//\n", "/**/"]
+    )
+
+    def gap() -> str:
+        return draw(gaps)
+
+    def written(part: Any) -> str:
+        if not isinstance(part, (dict, list)):
+            return json.dumps(part, ensure_ascii=draw(st.booleans()))
+        is_dict = isinstance(part, dict)
+        items = [
+            gap()
+            + (f"{json.dumps(item)}{gap()}:{gap()}" if is_dict else "")
+            + written(part[item] if is_dict else item)
+            + gap()
+            for item in part
+        ]
+        tail = "," + gap() if items and draw(st.booleans()) else gap()
+        opening, closing = "{}" if is_dict else "[]"
+        return opening + ",".join(items) + tail + closing
+
+    return gap() + written(value) + gap()
+
+
+LETTERS = st.characters(exclude_categories=["Cs"])
+KEYS = st.sampled_from(["a", "b", "mcp", "é", 'q"\\', "//", ""]) | st.text(
+    LETTERS, max_size=3
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(LETTERS, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(KEYS, VALUES, max_size=4)
+
+# (text, path, result with the value 7)
+JSONC: list[tuple[str, tuple[str, ...], str]] = [
+    ("{}", ("a",), '{\n  "a": 7\n}'),
+    ("{ }\n", ("a",), '{\n  "a": 7\n}\n'),
+    ("{}", ("a", "b"), '{\n  "a": {\n    "b": 7\n  }\n}'),
+    ('{"a": 1}', ("a",), '{"a": 7}'),
+    ('{"a": 1,}', ("a",), '{"a": 7,}'),
+    ('{"a" /*x*/ : /*y*/ 1 // z\n}', ("a",), '{"a" /*x*/ : /*y*/ 7 // z\n}'),
+    ('{"a": {"b": [1, 2]}}', ("a", "b"), '{"a": {"b": 7}}'),
+    ('{"a": 1, "a": 2}', ("a",), '{"a": 1, "a": 7}'),
+    ('{"\\u0061": 1}', ("a",), '{"\\u0061": 7}'),
+    ('{\n  "b": 1 // b\n}', ("a",), '{\n  "a": 7,\n  "b": 1 // b\n}'),
+    ('{"s": "// no } comment"}', ("s",), '{"s": 7}'),
+    ('{"a": "}", "b": 1}', ("b",), '{"a": "}", "b": 7}'),
+    ("// x\n{ // y\n}\n// z", ("a",), '// x\n{\n  "a": 7\n// y\n}\n// z'),
+]
+NOT_JSONC = [
+    *("", "// only", "[]", "5", '"x"', "{", '{"a": 1', '{"a" 1}', '{"a": }', "{,}"),
+    *('{"a": 1,,}', '{"a": 1 "b": 2}', "{a: 1}", "{'a': 1}", '{"a": 01}', "{} {}"),
+    *('{"a": "x\ny"}', '{"a": 1} x', '{"a": [1}}', '{"a": {]}', "{} /* open"),
+]
+
+BEGIN, END = "# >>> puter.py", "# <<< puter.py"
+# (text, key, result with the one item "- n: 1")
+YAML: dict[str, tuple[str, str, str]] = {
+    "an empty list": ("", "", f"{BEGIN}\n- n: 1\n{END}\n"),
+    "an empty file": (
+        "",
+        "models",
+        f"models:\n  {BEGIN} models\n  - n: 1\n  {END} models\n",
+    ),
+    "a list": (
+        "# c\n- a: 1 # d\n  b: 2",
+        "",
+        f"# c\n- a: 1 # d\n  b: 2\n{BEGIN}\n- n: 1\n{END}\n",
+    ),
+    "an older block": (
+        f"- a: 1\n{BEGIN}\n- old: 1\n{END}\n- b: 2\n",
+        "",
+        f"- a: 1\n- b: 2\n{BEGIN}\n- n: 1\n{END}\n",
+    ),
+    "a key": (
+        "models:\n  - a: 1\nrest: 2\n",
+        "models",
+        f"models:\n  - a: 1\n  {BEGIN} models\n  - n: 1\n  {END} models\nrest: 2\n",
+    ),
+    "a key not indented": (
+        "models:\n- a: 1\n  b:\n    - 2\nrest: 2\n",
+        "models",
+        f"models:\n- a: 1\n  b:\n    - 2\n{BEGIN} models\n- n: 1\n{END} models\nrest: 2\n",
+    ),
+    "a key indented by four": (
+        "models: # mine\n    # first\n    - a: 1\n\nrest: 2\n",
+        "models",
+        (
+            f"models: # mine\n    # first\n    - a: 1\n    {BEGIN} models\n    - n: 1\n"
+            f"    {END} models\n\nrest: 2\n"
+        ),
+    ),
+    "a key with nothing": (
+        "models:\nrest: 2\n",
+        "models",
+        f"models:\n  {BEGIN} models\n  - n: 1\n  {END} models\nrest: 2\n",
+    ),
+    "the key elsewhere": (
+        "other:\n  models: [1]\nmodelsX: 2\n",
+        "models",
+        (
+            f"other:\n  models: [1]\nmodelsX: 2\nmodels:\n  {BEGIN} models\n  - n: 1\n"
+            f"  {END} models\n"
+        ),
+    ),
+}
+
+
+class TestMerging:
+    """Everything else stays as it was."""
+
+    @pytest.mark.parametrize(("text", "path", "want"), JSONC)
+    def test_jsonc(self, text: str, path: tuple[str, ...], want: str) -> None:
+        got = puter.jsonc_with(text, path, 7)
+        assert got == want
+        assert puter.jsonc_with(got, path, 7) == got
+
+    @pytest.mark.parametrize("text", NOT_JSONC)
+    def test_what_is_no_jsonc_object(self, text: str) -> None:
+        with pytest.raises(ValueError):
+            puter.jsonc_with(text, ("a", "b"), 7)
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data(), whole=OBJECTS, path=st.lists(KEYS, min_size=1, max_size=3))
+    def test_the_value_is_in_and_all_else_is_equal(
+        self, data: st.DataObject, whole: dict[str, Any], path: list[str]
+    ) -> None:
+        text = data.draw(jsonc_texts(whole))
+        new = data.draw(VALUES)
+        assert jsonc_value(text) == whole
+        try:
+            want = put_in(whole, path, new)
+        except TypeError:
+            with pytest.raises(ValueError):
+                puter.jsonc_with(text, path, new)
+            return
+        got = puter.jsonc_with(text, path, new)
+        assert jsonc_value(got) == want
+        assert puter.jsonc_with(got, path, new) == got
+        if path[0] not in whole:
+            assert comments_in(got) == comments_in(text)
+
+    @settings(max_examples=50, deadline=None)
+    @given(text=st.text('{}[]:,"/*\\\n a1', max_size=12))
+    @example(text="/*/ {}")
+    def test_any_text_is_merged_or_refused(self, text: str) -> None:
+        try:
+            got = puter.jsonc_with(text, ("a",), 7)
+        except ValueError:
+            return
+        assert jsonc_value(got)["a"] == 7
+
+    @pytest.mark.parametrize("case", YAML)
+    def test_yaml(self, case: str) -> None:
+        text, key, want = YAML[case]
+        got = puter.yaml_with(text, key, ["- n: 1"])
+        assert got == want
+        assert puter.yaml_with(got, key, ["- n: 1"]) == got
+
+    @pytest.mark.parametrize(
+        ("text", "key"),
+        [
+            *(("a: 1\n", ""), ("[a, b]\n", ""), ("{a: 1}\n", ""), ("'a'\n", "")),
+            *(("models: [a]\n", "models"), ("models: {}\n", "models")),
+            *(("models: x\n", "models"), ("models: &x\n  - a\n", "models")),
+        ],
+    )
+    def test_what_needs_a_yaml_parser_is_refused(self, text: str, key: str) -> None:
+        with pytest.raises(ValueError):
+            puter.yaml_with(text, key, ["- n: 1"])
+
+    @pytest.mark.parametrize("line", ["models: []", "models: [ ]  # none", "models: ~"])
+    def test_an_empty_list_in_one_line_takes_items(self, line: str) -> None:
+        got = puter.yaml_with(f"name: x\n{line}\nrest: 1\n", "models", ["- n: 1"])
+        assert re.match(r"name: x\nmodels:.*\n +# >>>.*\n +- n: 1\n", got)
+        assert got.endswith("rest: 1\n")
+
+    def test_an_indented_list_stays_one_list(self) -> None:
+        try:
+            got = puter.yaml_with("  - a: 1\n", "", ["- n: 1"])
+        except ValueError:
+            return
+        assert "\n  - n: 1\n" in got
+
+    @pytest.mark.parametrize("key", ['"models"', "'models'"])
+    def test_a_quoted_key_is_the_key(self, key: str) -> None:
+        try:
+            got = puter.yaml_with(f"{key}:\n  - a: 1\n", "models", ["- n: 1"])
+        except ValueError:
+            return
+        assert got.count("models:") + got.count(f"{key}:") == 1
+
+    def test_a_comment_stays_above_its_key(self) -> None:
+        text = "models:\n  - a: 1\n# My rules\nrules:\n  - b\n"
+        got = puter.yaml_with(text, "models", ["- n: 1"])
+        assert "# My rules\nrules:\n" in got
+
+    def test_a_lonely_mark_drops_nothing(self) -> None:
+        text = f"{BEGIN}\n- mine: 1\n"
+        for _ in range(2):
+            try:
+                text = puter.yaml_with(text, "", ["- n: 1"])
+            except ValueError:
+                break
+        assert "- mine: 1\n" in text
 
 
 # =============================================================================
