@@ -2643,6 +2643,35 @@ def reply_from_json(data: JSON) -> Reply:
     return Reply(**{**data, "tool_calls": calls, "usage": Usage(**data["usage"])})
 
 
+class _Text:
+    """A text that grows by small pieces; full blocks of it are packed, so that a long one
+    takes little room until somebody wants it whole."""
+
+    _BLOCK = 8_192  # pieces
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._blocks: list[bytes] = []
+
+    def add(self, piece: str) -> None:
+        """Put a piece at the end."""
+        self._pieces.append(piece)
+        if len(self._pieces) == self._BLOCK:
+            import zlib
+
+            block = "".join(self._pieces).encode("utf-8", "surrogatepass")
+            self._blocks.append(zlib.compress(block, 1))
+            self._pieces.clear()
+
+    def __str__(self) -> str:
+        if not self._blocks:
+            return "".join(self._pieces)
+        import zlib
+
+        packed = b"".join(map(zlib.decompress, self._blocks))
+        return packed.decode("utf-8", "surrogatepass") + "".join(self._pieces)
+
+
 class _Decoder:
     """What both decoders of a stream gather; the bytes come from outside.
 
@@ -2655,21 +2684,21 @@ class _Decoder:
         self.model = model
         self.error: PuterError | None = None
         self.whole = False
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
+        self.usage = Usage()
+        self._text = _Text()
+        self._reasoning = _Text()
         self._calls: list[ToolCall] = []
-        self._usage = Usage()
         self._finish: str | None = None
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
         """Everything gathered so far."""
         return Reply(
-            text="".join(self._text),
-            reasoning="".join(self._reasoning),
+            text=str(self._text),
+            reasoning=str(self._reasoning),
             tool_calls=tuple(self._calls),
             finish_reason=_finish_reason(self._finish, self._calls),
-            usage=self._usage,
+            usage=self.usage,
             model=self.model,
             raw={"extra": self._extra} if self._extra else {},
         )
@@ -2690,31 +2719,70 @@ class _Decoder:
             )
 
 
+def _text_or_fault(line: bytes) -> str:
+    """A line as text; one that is none as something that is no JSON either."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"bytes that are no UTF-8: {line[:60]!r}"
+
+
 class LineDecoder(_Decoder):
     """Puter's stream: bytes in, one JSON object a line, split on `\\n` alone (recorded)."""
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self._rest = bytearray()
+        self._scan: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
     def feed(self, data: bytes) -> list[Chunk]:
         """The chunks of the lines that this piece completes."""
         end = data.rfind(b"\n") + 1
+        if len(self._rest) + len(data) > MAX_LINE_BYTES:
+            self._check_lengths(bytes(self._rest) + data)
+        if self.error is not None:
+            return []
         if not end:
             self._rest += data
-            if len(self._rest) > MAX_LINE_BYTES:
-                self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
             return []
         block = bytes(self._rest) + data[:end]
         self._rest = bytearray(data[end:])
+        lines: Iterable[str]
+        try:
+            lines = block.decode("utf-8").split("\n")
+        except UnicodeDecodeError:  # give what comes before the broken line
+            lines = map(_text_or_fault, block.split(b"\n"))
+        return self._read(lines)
+
+    def _check_lengths(self, block: bytes) -> None:
+        if any(len(line) > MAX_LINE_BYTES for line in block.split(b"\n")):
+            self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
+
+    def _read(self, lines: Iterable[str]) -> list[Chunk]:
+        """The chunks of whole lines, up to the first fault. The one loop where speed counts."""
         chunks: list[Chunk] = []
-        for line in block.split(b"\n"):
-            if self.error is not None:
-                break
-            if len(line) > MAX_LINE_BYTES:
-                self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
-            elif line and not line.isspace():
-                self._line(line, chunks)
+        line, scan, add, text_type = "", self._scan, self._text.add, str
+        try:
+            for line in lines:
+                if not line or line.isspace():
+                    continue
+                event, end = scan(line, 0)
+                if end != len(line) and not line[end:].isspace():
+                    raise ValueError("there is something behind the object")
+                if event["type"] == "text":
+                    text = event["text"]
+                    if type(text) is not text_type:
+                        raise TypeError("the text is none")
+                    add(text)
+                    chunks.append(Chunk("text", text))
+                else:
+                    self._other(event["type"], event, chunks)
+                    if self.error is not None:
+                        break
+        except (ValueError, RecursionError, TypeError, KeyError, StopIteration):
+            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
+        except ReplyError as error:
+            self.error = error
         return chunks
 
     def finish(self) -> list[Chunk]:
@@ -2727,27 +2795,15 @@ class LineDecoder(_Decoder):
             except (ValueError, RecursionError):
                 self.fail(f"the last line is cut: {rest[:80]!r}")
             else:
-                self._line(rest, chunks)
+                chunks = self._read([rest.decode("utf-8")])
         super().finish()
         return chunks
 
-    def _line(self, line: bytes, chunks: list[Chunk]) -> None:
-        try:
-            event = json.loads(line)
-            kind = event["type"]
-            if kind in ("text", "reasoning"):
-                text = event[kind]
-                (self._text if kind == "text" else self._reasoning).append(text + "")
-                chunks.append(Chunk(kind, text))
-            else:
-                self._other(kind, event, chunks)
-        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
-        except ReplyError as error:
-            self.error = error
-
     def _other(self, kind: Any, event: JSON, chunks: list[Chunk]) -> None:
-        if kind == "tool_use":
+        if kind == "reasoning":
+            self._reasoning.add(event["reasoning"] + "")
+            chunks.append(Chunk("reasoning", event["reasoning"]))
+        elif kind == "tool_use":
             call = _tool_call(
                 event["id"], event["name"], event["input"], event.get("extra_content")
             )
@@ -2755,8 +2811,8 @@ class LineDecoder(_Decoder):
             chunks.append(Chunk("tool_call", tool_call=call))
         elif kind == "usage":
             self.whole = True
-            self._usage = usage_from(event.get("usage"))
-            chunks.append(Chunk("usage", usage=self._usage))
+            self.usage = usage_from(event.get("usage"))
+            chunks.append(Chunk("usage", usage=self.usage))
         elif kind == "error":
             self.fail(str(event.get("message") or "the server names no reason"))
         else:
@@ -2800,15 +2856,15 @@ class EventDecoder(_Decoder):
             self._finish = choice.get("finish_reason") or self._finish
             reasoning = delta.get("reasoning_content") or delta.get("reasoning")
             if reasoning:
-                self._reasoning.append(reasoning + "")
+                self._reasoning.add(reasoning + "")
                 chunks.append(Chunk("reasoning", reasoning))
             if delta.get("content"):
-                self._text.append(delta["content"] + "")
+                self._text.add(delta["content"] + "")
                 chunks.append(Chunk("text", delta["content"]))
             for part in delta.get("tool_calls") or ():
                 self._call_delta(part)
         if frame.get("usage"):
-            self._usage = usage_from(frame["usage"])
+            self.usage = usage_from(frame["usage"])
 
     def _call_delta(self, part: JSON) -> None:
         """Put a piece of a call where its index says; a new id begins a new call."""
@@ -2833,7 +2889,7 @@ class EventDecoder(_Decoder):
             self._calls.append(made)
             chunks.append(Chunk("tool_call", tool_call=made))
         self.whole = True
-        chunks.append(Chunk("usage", usage=self._usage))
+        chunks.append(Chunk("usage", usage=self.usage))
 
 
 def models_from(body: Any) -> list[Model]:
@@ -4113,11 +4169,11 @@ class _Ledger:
             keep = self._config.metrics_max_samples
             self.figures.record(model, outcome, seconds, first_s, usage, keep)
 
-    def keep(self, ask: _Ask, reply: Reply) -> None:
+    def keep(self, ask: _Ask, whole: Callable[[], Reply]) -> None:
         """Keep a whole reply, if replies are kept."""
         if self._config.cache_enabled:
             body, most = (
-                json.dumps(reply_to_json(reply)),
+                json.dumps(reply_to_json(whole())),
                 self._config.cache_max_entries,
             )
             self.replies.keep_reply(self._key(ask), body, time.time(), most)
@@ -4183,6 +4239,11 @@ class _Source:
         """What has come so far."""
         return self.decoder.reply()
 
+    @property
+    def usage(self) -> Usage:
+        """What the provider counted, once it has told."""
+        return self.decoder.usage
+
     def close(self) -> None:
         """Give back the connection, and delete uploaded files."""
         self._stack.close()
@@ -4193,6 +4254,7 @@ class _WholeSource:
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
+        self.usage = reply.usage
         self.first = chunks_of(reply)
 
     def read(self) -> list[Chunk]:
@@ -4420,7 +4482,9 @@ class Stream:
         self._handle = _Handle()
         self._source: _Source | _WholeSource | None = None
         self._batch: Iterator[Chunk] = iter(())
-        self._reply: Reply | None = None
+        self._ended = False
+        self._reply: Reply | None = None  # put together when asked for
+        self._last: _Source | _WholeSource | None = None
         self._walked: _Walked | None = None
         self.model: str = ask.model
         """The model that answers."""
@@ -4430,7 +4494,7 @@ class Stream:
     def __iter__(self) -> Iterator[Chunk]:
         while True:
             yield from self._batch
-            if self._source is None or self._reply is not None:
+            if self._source is None or self._ended:
                 return
             self._batch = iter(self._next_chunks(self._source))
 
@@ -4449,23 +4513,26 @@ class Stream:
         self._shut()
 
     def __repr__(self) -> str:
-        ended = "ended" if self._reply else "closed" if self._source is None else "open"
+        ended = "ended" if self._ended else "closed" if self._source is None else "open"
         return f"<puter.Stream of {self.model!r}, {ended}>"
 
     @property
     def reply(self) -> Reply:
         """The whole reply; raises `StreamError` while the stream has not ended."""
-        if self._reply is None:
+        if not self._ended:
             raise StreamError(
                 "The stream has not come to its end",
                 hint="Read all its chunks first.",
-                reply=self._source.reply() if self._source else None,
+                reply=self._last.reply() if self._last else None,
             )
+        if self._reply is None and self._last is not None:
+            self._reply = self._with_walk(self._last.reply())
+        assert self._reply is not None
         return self._reply
 
     def close(self) -> None:
         """End the stream now; what is on its way is not waited for."""
-        if self._source is not None and self._reply is None and self._walked:
+        if self._source is not None and not self._ended and self._walked:
             seconds = time.monotonic() - self._walked.started
             self._client._ledger.count(self.model, "closed", seconds)
         self._shut()
@@ -4473,7 +4540,7 @@ class Stream:
     def _shut(self) -> None:
         """Give back the connection and the place in the gate."""
         source, self._source = self._source, None
-        if self._reply is None:
+        if not self._ended:
             self._handle.close()
         if source is not None:
             source.close()
@@ -4484,13 +4551,13 @@ class Stream:
         """Walk models and accounts until one answers; its first chunks are there then."""
         kept = self._client._ledger.kept(self._ask)
         if kept is not None:
-            self._batch, self._reply = iter(chunks_of(kept)), kept
+            self._batch, self._reply, self._ended = iter(chunks_of(kept)), kept, True
             self.model, self.account = kept.model, kept.account
             return self
         walked = self._client._walk(
             self._ask, self._handle, self._client._caller.open_stream
         )
-        self._walked, self._source = walked, walked.result
+        self._walked, self._source, self._last = walked, walked.result, walked.result
         self.model = self._client._catalogue.id_of(walked.model)
         self.account, self.attempts = walked.account.username, walked.attempts
         self._batch = iter(walked.result.first)
@@ -4500,30 +4567,30 @@ class Stream:
         try:
             chunks = source.read()
         except PuterError as error:
-            partial = self._with_walk(source.reply())
-            self._end(partial, error.code or type(error).__name__)
+            self._end(source, error.code or type(error).__name__)
             if isinstance(error, ReplyError):
                 raise
             raise StreamError(
                 error.message
                 if isinstance(error, StreamError)
                 else f"The reply of {self.model} broke off: {error.message}",
-                reply=partial,
+                reply=self._with_walk(source.reply()),
                 code=error.code,
                 model=self.model,
                 account=self.account,
                 attempts=self.attempts,
             ) from error
         if not chunks:
-            self._reply = self._with_walk(source.reply())
-            self._end(self._reply, "ok")
+            self._ended = True
+            self._end(source, "ok")
         return chunks
 
-    def _end(self, reply: Reply, outcome: str) -> None:
+    def _end(self, source: _Source | _WholeSource, outcome: str) -> None:
         """Close, and note how it ended."""
         self._shut()
         if self._walked is not None:
-            self._client._ended(self._ask, self._walked, reply, outcome)
+            whole = partial(getattr, self, "reply")
+            self._client._ended(self._ask, self._walked, source.usage, outcome, whole)
 
     def _with_walk(self, reply: Reply) -> Reply:
         return replace(reply, account=self.account, attempts=self.attempts)
@@ -5062,16 +5129,21 @@ class Puter:
         reply = replace(
             reply, account=walked.account.username, attempts=walked.attempts
         )
-        self._ended(ask, walked, reply, "ok")
+        self._ended(ask, walked, reply.usage, "ok", lambda: reply)
         return reply
 
-    def _ended(self, ask: _Ask, walked: _Walked, reply: Reply, outcome: str) -> None:
+    def _ended(
+        self,
+        ask: _Ask,
+        walked: _Walked,
+        usage: Usage,
+        outcome: str,
+        whole: Callable[[], Reply],
+    ) -> None:
         """Note how the request that was answered ended, and keep a whole reply if wanted."""
         now = time.monotonic()
         first_s = walked.attempts[-1].seconds if ask.streaming else None
-        self._ledger.count(
-            walked.model, outcome, now - walked.started, first_s, reply.usage
-        )
+        self._ledger.count(walked.model, outcome, now - walked.started, first_s, usage)
         if outcome != "ok":
             return
         how = f"OK ({now - walked.began:.1f}s)"
@@ -5081,7 +5153,7 @@ class Puter:
             how = f"Stream complete ({now - walked.began:.1f}s)"
         _log.info("Response: 200 %s", how)
         if walked.model == walked.asked:
-            self._ledger.keep(ask, reply)
+            self._ledger.keep(ask, whole)
 
     def _run(
         self,
