@@ -8,6 +8,7 @@
 Sign in once with ``python -m puter login``; ``python -m puter --help`` lists the commands.
 `Puter` is the client. Every failure is a `PuterError` that says what happened and what to do.
 
+The names in `__all__` are the module's face and stay; any other may change with a version.
 Remarks such as "(recorded)" mean that a fact was seen in the answers of a real Puter server,
 release 26.07.
 """
@@ -193,6 +194,62 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
+JSON = dict[str, Any]
+_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite number (true and false are none)."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return fine and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _described(value: Any) -> str:
+    """A found value for an error text: its JSON, shortened, and its kind."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
+    kinds |= {list: "a list", dict: "an object", type(None): "null"}
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
+
+
+def _near(
+    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
+) -> list[str]:
+    """The names that look like the given one, best first."""
+    import difflib
+
+    return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
+
+
+def plain_model_name(name: str) -> str:
+    """The name as Puter takes it: without the `puter/` that other tools put in front."""
+    stripped = name.strip()
+    return stripped[6:] if stripped.lower().startswith("puter/") else stripped
+
+
+class _Lock:
+    """A re-entrant lock that a forked child finds open, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.RLock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 # ======================================================================================
 # 2. errors · uses: nothing above but the constants
 # ======================================================================================
@@ -346,7 +403,12 @@ class ModelNotFoundError(PuterError):
 
 
 class BadRequestError(PuterError):
-    """The request itself is wrong: nobody will accept it as it is."""
+    """The request itself is wrong: nobody will accept it as it is.
+
+    `param` is the field of an OpenAI request that is at fault, if it is one.
+    """
+
+    param: str | None = None
 
     default_hint = (
         "Change the request as the message says; sending it again will not help."
@@ -429,10 +491,9 @@ class AllAccountsOnCooldownError(PuterError):
 
 
 # ======================================================================================
-# 3. values · uses: nothing above
+# 3. values · uses: errors
 # ======================================================================================
 ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
-JSON = dict[str, Any]
 
 
 def _plain_values(value: Any) -> JSON:
@@ -455,7 +516,8 @@ class _Value:
         return _plain_values(self) == _plain_values(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(map(repr, _plain_values(self).values())))
+        first = next(iter(_plain_values(self).values()))
+        return hash((type(self), first))
 
     def __repr__(self) -> str:
         own: Any = self
@@ -649,7 +711,7 @@ class ModelStats(_Value):
 
 
 # ======================================================================================
-# 4. config · uses: errors
+# 4. config · uses: errors, values
 # ======================================================================================
 CONFIG_NAME = "puter.json"
 ACCOUNTS_NAME = "puter-accounts.json"
@@ -774,6 +836,10 @@ class Config(_Value):
         for spec in _SETTINGS.values():
             value = _checked(spec.name, getattr(self, spec.name), "argument")
             object.__setattr__(self, spec.name, value)
+
+    def model_name(self, asked: str | None) -> str:
+        """The model to ask: the asked one, else the default; without `puter/` in front."""
+        return plain_model_name(asked or self.default_model or DEFAULT_MODEL)
 
     @classmethod
     def load(
@@ -951,23 +1017,6 @@ def _unknown_key(name: str, where: str) -> ConfigError:
         else "Known keys: " + ", ".join(_SETTINGS) + "."
     )
     return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
-
-
-def _near(
-    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
-) -> list[str]:
-    """The names that look like the given one, best first."""
-    import difflib
-
-    return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
-
-
-def _described(value: Any) -> str:
-    """A found value for an error text: its JSON, shortened, and its kind."""
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
-    kinds |= {list: "a list", dict: "an object", type(None): "null"}
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
 _SETTINGS = {f.name: f for f in fields(Config) if not f.metadata.get("internal")}
@@ -1281,21 +1330,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class _Lock:
-    """A re-entrant lock that a forked child finds open, whoever held it in the parent."""
-
-    def __init__(self) -> None:
-        self._lock, self._pid = threading.RLock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._pid != os.getpid():
-            self._lock, self._pid = threading.RLock(), os.getpid()
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 _BUSY_S = 10.0  # how long a state file that others use is waited for
@@ -1772,10 +1806,6 @@ def _check_part(part: Any, where: str) -> None:
             )
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
 def _parts(content: Any) -> list[JSON]:
     """A content as a list of parts that hold something."""
     if content is None or content == "":
@@ -2179,7 +2209,7 @@ def hint_schema(
         return {**shape, **({"description": text} if text else {})}
     if _is_marked(origin):
         return hint_schema(inner[0], where, outer)
-    if hint in _PLAIN_HINTS:
+    if isinstance(hint, type) and hint in _PLAIN_HINTS:
         return {"type": _PLAIN_HINTS[hint]}
     if hint is Any:
         return {}
@@ -2438,12 +2468,6 @@ def _json_value(value: Any) -> Any:
 _INPUT_KEYS = ("prompt_tokens", "input_tokens", "prompt")
 _OUTPUT_KEYS = ("completion_tokens", "output_tokens", "completion")
 _CACHED_KEYS = ("cached_tokens", "cache_read_input_tokens", "input_cache_read")
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number (true and false are none)."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return fine and math.isfinite(value)
 
 
 def usage_from(given: Any) -> Usage:
@@ -2905,10 +2929,13 @@ def models_from(body: Any) -> list[Model]:
     ):
         raise ServerError("The model list is not in a form that we know")
     named = [{"id": e} if isinstance(e, str) else e for e in entries]
-    bad = [e for e in named if not isinstance(e.get("id"), str) or not e["id"]]
-    if bad:
-        _log.warning("%d entries of the model list have no id", len(bad))
-    return [_model_from(e) for e in named if e not in bad]
+    models = []
+    for entry in named:
+        try:
+            models.append(_model_from(entry))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            _log.warning("An entry of the model list cannot be read: %r", error)
+    return models
 
 
 def _model_from(entry: Mapping[str, Any]) -> Model:
@@ -2925,8 +2952,10 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
 
     modalities = entry.get("modalities") or {}
     aliases = [entry.get("puterId"), *(entry.get("aliases") or ())]
+    if not _is_text(entry["id"]):
+        raise ValueError(f"the id is {_described(entry['id'])}")
     return Model(
-        id=str(entry["id"]),
+        id=entry["id"],
         name=str(entry.get("name") or entry["id"]),
         provider=str(entry.get("provider") or entry.get("owned_by") or ""),
         aliases=tuple(dict.fromkeys(a for a in aliases if a and a != entry["id"])),
@@ -2972,7 +3001,7 @@ def credit_from(body: Any) -> Credit:
 
 
 # ======================================================================================
-# 7. policies · uses: errors, values, config, messages' Needs. Plain functions that decide
+# 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
 # ======================================================================================
 # The wire's error codes and what they mean (recorded, or read in the server's code).
 _KIND_BY_CODE: dict[str, type[PuterError]] = {
@@ -3127,6 +3156,8 @@ def next_step(error: PuterError, is_asked_model: bool, may_fall_back: bool) -> N
 
     A stand-in that refuses the request says nothing of the asked model: on to the next.
     """
+    if isinstance(error, ReplyError):
+        return "raise"  # it was worked for, and billed: nobody asks for it again
     if isinstance(error, ModelNotFoundError) and is_asked_model:
         return "rename"
     if isinstance(error, CreditError):
@@ -3295,12 +3326,6 @@ def _backwards(date: str) -> tuple[int, ...]:
     return tuple(-ord(c) for c in date)
 
 
-def plain_model_name(name: str) -> str:
-    """The name as Puter takes it: without the `puter/` that other tools put in front."""
-    stripped = name.strip()
-    return stripped[6:] if stripped.lower().startswith("puter/") else stripped
-
-
 def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) -> bool:
     """Whether a stream could lose all but the last of several calls in one turn (recorded).
 
@@ -3315,13 +3340,37 @@ def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) ->
 
 
 # ======================================================================================
-# 8. transport · uses: errors, config, messages, policies' error_from. Alone knows requests
+# 8. transport · uses: errors, config, policies' error_from. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _SHUT_RDWR = 2  # socket's constant, needed when modules cannot be imported any more
 _USER_AGENT = f"puter.py/{__version__}"
 # Puter ties a user-app token to a web origin; every later call must carry the same one.
 _APP_ORIGIN = "http://localhost:19847"
+
+
+_OPENAI_PATH = "/puterai/openai/v1"
+
+
+def _path_of(url: str) -> str:
+    """The path of an address, without a slash at its end."""
+    return re.sub(r"^https?://[^/]*", "", url).rstrip("/")
+
+
+def _is_gateway(config: Config) -> bool:
+    """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
+    path = _path_of(config.api_base_url)
+    return config.api_style == "openai" and path not in ("", _OPENAI_PATH)
+
+
+def _api_origin(config: Config) -> str:
+    """Where Puter's own calls are, whatever the style of the chat."""
+    return config.api_base_url.removesuffix(_OPENAI_PATH)
+
+
+def _openai_base(config: Config) -> str:
+    base = config.api_base_url
+    return base if _path_of(base) else base + _OPENAI_PATH
 
 
 class _Handle:
@@ -3332,7 +3381,7 @@ class _Handle:
     """
 
     _local = threading.local()
-    _owners = threading.Lock()
+    _owners = _Lock()  # re-entrant: a stream may be dropped, and so closed, at any time
 
     def __init__(self) -> None:
         self.closed = threading.Event()
@@ -3369,6 +3418,8 @@ class _Handle:
             self._local.handle = None
 
     def _takes(self, connection: Any) -> None:
+        if self.closed.is_set():
+            raise ConnectionAbortedError("closed by its owner")
         with self._owners:
             connection.owner, self._connection, self._socket = self, connection, None
 
@@ -3834,7 +3885,8 @@ def _seconds(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         from email.utils import parsedate_to_datetime
 
@@ -3856,7 +3908,7 @@ class _Ask(NamedTuple):
     args: JSON
     needs: Needs
     fallback: bool
-    timeout_s: float
+    timeout_s: float | None  # as the caller asked; None is the setting's
     streaming: bool = False
 
 
@@ -4199,7 +4251,7 @@ class _Ledger:
         import hashlib
 
         whole = [self._config.api_base_url, self._config.api_style, ask.model, ask.args]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(_encoded(whole)).hexdigest()
 
 
 class _Source:
@@ -4301,8 +4353,10 @@ class _Caller:
     ) -> _Source | _WholeSource:
         """A streaming reply, read up to its first chunk."""
         if self._must_be_exact(ask, model):
-            patient = ask._replace(timeout_s=max(ask.timeout_s, EXACT_TOOLS_TIMEOUT_S))
-            return _WholeSource(self.complete(patient, model, account, handle))
+            if ask.timeout_s is None:
+                usual_s = self._config.api_timeout_ms / 1000
+                ask = ask._replace(timeout_s=max(usual_s, EXACT_TOOLS_TIMEOUT_S))
+            return _WholeSource(self.complete(ask, model, account, handle))
         started = time.monotonic()
         with ExitStack() as stack:
             ask = self._uploaded(ask, account, stack)
@@ -4369,7 +4423,7 @@ class _Caller:
         body: JSON,
         account: Account,
         handle: _Handle,
-        timeout_s: float,
+        timeout_s: float | None,
         streaming: bool,
     ) -> _Answer | _Wire:
         """POST with the account's token; a session token is exchanged once if the server asks."""
@@ -4649,16 +4703,20 @@ class Puter:
         session: requests.Session | None = None,
         **settings: Any,
     ) -> None:
-        if config is None:
-            self.config = Config.load(**settings)
-        else:
-            for name in settings:
-                if name not in _SETTINGS:
-                    raise _unknown_key(name, "argument")
-            self.config = replace(config, **settings)
+        for name in settings:
+            if name not in _SETTINGS:
+                raise _unknown_key(name, "argument")
+        if token is not None and account is not None:
+            raise ConfigError(
+                "token and account are both given",
+                hint="A token is an account of its own.",
+            )
+        self.config = (
+            Config.load(**settings) if config is None else replace(config, **settings)
+        )
         if token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
-        self.store = AccountStore(self.config.folder / ACCOUNTS_NAME)
+        self.store = AccountStore(self.config.folder)
         self.state = State(self.config.folder / STATE_NAME)
         self._ledger = _Ledger(self.config, self.state)
         self._transport = _Transport(self.config, session)
@@ -4772,7 +4830,11 @@ class Puter:
         A function's exception goes to the model as its result, and to the log. Several calls
         are made in order. Raises `ReplyError` when the model still calls after `max_rounds`.
         """
-        return self._run(messages_from(prompt), tools, max_rounds, on_tool, options)
+        options["tools"] = list(_functions_by_name(tools).values())
+        rounds = _Rounds(self, messages_from(prompt), options, max_rounds, on_tool)
+        for _ in rounds.chunks(streaming=False):
+            pass
+        return rounds.reply
 
     def conversation(
         self, system: str | None = None, *, model: str | None = None, **options: Any
@@ -4889,12 +4951,14 @@ class Puter:
                 try:
                     result = self._persist(ask, model, account, send, handle, attempts)
                 except PuterError as error:
-                    if handle.closed.is_set():
-                        raise  # its owner gave up: nobody is at fault
+                    if handle.closed.is_set() or isinstance(error, _BusyError):
+                        raise  # its owner gave up, or has too much open: no account's fault
                     first = first or error
                     step = next_step(error, model == ask.model, ask.fallback)
                     self._learn(error, model, account)
-                    if step == "rename" and (name := self._name_for(ask.model, error)):
+                    if step == "rename" and (
+                        name := self._name_for(ask.model, error, ask.fallback)
+                    ):
                         ask = ask._replace(model=name)
                         first, models = None, self._models_in_turn(ask, account)
                     elif step in ("raise", "rename"):
@@ -4929,7 +4993,7 @@ class Puter:
             _log.info("Fallback: trying %s", model)
         retries, waited_s = 0, 0.0
         while True:
-            gate.enter(handle, ask.timeout_s)
+            gate.enter(handle, ask.timeout_s or self.config.api_timeout_ms / 1000)
             started = time.monotonic()
             try:
                 result = send(ask, model, account, handle)
@@ -4952,9 +5016,16 @@ class Puter:
             else:
                 seconds = time.monotonic() - started
                 attempts.append(Attempt(model, account.username, None, seconds))
-                asked = self._catalogue.id_of(model)
-                self.state.succeed(account.username, (model, asked), time.time())
+                try:
+                    self._note_success(account, model)
+                except BaseException:
+                    gate.leave()
+                    raise
                 return result
+
+    def _note_success(self, account: Account, model: str) -> None:
+        names = (model, self._catalogue.id_of(model))
+        self.state.succeed(account.username, names, time.time())
 
     def _wait_for(
         self, error: PuterError, retries: int, gate: _Gate, handle: _Handle
@@ -5020,8 +5091,11 @@ class Puter:
                 yield model
                 return
 
-    def _name_for(self, name: str, error: PuterError) -> str | None:
-        """The name that the server knows instead, or None; adds near matches to the error."""
+    def _name_for(self, name: str, error: PuterError, may_cost: bool) -> str | None:
+        """The name that the server knows instead, or None; adds near matches to the error.
+
+        `may_cost`: whether a `:free` name that is gone may become its paid twin.
+        """
         candidates = self._catalogue.models_if_any("No other name")
         try:
             found = find_model(name, candidates).id
@@ -5029,6 +5103,8 @@ class Puter:
             if isinstance(error, ModelNotFoundError) and candidates:
                 error.message, error.near = unknown.message, unknown.near
                 error.hint = unknown.hint
+            if not may_cost:
+                return None
             paid = name.removesuffix(":free")
             found = next((m.id for m in candidates if paid in m.names()), name)
             if paid == name or found == name:
@@ -5082,7 +5158,7 @@ class Puter:
         parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
         messages = wire_messages(messages_from(prompt, system, parts))
         schemas = tool_schemas(tools)
-        name = plain_model_name(model or self.config.default_model or DEFAULT_MODEL)
+        name = self.config.model_name(model)
         sent = {k: v for k, v in args.items() if v is not None}
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
@@ -5095,7 +5171,7 @@ class Puter:
             },
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
-            timeout_s=(timeout_ms or self.config.api_timeout_ms) / 1000,
+            timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
@@ -5155,26 +5231,57 @@ class Puter:
         if walked.model == walked.asked:
             self._ledger.keep(ask, whole)
 
-    def _run(
+
+class _Rounds:
+    """A question and its answer, with the rounds of function calls between them.
+
+    `messages` grows by each turn; `reply` is the last one.
+    """
+
+    def __init__(
         self,
+        client: Puter,
         messages: Messages,
-        tools: Sequence[Callable[..., Any]],
+        options: JSON,
         max_rounds: int,
         on_tool: Callable[[ToolCall], bool | None] | None,
-        options: JSON,
-    ) -> Reply:
-        """As `run`; the turns are added to `messages`."""
-        functions = _functions_by_name(tools)
-        for _ in range(max_rounds + 1):
-            reply = self.chat(messages, tools=list(functions.values()), **options)
-            messages.append(message_from(reply))
-            if not reply.tool_calls:
-                return reply
-            messages += _results_of(reply, functions, on_tool)
+    ) -> None:
+        tools = options.get("tools")
+        is_run = bool(tools) and all(map(callable, _listing(tools)))
+        self.messages = messages
+        self.reply = Reply()
+        self._client = client
+        self._options = options
+        self._functions = _functions_by_name(tools) if is_run else {}
+        self._max_rounds = max_rounds
+        self._on_tool = on_tool
+
+    def chunks(self, streaming: bool) -> Iterator[Chunk]:
+        """Ask until there is an answer; its chunks as they come, if it is to stream."""
+        for rounds_left in range(self._max_rounds, -1, -1):
+            yield from self._one_turn(streaming)
+            if not self._functions or not self.reply.tool_calls:
+                return
+            if rounds_left:
+                self.messages += [self._result(call) for call in self.reply.tool_calls]
         raise ReplyError(
-            f"The model still calls functions after {max_rounds} rounds",
+            f"The model still calls functions after {self._max_rounds} rounds",
+            raw=repr(self.reply),
             hint="Raise `max_rounds`, or say in the prompt when to stop.",
         )
+
+    def _one_turn(self, streaming: bool) -> Iterator[Chunk]:
+        if streaming:
+            with self._client.stream(self.messages, **self._options) as stream:
+                yield from stream
+            self.reply = stream.reply
+        else:
+            self.reply = self._client.chat(self.messages, **self._options)
+        self.messages = [*self.messages, message_from(self.reply)]
+
+    def _result(self, call: ToolCall) -> JSON:
+        content = _result_of(call, self._functions, self._on_tool)
+        return {"role": "tool", "tool_call_id": call.id, "content": content}
 
 
 class Conversation:
@@ -5235,28 +5342,11 @@ class Conversation:
     ) -> Iterator[Chunk]:
         asked = {**self.options, **options}
         messages = self._with(said, asked)
-        tools, rounds = asked.pop("tools", None), asked.pop("max_rounds", 8)
-        on_tool = asked.pop("on_tool", None)
-        is_run = bool(tools) and all(map(callable, tools))
-        functions = _functions_by_name(tools) if is_run else {}
-        asked = {"model": self.model, "system": self.system, "tools": tools, **asked}
-        client = self._its_client()
-        for _ in range(rounds + 1):
-            if streaming:
-                with client.stream(messages, **asked) as stream:
-                    yield from stream
-                reply = stream.reply
-            else:
-                reply = client.chat(messages, **asked)
-            messages = [*messages, message_from(reply)]
-            if not functions or not reply.tool_calls:
-                self.messages, self._reply = messages, reply
-                return
-            messages += _results_of(reply, functions, on_tool)
-        raise ReplyError(
-            f"The model still calls functions after {rounds} rounds",
-            hint="Raise `max_rounds`, or say in the prompt when to stop.",
-        )
+        most, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
+        asked = {"model": self.model, "system": self.system, **asked}
+        rounds = _Rounds(self._its_client(), messages, asked, most, on_tool)
+        yield from rounds.chunks(streaming)
+        self.messages, self._reply = rounds.messages, rounds.reply
 
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
@@ -5312,22 +5402,6 @@ def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _results_of(
-    reply: Reply,
-    functions: Mapping[str, Callable[..., Any]],
-    on_tool: Callable[[ToolCall], bool | None] | None,
-) -> Messages:
-    """The results of a reply's calls, made in order."""
-    return [
-        {
-            "role": "tool",
-            "tool_call_id": c.id,
-            "content": _result_of(c, functions, on_tool),
-        }
-        for c in reply.tool_calls
-    ]
-
-
 def _result_of(
     call: ToolCall,
     functions: Mapping[str, Callable[..., Any]],
@@ -5348,25 +5422,6 @@ def _result_of(
         return f"Error: {type(error).__name__}: {error}"
 
 
-_OPENAI_PATH = "/puterai/openai/v1"
-
-
-def _is_gateway(config: Config) -> bool:
-    """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
-    path = _path_of(config.api_base_url)
-    return config.api_style == "openai" and path not in ("", _OPENAI_PATH)
-
-
-def _api_origin(config: Config) -> str:
-    """Where Puter's own calls are, whatever the style of the chat."""
-    return config.api_base_url.removesuffix(_OPENAI_PATH)
-
-
-def _openai_base(config: Config) -> str:
-    base = config.api_base_url
-    return base if _path_of(base) else base + _OPENAI_PATH
-
-
 def _holds_file(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "file" and "file" in part
 
@@ -5374,11 +5429,6 @@ def _holds_file(part: Any) -> bool:
 def _has_file(message: JSON) -> bool:
     content = message.get("content")
     return isinstance(content, list) and any(map(_holds_file, content))
-
-
-def _path_of(url: str) -> str:
-    """The path of an address, without a slash at its end."""
-    return re.sub(r"^https?://[^/]*", "", url).rstrip("/")
 
 
 def _token_name(token: str | None) -> str:
@@ -5451,7 +5501,6 @@ def stream(prompt: Prompt, **arguments: Any) -> Stream:
 # ======================================================================================
 LOGIN_PORT = 19847  # the port that the plugin's users know
 LOGIN_TIMEOUT_S = 300.0
-_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>puter.py</title>
 <style>body{{font:18px/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem}}
 </style><script>history.replaceState(null, "", "/")</script></head>
@@ -5733,7 +5782,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
 
 def _wrong(what: str, param: str | None) -> BadRequestError:
     error = BadRequestError(f"Bad request: {what}", hint="", status=400)
-    error.code = f"invalid_{param}" if param else None
+    error.param = param
     return error
 
 
@@ -5876,10 +5925,6 @@ def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
     }
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def json_text(text: str) -> str:
     """The JSON of an answer, out of a code fence if need be; raises `ReplyError`."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
@@ -5989,9 +6034,10 @@ def error_object(error: PuterError) -> tuple[int, JSON, dict[str, str]]:
         if wait_s is None:
             wait_s = RATE_WINDOW_S if error.scope == "account" else 60.0
         headers["Retry-After"] = str(max(1, int(wait_s + 0.999)))
-    param = code[len("invalid_") :] if code and code.startswith("invalid_") else None
-    if isinstance(error, ModelNotFoundError):
-        param = "model"
+    param = "model" if isinstance(error, ModelNotFoundError) else None
+    if isinstance(error, BadRequestError):
+        param = error.param
+        code = code or (f"invalid_{param}" if param else None)
     # A stream error's hint is about Python's `.reply`.
     message = error.message if isinstance(error, StreamError) else str(error)
     body = {"message": message, "type": kind, "param": param, "code": code}
@@ -6003,7 +6049,9 @@ def model_object(model: Model) -> JSON:
     created = 0
     if model.released:
         with suppress(ValueError):  # a date in a form of its own is no reason to fail
-            created = int(time.mktime(time.strptime(model.released[:10], "%Y-%m-%d")))
+            import calendar
+
+            created = calendar.timegm(time.strptime(model.released[:10], "%Y-%m-%d"))
     return {
         "id": model.id,
         "object": "model",
@@ -6210,7 +6258,8 @@ class OpenAIServer:
     def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
         """Take no more work, let what runs end for so many seconds, then close."""
         self.stopping.set()
-        self._server.shutdown()
+        if self._thread is not None:
+            self._server.shutdown()
         self._server.socket.close()  # who comes now is refused, not left waiting
         self._server.close_connections(self._working)
         with self._idle:
@@ -6506,7 +6555,8 @@ class _OpenAIHandler:
             self._json(200, whole, _answer_headers(reply))
 
     def _stream(self, asked: Completion, stream: Stream) -> None:
-        with stream, self.app.watch.over(self.connection, stream.close):
+        # The watch only wakes this thread, which then cleans up itself.
+        with stream, self.app.watch.over(self.connection, stream._handle.close):
             stream._start()
             self._stream_of(asked, stream, stream, stream)
 
@@ -6914,7 +6964,12 @@ class McpServer:
         call = self._registered(message) if is_call else None
 
         def work() -> None:
-            answer = self.answer(message, call)
+            try:
+                answer = self.answer(message, call)
+            finally:
+                if call is not None:
+                    call.end()
+                    self._forget(message.get("id"), call)
             if answer is not None:
                 reply(answer)
 
@@ -7023,12 +7078,7 @@ class McpServer:
             raise _RpcError(-32602, f"params._meta needs {_MCP_META}protocolVersion")
         version = MCP_STATELESS_VERSION if is_stateless else self._version
         if method == "tools/call":
-            call = call or self._registered(message)
-            try:
-                result = self._call(params, call)
-            finally:
-                call.end()
-                self._forget(message["id"], call)
+            result = self._call(params, call or self._registered(message))
         else:
             result = mcp_list_result(method, params, version)
         if result is not None and is_stateless:
@@ -7049,9 +7099,12 @@ class McpServer:
             "instructions": _MCP_INSTRUCTIONS,
         }
 
-    def _forget(self, request_id: str | int, call: _McpCall) -> None:
+    def _forget(self, request_id: Any, call: _McpCall) -> None:
         with self._lock:
-            if self._running.get(_rpc_key(request_id)) is call:
+            if (
+                _is_rpc_id(request_id)
+                and self._running.get(_rpc_key(request_id)) is call
+            ):
                 del self._running[_rpc_key(request_id)]
 
     def _call(self, params: JSON, call: _McpCall) -> JSON | None:
@@ -7417,6 +7470,7 @@ def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
             line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
         except ValueError as error:  # a number that JSON lacks
             _log.error("A message could not be written")
+            message = message if isinstance(message, dict) else {}
             failure = _RpcError(-32603, f"Internal error: {error}")
             line = json.dumps(_rpc_failure(message.get("id"), failure)).encode() + b"\n"
         try:
@@ -7718,12 +7772,7 @@ def cmd_ask(args: Any) -> int:
                 'Try: python -m puter ask "Why is the sky blue?"'
             )
             return 2
-        talk = (
-            _last_conversation(client)
-            if args.continue_
-            else Conversation(client=client)
-        )
-        talk.model, talk.system = args.model or talk.model, args.system or talk.system
+        talk = _talk_of(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         options |= {"fallback": not args.no_fallback}
         options |= {"images": attached.images, "files": attached.files}
@@ -7785,7 +7834,6 @@ class _Spinner:
         )
         self._over = threading.Event()
         self._note = ""
-        self._shows_uploads = not quiet and sys.stderr.isatty()
 
     def __enter__(self) -> _Spinner:  # noqa: PYI034
         if self._thread is not None:
@@ -7820,7 +7868,7 @@ class _Spinner:
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
             frame = self._FRAMES[int(seconds * 10) % len(self._FRAMES)]
-            width = shutil_columns() - 1
+            width = terminal_columns() - 1
             line = f"{frame} {seconds:.0f} s {self._note}"[:width]
             sys.stderr.write(f"\r\x1b[K{_dim(line)}")
             sys.stderr.flush()
@@ -7880,6 +7928,13 @@ def _as_text(data: bytes) -> str | None:
         return None
 
 
+def _talk_of(args: Any, client: Puter) -> Conversation:
+    """The conversation that a command is to go on with, or a new one."""
+    talk = _last_conversation(client) if args.continue_ else Conversation(client=client)
+    talk.model, talk.system = args.model or talk.model, args.system or talk.system
+    return talk
+
+
 def _last_conversation(client: Puter) -> Conversation:
     """The kept conversation; a new one when there is none. Raises `StoreError`."""
     path = client.config.folder / CONVERSATION_NAME
@@ -7932,7 +7987,7 @@ def _usage_line(reply: Reply) -> str:
 def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
     """One dim line when another model or account answered than was asked."""
     tried = reply.attempts
-    wanted = plain_model_name(asked or client.config.default_model or DEFAULT_MODEL)
+    wanted = client.config.model_name(asked)
     if client.config.quiet_mode:
         return
     if reply.finish_reason == "length":
@@ -8044,9 +8099,7 @@ class _Chat:
         """Choose the model."""
         if name:
             self.talk.model = self.client.model(name).id
-        _say(
-            f"model: {self.talk.model or self.client.config.default_model or DEFAULT_MODEL}"
-        )
+        _say(f"model: {self.client.config.model_name(self.talk.model)}")
 
     def system(self, text: str) -> None:
         """Set the system text."""
@@ -8138,16 +8191,11 @@ class _Chat:
 def cmd_chat(args: Any) -> int:
     """Talk with a model until Ctrl-D."""
     with _client() as client:
-        talk = (
-            _last_conversation(client)
-            if args.continue_
-            else Conversation(client=client)
-        )
-        talk.model, talk.system = args.model or talk.model, args.system or talk.system
+        talk = _talk_of(args, client)
         options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         chat = _Chat(client, talk, options)
         if sys.stdin.isatty():
-            shown = talk.model or client.config.default_model or DEFAULT_MODEL
+            shown = client.config.model_name(talk.model)
             _say(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
             with _line_editing(client, chat.commands):
                 chat.run()
@@ -8222,7 +8270,7 @@ def cmd_login(args: Any) -> int:
     from pathlib import Path
 
     config = _load_config()
-    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    store = AccountStore(config.folder)
     if args.import_file is not None:
         return _import_accounts(store, Path(args.import_file).expanduser())
     if args.with_token:
@@ -8305,7 +8353,7 @@ def _import_accounts(store: AccountStore, path: Path) -> int:
 
 def cmd_logout(args: Any) -> int:
     """Forget an account, or all."""
-    store = AccountStore(_load_config().folder / ACCOUNTS_NAME)
+    store = AccountStore(_load_config().folder)
     if args.all:
         gone = store.clear()
     else:
@@ -8328,7 +8376,7 @@ def cmd_logout(args: Any) -> int:
 
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
-    account = AccountStore(_load_config().folder / ACCOUNTS_NAME).switch(args.name)
+    account = AccountStore(_load_config().folder).switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     print(f"The active account is {account.username}.")
     return 0
@@ -8337,7 +8385,7 @@ def cmd_switch(args: Any) -> int:
 def cmd_status(args: Any) -> int:
     """Who is signed in, and who rests."""
     config = _load_config()
-    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    store = AccountStore(config.folder)
     state = State(config.folder / STATE_NAME)
     if args.clear_cooldowns:
         count = len(state.cooldowns(time.time()))
@@ -8483,13 +8531,13 @@ def _table(
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     shown = list(range(len(widths)))
     for column in less if sys.stdout.isatty() else ():
-        if sum(widths[i] + 2 for i in shown) - 2 > shutil_columns():
+        if sum(widths[i] + 2 for i in shown) - 2 > terminal_columns():
             shown.remove(column)
     for row in rows:
         yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in shown).rstrip()
 
 
-def shutil_columns() -> int:
+def terminal_columns() -> int:
     """The width of the terminal."""
     import shutil
 
@@ -8636,7 +8684,7 @@ def cmd_cache(args: Any) -> int:
 def _checks(config: Config) -> Iterator[tuple[bool, str]]:
     """Everything that a call needs, as (is it fine, what to say), one after the other."""
     yield True, f"settings: {config.folder / CONFIG_NAME}"
-    store = AccountStore(config.folder / ACCOUNTS_NAME)
+    store = AccountStore(config.folder)
     for path, want in ((store.path, 0o600), (config.folder / STATE_NAME, 0o600)):
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
@@ -8740,7 +8788,7 @@ def _serve_openai(args: Any) -> int:
             0.5
         ):  # in short waits: a signal cannot end a long one everywhere
             pass
-        _say("Stopping; what runs may end within 10 s.")
+        _say("Stopping; what runs may take a moment to end.")
         server.stop()
     return 0
 
@@ -9326,6 +9374,11 @@ def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
         print("Nothing was written.")
         return
     try:
+        if (target.read_bytes() if target.exists() else b"") != old:
+            raise ConfigError(
+                f"{target} was changed meanwhile; nothing was written",
+                hint="Run the command again.",
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
         if old:

@@ -2,6 +2,8 @@
 
     pytest test_puter.py
     python test_puter.py serve        # the scripted server, in the foreground
+    python test_puter.py demo         # the real command line against it
+    python test_puter.py bench        # figures, as ratios against floors
 
 FakePuter is a real HTTP server on a real socket. It answers as a Puter server was recorded to
 answer, and can be told to fail in every way that such a server, or the road to it, can fail.
@@ -33,6 +35,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import signal
 import socket
 import sqlite3
@@ -57,20 +60,11 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NoReturn, Optional, TypedDict, Union
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
-import anyio
-import jsonschema
-import mcp
-import openai
-import pytest
 import requests
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from mcp.client.stdio import stdio_client
-from openai.types import Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import puter
 
@@ -1281,6 +1275,118 @@ class FakePuter:
         lab_name = model["id"].removeprefix("openrouter:lab/")
         return planned or (lab_name if lab_name in SCENARIOS else "text"), number
 
+
+# =============================================================================
+# The demo
+# =============================================================================
+
+
+DEMO_ANSWER = (
+    "Air scatters blue light far more than red, so blue comes to your eye "
+    "from all over the sky."
+)
+# What is shown, the model that is asked, and what it does.
+DEMO_STEPS: tuple[tuple[str, str, Any], ...] = (
+    (
+        "1. An answer streams in, word by word.",
+        "claude-opus-4-5",
+        says(DEMO_ANSWER, pause_s=0.02),
+    ),
+    (
+        (
+            "2. The model's provider takes no more requests now (429): a free model\n"
+            "   answers instead, and a line on stderr says which, and why."
+        ),
+        "claude-opus-4-5",
+        refuses(429, "upstream_rate_limited", "AI provider rate limit exceeded"),
+    ),
+    (
+        (
+            "3. A stream breaks off. What came is shown; nothing is asked or paid for\n"
+            "   twice; one line on stderr and the exit code 1 say that it is not whole."
+        ),
+        "gemini-2.5-flash",
+        says(DEMO_ANSWER, pause_s=0.02, error="connection lost", error_after=9),
+    ),
+)
+
+
+def cmd_demo(args: argparse.Namespace) -> int:
+    """Shows the real command line against FakePuter: no account, no network, nothing kept."""
+    own = {n: v for n, v in os.environ.items() if not n.upper().startswith("PUTER_")}
+    own |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
+    with TemporaryDirectory() as folder, FakePuter() as fake:
+        puter.AccountStore(folder).add(puter.Account("alice", "token-alice"))
+        env = {**own, "PUTER_CONFIG_DIR": folder, "PUTER_API_BASE_URL": fake.url}
+        stand_ins = {m["id"]: says(DEMO_ANSWER, pause_s=0.02) for m in fake.catalogue}
+        for told, model, does in DEMO_STEPS:
+            fake.script = {**stand_ins, model: does}
+            command = ["ask", "-m", model, "Why is the sky blue?"]
+            print(f"{told}\n\n$ python -m puter {shlex.join(command)}", flush=True)
+            code = subprocess.call(
+                [sys.executable, puter.__file__, *command],
+                env=env,
+                stdin=subprocess.DEVNULL,
+            )
+            print(f"[exit code {code}]\n", flush=True)
+    print("That was a scripted server. For real answers: python -m puter login")
+    return 0
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def cmd_serve(args: argparse.Namespace) -> int:
+    """Runs FakePuter until Ctrl-C, and says how to point a client at it."""
+    with FakePuter(port=args.port) as fake, suppress(KeyboardInterrupt):
+        for name in ("PUTER_API_BASE_URL", "PUTER_GUI_BASE_URL"):
+            print(f"export {name}={fake.url}")
+        print("export PUTER_AUTH_TOKEN=token-alice", flush=True)
+        threading.Event().wait()
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand names the function that does it."""
+    parser = argparse.ArgumentParser(description="What this file does besides testing.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    serve = commands.add_parser(
+        "serve", help="run the scripted server in the foreground"
+    )
+    serve.add_argument(
+        "--port", type=int, default=0, help="the port (default: any free one)"
+    )
+    serve.set_defaults(run=cmd_serve)
+    demo = commands.add_parser(
+        "demo", help="show the command line against the scripted server"
+    )
+    demo.set_defaults(run=cmd_demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand."""
+    args = build_parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+# What follows is for pytest, and alone needs the packages of the extra `test`.
+import anyio
+import jsonschema
+import mcp
+import openai
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from mcp.client.stdio import stdio_client
+from openai.types import Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 # =============================================================================
 # Tests of FakePuter itself
@@ -14486,6 +14592,7 @@ class TestFiles:
         def stop(handler: FakeHandler, args: dict[str, Any]) -> Answer:
             main = threading.main_thread().ident
             assert main is not None
+            handler.pause(0.1)  # until it waits for the answer
             signal.pthread_kill(main, signal.SIGINT)
             handler.pause(10.0)
             return None
@@ -15714,41 +15821,265 @@ class TestReports:
 
 
 # =============================================================================
-# Command line
+# The README
 # =============================================================================
 
+README = Path(puter.__file__).resolve().parent / "README.md"
+README_TEXT = README.read_text("utf-8") if README.is_file() else ""
 
-def cmd_serve(args: argparse.Namespace) -> int:
-    """Runs FakePuter until Ctrl-C, and says how to point a client at it."""
-    with FakePuter(port=args.port) as fake, suppress(KeyboardInterrupt):
-        for name in ("PUTER_API_BASE_URL", "PUTER_GUI_BASE_URL"):
-            print(f"export {name}={fake.url}")
-        print("export PUTER_AUTH_TOKEN=token-alice", flush=True)
-        threading.Event().wait()
-    return 0
+# What the models of the README's examples say to what they are asked.
+README_ANSWERS = {
+    "Why is the sky blue?": "Air scatters blue light far more than red, so blue comes to "
+    "your eye from all over the sky.",
+    "Tell me a story in one sentence.": "The lighthouse keeper lit the lamp for a ship that "
+    "had come home years ago.",
+    "Name three rivers.": "The Nile, the Danube and the Mekong.",
+    "And three lakes?": "Lake Victoria, Lake Constance and Lake Tanganyika.",
+    "What do you see?": "A red bicycle that leans against a white wall.",
+    "What does it cost in all?": "The invoice comes to 240 euros.",
+    "What is the weather in Paris?": "It is 18 degrees and sunny in Paris.",
+    "Name and year, as JSON: Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", '
+    '"year": 1815}',
+    "How many days has a leap year?": "366.",
+    "Say hello.": "Hello!",
+    "What broke?": "The disk was full: no space was left on the device at 03:12.",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand names the function that does it."""
-    parser = argparse.ArgumentParser(
-        description="The scripted Puter server of the tests."
+def readme_answer(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+    """What any model says to a question of the README; Claude is too busy for rivers."""
+    asked = " ".join(part.get("text", "") for part in last_user_parts(args)).strip()
+    results = [m["content"] for m in args["messages"] if m.get("role") == "tool"]
+    if args.get("tools") and not results and "weather" in asked:
+        return Turn(calls=(WEATHER_CALL,), finish="tool_calls")
+    if "rivers" in asked and handler.model["provider"] == "claude":
+        message = "AI provider rate limit exceeded"
+        raise Refusal(429, "upstream_rate_limited", message)
+    known = [said for question, said in README_ANSWERS.items() if question in asked]
+    assert known, f"the README asks what nobody expects: {asked!r}"
+    reasons = "reasoning_effort" in args
+    return Turn(known[0], reasoning=("Scattering. ",) if reasons else ())
+
+
+def readme_catalogue() -> list[dict[str, Any]]:
+    """The fake catalogue without its lab, and with the default model as Puter lists it."""
+    models = [m for m in default_catalogue() if "lab/" not in m["id"]]
+    for model in models:
+        if model["id"] == "openrouter:openai/gpt-5-nano":
+            model |= {"id": "gpt-5-nano-2025-08-07", "provider": "openai-completion"}
+    return models
+
+
+def readme_blocks(language: str) -> list[Any]:
+    """(code, the text block right behind it or None) of a language, named by the line."""
+    pattern = rf"^```{language}\n(.*?)^```\n(?:```text\n(.*?)^```\n)?"
+    return [
+        pytest.param(
+            found[1],
+            found[2],
+            id=f"line {README_TEXT[: found.start()].count(chr(10)) + 1}",
+        )
+        for found in re.finditer(pattern, README_TEXT, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def readme_section(title: str) -> str:
+    """The text of a section, its subsections included."""
+    level, _, rest = README_TEXT.partition(f"# {title}\n")
+    level = level[level.rfind("\n") + 1 :] + "#"
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def readme_table(section: str, *head: str) -> list[list[str]]:
+    """The rows of the table of a section that has this head."""
+    first = f"| {' | '.join(head)} |\n"
+    assert README_TEXT.count(first) == 1 and first in readme_section(section)
+    rows = README_TEXT.partition(first)[2].partition("\n")[2].partition("\n\n")[0]
+    return [
+        [cell.strip() for cell in row.strip("|").split(" | ")]
+        for row in rows.splitlines()
+    ]
+
+
+def same_words(text: str) -> str:
+    """A text with every number as 0, since times and ports are never the same."""
+    return " ".join(re.sub(r"\d[\d.,:]*", "0", text).split())
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a reader who tries the examples: two accounts, and some files."""
+    config = tmp_path / ".config" / "puter"
+    (tmp_path / "photo.png").write_bytes(PNG)
+    (tmp_path / "invoice.pdf").write_bytes(b"%PDF-1.4\n%%EOF\n")
+    (tmp_path / "app.log").write_text("03:12 write failed: no space left\n", "utf-8")
+    hidden = ("XDG_", "COLUMNS", "NO_COLOR", "HTTP_", "ALL_", "PUTER_")
+    own = {n: v for n, v in os.environ.items() if not n.upper().startswith(hidden)}
+    with FakePuter(catalogue=readme_catalogue()) as fake:
+        fake.script = {model["id"]: readme_answer for model in fake.catalogue}
+        sign_in(fake, config, "alice", "bob")
+        yield {
+            **own,
+            **dict.fromkeys(("HOME", "USERPROFILE"), str(tmp_path)),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), own["PATH"]]),
+            "PUTER_API_BASE_URL": fake.url,
+            "PUTER_CONFIG_DIR": str(config),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONPATH": str(README.parent),
+        }
+
+
+def run_as_reader(command: Any, reader: dict[str, str], **options: Any) -> str:
+    """What a command shows on stdout and stderr together, with names for this machine."""
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=reader["HOME"],
+        env=reader,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=30,
+        **options,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    serve = commands.add_parser(
-        "serve", help="run the scripted server in the foreground"
-    )
-    serve.add_argument(
-        "--port", type=int, default=0, help="the port (default: any free one)"
-    )
-    serve.set_defaults(run=cmd_serve)
-    return parser
+    shown: str = done.stdout.decode().replace("\r\n", "\n")
+    shown = shown.replace(reader["HOME"], "/home/alice")
+    shown = shown.replace(reader["PUTER_API_BASE_URL"], "https://api.puter.com")
+    assert "Traceback" not in shown, shown
+    return shown
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand."""
-    args = build_parser().parse_args(argv)
-    return args.run(args)
+class TestReadme:
+    """The README is true: its examples run, and its tables are those of the module."""
 
+    @pytest.mark.parametrize(("code", "shown"), readme_blocks("python"))
+    def test_python(self, code: str, shown: str | None, reader: dict[str, str]) -> None:
+        told = run_as_reader([sys.executable, "-c", code], reader)
+        assert shown is None or told.rstrip() == shown.rstrip()
 
-if __name__ == "__main__":
-    sys.exit(main())
+    @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
+    @pytest.mark.parametrize(("block", "more"), readme_blocks("console"))
+    def test_console(
+        self, block: str, more: str | None, reader: dict[str, str]
+    ) -> None:
+        assert more is None
+        for part in block.removeprefix("$ ").split("\n$ "):
+            command, _, shown = part.partition("\n")
+            told = run_as_reader(command, reader, shell=True)
+            assert same_words(told) == same_words(shown), command
+
+    def test_every_json_example_is_valid(self, tmp_path: Path) -> None:
+        examples = readme_blocks("json")
+        assert examples
+        for block_shown in examples:
+            (tmp_path / "puter.json").write_text(block_shown.values[0], "utf-8")
+            assert puter.Config.load(tmp_path, {}) != puter.Config.load(
+                tmp_path / "none", {}
+            )
+
+    def test_settings(self) -> None:
+        rows = readme_table("Configuration", "Setting", "Default", "Range", "Meaning")
+        specs = [f for f in dataclasses.fields(puter.Config) if f.name != "folder"]
+        assert [row[0] for row in rows] == [f"`{spec.name}`" for spec in specs]
+        for spec, (_, default, allowed, meaning) in zip(specs, rows, strict=True):
+            shown = f"`{json.dumps(spec.default)}`"
+            if spec.name == "fallback_models":
+                shown = "[18 free models](#the-default-fallback-models)"
+            assert default == shown and meaning
+            if "low" in spec.metadata:
+                bounds = (spec.metadata["low"], spec.metadata["high"])
+                assert allowed == "{:,} to {:,}".format(*bounds)
+            for choice in spec.metadata.get("choices", ()):
+                assert f'`"{choice}"`' in allowed
+
+    def test_environment_variables(self) -> None:
+        known = {"PUTER_<NAME>", *puter._OTHER_VARIABLES}
+        known |= {f"PUTER_{name.upper()}" for name in puter._SETTINGS}
+        used = set(re.findall(r"PUTER_(?:<NAME>|[A-Z_]+)", README_TEXT))
+        assert used <= known and set(puter._OTHER_VARIABLES) <= used
+
+    def test_commands(self) -> None:
+        subparsers = next(
+            action
+            for action in puter.build_parser()._actions
+            if isinstance(action, argparse._SubParsersAction)
+        )
+        rows = readme_table("Terminal", "Command", "Does")
+        assert [row[0] for row in rows] == [f"`{name}`" for name in subparsers.choices]
+
+    def test_every_command_line_is_understood(self) -> None:
+        """Whatever the README says to type after `python -m puter`."""
+        said = re.findall(r"python -m puter ([^`\n|#<>]+)", README_TEXT)
+        assert len(said) > 40
+        for words in {text.split("   ")[0].strip() for text in said}:
+            argv = shlex.split(words)
+            if argv[-1:] != ["--help"] and not {"PROGRAM", "NAME"} & set(argv):
+                puter._parsed(argv)
+
+    def test_programs(self) -> None:
+        rows = readme_table("Serve any OpenAI client", "Program", "Command", "Gives it")
+        named = {row[1].strip("`").rpartition(" ")[2] for row in rows[:-1]}
+        assert named == set(puter._PROGRAMS)
+
+    def test_mcp_tools(self) -> None:
+        rows = readme_table("MCP", "Tool", "Arguments", "Gives")
+        assert [(row[0], re.findall(r"`(\w+)`", row[1])) for row in rows] == [
+            (f"`{tool['name']}`", list(tool["inputSchema"]["properties"]))
+            for tool in puter.MCP_TOOLS
+        ]
+
+    def test_fallback_models(self) -> None:
+        rows = readme_table("The default fallback models", "#", "Model", "What it is")
+        models = [row[1].strip("`") for row in rows]
+        assert tuple(models) == puter.DEFAULT_FALLBACK_MODELS
+        assert [row[0] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
+
+    def test_errors(self) -> None:
+        rows = readme_table(
+            "Errors", "Kind", "Scope", "Retryable", "When", "What to do"
+        )
+        kinds = [getattr(puter, name) for name in puter.__all__]
+        kinds = [
+            kind
+            for kind in kinds
+            if isinstance(kind, type)
+            and issubclass(kind, puter.PuterError)
+            and kind is not puter.PuterError
+        ]
+        told = [(row[0].strip("`"), row[1], row[2] == "yes") for row in rows]
+        assert sorted(told) == [(k.__name__, k.scope, k.retryable) for k in kinds]
+
+    def test_demo(self, capfd: pytest.CaptureFixture[str]) -> None:
+        assert cmd_demo(argparse.Namespace()) == 0
+        shown = capfd.readouterr()
+        assert shown.out.count(f"{DEMO_ANSWER}\n") == 2
+        assert shown.out.count("[exit code 0]") == 2
+        assert shown.out.count("[exit code 1]") == 1
+        stand_in, broken = shown.err.splitlines()
+        assert stand_in.startswith("answered by openrouter:") and ":free" in stand_in
+        assert broken.startswith("error: ") and "connection lost" in broken
+
+    def test_links(self) -> None:
+        titles = re.findall(
+            r"^#+ (.+)$", re.sub(r"(?s)```.*?```", "", README_TEXT), re.MULTILINE
+        )
+        anchors = {
+            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+        }
+        for target in re.findall(r"\]\(([^)]+)\)", README_TEXT):
+            if target.startswith("#"):
+                assert target[1:] in anchors, target
+            elif not target.startswith("https://"):
+                assert (README.parent / target).is_file(), target
+
+    def test_it_tells_nothing_of_where_it_was_written(self) -> None:
+        places = r"/(work|tmp|root|opt|mnt|Users|home/(?!alice\b))\b|[A-Z]:\\"
+        assert not re.search(places, README_TEXT)
+        assert not re.search(r"(?i)pypi|npmjs|pythonhosted|crates\.io", README_TEXT)
+        assert str(Path.home()) not in README_TEXT
+
+    def test_the_check_finds_its_command(self) -> None:
+        """`.ci/run` runs the first line that has `python -m pytest`."""
+        line = next(x for x in README_TEXT.splitlines() if "python -m pytest" in x)
+        assert line == "python -m pip install '.[test]' && python -m pytest -n auto"
