@@ -501,6 +501,11 @@ def _plain_values(value: Any) -> JSON:
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
+def _code_of(error: PuterError) -> str:
+    """An error in a word: the server's, else the name of its kind."""
+    return error.code or type(error).__name__
+
+
 class _Value:
     """What values have in common: equal when all fields are, and shown with those.
 
@@ -589,7 +594,7 @@ class Attempt(_Value):
     def outcome(self) -> str:
         """Who was asked and what came of it, in a few words."""
         error = self.error
-        told = "answered" if error is None else error.code or type(error).__name__
+        told = "answered" if error is None else _code_of(error)
         return f"{self.model} on {self.account}: {told}"
 
 
@@ -761,7 +766,10 @@ class Config(_Value):
         "https://puter.com", "where Puter's pages are", url=True
     )
     api_timeout_ms: int = _setting(
-        120_000, "longest silence of the server, in ms", low=1, high=86_400_000
+        120_000,
+        "longest silence of the server, and longest time for a whole answer, in ms",
+        low=1,
+        high=86_400_000,
     )
     auto_create_temp_user: bool = _setting(
         True,
@@ -2490,6 +2498,7 @@ def usage_from(given: Any) -> Usage:
     if total is None and (inputs is not None or outputs is not None):
         # OpenRouter and Claude count cached tokens beside the input, the others within it.
         beside = (cached or 0) if "prompt_tokens" not in given else 0
+        beside += first(("cache_creation_input_tokens",)) or 0
         total = (inputs or 0) + (outputs or 0) + beside
     cents: Any = given.get("usd_cents")
     cost = round(cents / 100, 12) if _is_number(cents) else given.get("cost_usd")
@@ -2591,6 +2600,9 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, raw: JSON) -> 
     )
 
 
+_FAKE_MODELS = ("fake", "costly", "abuse")  # the server's own, for trying things
+
+
 def reply_from_driver(body: JSON, model: str) -> Reply:
     """The answer of `/drivers/call` as a `Reply`; raises `BadRequestError` for a blocked prompt.
 
@@ -2604,7 +2616,7 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
         )
     answered = metadata.get("providerUsed")
     is_fake = metadata.get("service_used") == "fake-chat"
-    if is_fake and model not in (answered, "fake"):
+    if is_fake and model not in _FAKE_MODELS:
         raise BadRequestError(
             f"Puter blocked this prompt to {model}: it answered with made-up text",
             code="prompt_blocked",
@@ -2717,10 +2729,14 @@ class _Decoder:
 
     def reply(self) -> Reply:
         """Everything gathered so far."""
+        calls, signed = self._calls, any(c.extra_content for c in self._calls)
+        notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
+        if calls and notes and not signed:  # told on a line of its own
+            calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
         return Reply(
             text=str(self._text),
             reasoning=str(self._reasoning),
-            tool_calls=tuple(self._calls),
+            tool_calls=tuple(calls),
             finish_reason=_finish_reason(self._finish, self._calls),
             usage=self.usage,
             model=self.model,
@@ -3072,6 +3088,8 @@ def error_from(
     text = message or f"The server answered {status} without saying why"
     if model and model not in text:
         text = f"{model}: {text}"
+    if account and kind.scope == "account":
+        text = f"{text} (account {account})"
     if words and words not in text:
         text = f"{text} (the provider said: {words})"
     return kind(
@@ -3650,7 +3668,8 @@ class _Transport:
         if streaming and response.status_code == 200 and _is_stream(content_type):
             return _Wire(response, content_type, handle, timeout_s)
         text = self._whole(response, timeout_s)
-        if token and response.status_code >= 400:  # some proxies show the request
+        # Some proxies show the request in their error pages. A key of a few letters is no secret.
+        if len(token) >= 10 and response.status_code >= 400:
             text = text.replace(token, "<token>")
         return _Answer(
             response.status_code,
@@ -4023,8 +4042,11 @@ class _Roster:
         wanted = self.current or self.active_name
         return next((a for a in accounts if a.username == wanted), accounts[0])
 
-    def next(self, tried: Collection[str]) -> Account | None:
-        """The account to ask now, by the policy; None when all were tried or rest."""
+    def next(self, tried: Collection[str], costs: bool = True) -> Account | None:
+        """The account to ask now, by the policy; None when all were tried or rest.
+
+        For a model that `costs` nothing, one without credit is as good as any.
+        """
         accounts = self.usable()
         strategy = self._config.account_rotation_strategy
         if strategy == "least-recently-used" and len(accounts) > 1:
@@ -4033,7 +4055,7 @@ class _Roster:
                 replace(a, last_used_ms=used.get(a.username, a.last_used_ms))
                 for a in accounts
             ]
-        rests = {**self._rests(accounts), **dict.fromkeys(tried, float("inf"))}
+        rests = {**self._rests(accounts, costs), **dict.fromkeys(tried, float("inf"))}
         current = self.current or self.active_name
         chosen = next_account(accounts, rests, strategy, current, time.time())
         if chosen is not None and current is not None and chosen.username != current:
@@ -4072,9 +4094,13 @@ class _Roster:
             statuses=rests,
         )
 
-    def _rests(self, accounts: Sequence[Account]) -> dict[str, float]:
+    def _rests(self, accounts: Sequence[Account], costs: bool) -> dict[str, float]:
         """Until when each account rests; one that is alone never does."""
-        rests = {c.account: c.until_s for c in self.cooldowns() if not c.model}
+        rests = {
+            c.account: c.until_s
+            for c in self.cooldowns()
+            if not c.model and (costs or c.reason != "insufficient_funds")
+        }
         awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
         if len(accounts) == 1 or len(awake) == 1:
             for name in awake or [accounts[0].username]:
@@ -4165,6 +4191,12 @@ class _Catalogue:
         kept = self._kept or (self._on_disk() if look else None)
         model = self._index(kept[0]).get(name) if kept else None
         return model.id if model else name
+
+    def is_free(self, name: str) -> bool:
+        """Whether a model costs nothing, as far as is known without asking anybody."""
+        kept = self._kept or self._on_disk()
+        model = self._index(kept[0]).get(name) if kept else None
+        return model is not None and model.free
 
     def _index(self, models: list[Model]) -> dict[str, Model]:
         """Every exact name's model; made once a list."""
@@ -4265,6 +4297,7 @@ class _Source:
             self.decoder, self._pieces = EventDecoder(model), wire.events()
         else:
             self.decoder, self._pieces = LineDecoder(model), wire.pieces()
+        self.is_read = False  # to the end of the body
         self.first = self.read()
         self._stack = stack.pop_all()  # closes the wire and deletes uploaded files
 
@@ -4278,6 +4311,7 @@ class _Source:
                 if decoder.whole:  # all was said before the connection broke
                     return []
                 raise
+            self.is_read = piece is None
             chunks = decoder.finish() if piece is None else decoder.feed(piece)
             if chunks:
                 if decoder.whole:
@@ -4285,6 +4319,8 @@ class _Source:
                 return chunks
             if piece is None and decoder.error is None:
                 return []
+        if isinstance(decoder.error, StreamError):
+            decoder.error.reply = decoder.reply()
         raise decoder.error
 
     def reply(self) -> Reply:
@@ -4305,6 +4341,7 @@ class _WholeSource:
     """A reply that was asked for whole, given out as a stream."""
 
     def __init__(self, reply: Reply) -> None:
+        self.is_read = True
         self._reply = reply
         self.usage = reply.usage
         self.first = chunks_of(reply)
@@ -4594,8 +4631,8 @@ class Stream:
     def _shut(self) -> None:
         """Give back the connection and the place in the gate."""
         source, self._source = self._source, None
-        if not self._ended:
-            self._handle.close()
+        if not self._ended and not (source is not None and source.is_read):
+            self._handle.close()  # a body that was read to its end left a good connection
         if source is not None:
             source.close()
         if self._walked is not None:
@@ -4621,7 +4658,7 @@ class Stream:
         try:
             chunks = source.read()
         except PuterError as error:
-            self._end(source, error.code or type(error).__name__)
+            self._end(source, _code_of(error))
             if isinstance(error, ReplyError):
                 raise
             raise StreamError(
@@ -4944,8 +4981,10 @@ class Puter:
         first: PuterError | None = None
         tried: set[str] = set()
         began = time.monotonic()
-        while (account := self._roster.next(tried)) is not None:
+        costs = not self._catalogue.is_free(ask.model)
+        while (account := self._roster.next(tried, costs)) is not None:
             tried.add(account.username)
+            unpaid: CreditError | None = None
             models = self._models_in_turn(ask, account)
             while (model := next(models, None)) is not None:
                 try:
@@ -4955,7 +4994,10 @@ class Puter:
                         raise  # its owner gave up, or has too much open: no account's fault
                     first = first or error
                     step = next_step(error, model == ask.model, ask.fallback)
+                    if ask.fallback and error.scope == "model":
+                        self._catalogue.models_if_any("No fallback")  # names, too
                     self._learn(error, model, account)
+                    unpaid = error if isinstance(error, CreditError) else unpaid
                     if step == "rename" and (
                         name := self._name_for(ask.model, error, ask.fallback)
                     ):
@@ -4971,6 +5013,8 @@ class Puter:
                     self._roster.current = account.username
                     gate = self._gate(account)
                     return _Walked(result, ask.model, attempts, account, gate, began)
+            if unpaid is not None:  # no free model could help, either
+                self._rest(unpaid, account)
         if first is None:
             raise self._roster.nobody()
         raise self._summed_up(first, attempts) from first.__cause__
@@ -5003,8 +5047,10 @@ class Puter:
                     raise
                 seconds = time.monotonic() - started
                 error.model, error.account = error.model or model, account.username
+                if model not in error.message:
+                    error.message = f"{model}: {error.message}"
                 attempts.append(Attempt(model, account.username, error, seconds))
-                self._ledger.count(model, error.code or type(error).__name__, seconds)
+                self._ledger.count(model, _code_of(error), seconds)
                 limit = self.config.max_retries
                 if not may_retry(error, retries, limit, alone, waited_s):
                     raise
@@ -5047,24 +5093,31 @@ class Puter:
         return delay_s
 
     def _learn(self, error: PuterError, model: str, account: Account) -> None:
-        """Note in the state who must rest, so that nobody runs into the same again."""
-        name, now = account.username, time.time()
-        code = error.code or type(error).__name__
+        """Note in the state who must rest, so that nobody runs into the same again.
+
+        An account without credit rests only once its free models could not help.
+        """
+        name, now, code = account.username, time.time(), _code_of(error)
         if isinstance(error, AuthError):
             mark = _token_mark(account.token)
             self.state.cool(name, "", lambda _: float("inf"), "login", now, mark)
-            return
-        rests_model = error.scope == "model" or isinstance(error, CreditError)
-        rests_account = error.scope == "account" and not self._roster.is_alone(account)
-        if rests_model:
+            _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
+        elif error.scope == "model" or isinstance(error, CreditError):
             base_s = self.config.fallback_cooldown_ms / 1000
             rests = self._catalogue.id_of(model, look=True)
             self.state.cool(name, rests, lambda _: base_s, code, now)
-        if rests_account:
-            base_s = self.config.account_rotation_cooldown_ms / 1000
-            self.state.cool(name, "", lambda n: cooldown_s(n, base_s), code, now)
-        if rests_model or rests_account:
             _log.info("%s, adding to cooldown", _short(error))
+        elif error.scope == "account":
+            self._rest(error, account)
+
+    def _rest(self, error: PuterError, account: Account) -> None:
+        """Let a whole account rest, unless it is alone."""
+        if self._roster.is_alone(account):
+            return
+        base_s = self.config.account_rotation_cooldown_ms / 1000
+        name, now = account.username, time.time()
+        self.state.cool(name, "", lambda n: cooldown_s(n, base_s), _code_of(error), now)
+        _log.info("%s, adding to cooldown", _short(error))
 
     def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
         """The asked model, unless it rests on this account; then what may stand in for it."""
@@ -5221,6 +5274,7 @@ class Puter:
         first_s = walked.attempts[-1].seconds if ask.streaming else None
         self._ledger.count(walked.model, outcome, now - walked.started, first_s, usage)
         if outcome != "ok":
+            _log.info("Response: broke off (%s)", outcome)
             return
         how = f"OK ({now - walked.began:.1f}s)"
         if walked.model != walked.asked:
@@ -5446,7 +5500,7 @@ def _short(error: PuterError) -> str:
     """An error in the words of the log."""
     if isinstance(error, (RateLimitError, ModelRateLimitError)):
         return f"Rate limited ({error.status or 429})"
-    return f"{error.code or type(error).__name__} ({error.status or '-'})"
+    return f"{_code_of(error)} ({error.status or '-'})"
 
 
 def _is_from(model: Model, provider: str) -> bool:
@@ -5892,8 +5946,12 @@ def usage_object(usage: Usage) -> JSON | None:
     """The usage in OpenAI's names, or None when the provider told nothing."""
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
+    # In OpenAI's shape cached tokens are part of the prompt; some providers count them beside.
+    prompt = max(
+        usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0)
+    )
     told: JSON = {
-        "prompt_tokens": usage.input_tokens or 0,
+        "prompt_tokens": prompt,
         "completion_tokens": usage.output_tokens or 0,
         "total_tokens": usage.total_tokens or 0,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
@@ -6040,6 +6098,9 @@ def error_object(error: PuterError) -> tuple[int, JSON, dict[str, str]]:
         code = code or (f"invalid_{param}" if param else None)
     # A stream error's hint is about Python's `.reply`.
     message = error.message if isinstance(error, StreamError) else str(error)
+    for name in {a.account for a in error.attempts} | {error.account or ""} - {""}:
+        who = rf"\b(on|account) {re.escape(name)}\b"
+        message = re.sub(who, rf"\1 {_header_text(_short_name(name))}", message)
     body = {"message": message, "type": kind, "param": param, "code": code}
     return status, {"error": body}, headers
 
@@ -6704,12 +6765,16 @@ def _finish_of(who: Reply | Stream) -> str:
     return who.finish_reason if isinstance(who, Reply) else who.reply.finish_reason
 
 
+def _short_name(name: str) -> str:
+    """An account's name for those who need not know it: its first letters."""
+    return f"{name[: min(3, max(1, len(name) // 2))]}..."
+
+
 def _answer_headers(who: Reply | Stream) -> dict[str, str]:
     """Who answered; of the account's name only the first letters."""
-    name = who.account[: min(3, max(1, len(who.account) // 2))]
     return {
         "x-puter-model": _header_text(who.model),
-        "x-puter-account": _header_text(f"{name}..."),
+        "x-puter-account": _header_text(_short_name(who.account)),
         "x-puter-attempts": str(len(who.attempts)),
     }
 
@@ -8342,18 +8407,29 @@ def _import_accounts(store: AccountStore, path: Path) -> int:
         print(f"{path} holds no account; nothing was changed.")
         return 0
     had_any = bool(store.accounts())
+    known = {a.username: a for a in store.accounts()}
     for account in taken:
-        is_new = store.add(account, activate=False)
-        print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
+        print(f"{_merged_account(store, known.get(account.username), account)}")
     if not had_any:
         store.switch(taken[given["activeIndex"]].username)
     print(f"{len(taken)} account{'s' * (len(taken) > 1)} from {path}")
     return 0
 
 
+def _merged_account(store: AccountStore, own: Account | None, account: Account) -> str:
+    """Take an account unless ours is as new; what was done, in words."""
+    if own is not None and own.token == account.token:
+        return f"{account.username} is here already"
+    if own is not None and (own.added_at_ms or 0) > (account.added_at_ms or 0):
+        return f"Kept the newer token of {account.username}"
+    is_new = store.add(account, activate=False)
+    return f"{'Added' if is_new else 'Renewed the token of'} {account.username}"
+
+
 def cmd_logout(args: Any) -> int:
     """Forget an account, or all."""
-    store = AccountStore(_load_config().folder)
+    config = _load_config()
+    store = AccountStore(config.folder)
     if args.all:
         gone = store.clear()
     else:
@@ -8363,6 +8439,9 @@ def cmd_logout(args: Any) -> int:
             print("Nobody is signed in.")
             return 0
         gone = [store.remove(name)]
+    state = State(config.folder / STATE_NAME)
+    for account in gone:
+        state.clear_cooldowns(account.username)
     print(f"Forgot {', '.join(a.username for a in gone) or 'nobody'}.")
     left = store.active()
     if left:
@@ -9259,6 +9338,7 @@ def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[B
         lines += ["  api_key_name: puter"] if key else []
         lines += ["  vision: true"] if "image" in (m.inputs or ()) else []
         lines += ["  supports_tools: true"] if m.tools is not False else []
+        lines += ["  supports_schema: true"]
     return [Block(folder / "extra-openai-models.yaml", lines={"": lines})]
 
 
