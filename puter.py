@@ -3617,6 +3617,7 @@ class _Transport:
         self._config = config
         self._given = session
         self._own: requests.Session | None = None
+        self._bases: dict[tuple[str, str], Any] = {}
         self._pid = 0
         self._lock = _Lock()
 
@@ -3649,15 +3650,8 @@ class _Transport:
             data, sent_headers["Content-Type"] = _multipart(form, progress)
         try:
             with handle.carried(timeout_s):
-                response = self._session().request(
-                    method,
-                    url,
-                    data=data,
-                    headers=sent_headers,
-                    auth=_bearer(token),
-                    timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
-                    stream=True,
-                    allow_redirects=False,  # the token must not follow to another host
+                response = self._sent(
+                    method, url, sent_headers, data, _bearer(token), timeout_s
                 )
         except PuterError:
             raise
@@ -3680,6 +3674,37 @@ class _Transport:
             _seconds(response.headers.get("Retry-After")),
             response.headers.get("Location"),
             response.headers.get("Date"),
+        )
+
+    def _sent(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        data: Any,
+        auth: Callable[[Any], Any],
+        timeout_s: float,
+    ) -> requests.Response:
+        """The answer's head. What is the same for every request to an address is made once."""
+        session, key = self._session(), (method, url)
+        if session is self._given or key not in self._bases:
+            import requests
+
+            request = requests.Request(method, url, auth=_bearer(""))
+            base = session.prepare_request(request)
+            proxies: Any = {}
+            known = session.merge_environment_settings(url, proxies, True, None, None)
+            self._bases[key] = (base, known)
+        base, known = self._bases[key]
+        prepared = base.copy()
+        prepared.headers.update(headers)
+        if data is not None:
+            prepared.prepare_body(data, None)
+        return session.send(
+            auth(prepared),
+            timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+            allow_redirects=False,  # the token must not follow to another host
+            **known,
         )
 
     def ask(self, method: str, url: str, **options: Any) -> _Answer:
@@ -3758,7 +3783,7 @@ class _Transport:
             if (
                 self._own is None or self._pid != os.getpid()
             ):  # sockets are not for a fork
-                self._own, self._pid = _new_session(), os.getpid()
+                self._own, self._pid, self._bases = _new_session(), os.getpid(), {}
             return self._own
 
 
