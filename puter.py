@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from operator import length_hint
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -1347,6 +1348,11 @@ def _is_busy(error: Exception) -> bool:
     return "locked" in str(error) or "busy" in str(error)
 
 
+def _all_of(works: Sequence[Callable[[_T], None]], db: _T) -> None:
+    for work in works:
+        work(db)
+
+
 class State:
     """What processes tell each other: cooldowns, last uses, the model list.
 
@@ -1376,6 +1382,13 @@ class State:
         self._lock = _Lock()
         self._db: sqlite3.Connection | None = None
         self._pid = 0
+        self._writes = 0  # of cooldowns, by this object
+        self._kept_rests: tuple[tuple[int, int], dict[tuple[str, str], Any]] | None = (
+            None
+        )
+        self._uses: dict[str, float] = {}
+        self._to_record: deque[Callable[[sqlite3.Connection], None]] = deque()
+        self._recorder = threading.Lock()
 
     def __repr__(self) -> str:
         return f"State({self.path!r})"
@@ -1398,6 +1411,7 @@ class State:
             ).fetchone()
             strikes = (row[0] if row else 0) + 1
             rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
+            self._writes += 1
             db.execute(
                 "INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?)",
                 (account, model, rest.until_s, strikes, reason, token_mark),
@@ -1407,45 +1421,70 @@ class State:
         return self._run(self._written(work))
 
     def succeed(self, account: str, names: Sequence[str], now: float) -> None:
-        """A call was answered by a model of these names: no strikes, and a use of the account."""
+        """A call was answered by a model of these names: no strikes, and a use of the account.
+
+        Nothing is written when nothing changes: no strike, and a use within the last second.
+        """
+        known = self._rests()
+        struck = [n for n in {"", *names} if (account, n) in known]
+        if not struck and 0 <= now - self._uses.get(account, -1.0) < 1.0:
+            return
 
         def work(db: sqlite3.Connection) -> None:
-            db.executemany(
-                "DELETE FROM cooldowns WHERE account=? AND model=?",
-                [(account, name) for name in {"", *names}],
-            )
+            self._writes += 1
+            rows = [(account, name) for name in struck]
+            db.executemany("DELETE FROM cooldowns WHERE account=? AND model=?", rows)
             row = (account, int(now * 1000))
             db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", row)
 
         self._run(self._written(work))
+        self._uses[account] = now
 
     def cooldowns(
-        self, now: float, token_marks: Mapping[str, str] | None = None
+        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None
     ) -> list[Cooldown]:
-        """Who rests now. A dead token's mark holds only while the token is the same one."""
-        rows = self._run(
-            lambda db: db.execute(
-                "SELECT account, model, until_s, strikes, reason, token_mark FROM cooldowns "
-                "WHERE until_s > ? ORDER BY account, model",
-                (now,),
-            ).fetchall()
-        )
-        marks = token_marks or {}
+        """Who rests now; `mark_of` gives an account's token's mark.
+
+        A dead token's rest holds only while the token is the same one.
+        """
         return [
-            Cooldown(*row[:5])
-            for row in rows
-            if row[4] != "login" or row[0] not in marks or marks[row[0]] == row[5]
+            rest
+            for rest, mark in self._rests().values()
+            if rest.until_s > now
+            and (rest.reason != "login" or mark_of(rest.account) in (None, mark))
         ]
+
+    def _rests(self) -> dict[tuple[str, str], tuple[Cooldown, str]]:
+        """All rows of cooldowns with their marks; read again only when somebody has written."""
+
+        def work(db: sqlite3.Connection) -> dict[tuple[str, str], tuple[Cooldown, str]]:
+            # SQLite's counter of what other connections wrote, and ours of what this one did.
+            (others,) = db.execute("PRAGMA data_version").fetchone()
+            if self._kept_rests is None or self._kept_rests[0] != (
+                others,
+                self._writes,
+            ):
+                rows = db.execute(
+                    "SELECT account, model, until_s, strikes, reason, token_mark "
+                    "FROM cooldowns ORDER BY account, model"
+                ).fetchall()
+                rests = {(r[0], r[1]): (Cooldown(*r[:5]), r[5]) for r in rows}
+                self._kept_rests = ((others, self._writes), rests)
+            return self._kept_rests[1]
+
+        return self._run(work)
 
     def clear_cooldowns(self, account: str | None = None) -> int:
         """End the rests of one account or of all, and forget strikes; how many rows went."""
         where, values = (
             ("", ()) if account is None else (" WHERE account=?", (account,))
         )
-        work = self._written(
-            lambda db: db.execute(f"DELETE FROM cooldowns{where}", values).rowcount
-        )
-        return self._run(work)
+
+        def work(db: sqlite3.Connection) -> int:
+            self._writes += 1
+            return db.execute(f"DELETE FROM cooldowns{where}", values).rowcount
+
+        return self._run(self._written(work))
 
     def last_used_ms(self) -> dict[str, int]:
         """When each account last answered, in ms since 1970."""
@@ -1508,7 +1547,16 @@ class State:
                     (model, model, keep),
                 )
 
-        self._run(self._written(work))
+        self._to_record.append(work)
+        # Whoever finds nobody writing writes what all have brought: threads do not queue up.
+        while self._to_record and self._recorder.acquire(blocking=False):
+            try:
+                batch = list(self._to_record)
+                self._run(self._written(partial(_all_of, batch)))
+                for _ in batch:
+                    self._to_record.popleft()
+            finally:
+                self._recorder.release()
 
     def figures(
         self, keep: int = 1_000
@@ -1673,7 +1721,7 @@ class State:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.executescript(self._TABLES)
-        self._db, self._pid = db, os.getpid()
+        self._db, self._pid, self._kept_rests = db, os.getpid(), None
         return db
 
 
@@ -1753,7 +1801,7 @@ def messages_from(
 def _checked_message(message: Any, index: int) -> JSON:
     """A shallow copy of one message; raises `BadRequestError` that names its place."""
     where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
+    if type(message) is not dict and not isinstance(message, Mapping):
         raise BadRequestError(
             f"{where} is {_described(message)}, not an object",
             hint='Write {"role": "user", "content": "…"}.',
@@ -1833,12 +1881,16 @@ def wire_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
     part, followed at once by its result. Messages without content are left out. Raises
     `BadRequestError` for what no provider can take.
     """
+    return _wired([_checked_message(m, i) for i, m in enumerate(messages)])
+
+
+def _wired(messages: Messages) -> Messages:
+    """As `wire_messages`, for messages that were checked, and are copies."""
     groups: list[
         Messages
     ] = []  # one a message or call, so that a late result finds its call
     waiting: dict[str, deque[Messages]] = {}
-    for index, original in enumerate(messages):
-        message = _checked_message(original, index)
+    for index, message in enumerate(messages):
         message["role"] = _ROLES[message["role"]]
         if message["role"] == "assistant":
             groups.extend(_assistant_groups(message, index, waiting))
@@ -2785,8 +2837,11 @@ class LineDecoder(_Decoder):
         if not end:
             self._rest += data
             return []
-        block = bytes(self._rest) + data[:end]
-        self._rest = bytearray(data[end:])
+        if end == len(data) and not self._rest:
+            block = data  # as nearly always: whole lines
+        else:
+            block = bytes(self._rest) + data[:end]
+            self._rest = bytearray(data[end:])
         lines: Iterable[str]
         try:
             lines = block.decode("utf-8").split("\n")
@@ -3211,9 +3266,8 @@ def fallback_order(
     wanted = [m for m in wanted if own_list or m.free]
     wanted += [m for m in candidates if m.free]
     skip = {by_name.get(name.lower(), name) for name in (model, *cooled)}
-    return [
-        m.id for m in dict.fromkeys(wanted) if m.id not in skip and can_do(m, needs)
-    ]
+    unique = {m.id: m for m in wanted}.values()
+    return [m.id for m in unique if m.id not in skip and can_do(m, needs)]
 
 
 def can_do(model: Model, needs: Needs) -> bool:
@@ -4089,8 +4143,8 @@ class _Roster:
 
     def cooldowns(self) -> list[Cooldown]:
         """Who rests now, as all processes have learned it."""
-        marks = {a.username: _token_mark(a.token) for a in self.usable()}
-        return self._state.cooldowns(time.time(), marks)
+        tokens = {a.username: a.token for a in self.usable()}
+        return self._state.cooldowns(time.time(), partial(_mark_of, tokens))
 
     def is_alone(self, account: Account) -> bool:
         """Whether no other account could take its place, now or later."""
@@ -4708,6 +4762,11 @@ class Stream:
             whole = partial(getattr, self, "reply")
             self._client._ended(self._ask, self._walked, source.usage, outcome, whole)
 
+    @property
+    def _has_more(self) -> bool:
+        """Whether chunks have come that nobody has read yet."""
+        return length_hint(self._batch) > 0
+
     def _with_walk(self, reply: Reply) -> Reply:
         return replace(reply, account=self.account, attempts=self.attempts)
 
@@ -5234,7 +5293,7 @@ class Puter:
                 hint="Give milliseconds, 1 or more.",
             )
         parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
-        messages = wire_messages(messages_from(prompt, system, parts))
+        messages = _wired(messages_from(prompt, system, parts))
         schemas = tool_schemas(tools)
         name = self.config.model_name(model)
         sent = {k: v for k, v in args.items() if v is not None}
@@ -5513,6 +5572,11 @@ def _has_file(message: JSON) -> bool:
 def _token_name(token: str | None) -> str:
     """What an account that is known by its token alone is called."""
     return f"token-{_token_mark(token)[:8]}" if token else "nobody"
+
+
+def _mark_of(tokens: Mapping[str, str], account: str) -> str | None:
+    """The mark of an account's token; None for an account that is not among these."""
+    return _token_mark(tokens[account]) if account in tokens else None
 
 
 def _token_mark(token: str) -> str:
@@ -6209,17 +6273,19 @@ class _Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: dict[int, tuple[Any, float | None, Callable[[], None]]] = {}
+        self._entries: dict[int, tuple[Any, Callable[[], float | None], Any]] = {}
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @contextmanager
     def over(
-        self, sock: Any, act: Callable[[], None], within_s: float | None = None
+        self,
+        sock: Any,
+        act: Callable[[], None],
+        until: Callable[[], float | None] = lambda: None,
     ) -> Iterator[None]:
-        """While inside: act once when the client hangs up, or (`within_s`) is too slow."""
-        until = None if within_s is None else time.monotonic() + within_s
+        """While inside: act once when the client hangs up, or when it is later than `until()`."""
         key = sock.fileno()
         with self._lock:
             self._entries[key] = (sock, until, act)
@@ -6245,10 +6311,11 @@ class _Watch:
                 entries = dict(self._entries)
                 if not entries and not self._closed:
                     self._wake.clear()
-            gone = _hung_up([s for s, until, _ in entries.values() if until is None])
+            gone = _hung_up([sock for sock, _, _ in entries.values()])
             now = time.monotonic()
             for key, (sock, until, act) in entries.items():
-                if sock in gone if until is None else now > until:
+                limit = until()
+                if sock in gone or (limit is not None and now > limit):
                     with self._lock:
                         due = self._entries.get(key, (None,))[0] is sock
                         if due:
@@ -6495,6 +6562,7 @@ class _OpenAIHandler:
     protocol_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
     sys_version = ""
+    stuck_at: float | None = None  # when a write that is under way has taken too long
     wbufsize = 64 * 1024  # one packet for head and body; streams flush each frame
     timeout = IDLE_TIMEOUT_S
 
@@ -6509,7 +6577,8 @@ class _OpenAIHandler:
                 self.rfile.read(1)  # blank lines before a request are to be skipped
             if not self.rfile.peek(1):
                 return
-            with self.app.watch.over(self.connection, self._hang_up, REQUEST_TIMEOUT_S):
+            limit = time.monotonic() + REQUEST_TIMEOUT_S
+            with self.app.watch.over(self.connection, self._hang_up, lambda: limit):
                 self.raw_requestline = self.rfile.readline(65_537)
                 if len(self.raw_requestline) > 65_536:
                     self._wrong(414, "The address is too long")
@@ -6641,9 +6710,15 @@ class _OpenAIHandler:
             self._json(200, whole, _answer_headers(reply))
 
     def _stream(self, asked: Completion, stream: Stream) -> None:
-        # The watch only wakes this thread, which then cleans up itself.
-        with stream, self.app.watch.over(self.connection, stream._handle.close):
+        def wake() -> None:  # this thread, which then cleans up itself
+            stream._handle.close()
+            self._hang_up()
+
+        # The watch looks after a client that takes nothing; asking the socket to do so costs
+        # two calls of the system for every token.
+        with stream, self.app.watch.over(self.connection, wake, lambda: self.stuck_at):
             stream._start()
+            self.connection.settimeout(None)
             self._stream_of(asked, stream, stream, stream)
 
     def _stream_of(
@@ -6661,8 +6736,8 @@ class _OpenAIHandler:
         head = completion_head("chat.completion.chunk", who.model, time.time())
         self._begin_events(_answer_headers(who))
         for frame in completion_frames(chunks, finish_reason, asked, head):
-            self._event(json.dumps(frame))
-        self._event("[DONE]")
+            self._event(json.dumps(frame), more=stream is not None and stream._has_more)
+        self._event("[DONE]", more=True)
         self._end_events()
 
     def _begin_events(self, headers: Mapping[str, str]) -> None:
@@ -6677,17 +6752,25 @@ class _OpenAIHandler:
             self.close_connection = True
         self._end_head(headers)
 
-    def _event(self, data: str) -> None:
+    def _event(self, data: str, more: bool = False) -> None:
         event = f"data: {data}\n\n".encode()
-        self._write(b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event)
+        framed = b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event
+        self._write(framed, more)
 
-    def _write(self, data: bytes) -> None:
-        """Send to the client; whatever is wrong with it is no fault of the answer."""
+    def _write(self, data: bytes, more: bool = False) -> None:
+        """Send to the client; whatever is wrong with it is no fault of the answer.
+
+        With `more` to come at once, it may wait for that.
+        """
+        self.stuck_at = time.monotonic() + IDLE_TIMEOUT_S
         try:
             self.wfile.write(data)
-            self.wfile.flush()
+            if not more:
+                self.wfile.flush()
         except OSError as error:
             raise _ClientGoneError(str(error)) from error
+        finally:
+            self.stuck_at = None
 
     def _end_events(self) -> None:
         self._write(b"0\r\n\r\n" if self.chunked else b"")
@@ -8521,7 +8604,9 @@ def _status_report(
     accounts: Sequence[Account], active: Account | None, state: State, now: float
 ) -> JSON:
     """What `status` tells, as plain values."""
-    rests = state.cooldowns(now, {a.username: _token_mark(a.token) for a in accounts})
+    rests = state.cooldowns(
+        now, partial(_mark_of, {a.username: a.token for a in accounts})
+    )
     used = state.last_used_ms()
     return {
         "accounts": [
@@ -8642,10 +8727,14 @@ def _table(
 
 
 def terminal_columns() -> int:
-    """The width of the terminal."""
-    import shutil
-
-    return shutil.get_terminal_size().columns
+    """The width of the terminal, as `COLUMNS` or the terminal itself says, else 80."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):  # no terminal there
+        return 80
 
 
 def cmd_usage(args: Any) -> int:

@@ -25,11 +25,13 @@ import gc
 import gzip
 import html
 import importlib
+import inspect
 import itertools
 import json
 import logging
 import os
 import pickle
+import platform
 import queue
 import random
 import re
@@ -40,9 +42,11 @@ import signal
 import socket
 import sqlite3
 import stat
+import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -54,14 +58,23 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, NoReturn, Optional, TypedDict, Union
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TypedDict,
+    Union,
+)
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import requests
@@ -71,6 +84,8 @@ import puter
 # =============================================================================
 # Helpers
 # =============================================================================
+
+JSON = dict[str, Any]
 
 
 def eventually(check: Callable[[], Any], timeout_s: float = 5.0) -> bool:
@@ -120,6 +135,23 @@ def json_or_bytes(data: bytes) -> Any:
         return json.loads(data)
     except ValueError:
         return data
+
+
+def clean_environ(config_dir: Path, **more: str) -> dict[str, str]:
+    """The environment of a child process: no setting of ours but the folder and `more`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PUTER_") and not name.lower().endswith("_proxy")
+    }
+    return {
+        **kept,
+        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
+        "PUTER_CONFIG_DIR": str(config_dir),
+        "HOME": str(config_dir.parent / "home"),
+        "NO_COLOR": "1",
+        **more,
+    }
 
 
 # =============================================================================
@@ -1334,6 +1366,681 @@ def cmd_demo(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
+# The benchmark
+# =============================================================================
+
+
+Samples = dict[str, list[float]]
+Jobs = Mapping[str, Callable[[], object]]
+
+# =============================================================================
+# Benchmark: parts that are played in processes of their own
+# =============================================================================
+# Only the source of a part goes to its process, behind that of the first three functions: it
+# imports what it needs, so that nothing of pytest or openai weighs on what is measured.
+
+
+def tell(value: Any) -> None:
+    """Pass a value on to the benchmark."""
+    print(json.dumps(value), flush=True)
+
+
+def peak_mb() -> float:
+    """The most memory that this process ever had."""
+    import resource
+
+    try:  # Linux counts the parent's memory into ru_maxrss
+        with open("/proc/self/status") as status:
+            told = dict(line.split(":", 1) for line in status)
+        return int(told["VmHWM"].split()[0]) / 1024
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
+
+def by_turns(jobs: Jobs, rounds: int, warm: int = 1) -> Samples:
+    """Figures of jobs done in turns, `warm` rounds uncounted: the number each returns, or its ms."""
+    found: Samples = {name: [] for name in jobs}
+    for number in range(-warm, rounds):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            figure = job()
+            ms = (time.perf_counter() - began) * 1000
+            if number >= 0:
+                found[name].append(figure if isinstance(figure, float) else ms)
+    return found
+
+
+def play_puter(catalogue: Any, reply: Any, shapes: dict[str, list[str]]) -> None:
+    """A Puter server that costs next to nothing: its replies are ready strings of bytes.
+
+    A model's name says what is streamed: lab/lines-64-1000 is 1,000 lines, 64 a chunk of HTTP;
+    lab/events-1-1000 the same as SSE; lab/paced-50-250 is 250 lines, 50 a second, each with
+    the time at which it was sent.
+    """
+    import re
+    import socketserver
+
+    def fixed(value: Any) -> bytes:
+        body = json.dumps(value)
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n"
+        return f"{head}Content-Type: application/json\r\n\r\n{body}".encode()
+
+    def chunk(text: str) -> bytes:
+        return f"{len(text):x}\r\n{text}\r\n".encode()
+
+    @functools.cache
+    def stream(shape: str, each: int, count: int) -> list[bytes]:
+        kind, line, last = shapes[shape]
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n"
+        head += "Transfer-Encoding: chunked\r\n\r\n"
+        body = chunk(line * each) * (count // each)
+        return [head.encode(), body, chunk(last) + b"0\r\n\r\n"]
+
+    class Handler(socketserver.StreamRequestHandler):
+        disable_nagle_algorithm = True
+
+        def handle(self) -> None:
+            while first := self.rfile.readline():
+                length = 0
+                while (line := self.rfile.readline()).strip():
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line[15:])
+                body = self.rfile.read(length)
+                asked = re.search(rb'"lab/(lines|events|paced)-(\d+)-(\d+)"', body)
+                if asked:
+                    shape, each, count = asked[1].decode(), int(asked[2]), int(asked[3])
+                    self.stream(shape, each, count)
+                else:
+                    self.wfile.write(listing if first.startswith(b"GET") else whole)
+
+        def stream(self, shape: str, each: int, count: int) -> None:
+            if shape != "paced":
+                self.wfile.write(b"".join(stream(shape, each, count)))
+                return
+            head, _, end = stream("lines", 1, 1)
+            self.wfile.write(head)
+            began = time.time()
+            for number in range(count):
+                time.sleep(max(0.0, began + number / each - time.time()))
+                line = (
+                    json.dumps({"type": "text", "text": f"{time.time():.6f} "}) + "\n"
+                )
+                self.wfile.write(chunk(line))
+            self.wfile.write(end)
+
+    listing, whole = fixed(catalogue), fixed(reply)
+    run_server(socketserver.ThreadingTCPServer, Handler)
+
+
+def run_server(server_class: Any, handler: Any) -> None:
+    """Serve until there is no more input; for each line of it, tell the peak memory."""
+    import threading
+
+    class Server(server_class):  # type: ignore[misc]
+        request_queue_size = 512
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tell(server.server_address[1])
+    for _ in sys.stdin:
+        tell(peak_mb())
+
+
+def play_bare_server(base: str) -> None:
+    """The least that a server on `http.server` and `requests` can do."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(pool_maxsize=64))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = 1 << 16
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            text = session.post(f"{base}/drivers/call", data=body).content
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    run_server(ThreadingHTTPServer, Handler)
+
+
+def play_server(base: str) -> None:
+    """`OpenAIServer` as anybody would start it, but for many clients at once."""
+    import puter
+
+    client = puter.Puter("bench", api_base_url=base, max_concurrent=512)
+    with puter.OpenAIServer(client, port=0, max_connections=512) as server:
+        tell(server.port)
+        for _ in sys.stdin:
+            tell(peak_mb())
+
+
+def time_streams(base: str, lines: int, events: int, rounds: int) -> None:
+    """Lines a second of long streams: ours, a bare loop that builds nothing, the SDK."""
+    import openai
+    import requests
+
+    import puter
+
+    client, session = puter.Puter("bench", api_base_url=base), requests.Session()
+    sdk = openai.OpenAI(base_url=f"{base}/v1", api_key="bench")
+
+    def ours(model: str) -> None:
+        for _ in client.stream("Go", model=model):
+            pass
+
+    def bare(model: str) -> None:
+        body = {"args": {"model": model, "stream": True}}
+        with session.post(f"{base}/drivers/call", json=body, stream=True) as answer:
+            for line in answer.iter_lines():
+                json.loads(line)
+
+    def by_sdk(model: str) -> None:
+        said: Any = [{"role": "user", "content": "Go"}]
+        for _ in sdk.chat.completions.create(model=model, messages=said, stream=True):
+            pass
+
+    jobs: Jobs = {
+        "1": lambda: ours(f"lab/lines-1-{lines}"),
+        "bare 1": lambda: bare(f"lab/lines-1-{lines}"),
+        "64": lambda: ours(f"lab/lines-64-{lines}"),
+        "bare 64": lambda: bare(f"lab/lines-64-{lines}"),
+        "sdk": lambda: by_sdk(f"lab/events-1-{events}"),
+    }
+    counts = {name: events if name == "sdk" else lines for name in jobs}
+    times = by_turns(jobs, rounds)
+    tell({name: [counts[name] / t * 1000 for t in times[name]] for name in times})
+
+
+def read_length(base: str, lines: int) -> None:
+    """The peak memory of a process that reads one stream of so many lines."""
+    import puter
+
+    for _ in puter.Puter("bench", api_base_url=base).stream(
+        "Go", model=f"lab/lines-40-{lines}"
+    ):
+        pass
+    tell(peak_mb())
+
+
+def time_calls(base: str, port: int, folder: str, rounds: int) -> None:
+    """ms of short calls, to the end or to the first line, on kept connections."""
+    import http.client
+
+    import requests
+
+    import puter
+
+    asked, short = "openrouter:lab/model-0", "lab/lines-1-3"
+    stand_ins = [f"openrouter:lab/model-{number}:free" for number in (1, 2)]
+    config = puter.Config.load(folder, api_base_url=base, fallback_models=stand_ins)
+    walking = puter.Puter("bench", config=config)  # nobody else finds models resting
+    walking.models()  # the list is known when a model comes to rest
+    for model in (asked, stand_ins[0]):
+        name = walking.accounts[0].username
+        walking.state.cool(name, model, lambda _: 3600.0, "bench", time.time())
+    plain = puter.Puter("bench", api_base_url=base)
+    session = requests.Session()
+    direct = http.client.HTTPConnection(base.removeprefix("http://"))
+    served = http.client.HTTPConnection("127.0.0.1", port)
+    messages = [{"role": "user", "content": "Hi"}]
+    args = {"messages": messages, "model": short, "stream": True}
+
+    def first(opened: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        lines = iter(opened())
+        next(lines)
+        took_s = time.perf_counter() - began
+        for _ in lines:
+            pass
+        return took_s * 1000
+
+    def bare() -> Any:
+        body = {"interface": "puter-chat-completion", "args": args}
+        answer = session.post(f"{base}/drivers/call", json=body, stream=True)
+        return map(json.loads, answer.iter_lines())
+
+    def over(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
+        connection.request("POST", path, json.dumps(body))
+        return connection.getresponse()
+
+    def walk() -> None:
+        reply = walking.chat("Hi", model=asked)
+        assert reply.attempts[-1].model == stand_ins[1]
+
+    jobs: Jobs = {
+        "ours": lambda: first(lambda: plain.stream("Hi", model=short)),
+        "bare": lambda: first(bare),
+        "served": lambda: first(lambda: over(served, "/v1/chat/completions", args)),
+        "direct": lambda: first(lambda: over(direct, "/drivers/call", {"args": args})),
+        "plain": lambda: plain.chat("Hi", model=asked),
+        "walk": walk,
+    }
+    tell(by_turns(jobs, rounds, warm=10))
+
+
+def time_work(folder: str, messages: int, rounds: int) -> None:
+    """ms of work without a server: single writes, and a long history into wire form."""
+    import sqlite3
+
+    import puter
+
+    bare = sqlite3.connect(f"{folder}/bare.sqlite3", isolation_level=None)
+    bare.execute("PRAGMA journal_mode=WAL")
+    bare.execute("PRAGMA synchronous=NORMAL")
+    bare.execute("CREATE TABLE totals (model TEXT PRIMARY KEY, count INTEGER)")
+    upsert = (
+        "INSERT INTO totals VALUES ('m', 1) ON CONFLICT DO UPDATE SET count=count+1"
+    )
+    state = puter.State(f"{folder}/writes.sqlite3")
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn: list[dict[str, Any]] = [
+        {"role": "user", "content": "What is in the file?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "Nothing at all."},
+        {"role": "assistant", "content": "There is nothing in it."},
+    ]
+    history = turn * (messages // len(turn))
+    writes: Jobs = {
+        "record": lambda: state.record("m", "ok", 1.0, 0.1, puter.Usage(1, 2)),
+        "cool": lambda: state.cool("a", "m", lambda _: 60.0, "x", time.time()),
+        "bare": lambda: bare.execute(upsert),
+    }
+    forms: Jobs = {
+        "wire": lambda: puter.wire_messages(puter.messages_from(history)),
+        "json": lambda: json.dumps(history),
+    }
+    tell({**by_turns(writes, rounds), **by_turns(forms, rounds // 50)})
+
+
+def write_much(path: str, count: int, at_s: float) -> None:
+    """Figures and cooldowns of one name, from a time on."""
+    import puter
+
+    state = puter.State(path)
+    tell("ready")
+    time.sleep(max(0.0, at_s - time.time()))
+    for _ in range(count):
+        state.record("m", "ok", 1.0)
+        state.cool("a", "m", lambda _: 60.0, "bench", time.time())
+
+
+def load_server(port: int, clients: int, seconds: float) -> None:
+    """Calls a second that so many clients on kept connections get answered."""
+    import http.client
+    from concurrent.futures import ThreadPoolExecutor
+
+    messages = [{"role": "user", "content": "Hi"}]
+    body = json.dumps({"model": "lab/model-0", "messages": messages})
+
+    def work(connection: http.client.HTTPConnection) -> int:
+        count = 0
+        while time.perf_counter() < began + seconds:
+            connection.request("POST", "/v1/chat/completions", body)
+            answer = connection.getresponse()
+            text = answer.read()
+            assert answer.status == 200, text
+            count += 1
+        return count
+
+    kept = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(clients)]
+    for connection in kept:
+        connection.connect()
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        count = sum(pool.map(work, kept))
+    tell(count / (time.perf_counter() - began))
+
+
+def watch_streams(port: int, path: str, asked: Any, streams: int, tokens: int) -> None:
+    """ms by which the tokens of many streams at once are late, at the 99th percentile."""
+    import asyncio
+    import re
+
+    body = json.dumps(asked)
+    request = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    late: list[float] = []
+
+    async def watch(delay_s: float) -> None:
+        await asyncio.sleep(delay_s)  # all begin within a second, evenly
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{request}\r\n\r\n{body}".encode())
+        while (line := await reader.readline()) not in (b"0\r\n", b""):
+            if sent_at := re.search(rb'"(\d+\.\d{6}) "', line):
+                late.append((time.time() - float(sent_at[1])) * 1000)
+        writer.close()
+
+    async def watch_all() -> None:
+        await asyncio.gather(*(watch(number / streams) for number in range(streams)))
+
+    asyncio.run(watch_all())
+    assert len(late) == streams * tokens, f"{len(late)} tokens came"
+    tell(sorted(late)[len(late) * 99 // 100])
+
+
+# =============================================================================
+# Benchmark: the measurements
+# =============================================================================
+
+
+class Part:
+    """A process that plays one of the parts above; `said` is the first that it says."""
+
+    def __init__(self, lab: Lab, play: Callable[..., None], *args: Any) -> None:
+        parts = (tell, peak_mb, by_turns, run_server, play)
+        sources = [inspect.getsource(part) for part in parts]
+        head = "from __future__ import annotations\nimport functools, json, sys, time\n"
+        call = f"{play.__name__}(*json.loads(sys.stdin.readline()))"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join([head, *sources, call])],
+            cwd=lab.folder,  # where nothing lies that could be imported
+            env=lab.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said = self.ask(args)
+
+    def ask(self, value: Any) -> Any:
+        """What it says next, when it was told this."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{json.dumps(value)}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "a part of the benchmark failed: see above"
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Wait until it has done its work; a server has when its input ends."""
+        with self._process:
+            self._process.communicate()
+
+
+class Lab:
+    """What one run of the benchmark works with."""
+
+    def __init__(self, folder: Path, quick: bool, stack: ExitStack) -> None:
+        self.folder, self.quick, self._stack = folder, quick, stack
+        # Bytecode is cached, but not beside the sources.
+        cache = str(folder / "bytecode")
+        self.env = clean_environ(folder / "config", PYTHONPYCACHEPREFIX=cache)
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
+        models = [openrouter_model(f"lab/model-{n}") for n in range(250)]
+        models += [openrouter_model(f"lab/model-{n}:free", (0, 0)) for n in range(250)]
+        choice = {"index": 0, "delta": {"content": "a "}, "finish_reason": None}
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 1}
+        event = json.dumps({**head, "model": "m", "choices": [choice]})
+        usage = '{"type":"usage","usage":{"prompt_tokens":1,"completion_tokens":1}}\n'
+        line = '{"type":"text","text":"a "}\n'
+        sse = ("text/event-stream", f"data: {event}\n\n", "data: [DONE]\n\n")
+        shapes = {"lines": ("application/x-ndjson", line, usage), "events": sse}
+        reply = driver_reply(Turn("Hello there, and good-bye."), models[0])
+        self.port = self.start(play_puter, {"models": models}, reply, shapes).said
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.server = self.start(play_server, self.base)
+        self.bare_server = self.start(play_bare_server, self.base)
+
+    def start(self, play: Callable[..., None], *args: Any) -> Part:
+        """A part that plays until the end."""
+        part = Part(self, play, *args)
+        self._stack.callback(part.end)
+        return part
+
+    def ask(self, play: Callable[..., None], *args: Any) -> Any:
+        """What a part says that is played in a fresh process."""
+        part = Part(self, play, *args)
+        part.end()
+        return part.said
+
+    def many(self, full: int, quick: int) -> int:
+        """How many, by the kind of the run."""
+        return quick if self.quick else full
+
+
+def starts(lab: Lab) -> Samples:
+    """ms of fresh processes, from start to end."""
+    store = puter.AccountStore(lab.folder / "config" / "puter-accounts.json")
+    store.add(puter.Account("bench", "token"))
+
+    def run(*command: str) -> None:
+        subprocess.run(
+            [sys.executable, *command],
+            cwd=lab.folder,
+            env=lab.env,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+
+    jobs: Jobs = {
+        "pass": lambda: run("-c", "pass"),
+        "puter": lambda: run("-c", "import puter"),
+        "requests": lambda: run("-c", "import requests"),
+        "status": lambda: run("-m", "puter", "status"),
+    }
+    return by_turns(jobs, lab.many(25, 7))
+
+
+def reading(lab: Lab) -> Samples:
+    """Lines a second."""
+    lines, events = lab.many(200_000, 32_000), lab.many(20_000, 2_000)
+    found: Samples = lab.ask(time_streams, lab.base, lines, events, lab.many(7, 3))
+    return found
+
+
+def lengths(lab: Lab) -> Samples:
+    """MB at most."""
+    jobs = {}
+    for name, lines in ("short", 1_000), ("long", lab.many(1_000_000, 200_000)):
+        jobs[name] = functools.partial(lab.ask, read_length, lab.base, lines)
+    return by_turns(jobs, lab.many(3, 1), warm=0)
+
+
+def calls(lab: Lab) -> Samples:
+    """ms."""
+    folder = str(lab.folder / "resting")
+    found: Samples = lab.ask(
+        time_calls, lab.base, lab.server.said, folder, lab.many(200, 60)
+    )
+    return found
+
+
+def work(lab: Lab) -> Samples:
+    """ms."""
+    found: Samples = lab.ask(time_work, str(lab.folder), 10_000, lab.many(1_000, 300))
+    return found
+
+
+def rates(lab: Lab) -> Samples:
+    """Calls a second, by the number of clients."""
+    jobs = {}
+    for clients in (1, 8, 32):
+        for name, part in (("", lab.server), ("bare ", lab.bare_server)):
+            args = part.said, clients, 0.4 if lab.quick else 1.0
+            jobs[f"{name}{clients}"] = functools.partial(lab.ask, load_server, *args)
+    return by_turns(jobs, lab.many(7, 2), warm=0)
+
+
+def lateness(lab: Lab) -> Samples:
+    """ms, of 200 streams of 50 tokens a second."""
+    asked: JSON = {"model": "lab/paced-50-250", "stream": True}
+    asked["messages"] = [{"role": "user", "content": "Hi"}]
+    ask = functools.partial(lab.ask, watch_streams)
+    jobs: Jobs = {
+        "p99": lambda: ask(lab.server.said, "/v1/chat/completions", asked, 200, 250),
+        "direct": lambda: ask(lab.port, "/drivers/call", {"args": asked}, 200, 250),
+    }
+    return by_turns(jobs, 3, warm=0)
+
+
+def peaks(lab: Lab) -> Samples:
+    """MB of the servers, at most, after all that they were asked."""
+    return {"ours": [lab.server.ask("peak")], "bare": [lab.bare_server.ask("peak")]}
+
+
+def losses(lab: Lab) -> Samples:
+    """What is missing of the writes of 8 processes at once."""
+    path, count, at_s = str(lab.folder / "crowd"), lab.many(200, 50), time.time() + 1.5
+    crowd = [Part(lab, write_much, path, count, at_s) for _ in range(8)]
+    for part in crowd:
+        part.end()
+    state = puter.State(path)
+    found = state.figures()[0][0][2], state.cooldowns(time.time())[0].strikes
+    state.close()
+    return {"figures": [8 * count - found[0]], "rests": [8 * count - found[1]]}
+
+
+# =============================================================================
+# Benchmark: the table
+# =============================================================================
+
+
+class Bench(NamedTuple):
+    """One line: a measurement, which of its samples are compared, and the target.
+
+    The target is of the ratio (x) of ours to the floor, of how much `more` ours is, or of ours.
+    """
+
+    name: str
+    measure: Callable[[Lab], Samples]
+    ours: str
+    floor: str
+    target: str
+
+
+BENCHES = (
+    Bench("import puter, ms / pass", starts, "puter", "pass", "x <= 3"),
+    Bench("import puter, ms / requests", starts, "puter", "requests", "x <= 0.35"),
+    Bench("puter status, ms / requests", starts, "status", "requests", "x <= 0.5"),
+    Bench("1 line a chunk, lines/s / bare", reading, "1", "bare 1", "x >= 0.95"),
+    Bench("64 lines a chunk, lines/s / bare", reading, "64", "bare 64", "x >= 0.95"),
+    Bench("1 line a chunk, lines/s / openai", reading, "1", "sdk", "x >= 15"),
+    Bench("long stream, MB / short", lengths, "long", "short", "more <= 5"),
+    Bench("first chunk, ms / bare", calls, "ours", "bare", "more <= 0.5"),
+    Bench("past 2 resting models, ms / none", calls, "walk", "plain", "more <= 1"),
+    Bench("10,000 messages, ms / json.dumps", work, "wire", "json", "ours <= 50"),
+    Bench("server, 1 client, calls/s / bare", rates, "1", "bare 1", "x >= 0.8"),
+    Bench("server, 8 clients, calls/s / bare", rates, "8", "bare 8", "x >= 0.8"),
+    Bench("server, 32 clients, calls/s / bare", rates, "32", "bare 32", "x >= 0.8"),
+    Bench("server, first token, ms / direct", calls, "served", "direct", "more <= 1.5"),
+    Bench("server, 200 streams, p99 ms late", lateness, "p99", "direct", "ours <= 100"),
+    Bench("server, peak MB / bare", peaks, "ours", "bare", "ours <= 80"),
+    Bench("State.record, ms / SQLite", work, "record", "bare", "ours <= 0.3"),
+    Bench("State.cool, ms / SQLite", work, "cool", "bare", "ours <= 0.3"),
+    Bench("figures lost by 8 processes", losses, "figures", "", "ours <= 0"),
+    Bench("cooldowns lost by 8 processes", losses, "rests", "", "ours <= 0"),
+)
+ONLY_IN_FULL = (lateness,)
+
+
+def spread(samples: Sequence[float]) -> JSON | None:
+    """Median and quartiles; None of nothing."""
+    if not samples:
+        return None
+    twice = [*samples] * 2  # so that one has quartiles, too
+    low, median, high = statistics.quantiles(twice, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "count": len(samples)}
+
+
+def judged(bench: Bench, samples: Samples) -> JSON:
+    """What is told of one line; ours and the floor are compared turn by turn."""
+    ours, floor = samples[bench.ours], samples.get(bench.floor, [])
+    pairs = list(zip(ours, floor, strict=bool(floor)))
+    what, sign, limit = bench.target.split()
+    compared = {
+        "x": [mine / bare for mine, bare in pairs],
+        "more": [mine - bare for mine, bare in pairs],
+        "ours": ours,
+    }
+    value, least = statistics.median(compared[what]), sign == ">="
+    return {
+        "name": bench.name,
+        "ours": spread(ours),
+        "floor": spread(floor),
+        "ratio": spread(compared["x"]),
+        "target": bench.target,
+        "value": value,
+        "ok": value >= float(limit) if least else value <= float(limit),
+    }
+
+
+def shown(figure: float) -> str:
+    """A figure, as short as it still says something."""
+    size = abs(figure)
+    if size >= 10_000:
+        return f"{figure / 1000:,.0f}k"
+    digits = sum(0 < size < limit for limit in (0.1, 10, 1000))
+    return f"{figure:,.{digits}f}"
+
+
+def table_line(bench: Bench, told: JSON) -> str:
+    """One line of the table, for people."""
+    cells = []
+    for one in (told[key] for key in ("ours", "floor", "ratio")):
+        cell = shown(one["median"]) if one else "-"
+        if one and one["count"] > 1:
+            cell += f" ({shown(one['low'])}..{shown(one['high'])})"
+        cells.append(f"{cell:<26}")
+    target = told["target"].replace(" ", f" {shown(told['value'])} ", 1)
+    verdict = "ok" if told["ok"] else "SHORT"
+    return f"{bench.name:<35}{''.join(cells)}{target:<25}{verdict}"
+
+
+def machine() -> JSON:
+    """Where a run is made, and what else went on there."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """Measures puter.py beside bare Python; 1 when a figure falls short of its target."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
+    say = functools.partial(print, file=sys.stderr if args.json else None, flush=True)
+    report = {**machine(), "quick": args.quick, "figures": []}
+    began = time.monotonic()
+    say("{python} on {system}, {cpus} CPUs, load {load}".format(**report))
+    heads = ("ours (quartiles)", "floor", "ratio", "target")
+    say(" " * 35 + "".join(f"{head:<26}" for head in heads))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        lab = Lab(folder, args.quick, stack)
+        measured = functools.cache(lambda measure: measure(lab))
+        for bench in BENCHES:
+            if not (args.quick and bench.measure in ONLY_IN_FULL):
+                told = judged(bench, measured(bench.measure))
+                report["figures"].append(told)
+                say(table_line(bench, told))
+    short = sum(not told["ok"] for told in report["figures"])
+    report |= {
+        "seconds": round(time.monotonic() - began),
+        "load_after": machine()["load"],
+    }
+    say(f"{short} short, in {report['seconds']} s, load {report['load_after']}")
+    if args.json:
+        print(json.dumps(report))
+    return 1 if short else 0
+
+
+# =============================================================================
 # Command line
 # =============================================================================
 
@@ -1363,6 +2070,10 @@ def build_parser() -> argparse.ArgumentParser:
         "demo", help="show the command line against the scripted server"
     )
     demo.set_defaults(run=cmd_demo)
+    bench = commands.add_parser("bench", help="measure; ratios against floors")
+    bench.add_argument("--json", action="store_true", help="one JSON object")
+    bench.add_argument("--quick", action="store_true", help="fewer rounds")
+    bench.set_defaults(run=cmd_bench)
     return parser
 
 
@@ -1755,7 +2466,7 @@ class TestFakePuter:
 # Helpers
 # =============================================================================
 
-JSON = dict[str, Any]
+
 # Recordings of a real server, where they lie beside the repository.
 RECORDED = Path(puter.__file__).resolve().parent.parent / "shared" / "wire"
 ALL_ERRORS = sorted(
@@ -4313,23 +5024,6 @@ PLUGIN_FILE: dict[str, Any] = {
 }
 
 
-def clean_environ(config_dir: Path, **more: str) -> dict[str, str]:
-    """The environment of a child process: no setting of ours but the folder and `more`."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("PUTER_") and not name.lower().endswith("_proxy")
-    }
-    return {
-        **kept,
-        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
-        "PUTER_CONFIG_DIR": str(config_dir),
-        "HOME": str(config_dir.parent / "home"),
-        "NO_COLOR": "1",
-        **more,
-    }
-
-
 def start_script(script: str, config_dir: Path, *args: str) -> subprocess.Popen[str]:
     """Start Python code in a process of its own; `puter`, `sys` and `os` are imported."""
     code = "import os, sys, puter\n" + textwrap.dedent(script)
@@ -5202,12 +5896,12 @@ class TestState:
     ) -> None:
         for_ever = float("inf")
         state.cool("alice", "", lambda _: for_ever, "login", 0.0, token_mark="old")
-        assert state.cooldowns(1e12, {"alice": "old"})[0].reason == "login"
-        assert state.cooldowns(1e12, {"bob": "x"})[0].account == "alice"
-        assert state.cooldowns(1e12, {"alice": "new"}) == []
+        assert state.cooldowns(1e12, {"alice": "old"}.get)[0].reason == "login"
+        assert state.cooldowns(1e12, {"bob": "x"}.get)[0].account == "alice"
+        assert state.cooldowns(1e12, {"alice": "new"}.get) == []
         # Any other rest is the account's, whatever its token is.
         state.cool("alice", "", minutes, "busy", 0.0, token_mark="old")
-        assert state.cooldowns(1.0, {"alice": "new"})[0].reason == "busy"
+        assert state.cooldowns(1.0, {"alice": "new"}.get)[0].reason == "busy"
 
     def test_other_objects_and_processes_see_it(
         self, state: puter.State, folder: Path
