@@ -16540,11 +16540,11 @@ README_ANSWERS = {
     "Name three rivers.": "The Nile, the Danube and the Mekong.",
     "And three lakes?": "Lake Victoria, Lake Constance and Lake Tanganyika.",
     "What do you see?": "A red bicycle that leans against a white wall.",
-    "What does it cost in all?": "The invoice comes to 240 euros.",
+    "What is the total?": "The invoice comes to 240 euros.",
     "What is the weather in Paris?": "It is 18 degrees and sunny in Paris.",
     "Name and year, as JSON: Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", '
     '"year": 1815}',
-    "How many days has a leap year?": "366.",
+    "Days in a leap year?": "366.",
     "Say hello.": "Hello!",
     "What broke?": "The disk was full: no space was left on the device at 03:12.",
 }
