@@ -15783,10 +15783,10 @@ class Terminal:
 
     def insist(self, text: str, answer: str) -> None:
         """Types until the answer shows: a signal between two reads is seen at the next."""
-        for _ in range(20):
+        for _ in range(5):  # seldom, and slowly: two at once end the command
             self.send(text)
             with suppress(AssertionError):
-                self.expect(answer, 0.5)
+                self.expect(answer, 3)
                 return
         raise AssertionError(f"no {answer!r} in {self.shown[self.read_to :]!r}")
 
