@@ -8212,20 +8212,23 @@ class _Chat:
 
     def run(self) -> None:
         """Read lines until there are no more."""
+        interrupted, told = False, ""
         while True:
             try:
-                text, is_block = _read_message()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                _say("\n(Ctrl-D leaves)")
-                continue
-            try:
+                if interrupted:  # told in here, so that a second Ctrl-C ends nothing
+                    interrupted = False
+                    _say(told)
+                told = "\n(Ctrl-D leaves)"
+                try:
+                    text, is_block = _read_message()
+                except EOFError:
+                    return
+                told = "\n(stopped; the answer is not kept, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
             except PuterError as error:
                 _say(f"error: {error}")
             except KeyboardInterrupt:
-                _say("\n(stopped; the answer is not kept, /retry asks again)")
+                interrupted = True
 
     def take(self, line: str) -> None:
         """One message or command."""

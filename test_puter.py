@@ -16240,6 +16240,24 @@ class TestChatCommand:
         assert [m["content"] for m in sent(desk)] == ["one", "a", "three"]
         assert "Traceback" not in terminal.shown
 
+    def test_ctrl_c_twice_ends_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told: list[str] = []
+        reads = iter([KeyboardInterrupt, EOFError])
+
+        def read() -> Any:
+            raise next(reads)
+
+        def say(text: str) -> None:
+            told.append(text)
+            if len(told) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(puter, "_read_message", read)
+        monkeypatch.setattr(puter, "_say", say)
+        nobody: Any = None
+        puter._Chat(nobody, nobody, {}).run()
+        assert told == ["\n(Ctrl-D leaves)"] * 2
+
     @needs_pty
     def test_a_failure_keeps_the_session(self, desk: FakePuter) -> None:
         desk.script[lab("text")] = ["closed", says("b")]
