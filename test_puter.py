@@ -15783,7 +15783,7 @@ class Terminal:
 
     def insist(self, text: str, answer: str) -> None:
         """Types until the answer shows: a signal between two reads is seen at the next."""
-        for _ in range(5):  # seldom, and slowly: two at once end the command
+        for _ in range(5):
             self.send(text)
             with suppress(AssertionError):
                 self.expect(answer, 3)
