@@ -230,6 +230,12 @@ def _near(
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 
+def _meant(name: str, names: Iterable[str]) -> str:
+    """A question for the hint of an unknown name, with a blank behind it; "" if none is near."""
+    near = _near(name, names)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
 def plain_model_name(name: str) -> str:
     """The name as Puter takes it: without the `puter/` that other tools put in front."""
     stripped = name.strip()
@@ -1019,12 +1025,7 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
-    near = _near(name, _SETTINGS)
-    meant = (
-        f"Did you mean {near[0]!r}?"
-        if near
-        else "Known keys: " + ", ".join(_SETTINGS) + "."
-    )
+    meant = _meant(name, _SETTINGS).strip() or f"Known keys: {', '.join(_SETTINGS)}."
     return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
 
 
@@ -1132,11 +1133,9 @@ class AccountStore:
         if index is None:
             names = [record["username"] for record in data["accounts"]]
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
-            near = _near(username, names)
-            meant = f"Did you mean {near[0]!r}? " if near else ""
             raise StoreError(
                 f"{self.path}: no account is called {username!r}",
-                hint=f"{meant}Accounts: {known}.",
+                hint=f"{_meant(username, names)}Accounts: {known}.",
             )
         return index
 
@@ -2064,10 +2063,7 @@ def image_part(image: Image) -> JSON:
             f"{name} is no image that models can see ({len(data)} bytes)",
             hint="Use PNG, JPEG, GIF or WebP.",
         )
-    import base64
-
-    encoded = base64.b64encode(data).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{encoded}"}}
+    return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
 
 
 def file_part(file: File) -> JSON:
@@ -2076,7 +2072,6 @@ def file_part(file: File) -> JSON:
     `file` is a path, bytes, or (name, bytes). Raises `BadRequestError` when it cannot be
     read, is empty, or is larger than `MAX_FILE_BYTES`.
     """
-    import base64
     import mimetypes
 
     if isinstance(file, tuple):
@@ -2091,9 +2086,14 @@ def file_part(file: File) -> JSON:
             hint=f"A file may be 1 to {MAX_FILE_BYTES:,} bytes.",
         )
     kind = "application/pdf" if data[:5] == b"%PDF-" else mimetypes.guess_type(name)[0]
-    encoded = base64.b64encode(data).decode("ascii")
-    url = f"data:{kind or 'application/octet-stream'};base64,{encoded}"
+    url = _data_url(kind or "application/octet-stream", data)
     return {"type": "file", "file": {"filename": name, "file_data": url}}
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    import base64
+
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _is_pdf(part: Mapping[str, Any]) -> bool:
@@ -3257,17 +3257,24 @@ def fallback_order(
     what is still free counts.
     """
     needs = needs or Needs()
-    by_name = {n.lower(): m.id for m in reversed(candidates) for n in m.aliases}
-    by_name |= {m.id.lower(): m.id for m in candidates}  # an id counts before an alias
-    by_id = {m.id: m for m in candidates}
+    by_name = models_by_name(candidates, str.lower)
     own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
     names = [plain_model_name(name).lower() for name in listed]
-    wanted = [by_id[by_name[name]] for name in names if name in by_name]
+    wanted = [by_name[name] for name in names if name in by_name]
     wanted = [m for m in wanted if own_list or m.free]
     wanted += [m for m in candidates if m.free]
-    skip = {by_name.get(name.lower(), name) for name in (model, *cooled)}
+    known = (by_name.get(name.lower()) for name in (model, *cooled))
+    skip = {m.id for m in known if m is not None}
     unique = {m.id: m for m in wanted}.values()
     return [m.id for m in unique if m.id not in skip and can_do(m, needs)]
+
+
+def models_by_name(
+    models: Sequence[Model], fold: Callable[[str], str] = str
+) -> dict[str, Model]:
+    """Every name's model, the names folded; an id counts before an alias, then who is first."""
+    ids = {fold(m.id): m for m in reversed(models)}
+    return {fold(n): m for m in reversed(models) for n in m.aliases} | ids
 
 
 def can_do(model: Model, needs: Needs) -> bool:
@@ -3355,10 +3362,9 @@ def find_model(name: str, candidates: Sequence[Model]) -> Model:
     """
     wanted = plain_model_name(name)
     for fold in (str, str.lower):
-        for names_of in (lambda m: (m.id,), lambda m: m.aliases):  # ids before aliases
-            for model in candidates:
-                if fold(wanted) in map(fold, names_of(model)):
-                    return model
+        model = models_by_name(candidates, fold).get(fold(wanted))
+        if model is not None:
+            return model
     names = {n: m.id for m in candidates for n in m.names()}
     by_lower = {n.lower(): i for n, i in names.items()}
     near = [by_lower[n] for n in _near(wanted.lower(), by_lower, most=6)]
@@ -3711,8 +3717,7 @@ class _Transport:
             raise
         except Exception as error:
             raise _network_error(error, url, timeout_s) from error
-        content_type = response.headers.get("Content-Type", "")
-        content_type = content_type.split(";")[0].strip().lower()
+        content_type = _content_type(response)
         if streaming and response.status_code == 200 and _is_stream(content_type):
             return _Wire(response, content_type, handle, timeout_s)
         text = self._whole(response, timeout_s)
@@ -3788,7 +3793,7 @@ class _Transport:
             raise BadRequestError(
                 f"{url} answered {response.status_code}", hint="Check the address."
             )
-        return data, response.headers.get("Content-Type", "").split(";")[0].strip()
+        return data, _content_type(response)
 
     def close(self) -> None:
         """Close the connections of our own session; a given one is its owner's."""
@@ -3968,6 +3973,12 @@ def body_of(
             hint="Check `api_base_url` and any proxy on the way.",
         )
     return data
+
+
+def _content_type(response: requests.Response) -> str:
+    """The MIME type of an answer, without its parameters; "" if none was told."""
+    told: str = response.headers.get("Content-Type", "")
+    return told.split(";")[0].strip().lower()
 
 
 def _is_stream(content_type: str) -> bool:
@@ -4199,8 +4210,7 @@ class _Roster:
     def _named(accounts: Sequence[Account], name: str) -> Account:
         found = next((a for a in accounts if a.username == name), None)
         if found is None:
-            near = _near(name, [a.username for a in accounts])
-            meant = f"Did you mean {near[0]!r}? " if near else ""
+            meant = _meant(name, [a.username for a in accounts])
             raise AuthError(
                 f"No stored account is called {name!r}",
                 hint=f"{meant}`python -m puter status` lists them.",
@@ -4280,9 +4290,7 @@ class _Catalogue:
     def _index(self, models: list[Model]) -> dict[str, Model]:
         """Every exact name's model; made once a list."""
         if self._indexed is None or self._indexed[0] is not models:
-            index = {n: m for m in reversed(models) for n in m.aliases}
-            index |= {m.id: m for m in models}  # an id counts before an alias
-            self._indexed = (models, index)
+            self._indexed = (models, models_by_name(models))
         return self._indexed[1]
 
     def _fresh(self) -> list[Model] | None:
@@ -4648,7 +4656,7 @@ class Stream:
 
     def __init__(self, client: Puter, ask: _Ask) -> None:
         self._client = client
-        self._ask = ask
+        self._ask = ask._replace(streaming=True)
         self._handle = _Handle()
         self._source: _Source | _WholeSource | None = None
         self._batch: Iterator[Chunk] = iter(())
@@ -4928,7 +4936,7 @@ class Puter:
         ask = self._ask(
             prompt, model, system, images, files, tools, fallback, timeout_ms, args
         )
-        return Stream(self, ask._replace(streaming=True))._start()
+        return Stream(self, ask)._start()
 
     def run(
         self,
@@ -5272,16 +5280,16 @@ class Puter:
         self,
         prompt: Prompt,
         model: str | None,
-        system: str | None,
-        images: Sequence[Image],
-        files: Sequence[File],
-        tools: Sequence[Any] | None,
-        fallback: bool,
-        timeout_ms: int | None,
-        args: JSON,
+        system: str | None = None,
+        images: Sequence[Image] = (),
+        files: Sequence[File] = (),
+        tools: Sequence[Any] | None = None,
+        fallback: bool = True,
+        timeout_ms: int | None = None,
+        args: JSON | None = None,
     ) -> _Ask:
         """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
-        if "stream" in args:
+        if "stream" in (args or {}):
             raise BadRequestError(
                 "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
             )
@@ -5296,7 +5304,7 @@ class Puter:
         messages = _wired(messages_from(prompt, system, parts))
         schemas = tool_schemas(tools)
         name = self.config.model_name(model)
-        sent = {k: v for k, v in args.items() if v is not None}
+        sent = {k: v for k, v in (args or {}).items() if v is not None}
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
         return _Ask(
@@ -6054,9 +6062,8 @@ def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
     text = stop.feed(reply.text) + stop.rest()
     if asked.wants_json and not reply.tool_calls and reply.finish_reason != "length":
         text = json_text(text)
-    message: JSON = {"role": "assistant", "content": text or None, "refusal": None}
-    if not reply.tool_calls:
-        message["content"] = text
+    content = text or (None if reply.tool_calls else "")
+    message: JSON = {"role": "assistant", "content": content, "refusal": None}
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
@@ -6215,6 +6222,11 @@ def model_object(model: Model) -> JSON:
     }
 
 
+def _in_address(host: str) -> str:
+    """A host as it stands in an address: an IPv6 one in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 class Gatekeeper:
     """Who may call: decisions on the head of a request, without sockets."""
 
@@ -6257,7 +6269,7 @@ class Gatekeeper:
     def _knows_host(self, host: str | None) -> bool:
         """Against DNS rebinding; with an open bind the key is the guard."""
         name = re.sub(r":\d+$", "", (host or "").lower())
-        bound = f"[{self.host}]" if ":" in self.host else self.host.lower()
+        bound = _in_address(self.host).lower()
         return (
             name in _LOOPBACK_NAMES or name == bound or self.host in ("0.0.0.0", "::")
         )
@@ -6371,11 +6383,7 @@ class OpenAIServer:
         allowed_origins: Iterable[str] = (),
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        if (
-            f"[{host}]" not in _LOOPBACK_NAMES
-            and host not in _LOOPBACK_NAMES
-            and not api_key
-        ):
+        if _in_address(host) not in _LOOPBACK_NAMES and not api_key:
             raise ConfigError(
                 f"Listening on {host} without an API key would let everybody on the network use "
                 "your account",
@@ -6390,8 +6398,7 @@ class OpenAIServer:
         self._idle = threading.Condition()
         self._server = _openai_http_server(self, host, port, max_connections)
         self.port: int = self._server.server_address[1]
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.port}/v1"
+        self.url = f"http://{_in_address(host)}:{self.port}/v1"
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> OpenAIServer:  # noqa: PYI034
@@ -6643,26 +6650,27 @@ class _OpenAIHandler:
         from urllib.parse import unquote
 
         path = unquote(self.path.partition("?")[0])
+        is_model = path.startswith("/v1/models/")
+        methods = ("GET", "HEAD") if is_model else _ROUTES.get(path, ())
         try:
             if self.command == "OPTIONS" and self.headers.get("Origin"):
                 self._send(204, b"", "text/plain")
-            elif path.startswith("/v1/models/") and self.command in ("GET", "HEAD"):
-                found = self.app.client.model(path[len("/v1/models/") :])
-                self._json(200, model_object(found))
-            elif path not in _ROUTES and not path.startswith("/v1/models/"):
+            elif not methods:
                 self._wrong(
                     404,
                     f"There is no {path[:200]} here; the base is /v1",
                     close=False,
                 )
-            elif self.command not in _ROUTES.get(path, ("GET", "HEAD")):
-                allowed = ", ".join(_ROUTES.get(path, ("GET", "HEAD")))
+            elif self.command not in methods:
                 self._wrong(
                     405,
                     f"{self.command[:20]} is not for {path[:200]}",
-                    {"Allow": allowed},
+                    {"Allow": ", ".join(methods)},
                     close=False,
                 )
+            elif is_model:
+                found = self.app.client.model(path[len("/v1/models/") :])
+                self._json(200, model_object(found))
             elif path == "/v1/chat/completions":
                 self._complete(body)
             elif path == "/v1/models":
@@ -6687,25 +6695,18 @@ class _OpenAIHandler:
         """Answer a chat completion, as a whole or as a stream."""
         asked = completion_from(_json_body(body), self.app.client.config.default_model)
         ask = self.app.client._ask(
-            asked.prompt,
-            asked.model,
-            None,
-            (),
-            (),
-            asked.tools,
-            True,
-            None,
-            asked.args,
+            asked.prompt, asked.model, tools=asked.tools, args=asked.args
         )
         if asked.streaming and not asked.wants_json:
-            self._stream(asked, Stream(self.app.client, ask._replace(streaming=True)))
+            self._stream(asked, Stream(self.app.client, ask))
             return
         handle = _Handle()
         with self.app.watch.over(self.connection, handle.close):
             reply = self.app.client._answer(ask, handle)
         whole = completion_object(reply, asked, time.time())
         if asked.streaming:
-            self._stream_of(asked, chunks_of(_as_answered(reply, whole)), reply, None)
+            answered = _as_answered(reply, whole)
+            self._stream_of(asked, chunks_of(answered), answered)
         else:
             self._json(200, whole, _answer_headers(reply))
 
@@ -6719,24 +6720,21 @@ class _OpenAIHandler:
         with stream, self.app.watch.over(self.connection, wake, lambda: self.stuck_at):
             stream._start()
             self.connection.settimeout(None)
-            self._stream_of(asked, stream, stream, stream)
+            self._stream_of(asked, stream, stream)
 
     def _stream_of(
-        self,
-        asked: Completion,
-        chunks: Iterable[Chunk],
-        who: Reply | Stream,
-        stream: Stream | None,
+        self, asked: Completion, chunks: Iterable[Chunk], who: Reply | Stream
     ) -> None:
         """Write frames as Server-Sent Events."""
 
         def finish_reason() -> str:
-            return stream.reply.finish_reason if stream else _finish_of(who)
+            return (who.reply if isinstance(who, Stream) else who).finish_reason
 
         head = completion_head("chat.completion.chunk", who.model, time.time())
         self._begin_events(_answer_headers(who))
         for frame in completion_frames(chunks, finish_reason, asked, head):
-            self._event(json.dumps(frame), more=stream is not None and stream._has_more)
+            more = isinstance(who, Stream) and who._has_more
+            self._event(json.dumps(frame), more)
         self._event("[DONE]", more=True)
         self._end_events()
 
@@ -6869,10 +6867,6 @@ def _as_answered(reply: Reply, whole: JSON) -> Reply:
     )
 
 
-def _finish_of(who: Reply | Stream) -> str:
-    return who.finish_reason if isinstance(who, Reply) else who.reply.finish_reason
-
-
 def _short_name(name: str) -> str:
     """An account's name for those who need not know it: its first letters."""
     return f"{name[: min(3, max(1, len(name) // 2))]}..."
@@ -6897,6 +6891,7 @@ def _header_text(text: str) -> str:
 # The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
 MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 MCP_STATELESS_VERSION = "2026-07-28"
+_MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest first
 MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives a call up after 60 s without progress
 _MCP_META = "io.modelcontextprotocol/"
 _MCP_BATCH_VERSION = "2025-03-26"  # the only one with batches
@@ -7153,11 +7148,7 @@ class McpServer:
 
     def _registered(self, message: JSON) -> _McpCall:
         """Notes a call before its thread runs, so that its cancellation finds it."""
-        params = message.get("params")
-        meta = params.get("_meta") if isinstance(params, dict) else None
-        meta = meta if isinstance(meta, dict) else {}
-        is_stateless = f"{_MCP_META}protocolVersion" in meta
-        version = MCP_STATELESS_VERSION if is_stateless else self._version
+        meta, version = self._meta_and_version(message.get("params"))
         call = _McpCall(version, meta.get("progressToken"), self._write)
         request_id: Any = message.get("id")
         if _is_rpc_id(request_id):
@@ -7178,7 +7169,7 @@ class McpServer:
             kind = _rpc_kind(message)
         except _RpcError as error:
             given = message.get("id") if isinstance(message, dict) else None
-            return _rpc_failure(given if _is_rpc_id(given) else None, error)
+            return _rpc_failure(given, error)
         if kind == "response":
             return None
         if kind == "notification":
@@ -7217,9 +7208,8 @@ class McpServer:
         self, message: Any, reply: Callable[[JSON], None]
     ) -> threading.Thread | None:
         if isinstance(message, dict) and message.get("method") == "initialize":
-            given = message.get("id")
             error = _RpcError(-32600, "initialize must not be part of a batch")
-            reply(_rpc_failure(given if _is_rpc_id(given) else None, error))
+            reply(_rpc_failure(message.get("id"), error))
             return None
         return self._take(message, reply)
 
@@ -7243,13 +7233,12 @@ class McpServer:
         method, params = message["method"], message.get("params") or {}
         if method == "initialize":
             return self._initialize(params)
-        meta: Any = params.get("_meta")
-        is_stateless = isinstance(meta, dict) and f"{_MCP_META}protocolVersion" in meta
+        meta, version = self._meta_and_version(params)
+        is_stateless = version == MCP_STATELESS_VERSION
         if is_stateless:
             _check_envelope(meta)
         elif method == "server/discover":
             raise _RpcError(-32602, f"params._meta needs {_MCP_META}protocolVersion")
-        version = MCP_STATELESS_VERSION if is_stateless else self._version
         if method == "tools/call":
             result = self._call(params, call or self._registered(message))
         else:
@@ -7257,6 +7246,13 @@ class McpServer:
         if result is not None and is_stateless:
             result = {"resultType": "complete", **result, "_meta": _server_stamp()}
         return result
+
+    def _meta_and_version(self, params: Any) -> tuple[JSON, str]:
+        """A request's `_meta`, and the version of the protocol that it speaks."""
+        meta = params.get("_meta") if isinstance(params, dict) else None
+        meta = meta if isinstance(meta, dict) else {}
+        is_stateless = f"{_MCP_META}protocolVersion" in meta
+        return meta, MCP_STATELESS_VERSION if is_stateless else self._version
 
     def _initialize(self, params: JSON) -> JSON:
         asked = params.get("protocolVersion")
@@ -7354,15 +7350,13 @@ class McpServer:
     def _chat(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
         """The answer as it was when it ended, or when the time for it did."""
         client = self._the_client()
-        options = {k: arguments.get(k) for k in ("temperature", "max_tokens")}
-        args = {k: v for k, v in options.items() if v is not None}
         ask = client._ask(
             arguments["message"],
             arguments.get("model"),
             arguments.get("system"),
-            *((), (), None, True, None, args),
+            args={k: arguments.get(k) for k in ("temperature", "max_tokens")},
         )
-        stream = Stream(client, ask._replace(streaming=True))
+        stream = Stream(client, ask)
         call.works_on(stream)
         try:
             with stream._start():
@@ -7431,7 +7425,7 @@ def mcp_list_result(method: str, params: JSON, version: str) -> JSON:
         return {}
     if method == "server/discover":
         return {
-            "supportedVersions": [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]],
+            "supportedVersions": _MCP_VERSIONS,
             "capabilities": {"tools": {}},
             "instructions": _MCP_INSTRUCTIONS,
             **lasting,
@@ -7458,11 +7452,10 @@ def _check_envelope(meta: JSON) -> None:
     if not isinstance(asked, str):
         raise _RpcError(-32602, f"{_MCP_META}protocolVersion must be a text")
     if asked != MCP_STATELESS_VERSION:
-        supported = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]
         raise _RpcError(
             -32022,
             "Unsupported protocol version",
-            {"supported": supported, "requested": asked},
+            {"supported": _MCP_VERSIONS, "requested": asked},
         )
     if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
         raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
@@ -7502,7 +7495,9 @@ def _rpc_key(request_id: str | int) -> tuple[bool, str | int]:
     return isinstance(request_id, str), request_id
 
 
-def _rpc_failure(request_id: Any, error: _RpcError) -> JSON:
+def _rpc_failure(given_id: Any, error: _RpcError) -> JSON:
+    """The answer to a request that failed; what is no id is answered under null."""
+    request_id = given_id if _is_rpc_id(given_id) else None
     return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
 
 
@@ -8517,11 +8512,10 @@ def _import_accounts(store: AccountStore, path: Path) -> int:
     if not taken:
         print(f"{path} holds no account; nothing was changed.")
         return 0
-    had_any = bool(store.accounts())
     known = {a.username: a for a in store.accounts()}
     for account in taken:
-        print(f"{_merged_account(store, known.get(account.username), account)}")
-    if not had_any:
+        print(_merged_account(store, known.get(account.username), account))
+    if not known:
         store.switch(taken[given["activeIndex"]].username)
     print(f"{len(taken)} account{'s' * (len(taken) > 1)} from {path}")
     return 0
@@ -8881,14 +8875,13 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
     """Everything that a call needs, as (is it fine, what to say), one after the other."""
     yield True, f"settings: {config.folder / CONFIG_NAME}"
     store = AccountStore(config.folder)
-    for path, want in ((store.path, 0o600), (config.folder / STATE_NAME, 0o600)):
+    for path in (store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
             fine = mode & 0o077 == 0
             yield (
                 fine,
-                f"{path}: mode {mode:o}"
-                + ("" if fine else f"; do: chmod {want:o} {path}"),
+                f"{path}: mode {mode:o}" + ("" if fine else f"; do: chmod 600 {path}"),
             )
     client = Puter(config=config)
     try:
@@ -8915,10 +8908,8 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
 def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
     base = client.config.api_base_url
     try:
-        answer = client._transport.call(
-            "GET", f"{_api_origin(client.config)}/puterai/chat/models"
-        )
-        assert isinstance(answer, _Answer)
+        url = f"{_api_origin(client.config)}/puterai/chat/models"
+        answer = client._transport.ask("GET", url)
         yield True, f"{base} answers"
     except PuterError as error:
         yield False, str(error)
@@ -9171,7 +9162,7 @@ def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
     text = _without_block(text, begin, end)
     rows = text.rstrip("\n").split("\n") if text.strip() else []
     if not key:
-        items = [r for r in rows if r.strip() and not r.lstrip().startswith("#")]
+        items = [r for r in rows if _says_something(r)]
         indent = re.match(r" *", items[0]).group() if items else ""  # type: ignore[union-attr]
         if any(
             not r.startswith((f"{indent}- ", f"{indent} ")) and r.strip() != "-"
@@ -9190,19 +9181,22 @@ def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
         rows[at] = f"{rows[at].partition(':')[0]}:"
     elif told:
         raise ValueError(f"{key} is written in one line")
-    item = next(
-        (r for r in rows[at + 1 :] if r.strip() and not r.lstrip().startswith("#")), ""
-    )
+    item = next((r for r in rows[at + 1 :] if _says_something(r)), "")
     first = re.match(r"( *)-", item)
     indent = first.group(1) if first else "  "
     last = at
     for i in range(at + 1, len(rows)):
         if rows[i].startswith((f"{indent} ", f"{indent}-")):
             last = i  # the list's own; comments and blanks behind it belong to what follows
-        elif rows[i].strip() and not rows[i].lstrip().startswith("#"):
+        elif _says_something(rows[i]):
             break
     block = _indented_by(indent, [begin, *lines, end])
     return "\n".join([*rows[: last + 1], *block, *rows[last + 1 :], ""])
+
+
+def _says_something(row: str) -> bool:
+    """Whether a line of YAML is neither blank nor a comment."""
+    return row.strip() != "" and not row.lstrip().startswith("#")
 
 
 def _without_block(text: str, begin: str, end: str) -> str:
@@ -9521,14 +9515,11 @@ def _show_config(as_json: bool) -> int:
     """Every setting, its value, and where it comes from."""
     values, sources = settings_and_sources()
     if as_json:
-        told = {
-            n: {"value": _listed(v), "source": sources[n]} for n, v in values.items()
-        }
+        told = {n: {"value": v, "source": sources[n]} for n, v in values.items()}
         print(json.dumps(told, ensure_ascii=False))
         return 0
     rows = [
-        (n, json.dumps(_listed(v), ensure_ascii=False), sources[n])
-        for n, v in values.items()
+        (n, json.dumps(v, ensure_ascii=False), sources[n]) for n, v in values.items()
     ]
     short = [(n, v if len(v) <= 60 else f"{v[:57]}...", s) for n, v, s in rows]
     for line in _table([("SETTING", "VALUE", "FROM"), *short], "<<<"):
