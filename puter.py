@@ -7400,13 +7400,14 @@ class McpServer:
         return "\n".join(lines), {"models": rows, "count": len(rows)}
 
     def _account(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
-        rows = account_credits(self._the_client())
-        lines = [_credit_line(row) for row in rows]
-        text = (
-            "\n".join(lines)
-            or "Nobody is signed in. Sign in with: python -m puter login"
-        )
-        return text, {"accounts": rows}
+        client = self._the_client()
+        active, told = client.active_account, credits_of(client, client.accounts)
+        rows = [_credit_row(a, c, active) for a, c in told]
+        lines = [
+            f"{'*' if row['active'] else ' '} {row['username']}: {_credit_words(credit)}"
+            for row, (_, credit) in zip(rows, told, strict=True)
+        ]
+        return "\n".join(lines) or _NOBODY, {"accounts": rows}
 
 
 _MCP_INSTRUCTIONS = (
@@ -7564,37 +7565,42 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def account_credits(client: Puter) -> list[JSON]:
+_NOBODY = "Nobody is signed in. Sign in with: python -m puter login"
+
+
+def credits_of(
+    client: Puter, accounts: Sequence[Account]
+) -> list[tuple[Account, Credit | PuterError]]:
     """Each account with what it may still spend; one that fails says why and hides no other."""
-    rows = []
-    active = client.active_account
-    for account in client.accounts:
-        row: JSON = {
-            "username": account.username,
-            "active": active is not None and account.username == active.username,
-            "temporary": account.is_temporary,
-            "unit": None,
-            "remaining": None,
-            "allowance": None,
-            "error": None,
-        }
+    told: list[tuple[Account, Credit | PuterError]] = []
+    for account in accounts:
         try:
-            credit = client.usage(account.username)
+            told.append((account, client.usage(account.username)))
         except PuterError as error:
-            row["error"] = str(error)
-        else:
-            row |= {"unit": credit.unit, "remaining": credit.remaining}
-            row["allowance"] = credit.allowance
-        rows.append(row)
-    return rows
+            told.append((account, error))
+    return told
 
 
-def _credit_line(row: JSON) -> str:
-    star = "* " if row["active"] else "  "
-    if row["error"]:
-        return f"{star}{row['username']}: {row['error']}"
-    left, all_of_it = (money(row[k], row["unit"]) for k in ("remaining", "allowance"))
-    return f"{star}{row['username']}: {left} of {all_of_it} left this month"
+def _credit_row(
+    account: Account, credit: Credit | PuterError, active: Account | None
+) -> JSON:
+    known = None if isinstance(credit, PuterError) else credit
+    return {
+        "username": account.username,
+        "active": active is not None and account.username == active.username,
+        "temporary": account.is_temporary,
+        "unit": known and known.unit,
+        "remaining": known and known.remaining,
+        "allowance": known and known.allowance,
+        "error": None if known else str(credit),
+    }
+
+
+def _credit_words(credit: Credit | PuterError) -> str:
+    if isinstance(credit, PuterError):
+        return str(credit)
+    left, whole = (money(n, credit.unit) for n in (credit.remaining, credit.allowance))
+    return f"{left} of {whole} left this month"
 
 
 def money(amount: float, unit: str) -> str:
@@ -7838,18 +7844,12 @@ def _add_accounts(command: Callable[..., Any]) -> None:
 
 def _add_catalogue(command: Callable[..., Any]) -> None:
     models = command("models", cmd_models, "list the models")
-    models.add_argument(
-        "--free", action="store_true", help="only those that cost nothing"
-    )
-    models.add_argument("--provider", metavar="NAME", help="only those of a provider")
+    _add_model_choice(models)
     models.add_argument(
         "--tools", action="store_true", help="only those that can call functions"
     )
     models.add_argument(
         "--vision", action="store_true", help="only those that see images"
-    )
-    models.add_argument(
-        "--search", metavar="TEXT", help="only those with this in a name"
     )
     models.add_argument(
         "--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"
@@ -7868,6 +7868,17 @@ def _add_catalogue(command: Callable[..., Any]) -> None:
     cache = command("cache", cmd_cache, "the kept replies")
     cache.add_argument("--clear", action="store_true", help="forget them")
     cache.add_argument("--json", action="store_true", help="a JSON object")
+
+
+def _add_model_choice(parser: Any) -> None:
+    """The options that choose models of the catalogue."""
+    parser.add_argument(
+        "--free", action="store_true", help="only models that cost nothing"
+    )
+    parser.add_argument("--provider", metavar="NAME", help="only models of a provider")
+    parser.add_argument(
+        "--search", metavar="TEXT", help="only models with this in a name"
+    )
 
 
 def _add_serve(command: Callable[..., Any]) -> None:
@@ -7917,13 +7928,7 @@ def _add_config(command: Callable[..., Any]) -> None:
     config.add_argument(
         "--base-url", default=_BASE_URL, help="of the server (%(default)s)"
     )
-    config.add_argument(
-        "--free", action="store_true", help="only models that cost nothing"
-    )
-    config.add_argument("--provider", metavar="NAME", help="only models of a provider")
-    config.add_argument(
-        "--search", metavar="TEXT", help="only models with this in a name"
-    )
+    _add_model_choice(config)
 
 
 def cmd_ask(args: Any) -> int:
@@ -8656,12 +8661,11 @@ def _not_signed_in_text(store: AccountStore) -> str:
     """How to sign in, or to bring along the accounts of the plugin."""
     from pathlib import Path
 
-    text = "Nobody is signed in. Sign in with: python -m puter login"
     for folder in (Path.home() / ".config" / "opencode", Path.home() / ".opencode"):
         path = folder / ACCOUNTS_NAME
         if path.exists() and path != store.path:
-            return f"{text}\nOr take the plugin's accounts: python -m puter login --import {path}"
-    return text
+            return f"{_NOBODY}\nOr take the plugin's accounts: python -m puter login --import {path}"
+    return _NOBODY
 
 
 def cmd_whoami(args: Any) -> int:
@@ -8741,12 +8745,7 @@ def cmd_usage(args: Any) -> int:
             _signed_in(client, client.whoami)
         active = client.active_account
         asked = client.accounts if args.all else [active] if active else []
-        told: list[tuple[Account, Credit | PuterError]] = []
-        for account in asked:
-            try:
-                told.append((account, client.usage(account.username)))
-            except PuterError as error:
-                told.append((account, error))
+        told = credits_of(client, asked)
     failed = [t for _, t in told if isinstance(t, PuterError)]
     if args.json:
         print(json.dumps([_credit_report(a, t) for a, t in told], ensure_ascii=False))
@@ -8772,17 +8771,12 @@ def _credit_report(account: Account, credit: Credit | PuterError) -> JSON:
 
 def _credit_lines(account: Account, credit: Credit | PuterError) -> Iterator[str]:
     """An account's credit with a bar, and what it went to."""
+    yield f"{account.username}: {_credit_words(credit)}"
     if isinstance(credit, PuterError):
-        yield f"{account.username}: {credit}"
         return
     share = credit.remaining / credit.allowance if credit.allowance > 0 else 0.0
     share = min(max(share, 0.0), 1.0)
     bar = "#" * round(20 * share) + "." * (20 - round(20 * share))
-    left, whole = (
-        money(credit.remaining, credit.unit),
-        money(credit.allowance, credit.unit),
-    )
-    yield f"{account.username}: {left} of {whole} left this month"
     yield f"  [{bar}] {100 * share:.0f}% ({credit_word(share)})"
     rows = sorted(credit.by_api.items(), key=lambda row: -row[1][0])
     if rows:
@@ -8883,26 +8877,26 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
                 fine,
                 f"{path}: mode {mode:o}" + ("" if fine else f"; do: chmod 600 {path}"),
             )
-    client = Puter(config=config)
-    try:
-        accounts = client.accounts
-        yield (
-            bool(accounts),
-            f"{len(accounts)} accounts"
-            + ("" if accounts else "; do: python -m puter login"),
-        )
-    except PuterError as error:
-        yield False, str(error)
-        return
-    for account in accounts:
+    with Puter(config=config) as client:
         try:
-            name = account_of(
-                account.token, replace(config, auto_create_temp_user=True)
-            ).username
-            yield True, f"the token of {account.username} works ({name})"
+            accounts = client.accounts
+            yield (
+                bool(accounts),
+                f"{len(accounts)} accounts"
+                + ("" if accounts else "; do: python -m puter login"),
+            )
         except PuterError as error:
-            yield False, f"the token of {account.username}: {error}"
-    yield from _server_checks(client)
+            yield False, str(error)
+            return
+        for account in accounts:
+            try:
+                name = account_of(
+                    account.token, replace(config, auto_create_temp_user=True)
+                ).username
+                yield True, f"the token of {account.username} works ({name})"
+            except PuterError as error:
+                yield False, f"the token of {account.username}: {error}"
+        yield from _server_checks(client)
 
 
 def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
@@ -8925,8 +8919,6 @@ def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
         yield True, f"{len(client.models(refresh=True))} models"
     except PuterError as error:
         yield False, f"the model list: {error}"
-    finally:
-        client.close()
 
 
 def _clock_error_s(date: str | None, now: float) -> float | None:
