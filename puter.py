@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from operator import length_hint
 from typing import (
@@ -35,7 +34,6 @@ from typing import (
     BinaryIO,
     ClassVar,
     Literal,
-    NamedTuple,
     NoReturn,
     TypeVar,
 )
@@ -46,7 +44,16 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     import requests
-    from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
+    from typing_extensions import (  # noqa: UP035 (typing's own need 3.11)
+        Self,
+        dataclass_transform,
+    )
+else:
+
+    def dataclass_transform(**_: Any) -> Any:
+        """A word to type checkers alone."""
+        return lambda cls: cls
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -501,26 +508,122 @@ class AllAccountsOnCooldownError(PuterError):
 # 3. values · uses: errors
 # ======================================================================================
 ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
+_REQUIRED: Any = object()  # the default of a field that has none
+
+
+class _Field:
+    """A field of a value; `name` and `type` (the hint as written) come from the class body."""
+
+    __slots__ = ("default", "default_factory", "metadata", "name", "repr", "type")
+
+    def __init__(
+        self,
+        default: Any = _REQUIRED,
+        default_factory: Callable[[], Any] | None = None,
+        repr: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.default = default
+        self.default_factory = default_factory
+        self.repr = repr
+        self.metadata = metadata or {}
+        self.name = self.type = ""
+
+
+def _field(**about: Any) -> Any:
+    """As `dataclasses.field`: `default` or `default_factory`, `repr`, `metadata`."""
+    return _Field(**about)
+
+
+def _init_of(fields: Mapping[str, _Field], checks: bool) -> Any:
+    """`__init__` that takes the fields in order or by name; then `__post_init__` `checks`."""
+    known: dict[str, Any] = {"setattr": object.__setattr__}
+    heads, lines = ["self"], []
+    for name, spec in fields.items():
+        known[f"_{name}"] = spec.default_factory or spec.default
+        required = known[f"_{name}"] is _REQUIRED
+        heads.append(name if required else f"{name}=_{name}")
+        made = f"_{name}() if {name} is _{name} else " if spec.default_factory else ""
+        lines.append(f"setattr(self, {name!r}, {made}{name})")
+    lines += ["self.__post_init__()"] if checks else []
+    text = f"def __init__({', '.join(heads)}): {'; '.join(lines) or 'pass'}"
+    exec(text, known)  # noqa: S102 (as dataclasses does: it holds names of fields alone)
+    init = known["__init__"]
+    init.__annotations__ = {n: spec.type for n, spec in fields.items()}
+    return init
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(_field,))
+class _ValueType(type):
+    """Makes of a class body with hints what `dataclass(frozen=True, slots=True)` makes of it.
+
+    `dataclasses` itself would take a third of the time that importing this module takes, and
+    its `__init__` twice the time of this one, which counts where a stream makes its chunks.
+    """
+
+    _fields: dict[str, _Field]
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+        fields: dict[str, _Field] = {}
+        for base in bases:
+            fields |= getattr(base, "_fields", {})
+        own = body.get("__annotations__", {})
+        for field_name, hint in own.items():
+            given = body.pop(field_name, _REQUIRED)
+            spec = given if isinstance(given, _Field) else _Field(given)
+            spec.name, spec.type = field_name, hint
+            fields[field_name] = spec
+        checks = any(hasattr(base, "__post_init__") for base in bases)
+        init = _init_of(fields, checks or "__post_init__" in body)
+        init.__qualname__ = f"{name}.__init__"
+        body |= {"__init__": init, "__slots__": tuple(own)}
+        body |= {"__match_args__": tuple(fields), "_fields": fields}
+        return super().__new__(mcs, name, bases, body)
+
+
+class _AsDataclass:
+    """An attribute by which `dataclasses` knows its own, from a dataclass of the same fields."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, value: object, owner: Any) -> Any:
+        from dataclasses import field, make_dataclass
+
+        rows = []
+        for spec in owner._fields.values():
+            about = {"repr": spec.repr, "metadata": spec.metadata}
+            if spec.default_factory is not None:
+                about["default_factory"] = spec.default_factory
+            elif spec.default is not _REQUIRED:
+                about["default"] = spec.default
+            rows.append((spec.name, spec.type, field(**about)))
+        return getattr(make_dataclass(owner.__name__, rows, frozen=True), self._name)
 
 
 def _plain_values(value: Any) -> JSON:
-    """A dataclass as a dict of its fields."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
+    """A value as a dict of its fields."""
+    return {name: getattr(value, name) for name in value._fields}
 
 
-def _code_of(error: PuterError) -> str:
-    """An error in a word: the server's, else the name of its kind."""
-    return error.code or type(error).__name__
+class _Value(metaclass=_ValueType):
+    """What values have in common: frozen, equal when all fields are, and shown with those.
 
-
-class _Value:
-    """What values have in common: equal when all fields are, and shown with those.
-
-    `dataclass` would write these methods anew for each class, which costs half of the time
-    that importing this module takes.
+    The functions of `dataclasses` (`fields`, `replace`, `asdict`…) take them.
     """
 
-    __slots__ = ()
+    __dataclass_fields__ = _AsDataclass()
+    __dataclass_params__ = _AsDataclass()
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -532,12 +635,25 @@ class _Value:
         return hash((type(self), first))
 
     def __repr__(self) -> str:
-        own: Any = self
-        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(own) if f.repr)
+        specs = type(self)._fields.values()
+        shown = (f"{s.name}={getattr(self, s.name)!r}" for s in specs if s.repr)
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), tuple(_plain_values(self).values())
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+    def _replace(self, **changes: Any) -> Self:
+        """The same with other values in some fields."""
+        return type(self)(**{**_plain_values(self), **changes})
+
+    __replace__ = _replace  # what copy.replace calls (Python 3.13)
+
+
+def _code_of(error: PuterError) -> str:
+    """An error in a word: the server's, else the name of its kind."""
+    return error.code or type(error).__name__
+
+
 class Usage(_Value):
     """Tokens and price of one reply, whatever the provider calls them; None is "not told".
 
@@ -558,7 +674,6 @@ class Usage(_Value):
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ToolCall(_Value):
     """A model's wish to call a function: `arguments` is a dict.
 
@@ -572,7 +687,6 @@ class ToolCall(_Value):
     extra_content: JSON | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Chunk(_Value):
     """A piece of a streamed reply; `str()` of any but a text chunk is empty.
 
@@ -588,7 +702,6 @@ class Chunk(_Value):
         return self.text if self.type == "text" else ""
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Attempt(_Value):
     """One request made for a call: `error` is None for the one that answered."""
 
@@ -605,7 +718,6 @@ class Attempt(_Value):
         return f"{self.model} on {self.account}: {told}"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Reply(_Value):
     """A whole answer; `str()` is its text.
 
@@ -622,7 +734,7 @@ class Reply(_Value):
     model: str = ""
     account: str = ""
     attempts: tuple[Attempt, ...] = ()
-    raw: JSON = field(default_factory=dict)
+    raw: JSON = _field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.text
@@ -636,7 +748,6 @@ class Reply(_Value):
         return self.text or f"```\n{self!r}\n```"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Model(_Value):
     """A model of the catalogue; prices in US dollars per million tokens, None if not told.
 
@@ -662,18 +773,16 @@ class Model(_Value):
         return (self.id, *self.aliases)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Account(_Value):
     """A stored account; times are milliseconds since 1970, None if never or not known."""
 
     username: str
-    token: str = field(repr=False)
+    token: str = _field(repr=False)
     added_at_ms: int | None = None
     last_used_ms: int | None = None
     is_temporary: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Cooldown(_Value):
     """A rest: of a whole account (`model` is ""), or of one model on it.
 
@@ -688,7 +797,6 @@ class Cooldown(_Value):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Credit(_Value):
     """What an account may still spend this month, in `unit` ("usd" or "credits").
 
@@ -699,11 +807,10 @@ class Credit(_Value):
     allowance: float
     remaining: float
     used: float
-    by_api: dict[str, tuple[float, float, int]] = field(default_factory=dict)
-    raw: JSON = field(default_factory=dict, repr=False)
+    by_api: dict[str, tuple[float, float, int]] = _field(default_factory=dict)
+    raw: JSON = _field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ModelStats(_Value):
     """How a model has done here: counts of all calls, times of the latest ones.
 
@@ -754,10 +861,9 @@ def config_dir(
 
 def _setting(default: Any, doc: str, **check: Any) -> Any:
     """A field of `Config`; `check` holds `low` and `high`, or `choices`, or `url`."""
-    return field(default=default, metadata={"doc": doc, **check})
+    return _field(default=default, metadata={"doc": doc, **check})
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Config(_Value):
     """All settings; `Config.load()` reads them from puter.json and the environment.
 
@@ -845,7 +951,7 @@ class Config(_Value):
     max_concurrent: int = _setting(
         3, "requests at once on one account", low=1, high=1_000
     )
-    folder: Path = field(default_factory=config_dir, metadata={"internal": True})
+    folder: Path = _field(default_factory=config_dir)
 
     def __post_init__(self) -> None:
         for spec in _SETTINGS.values():
@@ -1029,7 +1135,7 @@ def _unknown_key(name: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
 
 
-_SETTINGS = {f.name: f for f in fields(Config) if not f.metadata.get("internal")}
+_SETTINGS = {n: f for n, f in Config._fields.items() if "doc" in f.metadata}
 
 
 # ======================================================================================
@@ -1762,7 +1868,7 @@ _IMAGE_KINDS = (
 )
 
 
-class Needs(NamedTuple):
+class Needs(_Value):
     """What a request asks of a model: tools, kinds of input, and room for so many tokens."""
 
     tools: bool = False
@@ -2316,7 +2422,7 @@ def hint_schema(
 def _parts_of_hint(hint: Any) -> tuple[dict[str, Any], list[str]] | None:
     """(fields with their hints, those that must be given) of a dataclass or TypedDict."""
     import typing
-    from dataclasses import MISSING, is_dataclass
+    from dataclasses import MISSING, fields, is_dataclass
 
     if typing.is_typeddict(hint):
         hints = typing.get_type_hints(hint, include_extras=True)
@@ -2784,7 +2890,7 @@ class _Decoder:
         calls, signed = self._calls, any(c.extra_content for c in self._calls)
         notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
         if calls and notes and not signed:  # told on a line of its own
-            calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
+            calls = [calls[0]._replace(extra_content=notes[0]), *calls[1:]]
         return Reply(
             text=str(self._text),
             reasoning=str(self._reasoning),
@@ -3538,7 +3644,7 @@ class _Handle:
         return Tracked
 
 
-class _Answer(NamedTuple):
+class _Answer(_Value):
     """A whole HTTP answer: `data` is the decoded JSON, or None and then `text` holds it."""
 
     status: int
@@ -4010,7 +4116,7 @@ def _seconds(retry_after: str | None) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
-class _Ask(NamedTuple):
+class _Ask(_Value):
     """One request as the caller made it, checked and in wire form."""
 
     model: str
@@ -4142,7 +4248,7 @@ class _Roster:
         if strategy == "least-recently-used" and len(accounts) > 1:
             used = self._state.last_used_ms()
             accounts = [
-                replace(a, last_used_ms=used.get(a.username, a.last_used_ms))
+                a._replace(last_used_ms=used.get(a.username, a.last_used_ms))
                 for a in accounts
             ]
         rests = {**self._rests(accounts, costs), **dict.fromkeys(tried, float("inf"))}
@@ -4776,7 +4882,7 @@ class Stream:
         return length_hint(self._batch) > 0
 
     def _with_walk(self, reply: Reply) -> Reply:
-        return replace(reply, account=self.account, attempts=self.attempts)
+        return reply._replace(account=self.account, attempts=self.attempts)
 
 
 class _Walked:
@@ -4841,7 +4947,7 @@ class Puter:
                 hint="A token is an account of its own.",
             )
         self.config = (
-            Config.load(**settings) if config is None else replace(config, **settings)
+            Config.load(**settings) if config is None else config._replace(**settings)
         )
         if token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
@@ -5347,8 +5453,8 @@ class Puter:
         walked = self._walk(ask, handle, self._caller.complete)
         walked.release()
         reply: Reply = walked.result
-        reply = replace(
-            reply, account=walked.account.username, attempts=walked.attempts
+        reply = reply._replace(
+            account=walked.account.username, attempts=walked.attempts
         )
         self._ended(ask, walked, reply.usage, "ok", lambda: reply)
         return reply
@@ -6860,8 +6966,7 @@ def _json_body(body: bytes) -> Any:
 def _as_answered(reply: Reply, whole: JSON) -> Reply:
     """The reply with the text that its completion object carries (cut, or out of its fence)."""
     choice = whole["choices"][0]
-    return replace(
-        reply,
+    return reply._replace(
         text=choice["message"]["content"] or "",
         finish_reason=choice["finish_reason"],
     )
@@ -8891,7 +8996,7 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
         for account in accounts:
             try:
                 name = account_of(
-                    account.token, replace(config, auto_create_temp_user=True)
+                    account.token, config._replace(auto_create_temp_user=True)
                 ).username
                 yield True, f"the token of {account.username} works ({name})"
             except PuterError as error:

@@ -2928,8 +2928,57 @@ class TestValues:
         name = dataclasses.fields(value)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, 1)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            delattr(value, name)
         assert not hasattr(value, "__dict__")
-        assert pickle.loads(pickle.dumps(value)) == value
+        assert pickle.loads(pickle.dumps(value)) == copy.copy(value) == value
+
+    def test_values_are_dataclasses_to_those_who_ask(self) -> None:
+        reply = puter.Reply("hi", usage=puter.Usage(1, 2))
+        assert dataclasses.is_dataclass(reply)
+        assert dataclasses.is_dataclass(puter.Reply)
+        assert dataclasses.replace(reply, text="ho") == puter.Reply(
+            "ho", usage=puter.Usage(1, 2)
+        )
+        told = dataclasses.asdict(reply)
+        assert (told["text"], told["usage"]["output_tokens"]) == ("hi", 2)
+        assert dataclasses.fields(puter.Account)[1].repr is False
+        match reply:
+            case puter.Reply(text, reasoning):
+                assert (text, reasoning) == ("hi", "")
+
+    @pytest.mark.parametrize(
+        ("make", "said"),
+        [
+            [lambda: puter.ToolCall("1"), "2 required positional arguments: 'name'"],
+            [lambda: puter.Usage(tokens=1), "unexpected keyword argument 'tokens'"],
+            [lambda: puter.Usage(1, 2, 3, 4, 5, 6), "from 1 to 6 positional"],
+            [lambda: puter.Reply()._replace(txt=""), "unexpected keyword argument"],
+        ],
+    )
+    def test_wrong_fields_are_named(self, make: Any, said: str) -> None:
+        with pytest.raises(TypeError, match=said):
+            make()
+
+    def test_defaults_that_are_dicts_are_not_shared(self) -> None:
+        assert puter.Reply().raw == {}
+        assert puter.Reply().raw is not puter.Reply().raw
+
+    def test_a_kind_of_value_has_its_own_fields_too(self) -> None:
+        class Kept(puter.Reply):
+            kept_at: int = 0
+
+        kept = Kept("hi", kept_at=3)
+        assert (kept.text, kept.kept_at, str(kept)) == ("hi", 3, "hi")
+        assert kept != Kept("hi", kept_at=4)
+        assert list(inspect.signature(Kept).parameters)[-2:] == ["raw", "kept_at"]
+
+    def test_a_kind_of_config_is_checked_too(self) -> None:
+        class Mine(puter.Config):
+            pass
+
+        with pytest.raises(puter.ConfigError, match="debug is 3"):
+            Mine(debug=3)  # type: ignore[arg-type]
 
 
 # =============================================================================
