@@ -1528,16 +1528,17 @@ class State:
     def succeed(self, account: str, names: Sequence[str], now: float) -> None:
         """A call was answered by a model of these names: no strikes, and a use of the account.
 
-        Nothing is written when nothing changes: no strike, and a use within the last second.
+        Nothing is written when nothing changes: no strike that is known, and a use within the
+        last second.
         """
-        known = self._rests()
-        struck = [n for n in {"", *names} if (account, n) in known]
+        known = self._rests(look=False)
+        struck = any((account, name) in known for name in ("", *names))
         if not struck and 0 <= now - self._uses.get(account, -1.0) < 1.0:
             return
 
         def work(db: sqlite3.Connection) -> None:
             self._writes += 1
-            rows = [(account, name) for name in struck]
+            rows = [(account, name) for name in {"", *names}]
             db.executemany("DELETE FROM cooldowns WHERE account=? AND model=?", rows)
             row = (account, int(now * 1000))
             db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", row)
@@ -1546,21 +1547,28 @@ class State:
         self._uses[account] = now
 
     def cooldowns(
-        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None
+        self,
+        now: float,
+        mark_of: Callable[[str], str | None] = lambda _: None,
+        look: bool = True,
     ) -> list[Cooldown]:
         """Who rests now; `mark_of` gives an account's token's mark.
 
-        A dead token's rest holds only while the token is the same one.
+        A dead token's rest holds only while the token is the same one. Without a `look` at
+        the file, what other processes wrote since the last look is not known.
         """
         return [
             rest
-            for rest, mark in self._rests().values()
+            for rest, mark in self._rests(look).values()
             if rest.until_s > now
             and (rest.reason != "login" or mark_of(rest.account) in (None, mark))
         ]
 
-    def _rests(self) -> dict[tuple[str, str], tuple[Cooldown, str]]:
+    def _rests(self, look: bool) -> dict[tuple[str, str], tuple[Cooldown, str]]:
         """All rows of cooldowns with their marks; read again only when somebody has written."""
+        kept = self._kept_rests
+        if not look and kept is not None and kept[0][1] == self._writes:
+            return kept[1]
 
         def work(db: sqlite3.Connection) -> dict[tuple[str, str], tuple[Cooldown, str]]:
             # SQLite's counter of what other connections wrote, and ours of what this one did.
@@ -3585,6 +3593,12 @@ class _Handle:
                 with suppress(OSError):  # it may be closed already
                     sock.shutdown(_SHUT_RDWR)
 
+    def let_go(self) -> None:
+        """The answer is read: the connection is free for others, and no longer ours to close."""
+        with self._owners:
+            if self._connection is not None and self._connection.owner is self:
+                self._connection.owner = None
+
     def settimeout(self, seconds: float) -> None:
         """Bound the wait for the next byte."""
         with self._owners:
@@ -3598,6 +3612,9 @@ class _Handle:
         self._local.handle, self._timeout_s = self, timeout_s
         try:
             yield
+        except BaseException:
+            self.let_go()
+            raise
         finally:
             self._local.handle = None
 
@@ -3709,6 +3726,7 @@ class _Wire:
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
         self._response.close()
+        self._handle.let_go()
 
 
 def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
@@ -3826,7 +3844,10 @@ class _Transport:
         content_type = _content_type(response)
         if streaming and response.status_code == 200 and _is_stream(content_type):
             return _Wire(response, content_type, handle, timeout_s)
-        text = self._whole(response, timeout_s)
+        try:
+            text = self._whole(response, timeout_s)
+        finally:
+            handle.let_go()
         # Some proxies show the request in their error pages. A key of a few letters is no secret.
         if len(token) >= 10 and response.status_code >= 400:
             text = text.replace(token, "<token>")
@@ -4238,10 +4259,12 @@ class _Roster:
         wanted = self.current or self.active_name
         return next((a for a in accounts if a.username == wanted), accounts[0])
 
-    def next(self, tried: Collection[str], costs: bool = True) -> Account | None:
+    def next(
+        self, tried: Collection[str], is_free: Callable[[], bool]
+    ) -> Account | None:
         """The account to ask now, by the policy; None when all were tried or rest.
 
-        For a model that `costs` nothing, one without credit is as good as any.
+        For a model that `is_free`, one without credit is as good as any.
         """
         accounts = self.usable()
         strategy = self._config.account_rotation_strategy
@@ -4251,7 +4274,7 @@ class _Roster:
                 a._replace(last_used_ms=used.get(a.username, a.last_used_ms))
                 for a in accounts
             ]
-        rests = {**self._rests(accounts, costs), **dict.fromkeys(tried, float("inf"))}
+        rests = {**self._rests(accounts, is_free), **dict.fromkeys(tried, float("inf"))}
         current = self.current or self.active_name
         chosen = next_account(accounts, rests, strategy, current, time.time())
         if chosen is not None and current is not None and chosen.username != current:
@@ -4290,12 +4313,14 @@ class _Roster:
             statuses=rests,
         )
 
-    def _rests(self, accounts: Sequence[Account], costs: bool) -> dict[str, float]:
+    def _rests(
+        self, accounts: Sequence[Account], is_free: Callable[[], bool]
+    ) -> dict[str, float]:
         """Until when each account rests; one that is alone never does."""
         rests = {
             c.account: c.until_s
             for c in self.cooldowns()
-            if not c.model and (costs or c.reason != "insufficient_funds")
+            if not c.model and not (c.reason == "insufficient_funds" and is_free())
         }
         awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
         if len(accounts) == 1 or len(awake) == 1:
@@ -5179,8 +5204,8 @@ class Puter:
         first: PuterError | None = None
         tried: set[str] = set()
         began = time.monotonic()
-        costs = not self._catalogue.is_free(ask.model)
-        while (account := self._roster.next(tried, costs)) is not None:
+        is_free = partial(self._catalogue.is_free, ask.model)
+        while (account := self._roster.next(tried, is_free)) is not None:
             tried.add(account.username)
             unpaid: CreditError | None = None
             models = self._models_in_turn(ask, account)
@@ -5230,7 +5255,7 @@ class Puter:
 
         Comes back with the account's place in the gate still taken.
         """
-        gate, alone = self._gate(account), self._roster.is_alone(account)
+        gate = self._gate(account)
         if model != ask.model:
             _log.info("Fallback: trying %s", model)
         retries, waited_s = 0, 0.0
@@ -5249,7 +5274,7 @@ class Puter:
                     error.message = f"{model}: {error.message}"
                 attempts.append(Attempt(model, account.username, error, seconds))
                 self._ledger.count(model, _code_of(error), seconds)
-                limit = self.config.max_retries
+                limit, alone = self.config.max_retries, self._roster.is_alone(account)
                 if not may_retry(error, retries, limit, alone, waited_s):
                     raise
                 retries += 1
@@ -5319,7 +5344,7 @@ class Puter:
 
     def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
         """The asked model, unless it rests on this account; then what may stand in for it."""
-        rests = self.state.cooldowns(time.time())
+        rests = self.state.cooldowns(time.time(), look=False)  # the roster just looked
         cooled = {c.model for c in rests if c.account == account.username and c.model}
         asked = self._catalogue.id_of(ask.model, look=True) if cooled else ask.model
         rests_now = asked in cooled or ask.model in cooled

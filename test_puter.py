@@ -5970,6 +5970,31 @@ class TestState:
         assert [rest.reason for rest in state.cooldowns(1.0)] == ["from afar"]
         assert state.last_used_ms() == {"alice": 5000}
 
+    def test_without_a_look_only_what_this_one_wrote_is_new(
+        self, state: puter.State, folder: Path
+    ) -> None:
+        def names(look: bool) -> list[str]:
+            return [rest.account for rest in state.cooldowns(1.0, look=look)]
+
+        other = puter.State(folder / STATE)
+        assert names(look=False) == []  # the first look is always taken
+        other.cool("bob", "", minutes, "busy", now=0.0)
+        assert names(look=False) == []
+        assert names(look=True) == names(look=False) == ["bob"]
+        state.cool("alice", "", minutes, "busy", now=0.0)
+        assert names(look=False) == ["alice", "bob"]
+        other.close()
+
+    def test_a_success_ends_strikes_that_others_wrote(
+        self, state: puter.State, folder: Path
+    ) -> None:
+        other = puter.State(folder / STATE)
+        assert state.cooldowns(1.0) == []
+        other.cool("alice", "m", minutes, "busy", now=0.0)
+        state.succeed("alice", ("m",), now=1.0)
+        assert other.cooldowns(1.0) == []
+        other.close()
+
     def test_eight_processes_at_once_lose_nothing(
         self, state: puter.State, folder: Path
     ) -> None:
@@ -7565,6 +7590,18 @@ class TestTransport:
         opened, client = count_connections(fake), make()
         for how in ("chat", "stream") * 4:
             ask(client, how, lab("text"))
+        assert opened() == 1
+
+    @pytest.mark.parametrize("scenario", ["err400", "denied", "notjson"])
+    def test_a_stream_that_failed_leaves_its_connection_to_others(
+        self, make: MakeClient, fake: FakePuter, scenario: str
+    ) -> None:
+        opened, client = count_connections(fake), make(max_retries=0)
+        for _ in range(3):
+            with pytest.raises(puter.PuterError):
+                ask(client, "stream", lab(scenario), fallback=False)
+            gc.collect()  # a stream that is dropped late must not hang up on others
+            assert client.chat("hi", model=lab("text")).text == SENTENCE
         assert opened() == 1
 
     def test_a_kept_connection_that_the_server_closed_is_no_failure(
@@ -9408,6 +9445,15 @@ class TestWalk:
         prepare(fake, {"bob": "limited", "carol": "limited"})
         client.chat("hi", model=lab("text"))
         assert told(fake) == ["bob text", "carol text", "alice text"]
+
+    def test_a_call_that_is_answered_looks_once_who_rests(
+        self, make: MakeClient
+    ) -> None:
+        client, said = make("alice", "bob"), list[str]()
+        client.chat("hi", model=lab("text"))
+        client.state._db.set_trace_callback(said.append)  # type: ignore[union-attr]
+        client.chat("hi", model=lab("text"))
+        assert said.count("PRAGMA data_version") == 1
 
     @pytest.mark.parametrize("others", ["none", "dead", "not wanted"])
     def test_who_is_alone_waits_out_a_rate_limit(
