@@ -1447,6 +1447,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 _BUSY_S = 10.0  # how long a state file that others use is waited for
+_CLOCK_SLACK_S = 60.0  # that the clock goes back by so much is no news
 
 
 def _is_busy(error: Exception) -> bool:
@@ -1467,9 +1468,9 @@ class State:
     """
 
     _TABLES = """
-        CREATE TABLE IF NOT EXISTS cooldowns (
+        CREATE TABLE IF NOT EXISTS rests (
             account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT, token_mark TEXT,
-            PRIMARY KEY (account, model));
+            since_s REAL, PRIMARY KEY (account, model));
         CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
         CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
         CREATE TABLE IF NOT EXISTS totals (
@@ -1511,15 +1512,15 @@ class State:
 
         def work(db: sqlite3.Connection) -> Cooldown:
             row = db.execute(
-                "SELECT strikes FROM cooldowns WHERE account=? AND model=?",
+                "SELECT strikes FROM rests WHERE account=? AND model=?",
                 (account, model),
             ).fetchone()
             strikes = (row[0] if row else 0) + 1
             rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
             self._writes += 1
             db.execute(
-                "INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?)",
-                (account, model, rest.until_s, strikes, reason, token_mark),
+                "INSERT OR REPLACE INTO rests VALUES (?,?,?,?,?,?,?)",
+                (account, model, rest.until_s, strikes, reason, token_mark, now),
             )
             return rest
 
@@ -1539,7 +1540,7 @@ class State:
         def work(db: sqlite3.Connection) -> None:
             self._writes += 1
             rows = [(account, name) for name in {"", *names}]
-            db.executemany("DELETE FROM cooldowns WHERE account=? AND model=?", rows)
+            db.executemany("DELETE FROM rests WHERE account=? AND model=?", rows)
             row = (account, int(now * 1000))
             db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", row)
 
@@ -1554,23 +1555,27 @@ class State:
     ) -> list[Cooldown]:
         """Who rests now; `mark_of` gives an account's token's mark.
 
-        A dead token's rest holds only while the token is the same one. Without a `look` at
-        the file, what other processes wrote since the last look is not known.
+        A dead token's rest holds only while the token is the same one. A clock that was set
+        back ends the others. Without a `look` at the file, what other processes wrote since
+        the last look is not known.
         """
         return [
             rest
-            for rest, mark in self._rests(look).values()
-            if rest.until_s > now
+            for rest, mark, since_s in self._rests(look).values()
+            if now < rest.until_s
+            and (now > since_s - _CLOCK_SLACK_S or rest.reason == "login")
             and (rest.reason != "login" or mark_of(rest.account) in (None, mark))
         ]
 
-    def _rests(self, look: bool) -> dict[tuple[str, str], tuple[Cooldown, str]]:
-        """All rows of cooldowns with their marks; read again only when somebody has written."""
+    def _rests(self, look: bool) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
+        """All rests, their tokens' marks and beginnings; read again only when one was written."""
         kept = self._kept_rests
         if not look and kept is not None and kept[0][1] == self._writes:
             return kept[1]
 
-        def work(db: sqlite3.Connection) -> dict[tuple[str, str], tuple[Cooldown, str]]:
+        def work(
+            db: sqlite3.Connection,
+        ) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
             # SQLite's counter of what other connections wrote, and ours of what this one did.
             (others,) = db.execute("PRAGMA data_version").fetchone()
             if self._kept_rests is None or self._kept_rests[0] != (
@@ -1578,10 +1583,10 @@ class State:
                 self._writes,
             ):
                 rows = db.execute(
-                    "SELECT account, model, until_s, strikes, reason, token_mark "
-                    "FROM cooldowns ORDER BY account, model"
+                    "SELECT account, model, until_s, strikes, reason, token_mark, since_s "
+                    "FROM rests ORDER BY account, model"
                 ).fetchall()
-                rests = {(r[0], r[1]): (Cooldown(*r[:5]), r[5]) for r in rows}
+                rests = {(r[0], r[1]): (Cooldown(*r[:5]), r[5], r[6]) for r in rows}
                 self._kept_rests = ((others, self._writes), rests)
             return self._kept_rests[1]
 
@@ -1595,7 +1600,7 @@ class State:
 
         def work(db: sqlite3.Connection) -> int:
             self._writes += 1
-            return db.execute(f"DELETE FROM cooldowns{where}", values).rowcount
+            return db.execute(f"DELETE FROM rests{where}", values).rowcount
 
         return self._run(self._written(work))
 
@@ -3741,6 +3746,26 @@ def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
         yield from raw.stream(256, decode_content=True)
 
 
+def _bounded(
+    response: requests.Response, timeout_s: float, most: int
+) -> Iterator[bytes]:
+    """The pieces of a body that must be whole after so many seconds, and so many bytes."""
+    size, until = 0, time.monotonic() + timeout_s
+    for piece in _raw_pieces(response):
+        size += len(piece)
+        if size > most:
+            raise ServerError(f"The answer is larger than {most:,} bytes")
+        yield piece
+        if time.monotonic() > until:
+            raise RequestTimeoutError(f"The answer was not whole after {timeout_s:g} s")
+
+
+def _is_framed(response: requests.Response) -> bool:
+    """Whether the headers say how long the body is; where they were cut, they do not."""
+    chunked = getattr(response.raw, "chunked", False)
+    return chunked or "Content-Length" in response.headers
+
+
 def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
     """What a failure of requests, urllib3 or the socket means, as one of our errors."""
     import http.client
@@ -3911,7 +3936,7 @@ class _Transport:
                 stream=True,
             )
             with response:
-                data = self._bytes(response, timeout_s, MAX_FILE_BYTES)
+                data = b"".join(_bounded(response, timeout_s, MAX_FILE_BYTES))
         except PuterError:
             raise
         except Exception as error:
@@ -3933,34 +3958,27 @@ class _Transport:
         """The body as text, within the time and the size limit.
 
         A good answer that breaks off was worked for, and billed: it is a `ReplyError`, which
-        nobody asks for again.
+        nobody asks for again; unless the JSON is whole, and but the end of its frame is not.
         """
+        data = bytearray()
         try:
-            data = self._bytes(response, timeout_s, MAX_BODY_BYTES)
+            for piece in _bounded(response, timeout_s, MAX_BODY_BYTES):
+                data += piece
         except Exception as error:
             failure = _network_error(error, response.url, timeout_s)
-            if response.status_code == 200 and isinstance(failure, PuterError):
+            if response.status_code != 200 or not isinstance(failure, PuterError):
+                if failure is error:
+                    raise
+                raise failure from error
+            if _decoded(data.decode("utf-8", "replace")) is None:
                 raise ReplyError(f"The answer broke off: {failure.message}") from error
-            if failure is error:
-                raise
-            raise failure from error
         finally:
             response.close()
+        if not data and response.status_code == 200 and not _is_framed(response):
+            raise NetworkError(
+                f"{response.url} closed the connection in the headers of its answer"
+            )
         return data.decode("utf-8", "replace")
-
-    @staticmethod
-    def _bytes(response: requests.Response, timeout_s: float, most: int) -> bytes:
-        pieces, size, until = [], 0, time.monotonic() + timeout_s
-        for piece in _raw_pieces(response):
-            size += len(piece)
-            pieces.append(piece)
-            if size > most:
-                raise ServerError(f"The answer is larger than {most:,} bytes")
-            if time.monotonic() > until:
-                raise RequestTimeoutError(
-                    f"The answer was not whole after {timeout_s:g} s"
-                )
-        return b"".join(pieces)
 
     def _session(self) -> requests.Session:
         with self._lock:
