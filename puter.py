@@ -3951,7 +3951,7 @@ class _Transport:
         """Close the connections of our own session; a given one is its owner's."""
         with self._lock:
             if self._own is not None and self._pid == os.getpid():
-                self._own.close()
+                _close_session(self._own)
             self._own = None
 
     def _whole(self, response: requests.Response, timeout_s: float) -> str:
@@ -4003,6 +4003,18 @@ def _new_session() -> requests.Session:
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_connections=8, pool_maxsize=256))
     return _tracking(session)
+
+
+def _close_session(session: requests.Session) -> None:
+    """Close its connections now; by itself it leaves them to the garbage collector."""
+    adapter: Any
+    for adapter in session.adapters.values():
+        for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 (it has no iterator)
+                pool = manager.pools.get(key)
+                if pool is not None:
+                    pool.close()
+    session.close()
 
 
 def _tracking(session: requests.Session) -> requests.Session:

@@ -2041,6 +2041,130 @@ def cmd_bench(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
+# The soak: one client, many threads, everything that can go wrong
+# =============================================================================
+
+SOAK_FAULTS = (
+    *("internal", "err429", "err500", "denied", "oldfail", "html", "notjson"),
+    *("badjson", "closed", "halfline", "nousageline", "error", "drop", "limited"),
+)
+
+
+def soak_scenario(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+    """Says the question back; one time in five something goes wrong."""
+    handler.fake.requests.clear()  # their memory would be taken for the client's
+    fault = random.choice(SOAK_FAULTS) if random.random() < 0.2 else "echo"
+    if fault == "drop":
+        handler.drop()
+        return None
+    if fault == "limited":
+        return Raw({"code": "too_many_requests", "message": "Slow down"}, 429)
+    turn = echo_scenario(handler, args)
+    assert isinstance(turn, Turn)
+    if fault == "error":
+        return replace(turn, error="lost", error_after=2)
+    if fault in ("closed", "halfline", "nousageline"):
+        return replace(turn, fault=fault)
+    return turn if fault == "echo" else fault
+
+
+class Soak:
+    """One run: what was asked, what came of it, and whatever is not as it should be."""
+
+    def __init__(self, client: puter.Puter, seconds: float) -> None:
+        self.client = client
+        self.until = time.monotonic() + seconds
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def work(self, number: int) -> None:
+        """Asks until the time is over, in every way in turn."""
+        ways = itertools.cycle((self.client.chat, self.stream, self.leave, self.talk))
+        for turn, way in enumerate(ways):
+            if time.monotonic() > self.until or self.wrong:
+                return
+            words = f"thread {number} turn {turn} é"
+            try:
+                reply = way(words, model="openrouter:lab/echo")
+            except puter.PuterError as error:
+                self.outcomes[type(error).__name__] += 1
+                partial = getattr(error, "reply", None)
+                if partial is not None and not words.startswith(partial.text):
+                    self.wrong.append(f"{words!r} got a part of {partial.text!r}")
+            except Exception:  # noqa: BLE001 (told at the end: the run has failed)
+                self.wrong.append(traceback.format_exc())
+            else:
+                self.outcomes["answered"] += 1
+                if reply is not None and reply.text != words:
+                    self.wrong.append(f"{words!r} got {reply.text!r}")
+
+    def stream(self, words: str, model: str) -> puter.Reply:
+        """The reply, read as a stream."""
+        with self.client.stream(words, model=model) as stream:
+            text = "".join(str(chunk) for chunk in stream)
+            assert stream.reply.text == text
+            return stream.reply
+
+    def leave(self, words: str, model: str) -> None:
+        """A stream that is left after its first words."""
+        with self.client.stream(words, model=model) as stream:
+            for chunk in stream:
+                assert words.startswith(str(chunk))
+                return
+
+    def talk(self, words: str, model: str) -> puter.Reply:
+        """The reply to the second turn of a conversation."""
+        talk = self.client.conversation(model=model)
+        talk.say("first")
+        return talk.say(words)
+
+
+def soak(folder: Path, threads: int, seconds: float) -> Soak:
+    """Many threads share one client with three accounts; the server fails at random."""
+    with FakePuter() as fake:
+        store = puter.AccountStore(folder)
+        for name in ("alice", "bob", "carol"):
+            store.add(puter.Account(name, fake.add_account(name).token))
+        fake.script = {m["id"]: soak_scenario for m in fake.catalogue}
+        config = puter.Config.load(
+            folder,
+            {},
+            api_base_url=fake.url,
+            retry_delay_ms=1,
+            fallback_cooldown_ms=5,
+            account_rotation_cooldown_ms=5,
+            max_concurrent=8,
+        )
+        with puter.Puter(config=config) as client:
+            run = Soak(client, seconds)
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(run.work, range(threads)))
+            taken = sum(gate._running for gate in client._gates.values())
+            if taken:
+                run.wrong.append(f"{taken} places of the gates are still taken")
+        if not eventually(lambda: not fake._server or not fake._server.connections):
+            run.wrong.append(f"{len(fake._server.connections)} sockets are open")
+        if not eventually(lambda: fake.open_streams == 0):
+            run.wrong.append(f"{fake.open_streams} streams are open")
+        alive = [t.name for t in threading.enumerate() if "ThreadPool" in t.name]
+        if alive:
+            run.wrong.append(f"threads are left: {alive}")
+    return run
+
+
+def cmd_soak(args: argparse.Namespace) -> int:
+    """Runs the soak, and tells what came of every question."""
+    with TemporaryDirectory() as folder:
+        before_mb = peak_mb()
+        run = soak(Path(folder), args.threads, args.seconds)
+    for outcome, count in run.outcomes.most_common():
+        print(f"{count:8,} {outcome}")
+    print(f"{peak_mb() - before_mb:8.1f} MB more than at the beginning")
+    print(f"{len(run.wrong):8} wrong", *run.wrong[:10], sep="\n")
+    return 1 if run.wrong else 0
+
+
+# =============================================================================
 # Command line
 # =============================================================================
 
@@ -2074,6 +2198,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="one JSON object")
     bench.add_argument("--quick", action="store_true", help="fewer rounds")
     bench.set_defaults(run=cmd_bench)
+    soaked = commands.add_parser(
+        "soak", help="many threads on one client, with faults; replies must match"
+    )
+    soaked.add_argument("--threads", type=int, default=32, help="(%(default)s)")
+    soaked.add_argument("--seconds", type=float, default=60.0, help="(%(default)s)")
+    soaked.set_defaults(run=cmd_soak)
     return parser
 
 
@@ -8038,6 +8168,123 @@ class TestFaults:
         assert [rest.account for rest in client.cooldowns()] == ["bob"]
 
 
+# Where a Ctrl-C comes: before the head, behind it, after a line, within one, before the end.
+STAGES = ["no head", "no body", "a line", "half a line", "no end"]
+
+
+@posix_only
+class TestInterrupts:
+    """Ctrl-C, wherever a call is: nothing of it is left, and the client goes on."""
+
+    @staticmethod
+    def pressing(stage: str) -> Script:
+        """A scenario that presses Ctrl-C at a stage of its answer, and then says no more."""
+
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            words = line("text", text="one")
+            parts = {
+                "a line": words,
+                "half a line": words + b'{"type": "te',
+                "no end": words + line("usage"),
+            }
+            if stage != "no head":
+                handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
+            if stage in parts:
+                handler.chunk(parts[stage])
+            time.sleep(0.05)  # until the client waits
+            os.kill(os.getpid(), signal.SIGINT)
+            handler.pause(5)
+            return None
+
+        return send
+
+    @staticmethod
+    def assert_nothing_is_left(client: puter.Puter, fake: FakePuter) -> None:
+        """No socket is open, no place is taken, no lock is held: the same client goes on."""
+        assert fake._server is not None
+        assert eventually(lambda: not fake._server.connections)  # type: ignore[union-attr]
+        assert eventually(lambda: fake.open_streams == 0)
+        assert running_on(client) == 0
+        thread, outcome = in_background(lambda: ask(client, "stream", lab("text")).text)
+        thread.join(5)
+        assert outcome == [SENTENCE]
+
+    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("how", ["chat", "stream", "with"])
+    def test_while_it_waits(
+        self, make: MakeClient, fake: FakePuter, how: str, stage: str
+    ) -> None:
+        client = make(max_concurrent=1)
+        fake.script[lab("echo")] = self.pressing(stage)
+        with pytest.raises(KeyboardInterrupt):
+            if how == "chat":
+                client.chat("hi", model=lab("echo"))
+            elif how == "with":
+                ask(client, "stream", lab("echo"))
+            else:
+                for _ in client.stream("hi", model=lab("echo")):
+                    pass
+        gc.collect()  # a stream without `with` ends when nobody has it any more
+        self.assert_nothing_is_left(client, fake)
+
+    def test_between_two_tries(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(retry_delay_ms=5_000)
+
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            in_background(
+                lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))
+            )
+            return Raw({"code": "internal_error", "message": "no"}, 500)
+
+        fake.script[lab("echo")] = send
+        with pytest.raises(KeyboardInterrupt):
+            client.chat("hi", model=lab("echo"))
+        client._transport.close()  # the connection was kept, for it was good
+        self.assert_nothing_is_left(client, fake)
+
+    def test_before_the_gate(self, make: MakeClient, fake: FakePuter) -> None:
+        client = make(max_concurrent=1)
+        with client.stream("hi", model=lab("slow")) as running:
+            next(running)
+            in_background(
+                lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))
+            )
+            with pytest.raises(KeyboardInterrupt):
+                client.chat("hi", model=lab("text"))
+            assert running_on(client) == 1
+        self.assert_nothing_is_left(client, fake)
+
+    @pytest.mark.parametrize("stage", ["store", "state"])
+    def test_while_a_file_is_written(
+        self,
+        make: MakeClient,
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        stage: str,
+    ) -> None:
+        client = make("alice", "bob")
+        write = {
+            "store": lambda: client.store.switch("bob"),
+            "state": lambda: client.state.cool("bob", "", minutes, "busy", 0.0),
+        }[stage]
+
+        def press(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if stage == "store":
+                patch.setattr(os, "replace", press)
+            else:
+                patch.setattr(puter, "Cooldown", press)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        thread, outcome = in_background(write)
+        thread.join(5)
+        assert len(outcome) == 1 and not isinstance(outcome[0], BaseException)
+        assert [a.username for a in client.store.accounts()] == ["alice", "bob"]
+        assert not list(home.glob("*.part*")) and not list(home.glob(".puter*"))
+
+
 # =============================================================================
 # chat
 # =============================================================================
@@ -8275,6 +8522,11 @@ class TestChat:
             thread.join(20)
             assert outcome == [[f"thread {number} turn {turn}" for turn in range(4)]]
         assert running_on(client) == 0
+
+    def test_many_threads_and_every_fault(self, tmp_path: Path) -> None:
+        run = soak(tmp_path, threads=32, seconds=1.5)
+        assert not run.wrong
+        assert run.outcomes["answered"] > 50 and len(run.outcomes) > 1
 
     def test_a_slow_model_list_holds_nobody_else_up(
         self, make: MakeClient, fake: FakePuter
