@@ -2335,6 +2335,69 @@ def fake() -> Iterator[FakePuter]:
         yield server
 
 
+TOKENS = re.compile(r"token-(alice|bob|carol|dave|temp_bob|given)\b|Bearer [!-~]{8}")
+
+
+@pytest.fixture(autouse=True)
+def no_token_gets_out(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """In every test: no token in a log, an error, an output, a header, or a file of ours.
+
+    The file of the accounts alone may hold them.
+    """
+    leaks: list[str] = []
+
+    def look(where: str, *told: Any) -> None:
+        for text in told:
+            shown = (
+                text.decode("utf-8", "replace")
+                if isinstance(text, bytes)
+                else str(text)
+            )
+            if TOKENS.search(shown):
+                leaks.append(f"{where}: {shown[:2_000]}")
+
+    def watch(owner: Any, name: str, seen: Callable[..., None]) -> None:
+        """Lets `seen` have the result of a method, and what it was called with."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            seen(result, *args)
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def logged(
+        _: Any, log: Any, level: int, message: str, args: Any, *more: Any
+    ) -> None:
+        look("log", message % args if args else message)
+        if any(more) and sys.exc_info()[1] is not None:
+            look("traceback", traceback.format_exc())
+
+    def header(_: Any, handler: Any, name: str, value: str) -> None:
+        if not isinstance(handler, FakeHandler):
+            look(f"header {name}", value)
+
+    def made(_: Any, error: puter.PuterError, *args: Any) -> None:
+        look(type(error).__name__, str(error), repr(error), vars(error))
+
+    watch(puter._LazyLog, "_log", logged)
+    watch(puter.PuterError, "__init__", made)
+    watch(BaseHTTPRequestHandler, "send_header", header)
+    watch(subprocess.Popen, "communicate", lambda told, *_: look("output", *told))
+    watch(Terminal, "close", lambda _, terminal: look("terminal", terminal.shown))
+    watch(McpProcess, "end", lambda told, *_: look("stderr of MCP", told[1]))
+    yield
+    folder: Path | None = request.node.funcargs.get("tmp_path")
+    for path in folder.rglob("*.sqlite3*") if folder else ():
+        if path.is_file():
+            look(str(path), path.read_bytes())
+    assert not leaks, "\n".join(leaks)
+
+
 class TestFakePuter:
     """The scripted server answers as the real one was recorded, and its machinery works."""
 
