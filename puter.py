@@ -1494,7 +1494,7 @@ class State:
         )
         self._uses: dict[str, float] = {}
         self._to_record: deque[Callable[[sqlite3.Connection], None]] = deque()
-        self._recorder = threading.Lock()
+        self._recorder, self._recorder_pid = threading.Lock(), os.getpid()
 
     def __repr__(self) -> str:
         return f"State({self.path!r})"
@@ -1665,6 +1665,11 @@ class State:
                     (model, model, keep),
                 )
 
+        if (
+            self._recorder_pid != os.getpid()
+        ):  # in a fork: what waits is the parent's to write
+            self._recorder, self._recorder_pid = threading.Lock(), os.getpid()
+            self._to_record = deque()
         self._to_record.append(work)
         # Whoever finds nobody writing writes what all have brought: threads do not queue up.
         while self._to_record and self._recorder.acquire(blocking=False):
@@ -5787,7 +5792,7 @@ def openai_messages(messages: Sequence[JSON]) -> Messages:
 
 
 _default: Puter | None = None
-_default_lock = threading.Lock()
+_default_lock = _Lock()
 
 
 def _default_client() -> Puter:

@@ -6099,6 +6099,19 @@ class TestState:
         assert state.cooldowns(1059.9) == [rest]
         assert state.cooldowns(1060.0) == []
 
+    def test_a_clock_that_is_set_back_ends_rests_but_mends_no_token(
+        self, state: puter.State
+    ) -> None:
+        for_ever = float("inf")
+        state.cool("alice", "", minutes, "busy", now=1000.0)
+        state.cool("bob", "", lambda _: for_ever, "login", now=1000.0)
+        names = {
+            now: [rest.account for rest in state.cooldowns(now)]
+            for now in (1000.0, 941.0, 940.0, 1.0)
+        }
+        assert names[1000.0] == names[941.0] == ["alice", "bob"]
+        assert names[940.0] == names[1.0] == ["bob"]
+
     def test_strikes_grow_until_a_success(self, state: puter.State) -> None:
         for strikes in (1, 2, 3):
             rest = state.cool("alice", "m", minutes, "busy", now=1000.0)
@@ -8590,6 +8603,54 @@ class TestChat:
         run = soak(tmp_path, threads=32, seconds=1.5)
         assert not run.wrong
         assert run.outcomes["answered"] > 50 and len(run.outcomes) > 1
+
+    @posix_only
+    def test_a_fork_in_the_middle_of_everything(
+        self, make: MakeClient, fake: FakePuter, home: Path
+    ) -> None:
+        make("alice")
+        script = f"""
+            import os, signal, threading, time
+            client = puter.Puter(api_base_url={fake.url!r}, max_concurrent=2)
+            state, told = client.state, []
+
+            def work(n):
+                told.append(client.chat(f"thread {{n}}", model={lab("slow")!r}).text)
+                told.append(client.chat(f"again {{n}}", model={lab("echo")!r}).text)
+
+            client.chat("before", model={lab("echo")!r})
+            threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+            for thread in threads:
+                thread.start()
+            while sum(gate._running for gate in client._gates.values()) < 2:
+                time.sleep(0.01)
+            held, forked = threading.Event(), threading.Event()
+
+            def hold():
+                with state._recorder, state._lock, puter._default_lock, client._lock:
+                    held.set()
+                    forked.wait()
+
+            threading.Thread(target=hold).start()
+            held.wait()
+            state._to_record.append(lambda db: None)
+            child = os.fork()
+            if not child:
+                signal.alarm(5)  # ends the child if it hangs
+                assert client.chat("child", model={lab("echo")!r}).text == "child"
+                assert len(state._to_record) == 0
+                assert puter._default_client() is not None
+                os._exit(0)
+            state._to_record.clear()
+            forked.set()
+            _, code = os.waitpid(child, 0)
+            for thread in threads:
+                thread.join()
+            print(code, sorted(told), client.stats({lab("echo")!r})[0].requests)
+        """
+        done = run_script(script, home)
+        said = sorted([SENTENCE, SENTENCE, "again 0", "again 1"])
+        assert done.stdout.strip() == f"0 {said} 4", done.stderr
 
     def test_a_slow_model_list_holds_nobody_else_up(
         self, make: MakeClient, fake: FakePuter
