@@ -8622,7 +8622,7 @@ def cmd_login(args: Any) -> int:
         account = account_of(token, config)
     else:
         account = _login_with_browser(config, args.no_browser, args.port)
-    _keep(store, config, account)
+    print(_keep(store, config, account))
     return 0
 
 
@@ -8655,8 +8655,8 @@ def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
     return browser_login(config, show=show, open_browser=opener, port=port)
 
 
-def _keep(store: AccountStore, config: Config, account: Account) -> None:
-    """Put an account into the store; a rest of its old token ends."""
+def _keep(store: AccountStore, config: Config, account: Account) -> str:
+    """Put an account into the store; a rest of its old token ends. What was done, in words."""
     is_new = store.add(account)
     State(config.folder / STATE_NAME).clear_cooldowns(account.username)
     _log.info(
@@ -8664,9 +8664,7 @@ def _keep(store: AccountStore, config: Config, account: Account) -> None:
     )
     kind = " (a temporary account)" if account.is_temporary else ""
     count = len(store.accounts())
-    print(
-        f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
-    )
+    return f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
 
 
 def _import_accounts(store: AccountStore, path: Path) -> int:
@@ -9781,7 +9779,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     if not _agrees("Sign in with the browser now?"):
         raise AuthError("You are not signed in")
     account = _login_with_browser(client.config, False, LOGIN_PORT)
-    _keep(client.store, client.config, account)
+    _say(_keep(client.store, client.config, account))
     return work()
 
 

@@ -4408,6 +4408,19 @@ class TestStreamDecoders:
         assert decoded(data)[2].text == "a"
         assert decoded(data)[1] is None
 
+    def test_a_last_line_without_its_end_counts_when_it_is_whole(self) -> None:
+        _, error, reply = decoded(stream_line("text", text="a") + USAGE_LINE[:-1])
+        assert (error, reply.text) == (None, "a")
+
+    def test_a_text_of_very_many_pieces_is_whole(self) -> None:
+        pieces = [f"{number} é \ud83d" for number in range(3 * 8_192 + 5)]
+        lines = [
+            b'{"type":"text","text":%b}\n' % json.dumps(p).encode() for p in pieces
+        ]
+        chunks, error, reply = decoded(*lines, USAGE_LINE)
+        assert error is None
+        assert reply.text == "".join(pieces) == text_of_chunks(chunks)
+
     def test_only_a_line_feed_ends_a_line(self) -> None:
         data = b'{"type":\r"text",\r"text":"a"}\n' + USAGE_LINE
         assert decoded(data)[2].text == "a"
@@ -4438,6 +4451,11 @@ class TestStreamDecoders:
                 "gone",
             ],
             ["no JSON", b"<html>\n", "not what Puter sends: '<html>'"],
+            [
+                "two objects in a line",
+                USAGE_LINE[:-1] + USAGE_LINE,
+                "not what Puter sends",
+            ],
             ["no UTF-8", b'{"type":"text","text":"\xff"}\n', "not what Puter sends"],
             ["list", b"[]\n", "not what Puter sends"],
             ["text", b'"type"\n', "not what Puter sends"],
@@ -7003,6 +7021,16 @@ class TestAccountCommands:
         assert names(two.store) == ["alice", "bob", "temp_bob"]
         assert two.store.accounts()[0].token == SECRET
         assert active_name(two.store) == "bob"
+
+    def test_import_of_what_is_here_already(self, shell: Shell, tmp_path: Path) -> None:
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps(PLUGIN_FILE))
+        shell.store.add(puter.Account("alice", "token-alice", 1_800_000_000_000))
+        out = shell.good("login", "--import", str(plugin))
+        assert out.startswith("Kept the newer token of alice\nAdded temp_bob\n")
+        assert shell.store.accounts()[0].token == "token-alice"
+        out = shell.good("login", "--import", str(plugin))
+        assert "temp_bob is here already\n" in out
 
     def test_import_keeps_the_active_account(
         self, shell: Shell, tmp_path: Path
@@ -14772,6 +14800,39 @@ class TestConfigCommand:
         assert '+    "puter": {' in shown[0]
         assert (own_home / ".claude.json").exists() is written
 
+    def test_a_file_that_changes_meanwhile_is_left_alone(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        target = own_home / ".claude.json"
+
+        def asked(prompt: str = "") -> str:
+            target.write_text('{"other": 1}')
+            return "y"
+
+        monkeypatch.setattr(puter, "_may_ask", lambda: True)
+        monkeypatch.setattr(builtins, "input", asked)
+        assert config("claude-code", "--write") == 2
+        assert "changed meanwhile" in capsys.readouterr().err
+        assert target.read_text() == '{"other": 1}'
+
+    def test_a_disk_that_takes_nothing_is_told(
+        self,
+        config: Callable[..., int],
+        own_home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        target = own_home / ".claude.json"
+        target.write_text('{"mine": 1}')
+        failing(monkeypatch, "replace", errno.ENOSPC)
+        assert config("claude-code", "--write") == 2
+        assert "cannot be written (No space left" in capsys.readouterr().err
+        assert target.read_text() == '{"mine": 1}'
+
     def test_no_answer_is_a_no(
         self,
         config: Callable[..., int],
@@ -15829,6 +15890,10 @@ class TestConversation:
         )
         assert sent(fake)[0]["role"] == "user"
 
+    def test_no_reply_before_the_first(self, make: MakeClient) -> None:
+        with pytest.raises(puter.BadRequestError, match="Nothing was answered"):
+            make().conversation().reply  # noqa: B018
+
     def test_the_history_is_yours(self, make: MakeClient, fake: FakePuter) -> None:
         talk = make().conversation(model=lab("echo"))
         talk.messages = [{"role": "user", "content": "a"}]
@@ -16442,6 +16507,43 @@ class TestModuleLevel:
         monkeypatch.setenv("PUTER_API_BASE_URL", "http://127.0.0.1:9")
         with pytest.raises(puter.AuthError, match="python -m puter login"):
             puter.chat("hi")
+
+    @pytest.mark.parametrize("answer", ["", "n"])
+    def test_a_person_who_is_not_signed_in_is_asked(
+        self,
+        fake: FakePuter,
+        home: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        answer: str,
+    ) -> None:
+        alice = puter.Account("alice", "token-alice")
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        monkeypatch.setattr(puter, "_may_ask", lambda: True)
+        monkeypatch.setattr(builtins, "input", lambda _: answer)
+        monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
+        monkeypatch.setattr(puter, "_piped_text", lambda wait: "")
+        code = puter.main(["ask", "-m", lab("echo"), "hello"])
+        told = capsys.readouterr()
+        assert "You are not signed in." in told.err, told
+        if answer == "n":
+            assert (code, told.out) == (1, "") and not fake.requests
+        else:
+            assert (code, told.out) == (0, "hello\n")
+            assert names(puter.AccountStore(home)) == ["alice"]
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"debugg": True}, "no setting 'debugg'.*'debug'"),
+            ({"token": "t", "account": "alice"}, "both given"),
+        ],
+    )
+    def test_arguments_that_cannot_be(
+        self, home: Path, given: dict[str, Any], words: str
+    ) -> None:
+        with pytest.raises(puter.ConfigError, match=words):
+            puter.Puter(**given)
 
     def test_names(self) -> None:
         assert puter.__all__ == sorted(puter.__all__, key=lambda n: (n.islower(), n))
