@@ -4651,10 +4651,13 @@ class TestStreamDecoders:
         _, error, reply = heard(
             call_delta(0, '{"x": 1}', id="1", name="f"),
             call_delta(0, '{"x": 2}', id="2", name="g"),
+            call_delta(0, '{"x":', id="3", name="h"),
+            call_delta(0, " 3}", id="3"),
             "[DONE]",
         )
         assert error is None
-        assert [call.name for call in reply.tool_calls] == ["f", "g"]
+        found = [(call.name, call.arguments["x"]) for call in reply.tool_calls]
+        assert found == [("f", 1), ("g", 2), ("h", 3)]
 
     @pytest.mark.parametrize(
         ("event", "words", "code"),
@@ -4867,6 +4870,7 @@ class TestPolicies:
             ["none", [], "m: Busy"],
             ["no list", "x", "m: Busy"],
             ["no object", ["x"], "m: Busy"],
+            ["the last one is no object", [{"error": "a"}, "x"], "m: Busy"],
         ),
     )  # fmt: skip
     def test_the_providers_words_are_told(self, attempts: Any, message: str) -> None:
@@ -5077,6 +5081,7 @@ class TestPolicies:
             ["no tools wanted", model("m", tools=False), puter.Needs(), True],
             ["sees", model("m", inputs=("text", "image")), puter.Needs(inputs=frozenset({"image"})), True],
             ["does not see", model("m", inputs=("text",)), puter.Needs(inputs=frozenset({"image"})), False],
+            ["sees, and no more", model("m", inputs=("image",)), puter.Needs(inputs=frozenset({"image"})), True],
             ["sees, reads no PDF", model("m", inputs=("image",)), puter.Needs(inputs=frozenset({"image", "pdf"})), False],
             ["just room", model("m", context=10), puter.Needs(context=10), True],
             ["no room", model("m", context=10), puter.Needs(context=11), False],
@@ -5792,6 +5797,27 @@ class TestAccountStore:
             filled.switch("temp_bob")
 
     @linux_only
+    def test_file_and_folder_are_on_the_disk(
+        self, filled: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[str] = []
+        real_fsync, real_replace = os.fsync, os.replace
+
+        def fsync(handle: int) -> None:
+            is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+            done.append("folder" if is_folder else "file")
+            real_fsync(handle)
+
+        def replace(*paths: Any) -> None:
+            done.append("renamed")
+            real_replace(*paths)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
+        filled.switch("temp_bob")
+        assert done == ["file", "renamed", "folder"]
+
+    @linux_only
     def test_a_folder_that_cannot_be_synced_is_no_failure(
         self, filled: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -6177,6 +6203,23 @@ class TestState:
         # Any other rest is the account's, whatever its token is.
         state.cool("alice", "", minutes, "busy", 0.0, token_mark="old")
         assert state.cooldowns(1.0, {"alice": "new"}.get)[0].reason == "busy"
+
+    def test_a_use_is_noted_once_a_second(self, state: puter.State) -> None:
+        written: list[float] = []
+        for now in (
+            10.0,
+            10.5,
+            10.99,
+            11.0,
+            11.5,
+            5.0,
+        ):  # the last one: a clock set back
+            said: list[str] = []
+            state.last_used_ms()  # the file is open
+            state._db.set_trace_callback(said.append)  # type: ignore[union-attr]
+            state.succeed("alice", ("m",), now)
+            written += [now] if "COMMIT" in said else []
+        assert written == [10.0, 11.0, 5.0]
 
     def test_other_objects_and_processes_see_it(
         self, state: puter.State, folder: Path
