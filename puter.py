@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from operator import length_hint
 from typing import (
     TYPE_CHECKING,
@@ -253,15 +253,16 @@ class _Lock:
     """A re-entrant lock that a forked child finds open, whoever held it in the parent."""
 
     def __init__(self) -> None:
-        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._by_process = {os.getpid(): threading.RLock()}
 
     def __enter__(self) -> None:
-        if self._pid != os.getpid():
-            self._lock, self._pid = threading.RLock(), os.getpid()
-        self._lock.acquire()
+        own = self._by_process.get(os.getpid())
+        if own is None:  # setdefault: another thread of the child may be as far
+            own = self._by_process.setdefault(os.getpid(), threading.RLock())
+        own.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._by_process[os.getpid()].release()
 
 
 # ======================================================================================
@@ -535,7 +536,7 @@ def _field(**about: Any) -> Any:
     return _Field(**about)
 
 
-def _init_of(fields: Mapping[str, _Field], checks: bool) -> Any:
+def _init_of(fields: Mapping[str, _Field], checks: bool, module: str) -> Any:
     """`__init__` that takes the fields in order or by name; then `__post_init__` `checks`."""
     known: dict[str, Any] = {"setattr": object.__setattr__}
     heads, lines = ["self"], []
@@ -546,59 +547,89 @@ def _init_of(fields: Mapping[str, _Field], checks: bool) -> Any:
         made = f"_{name}() if {name} is _{name} else " if spec.default_factory else ""
         lines.append(f"setattr(self, {name!r}, {made}{name})")
     lines += ["self.__post_init__()"] if checks else []
-    text = f"def __init__({', '.join(heads)}): {'; '.join(lines) or 'pass'}"
-    exec(text, known)  # noqa: S102 (as dataclasses does: it holds names of fields alone)
-    init = known["__init__"]
-    init.__annotations__ = {n: spec.type for n, spec in fields.items()}
+    text = (
+        f"def make({', '.join(known)}):\n"
+        f" def __init__({', '.join(heads)}): {'; '.join(lines) or 'pass'}\n"
+        " return __init__"
+    )
+    made_here: dict[str, Any] = {}
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    exec(text, names, made_here)  # noqa: S102 (as dataclasses does: of names of fields alone)
+    init = made_here["make"](**known)
+    init.__annotations__ = {n: f.type for n, f in fields.items()} | {"return": "None"}
     return init
+
+
+def _hints_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The hints of a class body, but for those of class variables."""
+    if sys.version_info >= (3, 14) and "__annotations__" not in body:
+        import annotationlib as a
+
+        annotate = a.get_annotate_from_class_namespace(body)
+        lazy = a.Format.FORWARDREF
+        hints = a.call_annotate_function(annotate, lazy) if annotate else {}
+    else:
+        hints = body.get("__annotations__", {})
+    return {n: h for n, h in hints.items() if "ClassVar" not in str(h)}
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(_field,))
 class _ValueType(type):
     """Makes of a class body with hints what `dataclass(frozen=True, slots=True)` makes of it.
 
-    `dataclasses` itself would take a third of the time that importing this module takes, and
-    its `__init__` twice the time of this one, which counts where a stream makes its chunks.
+    `dataclasses` itself would take a third of the time that importing this module takes. A
+    subclass elsewhere has no slots, and what it writes itself is left as it is.
     """
 
     _fields: dict[str, _Field]
 
     def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
         fields: dict[str, _Field] = {}
-        for base in bases:
+        for base in reversed(bases):
             fields |= getattr(base, "_fields", {})
-        own = body.get("__annotations__", {})
+        own, is_ours = _hints_of(body), body["__module__"] == __name__
         for field_name, hint in own.items():
-            given = body.pop(field_name, _REQUIRED)
+            given = body.get(field_name, _REQUIRED)
             spec = given if isinstance(given, _Field) else _Field(given)
             spec.name, spec.type = field_name, hint
             fields[field_name] = spec
-        checks = any(hasattr(base, "__post_init__") for base in bases)
-        init = _init_of(fields, checks or "__post_init__" in body)
-        init.__qualname__ = f"{name}.__init__"
-        body |= {"__init__": init, "__slots__": tuple(own)}
-        body |= {"__match_args__": tuple(fields), "_fields": fields}
-        return super().__new__(mcs, name, bases, body)
+            if is_ours:
+                body.pop(field_name, None)  # a slot stands in its place
+        if is_ours:
+            body["__slots__"] = tuple(own)
+        if "__init__" not in body:
+            checks = any(hasattr(base, "__post_init__") for base in bases)
+            checks = checks or "__post_init__" in body
+            body["__init__"] = _init_of(fields, checks, body["__module__"])
+            body["__init__"].__qualname__ = f"{body['__qualname__']}.__init__"
+        body.setdefault("__match_args__", tuple(fields))
+        return super().__new__(mcs, name, bases, {**body, "_fields": fields})
+
+
+@cache
+def _dataclass_like(value_type: Any) -> type:
+    """A dataclass of the same fields."""
+    from dataclasses import field, make_dataclass
+
+    rows = []
+    for spec in value_type._fields.values():
+        about = {"repr": spec.repr, "metadata": spec.metadata}
+        if spec.default_factory is not None:
+            about["default_factory"] = spec.default_factory
+        elif spec.default is not _REQUIRED:
+            about["default"] = spec.default
+        rows.append((spec.name, spec.type, field(**about)))
+    return make_dataclass(value_type.__name__, rows, frozen=True)
 
 
 class _AsDataclass:
-    """An attribute by which `dataclasses` knows its own, from a dataclass of the same fields."""
+    """An attribute by which `dataclasses` knows its own."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, value: object, owner: Any) -> Any:
-        from dataclasses import field, make_dataclass
-
-        rows = []
-        for spec in owner._fields.values():
-            about = {"repr": spec.repr, "metadata": spec.metadata}
-            if spec.default_factory is not None:
-                about["default_factory"] = spec.default_factory
-            elif spec.default is not _REQUIRED:
-                about["default"] = spec.default
-            rows.append((spec.name, spec.type, field(**about)))
-        return getattr(make_dataclass(owner.__name__, rows, frozen=True), self._name)
+        return getattr(_dataclass_like(owner), self._name)
 
 
 def _plain_values(value: Any) -> JSON:
@@ -1450,6 +1481,11 @@ _BUSY_S = 10.0  # how long a state file that others use is waited for
 _CLOCK_SLACK_S = 60.0  # that the clock goes back by so much is no news
 
 
+def _storable(text: str) -> str:
+    """A server's word as SQLite takes it: question marks for what is no character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _is_busy(error: Exception) -> bool:
     return "locked" in str(error) or "busy" in str(error)
 
@@ -1493,8 +1529,8 @@ class State:
             None
         )
         self._uses: dict[str, float] = {}
-        self._to_record: deque[Callable[[sqlite3.Connection], None]] = deque()
-        self._recorder, self._recorder_pid = threading.Lock(), os.getpid()
+        # What waits to be recorded, and who writes it: of each process, for a fork has its own.
+        self._to_record: dict[int, tuple[deque[Any], threading.Lock]] = {}
 
     def __repr__(self) -> str:
         return f"State({self.path!r})"
@@ -1509,6 +1545,8 @@ class State:
         token_mark: str = "",
     ) -> Cooldown:
         """Let an account (model "") or a model on it rest: `rest_s(strikes in a row)` seconds."""
+
+        account, model, reason = map(_storable, (account, model, reason))
 
         def work(db: sqlite3.Connection) -> Cooldown:
             row = db.execute(
@@ -1532,6 +1570,7 @@ class State:
         Nothing is written when nothing changes: no strike that is known, and a use within the
         last second.
         """
+        account, names = _storable(account), [_storable(name) for name in names]
         known = self._rests(look=False)
         struck = any((account, name) in known for name in ("", *names))
         if not struck and 0 <= now - self._uses.get(account, -1.0) < 1.0:
@@ -1644,6 +1683,7 @@ class State:
         Of the times of answered ones the latest `keep` a model are kept.
         """
         told = usage or Usage()
+        model, outcome = _storable(model), _storable(outcome)
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
@@ -1665,21 +1705,17 @@ class State:
                     (model, model, keep),
                 )
 
-        if (
-            self._recorder_pid != os.getpid()
-        ):  # in a fork: what waits is the parent's to write
-            self._recorder, self._recorder_pid = threading.Lock(), os.getpid()
-            self._to_record = deque()
-        self._to_record.append(work)
+        queue, recorder = self._to_record.get(
+            os.getpid()
+        ) or self._to_record.setdefault(os.getpid(), (deque(), threading.Lock()))
+        queue.append(work)
         # Whoever finds nobody writing writes what all have brought: threads do not queue up.
-        while self._to_record and self._recorder.acquire(blocking=False):
+        while queue and recorder.acquire(blocking=False):
             try:
-                batch = list(self._to_record)
+                batch = [queue.popleft() for _ in range(len(queue))]
                 self._run(self._written(partial(_all_of, batch)))
-                for _ in batch:
-                    self._to_record.popleft()
             finally:
-                self._recorder.release()
+                recorder.release()
 
     def figures(
         self, keep: int = 1_000
@@ -1815,8 +1851,10 @@ class State:
         """The same work as one transaction, so that other processes see all of it or nothing."""
 
         def transaction(db: sqlite3.Connection) -> _T:
-            db.execute("BEGIN IMMEDIATE")
             try:
+                db.execute(
+                    "BEGIN IMMEDIATE"
+                )  # in here: a Ctrl-C may come right behind it
                 result = work(db)
                 db.execute("COMMIT")
                 return result
@@ -2661,7 +2699,8 @@ def usage_from(given: Any) -> Usage:
 
     def first(keys: Iterable[str], source: Mapping[str, Any] = given) -> int | None:
         found = (source.get(k) for k in keys)
-        return next((int(v) for v in found if _is_number(v)), None)
+        # What is beyond belief (and beyond SQLite) is not told, either.
+        return next((int(v) for v in found if _is_number(v) and abs(v) < 2**53), None)
 
     inputs, outputs, cached = (
         first(_INPUT_KEYS),
@@ -3766,9 +3805,10 @@ def _bounded(
 
 
 def _is_framed(response: requests.Response) -> bool:
-    """Whether the headers say how long the body is; where they were cut, they do not."""
-    chunked = getattr(response.raw, "chunked", False)
-    return chunked or "Content-Length" in response.headers
+    """Whether the headers say how a body ends; where they were cut, they do not."""
+    raw, headers = response.raw, response.headers
+    closes = "close" in headers.get("Connection", "").lower() or raw.version == 10
+    return closes or getattr(raw, "chunked", False) or "Content-Length" in headers
 
 
 def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
@@ -3971,12 +4011,13 @@ class _Transport:
                 data += piece
         except Exception as error:
             failure = _network_error(error, response.url, timeout_s)
-            if response.status_code != 200 or not isinstance(failure, PuterError):
+            is_ours = isinstance(failure, PuterError)
+            if not is_ours or _decoded(data.decode("utf-8", "replace")) is None:
+                if is_ours and response.status_code == 200:
+                    failure = ReplyError(f"The answer broke off: {failure}")
                 if failure is error:
                     raise
                 raise failure from error
-            if _decoded(data.decode("utf-8", "replace")) is None:
-                raise ReplyError(f"The answer broke off: {failure.message}") from error
         finally:
             response.close()
         if not data and response.status_code == 200 and not _is_framed(response):
@@ -4011,14 +4052,20 @@ def _new_session() -> requests.Session:
 
 
 def _close_session(session: requests.Session) -> None:
-    """Close its connections now; by itself it leaves them to the garbage collector."""
+    """Close the connections that nobody uses; requests leaves them to the garbage collector."""
+    from queue import Empty
+
     adapter: Any
     for adapter in session.adapters.values():
         for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
             for key in manager.pools.keys():  # noqa: SIM118 (it has no iterator)
                 pool = manager.pools.get(key)
-                if pool is not None:
-                    pool.close()
+                # The pool itself stays open, for another thread may be about to use it.
+                with suppress(Empty):
+                    while pool is not None:
+                        connection = pool.pool.get(block=False)
+                        if connection is not None:
+                            connection.close()
     session.close()
 
 
@@ -4316,19 +4363,18 @@ class _Roster:
             _log.info("Auth: Switched account - %s", chosen.username)
         return chosen
 
-    def cooldowns(self) -> list[Cooldown]:
-        """Who rests now, as all processes have learned it."""
+    def cooldowns(self, look: bool = True) -> list[Cooldown]:
+        """Who rests now, as all processes have learned it (without a `look`: a moment ago)."""
         tokens = {a.username: a.token for a in self.usable()}
-        return self._state.cooldowns(time.time(), partial(_mark_of, tokens))
+        return self._state.cooldowns(time.time(), partial(_mark_of, tokens), look)
 
     def is_alone(self, account: Account) -> bool:
         """Whether no other account could take its place, now or later."""
         others = [a for a in self.usable() if a.username != account.username]
         if not others:
             return True
-        dead = {
-            c.account for c in self.cooldowns() if not c.model and c.reason == "login"
-        }
+        rests = self.cooldowns(look=False)
+        dead = {c.account for c in rests if not c.model and c.reason == "login"}
         return all(a.username in dead for a in others)
 
     def nobody(self) -> PuterError:
@@ -5290,7 +5336,7 @@ class Puter:
 
         Comes back with the account's place in the gate still taken.
         """
-        gate = self._gate(account)
+        gate, alone = self._gate(account), self._roster.is_alone(account)
         if model != ask.model:
             _log.info("Fallback: trying %s", model)
         retries, waited_s = 0, 0.0
@@ -5309,7 +5355,7 @@ class Puter:
                     error.message = f"{model}: {error.message}"
                 attempts.append(Attempt(model, account.username, error, seconds))
                 self._ledger.count(model, _code_of(error), seconds)
-                limit, alone = self.config.max_retries, self._roster.is_alone(account)
+                limit = self.config.max_retries
                 if not may_retry(error, retries, limit, alone, waited_s):
                     raise
                 retries += 1
