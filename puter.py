@@ -1852,9 +1852,8 @@ class State:
 
         def transaction(db: sqlite3.Connection) -> _T:
             try:
-                db.execute(
-                    "BEGIN IMMEDIATE"
-                )  # in here: a Ctrl-C may come right behind it
+                # In here, for a Ctrl-C may come right behind it.
+                db.execute("BEGIN IMMEDIATE")
                 result = work(db)
                 db.execute("COMMIT")
                 return result
