@@ -1705,9 +1705,8 @@ class State:
                     (model, model, keep),
                 )
 
-        queue, recorder = self._to_record.get(
-            os.getpid()
-        ) or self._to_record.setdefault(os.getpid(), (deque(), threading.Lock()))
+        fresh = deque[Any](), threading.Lock()
+        queue, recorder = self._to_record.setdefault(os.getpid(), fresh)
         queue.append(work)
         # Whoever finds nobody writing writes what all have brought: threads do not queue up.
         while queue and recorder.acquire(blocking=False):
@@ -4010,10 +4009,10 @@ class _Transport:
                 data += piece
         except Exception as error:
             failure = _network_error(error, response.url, timeout_s)
-            is_ours = isinstance(failure, PuterError)
-            if not is_ours or _decoded(data.decode("utf-8", "replace")) is None:
-                if is_ours and response.status_code == 200:
-                    failure = ReplyError(f"The answer broke off: {failure}")
+            is_whole = _decoded(data.decode("utf-8", "replace")) is not None
+            if isinstance(failure, PuterError) and response.status_code == 200:
+                failure = ReplyError(f"The answer broke off: {failure.message}")
+            if not (is_whole and isinstance(failure, PuterError)):
                 if failure is error:
                     raise
                 raise failure from error

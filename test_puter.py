@@ -7819,8 +7819,9 @@ class TestTransport:
         monkeypatch.setattr(puter, "MAX_BODY_BYTES", 50_000)
         monkeypatch.setattr(puter, "MAX_LINE_BYTES", 50_000)
         fake.script[lab("text")] = lambda *_: Turn("x" * 300_000, whole=True)
-        with pytest.raises(kind, match="50,?000 bytes"):
+        with pytest.raises(kind, match="50,?000 bytes") as caught:
             ask(make(max_retries=0), how, lab("text"), fallback=False)
+        assert "api_base_url" not in str(caught.value)  # that would be another's hint
 
     def test_a_body_over_the_limit_is_not_asked_for_again(
         self, make: MakeClient, fake: FakePuter, monkeypatch: pytest.MonkeyPatch
