@@ -4462,6 +4462,11 @@ class TestStreamDecoders:
         chunks, error, reply = decoded(*lines, USAGE_LINE)
         assert error is None
         assert reply.text == "".join(pieces) == text_of_chunks(chunks)
+        text = puter._Text()
+        for piece in pieces:
+            text.add(piece)
+        assert str(text) == reply.text
+        assert len(text._pieces) < 8_192  # the rest is packed
 
     def test_only_a_line_feed_ends_a_line(self) -> None:
         data = b'{"type":\r"text",\r"text":"a"}\n' + USAGE_LINE
@@ -5838,6 +5843,19 @@ class TestAccountStore:
         with pytest.raises(puter.StoreError, match="PUTER_CONFIG_DIR"):
             filled.switch("temp_bob")
 
+    def test_a_new_file(self, tmp_path: Path) -> None:
+        store = puter.AccountStore(tmp_path / "not" / "yet" / "there")
+        before_ms = int(time.time() * 1000)
+        store.add(puter.Account("zoë", "token-zoe"))
+        assert before_ms <= store.accounts()[0].added_at_ms <= time.time() * 1000  # type: ignore[operator]
+        text = store.path.read_text(encoding="utf-8")
+        assert '\n  "accounts": [\n    {\n      "username": "zoë",\n' in text
+        store.clear()
+        want = {"version": 1, "accounts": [], "activeIndex": 0}
+        assert accounts_json(store.path.parent) == want
+        store.add(puter.Account("yan", "token-yan"), activate=False)
+        assert active_name(store) == "yan"
+
     @linux_only
     def test_file_and_folder_are_on_the_disk(
         self, filled: puter.AccountStore, monkeypatch: pytest.MonkeyPatch
@@ -6245,6 +6263,29 @@ class TestState:
         # Any other rest is the account's, whatever its token is.
         state.cool("alice", "", minutes, "busy", 0.0, token_mark="old")
         assert state.cooldowns(1.0, {"alice": "new"}.get)[0].reason == "busy"
+
+    def test_a_new_file_in_a_new_folder(self, tmp_path: Path) -> None:
+        state = puter.State(tmp_path / "not" / "yet" / "there" / STATE)
+        state.put_catalogue("u", "{}", 1.0)
+        assert Path(state.path).stat().st_size > 0
+        state.close()
+
+    def test_old_times_go_and_counts_stay(self, state: puter.State) -> None:
+        for number in range(200):
+            state.record("m", "ok", float(number), keep=5)
+        state.record("m", "late", 1.0)
+        totals, samples = state.figures(keep=3)
+        assert {row[1]: row[2] for row in totals} == {"ok": 200, "late": 1}
+        assert [row[0] for row in samples["m"]] == [199.0, 198.0, 197.0]
+        assert len(state.figures(keep=500)[1]["m"]) == 5 + 200 % 64
+
+    def test_kept_replies_are_counted(self, state: puter.State) -> None:
+        state.keep_reply("old", "{}", 1.0, most=10)
+        state.keep_reply("new", '"é"', 100.0, most=10)
+        found = [state.kept_reply(key, 101.0, 50.0) for key in ("old", "new", "none")]
+        assert found == [None, '"é"', None]
+        want = {"entries": 2, "fresh": 1, "bytes": 6, "hits": 1, "misses": 2}
+        assert state.cache_figures(101.0, 50.0) == want
 
     def test_a_use_is_noted_once_a_second(self, state: puter.State) -> None:
         written: list[float] = []
@@ -16538,6 +16579,44 @@ class TestReplies:
 
 class TestStats:
     """Figures of every call, exact however many ask at once."""
+
+    def test_figures_of_models(self) -> None:
+        totals = [
+            ("few", "ok", 1, 0.0),
+            ("many", "ok", 3, 0.5),
+            ("many", "late", 2, 0.25),
+        ]
+        samples = {"many": [(4.0, 1.0, 20), (2.0, None, 10), (9.0, 3.0, None)]}
+        many, few = puter.stats_from(totals, samples)
+        assert (many.model, many.requests, many.successes) == ("many", 5, 3)
+        assert (many.failures, many.cost_usd) == ({"late": 2}, 0.75)
+        assert (many.p50_s, many.p95_s, many.first_s) == (4.0, 9.0, 1.0)
+        assert many.tokens_per_s == 5.0
+        assert (few.model, few.p50_s, few.tokens_per_s) == ("few", None, None)
+
+    @pytest.mark.parametrize(
+        ("sort", "want"),
+        [
+            ("id", ["a", "b", "c", "d"]),
+            ("price", ["c", "b", "d", "a"]),
+            ("context", ["b", "d", "a", "c"]),
+            ("released", ["d", "b", "a", "c"]),
+        ],
+    )
+    def test_orders_of_models(self, sort: str, want: list[str]) -> None:
+        prices = ("input_usd_per_million", "output_usd_per_million")
+        models = [
+            model("a", context=5, released="2024-01-02"),
+            model("b", **dict.fromkeys(prices, 1.0), context=9, released="2024-11-01"),
+            model("c", **dict(zip(prices, (1.5, 0.0), strict=True))),
+            model(
+                "d",
+                **dict(zip(prices, (0.5, 3.0), strict=True)),
+                context=7,
+                released="2025-01-01",
+            ),
+        ]
+        assert ids(sorted(models, key=puter.MODEL_SORTS[sort])) == want
 
     @pytest.mark.parametrize(
         ("values", "percent", "want"),
