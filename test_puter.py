@@ -4450,6 +4450,21 @@ class TestStreamDecoders:
         assert decoded(data)[2].text == "a"
         assert decoded(data)[1] is None
 
+    def test_a_note_on_a_line_of_its_own_is_the_first_calls(self) -> None:
+        calls = [
+            stream_line("tool_use", id=name, name=name, input={}) for name in ("a", "b")
+        ]
+        notes = [stream_line("extra_content", extra_content={"n": n}) for n in (1, 2)]
+        _, error, reply = decoded(*calls, *notes, USAGE_LINE)
+        assert error is None
+        found = [(call.name, call.extra_content) for call in reply.tool_calls]
+        assert found == [("a", {"n": 1}), ("b", None)]
+
+    def test_the_first_of_several_choices_is_the_reply(self) -> None:
+        choices = [{"message": {"content": text}} for text in ("one", "two")]
+        body = {"choices": [*choices, "none"], "usage": {}}
+        assert puter.reply_from_openai(body, "m").text == "one"
+
     def test_a_last_line_without_its_end_counts_when_it_is_whole(self) -> None:
         _, error, reply = decoded(stream_line("text", text="a") + USAGE_LINE[:-1])
         assert (error, reply.text) == (None, "a")
