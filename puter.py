@@ -598,8 +598,8 @@ class _ValueType(type):
         if is_ours:
             body["__slots__"] = tuple(own)
         if "__init__" not in body:
-            checks = any(hasattr(base, "__post_init__") for base in bases)
-            checks = checks or "__post_init__" in body
+            inherited = any(hasattr(base, "__post_init__") for base in bases)
+            checks = inherited or "__post_init__" in body
             body["__init__"] = _init_of(fields, checks, body["__module__"])
             body["__init__"].__qualname__ = f"{body['__qualname__']}.__init__"
         body.setdefault("__match_args__", tuple(fields))
@@ -662,8 +662,8 @@ class _Value(metaclass=_ValueType):
         return _plain_values(self) == _plain_values(other)
 
     def __hash__(self) -> int:
-        first = next(iter(_plain_values(self).values()))
-        return hash((type(self), first))
+        first = next(iter(type(self)._fields))
+        return hash((type(self), getattr(self, first)))
 
     def __repr__(self) -> str:
         specs = type(self)._fields.values()
@@ -1524,10 +1524,8 @@ class State:
         self._lock = _Lock()
         self._db: sqlite3.Connection | None = None
         self._pid = 0
-        self._writes = 0  # of cooldowns, by this object
-        self._kept_rests: tuple[tuple[int, int], dict[tuple[str, str], Any]] | None = (
-            None
-        )
+        # SQLite's counter of what others wrote, and all rests as of then; None after a write.
+        self._kept_rests: tuple[int, dict[tuple[str, str], Any]] | None = None
         self._uses: dict[str, float] = {}
         # What waits to be recorded, and who writes it: of each process, for a fork has its own.
         self._to_record: dict[int, tuple[deque[Any], threading.Lock]] = {}
@@ -1555,7 +1553,7 @@ class State:
             ).fetchone()
             strikes = (row[0] if row else 0) + 1
             rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
-            self._writes += 1
+            self._kept_rests = None
             db.execute(
                 "INSERT OR REPLACE INTO rests VALUES (?,?,?,?,?,?,?)",
                 (account, model, rest.until_s, strikes, reason, token_mark, now),
@@ -1577,7 +1575,7 @@ class State:
             return
 
         def work(db: sqlite3.Connection) -> None:
-            self._writes += 1
+            self._kept_rests = None
             rows = [(account, name) for name in {"", *names}]
             db.executemany("DELETE FROM rests WHERE account=? AND model=?", rows)
             row = (account, int(now * 1000))
@@ -1609,25 +1607,22 @@ class State:
     def _rests(self, look: bool) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
         """All rests, their tokens' marks and beginnings; read again only when one was written."""
         kept = self._kept_rests
-        if not look and kept is not None and kept[0][1] == self._writes:
+        if not look and kept is not None:
             return kept[1]
 
         def work(
             db: sqlite3.Connection,
         ) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
-            # SQLite's counter of what other connections wrote, and ours of what this one did.
+            kept = self._kept_rests
             (others,) = db.execute("PRAGMA data_version").fetchone()
-            if self._kept_rests is None or self._kept_rests[0] != (
-                others,
-                self._writes,
-            ):
+            if kept is None or kept[0] != others:
                 rows = db.execute(
                     "SELECT account, model, until_s, strikes, reason, token_mark, since_s "
                     "FROM rests ORDER BY account, model"
                 ).fetchall()
                 rests = {(r[0], r[1]): (Cooldown(*r[:5]), r[5], r[6]) for r in rows}
-                self._kept_rests = ((others, self._writes), rests)
-            return self._kept_rests[1]
+                self._kept_rests = kept = (others, rests)
+            return kept[1]
 
         return self._run(work)
 
@@ -1638,7 +1633,7 @@ class State:
         )
 
         def work(db: sqlite3.Connection) -> int:
-            self._writes += 1
+            self._kept_rests = None
             return db.execute(f"DELETE FROM rests{where}", values).rowcount
 
         return self._run(self._written(work))
@@ -4361,17 +4356,17 @@ class _Roster:
             _log.info("Auth: Switched account - %s", chosen.username)
         return chosen
 
-    def cooldowns(self, look: bool = True) -> list[Cooldown]:
-        """Who rests now, as all processes have learned it (without a `look`: a moment ago)."""
-        tokens = {a.username: a.token for a in self.usable()}
-        return self._state.cooldowns(time.time(), partial(_mark_of, tokens), look)
+    def cooldowns(self) -> list[Cooldown]:
+        """Who rests now, as all processes have learned it."""
+        return _resting(self._state, self.usable(), time.time())
 
     def is_alone(self, account: Account) -> bool:
         """Whether no other account could take its place, now or later."""
-        others = [a for a in self.usable() if a.username != account.username]
+        accounts = self.usable()
+        others = [a for a in accounts if a.username != account.username]
         if not others:
             return True
-        rests = self.cooldowns(look=False)
+        rests = _resting(self._state, accounts, time.time(), look=False)
         dead = {c.account for c in rests if not c.model and c.reason == "login"}
         return all(a.username in dead for a in others)
 
@@ -4380,7 +4375,8 @@ class _Roster:
         accounts = self.usable()
         if not accounts:
             return AuthError("You are not signed in")
-        rests = [c for c in self.cooldowns() if not c.model]
+        everything = _resting(self._state, accounts, time.time())
+        rests = [c for c in everything if not c.model]
         dead = sorted(c.account for c in rests if c.reason == "login")
         if len(dead) == len(accounts):
             return AuthError(f"Every account needs a new sign-in: {', '.join(dead)}")
@@ -4398,7 +4394,7 @@ class _Roster:
         """Until when each account rests; one that is alone never does."""
         rests = {
             c.account: c.until_s
-            for c in self.cooldowns()
+            for c in _resting(self._state, accounts, time.time())
             if not c.model and not (c.reason == "insufficient_funds" and is_free())
         }
         awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
@@ -5792,15 +5788,22 @@ def _token_name(token: str | None) -> str:
     return f"token-{_token_mark(token)[:8]}" if token else "nobody"
 
 
-def _mark_of(tokens: Mapping[str, str], account: str) -> str | None:
-    """The mark of an account's token; None for an account that is not among these."""
-    return _token_mark(tokens[account]) if account in tokens else None
-
-
 def _token_mark(token: str) -> str:
     import hashlib
 
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _resting(
+    state: State, accounts: Sequence[Account], now: float, look: bool = True
+) -> list[Cooldown]:
+    """Who rests now; a dead token rests until its account has another one."""
+    tokens = {a.username: a.token for a in accounts}
+
+    def mark_of(name: str) -> str | None:
+        return _token_mark(tokens[name]) if name in tokens else None
+
+    return state.cooldowns(now, mark_of, look)
 
 
 def _short(error: PuterError) -> str:
@@ -8204,6 +8207,11 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             print(flush=True)
 
 
+def _bar(full: int) -> str:
+    """A bar of 20 characters."""
+    return "#" * full + "." * (20 - full)
+
+
 class _Spinner:
     """Shows on a terminal's stderr that something is waited for, and for how long."""
 
@@ -8237,8 +8245,7 @@ class _Spinner:
     def uploading(self, name: str, sent: int, total: int) -> None:
         """Show how far an upload is, if it is large enough to wait for."""
         if total > 1_000_000:
-            done = 20 * sent // total
-            bar = "#" * done + "." * (20 - done)
+            bar = _bar(20 * sent // total)
             self._note = (
                 f"uploading {name} [{bar}] {100 * sent // total}%"
                 if sent < total
@@ -8813,9 +8820,7 @@ def _status_report(
     accounts: Sequence[Account], active: Account | None, state: State, now: float
 ) -> JSON:
     """What `status` tells, as plain values."""
-    rests = state.cooldowns(
-        now, partial(_mark_of, {a.username: a.token for a in accounts})
-    )
+    rests = _resting(state, accounts, now)
     used = state.last_used_ms()
     return {
         "accounts": [
@@ -8983,8 +8988,7 @@ def _credit_lines(account: Account, credit: Credit | PuterError) -> Iterator[str
         return
     share = credit.remaining / credit.allowance if credit.allowance > 0 else 0.0
     share = min(max(share, 0.0), 1.0)
-    bar = "#" * round(20 * share) + "." * (20 - round(20 * share))
-    yield f"  [{bar}] {100 * share:.0f}% ({credit_word(share)})"
+    yield f"  [{_bar(round(20 * share))}] {100 * share:.0f}% ({credit_word(share)})"
     rows = sorted(credit.by_api.items(), key=lambda row: -row[1][0])
     if rows:
         shown = [
