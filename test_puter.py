@@ -6935,10 +6935,7 @@ class TestLogin:
         def open_browser(url: str) -> None:
             back = urlsplit(callback_url(url))
             with socket.create_connection(("127.0.0.1", back.port), 5) as tab:
-                # Closing sends a reset, as when a browser is killed.
-                tab.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
+                reset_when_closed(tab)  # as when a browser is killed
                 tab.sendall(
                     f"GET {back.path}?token=token-bob HTTP/1.1\r\n"
                     "Host: localhost\r\n\r\n".encode()
@@ -7628,6 +7625,18 @@ def raw_server(
             one.close()
 
 
+def reset_when_closed(connection: socket.socket) -> None:
+    """Lets the other side see a reset, as from a machine that knows nothing of it any more."""
+    linger = struct.pack("ii", 1, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def sit_down(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
+    """Somebody sits at the terminal, and answers what is asked."""
+    monkeypatch.setattr(puter, "_may_ask", lambda: True)
+    monkeypatch.setattr(builtins, "input", answer)
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -8188,8 +8197,7 @@ def hang_up(connection: socket.socket, how: str) -> None:
     """Ends a connection in order ("closed"), or as a machine that knows nothing of it ("reset")."""
     if how == "reset":
         time.sleep(0.02)  # what was sent before is read first
-        linger = struct.pack("ii", 1, 0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        reset_when_closed(connection)
         connection.close()
     else:
         connection.shutdown(socket.SHUT_RDWR)
@@ -8465,6 +8473,12 @@ class TestFaults:
         assert [rest.account for rest in client.cooldowns()] == ["bob"]
 
 
+def press_ctrl_c() -> None:
+    """What the main thread is told when a person stops it, a moment from now."""
+    time.sleep(0.1)  # until it waits
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 # Where a Ctrl-C comes: before the head, behind it, after a line, within one, before the end.
 STAGES = ["no head", "no body", "a line", "half a line", "no end"]
 
@@ -8488,8 +8502,7 @@ class TestInterrupts:
                 handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
             if stage in parts:
                 handler.chunk(parts[stage])
-            time.sleep(0.05)  # until the client waits
-            os.kill(os.getpid(), signal.SIGINT)
+            press_ctrl_c()
             handler.pause(5)
             return None
 
@@ -8528,9 +8541,7 @@ class TestInterrupts:
         client = make(retry_delay_ms=5_000)
 
         def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            in_background(
-                lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))
-            )
+            in_background(press_ctrl_c)
             return Raw({"code": "internal_error", "message": "no"}, 500)
 
         fake.script[lab("echo")] = send
@@ -8543,9 +8554,7 @@ class TestInterrupts:
         client = make(max_concurrent=1)
         with client.stream("hi", model=lab("slow")) as running:
             next(running)
-            in_background(
-                lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))
-            )
+            in_background(press_ctrl_c)
             with pytest.raises(KeyboardInterrupt):
                 client.chat("hi", model=lab("text"))
             assert running_on(client) == 1
@@ -8557,7 +8566,7 @@ class TestInterrupts:
             state.path, isolation_level=None, check_same_thread=False
         )
         other.execute("BEGIN IMMEDIATE")
-        in_background(lambda: (time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT)))
+        in_background(press_ctrl_c)
         in_background(lambda: (time.sleep(0.3), other.execute("COMMIT")))
         with pytest.raises(KeyboardInterrupt):
             state.cool("alice", "", minutes, "busy", 0.0)
@@ -15039,8 +15048,7 @@ class TestConfigCommand:
             shown.append(capsys.readouterr().err)
             return answer
 
-        monkeypatch.setattr(puter, "_may_ask", lambda: True)
-        monkeypatch.setattr(builtins, "input", asked)
+        sit_down(monkeypatch, asked)
         assert config("claude-code", "--write") == 0
         assert '+    "puter": {' in shown[0]
         assert (own_home / ".claude.json").exists() is written
@@ -15058,8 +15066,7 @@ class TestConfigCommand:
             target.write_text('{"other": 1}')
             return "y"
 
-        monkeypatch.setattr(puter, "_may_ask", lambda: True)
-        monkeypatch.setattr(builtins, "input", asked)
+        sit_down(monkeypatch, asked)
         assert config("claude-code", "--write") == 2
         assert "changed meanwhile" in capsys.readouterr().err
         assert target.read_text() == '{"other": 1}'
@@ -15087,8 +15094,7 @@ class TestConfigCommand:
         def gone(prompt: str = "") -> str:
             raise EOFError
 
-        monkeypatch.setattr(puter, "_may_ask", lambda: True)
-        monkeypatch.setattr(builtins, "input", gone)
+        sit_down(monkeypatch, gone)
         config("claude-code", "--write")
         assert not (own_home / ".claude.json").exists()
 
@@ -16802,8 +16808,7 @@ class TestModuleLevel:
     ) -> None:
         alice = puter.Account("alice", "token-alice")
         monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-        monkeypatch.setattr(puter, "_may_ask", lambda: True)
-        monkeypatch.setattr(builtins, "input", lambda _: answer)
+        sit_down(monkeypatch, lambda _: answer)
         monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
         monkeypatch.setattr(puter, "_piped_text", lambda wait: "")
         code = puter.main(["ask", "-m", lab("echo"), "hello"])
