@@ -28,15 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from operator import length_hint
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Literal,
-    NoReturn,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import sqlite3
@@ -163,9 +155,7 @@ class _LazyLog:
         """See `logging`; with the traceback of the exception at hand."""
         self._log(40, message, args, exc_info)
 
-    def _log(
-        self, level: int, message: str, args: tuple[Any, ...], exc_info: bool = False
-    ) -> None:
+    def _log(self, level: int, message: str, args: tuple[Any, ...], exc_info: bool = False) -> None:
         if self._logger is None:
             shown = self._shown_from is not None and level >= self._shown_from
             if "logging" not in sys.modules and not shown:
@@ -228,9 +218,7 @@ def _described(value: Any) -> str:
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
-def _near(
-    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
-) -> list[str]:
+def _near(name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3) -> list[str]:
     """The names that look like the given one, best first."""
     import difflib
 
@@ -350,8 +338,7 @@ class AccessError(PuterError):
 
     scope: ClassVar[Scope] = "account"
     default_hint = (
-        "Look at the account on puter.com, or use another: "
-        "`python -m puter switch NAME`."
+        "Look at the account on puter.com, or use another: `python -m puter switch NAME`."
     )
 
 
@@ -359,18 +346,14 @@ class ModelAccessError(AccessError):
     """This account may not use this model: it is for subscribers, or the free use is spent."""
 
     scope = "model"
-    default_hint = (
-        "Use another model (`python -m puter models --free`) or another account."
-    )
+    default_hint = "Use another model (`python -m puter models --free`) or another account."
 
 
 class SubscriptionError(AccessError):
     """The endpoint needs a paid plan; waiting changes nothing."""
 
     scope = "request"
-    default_hint = (
-        'Set "api_style" to "drivers" (the default): it works for every account.'
-    )
+    default_hint = 'Set "api_style" to "drivers" (the default): it works for every account.'
 
 
 class RateLimitError(PuterError):
@@ -378,9 +361,7 @@ class RateLimitError(PuterError):
 
     scope: ClassVar[Scope] = "account"
     retryable = True
-    default_hint = (
-        "Wait some seconds, or add another account with `python -m puter login`."
-    )
+    default_hint = "Wait some seconds, or add another account with `python -m puter login`."
 
 
 class ModelRateLimitError(PuterError):
@@ -410,9 +391,7 @@ class ModelNotFoundError(PuterError):
 
     default_hint = "List the names with `python -m puter models`."
 
-    def __init__(
-        self, message: str, *, near: Sequence[str] = (), **details: Any
-    ) -> None:
+    def __init__(self, message: str, *, near: Sequence[str] = (), **details: Any) -> None:
         super().__init__(message, **details)
         self.near = tuple(near)
 
@@ -425,9 +404,7 @@ class BadRequestError(PuterError):
 
     param: str | None = None
 
-    default_hint = (
-        "Change the request as the message says; sending it again will not help."
-    )
+    default_hint = "Change the request as the message says; sending it again will not help."
 
 
 class ServerError(PuterError):
@@ -443,9 +420,7 @@ class RequestTimeoutError(PuterError):
 
     scope = "server"
     retryable = True
-    default_hint = (
-        "Raise `api_timeout_ms` in puter.json (or `timeout_ms=` of the call)."
-    )
+    default_hint = "Raise `api_timeout_ms` in puter.json (or `timeout_ms=` of the call)."
 
 
 class NetworkError(PuterError):
@@ -473,9 +448,7 @@ class StreamError(PuterError):
     retryable = True
     default_hint = "What came before is in `.reply`; ask again for a whole answer."
 
-    def __init__(
-        self, message: str, *, reply: Reply | None = None, **details: Any
-    ) -> None:
+    def __init__(self, message: str, *, reply: Reply | None = None, **details: Any) -> None:
         super().__init__(message, **details)
         self.reply = reply
 
@@ -498,9 +471,7 @@ class AllAccountsOnCooldownError(PuterError):
         "`python -m puter status --clear-cooldowns`."
     )
 
-    def __init__(
-        self, message: str, *, statuses: Sequence[Cooldown] = (), **details: Any
-    ) -> None:
+    def __init__(self, message: str, *, statuses: Sequence[Cooldown] = (), **details: Any) -> None:
         super().__init__(message, **details)
         self.statuses = tuple(statuses)
 
@@ -699,10 +670,7 @@ class Usage(_Value):
     cost_usd: float | None = None
 
     def __bool__(self) -> bool:
-        return any(
-            v is not None
-            for v in (self.input_tokens, self.output_tokens, self.cost_usd)
-        )
+        return any(v is not None for v in (self.input_tokens, self.output_tokens, self.cost_usd))
 
 
 class ToolCall(_Value):
@@ -871,9 +839,7 @@ _OTHER_VARIABLES = ("PUTER_AUTH_TOKEN", "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KE
 
 
 def config_dir(
-    environ: Mapping[str, str] | None = None,
-    os_name: str = os.name,
-    home: str | None = None,
+    environ: Mapping[str, str] | None = None, os_name: str = os.name, home: str | None = None
 ) -> Path:
     """The folder of settings, accounts and state: `PUTER_CONFIG_DIR`, else the system's place."""
     from pathlib import Path
@@ -903,12 +869,8 @@ class Config(_Value):
 
     quiet_mode: bool = _setting(False, "no status lines on stderr")
     debug: bool = _setting(False, "a log of every request on stderr")
-    api_base_url: str = _setting(
-        "https://api.puter.com", "where Puter's API answers", url=True
-    )
-    gui_base_url: str = _setting(
-        "https://puter.com", "where Puter's pages are", url=True
-    )
+    api_base_url: str = _setting("https://api.puter.com", "where Puter's API answers", url=True)
+    gui_base_url: str = _setting("https://puter.com", "where Puter's pages are", url=True)
     api_timeout_ms: int = _setting(
         120_000,
         "longest silence of the server, and longest time for a whole answer, in ms",
@@ -916,27 +878,17 @@ class Config(_Value):
         high=86_400_000,
     )
     auto_create_temp_user: bool = _setting(
-        True,
-        "accept a login that ends in a temporary account, as Puter's page makes them",
+        True, "accept a login that ends in a temporary account, as Puter's page makes them"
     )
-    max_retries: int = _setting(
-        3, "how often a failed request is sent again", low=0, high=20
-    )
+    max_retries: int = _setting(3, "how often a failed request is sent again", low=0, high=20)
     retry_delay_ms: int = _setting(
         1_000, "first wait before sending again, in ms; doubles", low=0, high=600_000
     )
     cache_ttl_ms: int = _setting(
-        300_000,
-        "how long the model list and cached replies count, in ms",
-        low=0,
-        high=10**12,
+        300_000, "how long the model list and cached replies count, in ms", low=0, high=10**12
     )
-    cache_enabled: bool = _setting(
-        False, "keep whole replies and answer the same request again"
-    )
-    cache_max_entries: int = _setting(
-        500, "replies kept at most", low=1, high=1_000_000
-    )
+    cache_enabled: bool = _setting(False, "keep whole replies and answer the same request again")
+    cache_max_entries: int = _setting(500, "replies kept at most", low=1, high=1_000_000)
     cache_directory: str | None = _setting(
         None, "folder of the cached replies (null: with the state)"
     )
@@ -944,9 +896,7 @@ class Config(_Value):
     metrics_max_samples: int = _setting(
         1_000, "calls kept a model for the percentiles", low=1, high=1_000_000
     )
-    metrics_file: str | None = _setting(
-        None, "file of the figures (null: with the state)"
-    )
+    metrics_file: str | None = _setting(None, "file of the figures (null: with the state)")
     fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
     fallback_models: tuple[str, ...] = _setting(
         DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
@@ -954,19 +904,12 @@ class Config(_Value):
     fallback_cooldown_ms: int = _setting(
         60_000, "rest of a model that failed on an account, in ms", low=0, high=10**10
     )
-    account_rotation_enabled: bool = _setting(
-        True, "go to the next account when one is limited"
-    )
+    account_rotation_enabled: bool = _setting(True, "go to the next account when one is limited")
     account_rotation_strategy: str = _setting(
-        "round-robin",
-        "which account is next",
-        choices=("round-robin", "least-recently-used"),
+        "round-robin", "which account is next", choices=("round-robin", "least-recently-used")
     )
     account_rotation_cooldown_ms: int = _setting(
-        300_000,
-        "rest of a limited account, in ms; 2x, 3x, 4x when it goes on",
-        low=0,
-        high=10**10,
+        300_000, "rest of a limited account, in ms; 2x, 3x, 4x when it goes on", low=0, high=10**10
     )
     default_model: str | None = _setting(
         None, f"model when none is asked for (null: {DEFAULT_MODEL})"
@@ -975,13 +918,9 @@ class Config(_Value):
         "drivers", "`openai`: an OpenAI-compatible base", choices=("drivers", "openai")
     )
     stream_tools: str = _setting(
-        "exact",
-        "`live` streams with tools and may lose calls",
-        choices=("exact", "live"),
+        "exact", "`live` streams with tools and may lose calls", choices=("exact", "live")
     )
-    max_concurrent: int = _setting(
-        3, "requests at once on one account", low=1, high=1_000
-    )
+    max_concurrent: int = _setting(3, "requests at once on one account", low=1, high=1_000)
     folder: Path = _field(default_factory=config_dir)
 
     def __post_init__(self) -> None:
@@ -1033,9 +972,7 @@ def settings_and_sources(
                 raise _unknown_key(name, where)
             label = f"PUTER_{name.upper()}" if where == "environment" else where
             found[name] = (_checked(name, value, label), label)
-    values = {
-        n: found[n][0] if n in found else spec.default for n, spec in _SETTINGS.items()
-    }
+    values = {n: found[n][0] if n in found else spec.default for n, spec in _SETTINGS.items()}
     return values, {n: found[n][1] if n in found else "default" for n in _SETTINGS}
 
 
@@ -1047,15 +984,13 @@ def _read_config(path: Path) -> JSON:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error})",
-            hint="Make it a UTF-8 file that you may read.",
+            f"{path}: cannot be read ({error})", hint="Make it a UTF-8 file that you may read."
         ) from error
     try:
         data = json.loads(text, object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path}: is not valid JSON ({error})",
-            hint="Mend the file, or move it away.",
+            f"{path}: is not valid JSON ({error})", hint="Mend the file, or move it away."
         ) from error
     if not isinstance(data, dict):
         raise ConfigError(
@@ -1089,8 +1024,7 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
             near = _near(variable, known, cutoff=0.85)
             if near:  # what is less alike may be another program's
                 raise ConfigError(
-                    f"{variable}: there is no such setting",
-                    hint=f"Did you mean {near[0]}?",
+                    f"{variable}: there is no such setting", hint=f"Did you mean {near[0]}?"
                 )
     return given
 
@@ -1138,13 +1072,9 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
     if spec.type == "int":
         fine = isinstance(value, int) and not isinstance(value, bool)
         fine = fine and check["low"] <= value <= check["high"]
-        return (
-            "" if fine else f"a whole number from {check['low']} to {check['high']}"
-        ), value
+        return ("" if fine else f"a whole number from {check['low']} to {check['high']}"), value
     if spec.type.startswith("tuple"):
-        fine = isinstance(value, (list, tuple)) and all(
-            isinstance(v, str) and v for v in value
-        )
+        fine = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
         return ("" if fine else "a list of model names"), tuple(value) if fine else None
     if "choices" in check:
         choices = " or ".join(f'"{c}"' for c in check["choices"])
@@ -1155,9 +1085,7 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
         return "a text that is not empty", None
     if check.get("url"):
         fine = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value) is not None
-        return (
-            "" if fine else "an address such as https://api.puter.com"
-        ), value.rstrip("/")
+        return ("" if fine else "an address such as https://api.puter.com"), value.rstrip("/")
     return "", value
 
 
@@ -1246,9 +1174,7 @@ class AccountStore:
         with self._change() as data:
             index = self._require(data, username)
             record = data["accounts"].pop(index)
-            if index < data["activeIndex"] or data["activeIndex"] == len(
-                data["accounts"]
-            ):
+            if index < data["activeIndex"] or data["activeIndex"] == len(data["accounts"]):
                 data["activeIndex"] = max(0, data["activeIndex"] - 1)
         return _account_from(record)
 
@@ -1302,12 +1228,8 @@ class AccountStore:
 
     def _failed(self, what: str, error: OSError) -> StoreError:
         reason = error.strerror or str(error)
-        hint = _OS_HINTS.get(
-            error.errno or 0, "Set PUTER_CONFIG_DIR to another folder."
-        )
-        return StoreError(
-            f"{self.path}: cannot {what} ({reason}); it is as it was", hint=hint
-        )
+        hint = _OS_HINTS.get(error.errno or 0, "Set PUTER_CONFIG_DIR to another folder.")
+        return StoreError(f"{self.path}: cannot {what} ({reason}); it is as it was", hint=hint)
 
 
 _OS_HINTS = {
@@ -1335,20 +1257,13 @@ def parse_accounts(raw: bytes, where: str) -> JSON:
         data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
         # The error's text is not shown: it may quote the token.
-        place = (
-            f" at line {error.lineno}"
-            if isinstance(error, json.JSONDecodeError)
-            else ""
-        )
+        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise wrong(f"is not valid JSON{place}") from None
     if not isinstance(data, dict):
         raise wrong("is not a JSON object")
     version = data.get("version")
     if isinstance(version, int) and version > AccountStore.VERSION:
-        raise wrong(
-            f"has version {version}, which is newer than this module",
-            "Update puter.py.",
-        )
+        raise wrong(f"has version {version}, which is newer than this module", "Update puter.py.")
     if version != AccountStore.VERSION or isinstance(version, bool):
         raise wrong('has no "version": 1')
     records = data.get("accounts")
@@ -1548,8 +1463,7 @@ class State:
 
         def work(db: sqlite3.Connection) -> Cooldown:
             row = db.execute(
-                "SELECT strikes FROM rests WHERE account=? AND model=?",
-                (account, model),
+                "SELECT strikes FROM rests WHERE account=? AND model=?", (account, model)
             ).fetchone()
             strikes = (row[0] if row else 0) + 1
             rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
@@ -1585,10 +1499,7 @@ class State:
         self._uses[account] = now
 
     def cooldowns(
-        self,
-        now: float,
-        mark_of: Callable[[str], str | None] = lambda _: None,
-        look: bool = True,
+        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None, look: bool = True
     ) -> list[Cooldown]:
         """Who rests now; `mark_of` gives an account's token's mark.
 
@@ -1610,9 +1521,7 @@ class State:
         if not look and kept is not None:
             return kept[1]
 
-        def work(
-            db: sqlite3.Connection,
-        ) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
+        def work(db: sqlite3.Connection) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
             kept = self._kept_rests
             (others,) = db.execute("PRAGMA data_version").fetchone()
             if kept is None or kept[0] != others:
@@ -1628,9 +1537,7 @@ class State:
 
     def clear_cooldowns(self, account: str | None = None) -> int:
         """End the rests of one account or of all, and forget strikes; how many rows went."""
-        where, values = (
-            ("", ()) if account is None else (" WHERE account=?", (account,))
-        )
+        where, values = ("", ()) if account is None else (" WHERE account=?", (account,))
 
         def work(db: sqlite3.Connection) -> int:
             self._kept_rests = None
@@ -1641,19 +1548,13 @@ class State:
     def last_used_ms(self) -> dict[str, int]:
         """When each account last answered, in ms since 1970."""
         return dict(
-            self._run(
-                lambda db: db.execute("SELECT account, at_ms FROM last_used").fetchall()
-            )
+            self._run(lambda db: db.execute("SELECT account, at_ms FROM last_used").fetchall())
         )
 
     def put_catalogue(self, base_url: str, body: str, now: float) -> None:
         """Keep the model list of a server, as JSON text."""
         row = (base_url, body, now)
-        self._run(
-            lambda db: db.execute(
-                "INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", row
-            )
-        )
+        self._run(lambda db: db.execute("INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", row))
 
     def catalogue(self, base_url: str) -> tuple[str, float] | None:
         """The kept model list of a server and when it was fetched (s since 1970), or None."""
@@ -1690,8 +1591,7 @@ class State:
                 return
             row = (model, seconds, first_s, told.output_tokens)
             sample = db.execute(
-                "INSERT INTO samples (model, seconds, first_s, tokens) VALUES (?,?,?,?)",
-                row,
+                "INSERT INTO samples (model, seconds, first_s, tokens) VALUES (?,?,?,?)", row
             )
             if (sample.lastrowid or 0) % 64 == 0:  # tidying every time would cost more
                 db.execute(
@@ -1751,9 +1651,7 @@ class State:
         """Keep a reply as JSON text; the oldest go when there are more than `most`."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?,?,?)", (key, now, body)
-            )
+            db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?)", (key, now, body))
             db.execute(
                 "DELETE FROM replies WHERE key IN "
                 "(SELECT key FROM replies ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
@@ -1839,9 +1737,7 @@ class State:
                     self.path = ":memory:"
 
     @staticmethod
-    def _written(
-        work: Callable[[sqlite3.Connection], _T],
-    ) -> Callable[[sqlite3.Connection], _T]:
+    def _written(work: Callable[[sqlite3.Connection], _T]) -> Callable[[sqlite3.Connection], _T]:
         """The same work as one transaction, so that other processes see all of it or nothing."""
 
         def transaction(db: sqlite3.Connection) -> _T:
@@ -1866,12 +1762,8 @@ class State:
             return self._db
         if self.path != ":memory:":
             Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(
-                os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            )  # else the umask rules
-        db = sqlite3.connect(
-            self.path, timeout=10, isolation_level=None, check_same_thread=False
-        )
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # else the umask rules
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.executescript(self._TABLES)
@@ -1887,28 +1779,14 @@ Prompt = str | Sequence[Mapping[str, Any]]
 Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _ROLES["tool"] = "tool"
 # What replies carry and providers refuse to take back.
 _REPLY_ONLY_KEYS = frozenset(
-    (
-        "tool_calls",
-        "reasoning",
-        "reasoning_content",
-        "reasoning_details",
-        "refusal",
-        "audio",
-    )
+    ("tool_calls", "reasoning", "reasoning_content", "reasoning_details", "refusal", "audio")
     + ("annotations", "function_call")
 )
-_NO_OUTPUT = (
-    "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
-)
+_NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
 _IMAGE_KINDS = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -1972,9 +1850,7 @@ def _checked_message(message: Any, index: int) -> JSON:
             f"{where}.content is {_described(content)}",
             hint="Give a text, a list of parts, or null.",
         )
-    for number, part in enumerate(
-        content if isinstance(content, (list, tuple)) else ()
-    ):
+    for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
         _check_part(part, f"{where}.content[{number}]")
     calls = message.get("tool_calls")
     if not isinstance(calls, (list, tuple, type(None))):
@@ -2004,8 +1880,7 @@ def _check_part(part: Any, where: str) -> None:
         )
     if kind == "text" and not isinstance(text, (str, type(None))):
         raise BadRequestError(
-            f"{where}.text is {_described(text)}, not a text",
-            hint="Write it as a text.",
+            f"{where}.text is {_described(text)}, not a text", hint="Write it as a text."
         )
     if kind == "tool_use":
         fine = _is_text(part.get("id")) and _is_text(part.get("name"))
@@ -2022,9 +1897,7 @@ def _parts(content: Any) -> list[JSON]:
         return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    parts = [
-        {"type": "text", "text": p} if isinstance(p, str) else dict(p) for p in content
-    ]
+    parts = [{"type": "text", "text": p} if isinstance(p, str) else dict(p) for p in content]
     return [p for p in parts if p.get("type") != "text" or p.get("text")]
 
 
@@ -2040,9 +1913,7 @@ def wire_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
 
 def _wired(messages: Messages) -> Messages:
     """As `wire_messages`, for messages that were checked, and are copies."""
-    groups: list[
-        Messages
-    ] = []  # one a message or call, so that a late result finds its call
+    groups: list[Messages] = []  # one a message or call, so that a late result finds its call
     waiting: dict[str, deque[Messages]] = {}
     for index, message in enumerate(messages):
         message["role"] = _ROLES[message["role"]]
@@ -2056,9 +1927,7 @@ def _wired(messages: Messages) -> Messages:
             else:
                 groups.append([wire])
         elif parts := _parts(message.get("content")):
-            content = (
-                message["content"] if isinstance(message["content"], str) else parts
-            )
+            content = message["content"] if isinstance(message["content"], str) else parts
             groups.append([_plain(message, content)])
     wired = [message for group in groups for message in group]
     if not wired:
@@ -2070,9 +1939,7 @@ def _wired(messages: Messages) -> Messages:
 
 def _plain(message: JSON, content: Any) -> JSON:
     """The message with this content and without what only replies carry."""
-    kept = {
-        k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None
-    }
+    kept = {k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None}
     return {**kept, "content": content}
 
 
@@ -2090,14 +1957,9 @@ def _assistant_groups(
     """An assistant's turn as groups: its text, then each call; notes who waits for a result."""
     parts = _parts(message.get("content"))
     calls = [{"input": {}, **p} for p in parts if p.get("type") == "tool_use"]
-    calls += [
-        _tool_use(call, index, n)
-        for n, call in enumerate(message.get("tool_calls") or ())
-    ]
+    calls += [_tool_use(call, index, n) for n, call in enumerate(message.get("tool_calls") or ())]
     spoken = [p for p in parts if p.get("type") != "tool_use"]
-    text: Any = (
-        message["content"] if isinstance(message.get("content"), str) else spoken
-    )
+    text: Any = message["content"] if isinstance(message.get("content"), str) else spoken
     if any(call.get("extra_content") for call in calls):
         groups = _signed_turn(message, spoken, calls)
         waiters = groups[-1:] * len(calls)
@@ -2113,9 +1975,7 @@ def _assistant_groups(
     return groups
 
 
-def _signed_turn(
-    message: JSON, spoken: list[JSON], calls: list[JSON]
-) -> list[Messages]:
+def _signed_turn(message: JSON, spoken: list[JSON], calls: list[JSON]) -> list[Messages]:
     """Calls with a provider's signature, which must stay together in one message.
 
     With text beside them OpenAI's own shape arrives right; without, parts arrive reversed
@@ -2123,11 +1983,7 @@ def _signed_turn(
     """
     text = "\n".join(p["text"] for p in spoken if p.get("type") == "text")
     if not text.strip():
-        before = (
-            [[_plain(message, spoken)]]
-            if any(p.get("type") != "text" for p in spoken)
-            else []
-        )
+        before = [[_plain(message, spoken)]] if any(p.get("type") != "text" for p in spoken) else []
         return [*before, [{"role": "assistant", "content": calls[::-1]}]]
     openai_calls = [openai_call(call) for call in calls]
     return [[_plain(message, text) | {"tool_calls": openai_calls}]]
@@ -2323,9 +2179,7 @@ def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
 def _tool_schema(tool: Any, index: int) -> JSON:
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
-        if (
-            function is None
-        ):  # the function alone, under OpenAI's, Anthropic's or MCP's names
+        if function is None:  # the function alone, under OpenAI's, Anthropic's or MCP's names
             function = {k: v for k, v in tool.items() if k != "type"}
             for other in ("input_schema", "inputSchema"):
                 if other in function:
@@ -2369,10 +2223,7 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     schema: JSON = {"type": "object", "properties": properties, "required": required}
     schema["additionalProperties"] = False
     described = {"description": text} if text else {}
-    return {
-        "type": "function",
-        "function": {"name": name, **described, "parameters": schema},
-    }
+    return {"type": "function", "function": {"name": name, **described, "parameters": schema}}
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -2411,9 +2262,7 @@ _PLAIN_HINTS = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
 
-def hint_schema(
-    hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()
-) -> JSON:
+def hint_schema(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()) -> JSON:
     """A type hint as a JSON schema; raises `BadRequestError` for what JSON cannot say."""
     import typing
 
@@ -2439,12 +2288,7 @@ def hint_schema(
     if hint in _LISTS or origin in _LISTS:
         if (hint is tuple or origin is tuple) and inner and Ellipsis not in inner:
             shapes = [hint_schema(h, where, outer) for h in inner]
-            return {
-                "type": "array",
-                "prefixItems": shapes,
-                "minItems": len(inner),
-                "items": False,
-            }
+            return {"type": "array", "prefixItems": shapes, "minItems": len(inner), "items": False}
         item = {"items": hint_schema(inner[0], where, outer)} if inner else {}
         return {"type": "array", **item}
     if hint is dict or origin in (dict, Mapping):
@@ -2460,9 +2304,7 @@ def hint_schema(
     hints, required = parts
     return {
         "type": "object",
-        "properties": {
-            n: hint_schema(h, f"{where}.{n}", (*outer, hint)) for n, h in hints.items()
-        },
+        "properties": {n: hint_schema(h, f"{where}.{n}", (*outer, hint)) for n, h in hints.items()},
         "required": required,
         "additionalProperties": False,
     }
@@ -2479,9 +2321,7 @@ def _parts_of_hint(hint: Any) -> tuple[dict[str, Any], list[str]] | None:
     if is_dataclass(hint):
         known = typing.get_type_hints(hint, include_extras=True)
         given = [f for f in fields(hint) if f.init]
-        bare = [
-            f for f in given if f.default is MISSING and f.default_factory is MISSING
-        ]
+        bare = [f for f in given if f.default is MISSING and f.default_factory is MISSING]
         return {f.name: known[f.name] for f in given}, [f.name for f in bare]
     return None
 
@@ -2532,9 +2372,7 @@ def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
 
 
 _DOC_SECTIONS = dict.fromkeys(("Args", "Arguments", "Parameters"), "args")
-_DOC_SECTIONS |= dict.fromkeys(
-    ("Returns", "Raises", "Yields", "Example", "Examples"), "other"
-)
+_DOC_SECTIONS |= dict.fromkeys(("Returns", "Raises", "Yields", "Example", "Examples"), "other")
 _DOC_SECTIONS |= dict.fromkeys(("Note", "Notes", "Attributes"), "other")
 
 
@@ -2546,9 +2384,7 @@ def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
     parameters = _parameters(function)
     unknown = [name for name in arguments if name not in parameters]
     if unknown:
-        raise TypeError(
-            f"there is no parameter {unknown[0]!r}; there are {list(parameters)}"
-        )
+        raise TypeError(f"there is no parameter {unknown[0]!r}; there are {list(parameters)}")
     missing = [
         name
         for name, (_, parameter) in parameters.items()
@@ -2615,9 +2451,7 @@ def _plain_fit(value: Any, hint: type, wrong: TypeError) -> Any:
     raise wrong
 
 
-def _list_fit(
-    value: Any, kind: Any, inner: Sequence[Any], where: str, wrong: TypeError
-) -> Any:
+def _list_fit(value: Any, kind: Any, inner: Sequence[Any], where: str, wrong: TypeError) -> Any:
     if not isinstance(value, list):
         raise wrong
     hints = list(inner[:1] or (Any,)) * len(value)
@@ -2626,8 +2460,7 @@ def _list_fit(
             raise wrong
         hints = list(inner)
     made = [
-        fitted(v, h, f"{where}[{i}]")
-        for i, (v, h) in enumerate(zip(value, hints, strict=True))
+        fitted(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, hints, strict=True))
     ]
     return kind(made) if kind in (tuple, set, frozenset) else made
 
@@ -2638,9 +2471,7 @@ def _key_fit(key: str, hint: Any, where: str) -> Any:
         try:
             return hint(key)
         except ValueError:
-            raise TypeError(
-                f"{where} has the key {key!r}, which is no number"
-            ) from None
+            raise TypeError(f"{where} has the key {key!r}, which is no number") from None
     return fitted(key, hint, f"a key of {where}")
 
 
@@ -2654,9 +2485,7 @@ def _first_fit(value: Any, hints: Sequence[Any], where: str, wrong: TypeError) -
 
 
 def _hint_name(hint: Any) -> str:
-    return (
-        json.dumps(hint_schema(hint)) if not isinstance(hint, type) else hint.__name__
-    )
+    return json.dumps(hint_schema(hint)) if not isinstance(hint, type) else hint.__name__
 
 
 def tool_result_text(value: Any) -> str:
@@ -2695,11 +2524,7 @@ def usage_from(given: Any) -> Usage:
         # What is beyond belief (and beyond SQLite) is not told, either.
         return next((int(v) for v in found if _is_number(v) and abs(v) < 2**53), None)
 
-    inputs, outputs, cached = (
-        first(_INPUT_KEYS),
-        first(_OUTPUT_KEYS),
-        first(_CACHED_KEYS),
-    )
+    inputs, outputs, cached = (first(_INPUT_KEYS), first(_OUTPUT_KEYS), first(_CACHED_KEYS))
     if cached is None and isinstance(given.get("prompt_tokens_details"), Mapping):
         cached = first(("cached_tokens",), given["prompt_tokens_details"])
     total = first(("total_tokens",))
@@ -2759,10 +2584,7 @@ def _calls_of(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
         if part.get("type") == "tool_use":
             calls.append(
                 _tool_call(
-                    part.get("id"),
-                    part.get("name"),
-                    part.get("input"),
-                    part.get("extra_content"),
+                    part.get("id"), part.get("name"), part.get("input"), part.get("extra_content")
                 )
             )
     return tuple(calls)
@@ -2791,8 +2613,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, raw: JSON) -> 
         thought = _told(content, "thinking", "thinking")
     except (TypeError, AttributeError, KeyError) as error:
         raise ReplyError(
-            f"The reply is in no form that we know ({error})",
-            raw=json.dumps(raw)[:2_000],
+            f"The reply is in no form that we know ({error})", raw=json.dumps(raw)[:2_000]
         ) from error
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     return Reply(
@@ -2819,9 +2640,7 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     """
     result, metadata = body.get("result"), body.get("metadata") or {}
     if not isinstance(result, Mapping) or not isinstance(metadata, Mapping):
-        raise ReplyError(
-            "The reply has no result", raw=json.dumps(body)[:2_000], model=model
-        )
+        raise ReplyError("The reply has no result", raw=json.dumps(body)[:2_000], model=model)
     answered = metadata.get("providerUsed")
     is_fake = metadata.get("service_used") == "fake-chat"
     if is_fake and model not in _FAKE_MODELS:
@@ -2837,17 +2656,9 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
 def reply_from_openai(body: JSON, model: str) -> Reply:
     """A `chat.completion` object as a `Reply`; raises `ReplyError`."""
     choices = body.get("choices")
-    if (
-        not isinstance(choices, list)
-        or not choices
-        or not isinstance(choices[0], Mapping)
-    ):
-        raise ReplyError(
-            "The reply has no choices", raw=json.dumps(body)[:2_000], model=model
-        )
-    return reply_from(
-        choices[0], body.get("usage"), str(body.get("model") or model), body
-    )
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
+        raise ReplyError("The reply has no choices", raw=json.dumps(body)[:2_000], model=model)
+    return reply_from(choices[0], body.get("usage"), str(body.get("model") or model), body)
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
@@ -2961,9 +2772,7 @@ class _Decoder:
         """Keep the first fault."""
         if self.error is None:
             self.error = StreamError(
-                f"The reply of {self.model} broke off: {what}",
-                code=code,
-                model=self.model,
+                f"The reply of {self.model} broke off: {what}", code=code, model=self.model
             )
 
 
@@ -3122,9 +2931,7 @@ class EventDecoder(_Decoder):
         index, call_id = part.get("index"), part.get("id") or ""
         same = [c for c in self._open_calls if c["index"] == index]
         if not same or (call_id and same[-1]["id"] and call_id != same[-1]["id"]):
-            same = [
-                {"index": index, "id": "", "name": "", "arguments": "", "extra": None}
-            ]
+            same = [{"index": index, "id": "", "name": "", "arguments": "", "extra": None}]
             self._open_calls += same
         call, function = same[-1], part.get("function") or {}
         call["id"] = call["id"] or call_id
@@ -3134,9 +2941,7 @@ class EventDecoder(_Decoder):
 
     def _done(self, chunks: list[Chunk]) -> None:
         for call in self._open_calls:
-            made = _tool_call(
-                call["id"], call["name"], call["arguments"], call["extra"]
-            )
+            made = _tool_call(call["id"], call["name"], call["arguments"], call["extra"])
             self._calls.append(made)
             chunks.append(Chunk("tool_call", tool_call=made))
         self.whole = True
@@ -3148,12 +2953,8 @@ def models_from(body: Any) -> list[Model]:
 
     Raises `ServerError` when it is neither.
     """
-    entries = (
-        body.get("models", body.get("data")) if isinstance(body, Mapping) else None
-    )
-    if not isinstance(entries, list) or not all(
-        isinstance(e, (Mapping, str)) for e in entries
-    ):
+    entries = body.get("models", body.get("data")) if isinstance(body, Mapping) else None
+    if not isinstance(entries, list) or not all(isinstance(e, (Mapping, str)) for e in entries):
         raise ServerError("The model list is not in a form that we know")
     named = [{"id": e} if isinstance(e, str) else e for e in entries]
     models = []
@@ -3169,9 +2970,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
     costs = entry.get("costs") if isinstance(entry.get("costs"), Mapping) else {}
     assert isinstance(costs, Mapping)
     per = costs.get("tokens") or 1_000_000
-    prices = {
-        k: v for k, v in costs.items() if k != "tokens" and isinstance(v, (int, float))
-    }
+    prices = {k: v for k, v in costs.items() if k != "tokens" and isinstance(v, (int, float))}
 
     def usd_per_million(key: Any) -> float | None:
         cents = prices.get(key)
@@ -3209,11 +3008,7 @@ def credit_from(body: Any) -> Credit:
     scale = 1.0 if in_credits else 100_000_000.0
     usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     by_api = {
-        name: (
-            (row.get("cost") or 0) / scale,
-            row.get("units") or 0,
-            row.get("count") or 0,
-        )
+        name: ((row.get("cost") or 0) / scale, row.get("units") or 0, row.get("count") or 0)
         for name, row in usage.items()
         if isinstance(row, Mapping)
     }
@@ -3292,9 +3087,7 @@ def error_from(
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
     if kind is None:
-        kind = _KIND_BY_STATUS.get(
-            status, ServerError if status >= 500 else BadRequestError
-        )
+        kind = _KIND_BY_STATUS.get(status, ServerError if status >= 500 else BadRequestError)
     words = told["provider_words"]
     text = message or f"The server answered {status} without saying why"
     if model and model not in text:
@@ -3425,9 +3218,7 @@ def fallback_order(
     return [m.id for m in unique if m.id not in skip and can_do(m, needs)]
 
 
-def models_by_name(
-    models: Sequence[Model], fold: Callable[[str], str] = str
-) -> dict[str, Model]:
+def models_by_name(models: Sequence[Model], fold: Callable[[str], str] = str) -> dict[str, Model]:
     """Every name's model, the names folded; an id counts before an alias, then who is first."""
     ids = {fold(m.id): m for m in reversed(models)}
     return {fold(n): m for m in reversed(models) for n in m.aliases} | ids
@@ -3473,8 +3264,7 @@ def cooldown_s(strikes: int, base_s: float) -> float:
 
 
 def stats_from(
-    totals: Sequence[tuple[str, str, int, float]],
-    samples: Mapping[str, Sequence[tuple[Any, ...]]],
+    totals: Sequence[tuple[str, str, int, float]], samples: Mapping[str, Sequence[tuple[Any, ...]]]
 ) -> list[ModelStats]:
     """The figures of `State.figures` by model, most asked first."""
     found = []
@@ -3566,11 +3356,7 @@ def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) ->
     So it is with every provider that speaks OpenAI's dialect; only Puter's own Claude provider
     does not. An unknown provider (None) may lose them.
     """
-    return (
-        bool(tools)
-        and args.get("parallel_tool_calls") is not False
-        and provider != "claude"
-    )
+    return bool(tools) and args.get("parallel_tool_calls") is not False and provider != "claude"
 
 
 # ======================================================================================
@@ -3720,11 +3506,7 @@ class _Wire:
     """A streaming HTTP answer: its pieces as they arrive, then `close`."""
 
     def __init__(
-        self,
-        response: requests.Response,
-        content_type: str,
-        handle: _Handle,
-        timeout_s: float,
+        self, response: requests.Response, content_type: str, handle: _Handle, timeout_s: float
     ) -> None:
         self.content_type = content_type
         self._response = response
@@ -3783,9 +3565,7 @@ def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
         yield from raw.stream(256, decode_content=True)
 
 
-def _bounded(
-    response: requests.Response, timeout_s: float, most: int
-) -> Iterator[bytes]:
+def _bounded(response: requests.Response, timeout_s: float, most: int) -> Iterator[bytes]:
     """The pieces of a body that must be whole after so many seconds, and so many bytes."""
     size, until = 0, time.monotonic() + timeout_s
     for piece in _raw_pieces(response):
@@ -3830,9 +3610,7 @@ def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
     if isinstance(error, rq.ProxyError):
         return NetworkError(f"The proxy on the way to {host} failed ({reason})")
     if isinstance(error, (rq.InvalidURL, rq.InvalidSchema, rq.MissingSchema)):
-        return ConfigError(
-            f"{host} is no address to call", hint="Correct `api_base_url`."
-        )
+        return ConfigError(f"{host} is no address to call", hint="Correct `api_base_url`.")
     known = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
     # A socket closed by another thread shows as an attribute or value error inside urllib3.
     if isinstance(error, (*known, AttributeError, ValueError)):
@@ -3848,9 +3626,7 @@ def _root_cause(error: BaseException) -> str:
         seen.add(id(inner))
         nested = getattr(inner, "reason", None)
         if not isinstance(nested, BaseException):
-            nested = next(
-                (a for a in inner.args[::-1] if isinstance(a, BaseException)), None
-            )
+            nested = next((a for a in inner.args[::-1] if isinstance(a, BaseException)), None)
         inner = nested or inner.__cause__ or inner
     words = str(inner).split("Failed to establish a new connection: ")[-1]
     words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
@@ -3897,9 +3673,7 @@ class _Transport:
             data, sent_headers["Content-Type"] = _multipart(form, progress)
         try:
             with handle.carried(timeout_s):
-                response = self._sent(
-                    method, url, sent_headers, data, _bearer(token), timeout_s
-                )
+                response = self._sent(method, url, sent_headers, data, _bearer(token), timeout_s)
         except PuterError:
             raise
         except Exception as error:
@@ -4014,18 +3788,14 @@ class _Transport:
         finally:
             response.close()
         if not data and response.status_code == 200 and not _is_framed(response):
-            raise NetworkError(
-                f"{response.url} closed the connection in the headers of its answer"
-            )
+            raise NetworkError(f"{response.url} closed the connection in the headers of its answer")
         return data.decode("utf-8", "replace")
 
     def _session(self) -> requests.Session:
         with self._lock:
             if self._given is not None:
                 return _tracking(self._given)
-            if (
-                self._own is None or self._pid != os.getpid()
-            ):  # sockets are not for a fork
+            if self._own is None or self._pid != os.getpid():  # sockets are not for a fork
                 self._own, self._pid, self._bases = _new_session(), os.getpid(), {}
             return self._own
 
@@ -4143,14 +3913,10 @@ def _decoded(text: str) -> Any:
         return None
 
 
-def body_of(
-    answer: _Answer, model: str | None = None, account: str | None = None
-) -> JSON:
+def body_of(answer: _Answer, model: str | None = None, account: str | None = None) -> JSON:
     """The JSON object of a good answer; raises the error that a bad one stands for."""
     data = answer.data
-    if answer.status >= 400 or (
-        isinstance(data, dict) and data.get("success") is False
-    ):
+    if answer.status >= 400 or (isinstance(data, dict) and data.get("success") is False):
         raise error_from(
             answer.status,
             answer.text if data is None else data,
@@ -4185,9 +3951,7 @@ def _content_type(response: requests.Response) -> str:
 
 def _is_stream(content_type: str) -> bool:
     return (
-        content_type == "text/event-stream"
-        or "ndjson" in content_type
-        or "jsonl" in content_type
+        content_type == "text/event-stream" or "ndjson" in content_type or "jsonl" in content_type
     )
 
 
@@ -4202,9 +3966,7 @@ def _seconds(retry_after: str | None) -> float | None:
         from email.utils import parsedate_to_datetime
 
         try:
-            return max(
-                0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()
-            )
+            return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
         except ValueError:
             return None
 
@@ -4228,9 +3990,7 @@ class _BusyError(RateLimitError):
 
     scope = "request"
     retryable = False
-    default_hint = (
-        "Read streams to their end or close them; `max_concurrent` sets how many."
-    )
+    default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
 class _Gate:
@@ -4252,8 +4012,7 @@ class _Gate:
             while (wait_s := self._wait_s()) > 0:
                 if handle.closed.is_set() or self._clock() >= until:
                     raise _BusyError(
-                        f"{self._running} requests of this client are still running on "
-                        "the account"
+                        f"{self._running} requests of this client are still running on the account"
                     )
                 self._change.wait(min(wait_s, 0.25))
             self._running += 1
@@ -4334,9 +4093,7 @@ class _Roster:
         wanted = self.current or self.active_name
         return next((a for a in accounts if a.username == wanted), accounts[0])
 
-    def next(
-        self, tried: Collection[str], is_free: Callable[[], bool]
-    ) -> Account | None:
+    def next(self, tried: Collection[str], is_free: Callable[[], bool]) -> Account | None:
         """The account to ask now, by the policy; None when all were tried or rest.
 
         For a model that `is_free`, one without credit is as good as any.
@@ -4346,8 +4103,7 @@ class _Roster:
         if strategy == "least-recently-used" and len(accounts) > 1:
             used = self._state.last_used_ms()
             accounts = [
-                a._replace(last_used_ms=used.get(a.username, a.last_used_ms))
-                for a in accounts
+                a._replace(last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
             ]
         rests = {**self._rests(accounts, is_free), **dict.fromkeys(tried, float("inf"))}
         current = self.current or self.active_name
@@ -4388,9 +4144,7 @@ class _Roster:
             statuses=rests,
         )
 
-    def _rests(
-        self, accounts: Sequence[Account], is_free: Callable[[], bool]
-    ) -> dict[str, float]:
+    def _rests(self, accounts: Sequence[Account], is_free: Callable[[], bool]) -> dict[str, float]:
         """Until when each account rests; one that is alone never does."""
         rests = {
             c.account: c.until_s
@@ -4427,15 +4181,11 @@ class _Roster:
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
-    def __init__(
-        self, config: Config, state: State, transport: _Transport, token: str
-    ) -> None:
+    def __init__(self, config: Config, state: State, transport: _Transport, token: str) -> None:
         self._config = config
         self._state = state
         self._transport = transport
-        self._token = (
-            token if _is_gateway(config) else ""
-        )  # Puter's own list needs none
+        self._token = token if _is_gateway(config) else ""  # Puter's own list needs none
         self._lock = _Lock()
         self._kept: tuple[list[Model], float] | None = None
         self._indexed: tuple[list[Model], dict[str, Model]] | None = None
@@ -4477,9 +4227,7 @@ class _Catalogue:
     def find(self, name: str) -> Model:
         """The model of this name; raises `ModelNotFoundError` with near matches."""
         models = self.models()
-        return self._index(models).get(plain_model_name(name)) or find_model(
-            name, models
-        )
+        return self._index(models).get(plain_model_name(name)) or find_model(name, models)
 
     def id_of(self, name: str, look: bool = False) -> str:
         """The id behind a name as far as is known in memory (`look`: or on disk)."""
@@ -4501,9 +4249,7 @@ class _Catalogue:
 
     def _fresh(self) -> list[Model] | None:
         kept = self._kept or self._on_disk()
-        is_fresh = (
-            kept and 0 <= time.time() - kept[1] < self._config.cache_ttl_ms / 1000
-        )
+        is_fresh = kept and 0 <= time.time() - kept[1] < self._config.cache_ttl_ms / 1000
         return kept[0] if kept and is_fresh else None
 
     def _on_disk(self) -> tuple[list[Model], float] | None:
@@ -4529,9 +4275,7 @@ class _Ledger:
         figures, folder = config.metrics_file, config.cache_directory
         self._config = config
         self.figures = State(Path(figures).expanduser()) if figures else state
-        self.replies = (
-            State(Path(folder).expanduser() / "cache.sqlite3") if folder else state
-        )
+        self.replies = State(Path(folder).expanduser() / "cache.sqlite3") if folder else state
 
     def count(
         self,
@@ -4549,10 +4293,7 @@ class _Ledger:
     def keep(self, ask: _Ask, whole: Callable[[], Reply]) -> None:
         """Keep a whole reply, if replies are kept."""
         if self._config.cache_enabled:
-            body, most = (
-                json.dumps(reply_to_json(whole())),
-                self._config.cache_max_entries,
-            )
+            body, most = (json.dumps(reply_to_json(whole())), self._config.cache_max_entries)
             self.replies.keep_reply(self._key(ask), body, time.time(), most)
 
     def kept(self, ask: _Ask) -> Reply | None:
@@ -4655,11 +4396,7 @@ class _Caller:
     """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
 
     def __init__(
-        self,
-        config: Config,
-        transport: _Transport,
-        catalogue: _Catalogue,
-        roster: _Roster,
+        self, config: Config, transport: _Transport, catalogue: _Catalogue, roster: _Roster
     ) -> None:
         self._config = config
         self._transport = transport
@@ -4668,9 +4405,7 @@ class _Caller:
         self._exchanged: dict[str, str] = {}  # session token -> user-app token
         self.on_upload: Callable[[str, int, int], None] | None = None
 
-    def complete(
-        self, ask: _Ask, model: str, account: Account, handle: _Handle
-    ) -> Reply:
+    def complete(self, ask: _Ask, model: str, account: Account, handle: _Handle) -> Reply:
         """A whole reply."""
         with ExitStack() as stack:
             ask = self._uploaded(ask, account, stack)
@@ -4844,9 +4579,7 @@ class _Caller:
         """Remove an uploaded file; the answer matters more, so a failure is only logged."""
         url = f"{_api_origin(self._config)}/delete"
         try:
-            answer = self._transport.ask(
-                "POST", url, token=account.token, body={"paths": [path]}
-            )
+            answer = self._transport.ask("POST", url, token=account.token, body={"paths": [path]})
             if answer.status >= 400:
                 raise error_from(answer.status, answer.data, account=account.username)
         except PuterError as error:
@@ -4938,9 +4671,7 @@ class Stream:
             self._batch, self._reply, self._ended = iter(chunks_of(kept)), kept, True
             self.model, self.account = kept.model, kept.account
             return self
-        walked = self._client._walk(
-            self._ask, self._handle, self._client._caller.open_stream
-        )
+        walked = self._client._walk(self._ask, self._handle, self._client._caller.open_stream)
         self._walked, self._source, self._last = walked, walked.result, walked.result
         self.model = self._client._catalogue.id_of(walked.model)
         self.account, self.attempts = walked.account.username, walked.attempts
@@ -5043,25 +4774,18 @@ class Puter:
                 raise _unknown_key(name, "argument")
         if token is not None and account is not None:
             raise ConfigError(
-                "token and account are both given",
-                hint="A token is an account of its own.",
+                "token and account are both given", hint="A token is an account of its own."
             )
-        self.config = (
-            Config.load(**settings) if config is None else config._replace(**settings)
-        )
+        self.config = Config.load(**settings) if config is None else config._replace(**settings)
         if token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
         self.state = State(self.config.folder / STATE_NAME)
         self._ledger = _Ledger(self.config, self.state)
         self._transport = _Transport(self.config, session)
-        self._catalogue = _Catalogue(
-            self.config, self.state, self._transport, token or ""
-        )
+        self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
         self._roster = _Roster(self.config, self.store, self.state, token, account)
-        self._caller = _Caller(
-            self.config, self._transport, self._catalogue, self._roster
-        )
+        self._caller = _Caller(self.config, self._transport, self._catalogue, self._roster)
         self._lock = _Lock()
         self._gates: dict[str, _Gate] = {}
         self._gates_pid = os.getpid()
@@ -5116,9 +4840,7 @@ class Puter:
 
         Raises the `PuterError` of the first attempt that failed when none could answer.
         """
-        ask = self._ask(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, args
-        )
+        ask = self._ask(prompt, model, system, images, files, tools, fallback, timeout_ms, args)
         return self._answer(ask, _Handle())
 
     def stream(
@@ -5139,9 +4861,7 @@ class Puter:
         Returns once the first chunk is there: errors before it are raised here, as by `chat`.
         After that nothing is tried again, and a broken answer is a `StreamError`.
         """
-        ask = self._ask(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, args
-        )
+        ask = self._ask(prompt, model, system, images, files, tools, fallback, timeout_ms, args)
         return Stream(self, ask)._start()
 
     def run(
@@ -5180,10 +4900,7 @@ class Puter:
     # ---- the account and the catalogue ----
 
     def models(
-        self,
-        provider: str | None = None,
-        free: bool | None = None,
-        refresh: bool = False,
+        self, provider: str | None = None, free: bool | None = None, refresh: bool = False
     ) -> list[Model]:
         """The live catalogue, by id; kept for `cache_ttl_ms`. Needs no account.
 
@@ -5264,10 +4981,7 @@ class Puter:
     # ---- the walk over models and accounts ----
 
     def _walk(
-        self,
-        ask: _Ask,
-        handle: _Handle,
-        send: Callable[[_Ask, str, Account, _Handle], Any],
+        self, ask: _Ask, handle: _Handle, send: Callable[[_Ask, str, Account, _Handle], Any]
     ) -> _Walked:
         """Ask until somebody answers, in the order that the policies give.
 
@@ -5371,9 +5085,7 @@ class Puter:
         names = (model, self._catalogue.id_of(model))
         self.state.succeed(account.username, names, time.time())
 
-    def _wait_for(
-        self, error: PuterError, retries: int, gate: _Gate, handle: _Handle
-    ) -> float:
+    def _wait_for(self, error: PuterError, retries: int, gate: _Gate, handle: _Handle) -> float:
         """Wait before the next try, unless the handle is closed; how long, in seconds."""
         base_s = self.config.retry_delay_ms / 1000
         delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
@@ -5460,11 +5172,7 @@ class Puter:
             found = next((m.id for m in candidates if paid in m.names()), name)
             if paid == name or found == name:
                 return None
-            _log.warning(
-                "%s is not there any more: trying %s, which may cost credit",
-                name,
-                found,
-            )
+            _log.warning("%s is not there any more: trying %s, which may cost credit", name, found)
         return None if found == name else found
 
     @staticmethod
@@ -5499,12 +5207,9 @@ class Puter:
             raise BadRequestError(
                 "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
             )
-        if timeout_ms is not None and (
-            not isinstance(timeout_ms, int) or timeout_ms <= 0
-        ):
+        if timeout_ms is not None and (not isinstance(timeout_ms, int) or timeout_ms <= 0):
             raise BadRequestError(
-                f"timeout_ms is {_described(timeout_ms)}",
-                hint="Give milliseconds, 1 or more.",
+                f"timeout_ms is {_described(timeout_ms)}", hint="Give milliseconds, 1 or more."
             )
         parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
         messages = _wired(messages_from(prompt, system, parts))
@@ -5515,11 +5220,7 @@ class Puter:
         self._check_inputs(name, needs)
         return _Ask(
             model=name,
-            args={
-                "messages": messages,
-                **({"tools": schemas} if schemas else {}),
-                **sent,
-            },
+            args={"messages": messages, **({"tools": schemas} if schemas else {}), **sent},
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
@@ -5553,19 +5254,12 @@ class Puter:
         walked = self._walk(ask, handle, self._caller.complete)
         walked.release()
         reply: Reply = walked.result
-        reply = reply._replace(
-            account=walked.account.username, attempts=walked.attempts
-        )
+        reply = reply._replace(account=walked.account.username, attempts=walked.attempts)
         self._ended(ask, walked, reply.usage, "ok", lambda: reply)
         return reply
 
     def _ended(
-        self,
-        ask: _Ask,
-        walked: _Walked,
-        usage: Usage,
-        outcome: str,
-        whole: Callable[[], Reply],
+        self, ask: _Ask, walked: _Walked, usage: Usage, outcome: str, whole: Callable[[], Reply]
     ) -> None:
         """Note how the request that was answered ended, and keep a whole reply if wanted."""
         now = time.monotonic()
@@ -5684,14 +5378,10 @@ class Conversation:
     def reply(self) -> Reply:
         """The latest answer; raises `BadRequestError` before the first."""
         if self._reply is None:
-            raise BadRequestError(
-                "Nothing was answered yet", hint="Say something first."
-            )
+            raise BadRequestError("Nothing was answered yet", hint="Say something first.")
         return self._reply
 
-    def _turns(
-        self, said: str | JSON, options: JSON, streaming: bool
-    ) -> Iterator[Chunk]:
+    def _turns(self, said: str | JSON, options: JSON, streaming: bool) -> Iterator[Chunk]:
         asked = {**self.options, **options}
         messages = self._with(said, asked)
         most, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
@@ -5747,8 +5437,7 @@ def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
         name = function_schema(tool)["function"]["name"]
         if name in found:
             raise BadRequestError(
-                f"Two functions are called {name!r}",
-                hint="Give each a name of its own.",
+                f"Two functions are called {name!r}", hint="Give each a name of its own."
             )
         found[name] = tool
     return found
@@ -5764,9 +5453,7 @@ def _result_of(
         return "The user refused this call."
     function = functions.get(call.name)
     if function is None:
-        return (
-            f"Error: there is no function {call.name!r}; there are {sorted(functions)}."
-        )
+        return f"Error: there is no function {call.name!r}; there are {sorted(functions)}."
     try:
         return tool_result_text(call_function(function, call.arguments))
     except Exception as error:  # noqa: BLE001 (any error of a tool is the model's to read)
@@ -5817,9 +5504,7 @@ def _is_from(model: Model, provider: str) -> bool:
     """Whether a model is of a provider, by the catalogue's name or the vendor in its names."""
     wanted = provider.lower()
     vendors = {re.split(r"[:/]", name)[0].lower() for name in model.names()}
-    vendors |= {
-        part for name in model.names() for part in re.split(r"[:/]", name.lower())[:-1]
-    }
+    vendors |= {part for name in model.names() for part in re.split(r"[:/]", name.lower())[:-1]}
     return wanted == model.provider.lower() or wanted in vendors
 
 
@@ -5908,9 +5593,7 @@ class _Callback:
         self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
     ) -> None:
         self.path = f"/callback/{nonce}"
-        self.sign_in_url = sign_in_url(
-            gui_base_url, f"http://127.0.0.1:{port}{self.path}"
-        )
+        self.sign_in_url = sign_in_url(gui_base_url, f"http://127.0.0.1:{port}{self.path}")
         self._check = check
         self._lock = threading.Lock()
         self._taken = False
@@ -5937,11 +5620,7 @@ class _Callback:
             return 400, "No token", "Puter sent no token. Please try again."
         with self._lock:
             if self._taken:
-                return (
-                    410,
-                    "Already used",
-                    "This sign-in is over; you can close the page.",
-                )
+                return (410, "Already used", "This sign-in is over; you can close the page.")
             self._taken = True
         return self._finish(token)
 
@@ -5994,9 +5673,7 @@ def browser_login(
         if open_browser is not None:
             open_browser(callback.sign_in_url)
         until = time.monotonic() + timeout_s
-        while not callback.done.wait(
-            0.1
-        ):  # in short waits, so that Ctrl-C ends at once
+        while not callback.done.wait(0.1):  # in short waits, so that Ctrl-C ends at once
             if time.monotonic() > until:
                 raise AuthError(
                     f"Nobody signed in within {timeout_s:.0f} seconds",
@@ -6104,9 +5781,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
         raise _wrong("the body is no JSON object", None)
     model = body.get("model") or default_model
     if not isinstance(model, str):
-        raise _wrong(
-            "you must name a model (or set default_model in puter.json)", "model"
-        )
+        raise _wrong("you must name a model (or set default_model in puter.json)", "model")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages must be a list with at least one message", "messages")
@@ -6127,9 +5802,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = limit
-    tools, order = _chosen_tools(
-        tool_schemas(body.get("tools")), args.get("tool_choice")
-    )
+    tools, order = _chosen_tools(tool_schemas(body.get("tools")), args.get("tool_choice"))
     wanted = _json_order(body.get("response_format"))
     return Completion(
         prompt=_with_orders(messages, [o for o in (order, wanted) if o]),
@@ -6137,8 +5810,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
         tools=tools,
         args=args,
         streaming=body.get("stream") is True,
-        include_usage=isinstance(options, dict)
-        and options.get("include_usage") is True,
+        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         stop=tuple(stop),
         wants_json=bool(wanted),
     )
@@ -6162,9 +5834,7 @@ def _chosen_tools(tools: list[JSON], choice: Any) -> tuple[list[JSON], str]:
     named = function.get("name") if isinstance(function, dict) else None
     chosen = [t for t in tools if t["function"]["name"] == named]
     if not chosen:
-        raise _wrong(
-            f"tool_choice names {named!r}, which is not among the tools", "tool_choice"
-        )
+        raise _wrong(f"tool_choice names {named!r}, which is not among the tools", "tool_choice")
     return chosen, f"Answer by calling the function {named}."
 
 
@@ -6172,24 +5842,18 @@ def _json_order(response_format: Any) -> str:
     """What to ask for in the system text, since most providers know no response_format."""
     kind = response_format.get("type") if isinstance(response_format, dict) else None
     if kind == "json_object":
-        return (
-            "Answer with one JSON object and nothing else: no code fence, no remarks."
-        )
+        return "Answer with one JSON object and nothing else: no code fence, no remarks."
     if kind == "json_schema":
         told = response_format.get("json_schema", {})
         if not isinstance(told, dict):
-            raise _wrong(
-                "response_format needs a json_schema object", "response_format"
-            )
+            raise _wrong("response_format needs a json_schema object", "response_format")
         schema = told.get("schema")
         return (
             "Answer with one JSON value and nothing else: no code fence, no remarks. "
             f"It must match this JSON schema: {json.dumps(schema)}"
         )
     if kind not in (None, "text"):
-        raise _wrong(
-            f"response_format of type {kind!r} is not known", "response_format"
-        )
+        raise _wrong(f"response_format of type {kind!r} is not known", "response_format")
     return ""
 
 
@@ -6257,9 +5921,7 @@ def usage_object(usage: Usage) -> JSON | None:
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
     # In OpenAI's shape cached tokens are part of the prompt; some providers count them beside.
-    prompt = max(
-        usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0)
-    )
+    prompt = max(usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0))
     told: JSON = {
         "prompt_tokens": prompt,
         "completion_tokens": usage.output_tokens or 0,
@@ -6285,9 +5947,7 @@ def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
     usage = usage_object(reply.usage)
     return {
         **completion_head("chat.completion", reply.model, now),
-        "choices": [
-            {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        ],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
         **({"usage": usage} if usage else {}),
     }
 
@@ -6300,17 +5960,13 @@ def json_text(text: str) -> str:
         json.loads(inner, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ReplyError(
-            f"The model was asked for JSON and answered something else ({error})",
-            raw=text,
+            f"The model was asked for JSON and answered something else ({error})", raw=text
         ) from None
     return inner
 
 
 def completion_frames(
-    chunks: Iterable[Chunk],
-    finish_reason: Callable[[], str],
-    asked: Completion,
-    head: JSON,
+    chunks: Iterable[Chunk], finish_reason: Callable[[], str], asked: Completion, head: JSON
 ) -> Iterator[JSON]:
     """The frames of a streamed answer, as its chunks come.
 
@@ -6350,10 +6006,7 @@ def completion_frames(
     if held := stop.rest():
         yield frame({**role, "content": held})
         role = {}
-    yield frame(
-        {**role, "content": ""} if role else {},
-        "stop" if stop.found else finish_reason(),
-    )
+    yield frame({**role, "content": ""} if role else {}, "stop" if stop.found else finish_reason())
     told = usage_object(usage)
     if asked.include_usage and told:
         yield {**head, "choices": [], "usage": told}
@@ -6388,8 +6041,7 @@ _CODE_BY_KIND: tuple[tuple[type[PuterError], str], ...] = (
 def error_object(error: PuterError) -> tuple[int, JSON, dict[str, str]]:
     """(status, body in OpenAI's shape, headers) for an error."""
     status, kind = next(
-        ((s, k) for cls, s, k in _STATUS_BY_KIND if isinstance(error, cls)),
-        (500, "server_error"),
+        ((s, k) for cls, s, k in _STATUS_BY_KIND if isinstance(error, cls)), (500, "server_error")
     )
     if isinstance(error, (BadRequestError, ServerError)) and (error.status or 0) >= 400:
         status = error.status or status
@@ -6444,10 +6096,7 @@ class Gatekeeper:
     """Who may call: decisions on the head of a request, without sockets."""
 
     def __init__(
-        self,
-        host: str,
-        api_key: str | None = None,
-        allowed_origins: Collection[str] = (),
+        self, host: str, api_key: str | None = None, allowed_origins: Collection[str] = ()
     ) -> None:
         self.host = host
         self.api_key = api_key
@@ -6458,11 +6107,7 @@ class Gatekeeper:
     ) -> tuple[int, str, str] | None:
         """(status, code, message) for a caller who may not; None for one who may."""
         if not self._knows_host(host):
-            return (
-                403,
-                "forbidden_host",
-                f"This server does not answer to the name {host!r}",
-            )
+            return (403, "forbidden_host", f"This server does not answer to the name {host!r}")
         if origin is not None and not self.allows_origin(origin, host):
             return (
                 403,
@@ -6483,9 +6128,7 @@ class Gatekeeper:
         """Against DNS rebinding; with an open bind the key is the guard."""
         name = re.sub(r":\d+$", "", (host or "").lower())
         bound = _in_address(self.host).lower()
-        return (
-            name in _LOOPBACK_NAMES or name == bound or self.host in ("0.0.0.0", "::")
-        )
+        return name in _LOOPBACK_NAMES or name == bound or self.host in ("0.0.0.0", "::")
 
     def allows_origin(self, origin: str, host: str | None) -> bool:
         """Whether a web page of this origin may call."""
@@ -6505,10 +6148,7 @@ class _Watch:
 
     @contextmanager
     def over(
-        self,
-        sock: Any,
-        act: Callable[[], None],
-        until: Callable[[], float | None] = lambda: None,
+        self, sock: Any, act: Callable[[], None], until: Callable[[], float | None] = lambda: None
     ) -> Iterator[None]:
         """While inside: act once when the client hangs up, or when it is later than `until()`."""
         key = sock.fileno()
@@ -6661,9 +6301,7 @@ class OpenAIServer:
                 self._idle.notify_all()
 
 
-def _openai_http_server(
-    app: OpenAIServer, host: str, port: int, max_connections: int
-) -> Any:
+def _openai_http_server(app: OpenAIServer, host: str, port: int, max_connections: int) -> Any:
     """The standard library's threading server, with our handler and limits."""
     import socket
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -6671,9 +6309,7 @@ def _openai_http_server(
     handler = type("Handler", (_OpenAIHandler, BaseHTTPRequestHandler), {"app": app})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     own = {"address_family": family, "max_connections": max_connections}
-    return type("Server", (_BoundedServer, ThreadingHTTPServer), own)(
-        (host, port), handler
-    )
+    return type("Server", (_BoundedServer, ThreadingHTTPServer), own)((host, port), handler)
 
 
 class _BoundedServer:
@@ -6848,14 +6484,10 @@ class _OpenAIHandler:
         if not re.fullmatch(r"[0-9]{1,18}", length):
             return self._wrong(400, "Content-Length is no number"), b""
         if int(length) > MAX_REQUEST_BYTES:
-            return self._wrong(
-                413, f"A request may hold {MAX_REQUEST_BYTES} bytes"
-            ), b""
+            return self._wrong(413, f"A request may hold {MAX_REQUEST_BYTES} bytes"), b""
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise ConnectionAbortedError(
-                "the client hung up in the middle of its request"
-            )
+            raise ConnectionAbortedError("the client hung up in the middle of its request")
         return False, body
 
     def _route(self, body: bytes) -> None:
@@ -6869,11 +6501,7 @@ class _OpenAIHandler:
             if self.command == "OPTIONS" and self.headers.get("Origin"):
                 self._send(204, b"", "text/plain")
             elif not methods:
-                self._wrong(
-                    404,
-                    f"There is no {path[:200]} here; the base is /v1",
-                    close=False,
-                )
+                self._wrong(404, f"There is no {path[:200]} here; the base is /v1", close=False)
             elif self.command not in methods:
                 self._wrong(
                     405,
@@ -6890,11 +6518,7 @@ class _OpenAIHandler:
                 data = [model_object(m) for m in self.app.client.models()]
                 self._json(200, {"object": "list", "data": data})
             else:
-                status = {
-                    "status": "ok",
-                    "version": __version__,
-                    "base_url": self.app.url,
-                }
+                status = {"status": "ok", "version": __version__, "base_url": self.app.url}
                 self._json(200, status)
         except PuterError as error:
             self._fail(error)
@@ -6907,9 +6531,7 @@ class _OpenAIHandler:
     def _complete(self, body: bytes) -> None:
         """Answer a chat completion, as a whole or as a stream."""
         asked = completion_from(_json_body(body), self.app.client.config.default_model)
-        ask = self.app.client._ask(
-            asked.prompt, asked.model, tools=asked.tools, args=asked.args
-        )
+        ask = self.app.client._ask(asked.prompt, asked.model, tools=asked.tools, args=asked.args)
         if asked.streaming and not asked.wants_json:
             self._stream(asked, Stream(self.app.client, ask))
             return
@@ -6935,9 +6557,7 @@ class _OpenAIHandler:
             self.connection.settimeout(None)
             self._stream_of(asked, stream, stream)
 
-    def _stream_of(
-        self, asked: Completion, chunks: Iterable[Chunk], who: Reply | Stream
-    ) -> None:
+    def _stream_of(self, asked: Completion, chunks: Iterable[Chunk], who: Reply | Stream) -> None:
         """Write frames as Server-Sent Events."""
 
         def finish_reason() -> str:
@@ -7007,23 +6627,15 @@ class _OpenAIHandler:
         self._json(status, _error_body(message, "invalid_request_error", None), headers)
         return True
 
-    def send_error(
-        self, code: int, message: str | None = None, explain: str | None = None
-    ) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a broken head), in OpenAI's shape."""
         self._wrong(int(code), message or "The request cannot be read")
 
-    def _json(
-        self, status: int, body: JSON, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def _json(self, status: int, body: JSON, headers: Mapping[str, str] | None = None) -> None:
         self._send(status, json.dumps(body).encode(), "application/json", headers)
 
     def _send(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
     ) -> None:
         self.sent = True
         self.send_response(status)
@@ -7049,9 +6661,7 @@ class _OpenAIHandler:
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": headers.get(
-                "Access-Control-Request-Headers"
-            )
+            "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers")
             or "authorization, content-type",
             "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, "
             "x-puter-attempts, retry-after",
@@ -7074,8 +6684,7 @@ def _as_answered(reply: Reply, whole: JSON) -> Reply:
     """The reply with the text that its completion object carries (cut, or out of its fence)."""
     choice = whole["choices"][0]
     return reply._replace(
-        text=choice["message"]["content"] or "",
-        finish_reason=choice["finish_reason"],
+        text=choice["message"]["content"] or "", finish_reason=choice["finish_reason"]
     )
 
 
@@ -7126,11 +6735,7 @@ _NULLABLE_FLAG = {"type": ["boolean", "null"]}
 
 
 def _object_schema(required: Sequence[str] = (), **properties: JSON) -> JSON:
-    schema: JSON = {
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-    }
+    schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
     return {**schema, "required": list(required)} if required else schema
 
 
@@ -7146,11 +6751,7 @@ MCP_TOOLS: list[JSON] = [
             model={"type": "string", "description": "A model's id or alias."},
             system={"type": "string", "description": "A system text."},
             temperature={"type": "number", "minimum": 0, "maximum": 2},
-            max_tokens={
-                "type": "integer",
-                "minimum": 1,
-                "description": "Longest answer.",
-            },
+            max_tokens={"type": "integer", "minimum": 1, "description": "Longest answer."},
         ),
         "outputSchema": _object_schema(
             ["text", "model", "account", "finish_reason", "partial", "usage"],
@@ -7168,14 +6769,8 @@ MCP_TOOLS: list[JSON] = [
         "title": "List models",
         "description": "List the AI models that puter-chat can ask, with their prices.",
         "inputSchema": _object_schema(
-            provider={
-                "type": "string",
-                "description": "Such as anthropic, openai, google.",
-            },
-            free={
-                "type": "boolean",
-                "description": "Only free (true) or paid (false) ones.",
-            },
+            provider={"type": "string", "description": "Such as anthropic, openai, google."},
+            free={"type": "boolean", "description": "Only free (true) or paid (false) ones."},
             search={"type": "string", "description": "Only those with this in a name."},
         ),
         "outputSchema": _object_schema(
@@ -7244,9 +6839,7 @@ class _RpcError(Exception):
 class _McpCall:
     """One request in work: how it is told of, cancelled, or stopped when its time is over."""
 
-    def __init__(
-        self, version: str, progress_token: Any, notify: Callable[[JSON], None]
-    ) -> None:
+    def __init__(self, version: str, progress_token: Any, notify: Callable[[JSON], None]) -> None:
         self.version = version
         self.cancelled = threading.Event()
         self.out_of_time = threading.Event()
@@ -7336,9 +6929,7 @@ class McpServer:
         else:
             self._take(message, self._write)
 
-    def _take(
-        self, message: Any, reply: Callable[[JSON], None]
-    ) -> threading.Thread | None:
+    def _take(self, message: Any, reply: Callable[[JSON], None]) -> threading.Thread | None:
         """Answer a message, a call to a tool on a thread of its own (which is given back)."""
         is_call = isinstance(message, dict) and message.get("method") == "tools/call"
         call = self._registered(message) if is_call else None
@@ -7482,10 +7073,7 @@ class McpServer:
 
     def _forget(self, request_id: Any, call: _McpCall) -> None:
         with self._lock:
-            if (
-                _is_rpc_id(request_id)
-                and self._running.get(_rpc_key(request_id)) is call
-            ):
+            if _is_rpc_id(request_id) and self._running.get(_rpc_key(request_id)) is call:
                 del self._running[_rpc_key(request_id)]
 
     def _call(self, params: JSON, call: _McpCall) -> JSON | None:
@@ -7506,9 +7094,7 @@ class McpServer:
             "puter-account": self._account,
         }
         try:
-            text, structured = self._in_time(
-                partial(runs[tool["name"]], arguments, call), call
-            )
+            text, structured = self._in_time(partial(runs[tool["name"]], arguments, call), call)
         except PuterError as error:
             return None if call.cancelled.is_set() else _tool_failure(str(error))
         if call.cancelled.is_set():
@@ -7518,9 +7104,7 @@ class McpServer:
             result["structuredContent"] = structured
         return result
 
-    def _in_time(
-        self, run: Callable[[], tuple[str, JSON]], call: _McpCall
-    ) -> tuple[str, JSON]:
+    def _in_time(self, run: Callable[[], tuple[str, JSON]], call: _McpCall) -> tuple[str, JSON]:
         """The result of a tool, or what there is of it when its time is over."""
         results: list[tuple[str, JSON] | BaseException] = []
         done = threading.Event()
@@ -7546,8 +7130,7 @@ class McpServer:
             wait_s = _MCP_TICK_S if call.tells else max(0.01, min(_MCP_TICK_S, left_s))
         if not results:
             raise RequestTimeoutError(
-                f"Nothing came within {self._call_limit_s:.0f} s",
-                hint="Try again later.",
+                f"Nothing came within {self._call_limit_s:.0f} s", hint="Try again later."
             )
         if isinstance(results[0], BaseException):
             raise results[0]
@@ -7590,8 +7173,7 @@ class McpServer:
         limit = f"{self._call_limit_s:.0f} s"
         if not text:
             raise RequestTimeoutError(
-                f"No answer came within {limit}",
-                hint="Ask a faster model, or a shorter question.",
+                f"No answer came within {limit}", hint="Ask a faster model, or a shorter question."
             )
         note = f"[cut off after {limit}, before the answer was whole]"
         reply = Reply(
@@ -7603,9 +7185,7 @@ class McpServer:
         return reply.text, _chat_content(reply, partial=True)
 
     def _models(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
-        found = self._the_client().models(
-            arguments.get("provider"), arguments.get("free")
-        )
+        found = self._the_client().models(arguments.get("provider"), arguments.get("free"))
         found = matching_models(found, arguments.get("search"))
         rows = [{k: _listed(getattr(m, k)) for k in _MCP_MODEL_KEYS} for m in found]
         lines = [f"{len(rows)} models", *(f"{m.id} ({_price_words(m)})" for m in found)]
@@ -7631,9 +7211,7 @@ _MCP_INSTRUCTIONS = (
 def mcp_list_result(method: str, params: JSON, version: str) -> JSON:
     """The result of a request that needs no work; raises `_RpcError` for unknown ones."""
     is_stateless = version == MCP_STATELESS_VERSION
-    lasting: JSON = (
-        {"ttlMs": _MCP_MODELS_TTL_MS, "cacheScope": "private"} if is_stateless else {}
-    )
+    lasting: JSON = {"ttlMs": _MCP_MODELS_TTL_MS, "cacheScope": "private"} if is_stateless else {}
     if method == "ping" and not is_stateless:
         return {}
     if method == "server/discover":
@@ -7666,9 +7244,7 @@ def _check_envelope(meta: JSON) -> None:
         raise _RpcError(-32602, f"{_MCP_META}protocolVersion must be a text")
     if asked != MCP_STATELESS_VERSION:
         raise _RpcError(
-            -32022,
-            "Unsupported protocol version",
-            {"supported": _MCP_VERSIONS, "requested": asked},
+            -32022, "Unsupported protocol version", {"supported": _MCP_VERSIONS, "requested": asked}
         )
     if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
         raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
@@ -7721,20 +7297,13 @@ def _tool_failure(text: str) -> JSON:
 def argument_fault(arguments: JSON, schema: JSON) -> str:
     """What is wrong with a tool's arguments by its (flat) schema, or ""."""
     known = schema["properties"]
-    kinds: JSON = {
-        "string": str,
-        "number": (int, float),
-        "integer": int,
-        "boolean": bool,
-    }
+    kinds: JSON = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
     for name in schema.get("required", ()):
         if arguments.get(name) in (None, ""):
             return f"the argument {name!r} is missing"
     for name, value in list(arguments.items()):
         if name not in known:
-            return (
-                f"there is no argument {name!r}; there are {', '.join(known) or 'none'}"
-            )
+            return f"there is no argument {name!r}; there are {', '.join(known) or 'none'}"
         kind = known[name]["type"]
         if kind == "integer" and isinstance(value, float) and value.is_integer():
             value = arguments[name] = int(value)  # JSON has one kind of number
@@ -7746,9 +7315,7 @@ def argument_fault(arguments: JSON, schema: JSON) -> str:
         if isinstance(value, (int, float)) and not is_flag:
             low, high = known[name].get("minimum"), known[name].get("maximum")
             if (low is not None and value < low) or (high is not None and value > high):
-                bounds = (
-                    f"from {low} to {high}" if high is not None else f"{low} or more"
-                )
+                bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
                 return f"{name} is {value}, but must be {bounds}"
     return ""
 
@@ -7793,9 +7360,7 @@ def credits_of(
     return told
 
 
-def _credit_row(
-    account: Account, credit: Credit | PuterError, active: Account | None
-) -> JSON:
+def _credit_row(account: Account, credit: Credit | PuterError, active: Account | None) -> JSON:
     known = None if isinstance(credit, PuterError) else credit
     return {
         "username": account.username,
@@ -7834,9 +7399,7 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     os.dup2(2, 1)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     server = McpServer(make_client, messages.put)
-    writer = threading.Thread(
-        target=_write_lines, args=(messages.get, output), daemon=True
-    )
+    writer = threading.Thread(target=_write_lines, args=(messages.get, output), daemon=True)
     writer.start()
     try:
         for line in iter(sys.stdin.buffer.readline, b""):
@@ -7939,14 +7502,10 @@ def build_parser() -> Any:
         epilog=_EXAMPLES + "\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"puter.py {__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(
-        name: str, run: Callable[[Any], int], text: str, epilog: str = ""
-    ) -> Any:
+    def command(name: str, run: Callable[[Any], int], text: str, epilog: str = "") -> Any:
         added = commands.add_parser(
             name,
             help=text,
@@ -7966,21 +7525,11 @@ def build_parser() -> Any:
 
 
 def _add_ask(command: Callable[..., Any]) -> None:
-    ask = command(
-        "ask", cmd_ask, "ask a model; a pipe's text joins the prompt", _EXAMPLES
-    )
-    ask.add_argument(
-        "prompt", nargs="*", help="the question; - waits for standard input"
-    )
-    ask.add_argument(
-        "--no-stream", action="store_true", help="print the answer when it is whole"
-    )
-    ask.add_argument(
-        "--no-fallback", action="store_true", help="only the model that was asked"
-    )
-    ask.add_argument(
-        "--json", action="store_true", help="one JSON object with everything"
-    )
+    ask = command("ask", cmd_ask, "ask a model; a pipe's text joins the prompt", _EXAMPLES)
+    ask.add_argument("prompt", nargs="*", help="the question; - waits for standard input")
+    ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    ask.add_argument("--no-fallback", action="store_true", help="only the model that was asked")
+    ask.add_argument("--json", action="store_true", help="one JSON object with everything")
     ask.add_argument("--usage", action="store_true", help="tokens and cost, on stderr")
     ask.add_argument(
         "-a",
@@ -7994,12 +7543,8 @@ def _add_ask(command: Callable[..., Any]) -> None:
     for parser in (ask, chat):
         parser.add_argument("-m", "--model", help="a model's id or alias")
         parser.add_argument("-s", "--system", help="a system text")
-        parser.add_argument(
-            "--max-tokens", type=int, metavar="N", help="longest answer, in tokens"
-        )
-        parser.add_argument(
-            "--temperature", type=float, metavar="T", help="0 (sober) to 2"
-        )
+        parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
+        parser.add_argument("--temperature", type=float, metavar="T", help="0 (sober) to 2")
         which = parser.add_mutually_exclusive_group()
         which.add_argument(
             "-c",
@@ -8008,9 +7553,7 @@ def _add_ask(command: Callable[..., Any]) -> None:
             action="store_true",
             help="go on with the last conversation",
         )
-        which.add_argument(
-            "-n", "--new", action="store_true", help="begin a new one (the default)"
-        )
+        which.add_argument("-n", "--new", action="store_true", help="begin a new one (the default)")
 
 
 def _port(text: str) -> int:
@@ -8023,22 +7566,13 @@ def _port(text: str) -> int:
 def _add_accounts(command: Callable[..., Any]) -> None:
     login = command("login", cmd_login, "sign in and keep the account")
     how = login.add_mutually_exclusive_group()
-    how.add_argument(
-        "--with-token", action="store_true", help="read a token from stdin"
-    )
+    how.add_argument("--with-token", action="store_true", help="read a token from stdin")
     how.add_argument("--no-browser", action="store_true", help="only print the address")
     how.add_argument(
-        "--import",
-        dest="import_file",
-        metavar="FILE",
-        help="take the accounts of a file",
+        "--import", dest="import_file", metavar="FILE", help="take the accounts of a file"
     )
-    login.add_argument(
-        "--port", type=_port, default=LOGIN_PORT, help="where to wait (%(default)s)"
-    )
-    logout = command(
-        "logout", cmd_logout, "forget an account; the active one by default"
-    )
+    login.add_argument("--port", type=_port, default=LOGIN_PORT, help="where to wait (%(default)s)")
+    logout = command("logout", cmd_logout, "forget an account; the active one by default")
     which = logout.add_mutually_exclusive_group()
     which.add_argument("name", nargs="?", help="the account's name")
     which.add_argument("--all", action="store_true", help="forget all accounts")
@@ -8046,9 +7580,7 @@ def _add_accounts(command: Callable[..., Any]) -> None:
     switch.add_argument("name", help="the account's name")
     status = command("status", cmd_status, "the accounts, and who rests for how long")
     status.add_argument("--json", action="store_true", help="one JSON object")
-    status.add_argument(
-        "--check", action="store_true", help="try everything a call needs"
-    )
+    status.add_argument("--check", action="store_true", help="try everything a call needs")
     status.add_argument("--clear-cooldowns", action="store_true", help="end all rests")
     whoami = command("whoami", cmd_whoami, "ask the server whose token is in use")
     whoami.add_argument("--json", action="store_true", help="all that the server says")
@@ -8057,18 +7589,10 @@ def _add_accounts(command: Callable[..., Any]) -> None:
 def _add_catalogue(command: Callable[..., Any]) -> None:
     models = command("models", cmd_models, "list the models")
     _add_model_choice(models)
-    models.add_argument(
-        "--tools", action="store_true", help="only those that can call functions"
-    )
-    models.add_argument(
-        "--vision", action="store_true", help="only those that see images"
-    )
-    models.add_argument(
-        "--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"
-    )
-    models.add_argument(
-        "--refresh", action="store_true", help="ask the server even if cached"
-    )
+    models.add_argument("--tools", action="store_true", help="only those that can call functions")
+    models.add_argument("--vision", action="store_true", help="only those that see images")
+    models.add_argument("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)")
+    models.add_argument("--refresh", action="store_true", help="ask the server even if cached")
     models.add_argument("--json", action="store_true", help="a JSON list")
     usage = command("usage", cmd_usage, "the credit that is left this month")
     usage.add_argument("--all", action="store_true", help="of all accounts")
@@ -8084,27 +7608,17 @@ def _add_catalogue(command: Callable[..., Any]) -> None:
 
 def _add_model_choice(parser: Any) -> None:
     """The options that choose models of the catalogue."""
-    parser.add_argument(
-        "--free", action="store_true", help="only models that cost nothing"
-    )
+    parser.add_argument("--free", action="store_true", help="only models that cost nothing")
     parser.add_argument("--provider", metavar="NAME", help="only models of a provider")
-    parser.add_argument(
-        "--search", metavar="TEXT", help="only models with this in a name"
-    )
+    parser.add_argument("--search", metavar="TEXT", help="only models with this in a name")
 
 
 def _add_serve(command: Callable[..., Any]) -> None:
     serve = command("serve", cmd_serve, "serve other programs with your account")
     kind = serve.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--openai", action="store_true", help="an OpenAI-compatible server"
-    )
-    kind.add_argument(
-        "--mcp", action="store_true", help="an MCP server on stdin and stdout"
-    )
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="where to listen (%(default)s)"
-    )
+    kind.add_argument("--openai", action="store_true", help="an OpenAI-compatible server")
+    kind.add_argument("--mcp", action="store_true", help="an MCP server on stdin and stdout")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
     serve.add_argument("--port", type=_port, default=SERVER_PORT, help="(%(default)s)")
     serve.add_argument("--api-key", metavar="K", help="what callers must send")
     serve.add_argument(
@@ -8124,22 +7638,16 @@ def _add_serve(command: Callable[..., Any]) -> None:
 
 
 def _add_config(command: Callable[..., Any]) -> None:
-    config = command(
-        "config", cmd_config, "show the settings, or set up another program"
-    )
+    config = command("config", cmd_config, "show the settings, or set up another program")
     config.add_argument(
         "what",
         choices=["show", "path", *_PROGRAMS],
         help="show: every setting; path: where they stand; else the program to set up",
     )
     config.add_argument("--json", action="store_true", help="show: one JSON object")
-    config.add_argument(
-        "--write", action="store_true", help="merge the block into its file"
-    )
+    config.add_argument("--write", action="store_true", help="merge the block into its file")
     config.add_argument("--yes", action="store_true", help="write without asking")
-    config.add_argument(
-        "--base-url", default=_BASE_URL, help="of the server (%(default)s)"
-    )
+    config.add_argument("--base-url", default=_BASE_URL, help="of the server (%(default)s)")
     _add_model_choice(config)
 
 
@@ -8152,10 +7660,7 @@ def cmd_ask(args: Any) -> int:
         attached = attachments(args.attach, client)
         text = "\n\n".join(t for t in (text, *attached.texts) if t)
         if not text.strip() and not attached.parts:
-            _say(
-                "error: There is nothing to ask. "
-                'Try: python -m puter ask "Why is the sky blue?"'
-            )
+            _say('error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
             return 2
         talk = _talk_of(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
@@ -8219,9 +7724,7 @@ class _Spinner:
 
     def __init__(self, quiet: bool) -> None:
         plain = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-        self._thread = (
-            None if plain else threading.Thread(target=self._run, daemon=True)
-        )
+        self._thread = None if plain else threading.Thread(target=self._run, daemon=True)
         self._over = threading.Event()
         self._note = ""
 
@@ -8246,11 +7749,7 @@ class _Spinner:
         """Show how far an upload is, if it is large enough to wait for."""
         if total > 1_000_000:
             bar = _bar(20 * sent // total)
-            self._note = (
-                f"uploading {name} [{bar}] {100 * sent // total}%"
-                if sent < total
-                else ""
-            )
+            self._note = f"uploading {name} [{bar}] {100 * sent // total}%" if sent < total else ""
 
     def _run(self) -> None:
         started = time.monotonic()
@@ -8287,16 +7786,10 @@ def attachments(sources: Sequence[str], client: Puter) -> Attachments:
             data, kind = client._transport.download(source)
             name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
         else:
-            data = (
-                sys.stdin.buffer.read()
-                if source == "-"
-                else _bytes_of(source, "file")[0]
-            )
+            data = sys.stdin.buffer.read() if source == "-" else _bytes_of(source, "file")[0]
             name, kind = ("standard input" if source == "-" else Path(source).name), ""
         if not data:
-            raise BadRequestError(
-                f"{source} holds nothing", hint="Attach something else."
-            )
+            raise BadRequestError(f"{source} holds nothing", hint="Attach something else.")
         if image_kind(data):
             found.images.append(data)
         elif (text := _as_text(data)) is not None and "pdf" not in kind:
@@ -8385,9 +7878,7 @@ def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
         return
     first = client._roster.active_name
     if tried[-1].model != wanted or first not in (None, reply.account):
-        why = next(
-            (a.error.message for a in tried if a.error), "what was asked is resting"
-        )
+        why = next((a.error.message for a in tried if a.error), "what was asked is resting")
         _say(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
 
 
@@ -8457,10 +7948,7 @@ class _Chat:
             self.commands[name](rest.strip())
         else:
             near = _near(name, self.commands)
-            _say(
-                f"There is no {name}. "
-                + (f"Did you mean {near[0]}?" if near else "See /help.")
-            )
+            _say(f"There is no {name}. " + (f"Did you mean {near[0]}?" if near else "See /help."))
 
     def say(self, text: str) -> None:
         """Ask, and print the answer as it comes."""
@@ -8505,9 +7993,7 @@ class _Chat:
             self.attached = []
         if source in ("", "-"):
             told = ", ".join(self.attached) or "nothing"
-            _say(
-                f"With the next message goes {told}. /attach FILE or ADDRESS adds to it."
-            )
+            _say(f"With the next message goes {told}. /attach FILE or ADDRESS adds to it.")
             return
         attachments([source], self.client)  # what is wrong with it is told now
         self.attached.append(source)
@@ -8558,8 +8044,7 @@ class _Chat:
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
             told = [
-                (m["role"], _told(m.get("content"), "text", "text"))
-                for m in self.talk.messages
+                (m["role"], _told(m.get("content"), "text", "text")) for m in self.talk.messages
             ]
             text = "\n\n".join(f"## {role}\n\n{said}" for role, said in told)
         try:
@@ -8567,8 +8052,7 @@ class _Chat:
                 file.write(text + "\n")
         except OSError as error:
             raise StoreError(
-                f"{path} cannot be written ({error.strerror})",
-                hint="Choose another name.",
+                f"{path} cannot be written ({error.strerror})", hint="Choose another name."
             ) from error
         _say(f"saved in {path}")
 
@@ -8689,8 +8173,7 @@ def _read_token() -> str:
         return sys.stdin.buffer.readline().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadRequestError(
-            "The token on standard input is no UTF-8 text",
-            hint="Pipe it as plain text.",
+            "The token on standard input is no UTF-8 text", hint="Pipe it as plain text."
         ) from error
 
 
@@ -8698,9 +8181,7 @@ def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
     import webbrowser
 
     def show(url: str) -> None:
-        _say(
-            f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)..."
-        )
+        _say(f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)...")
 
     opener = None if no_browser else webbrowser.open
     return browser_login(config, show=show, open_browser=opener, port=port)
@@ -8710,12 +8191,12 @@ def _keep(store: AccountStore, config: Config, account: Account) -> str:
     """Put an account into the store; a rest of its old token ends. What was done, in words."""
     is_new = store.add(account)
     State(config.folder / STATE_NAME).clear_cooldowns(account.username)
-    _log.info(
-        "Auth: Account %s - %s", "added" if is_new else "renewed", account.username
-    )
+    _log.info("Auth: Account %s - %s", "added" if is_new else "renewed", account.username)
     kind = " (a temporary account)" if account.is_temporary else ""
     count = len(store.accounts())
-    return f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
+    return (
+        f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
+    )
 
 
 def _import_accounts(store: AccountStore, path: Path) -> int:
@@ -8771,9 +8252,7 @@ def cmd_logout(args: Any) -> int:
     if left:
         print(f"The active account is {left.username}.")
     if gone:
-        print(
-            "The token itself still works: revoke it on puter.com (Settings, Security)."
-        )
+        print("The token itself still works: revoke it on puter.com (Settings, Security).")
     return 0
 
 
@@ -8830,9 +8309,7 @@ def _status_report(
                 "temporary": a.is_temporary,
                 "added_at_ms": a.added_at_ms,
                 "last_used_ms": used.get(a.username, a.last_used_ms),
-                "needs_login": any(
-                    c.account == a.username and c.reason == "login" for c in rests
-                ),
+                "needs_login": any(c.account == a.username and c.reason == "login" for c in rests),
             }
             for a in accounts
         ],
@@ -8853,19 +8330,11 @@ def _status_report(
 def _status_lines(report: JSON, now: float) -> Iterator[str]:
     for account in report["accounts"]:
         notes = ["temporary"] if account["temporary"] else []
-        notes += (
-            ["needs a new sign-in: python -m puter login"]
-            if account["needs_login"]
-            else []
-        )
+        notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
         notes.append(f"last used {_ago(account['last_used_ms'], now)}")
         yield f"{'*' if account['active'] else ' '} {account['username']}  ({', '.join(notes)})"
     for rest in report["cooldowns"]:
-        what = (
-            f"{rest['model']} on {rest['account']}"
-            if rest["model"]
-            else rest["account"]
-        )
+        what = f"{rest['model']} on {rest['account']}" if rest["model"] else rest["account"]
         yield f"  resting: {what}, {rest['seconds_left']:.0f} s left ({rest['reason']})"
 
 
@@ -8876,7 +8345,9 @@ def _not_signed_in_text(store: AccountStore) -> str:
     for folder in (Path.home() / ".config" / "opencode", Path.home() / ".opencode"):
         path = folder / ACCOUNTS_NAME
         if path.exists() and path != store.path:
-            return f"{_NOBODY}\nOr take the plugin's accounts: python -m puter login --import {path}"
+            return (
+                f"{_NOBODY}\nOr take the plugin's accounts: python -m puter login --import {path}"
+            )
     return _NOBODY
 
 
@@ -8923,9 +8394,7 @@ def _model_row(model: Model) -> tuple[str, ...]:
     return (model.id, model.provider, context, inputs, tools, *shown)
 
 
-def _table(
-    rows: Sequence[Sequence[str]], sides: str, less: Sequence[int] = ()
-) -> Iterator[str]:
+def _table(rows: Sequence[Sequence[str]], sides: str, less: Sequence[int] = ()) -> Iterator[str]:
     """Rows of texts as lines with aligned columns (`<` or `>` a column).
 
     On a terminal that is too narrow the columns of `less` are left out, in that order.
@@ -8971,9 +8440,7 @@ def cmd_usage(args: Any) -> int:
 def _credit_report(account: Account, credit: Credit | PuterError) -> JSON:
     if isinstance(credit, PuterError):
         return {"username": account.username, "error": str(credit)}
-    told = {
-        k: v for k, v in _plain_values(credit).items() if k not in ("raw", "by_api")
-    }
+    told = {k: v for k, v in _plain_values(credit).items() if k not in ("raw", "by_api")}
     by_api = {
         name: {"cost": cost, "units": units, "count": count}
         for name, (cost, units, count) in credit.by_api.items()
@@ -8991,9 +8458,7 @@ def _credit_lines(account: Account, credit: Credit | PuterError) -> Iterator[str
     yield f"  [{_bar(round(20 * share))}] {100 * share:.0f}% ({credit_word(share)})"
     rows = sorted(credit.by_api.items(), key=lambda row: -row[1][0])
     if rows:
-        shown = [
-            (n, money(c, credit.unit), f"{u:,.0f}", f"{k:,}") for n, (c, u, k) in rows
-        ]
+        shown = [(n, money(c, credit.unit), f"{u:,.0f}", f"{k:,}") for n, (c, u, k) in rows]
         head = ("  USED FOR", "COST", "UNITS", "CALLS")
         yield from _table([head, *_indented(shown)], "<>>>")
 
@@ -9037,11 +8502,7 @@ def _stats_row(stats: ModelStats) -> tuple[str, ...]:
     def shown(value: float | None, unit: str) -> str:
         return "-" if value is None else f"{value:.2f}{unit}"
 
-    times = (
-        shown(stats.p50_s, "s"),
-        shown(stats.p95_s, "s"),
-        shown(stats.first_s, "s"),
-    )
+    times = (shown(stats.p50_s, "s"), shown(stats.p95_s, "s"), shown(stats.first_s, "s"))
     speed = "-" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.0f}"
     counts = (str(stats.requests), str(stats.successes))
     return (stats.model, *counts, *times, speed, f"${stats.cost_usd:.4f}")
@@ -9054,9 +8515,7 @@ def cmd_cache(args: Any) -> int:
         if args.clear:
             print(f"Forgot {client._ledger.replies.clear_cache()} replies.")
             return 0
-        told = client._ledger.replies.cache_figures(
-            time.time(), config.cache_ttl_ms / 1000
-        )
+        told = client._ledger.replies.cache_figures(time.time(), config.cache_ttl_ms / 1000)
         place = client._ledger.replies.path
     asked = told["hits"] + told["misses"]
     rate = f"{100 * told['hits'] / asked:.0f}%" if asked else "-"
@@ -9066,13 +8525,10 @@ def cmd_cache(args: Any) -> int:
     state = "on" if config.cache_enabled else "off (set cache_enabled to true)"
     print(f"Keeping replies is {state}; they are in {place}")
     print(
-        f"{told['entries']} of {config.cache_max_entries} entries, {told['fresh']} fresh, ",
-        end="",
+        f"{told['entries']} of {config.cache_max_entries} entries, {told['fresh']} fresh, ", end=""
     )
     print(f"{told['bytes']:,} bytes")
-    print(
-        f"{asked} look-ups, {rate} found; kept for {config.cache_ttl_ms / 1000:.0f} s"
-    )
+    print(f"{asked} look-ups, {rate} found; kept for {config.cache_ttl_ms / 1000:.0f} s")
     return 0
 
 
@@ -9084,17 +8540,13 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
             fine = mode & 0o077 == 0
-            yield (
-                fine,
-                f"{path}: mode {mode:o}" + ("" if fine else f"; do: chmod 600 {path}"),
-            )
+            yield (fine, f"{path}: mode {mode:o}" + ("" if fine else f"; do: chmod 600 {path}"))
     with Puter(config=config) as client:
         try:
             accounts = client.accounts
             yield (
                 bool(accounts),
-                f"{len(accounts)} accounts"
-                + ("" if accounts else "; do: python -m puter login"),
+                f"{len(accounts)} accounts" + ("" if accounts else "; do: python -m puter login"),
             )
         except PuterError as error:
             yield False, str(error)
@@ -9122,10 +8574,7 @@ def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
     off_s = _clock_error_s(answer.date, time.time())
     if off_s is not None:
         fine = abs(off_s) < 300
-        yield (
-            fine,
-            f"the clock differs by {off_s:.0f} s" + ("" if fine else "; set it right"),
-        )
+        yield (fine, f"the clock differs by {off_s:.0f} s" + ("" if fine else "; set it right"))
     try:
         yield True, f"{len(client.models(refresh=True))} models"
     except PuterError as error:
@@ -9159,24 +8608,15 @@ def _serve_openai(args: Any) -> int:
     with _client() as client:
         try:
             server = OpenAIServer(
-                client,
-                args.host,
-                args.port,
-                key,
-                args.allow_origin,
-                args.max_connections,
+                client, args.host, args.port, key, args.allow_origin, args.max_connections
             )
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            _say(
-                f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port."
-            )
+            _say(f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port.")
             return 1
         server.start()
         _announce(server, client, key)
-        while not stop.wait(
-            0.5
-        ):  # in short waits: a signal cannot end a long one everywhere
+        while not stop.wait(0.5):  # in short waits: a signal cannot end a long one everywhere
             pass
         _say("Stopping; what runs may take a moment to end.")
         server.stop()
@@ -9201,13 +8641,7 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
 # Desktop of August 2026 (read in their sources and manuals).
 _BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
 _MARK_BEGIN, _MARK_END = "# >>> puter.py", "# <<< puter.py"
-_OPENCODE_KINDS = (
-    "text",
-    "audio",
-    "image",
-    "video",
-    "pdf",
-)  # others make its file invalid
+_OPENCODE_KINDS = ("text", "audio", "image", "video", "pdf")  # others make its file invalid
 
 
 class Block:
@@ -9264,36 +8698,22 @@ def jsonc_with(text: str, path: Sequence[str], value: Any) -> str:
         if not found:
             for name in reversed(path[depth + 1 :]):
                 value = {name: value}
-            shown = json.dumps(value, indent=2, ensure_ascii=False).replace(
-                "\n", f"\n{indent}"
-            )
+            shown = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", f"\n{indent}")
             added = f"\n{indent}{json.dumps(key)}: {shown}" + (
                 "," if members else f"\n{indent[2:]}"
             )
-            return (
-                text[: start + 1]
-                + added
-                + text[start + 1 :].lstrip(" \t" if members else None)
-            )
+            return text[: start + 1] + added + text[start + 1 :].lstrip(" \t" if members else None)
         _, start, end = found[-1]  # of twins every parser takes the last
-    shown = json.dumps(value, indent=2, ensure_ascii=False).replace(
-        "\n", f"\n{'  ' * len(path)}"
-    )
+    shown = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", f"\n{'  ' * len(path)}")
     return text[:start] + shown + text[end:]
 
 
 def jsonc_with_all(text: str, values: Mapping[tuple[str, ...], Any]) -> str:
     """As `jsonc_with` for several; new keys of the top are put in together, for speed."""
     start = _jsonc_skip(text, 0)
-    known = (
-        {m[0] for m in _jsonc_members(text, start)}
-        if text[start : start + 1] == "{"
-        else set()
-    )
+    known = {m[0] for m in _jsonc_members(text, start)} if text[start : start + 1] == "{" else set()
     new = {
-        path[0]: value
-        for path, value in values.items()
-        if len(path) == 1 and path[0] not in known
+        path[0]: value for path, value in values.items() if len(path) == 1 and path[0] not in known
     }
     rest = {path: value for path, value in values.items() if path[0] not in new}
     for path, value in rest.items():
@@ -9317,9 +8737,7 @@ def _jsonc_end(text: str, at: int) -> int:
         closing = "}" if text[at] == "{" else "]"
         members = _jsonc_members(text, at)
         inner = _jsonc_skip(text, members[-1][2] if members else at + 1)
-        inner = (
-            _jsonc_skip(text, inner + 1) if text[inner : inner + 1] == "," else inner
-        )
+        inner = _jsonc_skip(text, inner + 1) if text[inner : inner + 1] == "," else inner
         if text[inner : inner + 1] != closing:
             raise ValueError(f"{closing} is missing at {_place(text, inner)}")
         return inner + 1
@@ -9367,18 +8785,13 @@ def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
     if not key:
         items = [r for r in rows if _says_something(r)]
         indent = re.match(r" *", items[0]).group() if items else ""  # type: ignore[union-attr]
-        if any(
-            not r.startswith((f"{indent}- ", f"{indent} ")) and r.strip() != "-"
-            for r in items
-        ):
+        if any(not r.startswith((f"{indent}- ", f"{indent} ")) and r.strip() != "-" for r in items):
             raise ValueError("it is not a list")
         return "\n".join([*rows, *_indented_by(indent, [begin, *lines, end]), ""])
     heads = [rf"{quote}{re.escape(key)}{quote}\s*:" for quote in ("", '"', "'")]
     at = next((i for i, r in enumerate(rows) if re.match("|".join(heads), r)), None)
     if at is None:
-        return "\n".join(
-            [*rows, f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""]
-        )
+        return "\n".join([*rows, f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""])
     told = re.sub(r"^[^:]*:\s*|\s*#.*$", "", rows[at])
     if told.replace(" ", "") in ("[]", "~", "null"):
         rows[at] = f"{rows[at].partition(':')[0]}:"
@@ -9441,12 +8854,7 @@ def mcp_command() -> list[str]:
 
     here = Path(__file__).resolve()
     installed = any(part in ("site-packages", "dist-packages") for part in here.parts)
-    return [
-        sys.executable,
-        *(("-m", "puter") if installed else (str(here),)),
-        "serve",
-        "--mcp",
-    ]
+    return [sys.executable, *(("-m", "puter") if installed else (str(here),)), "serve", "--mcp"]
 
 
 def seems_to_reason(model: Model) -> bool:
@@ -9455,9 +8863,7 @@ def seems_to_reason(model: Model) -> bool:
     return re.search(pattern, model.id.lower()) is not None
 
 
-def opencode_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[Block]:
+def opencode_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
     from pathlib import Path
 
@@ -9473,10 +8879,7 @@ def opencode_block(
         "models": {m.id: _opencode_model(m) for m in models},
     }
     mcp = {"type": "local", "command": mcp_command(), "enabled": True}
-    values: dict[tuple[str, ...], Any] = {
-        ("provider", "puter"): provider,
-        ("mcp", "puter"): mcp,
-    }
+    values: dict[tuple[str, ...], Any] = {("provider", "puter"): provider, ("mcp", "puter"): mcp}
     fresh = '{\n  "$schema": "https://opencode.ai/config.json"\n}\n'
     path = named if named.exists() else folder / "opencode.json"
     return [Block(path, values, comments=True, fresh=fresh)]
@@ -9520,9 +8923,7 @@ def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[B
         ("language_models", "openai_compatible", "puter"): provider,
         ("context_servers", "puter"): {"command": command, "args": args, "env": {}},
     }
-    folder = _app_folder(
-        "Zed" if sys.platform == "win32" else "zed", os.environ, sys.platform
-    )
+    folder = _app_folder("Zed" if sys.platform == "win32" else "zed", os.environ, sys.platform)
     if sys.platform == "darwin":
         folder = _home(".config", "zed")
     return [Block(folder / "settings.json", values, comments=True)]
@@ -9534,26 +8935,19 @@ def _mcp_json(path: Path, kind: JSON) -> list[Block]:
     return [Block(path, {("mcpServers", "puter"): server})]
 
 
-def claude_desktop_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[Block]:
+def claude_desktop_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
     """Claude Desktop: the MCP server (it takes no OpenAI-compatible provider)."""
     from pathlib import Path
 
     folder = _app_folder("Claude", os.environ, sys.platform)
     if sys.platform == "win32":  # the installer of the app store keeps its own copy
-        packages = (
-            Path(os.environ.get("LOCALAPPDATA") or _home("AppData", "Local"))
-            / "Packages"
-        )
+        packages = Path(os.environ.get("LOCALAPPDATA") or _home("AppData", "Local")) / "Packages"
         for package in sorted(packages.glob("Claude_*")):
             folder = package / "LocalCache" / "Roaming" / "Claude"
     return _mcp_json(folder / "claude_desktop_config.json", {})
 
 
-def claude_code_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[Block]:
+def claude_code_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
     """Claude Code: the MCP server, for the user (it takes no OpenAI-compatible provider)."""
     from pathlib import Path
 
@@ -9562,9 +8956,7 @@ def claude_code_block(
     return _mcp_json(path, {"type": "stdio"})
 
 
-def continue_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[Block]:
+def continue_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
     """Continue: models with the provider `openai`, and the MCP server."""
     from pathlib import Path
 
@@ -9637,17 +9029,10 @@ def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[B
     from pathlib import Path
 
     given = os.environ.get("LLM_USER_PATH")
-    folder = (
-        Path(given)
-        if given
-        else _app_folder("io.datasette.llm", os.environ, sys.platform)
-    )
+    folder = Path(given) if given else _app_folder("io.datasette.llm", os.environ, sys.platform)
     lines = []
     for m in models:
-        lines += [
-            f"- model_id: {json.dumps(f'puter/{m.id}')}",
-            f"  model_name: {json.dumps(m.id)}",
-        ]
+        lines += [f"- model_id: {json.dumps(f'puter/{m.id}')}", f"  model_name: {json.dumps(m.id)}"]
         lines += [f"  api_base: {json.dumps(base_url)}"]
         lines += ["  api_key_name: puter"] if key else []
         lines += ["  vision: true"] if "image" in (m.inputs or ()) else []
@@ -9672,10 +9057,7 @@ _PROGRAMS: dict[str, tuple[Callable[..., list[Block]], str]] = {
     ),
     "continue": (continue_block, "Then choose a model whose name begins with Puter."),
     "aider": (aider_block, "Then: aider --model openai/MODEL"),
-    "llm": (
-        llm_block,
-        "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter",
-    ),
+    "llm": (llm_block, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"),
 }
 
 
@@ -9699,9 +9081,7 @@ def cmd_config(args: Any) -> int:
     key = os.environ.get("PUTER_SERVER_API_KEY")
     blocks = build(models, args.base_url, key)
     if args.write:
-        changes = [
-            _change_of(block) for block in blocks
-        ]  # all are read before one is written
+        changes = [_change_of(block) for block in blocks]  # all are read before one is written
         for change in changes:
             _write_change(*change, sure=args.yes)
     else:
@@ -9721,9 +9101,7 @@ def _show_config(as_json: bool) -> int:
         told = {n: {"value": v, "source": sources[n]} for n, v in values.items()}
         print(json.dumps(told, ensure_ascii=False))
         return 0
-    rows = [
-        (n, json.dumps(v, ensure_ascii=False), sources[n]) for n, v in values.items()
-    ]
+    rows = [(n, json.dumps(v, ensure_ascii=False), sources[n]) for n, v in values.items()]
     short = [(n, v if len(v) <= 60 else f"{v[:57]}...", s) for n, v, s in rows]
     for line in _table([("SETTING", "VALUE", "FROM"), *short], "<<<"):
         print(line)
@@ -9756,8 +9134,7 @@ def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
         print(f"{target} has it already.")
         return
     before, after = (
-        data.decode("utf-8").replace("\r\n", "\n").splitlines(True)
-        for data in (old, new)
+        data.decode("utf-8").replace("\r\n", "\n").splitlines(True) for data in (old, new)
     )
     name = str(target)
     sys.stderr.writelines(difflib.unified_diff(before, after, name, name))
@@ -9780,8 +9157,7 @@ def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
         target.chmod(mode)
     except OSError as error:
         raise ConfigError(
-            f"{target} cannot be written ({error.strerror})",
-            hint="Give yourself the right to.",
+            f"{target} cannot be written ({error.strerror})", hint="Give yourself the right to."
         ) from error
     print(f"Wrote {target}")
 
@@ -9844,18 +9220,12 @@ def _piped_text(wait: bool) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     if not wait and not _has_input(IDLE_STDIN_S):
-        _say(
-            _dim(
-                "standard input is silent and was left alone (use - as the prompt to wait)"
-            )
-        )
+        _say(_dim("standard input is silent and was left alone (use - as the prompt to wait)"))
         return ""
     try:
         return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise BadRequestError(
-            "Standard input is no UTF-8 text", hint="Pipe text."
-        ) from error
+        raise BadRequestError("Standard input is no UTF-8 text", hint="Pipe text.") from error
 
 
 def _has_input(patience_s: float) -> bool:
@@ -9864,10 +9234,7 @@ def _has_input(patience_s: float) -> bool:
 
     try:
         return bool(select.select([sys.stdin], [], [], patience_s)[0])
-    except (
-        OSError,
-        ValueError,
-    ):  # no socket on Windows: a pipe is read to its end there
+    except (OSError, ValueError):  # no socket on Windows: a pipe is read to its end there
         return True
 
 
