@@ -26,7 +26,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, partial
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar
 
@@ -36,16 +37,7 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     import requests
-    from typing_extensions import (  # noqa: UP035 (typing's own need 3.11)
-        Self,
-        dataclass_transform,
-    )
-else:
-
-    def dataclass_transform(**_: Any) -> Any:
-        """A word to type checkers alone."""
-        return lambda cls: cls
-
+    from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -210,7 +202,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     """A found value for an error text: its JSON, shortened, and its kind."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
@@ -218,20 +210,22 @@ def _described(value: Any) -> str:
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
-def _near(name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3) -> list[str]:
+def _close_matches(
+    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
+) -> list[str]:
     """The names that look like the given one, best first."""
     import difflib
 
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 
-def _meant(name: str, names: Iterable[str]) -> str:
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question for the hint of an unknown name, with a blank behind it; "" if none is near."""
-    near = _near(name, names)
+    near = _close_matches(name, names)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
-def plain_model_name(name: str) -> str:
+def strip_puter_prefix(name: str) -> str:
     """The name as Puter takes it: without the `puter/` that other tools put in front."""
     stripped = name.strip()
     return stripped[6:] if stripped.lower().startswith("puter/") else stripped
@@ -299,13 +293,13 @@ class PuterError(Exception):
     def __str__(self) -> str:
         parts = [self.message]
         if len(self.attempts) > 1:
-            parts.append(f"Tried {_told_together(self.attempts)}.")
+            parts.append(f"Tried {_summarize(self.attempts)}.")
         if self.hint:
             parts.append(self.hint)
         return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
 
 
-def _told_together(attempts: Sequence[Attempt]) -> str:
+def _summarize(attempts: Sequence[Attempt]) -> str:
     """Attempts in a few words; the same one several times in a row is told once."""
     told: list[list[Any]] = []
     for attempt in attempts:
@@ -480,175 +474,11 @@ class AllAccountsOnCooldownError(PuterError):
 # 3. values · uses: errors
 # ======================================================================================
 ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
-_REQUIRED: Any = object()  # the default of a field that has none
 
 
-class _Field:
-    """A field of a value; `name` and `type` (the hint as written) come from the class body."""
-
-    __slots__ = ("default", "default_factory", "metadata", "name", "repr", "type")
-
-    def __init__(
-        self,
-        default: Any = _REQUIRED,
-        default_factory: Callable[[], Any] | None = None,
-        repr: bool = True,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.default = default
-        self.default_factory = default_factory
-        self.repr = repr
-        self.metadata = metadata or {}
-        self.name = self.type = ""
-
-
-def _field(**about: Any) -> Any:
-    """As `dataclasses.field`: `default` or `default_factory`, `repr`, `metadata`."""
-    return _Field(**about)
-
-
-def _init_of(fields: Mapping[str, _Field], checks: bool, module: str) -> Any:
-    """`__init__` that takes the fields in order or by name; then `__post_init__` `checks`."""
-    known: dict[str, Any] = {"setattr": object.__setattr__}
-    heads, lines = ["self"], []
-    for name, spec in fields.items():
-        known[f"_{name}"] = spec.default_factory or spec.default
-        required = known[f"_{name}"] is _REQUIRED
-        heads.append(name if required else f"{name}=_{name}")
-        made = f"_{name}() if {name} is _{name} else " if spec.default_factory else ""
-        lines.append(f"setattr(self, {name!r}, {made}{name})")
-    lines += ["self.__post_init__()"] if checks else []
-    text = (
-        f"def make({', '.join(known)}):\n"
-        f" def __init__({', '.join(heads)}): {'; '.join(lines) or 'pass'}\n"
-        " return __init__"
-    )
-    made_here: dict[str, Any] = {}
-    names = vars(sys.modules[module]) if module in sys.modules else {}
-    exec(text, names, made_here)  # noqa: S102 (as dataclasses does: of names of fields alone)
-    init = made_here["make"](**known)
-    init.__annotations__ = {n: f.type for n, f in fields.items()} | {"return": "None"}
-    return init
-
-
-def _hints_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The hints of a class body, but for those of class variables."""
-    if sys.version_info >= (3, 14) and "__annotations__" not in body:
-        import annotationlib as a
-
-        annotate = a.get_annotate_from_class_namespace(body)
-        lazy = a.Format.FORWARDREF
-        hints = a.call_annotate_function(annotate, lazy) if annotate else {}
-    else:
-        hints = body.get("__annotations__", {})
-    return {n: h for n, h in hints.items() if "ClassVar" not in str(h)}
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(_field,))
-class _ValueType(type):
-    """Makes of a class body with hints what `dataclass(frozen=True, slots=True)` makes of it.
-
-    `dataclasses` itself would take a third of the time that importing this module takes. A
-    subclass elsewhere has no slots, and what it writes itself is left as it is.
-    """
-
-    _fields: dict[str, _Field]
-
-    def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
-        fields: dict[str, _Field] = {}
-        for base in reversed(bases):
-            fields |= getattr(base, "_fields", {})
-        own, is_ours = _hints_of(body), body["__module__"] == __name__
-        for field_name, hint in own.items():
-            given = body.get(field_name, _REQUIRED)
-            spec = given if isinstance(given, _Field) else _Field(given)
-            spec.name, spec.type = field_name, hint
-            fields[field_name] = spec
-            if is_ours:
-                body.pop(field_name, None)  # a slot stands in its place
-        if is_ours:
-            body["__slots__"] = tuple(own)
-        if "__init__" not in body:
-            inherited = any(hasattr(base, "__post_init__") for base in bases)
-            checks = inherited or "__post_init__" in body
-            body["__init__"] = _init_of(fields, checks, body["__module__"])
-            body["__init__"].__qualname__ = f"{body['__qualname__']}.__init__"
-        body.setdefault("__match_args__", tuple(fields))
-        return super().__new__(mcs, name, bases, {**body, "_fields": fields})
-
-
-@cache
-def _dataclass_like(value_type: Any) -> type:
-    """A dataclass of the same fields."""
-    from dataclasses import field, make_dataclass
-
-    rows = []
-    for spec in value_type._fields.values():
-        about = {"repr": spec.repr, "metadata": spec.metadata}
-        if spec.default_factory is not None:
-            about["default_factory"] = spec.default_factory
-        elif spec.default is not _REQUIRED:
-            about["default"] = spec.default
-        rows.append((spec.name, spec.type, field(**about)))
-    return make_dataclass(value_type.__name__, rows, frozen=True)
-
-
-class _AsDataclass:
-    """An attribute by which `dataclasses` knows its own."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, value: object, owner: Any) -> Any:
-        return getattr(_dataclass_like(owner), self._name)
-
-
-def _plain_values(value: Any) -> JSON:
-    """A value as a dict of its fields."""
-    return {name: getattr(value, name) for name in value._fields}
-
-
-class _Value(metaclass=_ValueType):
-    """What values have in common: frozen, equal when all fields are, and shown with those.
-
-    The functions of `dataclasses` (`fields`, `replace`, `asdict`…) take them.
-    """
-
-    __dataclass_fields__ = _AsDataclass()
-    __dataclass_params__ = _AsDataclass()
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        from dataclasses import FrozenInstanceError
-
-        raise FrozenInstanceError(f"cannot assign to field {name!r}")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        from dataclasses import FrozenInstanceError
-
-        raise FrozenInstanceError(f"cannot delete field {name!r}")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return _plain_values(self) == _plain_values(other)
-
-    def __hash__(self) -> int:
-        first = next(iter(type(self)._fields))
-        return hash((type(self), getattr(self, first)))
-
-    def __repr__(self) -> str:
-        specs = type(self)._fields.values()
-        shown = (f"{s.name}={getattr(self, s.name)!r}" for s in specs if s.repr)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), tuple(_plain_values(self).values())
-
-    def _replace(self, **changes: Any) -> Self:
-        """The same with other values in some fields."""
-        return type(self)(**{**_plain_values(self), **changes})
-
-    __replace__ = _replace  # what copy.replace calls (Python 3.13)
+def as_dict(value: Any) -> JSON:
+    """A value as a dict of its fields; what is inside them stays as it is."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def _code_of(error: PuterError) -> str:
@@ -656,7 +486,8 @@ def _code_of(error: PuterError) -> str:
     return error.code or type(error).__name__
 
 
-class Usage(_Value):
+@dataclass(frozen=True, slots=True)
+class Usage:
     """Tokens and price of one reply, whatever the provider calls them; None is "not told".
 
     `input_tokens` is as the provider counts it: OpenRouter and Claude leave cached tokens
@@ -673,7 +504,8 @@ class Usage(_Value):
         return any(v is not None for v in (self.input_tokens, self.output_tokens, self.cost_usd))
 
 
-class ToolCall(_Value):
+@dataclass(frozen=True, slots=True)
+class ToolCall:
     """A model's wish to call a function: `arguments` is a dict.
 
     `extra_content` is a provider's note (Gemini's thought signature) that must go back with
@@ -686,7 +518,8 @@ class ToolCall(_Value):
     extra_content: JSON | None = None
 
 
-class Chunk(_Value):
+@dataclass(slots=True)
+class Chunk:
     """A piece of a streamed reply; `str()` of any but a text chunk is empty.
 
     `type` is "text", "reasoning" (both carry `text`), "tool_call" or "usage".
@@ -701,7 +534,8 @@ class Chunk(_Value):
         return self.text if self.type == "text" else ""
 
 
-class Attempt(_Value):
+@dataclass(frozen=True, slots=True)
+class Attempt:
     """One request made for a call: `error` is None for the one that answered."""
 
     model: str
@@ -717,7 +551,8 @@ class Attempt(_Value):
         return f"{self.model} on {self.account}: {told}"
 
 
-class Reply(_Value):
+@dataclass(frozen=True, slots=True)
+class Reply:
     """A whole answer; `str()` is its text.
 
     `model` and `account` are the ones that answered, `attempts` everything that was tried.
@@ -733,7 +568,7 @@ class Reply(_Value):
     model: str = ""
     account: str = ""
     attempts: tuple[Attempt, ...] = ()
-    raw: JSON = _field(default_factory=dict)
+    raw: JSON = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.text
@@ -747,7 +582,8 @@ class Reply(_Value):
         return self.text or f"```\n{self!r}\n```"
 
 
-class Model(_Value):
+@dataclass(frozen=True, slots=True)
+class Model:
     """A model of the catalogue; prices in US dollars per million tokens, None if not told.
 
     `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
@@ -772,17 +608,19 @@ class Model(_Value):
         return (self.id, *self.aliases)
 
 
-class Account(_Value):
+@dataclass(frozen=True, slots=True)
+class Account:
     """A stored account; times are milliseconds since 1970, None if never or not known."""
 
     username: str
-    token: str = _field(repr=False)
+    token: str = field(repr=False)
     added_at_ms: int | None = None
     last_used_ms: int | None = None
     is_temporary: bool = False
 
 
-class Cooldown(_Value):
+@dataclass(frozen=True, slots=True)
+class Cooldown:
     """A rest: of a whole account (`model` is ""), or of one model on it.
 
     `until_s` is seconds since 1970; `reason` is the error's code, "login" for a token that is
@@ -796,7 +634,8 @@ class Cooldown(_Value):
     reason: str
 
 
-class Credit(_Value):
+@dataclass(frozen=True, slots=True)
+class Credit:
     """What an account may still spend this month, in `unit` ("usd" or "credits").
 
     `by_api` maps what was used to (cost in the unit, units, calls).
@@ -806,11 +645,12 @@ class Credit(_Value):
     allowance: float
     remaining: float
     used: float
-    by_api: dict[str, tuple[float, float, int]] = _field(default_factory=dict)
-    raw: JSON = _field(default_factory=dict, repr=False)
+    by_api: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    raw: JSON = field(default_factory=dict, repr=False)
 
 
-class ModelStats(_Value):
+@dataclass(frozen=True, slots=True)
+class ModelStats:
     """How a model has done here: counts of all calls, times of the latest ones.
 
     Times are in seconds: `p50_s` and `p95_s` of whole replies, `first_s` the median to the
@@ -858,10 +698,11 @@ def config_dir(
 
 def _setting(default: Any, doc: str, **check: Any) -> Any:
     """A field of `Config`; `check` holds `low` and `high`, or `choices`, or `url`."""
-    return _field(default=default, metadata={"doc": doc, **check})
+    return field(default=default, metadata={"doc": doc, **check})
 
 
-class Config(_Value):
+@dataclass(frozen=True, slots=True)
+class Config:
     """All settings; `Config.load()` reads them from puter.json and the environment.
 
     Raises `ConfigError` for a value of the wrong type or out of range.
@@ -921,7 +762,7 @@ class Config(_Value):
         "exact", "`live` streams with tools and may lose calls", choices=("exact", "live")
     )
     max_concurrent: int = _setting(3, "requests at once on one account", low=1, high=1_000)
-    folder: Path = _field(default_factory=config_dir)
+    folder: Path = field(default_factory=config_dir)
 
     def __post_init__(self) -> None:
         for spec in _SETTINGS.values():
@@ -930,7 +771,7 @@ class Config(_Value):
 
     def model_name(self, asked: str | None) -> str:
         """The model to ask: the asked one, else the default; without `puter/` in front."""
-        return plain_model_name(asked or self.default_model or DEFAULT_MODEL)
+        return strip_puter_prefix(asked or self.default_model or DEFAULT_MODEL)
 
     @classmethod
     def load(
@@ -994,7 +835,7 @@ def _read_config(path: Path) -> JSON:
         ) from error
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{path}: holds {_described(data)}, not an object",
+            f"{path}: holds {_describe(data)}, not an object",
             hint='It should look like {"debug": true}.',
         )
     return data
@@ -1021,7 +862,7 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
             given[name] = _from_text(name, env[variable])
         else:
             known = [*(f"PUTER_{n.upper()}" for n in _SETTINGS), *_OTHER_VARIABLES]
-            near = _near(variable, known, cutoff=0.85)
+            near = _close_matches(variable, known, cutoff=0.85)
             if near:  # what is less alike may be another program's
                 raise ConfigError(
                     f"{variable}: there is no such setting", hint=f"Did you mean {near[0]}?"
@@ -1056,7 +897,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     allowed, result = _allowed(spec, value)
     if allowed:
         raise ConfigError(
-            f"{where}: {name} is {_described(value)}, but must be {allowed}",
+            f"{where}: {name} is {_describe(value)}, but must be {allowed}",
             hint="Correct the value, or remove it for the default"
             f" ({json.dumps(spec.default) if spec.name != 'fallback_models' else 'a built-in list'}).",
         )
@@ -1090,11 +931,11 @@ def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
-    meant = _meant(name, _SETTINGS).strip() or f"Known keys: {', '.join(_SETTINGS)}."
+    meant = _did_you_mean(name, _SETTINGS).strip() or f"Known keys: {', '.join(_SETTINGS)}."
     return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
 
 
-_SETTINGS = {n: f for n, f in Config._fields.items() if "doc" in f.metadata}
+_SETTINGS = {n: f for n, f in ((f.name, f) for f in fields(Config)) if "doc" in f.metadata}
 
 
 # ======================================================================================
@@ -1198,7 +1039,7 @@ class AccountStore:
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
             raise StoreError(
                 f"{self.path}: no account is called {username!r}",
-                hint=f"{_meant(username, names)}Accounts: {known}.",
+                hint=f"{_did_you_mean(username, names)}Accounts: {known}.",
             )
         return index
 
@@ -1448,7 +1289,7 @@ class State:
     def __repr__(self) -> str:
         return f"State({self.path!r})"
 
-    def cool(
+    def add_cooldown(
         self,
         account: str,
         model: str,
@@ -1476,7 +1317,7 @@ class State:
 
         return self._run(self._written(work))
 
-    def succeed(self, account: str, names: Sequence[str], now: float) -> None:
+    def record_success(self, account: str, names: Sequence[str], now: float) -> None:
         """A call was answered by a model of these names: no strikes, and a use of the account.
 
         Nothing is written when nothing changes: no strike that is known, and a use within the
@@ -1611,7 +1452,7 @@ class State:
             finally:
                 recorder.release()
 
-    def figures(
+    def metrics(
         self, keep: int = 1_000
     ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
         """All that `record` counted: (model, outcome, count, cost), and samples by model."""
@@ -1634,7 +1475,7 @@ class State:
 
         return self._run(work)
 
-    def reset_figures(self, models: Sequence[str] | None = None) -> None:
+    def reset_metrics(self, models: Sequence[str] | None = None) -> None:
         """Forget what `record` counted, of some models or of all."""
 
         def work(db: sqlite3.Connection) -> None:
@@ -1647,7 +1488,7 @@ class State:
 
         self._run(self._written(work))
 
-    def keep_reply(self, key: str, body: str, now: float, most: int) -> None:
+    def cache_put(self, key: str, body: str, now: float, most: int) -> None:
         """Keep a reply as JSON text; the oldest go when there are more than `most`."""
 
         def work(db: sqlite3.Connection) -> None:
@@ -1660,7 +1501,7 @@ class State:
 
         self._run(self._written(work))
 
-    def kept_reply(self, key: str, now: float, ttl_s: float) -> str | None:
+    def cache_get(self, key: str, now: float, ttl_s: float) -> str | None:
         """The kept reply, if it is not too old; counts whether there was one."""
 
         def work(db: sqlite3.Connection) -> str | None:
@@ -1676,7 +1517,7 @@ class State:
 
         return self._run(self._written(work))
 
-    def cache_figures(self, now: float, ttl_s: float) -> dict[str, int]:
+    def cache_stats(self, now: float, ttl_s: float) -> dict[str, int]:
         """Entries (and how many are still fresh), bytes, hits and misses of kept replies."""
 
         def work(db: sqlite3.Connection) -> dict[str, int]:
@@ -1693,7 +1534,7 @@ class State:
 
         return self._run(work)
 
-    def clear_cache(self) -> int:
+    def cache_clear(self) -> int:
         """Forget all kept replies and their counts; how many replies there were."""
 
         def work(db: sqlite3.Connection) -> int:
@@ -1795,7 +1636,8 @@ _IMAGE_KINDS = (
 )
 
 
-class Needs(_Value):
+@dataclass(frozen=True, slots=True)
+class Needs:
     """What a request asks of a model: tools, kinds of input, and room for so many tokens."""
 
     tools: bool = False
@@ -1816,7 +1658,7 @@ def messages_from(
         messages = [_checked_message(m, i) for i, m in enumerate(prompt)]
     else:
         raise BadRequestError(
-            f"The prompt is {_described(prompt)}",
+            f"The prompt is {_describe(prompt)}",
             hint='Pass a text, or a list such as [{"role": "user", "content": "Hi"}].',
         )
     if extra_parts:
@@ -1835,19 +1677,19 @@ def _checked_message(message: Any, index: int) -> JSON:
     where = f"messages[{index}]"
     if type(message) is not dict and not isinstance(message, Mapping):
         raise BadRequestError(
-            f"{where} is {_described(message)}, not an object",
+            f"{where} is {_describe(message)}, not an object",
             hint='Write {"role": "user", "content": "…"}.',
         )
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRequestError(
-            f"{where}.role is {_described(role)}",
+            f"{where}.role is {_describe(role)}",
             hint="Roles are system, developer, user, assistant and tool.",
         )
     content = message.get("content")
     if not isinstance(content, (str, list, tuple, type(None))):
         raise BadRequestError(
-            f"{where}.content is {_described(content)}",
+            f"{where}.content is {_describe(content)}",
             hint="Give a text, a list of parts, or null.",
         )
     for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
@@ -1855,7 +1697,7 @@ def _checked_message(message: Any, index: int) -> JSON:
     calls = message.get("tool_calls")
     if not isinstance(calls, (list, tuple, type(None))):
         raise BadRequestError(
-            f"{where}.tool_calls is {_described(calls)}", hint="Give a list of calls."
+            f"{where}.tool_calls is {_describe(calls)}", hint="Give a list of calls."
         )
     if role == "tool" and not _is_text(message.get("tool_call_id")):
         raise BadRequestError(
@@ -1870,7 +1712,7 @@ def _check_part(part: Any, where: str) -> None:
         return
     if not isinstance(part, Mapping):
         raise BadRequestError(
-            f"{where} is {_described(part)}, not an object",
+            f"{where} is {_describe(part)}, not an object",
             hint='Write {"type": "text", "text": "…"}.',
         )
     kind, text = part.get("type"), part.get("text")
@@ -1880,7 +1722,7 @@ def _check_part(part: Any, where: str) -> None:
         )
     if kind == "text" and not isinstance(text, (str, type(None))):
         raise BadRequestError(
-            f"{where}.text is {_described(text)}, not a text", hint="Write it as a text."
+            f"{where}.text is {_describe(text)}, not a text", hint="Write it as a text."
         )
     if kind == "tool_use":
         fine = _is_text(part.get("id")) and _is_text(part.get("name"))
@@ -2171,7 +2013,7 @@ def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
     if not isinstance(tools, (list, tuple, type(None))):
         raise BadRequestError(
-            f"tools is {_described(tools)}, not a list", hint="Write tools=[function]."
+            f"tools is {_describe(tools)}, not a list", hint="Write tools=[function]."
         )
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
 
@@ -2189,7 +2031,7 @@ def _tool_schema(tool: Any, index: int) -> JSON:
     if callable(tool):
         return function_schema(tool)
     raise BadRequestError(
-        f"tools[{index}] is {_described(tool)}, not a function or its schema",
+        f"tools[{index}] is {_describe(tool)}, not a function or its schema",
         hint='Write {"type": "function", "function": {"name": "…", "parameters": {…}}}.',
     )
 
@@ -2205,7 +2047,7 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     name = getattr(function, "__name__", None)
     if not isinstance(name, str) or inspect.iscoroutinefunction(function):
         raise BadRequestError(
-            f"{_described(function)} has no name, or must be awaited",
+            f"{_describe(function)} has no name, or must be awaited",
             hint="Wrap it in an ordinary function (def) with type hints.",
         )
     text, about = _docstring_parts(inspect.getdoc(function) or "")
@@ -2313,7 +2155,7 @@ def hint_schema(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ())
 def _parts_of_hint(hint: Any) -> tuple[dict[str, Any], list[str]] | None:
     """(fields with their hints, those that must be given) of a dataclass or TypedDict."""
     import typing
-    from dataclasses import MISSING, fields, is_dataclass
+    from dataclasses import MISSING, is_dataclass
 
     if typing.is_typeddict(hint):
         hints = typing.get_type_hints(hint, include_extras=True)
@@ -2392,18 +2234,18 @@ def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
     ]
     if missing:
         raise TypeError(f"the parameter {missing[0]!r} is missing")
-    given = {n: fitted(v, parameters[n][0], n) for n, v in arguments.items()}
+    given = {n: coerce(v, parameters[n][0], n) for n, v in arguments.items()}
     return function(**given)
 
 
-def fitted(value: Any, hint: Any, where: str) -> Any:
+def coerce(value: Any, hint: Any, where: str) -> Any:
     """The value as the hint wants it (an Enum member, a dataclass…); raises TypeError."""
     import typing
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    wrong = TypeError(f"{where} is {_described(value)}, but must be {_hint_name(hint)}")
+    wrong = TypeError(f"{where} is {_describe(value)}, but must be {_hint_name(hint)}")
     if origin is typing.Annotated or _is_marked(origin):
-        return fitted(value, inner[0], where)
+        return coerce(value, inner[0], where)
     if hint is Any or (value is None and hint in (None, type(None))):
         return value
     if hint in _PLAIN_HINTS:
@@ -2428,14 +2270,14 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         if not inner:
             return value
         keys = {k: _key_fit(k, inner[0], where) for k in value}
-        return {keys[k]: fitted(v, inner[1], f"{where}.{k}") for k, v in value.items()}
+        return {keys[k]: coerce(v, inner[1], f"{where}.{k}") for k, v in value.items()}
     hints, required = _parts_of_hint(hint) or ({}, [])
     stray = [key for key in value if key not in hints]
     lacking = [key for key in required if key not in value]
     if stray or lacking:
         what = f"has no place for {stray}" if stray else f"lacks {lacking}"
         raise TypeError(f"{where} {what}")
-    made = {k: fitted(v, hints[k], f"{where}.{k}") for k, v in value.items()}
+    made = {k: coerce(v, hints[k], f"{where}.{k}") for k, v in value.items()}
     return made if typing.is_typeddict(hint) else hint(**made)
 
 
@@ -2460,7 +2302,7 @@ def _list_fit(value: Any, kind: Any, inner: Sequence[Any], where: str, wrong: Ty
             raise wrong
         hints = list(inner)
     made = [
-        fitted(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, hints, strict=True))
+        coerce(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, hints, strict=True))
     ]
     return kind(made) if kind in (tuple, set, frozenset) else made
 
@@ -2472,13 +2314,13 @@ def _key_fit(key: str, hint: Any, where: str) -> Any:
             return hint(key)
         except ValueError:
             raise TypeError(f"{where} has the key {key!r}, which is no number") from None
-    return fitted(key, hint, f"a key of {where}")
+    return coerce(key, hint, f"a key of {where}")
 
 
 def _first_fit(value: Any, hints: Sequence[Any], where: str, wrong: TypeError) -> Any:
     for hint in hints:
         try:
-            return fitted(value, hint, where)
+            return coerce(value, hint, where)
         except TypeError:
             continue
     raise wrong
@@ -2686,10 +2528,10 @@ def message_from(reply: Reply) -> JSON:
 
 def reply_to_json(reply: Reply) -> JSON:
     """A reply as plain values, without its attempts."""
-    calls = [_plain_values(call) for call in reply.tool_calls]
+    calls = [as_dict(call) for call in reply.tool_calls]
     kept = ("text", "reasoning", "finish_reason", "model", "account")
     told = {name: getattr(reply, name) for name in kept}
-    return {**told, "tool_calls": calls, "usage": _plain_values(reply.usage)}
+    return {**told, "tool_calls": calls, "usage": as_dict(reply.usage)}
 
 
 def reply_from_json(data: JSON) -> Reply:
@@ -2751,7 +2593,7 @@ class _Decoder:
         calls, signed = self._calls, any(c.extra_content for c in self._calls)
         notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
         if calls and notes and not signed:  # told on a line of its own
-            calls = [calls[0]._replace(extra_content=notes[0]), *calls[1:]]
+            calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
         return Reply(
             text=str(self._text),
             reasoning=str(self._reasoning),
@@ -2979,7 +2821,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
     modalities = entry.get("modalities") or {}
     aliases = [entry.get("puterId"), *(entry.get("aliases") or ())]
     if not _is_text(entry["id"]):
-        raise ValueError(f"the id is {_described(entry['id'])}")
+        raise ValueError(f"the id is {_describe(entry['id'])}")
     return Model(
         id=entry["id"],
         name=str(entry.get("name") or entry["id"]),
@@ -3208,7 +3050,7 @@ def fallback_order(
     needs = needs or Needs()
     by_name = models_by_name(candidates, str.lower)
     own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
-    names = [plain_model_name(name).lower() for name in listed]
+    names = [strip_puter_prefix(name).lower() for name in listed]
     wanted = [by_name[name] for name in names if name in by_name]
     wanted = [m for m in wanted if own_list or m.free]
     wanted += [m for m in candidates if m.free]
@@ -3306,14 +3148,14 @@ def find_model(name: str, candidates: Sequence[Model]) -> Model:
 
     Raises `ModelNotFoundError` with near matches.
     """
-    wanted = plain_model_name(name)
+    wanted = strip_puter_prefix(name)
     for fold in (str, str.lower):
         model = models_by_name(candidates, fold).get(fold(wanted))
         if model is not None:
             return model
     names = {n: m.id for m in candidates for n in m.names()}
     by_lower = {n.lower(): i for n, i in names.items()}
-    near = [by_lower[n] for n in _near(wanted.lower(), by_lower, most=6)]
+    near = [by_lower[n] for n in _close_matches(wanted.lower(), by_lower, most=6)]
     tail = wanted.lower().rpartition("/")[2]
     near += [m.id for m in candidates if tail and tail in m.id.lower()]
     near = list(dict.fromkeys(near))[:3]
@@ -3393,7 +3235,7 @@ def _openai_base(config: Config) -> str:
     return base if _path_of(base) else base + _OPENAI_PATH
 
 
-class _Handle:
+class _Cancellation:
     """One call in flight, so that another thread can end it: before its headers, too.
 
     A connection knows the handle that it works for, so that a late `close` does not hit the
@@ -3489,7 +3331,8 @@ class _Handle:
         return Tracked
 
 
-class _Answer(_Value):
+@dataclass(frozen=True, slots=True)
+class _Answer:
     """A whole HTTP answer: `data` is the decoded JSON, or None and then `text` holds it."""
 
     status: int
@@ -3506,7 +3349,11 @@ class _Wire:
     """A streaming HTTP answer: its pieces as they arrive, then `close`."""
 
     def __init__(
-        self, response: requests.Response, content_type: str, handle: _Handle, timeout_s: float
+        self,
+        response: requests.Response,
+        content_type: str,
+        handle: _Cancellation,
+        timeout_s: float,
     ) -> None:
         self.content_type = content_type
         self._response = response
@@ -3655,14 +3502,14 @@ class _Transport:
         progress: Callable[[int, int], None] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
-        handle: _Handle | None = None,
+        handle: _Cancellation | None = None,
         streaming: bool = False,
     ) -> _Answer | _Wire:
         """Send one request. A `_Wire` comes back only for a streaming answer with status 200.
 
         `form` is sent as multipart; `progress` is told (bytes sent, bytes in all) then.
         """
-        handle = handle or _Handle()
+        handle = handle or _Cancellation()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
         sent_headers = {"User-Agent": _USER_AGENT, **(headers or {})}
         data: Any = None
@@ -3833,7 +3680,7 @@ def _close_session(session: requests.Session) -> None:
 
 
 def _tracking(session: requests.Session) -> requests.Session:
-    """The session with adapters whose connections a `_Handle` can close."""
+    """The session with adapters whose connections a `_Cancellation` can close."""
     for adapter in session.adapters.values():
         made: Any = getattr(adapter, "get_connection_with_tls_context", None)
         if made is None or hasattr(made, "is_tracked"):
@@ -3842,7 +3689,7 @@ def _tracking(session: requests.Session) -> requests.Session:
         def tracked(*args: Any, _made: Any = made, **kwargs: Any) -> Any:
             pool = _made(*args, **kwargs)
             if not hasattr(pool.ConnectionCls, "owner"):
-                pool.ConnectionCls = _Handle.tracked(pool.ConnectionCls)
+                pool.ConnectionCls = _Cancellation.tracked(pool.ConnectionCls)
             return pool
 
         tracked.is_tracked = True  # type: ignore[attr-defined]
@@ -3974,7 +3821,8 @@ def _seconds(retry_after: str | None) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
-class _Ask(_Value):
+@dataclass(frozen=True, slots=True)
+class _Request:
     """One request as the caller made it, checked and in wire form."""
 
     model: str
@@ -3993,7 +3841,7 @@ class _BusyError(RateLimitError):
     default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
-class _Gate:
+class _ConcurrencyLimit:
     """Lets so many calls at once through to one account, and learns from its refusals."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4005,7 +3853,7 @@ class _Gate:
         self._paused_until = 0.0
         self._change = threading.Condition()
 
-    def enter(self, handle: _Handle, patience_s: float) -> None:
+    def enter(self, handle: _Cancellation, patience_s: float) -> None:
         """Wait for a place; raises an error of scope "request" when none came free in time."""
         with self._change:
             until = self._clock() + patience_s
@@ -4040,7 +3888,7 @@ class _Gate:
         return 0.0 if self._running < limit else 60.0
 
 
-class _Roster:
+class _Accounts:
     """The accounts that a client may ask: which there are, who rests, who is next."""
 
     def __init__(
@@ -4103,7 +3951,7 @@ class _Roster:
         if strategy == "least-recently-used" and len(accounts) > 1:
             used = self._state.last_used_ms()
             accounts = [
-                a._replace(last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
+                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
             ]
         rests = {**self._rests(accounts, is_free), **dict.fromkeys(tried, float("inf"))}
         current = self.current or self.active_name
@@ -4170,7 +4018,7 @@ class _Roster:
     def _named(accounts: Sequence[Account], name: str) -> Account:
         found = next((a for a in accounts if a.username == name), None)
         if found is None:
-            meant = _meant(name, [a.username for a in accounts])
+            meant = _did_you_mean(name, [a.username for a in accounts])
             raise AuthError(
                 f"No stored account is called {name!r}",
                 hint=f"{meant}`python -m puter status` lists them.",
@@ -4227,7 +4075,7 @@ class _Catalogue:
     def find(self, name: str) -> Model:
         """The model of this name; raises `ModelNotFoundError` with near matches."""
         models = self.models()
-        return self._index(models).get(plain_model_name(name)) or find_model(name, models)
+        return self._index(models).get(strip_puter_prefix(name)) or find_model(name, models)
 
     def id_of(self, name: str, look: bool = False) -> str:
         """The id behind a name as far as is known in memory (`look`: or on disk)."""
@@ -4290,18 +4138,18 @@ class _Ledger:
             keep = self._config.metrics_max_samples
             self.figures.record(model, outcome, seconds, first_s, usage, keep)
 
-    def keep(self, ask: _Ask, whole: Callable[[], Reply]) -> None:
+    def keep(self, ask: _Request, whole: Callable[[], Reply]) -> None:
         """Keep a whole reply, if replies are kept."""
         if self._config.cache_enabled:
             body, most = (json.dumps(reply_to_json(whole())), self._config.cache_max_entries)
-            self.replies.keep_reply(self._key(ask), body, time.time(), most)
+            self.replies.cache_put(self._key(ask), body, time.time(), most)
 
-    def kept(self, ask: _Ask) -> Reply | None:
+    def kept(self, ask: _Request) -> Reply | None:
         """The kept reply to the same request, if replies are kept and it is fresh."""
         if not self._config.cache_enabled:
             return None
         ttl_s = self._config.cache_ttl_ms / 1000
-        body = self.replies.kept_reply(self._key(ask), time.time(), ttl_s)
+        body = self.replies.cache_get(self._key(ask), time.time(), ttl_s)
         if body is None:
             return None
         _log.info("Response: from the cache")
@@ -4312,7 +4160,7 @@ class _Ledger:
         self.figures.close()
         self.replies.close()
 
-    def _key(self, ask: _Ask) -> str:
+    def _key(self, ask: _Request) -> str:
         """What tells one request from another: all of it, and the server."""
         import hashlib
 
@@ -4392,11 +4240,11 @@ class _WholeSource:
         """Nothing is open."""
 
 
-class _Caller:
+class _Api:
     """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
 
     def __init__(
-        self, config: Config, transport: _Transport, catalogue: _Catalogue, roster: _Roster
+        self, config: Config, transport: _Transport, catalogue: _Catalogue, roster: _Accounts
     ) -> None:
         self._config = config
         self._transport = transport
@@ -4405,7 +4253,7 @@ class _Caller:
         self._exchanged: dict[str, str] = {}  # session token -> user-app token
         self.on_upload: Callable[[str, int, int], None] | None = None
 
-    def complete(self, ask: _Ask, model: str, account: Account, handle: _Handle) -> Reply:
+    def complete(self, ask: _Request, model: str, account: Account, handle: _Cancellation) -> Reply:
         """A whole reply."""
         with ExitStack() as stack:
             ask = self._uploaded(ask, account, stack)
@@ -4414,13 +4262,13 @@ class _Caller:
         return self._read_whole(answer, model, account)
 
     def open_stream(
-        self, ask: _Ask, model: str, account: Account, handle: _Handle
+        self, ask: _Request, model: str, account: Account, handle: _Cancellation
     ) -> _Source | _WholeSource:
         """A streaming reply, read up to its first chunk."""
         if self._must_be_exact(ask, model):
             if ask.timeout_s is None:
                 usual_s = self._config.api_timeout_ms / 1000
-                ask = ask._replace(timeout_s=max(usual_s, EXACT_TOOLS_TIMEOUT_S))
+                ask = replace(ask, timeout_s=max(usual_s, EXACT_TOOLS_TIMEOUT_S))
             return _WholeSource(self.complete(ask, model, account, handle))
         started = time.monotonic()
         with ExitStack() as stack:
@@ -4444,7 +4292,7 @@ class _Caller:
             return reply_from_openai(body, model)
         return reply_from_driver(body, model)
 
-    def _must_be_exact(self, ask: _Ask, model: str) -> bool:
+    def _must_be_exact(self, ask: _Request, model: str) -> bool:
         """Whether streaming could lose tool calls, and the user wants none lost."""
         if self._config.stream_tools == "live" or not ask.needs.tools:
             return False
@@ -4456,7 +4304,7 @@ class _Caller:
         return may_lose_calls(provider, ask.args.get("tools"), ask.args)
 
     def _send(
-        self, ask: _Ask, model: str, account: Account, handle: _Handle, streaming: bool
+        self, ask: _Request, model: str, account: Account, handle: _Cancellation, streaming: bool
     ) -> _Answer | _Wire:
         """Put one request on the wire, in the dialect of the `api_style`."""
         args = {**ask.args, "model": model, **({"stream": True} if streaming else {})}
@@ -4487,7 +4335,7 @@ class _Caller:
         url: str,
         body: JSON,
         account: Account,
-        handle: _Handle,
+        handle: _Cancellation,
         timeout_s: float | None,
         streaming: bool,
     ) -> _Answer | _Wire:
@@ -4525,7 +4373,7 @@ class _Caller:
             raise AuthError("The server exchanged the session token for nothing")
         return token
 
-    def _uploaded(self, ask: _Ask, account: Account, stack: ExitStack) -> _Ask:
+    def _uploaded(self, ask: _Request, account: Account, stack: ExitStack) -> _Request:
         """The request with its files put into the account's storage, until the stack ends."""
         if _is_gateway(self._config) or not any(map(_has_file, ask.args["messages"])):
             return ask
@@ -4538,7 +4386,7 @@ class _Caller:
                 ]
                 message = {**message, "content": parts}
             messages.append(message)
-        return ask._replace(args={**ask.args, "messages": messages})
+        return replace(ask, args={**ask.args, "messages": messages})
 
     def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
         """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
@@ -4593,10 +4441,10 @@ class Stream:
     `close()` (from any thread) or dropping it closes the connection.
     """
 
-    def __init__(self, client: Puter, ask: _Ask) -> None:
+    def __init__(self, client: Puter, ask: _Request) -> None:
         self._client = client
-        self._ask = ask._replace(streaming=True)
-        self._handle = _Handle()
+        self._ask = replace(ask, streaming=True)
+        self._handle = _Cancellation()
         self._source: _Source | _WholeSource | None = None
         self._batch: Iterator[Chunk] = iter(())
         self._ended = False
@@ -4713,7 +4561,7 @@ class Stream:
         return length_hint(self._batch) > 0
 
     def _with_walk(self, reply: Reply) -> Reply:
-        return reply._replace(account=self.account, attempts=self.attempts)
+        return replace(reply, account=self.account, attempts=self.attempts)
 
 
 class _Walked:
@@ -4725,7 +4573,7 @@ class _Walked:
         asked: str,
         attempts: Sequence[Attempt],
         account: Account,
-        gate: _Gate,
+        gate: _ConcurrencyLimit,
         began: float,
     ) -> None:
         self.result = result
@@ -4735,7 +4583,7 @@ class _Walked:
         self.account = account
         self.began = began  # when the walk did, with its retries and waits
         self.started = time.monotonic() - self.attempts[-1].seconds
-        self._gate: _Gate | None = gate
+        self._gate: _ConcurrencyLimit | None = gate
         self._lock = threading.Lock()
 
     def release(self) -> None:
@@ -4776,7 +4624,7 @@ class Puter:
             raise ConfigError(
                 "token and account are both given", hint="A token is an account of its own."
             )
-        self.config = Config.load(**settings) if config is None else config._replace(**settings)
+        self.config = Config.load(**settings) if config is None else replace(config, **settings)
         if token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
@@ -4784,10 +4632,10 @@ class Puter:
         self._ledger = _Ledger(self.config, self.state)
         self._transport = _Transport(self.config, session)
         self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
-        self._roster = _Roster(self.config, self.store, self.state, token, account)
-        self._caller = _Caller(self.config, self._transport, self._catalogue, self._roster)
+        self._roster = _Accounts(self.config, self.store, self.state, token, account)
+        self._caller = _Api(self.config, self._transport, self._catalogue, self._roster)
         self._lock = _Lock()
-        self._gates: dict[str, _Gate] = {}
+        self._gates: dict[str, _ConcurrencyLimit] = {}
         self._gates_pid = os.getpid()
         if self.config.debug:
             _log.show(_DEBUG)
@@ -4841,7 +4689,7 @@ class Puter:
         Raises the `PuterError` of the first attempt that failed when none could answer.
         """
         ask = self._ask(prompt, model, system, images, files, tools, fallback, timeout_ms, args)
-        return self._answer(ask, _Handle())
+        return self._answer(ask, _Cancellation())
 
     def stream(
         self,
@@ -4946,23 +4794,23 @@ class Puter:
         """How the models have done in all calls from this computer, most asked first."""
         if model is not None:
             self._catalogue.models_if_any("Aliases are counted apart")
-        totals, samples = self._ledger.figures.figures(self.config.metrics_max_samples)
+        totals, samples = self._ledger.figures.metrics(self.config.metrics_max_samples)
         ids = {name: self._catalogue.id_of(name, look=True) for name in samples}
         by_id: dict[str, list[tuple[Any, ...]]] = {}
         for name, rows in samples.items():
             by_id.setdefault(ids[name], []).extend(rows)
         found = stats_from([(ids[row[0]], *row[1:]) for row in totals], by_id)
-        wanted = model and self._catalogue.id_of(plain_model_name(model), look=True)
+        wanted = model and self._catalogue.id_of(strip_puter_prefix(model), look=True)
         return [s for s in found if not wanted or s.model == wanted]
 
     def reset_stats(self, model: str | None = None) -> None:
         """Forget the figures of a model, or of all."""
         names = None
         if model is not None:
-            wanted = self._catalogue.id_of(plain_model_name(model), look=True)
-            _, samples = self._ledger.figures.figures(1)
+            wanted = self._catalogue.id_of(strip_puter_prefix(model), look=True)
+            _, samples = self._ledger.figures.metrics(1)
             names = [n for n in samples if self._catalogue.id_of(n) == wanted]
-        self._ledger.figures.reset_figures(names)
+        self._ledger.figures.reset_metrics(names)
 
     @property
     def accounts(self) -> list[Account]:
@@ -4981,7 +4829,10 @@ class Puter:
     # ---- the walk over models and accounts ----
 
     def _walk(
-        self, ask: _Ask, handle: _Handle, send: Callable[[_Ask, str, Account, _Handle], Any]
+        self,
+        ask: _Request,
+        handle: _Cancellation,
+        send: Callable[[_Request, str, Account, _Cancellation], Any],
     ) -> _Walked:
         """Ask until somebody answers, in the order that the policies give.
 
@@ -5013,7 +4864,7 @@ class Puter:
                     if step == "rename" and (
                         name := self._name_for(ask.model, error, ask.fallback)
                     ):
-                        ask = ask._replace(model=name)
+                        ask = replace(ask, model=name)
                         first, models = None, self._models_in_turn(ask, account)
                     elif step in ("raise", "rename"):
                         raise self._summed_up(first, attempts) from first.__cause__
@@ -5033,11 +4884,11 @@ class Puter:
 
     def _persist(
         self,
-        ask: _Ask,
+        ask: _Request,
         model: str,
         account: Account,
-        send: Callable[[_Ask, str, Account, _Handle], Any],
-        handle: _Handle,
+        send: Callable[[_Request, str, Account, _Cancellation], Any],
+        handle: _Cancellation,
         attempts: list[Attempt],
     ) -> Any:
         """One model on one account, with the retries that the policies allow.
@@ -5083,9 +4934,11 @@ class Puter:
 
     def _note_success(self, account: Account, model: str) -> None:
         names = (model, self._catalogue.id_of(model))
-        self.state.succeed(account.username, names, time.time())
+        self.state.record_success(account.username, names, time.time())
 
-    def _wait_for(self, error: PuterError, retries: int, gate: _Gate, handle: _Handle) -> float:
+    def _wait_for(
+        self, error: PuterError, retries: int, gate: _ConcurrencyLimit, handle: _Cancellation
+    ) -> float:
         """Wait before the next try, unless the handle is closed; how long, in seconds."""
         base_s = self.config.retry_delay_ms / 1000
         delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
@@ -5110,12 +4963,12 @@ class Puter:
         name, now, code = account.username, time.time(), _code_of(error)
         if isinstance(error, AuthError):
             mark = _token_mark(account.token)
-            self.state.cool(name, "", lambda _: float("inf"), "login", now, mark)
+            self.state.add_cooldown(name, "", lambda _: float("inf"), "login", now, mark)
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
         elif error.scope == "model" or isinstance(error, CreditError):
             base_s = self.config.fallback_cooldown_ms / 1000
             rests = self._catalogue.id_of(model, look=True)
-            self.state.cool(name, rests, lambda _: base_s, code, now)
+            self.state.add_cooldown(name, rests, lambda _: base_s, code, now)
             _log.info("%s, adding to cooldown", _short(error))
         elif error.scope == "account":
             self._rest(error, account)
@@ -5126,10 +4979,10 @@ class Puter:
             return
         base_s = self.config.account_rotation_cooldown_ms / 1000
         name, now = account.username, time.time()
-        self.state.cool(name, "", lambda n: cooldown_s(n, base_s), _code_of(error), now)
+        self.state.add_cooldown(name, "", lambda n: cooldown_s(n, base_s), _code_of(error), now)
         _log.info("%s, adding to cooldown", _short(error))
 
-    def _models_in_turn(self, ask: _Ask, account: Account) -> Iterator[str]:
+    def _models_in_turn(self, ask: _Request, account: Account) -> Iterator[str]:
         """The asked model, unless it rests on this account; then what may stand in for it."""
         rests = self.state.cooldowns(time.time(), look=False)  # the roster just looked
         cooled = {c.model for c in rests if c.account == account.username and c.model}
@@ -5180,12 +5033,12 @@ class Puter:
         error.attempts = tuple(attempts)
         return error
 
-    def _gate(self, account: Account) -> _Gate:
+    def _gate(self, account: Account) -> _ConcurrencyLimit:
         with self._lock:
             if self._gates_pid != os.getpid():  # a forked child has nothing running yet
                 self._gates, self._gates_pid = {}, os.getpid()
             if account.username not in self._gates:
-                self._gates[account.username] = _Gate(self.config.max_concurrent)
+                self._gates[account.username] = _ConcurrencyLimit(self.config.max_concurrent)
             return self._gates[account.username]
 
     # ---- one question, from the caller's arguments to the reply ----
@@ -5201,7 +5054,7 @@ class Puter:
         fallback: bool = True,
         timeout_ms: int | None = None,
         args: JSON | None = None,
-    ) -> _Ask:
+    ) -> _Request:
         """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
         if "stream" in (args or {}):
             raise BadRequestError(
@@ -5209,7 +5062,7 @@ class Puter:
             )
         if timeout_ms is not None and (not isinstance(timeout_ms, int) or timeout_ms <= 0):
             raise BadRequestError(
-                f"timeout_ms is {_described(timeout_ms)}", hint="Give milliseconds, 1 or more."
+                f"timeout_ms is {_describe(timeout_ms)}", hint="Give milliseconds, 1 or more."
             )
         parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
         messages = _wired(messages_from(prompt, system, parts))
@@ -5218,7 +5071,7 @@ class Puter:
         sent = {k: v for k, v in (args or {}).items() if v is not None}
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
-        return _Ask(
+        return _Request(
             model=name,
             args={"messages": messages, **({"tools": schemas} if schemas else {}), **sent},
             needs=needs,
@@ -5246,7 +5099,7 @@ class Puter:
             hint=f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}.",
         )
 
-    def _answer(self, ask: _Ask, handle: _Handle) -> Reply:
+    def _answer(self, ask: _Request, handle: _Cancellation) -> Reply:
         """The whole reply to a request; another thread may close the handle."""
         kept = self._ledger.kept(ask)
         if kept is not None:
@@ -5254,12 +5107,12 @@ class Puter:
         walked = self._walk(ask, handle, self._caller.complete)
         walked.release()
         reply: Reply = walked.result
-        reply = reply._replace(account=walked.account.username, attempts=walked.attempts)
+        reply = replace(reply, account=walked.account.username, attempts=walked.attempts)
         self._ended(ask, walked, reply.usage, "ok", lambda: reply)
         return reply
 
     def _ended(
-        self, ask: _Ask, walked: _Walked, usage: Usage, outcome: str, whole: Callable[[], Reply]
+        self, ask: _Request, walked: _Walked, usage: Usage, outcome: str, whole: Callable[[], Reply]
     ) -> None:
         """Note how the request that was answered ended, and keep a whole reply if wanted."""
         now = time.monotonic()
@@ -5431,7 +5284,7 @@ def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     for tool in _listing(tools):
         if not callable(tool):
             raise BadRequestError(
-                f"{_described(tool)} is no function to call",
+                f"{_describe(tool)} is no function to call",
                 hint="`run` needs functions; with schemas use `chat`.",
             )
         name = function_schema(tool)["function"]["name"]
@@ -5756,7 +5609,7 @@ _PASSED_ON = (
 )
 
 
-class Completion:
+class ChatRequest:
     """A chat completion that a client asks for, understood and checked."""
 
     def __init__(
@@ -5775,8 +5628,8 @@ class Completion:
         self.stop, self.wants_json = stop, wants_json
 
 
-def completion_from(body: Any, default_model: str | None) -> Completion:
-    """A request in OpenAI's shape as a `Completion`; raises `BadRequestError`."""
+def chat_request_from(body: Any, default_model: str | None) -> ChatRequest:
+    """A request in OpenAI's shape as a `ChatRequest`; raises `BadRequestError`."""
     if not isinstance(body, dict):
         raise _wrong("the body is no JSON object", None)
     model = body.get("model") or default_model
@@ -5804,7 +5657,7 @@ def completion_from(body: Any, default_model: str | None) -> Completion:
         args["max_tokens"] = limit
     tools, order = _chosen_tools(tool_schemas(body.get("tools")), args.get("tool_choice"))
     wanted = _json_order(body.get("response_format"))
-    return Completion(
+    return ChatRequest(
         prompt=_with_orders(messages, [o for o in (order, wanted) if o]),
         model=model,
         tools=tools,
@@ -5931,7 +5784,7 @@ def usage_object(usage: Usage) -> JSON | None:
     return told if usage.cost_usd is None else {**told, "cost_usd": usage.cost_usd}
 
 
-def completion_object(reply: Reply, asked: Completion, now: float) -> JSON:
+def completion_object(reply: Reply, asked: ChatRequest, now: float) -> JSON:
     """A whole `chat.completion`; raises `ReplyError` when JSON was wanted and is not."""
     stop = StopText(asked.stop)
     text = stop.feed(reply.text) + stop.rest()
@@ -5965,8 +5818,8 @@ def json_text(text: str) -> str:
     return inner
 
 
-def completion_frames(
-    chunks: Iterable[Chunk], finish_reason: Callable[[], str], asked: Completion, head: JSON
+def completion_chunks(
+    chunks: Iterable[Chunk], finish_reason: Callable[[], str], asked: ChatRequest, head: JSON
 ) -> Iterator[JSON]:
     """The frames of a streamed answer, as its chunks come.
 
@@ -6136,7 +5989,7 @@ class Gatekeeper:
         return own or not self.allowed_origins.isdisjoint((origin, "*"))
 
 
-class _Watch:
+class _DisconnectWatcher:
     """One thread that looks at the sockets of running requests: who hung up, who is too slow."""
 
     def __init__(self) -> None:
@@ -6245,7 +6098,7 @@ class OpenAIServer:
         self.client = client
         origins = frozenset(origin.rstrip("/") for origin in allowed_origins)
         self.gatekeeper = Gatekeeper(host, api_key, origins)
-        self.watch = _Watch()
+        self.watch = _DisconnectWatcher()
         self.stopping = threading.Event()
         self._working: set[Any] = set()
         self._idle = threading.Condition()
@@ -6306,7 +6159,7 @@ def _openai_http_server(app: OpenAIServer, host: str, port: int, max_connections
     import socket
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    handler = type("Handler", (_OpenAIHandler, BaseHTTPRequestHandler), {"app": app})
+    handler = type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), {"app": app})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     own = {"address_family": family, "max_connections": max_connections}
     return type("Server", (_BoundedServer, ThreadingHTTPServer), own)((host, port), handler)
@@ -6400,7 +6253,7 @@ class _ClientGoneError(ConnectionError):
     """The client does not take what is sent to it."""
 
 
-class _OpenAIHandler:
+class _GatewayHandler:
     """Reads a request, asks the functions above, and writes; mixed into the library's handler."""
 
     app: OpenAIServer
@@ -6530,12 +6383,12 @@ class _OpenAIHandler:
 
     def _complete(self, body: bytes) -> None:
         """Answer a chat completion, as a whole or as a stream."""
-        asked = completion_from(_json_body(body), self.app.client.config.default_model)
+        asked = chat_request_from(_json_body(body), self.app.client.config.default_model)
         ask = self.app.client._ask(asked.prompt, asked.model, tools=asked.tools, args=asked.args)
         if asked.streaming and not asked.wants_json:
             self._stream(asked, Stream(self.app.client, ask))
             return
-        handle = _Handle()
+        handle = _Cancellation()
         with self.app.watch.over(self.connection, handle.close):
             reply = self.app.client._answer(ask, handle)
         whole = completion_object(reply, asked, time.time())
@@ -6545,7 +6398,7 @@ class _OpenAIHandler:
         else:
             self._json(200, whole, _answer_headers(reply))
 
-    def _stream(self, asked: Completion, stream: Stream) -> None:
+    def _stream(self, asked: ChatRequest, stream: Stream) -> None:
         def wake() -> None:  # this thread, which then cleans up itself
             stream._handle.close()
             self._hang_up()
@@ -6557,7 +6410,7 @@ class _OpenAIHandler:
             self.connection.settimeout(None)
             self._stream_of(asked, stream, stream)
 
-    def _stream_of(self, asked: Completion, chunks: Iterable[Chunk], who: Reply | Stream) -> None:
+    def _stream_of(self, asked: ChatRequest, chunks: Iterable[Chunk], who: Reply | Stream) -> None:
         """Write frames as Server-Sent Events."""
 
         def finish_reason() -> str:
@@ -6565,7 +6418,7 @@ class _OpenAIHandler:
 
         head = completion_head("chat.completion.chunk", who.model, time.time())
         self._begin_events(_answer_headers(who))
-        for frame in completion_frames(chunks, finish_reason, asked, head):
+        for frame in completion_chunks(chunks, finish_reason, asked, head):
             more = isinstance(who, Stream) and who._has_more
             self._event(json.dumps(frame), more)
         self._event("[DONE]", more=True)
@@ -6683,8 +6536,8 @@ def _json_body(body: bytes) -> Any:
 def _as_answered(reply: Reply, whole: JSON) -> Reply:
     """The reply with the text that its completion object carries (cut, or out of its fence)."""
     choice = whole["choices"][0]
-    return reply._replace(
-        text=choice["message"]["content"] or "", finish_reason=choice["finish_reason"]
+    return replace(
+        reply, text=choice["message"]["content"] or "", finish_reason=choice["finish_reason"]
     )
 
 
@@ -7311,7 +7164,7 @@ def argument_fault(arguments: JSON, schema: JSON) -> str:
         if value is not None and (
             not isinstance(value, kinds[kind]) or is_flag != (kind == "boolean")
         ):
-            return f"{name} is {_described(value)}, but must be a {kind}"
+            return f"{name} is {_describe(value)}, but must be a {kind}"
         if isinstance(value, (int, float)) and not is_flag:
             low, high = known[name].get("minimum"), known[name].get("maximum")
             if (low is not None and value < low) or (high is not None and value > high):
@@ -7336,7 +7189,7 @@ def _chat_content(reply: Reply, partial: bool) -> JSON:
         "account": reply.account,
         "finish_reason": reply.finish_reason,
         "partial": partial,
-        "usage": {k: v for k, v in _plain_values(reply.usage).items() if v is not None},
+        "usage": {k: v for k, v in as_dict(reply.usage).items() if v is not None},
     }
 
 
@@ -7460,17 +7313,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _say("")
+        _info("")
         return 130
     except BrokenPipeError:
         _give_up_stdout()
         return 141
     except OSError as error:
-        _say(f"error: The output cannot be written ({error.strerror or error}).")
+        _info(f"error: The output cannot be written ({error.strerror or error}).")
         _give_up_stdout()
         return 1
     except PuterError as error:
-        _say(f"error: {error}")
+        _info(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -7660,7 +7513,7 @@ def cmd_ask(args: Any) -> int:
         attached = attachments(args.attach, client)
         text = "\n\n".join(t for t in (text, *attached.texts) if t)
         if not text.strip() and not attached.parts:
-            _say('error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
+            _info('error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
             return 2
         talk = _talk_of(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
@@ -7672,9 +7525,9 @@ def cmd_ask(args: Any) -> int:
             print(json.dumps(_reply_report(reply), ensure_ascii=False))
         elif args.no_stream:
             print(reply)
-        _tell_who(client, talk.model, reply)
+        _report_answerer(client, talk.model, reply)
         if args.usage:
-            _say(_dim(_usage_line(reply)))
+            _info(_dim(_usage_line(reply)))
     return 0
 
 
@@ -7702,7 +7555,7 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             elif chunk.type == "text" and chunk.text:
                 if thinking:
                     thinking = False
-                    _say("")
+                    _info("")
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
                 last = chunk.text
@@ -7839,7 +7692,7 @@ def _keep_conversation(client: Puter, talk: Conversation) -> None:
         with _locked(path) as target:
             _write_private(target, json.dumps(talk.to_json()).encode() + b"\n")
     except (OSError, TypeError, ValueError) as error:
-        _say(f"warning: The conversation could not be kept in {path} ({error}).")
+        _info(f"warning: The conversation could not be kept in {path} ({error}).")
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -7866,20 +7719,20 @@ def _usage_line(reply: Reply) -> str:
     return f"tokens: {used.input_tokens} in, {used.output_tokens} out; cost {cost}"
 
 
-def _tell_who(client: Puter, asked: str | None, reply: Reply) -> None:
+def _report_answerer(client: Puter, asked: str | None, reply: Reply) -> None:
     """One dim line when another model or account answered than was asked."""
     tried = reply.attempts
     wanted = client.config.model_name(asked)
     if client.config.quiet_mode:
         return
     if reply.finish_reason == "length":
-        _say(_dim("the answer was cut at its longest length (--max-tokens)"))
+        _info(_dim("the answer was cut at its longest length (--max-tokens)"))
     if not tried:
         return
     first = client._roster.active_name
     if tried[-1].model != wanted or first not in (None, reply.account):
         why = next((a.error.message for a in tried if a.error), "what was asked is resting")
-        _say(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
+        _info(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
 
 
 CONVERSATION_NAME = "conversation.json"
@@ -7914,7 +7767,7 @@ class _Chat:
             "/undo": self.undo,
             "/save": self.save,
             "/usage": self.usage,
-            "/help": lambda _: _say(_CHAT_HELP),
+            "/help": lambda _: _info(_CHAT_HELP),
         }
 
     def run(self) -> None:
@@ -7924,7 +7777,7 @@ class _Chat:
             try:
                 if interrupted:  # told in here, so that a second Ctrl-C ends nothing
                     interrupted = False
-                    _say(told)
+                    _info(told)
                 told = "\n(Ctrl-D leaves)"
                 try:
                     text, is_block = _read_message()
@@ -7933,7 +7786,7 @@ class _Chat:
                 told = "\n(stopped; the answer is not kept, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
             except PuterError as error:
-                _say(f"error: {error}")
+                _info(f"error: {error}")
             except KeyboardInterrupt:
                 interrupted = True
 
@@ -7947,8 +7800,8 @@ class _Chat:
         elif name in self.commands:
             self.commands[name](rest.strip())
         else:
-            near = _near(name, self.commands)
-            _say(f"There is no {name}. " + (f"Did you mean {near[0]}?" if near else "See /help."))
+            near = _close_matches(name, self.commands)
+            _info(f"There is no {name}. " + (f"Did you mean {near[0]}?" if near else "See /help."))
 
     def say(self, text: str) -> None:
         """Ask, and print the answer as it comes."""
@@ -7966,7 +7819,7 @@ class _Chat:
         self.unanswered = None
         self.failures -= 1
         self.used.append(reply.usage)
-        _tell_who(self.client, self.talk.model, reply)
+        _report_answerer(self.client, self.talk.model, reply)
         _keep_conversation(self.client, self.talk)
 
     def _once(self, message: JSON) -> Reply:
@@ -7979,13 +7832,13 @@ class _Chat:
         """Choose the model."""
         if name:
             self.talk.model = self.client.model(name).id
-        _say(f"model: {self.client.config.model_name(self.talk.model)}")
+        _info(f"model: {self.client.config.model_name(self.talk.model)}")
 
     def system(self, text: str) -> None:
         """Set the system text."""
         if text:
             self.talk.system = text
-        _say(f"system: {self.talk.system or 'none'}")
+        _info(f"system: {self.talk.system or 'none'}")
 
     def attach(self, source: str) -> None:
         """Send something with the next message; "-" forgets what was to be sent."""
@@ -7993,11 +7846,11 @@ class _Chat:
             self.attached = []
         if source in ("", "-"):
             told = ", ".join(self.attached) or "nothing"
-            _say(f"With the next message goes {told}. /attach FILE or ADDRESS adds to it.")
+            _info(f"With the next message goes {told}. /attach FILE or ADDRESS adds to it.")
             return
         attachments([source], self.client)  # what is wrong with it is told now
         self.attached.append(source)
-        _say(f"{source} goes with the next message")
+        _info(f"{source} goes with the next message")
 
     def retry(self, _: str) -> None:
         """Ask the last message again: the one that failed, else the one that was answered."""
@@ -8006,7 +7859,7 @@ class _Chat:
             return
         before, said = self._split()
         if said is None:
-            _say("Nothing was asked yet.")
+            _info("Nothing was asked yet.")
             return
         kept, self.talk.messages = self.talk.messages, before
         try:
@@ -8019,11 +7872,11 @@ class _Chat:
         """Forget the last message and its answer."""
         before, said = self._split()
         if said is None:
-            _say("There is nothing to undo.")
+            _info("There is nothing to undo.")
             return
         self.talk.messages = before
         _keep_conversation(self.client, self.talk)
-        _say("forgotten")
+        _info("forgotten")
 
     def _split(self) -> tuple[Messages, JSON | None]:
         """(what came before the last message of the person, that message or None)."""
@@ -8037,7 +7890,7 @@ class _Chat:
         from pathlib import Path
 
         if not name:
-            _say("Say where: /save FILE")
+            _info("Say where: /save FILE")
             return
         path = Path(name).expanduser()
         if path.suffix == ".json":
@@ -8054,14 +7907,14 @@ class _Chat:
             raise StoreError(
                 f"{path} cannot be written ({error.strerror})", hint="Choose another name."
             ) from error
-        _say(f"saved in {path}")
+        _info(f"saved in {path}")
 
     def usage(self, _: str) -> None:
         """Tokens and cost of this session."""
         known = [u for u in self.used if u]
         tokens = sum(u.total_tokens or 0 for u in known)
         cost = sum(u.cost_usd or 0 for u in known)
-        _say(f"{len(self.used)} answers, {tokens} tokens, ${cost:.6f}")
+        _info(f"{len(self.used)} answers, {tokens} tokens, ${cost:.6f}")
 
 
 def cmd_chat(args: Any) -> int:
@@ -8072,7 +7925,7 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, options)
         if sys.stdin.isatty():
             shown = client.config.model_name(talk.model)
-            _say(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
+            _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
             with _line_editing(client, chat.commands):
                 chat.run()
         else:
@@ -8152,7 +8005,7 @@ def cmd_login(args: Any) -> int:
     if args.with_token:
         token = _read_token()
         if not token:
-            _say("error: No token came. Try: python -m puter login --with-token < FILE")
+            _info("error: No token came. Try: python -m puter login --with-token < FILE")
             return 2
         account = account_of(token, config)
     else:
@@ -8181,7 +8034,7 @@ def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
     import webbrowser
 
     def show(url: str) -> None:
-        _say(f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)...")
+        _info(f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)...")
 
     opener = None if no_browser else webbrowser.open
     return browser_login(config, show=show, open_browser=opener, port=port)
@@ -8374,14 +8227,14 @@ def cmd_models(args: Any) -> int:
         found = [m for m in found if m.inputs and "image" in m.inputs]
     found.sort(key=MODEL_SORTS[args.sort])
     if args.json:
-        print(json.dumps([_plain_values(m) for m in found], ensure_ascii=False))
+        print(json.dumps([as_dict(m) for m in found], ensure_ascii=False))
         return 0
     head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
     table = [head, *map(_model_row, found)]
     for line in _table(table, "<<><<>>", (3, 1, 2, 4, 6, 5)):
         print(line)
     if not found:
-        _say("No model is like that.")
+        _info("No model is like that.")
     return 0
 
 
@@ -8440,7 +8293,7 @@ def cmd_usage(args: Any) -> int:
 def _credit_report(account: Account, credit: Credit | PuterError) -> JSON:
     if isinstance(credit, PuterError):
         return {"username": account.username, "error": str(credit)}
-    told = {k: v for k, v in _plain_values(credit).items() if k not in ("raw", "by_api")}
+    told = {k: v for k, v in as_dict(credit).items() if k not in ("raw", "by_api")}
     by_api = {
         name: {"cost": cost, "units": units, "count": count}
         for name, (cost, units, count) in credit.by_api.items()
@@ -8482,7 +8335,7 @@ def cmd_stats(args: Any) -> int:
             return 0
         found = client.stats(args.model)
     if args.json:
-        print(json.dumps([_plain_values(s) for s in found], ensure_ascii=False))
+        print(json.dumps([as_dict(s) for s in found], ensure_ascii=False))
         return 0
     if not found:
         print("There are no figures yet.")
@@ -8513,9 +8366,9 @@ def cmd_cache(args: Any) -> int:
     with _client() as client:
         config = client.config
         if args.clear:
-            print(f"Forgot {client._ledger.replies.clear_cache()} replies.")
+            print(f"Forgot {client._ledger.replies.cache_clear()} replies.")
             return 0
-        told = client._ledger.replies.cache_figures(time.time(), config.cache_ttl_ms / 1000)
+        told = client._ledger.replies.cache_stats(time.time(), config.cache_ttl_ms / 1000)
         place = client._ledger.replies.path
     asked = told["hits"] + told["misses"]
     rate = f"{100 * told['hits'] / asked:.0f}%" if asked else "-"
@@ -8554,7 +8407,7 @@ def _checks(config: Config) -> Iterator[tuple[bool, str]]:
         for account in accounts:
             try:
                 name = account_of(
-                    account.token, config._replace(auto_create_temp_user=True)
+                    account.token, replace(config, auto_create_temp_user=True)
                 ).username
                 yield True, f"the token of {account.username} works ({name})"
             except PuterError as error:
@@ -8612,13 +8465,15 @@ def _serve_openai(args: Any) -> int:
             )
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            _say(f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port.")
+            _info(
+                f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port."
+            )
             return 1
         server.start()
         _announce(server, client, key)
         while not stop.wait(0.5):  # in short waits: a signal cannot end a long one everywhere
             pass
-        _say("Stopping; what runs may take a moment to end.")
+        _info("Stopping; what runs may take a moment to end.")
         server.stop()
     return 0
 
@@ -8633,7 +8488,7 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
     try:
         print(f"{len(client.models())} models; Ctrl-C stops.", flush=True)
     except PuterError as error:
-        _say(f"The model list cannot be had now: {error}")
+        _info(f"The model list cannot be had now: {error}")
 
 
 # What other programs read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Continue's cn
@@ -8644,7 +8499,7 @@ _MARK_BEGIN, _MARK_END = "# >>> puter.py", "# <<< puter.py"
 _OPENCODE_KINDS = ("text", "audio", "image", "video", "pdf")  # others make its file invalid
 
 
-class Block:
+class ConfigSnippet:
     """A part of a program's settings: where it goes, and what goes there.
 
     JSON: `values` maps key paths to values. YAML: `lines` are items of the list under `key`
@@ -8863,7 +8718,7 @@ def seems_to_reason(model: Model) -> bool:
     return re.search(pattern, model.id.lower()) is not None
 
 
-def opencode_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def opencode_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
     from pathlib import Path
 
@@ -8882,7 +8737,7 @@ def opencode_block(models: Sequence[Model], base_url: str, key: str | None) -> l
     values: dict[tuple[str, ...], Any] = {("provider", "puter"): provider, ("mcp", "puter"): mcp}
     fresh = '{\n  "$schema": "https://opencode.ai/config.json"\n}\n'
     path = named if named.exists() else folder / "opencode.json"
-    return [Block(path, values, comments=True, fresh=fresh)]
+    return [ConfigSnippet(path, values, comments=True, fresh=fresh)]
 
 
 def _opencode_model(model: Model) -> JSON:
@@ -8900,7 +8755,7 @@ def _opencode_model(model: Model) -> JSON:
     return told
 
 
-def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     listed = [
         {
@@ -8926,16 +8781,18 @@ def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[B
     folder = _app_folder("Zed" if sys.platform == "win32" else "zed", os.environ, sys.platform)
     if sys.platform == "darwin":
         folder = _home(".config", "zed")
-    return [Block(folder / "settings.json", values, comments=True)]
+    return [ConfigSnippet(folder / "settings.json", values, comments=True)]
 
 
-def _mcp_json(path: Path, kind: JSON) -> list[Block]:
+def _mcp_json(path: Path, kind: JSON) -> list[ConfigSnippet]:
     command, *args = mcp_command()
     server = {**kind, "command": command, "args": args, "env": {}}
-    return [Block(path, {("mcpServers", "puter"): server})]
+    return [ConfigSnippet(path, {("mcpServers", "puter"): server})]
 
 
-def claude_desktop_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def claude_desktop_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[ConfigSnippet]:
     """Claude Desktop: the MCP server (it takes no OpenAI-compatible provider)."""
     from pathlib import Path
 
@@ -8947,7 +8804,9 @@ def claude_desktop_block(models: Sequence[Model], base_url: str, key: str | None
     return _mcp_json(folder / "claude_desktop_config.json", {})
 
 
-def claude_code_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def claude_code_block(
+    models: Sequence[Model], base_url: str, key: str | None
+) -> list[ConfigSnippet]:
     """Claude Code: the MCP server, for the user (it takes no OpenAI-compatible provider)."""
     from pathlib import Path
 
@@ -8956,7 +8815,7 @@ def claude_code_block(models: Sequence[Model], base_url: str, key: str | None) -
     return _mcp_json(path, {"type": "stdio"})
 
 
-def continue_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def continue_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
     """Continue: models with the provider `openai`, and the MCP server."""
     from pathlib import Path
 
@@ -8990,10 +8849,10 @@ def continue_block(models: Sequence[Model], base_url: str, key: str | None) -> l
     server += [f"  args: {json.dumps(args)}"]
     fresh = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
     parts = {"models": lines, "mcpServers": server}
-    return [Block(folder / "config.yaml", lines=parts, fresh=fresh)]
+    return [ConfigSnippet(folder / "config.yaml", lines=parts, fresh=fresh)]
 
 
-def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
     """aider: each model with its own address, so that its other OpenAI models stay as they are."""
     lines: list[str] = []
     known: dict[tuple[str, ...], Any] = {}
@@ -9019,12 +8878,12 @@ def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list
             "supports_vision": "image" in (m.inputs or ()),
         }
     return [
-        Block(_home(".aider.model.settings.yml"), lines={"": lines}),
-        Block(_home(".aider.model.metadata.json"), known, comments=True),
+        ConfigSnippet(_home(".aider.model.settings.yml"), lines={"": lines}),
+        ConfigSnippet(_home(".aider.model.metadata.json"), known, comments=True),
     ]
 
 
-def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[Block]:
+def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
     from pathlib import Path
 
@@ -9038,10 +8897,10 @@ def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[B
         lines += ["  vision: true"] if "image" in (m.inputs or ()) else []
         lines += ["  supports_tools: true"] if m.tools is not False else []
         lines += ["  supports_schema: true"]
-    return [Block(folder / "extra-openai-models.yaml", lines={"": lines})]
+    return [ConfigSnippet(folder / "extra-openai-models.yaml", lines={"": lines})]
 
 
-_PROGRAMS: dict[str, tuple[Callable[..., list[Block]], str]] = {
+_PROGRAMS: dict[str, tuple[Callable[..., list[ConfigSnippet]], str]] = {
     "opencode": (opencode_block, "Then: opencode --model puter/MODEL"),
     "zed": (
         zed_block,
@@ -9076,7 +8935,7 @@ def cmd_config(args: Any) -> int:
             models = client.models(args.provider, args.free or None)
     models = matching_models(models, args.search)
     if needs_models and not models:
-        _say("error: No model is like that, so there is nothing to set up.")
+        _info("error: No model is like that, so there is nothing to set up.")
         return 1
     key = os.environ.get("PUTER_SERVER_API_KEY")
     blocks = build(models, args.base_url, key)
@@ -9086,11 +8945,11 @@ def cmd_config(args: Any) -> int:
             _write_change(*change, sure=args.yes)
     else:
         for block in blocks:
-            _say(_dim(f"# {block.path}"))
+            _info(_dim(f"# {block.path}"))
             print(block.text(), end="")
     if needs_models:
-        _say("The server must run: python -m puter serve --openai")
-    _say(note.replace("COMMAND", " ".join(mcp_command())))
+        _info("The server must run: python -m puter serve --openai")
+    _info(note.replace("COMMAND", " ".join(mcp_command())))
     return 0
 
 
@@ -9108,7 +8967,7 @@ def _show_config(as_json: bool) -> int:
     return 0
 
 
-def _change_of(block: Block) -> tuple[Path, bytes, bytes]:
+def _change_of(block: ConfigSnippet) -> tuple[Path, bytes, bytes]:
     """(file, its bytes, what they should be); raises `ConfigError` if it cannot be read."""
     from pathlib import Path
 
@@ -9138,7 +8997,7 @@ def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
     )
     name = str(target)
     sys.stderr.writelines(difflib.unified_diff(before, after, name, name))
-    if not sure and _may_ask() and not _agrees(f"Write this into {target}?"):
+    if not sure and _is_interactive() and not _confirm(f"Write this into {target}?"):
         print("Nothing was written.")
         return
     try:
@@ -9169,7 +9028,7 @@ def _unused_name(target: Path) -> Path:
     return next(p for p in map(target.with_name, names) if not p.exists())
 
 
-def _agrees(question: str) -> bool:
+def _confirm(question: str) -> bool:
     """Whether the person says yes; the end of input is a no."""
     try:
         return input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
@@ -9197,17 +9056,17 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     try:
         return work()
     except AuthError:
-        if client.accounts or not _may_ask():
+        if client.accounts or not _is_interactive():
             raise
-    _say("You are not signed in.")
-    if not _agrees("Sign in with the browser now?"):
+    _info("You are not signed in.")
+    if not _confirm("Sign in with the browser now?"):
         raise AuthError("You are not signed in")
     account = _login_with_browser(client.config, False, LOGIN_PORT)
-    _say(_keep(client.store, client.config, account))
+    _info(_keep(client.store, client.config, account))
     return work()
 
 
-def _may_ask() -> bool:
+def _is_interactive() -> bool:
     """Whether somebody sits at a terminal who could answer."""
     return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
 
@@ -9220,7 +9079,7 @@ def _piped_text(wait: bool) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     if not wait and not _has_input(IDLE_STDIN_S):
-        _say(_dim("standard input is silent and was left alone (use - as the prompt to wait)"))
+        _info(_dim("standard input is silent and was left alone (use - as the prompt to wait)"))
         return ""
     try:
         return sys.stdin.buffer.read().decode("utf-8").strip()
@@ -9255,7 +9114,7 @@ def _dim(text: str) -> str:
     return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
 
 
-def _say(text: str) -> None:
+def _info(text: str) -> None:
     """A line for the person, on stderr."""
     if sys.stderr is not None:
         with suppress(BrokenPipeError):  # nobody listens there

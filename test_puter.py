@@ -1471,7 +1471,7 @@ def time_calls(base: str, port: int, folder: str, rounds: int) -> None:
     walking.models()  # the list is known when a model comes to rest
     for model in (asked, stand_ins[0]):
         name = walking.accounts[0].username
-        walking.state.cool(name, model, lambda _: 3600.0, "bench", time.time())
+        walking.state.add_cooldown(name, model, lambda _: 3600.0, "bench", time.time())
     plain = puter.Puter("bench", api_base_url=base)
     session = requests.Session()
     direct = http.client.HTTPConnection(base.removeprefix("http://"))
@@ -1534,7 +1534,7 @@ def time_work(folder: str, messages: int, rounds: int) -> None:
     history = turn * (messages // len(turn))
     writes: Jobs = {
         "record": lambda: state.record("m", "ok", 1.0, 0.1, puter.Usage(1, 2)),
-        "cool": lambda: state.cool("a", "m", lambda _: 60.0, "x", time.time()),
+        "cool": lambda: state.add_cooldown("a", "m", lambda _: 60.0, "x", time.time()),
         "bare": lambda: bare.execute(upsert),
     }
     forms: Jobs = {
@@ -1553,7 +1553,7 @@ def write_much(path: str, count: int, at_s: float) -> None:
     time.sleep(max(0.0, at_s - time.time()))
     for _ in range(count):
         state.record("m", "ok", 1.0)
-        state.cool("a", "m", lambda _: 60.0, "bench", time.time())
+        state.add_cooldown("a", "m", lambda _: 60.0, "bench", time.time())
 
 
 def load_server(port: int, clients: int, seconds: float) -> None:
@@ -1773,7 +1773,7 @@ def losses(lab: Lab) -> Samples:
     for part in crowd:
         part.end()
     state = puter.State(path)
-    found = state.figures()[0][0][2], state.cooldowns(time.time())[0].strikes
+    found = state.metrics()[0][0][2], state.cooldowns(time.time())[0].strikes
     state.close()
     return {"figures": [8 * count - found[0]], "rests": [8 * count - found[1]]}
 
@@ -2865,7 +2865,6 @@ class TestValues:
         [
             puter.Usage(),
             puter.ToolCall("1", "f", {}),
-            puter.Chunk("text", "hi"),
             attempt("m", "a"),
             puter.Reply("hi"),
             model("m"),
@@ -2902,7 +2901,7 @@ class TestValues:
             [lambda: puter.ToolCall("1"), "2 required positional arguments: 'name'"],
             [lambda: puter.Usage(tokens=1), "unexpected keyword argument 'tokens'"],
             [lambda: puter.Usage(1, 2, 3, 4, 5, 6), "from 1 to 6 positional"],
-            [lambda: puter.Reply()._replace(txt=""), "unexpected keyword argument"],
+            [lambda: replace(puter.Reply(), txt=""), "unexpected keyword argument"],
         ],
     )
     def test_wrong_fields_are_named(self, make, said):
@@ -2912,44 +2911,6 @@ class TestValues:
     def test_defaults_that_are_dicts_are_not_shared(self):
         assert puter.Reply().raw == {}
         assert puter.Reply().raw is not puter.Reply().raw
-
-    def test_a_kind_of_value_has_its_own_fields_too(self):
-        class Kept(puter.Reply):
-            kept_at: int = 0
-
-        kept = Kept("hi", kept_at=3)
-        assert (kept.text, kept.kept_at, str(kept)) == ("hi", 3, "hi")
-        assert kept != Kept("hi", kept_at=4)
-        assert list(inspect.signature(Kept).parameters)[-2:] == ["raw", "kept_at"]
-
-    def test_a_kind_of_value_keeps_what_it_writes_itself(self):
-        class Loud(puter.Reply):
-            heard: ClassVar[int] = 3
-
-            def __init__(self, text: str) -> None:
-                super().__init__(text.upper())
-
-            @functools.cached_property
-            def half(self) -> str:
-                return self.text[:2]
-
-        @dataclass(frozen=True, slots=True)
-        class Noted(puter.Reply):
-            note: str = ""
-
-        class First(puter.Usage):
-            input_tokens: int = 5
-
-        class Second(puter.Usage):
-            pass
-
-        class Both(First, Second):
-            pass
-
-        loud = Loud("abcd")
-        assert (str(loud), loud.half, loud.heard, Loud.heard) == ("ABCD", "AB", 3, 3)
-        assert Noted("a", note="b").note == "b"
-        assert Both().input_tokens == 5
 
     def test_an_init_can_be_looked_into(self):
         hints = get_type_hints(puter.Reply.__init__)
@@ -4821,7 +4782,7 @@ class TestPolicies:
         ],
     )
     def test_plain_model_name(self, name, plain):
-        assert puter.plain_model_name(name) == plain
+        assert puter.strip_puter_prefix(name) == plain
 
     @pytest.mark.parametrize(
         ("provider", "tools", "args", "may"),
@@ -5650,15 +5611,15 @@ class TestState:
     """What processes tell each other; never a reason to stop."""
 
     def test_a_rest_ends_by_itself(self, state):
-        rest = state.cool("alice", "", minutes, "too_many_requests", now=1000.0)
+        rest = state.add_cooldown("alice", "", minutes, "too_many_requests", now=1000.0)
         assert rest == puter.Cooldown("alice", "", 1060.0, 1, "too_many_requests")
         assert state.cooldowns(1059.9) == [rest]
         assert state.cooldowns(1060.0) == []
 
     def test_a_clock_that_is_set_back_ends_rests_but_mends_no_token(self, state):
         for_ever = float("inf")
-        state.cool("alice", "", minutes, "busy", now=1000.0)
-        state.cool("bob", "", lambda _: for_ever, "login", now=1000.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=1000.0)
+        state.add_cooldown("bob", "", lambda _: for_ever, "login", now=1000.0)
         names = {
             now: [rest.account for rest in state.cooldowns(now)]
             for now in (1000.0, 941.0, 940.0, 1.0)
@@ -5668,40 +5629,40 @@ class TestState:
 
     def test_strikes_grow_until_a_success(self, state):
         for strikes in (1, 2, 3):
-            rest = state.cool("alice", "m", minutes, "busy", now=1000.0)
+            rest = state.add_cooldown("alice", "m", minutes, "busy", now=1000.0)
             assert (rest.strikes, rest.until_s) == (strikes, 1000.0 + 60 * strikes)
         # They are in a row even when the rests between them have ended.
-        assert state.cool("alice", "m", minutes, "busy", now=9000.0).strikes == 4
-        state.succeed("alice", ("m",), now=9001.5)
+        assert state.add_cooldown("alice", "m", minutes, "busy", now=9000.0).strikes == 4
+        state.record_success("alice", ("m",), now=9001.5)
         assert state.cooldowns(9001.5) == []
-        assert state.cool("alice", "m", minutes, "busy", now=9002.0).strikes == 1
+        assert state.add_cooldown("alice", "m", minutes, "busy", now=9002.0).strikes == 1
         assert state.last_used_ms() == {"alice": 9_001_500}
 
     def test_a_success_ends_the_accounts_rest_and_the_models(self, state):
         for account, model in (("a", ""), ("a", "m"), ("a", "n"), ("b", ""), ("b", "m")):
-            state.cool(account, model, minutes, "busy", now=0.0)
-        state.succeed("a", ("m",), now=1.0)
+            state.add_cooldown(account, model, minutes, "busy", now=0.0)
+        state.record_success("a", ("m",), now=1.0)
         left = [(rest.account, rest.model) for rest in state.cooldowns(1.0)]
         assert left == [("a", "n"), ("b", ""), ("b", "m")]
 
     def test_clearing_one_account_or_all(self, state):
         for account in ("a", "b", "c"):
-            state.cool(account, "", minutes, "busy", now=0.0)
-            state.cool(account, "m", minutes, "busy", now=0.0)
+            state.add_cooldown(account, "", minutes, "busy", now=0.0)
+            state.add_cooldown(account, "m", minutes, "busy", now=0.0)
         assert state.clear_cooldowns("a") == 2
         assert {rest.account for rest in state.cooldowns(1.0)} == {"b", "c"}
         assert state.clear_cooldowns() == 4
         assert state.cooldowns(1.0) == []
-        assert state.cool("b", "", minutes, "busy", now=2.0).strikes == 1
+        assert state.add_cooldown("b", "", minutes, "busy", now=2.0).strikes == 1
 
     def test_a_dead_tokens_mark_ends_when_the_token_changes(self, state):
         for_ever = float("inf")
-        state.cool("alice", "", lambda _: for_ever, "login", 0.0, token_mark="old")
+        state.add_cooldown("alice", "", lambda _: for_ever, "login", 0.0, token_mark="old")
         assert state.cooldowns(1e12, {"alice": "old"}.get)[0].reason == "login"
         assert state.cooldowns(1e12, {"bob": "x"}.get)[0].account == "alice"
         assert state.cooldowns(1e12, {"alice": "new"}.get) == []
         # Any other rest is the account's, whatever its token is.
-        state.cool("alice", "", minutes, "busy", 0.0, token_mark="old")
+        state.add_cooldown("alice", "", minutes, "busy", 0.0, token_mark="old")
         assert state.cooldowns(1.0, {"alice": "new"}.get)[0].reason == "busy"
 
     def test_a_new_file_in_a_new_folder(self, tmp_path):
@@ -5714,18 +5675,18 @@ class TestState:
         for number in range(200):
             state.record("m", "ok", float(number), keep=5)
         state.record("m", "late", 1.0)
-        totals, samples = state.figures(keep=3)
+        totals, samples = state.metrics(keep=3)
         assert {row[1]: row[2] for row in totals} == {"ok": 200, "late": 1}
         assert [row[0] for row in samples["m"]] == [199.0, 198.0, 197.0]
-        assert len(state.figures(keep=500)[1]["m"]) == 5 + 200 % 64
+        assert len(state.metrics(keep=500)[1]["m"]) == 5 + 200 % 64
 
     def test_kept_replies_are_counted(self, state):
-        state.keep_reply("old", "{}", 1.0, most=10)
-        state.keep_reply("new", '"é"', 100.0, most=10)
-        found = [state.kept_reply(key, 101.0, 50.0) for key in ("old", "new", "none")]
+        state.cache_put("old", "{}", 1.0, most=10)
+        state.cache_put("new", '"é"', 100.0, most=10)
+        found = [state.cache_get(key, 101.0, 50.0) for key in ("old", "new", "none")]
         assert found == [None, '"é"', None]
         want = {"entries": 2, "fresh": 1, "bytes": 6, "hits": 1, "misses": 2}
-        assert state.cache_figures(101.0, 50.0) == want
+        assert state.cache_stats(101.0, 50.0) == want
 
     def test_a_use_is_noted_once_a_second(self, state):
         written: list[float] = []
@@ -5733,7 +5694,7 @@ class TestState:
             said: list[str] = []
             state.last_used_ms()  # the file is open
             state._db.set_trace_callback(said.append)  # type: ignore[union-attr]
-            state.succeed("alice", ("m",), now)
+            state.record_success("alice", ("m",), now)
             written += [now] if "COMMIT" in said else []
         assert written == [10.0, 11.0, 5.0]
 
@@ -5744,26 +5705,26 @@ class TestState:
         with pytest.raises(OverflowError):
             state.record("m", "ok", 1.0, usage=puter.Usage(1, 10**20))
         state.record("m", "ok", 1.0)
-        totals, _ = state.figures()
+        totals, _ = state.metrics()
         assert [row[:3] for row in totals] == [
             ("m", "ok", 1),
             ("m?", "code m?", 1),
             ("m?", "ok", 1),
         ]
-        assert state.cool("a", odd, minutes, odd, 1.0).model == "m?"
-        state.succeed("a", (odd,), 2.0)
+        assert state.add_cooldown("a", odd, minutes, odd, 1.0).model == "m?"
+        state.record_success("a", (odd,), 2.0)
         assert state.cooldowns(2.0) == []
 
     def test_other_objects_and_processes_see_it(self, state, folder):
-        state.cool("alice", "m", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "m", minutes, "busy", now=0.0)
         other = puter.State(folder / STATE)
         assert other.cooldowns(1.0) == state.cooldowns(1.0)
         other.close()
         script = """
             state = puter.State()
             assert [rest.account for rest in state.cooldowns(1.0)] == ["alice"]
-            state.cool("bob", "", lambda _: 60.0, "from afar", 0.0)
-            state.succeed("alice", ("m",), 5.0)
+            state.add_cooldown("bob", "", lambda _: 60.0, "from afar", 0.0)
+            state.record_success("alice", ("m",), 5.0)
         """
         done = run_script(script, folder)
         assert (done.returncode, done.stderr) == (0, "")
@@ -5776,18 +5737,18 @@ class TestState:
 
         other = puter.State(folder / STATE)
         assert names(look=False) == []  # the first look is always taken
-        other.cool("bob", "", minutes, "busy", now=0.0)
+        other.add_cooldown("bob", "", minutes, "busy", now=0.0)
         assert names(look=False) == []
         assert names(look=True) == names(look=False) == ["bob"]
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         assert names(look=False) == ["alice", "bob"]
         other.close()
 
     def test_a_success_ends_strikes_that_others_wrote(self, state, folder):
         other = puter.State(folder / STATE)
         assert state.cooldowns(1.0) == []
-        other.cool("alice", "m", minutes, "busy", now=0.0)
-        state.succeed("alice", ("m",), now=1.0)
+        other.add_cooldown("alice", "m", minutes, "busy", now=0.0)
+        state.record_success("alice", ("m",), now=1.0)
         assert other.cooldowns(1.0) == []
         other.close()
 
@@ -5797,8 +5758,8 @@ class TestState:
             logging.basicConfig(level="WARNING")  # a warning is a failure, too
             state = puter.State()
             for i in range(20):
-                state.cool(f"user-{number}", f"m{i}", lambda _: 60.0, "busy", 0.0)
-                state.cool("shared", "", lambda _: 60.0, "busy", 0.0)
+                state.add_cooldown(f"user-{number}", f"m{i}", lambda _: 60.0, "busy", 0.0)
+                state.add_cooldown("shared", "", lambda _: 60.0, "busy", 0.0)
         """
         assert state.cooldowns(1.0) == []  # the file is there: the next test is without
         run_at_once(script, folder, 8)
@@ -5815,7 +5776,7 @@ class TestState:
         timer = threading.Timer(0.2, maker.execute, ["COMMIT"])
         timer.start()
         state = puter.State(folder / STATE)
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         timer.join()
         maker.close()
         state.close()
@@ -5825,7 +5786,7 @@ class TestState:
     def test_threads_may_share_one(self, state):
         def work() -> None:
             for _ in range(20):
-                state.cool("shared", "", minutes, "busy", now=0.0)
+                state.add_cooldown("shared", "", minutes, "busy", now=0.0)
 
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
@@ -5836,8 +5797,8 @@ class TestState:
 
     def test_a_wrong_answer_of_the_policy_changes_nothing(self, state):
         with pytest.raises(ZeroDivisionError):
-            state.cool("alice", "", lambda strikes: 1 / 0, "busy", now=0.0)
-        assert state.cool("alice", "", minutes, "busy", now=0.0).strikes == 1
+            state.add_cooldown("alice", "", lambda strikes: 1 / 0, "busy", now=0.0)
+        assert state.add_cooldown("alice", "", minutes, "busy", now=0.0).strikes == 1
 
     def test_model_lists(self, state, folder):
         assert state.catalogue("https://a") is None
@@ -5850,7 +5811,7 @@ class TestState:
         other.close()
 
     def test_closed_and_used_again(self, state):
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         state.close()
         state.close()
         assert len(state.cooldowns(1.0)) == 1
@@ -5858,7 +5819,7 @@ class TestState:
     @posix_only
     @pytest.mark.usefixtures("no_umask")
     def test_its_files_are_private(self, state, folder):
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         modes = {path.name: mode_of(path) for path in folder.iterdir()}
         assert set(modes) >= {STATE, f"{STATE}-wal"}
         assert set(modes.values()) == {0o600}
@@ -5887,11 +5848,11 @@ class TestState:
                 db.execute("CREATE TABLE rests (who TEXT)")
         state = puter.State(path)
         with caplog.at_level(logging.DEBUG, "puter"):
-            state.cool("alice", "", minutes, "busy", now=0.0)
+            state.add_cooldown("alice", "", minutes, "busy", now=0.0)
             state.put_catalogue("u", "{}", 1.0)
             assert state.catalogue("u") == ("{}", 1.0)
             assert [rest.account for rest in state.cooldowns(1.0)] == ["alice"]
-            state.succeed("alice", "", now=2.0)
+            state.record_success("alice", "", now=2.0)
             assert state.cooldowns(1.0) == []
         (warning,) = caplog.records
         assert warning.levelname == "WARNING" and str(path) in warning.getMessage()
@@ -5902,7 +5863,7 @@ class TestState:
     def test_a_file_that_may_not_be_written(self, folder, monkeypatch, caplog):
         failing(monkeypatch, "open", errno.EACCES, STATE)
         state = puter.State(folder / STATE)
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         assert len(state.cooldowns(1.0)) == 1
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         state.close()
@@ -5913,11 +5874,11 @@ class TestState:
             import logging, resource
             logging.basicConfig(format="%(levelname)s %(message)s")
             state = puter.State()
-            state.cool("alice", "", lambda _: 60.0, "busy", 0.0)
+            state.add_cooldown("alice", "", lambda _: 60.0, "busy", 0.0)
             state.close()
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
             state.put_catalogue("u", "x" * 100_000, 0.0)
-            state.cool("bob", "", lambda _: 60.0, "busy", 0.0)
+            state.add_cooldown("bob", "", lambda _: 60.0, "busy", 0.0)
             assert [rest.account for rest in state.cooldowns(1.0)] == ["bob"]
             assert len(state.catalogue("u")[0]) == 100_000
         """
@@ -5941,7 +5902,7 @@ class TestState:
         (folder / STATE).unlink()
         state = puter.State(folder / STATE)
         assert state.cooldowns(0.0) == [] and state.catalogue("u") is None
-        state.cool("alice", "", minutes, "busy", now=0.0)
+        state.add_cooldown("alice", "", minutes, "busy", now=0.0)
         state.close()
         assert caplog.records == []
         assert len(state.cooldowns(1.0)) == 1
@@ -5953,11 +5914,11 @@ class TestState:
             import logging
             logging.basicConfig(level="WARNING")
             state = puter.State()
-            state.cool("before", "", lambda _: 60.0, "busy", 0.0)
+            state.add_cooldown("before", "", lambda _: 60.0, "busy", 0.0)
             inherited = state._db
             child = os.fork()
             for i in range(50):
-                state.cool(f"{child == 0}-{i}", "", lambda _: 60.0, "busy", 0.0)
+                state.add_cooldown(f"{child == 0}-{i}", "", lambda _: 60.0, "busy", 0.0)
             if child == 0:
                 # SQLite forbids the use of a connection on the other side of a fork.
                 os._exit(state._db is inherited)
@@ -5979,7 +5940,7 @@ class TestState:
                 return 60.0
             work = (  # another account's thread is in the middle of a write
                 "alice", "", rest_s, "busy", 0.0)
-            thread = threading.Thread(target=state.cool, args=work)
+            thread = threading.Thread(target=state.add_cooldown, args=work)
             thread.start()
             inside.wait()
             child = os.fork()
@@ -6403,8 +6364,8 @@ class TestAccountCommands:
 
     def test_login_again_renews_the_token_and_ends_the_rests(self, two):
         state = two.state
-        state.cool("alice", "", minutes, "busy", now=time.time())
-        state.cool("bob", "", minutes, "busy", now=time.time())
+        state.add_cooldown("alice", "", minutes, "busy", now=time.time())
+        state.add_cooldown("bob", "", minutes, "busy", now=time.time())
         two.fake.add_account("alice", "token-new")
         two.good("login", "--with-token", stdin="token-new\n")
         assert names(two.store) == ["alice", "bob"]
@@ -6607,10 +6568,10 @@ class TestAccountCommands:
 
     def test_status(self, two):
         now, state = time.time(), two.state
-        state.succeed("alice", ("m",), now - 7200)
-        state.cool("alice", "m1", lambda _: 500.0, "upstream_failed", now)
-        state.cool("bob", "", lambda _: 900.0, "too_many_requests", now)
-        state.cool("bob", "old", lambda _: -1.0, "is over", now)
+        state.record_success("alice", ("m",), now - 7200)
+        state.add_cooldown("alice", "m1", lambda _: 500.0, "upstream_failed", now)
+        state.add_cooldown("bob", "", lambda _: 900.0, "too_many_requests", now)
+        state.add_cooldown("bob", "old", lambda _: -1.0, "is over", now)
         state.close()
         lines = two.good("status").splitlines()
         assert lines[:2] == ["  alice  (last used 2 hours ago)", "* bob  (last used never)"]
@@ -6620,9 +6581,9 @@ class TestAccountCommands:
 
     def test_status_as_json(self, two):
         state = two.state
-        state.cool("bob", "m", lambda _: 900.0, "busy", time.time())
+        state.add_cooldown("bob", "m", lambda _: 900.0, "busy", time.time())
         mark = puter._token_mark("token-alice")
-        state.cool("alice", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
+        state.add_cooldown("alice", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
         state.close()
         out = two.good("status", "--json")
         data = json.loads(out)
@@ -6646,7 +6607,7 @@ class TestAccountCommands:
     def test_status_of_a_dead_token(self, two):
         state = two.state
         mark = puter._token_mark("token-bob")
-        state.cool("bob", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
+        state.add_cooldown("bob", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
         state.close()
         out = two.good("status")
         assert "* bob  (needs a new sign-in: python -m puter login" in out
@@ -6681,7 +6642,7 @@ class TestAccountCommands:
     def test_clearing_the_cooldowns(self, two):
         state = two.state
         for model in ("", "m"):
-            state.cool("bob", model, minutes, "busy", time.time())
+            state.add_cooldown("bob", model, minutes, "busy", time.time())
         assert two.good("status", "--clear-cooldowns") == "Ended 2 rests.\n"
         assert state.cooldowns(time.time()) == []
         assert two.good("status", "--clear-cooldowns") == "Ended 0 rests.\n"
@@ -6689,7 +6650,7 @@ class TestAccountCommands:
 
     def test_clearing_counts_what_rests(self, two):
         state = two.state
-        state.cool("bob", "", minutes, "busy", now=0.0)
+        state.add_cooldown("bob", "", minutes, "busy", now=0.0)
         state.close()
         assert "resting" not in two.good("status")
         assert two.good("status", "--clear-cooldowns") == "Ended 0 rests.\n"
@@ -6958,7 +6919,7 @@ def reset_when_closed(connection: socket.socket) -> None:
 
 def sit_down(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
     """Somebody sits at the terminal, and answers what is asked."""
-    monkeypatch.setattr(puter, "_may_ask", lambda: True)
+    monkeypatch.setattr(puter, "_is_interactive", lambda: True)
     monkeypatch.setattr(builtins, "input", answer)
 
 
@@ -7757,9 +7718,9 @@ class TestInterrupts:
         in_background(press_ctrl_c)
         in_background(lambda: (time.sleep(0.3), other.execute("COMMIT")))
         with pytest.raises(KeyboardInterrupt):
-            state.cool("alice", "", minutes, "busy", 0.0)
+            state.add_cooldown("alice", "", minutes, "busy", 0.0)
         assert state._db is not None and not state._db.in_transaction
-        state.cool("bob", "", minutes, "busy", 0.0)
+        state.add_cooldown("bob", "", minutes, "busy", 0.0)
         other.close()
         again = puter.State(state.path)
         assert [rest.account for rest in again.cooldowns(1.0)] == ["bob"]
@@ -7770,7 +7731,7 @@ class TestInterrupts:
         client = make("alice", "bob")
         write = {
             "store": lambda: client.store.switch("bob"),
-            "state": lambda: client.state.cool("bob", "", minutes, "busy", 0.0),
+            "state": lambda: client.state.add_cooldown("bob", "", minutes, "busy", 0.0),
         }[stage]
 
         def press(*_: Any) -> None:
@@ -9288,7 +9249,7 @@ class TestWalk:
         names = ("alice", "bob", "carol", "dave")
         client = make(*names, account_rotation_strategy=strategy)
         for seconds, name in enumerate(["carol", "dave", "bob", "alice"], 1):
-            client.state.succeed(name, "x", seconds)
+            client.state.record_success(name, "x", seconds)
         for name in names:
             prepare(fake, {name: "limited"})
         with pytest.raises(puter.RateLimitError):
@@ -9391,7 +9352,7 @@ class TestGate:
     """So many requests at once and no more; a refusal holds everybody back."""
 
     def test_places_are_taken_and_given_back(self):
-        gate, handle = puter._Gate(2), puter._Handle()
+        gate, handle = puter._ConcurrencyLimit(2), puter._Cancellation()
         gate.enter(handle, 1)
         gate.enter(handle, 1)
         with pytest.raises(puter.RateLimitError, match="2 requests.*max_concurrent"):
@@ -9400,9 +9361,9 @@ class TestGate:
         gate.enter(handle, 0)
 
     def test_who_waits_gets_the_place_that_comes_free(self):
-        gate = puter._Gate(1)
-        gate.enter(puter._Handle(), 1)
-        waiter, outcome = in_background(lambda: gate.enter(puter._Handle(), 5))
+        gate = puter._ConcurrencyLimit(1)
+        gate.enter(puter._Cancellation(), 1)
+        waiter, outcome = in_background(lambda: gate.enter(puter._Cancellation(), 5))
         time.sleep(0.02)
         assert not outcome
         gate.leave()
@@ -9410,8 +9371,8 @@ class TestGate:
         assert outcome == [None]
 
     def test_who_is_closed_does_not_wait(self):
-        gate, handle = puter._Gate(1), puter._Handle()
-        gate.enter(puter._Handle(), 1)
+        gate, handle = puter._ConcurrencyLimit(1), puter._Cancellation()
+        gate.enter(puter._Cancellation(), 1)
         waiter, outcome = in_background(lambda: gate.enter(handle, 30))
         handle.close()
         waiter.join(2)
@@ -9419,7 +9380,7 @@ class TestGate:
 
     def test_a_refusal_holds_all_back_and_fewer_go_at_once(self):
         clock = Clock()
-        gate, handle = puter._Gate(3, clock), puter._Handle()
+        gate, handle = puter._ConcurrencyLimit(3, clock), puter._Cancellation()
         gate.enter(handle, 0)
         gate.enter(handle, 0)
         gate.refused(5.0, too_many_at_once=True)
@@ -9918,9 +9879,9 @@ def body_for(scenario: Any = "text", **more: Any) -> JSONObject:
     return {"model": lab(scenario), "messages": HI, **more}
 
 
-def understood(**more: Any) -> puter.Completion:
+def understood(**more: Any) -> puter.ChatRequest:
     """A request as the server understands it."""
-    return puter.completion_from(body_for(**more), None)
+    return puter.chat_request_from(body_for(**more), None)
 
 
 def post_to(
@@ -10124,7 +10085,7 @@ def frames_for(
 ) -> list[JSONObject]:
     """The frames of these chunks."""
     wanted = understood(stream=True, **asked)
-    return list(puter.completion_frames(chunks, lambda: finish, wanted, CHUNK_HEAD))
+    return list(puter.completion_chunks(chunks, lambda: finish, wanted, CHUNK_HEAD))
 
 
 class TestTranslation:
@@ -10218,7 +10179,7 @@ class TestTranslation:
     @pytest.mark.parametrize("body", [None, [], "x", 5, True, [{"model": "m"}]])
     def test_no_object(self, body):
         with pytest.raises(puter.BadRequestError, match="no JSON object"):
-            puter.completion_from(body, "m")
+            puter.chat_request_from(body, "m")
 
     @pytest.mark.parametrize(
         "more",
@@ -10250,8 +10211,8 @@ class TestTranslation:
     def test_the_default_model(self):
         for given_model in ({}, {"model": None}, {"model": ""}):
             body = {"messages": HI, **given_model}
-            assert puter.completion_from(body, "m").model == "m"
-        assert puter.completion_from(body_for(), "m").model == lab("text")
+            assert puter.chat_request_from(body, "m").model == "m"
+        assert puter.chat_request_from(body_for(), "m").model == lab("text")
 
     @pytest.mark.parametrize(
         ("choice", "offered", "order"),
@@ -10526,7 +10487,7 @@ class TestTranslation:
     def test_a_stop_ends_the_reading(self):
         chunks = iter(map(text_chunk, ["one E", "ND", "more", "and more"]))
         asked = understood(stop="END", stream=True)
-        frames = list(puter.completion_frames(chunks, lambda: "length", asked, CHUNK_HEAD))
+        frames = list(puter.completion_chunks(chunks, lambda: "length", asked, CHUNK_HEAD))
         assert (joined(frames), finish_of(frames)) == ("one ", "stop")
         assert [chunk.text for chunk in chunks] == ["more", "and more"]
 
@@ -11393,7 +11354,7 @@ class TestOpenAIServer:
             raise fault
 
         with monkeypatch.context() as patch:
-            patch.setattr(puter, "completion_from", fail)
+            patch.setattr(puter, "chat_request_from", fail)
             reply = post_to(server, body_for())
             assert reply.status_code == 500
             assert "secret" not in error_of(reply)["message"]
@@ -11404,7 +11365,7 @@ class TestOpenAIServer:
             yield {"first": "frame"}
             raise RuntimeError("secret")
 
-        monkeypatch.setattr(puter, "completion_frames", fail)
+        monkeypatch.setattr(puter, "completion_chunks", fail)
         with connected(server) as sock:
             sock.sendall(chat_request(body_for(stream=True)))
             got = until_end(sock, 1)
@@ -13120,7 +13081,7 @@ def config(fake: FakePuter, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def blocks_of(
     program: str, models: list[puter.Model] | None = None, key: str | None = None
-) -> list[puter.Block]:
+) -> list[puter.ConfigSnippet]:
     """What goes into the files of a program."""
     build = puter._PROGRAMS[program][0]
     return build(MODELS if models is None else models, URL, key)
@@ -13988,7 +13949,7 @@ class TestFunctionTools:
         schema = puter.hint_schema(hint)
         assert schema["required"] == ["city"]
         assert schema["properties"]["zip"] == {"type": "string"}
-        assert puter.fitted({"city": "Rome"}, hint, "place") == {"city": "Rome"}
+        assert puter.coerce({"city": "Rome"}, hint, "place") == {"city": "Rome"}
 
     def test_an_object_that_holds_its_like(self):
         try:
@@ -14146,7 +14107,7 @@ class TestFunctionTools:
         ],
     )
     def test_an_argument(self, value, hint, want):
-        made = puter.fitted(value, hint, "it")
+        made = puter.coerce(value, hint, "it")
         assert made == want and type(made) is type(want)
 
     @pytest.mark.parametrize(
@@ -14178,7 +14139,7 @@ class TestFunctionTools:
     )
     def test_an_argument_that_does_not_fit(self, value, hint, where):
         with pytest.raises(TypeError, match=re.escape(where)):
-            puter.fitted(value, hint, "it")
+            puter.coerce(value, hint, "it")
 
     @pytest.mark.parametrize(
         ("value", "hint", "want"),
@@ -14190,13 +14151,13 @@ class TestFunctionTools:
         ],
     )
     def test_an_argument_that_should_fit(self, value, hint, want):
-        made = puter.fitted(value, hint, "it")
+        made = puter.coerce(value, hint, "it")
         assert made == want and type(made) is type(want)
 
     @pytest.mark.parametrize(("value", "hint"), [(True, Literal[1]), (1, Literal[True])])
     def test_a_boolean_is_no_choice_of_a_number(self, value, hint):
         with pytest.raises(TypeError):
-            puter.fitted(value, hint, "it")
+            puter.coerce(value, hint, "it")
 
     def test_calls(self):
         def plan(trip: Trip, unit: Unit = Unit.CELSIUS, *, note: str = "") -> Any:
@@ -14976,7 +14937,7 @@ class TestStats:
         assert (told.requests, told.successes) == (200, 160)
         assert told.failures == {"late": 40} and told.cost_usd == pytest.approx(100)
         state = puter.State(home / puter.STATE_NAME)
-        state.reset_figures()
+        state.reset_metrics()
         state.close()
         assert client.stats() == []
 
@@ -15568,7 +15529,7 @@ class TestChatCommand:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(puter, "_read_message", read)
-        monkeypatch.setattr(puter, "_say", say)
+        monkeypatch.setattr(puter, "_info", say)
         nobody: Any = None
         puter._Chat(nobody, nobody, {}).run()
         assert told == ["\n(Ctrl-D leaves)"] * 2
