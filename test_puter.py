@@ -68,7 +68,6 @@ from tempfile import TemporaryDirectory
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
