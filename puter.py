@@ -11,11 +11,33 @@ Sign in once with ``python -m puter login``; ``python -m puter --help`` lists th
 The names in `__all__` are the module's face and stay; any other may change with a version.
 Remarks such as "(recorded)" mean that a fact was seen in the answers of a real Puter server,
 release 26.07.
+
+The file from top to bottom; each section uses only those above it:
+
+     1 head        constants, the log, what begins anew after a fork
+     2 errors      `PuterError` and its kinds, and what a server's codes and texts stand for
+     3 values      `Reply`, `Chunk`, `Model`…: what goes in and out
+     4 config      one table of settings: types, ranges, defaults, documentation
+     5 store       the accounts file, and the state that processes share
+     6 messages    prompts, replies, streams, functions: bytes and dicts in, values out
+     7 policies    plain functions that decide: retry, fallback, which account is next
+     8 transport   HTTP by `requests` and `sseclient`, and their failures
+     9 Puter       the client: the loop over accounts and models, streams, conversations
+    10 login       sign in with the browser
+    11 gateway     the server for other programs: three dialects, one handler
+    12 mcp         the Model Context Protocol on stdin and stdout
+    13 cli         the command line, and `launch` for coding agents
 """
 
 from __future__ import annotations
 
+import base64
+import cmd
+import copy
+import enum
 import errno
+import inspect
+import io
 import json
 import math
 import os
@@ -23,23 +45,26 @@ import re
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from operator import length_hint
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar
+import types
+import typing
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial, wraps
+from itertools import chain, groupby, islice, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import sqlite3
-    from pathlib import Path
     from typing import TypeGuard
 
     import requests
     from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AccessError",
     "Account",
@@ -110,72 +135,89 @@ EXACT_TOOLS_TIMEOUT_S = 600.0
 RETRY_CAP_S = 30.0
 RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
 RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
+RATE_PATIENCE_S = 30.0  # how long a limit of requests is waited for, when nobody else can be asked
+FALLBACKS_PER_CALL = 5
+SUMMARY_ATTEMPTS = 8
+FALLBACK_TIME_S = 120.0  # no further fallback is begun after so long
+PROVIDER_REFUSALS = 2
+MODELS_TIMEOUT_S = 10.0
+MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_LINE_BYTES = 32 * 1024 * 1024
 
 
-class _LazyLog:
-    """The logger `puter`; `logging` is imported only when somebody could hear.
+class _Log:
+    """The logger `puter`: imports `logging` at the first message that can be seen.
 
-    That is when the program has imported it itself, or wants these messages on stderr.
+    It can when the program has imported `logging` itself, or wants messages on stderr.
     """
 
-    def __init__(self) -> None:
-        self._logger: Any = None
-        self._shown_from: int | None = None
+    shown_from: int | None = None
+    _LEVELS: ClassVar = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
-    def show(self, level: int) -> None:
-        """Show messages from this level on on stderr, as ``[puter-auth] 15:30:45 …``."""
-        self._shown_from = level
-        if self._logger is not None:
-            self._attach()
-
-    def debug(self, message: str, *args: Any) -> None:
-        """See `logging`."""
-        self._log(10, message, args)
-
-    def info(self, message: str, *args: Any) -> None:
-        """See `logging`."""
-        self._log(20, message, args)
-
-    def warning(self, message: str, *args: Any, exc_info: bool = False) -> None:
-        """See `logging`."""
-        self._log(30, message, args, exc_info)
-
-    def error(self, message: str, *args: Any, exc_info: bool = True) -> None:
-        """See `logging`; with the traceback of the exception at hand."""
-        self._log(40, message, args, exc_info)
-
-    def _log(self, level: int, message: str, args: tuple[Any, ...], exc_info: bool = False) -> None:
-        if self._logger is None:
-            shown = self._shown_from is not None and level >= self._shown_from
-            if "logging" not in sys.modules and not shown:
-                return
-            import logging
-
-            self._logger = logging.getLogger("puter")
-            self._logger.addHandler(logging.NullHandler())
-            self._attach()
-        self._logger.log(level, message, *args, exc_info=exc_info, stacklevel=3)
-
-    def _attach(self) -> None:
+    def __getattr__(self, name: str) -> Any:
+        is_shown = self.shown_from is not None and self._LEVELS[name] >= self.shown_from
+        if not is_shown and "logging" not in sys.modules:
+            return lambda *_, **__: None
         import logging
 
-        if self._shown_from is None:
-            return
-        if all(h.name != _STDERR_HANDLER for h in self._logger.handlers):
-            handler = logging.StreamHandler()
-            handler.name = _STDERR_HANDLER
-            form = "[puter-auth] %(asctime)s %(message)s"
-            handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
-            self._logger.addHandler(handler)
-        self._logger.setLevel(self._shown_from)
+        logger = logging.getLogger("puter")
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        if self.shown_from is not None:
+            _show_on_stderr(logger, self.shown_from)
+        return getattr(logger, name)
+
+
+# C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
+_CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
+_CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
+
+
+def visible(text: str) -> str:
+    """The text with control characters as visible marks, fit for a terminal."""
+    return text.translate(_CONTROL_MARKS)
+
+
+def _show_log(level: int) -> None:
+    """Show messages from this level on on stderr, as ``[puter-auth] 15:30:45 …``."""
+    _log.shown_from = level
+
+
+def _show_on_stderr(logger: Any, level: int) -> None:
+    """Give the logger a handler for what is stderr at the time, once."""
+    import logging
+
+    class Handler(logging.Handler):
+        def emit(self, record: Any) -> None:
+            if sys.stderr is not None:
+                print(visible(self.format(record)), file=sys.stderr, flush=True)
+
+    logger.setLevel(level)
+    if all(handler.name != _STDERR_HANDLER for handler in logger.handlers):
+        handler = Handler()
+        handler.name = _STDERR_HANDLER
+        form = "[puter-auth] %(asctime)s %(message)s"
+        handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+        logger.addHandler(handler)
 
 
 _STDERR_HANDLER = "puter-stderr"
-_DEBUG, _WARNING = 10, 30  # logging's levels
-_log = _LazyLog()
+# logging's levels
+_DEBUG, _WARNING = 10, 30
+_log = _Log()
+# What begins anew in a forked child, whoever held its locks in the parent.
+_forkable: WeakSet[Any] = WeakSet()
+
+
+def _after_fork() -> None:
+    for one in list(_forkable):
+        one._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 _T = TypeVar("_T")
 
 
@@ -188,14 +230,21 @@ JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
+def _any_size(digits: str) -> int | float:
+    """A whole number of JSON; one that is larger than any float is infinite."""
+    return int(digits) if len(digits) <= 300 else math.inf
+
+
+_JSON = json.JSONDecoder(parse_int=_any_size)
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number (true and false are none)."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return fine and math.isfinite(value)
+    """Whether it is a number that can be counted with: no boolean, no NaN, not beyond belief."""
+    return type(value) in (int, float) and abs(value) < 2**53
 
 
 def _is_text(value: Any) -> bool:
@@ -203,17 +252,22 @@ def _is_text(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    """A found value for an error text: its JSON, shortened, and its kind."""
+    """A value for an error text: shortened, and of which kind."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    try:
+        shown = repr(value)
+    except ValueError:
+        # Python does not write integers of thousands of digits
+        shown = "a huge value"
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
 def _close_matches(
     name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
 ) -> list[str]:
-    """The names that look like the given one, best first."""
+    """The names that look like this one, best first."""
     import difflib
 
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
@@ -229,22 +283,6 @@ def strip_puter_prefix(name: str) -> str:
     """The name as Puter takes it: without the `puter/` that other tools put in front."""
     stripped = name.strip()
     return stripped[6:] if stripped.lower().startswith("puter/") else stripped
-
-
-class _Lock:
-    """A re-entrant lock that a forked child finds open, whoever held it in the parent."""
-
-    def __init__(self) -> None:
-        self._by_process = {os.getpid(): threading.RLock()}
-
-    def __enter__(self) -> None:
-        own = self._by_process.get(os.getpid())
-        if own is None:  # setdefault: another thread of the child may be as far
-            own = self._by_process.setdefault(os.getpid(), threading.RLock())
-        own.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._by_process[os.getpid()].release()
 
 
 # ======================================================================================
@@ -267,28 +305,32 @@ class PuterError(Exception):
     retryable: ClassVar[bool] = False
     """Whether the very same request may work a moment later."""
     default_hint: ClassVar[str] = ""
+    http_status: ClassVar[int] = 500
+    """What the gateway answers with, and the kind that OpenAI's clients know it by."""
+    openai_type: ClassVar[str] = "server_error"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        code: str | None = None,
-        hint: str | None = None,
-        model: str | None = None,
-        account: str | None = None,
-        attempts: Sequence[Attempt] = (),
-        retry_after_s: float | None = None,
-    ) -> None:
+    status: int | None = None
+    code: str | None = None
+    model: str | None = None
+    account: str | None = None
+    attempts: Sequence[Attempt] = ()
+    retry_after_s: float | None = None
+    may_be_billed: bool = False
+    """Whether the server may have worked for the request that failed."""
+    near: Sequence[str] = ()
+    raw: str = ""
+    reply: Reply | None = None
+    statuses: Sequence[Cooldown] = ()
+    param: str | None = None
+
+    def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(message)
         self.message = message
-        self.status = status
-        self.code = code
         self.hint = self.default_hint if hint is None else hint
-        self.model = model
-        self.account = account
-        self.attempts = tuple(attempts)
-        self.retry_after_s = retry_after_s
+        for name, value in details.items():
+            if not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} has no detail {name!r}")
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     def __str__(self) -> str:
         parts = [self.message]
@@ -300,14 +342,11 @@ class PuterError(Exception):
 
 
 def _summarize(attempts: Sequence[Attempt]) -> str:
-    """Attempts in a few words; the same one several times in a row is told once."""
-    told: list[list[Any]] = []
-    for attempt in attempts:
-        if told and told[-1][0] == attempt.outcome:
-            told[-1][1] += 1
-        else:
-            told.append([attempt.outcome, 1])
-    return "; ".join(text if n == 1 else f"{text} ({n} times)" for text, n in told)
+    """Attempts in a few words; the same one several times in a row is named once."""
+    runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in attempts)]
+    words = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:SUMMARY_ATTEMPTS]]
+    more = sum(n for _, n in runs[SUMMARY_ATTEMPTS:])
+    return "; ".join(words) + (f"; and {more} more" if more else "")
 
 
 class AuthError(PuterError):
@@ -315,6 +354,8 @@ class AuthError(PuterError):
 
     scope = "account"
     default_hint = "Sign in with `python -m puter login`."
+    http_status = 401
+    openai_type = "authentication_error"
 
 
 class CreditError(PuterError):
@@ -325,15 +366,17 @@ class CreditError(PuterError):
         "Use a free model (`python -m puter models --free`), add another account with "
         "`python -m puter login`, or add credit on puter.com."
     )
+    http_status = 402
+    openai_type = "insufficient_quota"
 
 
 class AccessError(PuterError):
     """The account may not do this: it is suspended, not verified, or forbidden to."""
 
     scope: ClassVar[Scope] = "account"
-    default_hint = (
-        "Look at the account on puter.com, or use another: `python -m puter switch NAME`."
-    )
+    default_hint = "See the account on puter.com, or use another: `python -m puter switch NAME`."
+    http_status: ClassVar[int] = 403
+    openai_type: ClassVar[str] = "permission_error"
 
 
 class ModelAccessError(AccessError):
@@ -348,6 +391,8 @@ class SubscriptionError(AccessError):
 
     scope = "request"
     default_hint = 'Set "api_style" to "drivers" (the default): it works for every account.'
+    http_status = 402
+    openai_type = "insufficient_quota"
 
 
 class RateLimitError(PuterError):
@@ -356,6 +401,8 @@ class RateLimitError(PuterError):
     scope: ClassVar[Scope] = "account"
     retryable = True
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
+    http_status = 429
+    openai_type = "rate_limit_error"
 
 
 class ModelRateLimitError(PuterError):
@@ -363,6 +410,8 @@ class ModelRateLimitError(PuterError):
 
     scope = "model"
     default_hint = "Use another model for a while, or leave `fallback_enabled` on."
+    http_status = 429
+    openai_type = "rate_limit_error"
 
 
 class ModelUnavailableError(PuterError):
@@ -371,6 +420,7 @@ class ModelUnavailableError(PuterError):
     scope = "model"
     retryable = True
     default_hint = "Try again later, or use another model (`python -m puter models`)."
+    http_status = 503
 
 
 class ProviderAuthError(ModelUnavailableError):
@@ -378,16 +428,15 @@ class ProviderAuthError(ModelUnavailableError):
 
     retryable = False
     default_hint = "This is between Puter and the provider: use another model."
+    http_status = 502
 
 
 class ModelNotFoundError(PuterError):
     """No model has this name; `near` lists names that are close."""
 
     default_hint = "List the names with `python -m puter models`."
-
-    def __init__(self, message: str, *, near: Sequence[str] = (), **details: Any) -> None:
-        super().__init__(message, **details)
-        self.near = tuple(near)
+    http_status = 404
+    openai_type = "invalid_request_error"
 
 
 class BadRequestError(PuterError):
@@ -396,17 +445,18 @@ class BadRequestError(PuterError):
     `param` is the field of an OpenAI request that is at fault, if it is one.
     """
 
-    param: str | None = None
-
     default_hint = "Change the request as the message says; sending it again will not help."
+    http_status = 400
+    openai_type = "invalid_request_error"
 
 
 class ServerError(PuterError):
-    """Puter's server failed, or something that is no Puter server answered."""
+    """Puter's server failed, or something that is not a Puter server answered."""
 
     scope = "server"
     retryable = True
     default_hint = "Try again later; if it stays, check `api_base_url` in puter.json."
+    http_status = 502
 
 
 class RequestTimeoutError(PuterError):
@@ -414,7 +464,8 @@ class RequestTimeoutError(PuterError):
 
     scope = "server"
     retryable = True
-    default_hint = "Raise `api_timeout_ms` in puter.json (or `timeout_ms=` of the call)."
+    default_hint = "Raise `api_timeout_ms` in puter.json."
+    http_status = 504
 
 
 class NetworkError(PuterError):
@@ -423,16 +474,17 @@ class NetworkError(PuterError):
     scope = "server"
     retryable = True
     default_hint = "Check the network, the proxy settings and `api_base_url`."
+    http_status = 502
 
 
 class ReplyError(PuterError):
-    """The model's answer cannot be read; `raw` holds the text in question as it came."""
+    """The model's answer cannot be read.
+
+    `raw` holds the text in question as it came, `reply` what could be read (or None).
+    """
 
     default_hint = "Ask again, or use another model."
-
-    def __init__(self, message: str, *, raw: str = "", **details: Any) -> None:
-        super().__init__(message, **details)
-        self.raw = raw
+    http_status = 502
 
 
 class StreamError(PuterError):
@@ -440,11 +492,8 @@ class StreamError(PuterError):
 
     scope = "model"
     retryable = True
-    default_hint = "What came before is in `.reply`; ask again for a whole answer."
-
-    def __init__(self, message: str, *, reply: Reply | None = None, **details: Any) -> None:
-        super().__init__(message, **details)
-        self.reply = reply
+    default_hint = "Ask again for a whole answer."
+    http_status = 502
 
 
 class ConfigError(PuterError):
@@ -452,11 +501,13 @@ class ConfigError(PuterError):
 
 
 class StoreError(PuterError):
-    """The accounts file cannot be read or written; its bytes are left as they are."""
+    """The accounts file cannot be read or written; it is left unchanged."""
+
+    default_hint = "Fix the file, or move it away and sign in again."
 
 
 class AllAccountsOnCooldownError(PuterError):
-    """Every account is resting; `retry_after_s` says for how long, `statuses` why each."""
+    """Every account is on cooldown; `retry_after_s` says for how long, `statuses` why each."""
 
     scope = "account"
     retryable = True
@@ -464,10 +515,87 @@ class AllAccountsOnCooldownError(PuterError):
         "Wait, add another account with `python -m puter login`, or end the cooldowns with "
         "`python -m puter status --clear-cooldowns`."
     )
+    http_status = 429
+    openai_type = "rate_limit_error"
 
-    def __init__(self, message: str, *, statuses: Sequence[Cooldown] = (), **details: Any) -> None:
-        super().__init__(message, **details)
-        self.statuses = tuple(statuses)
+
+# Puter's error codes and what they mean (recorded, or read in the server's code).
+_KIND_BY_CODE: dict[str, type[PuterError]] = {
+    **dict.fromkeys(("token_missing", "reauth_required", "token_auth_failed"), AuthError),
+    **dict.fromkeys(("app_or_api_token_required", "invalid_api_key"), AuthError),
+    "insufficient_funds": CreditError,
+    "subscription_required": SubscriptionError,
+    **dict.fromkeys(("permission_denied", "usage-limited-chat"), ModelAccessError),
+    **dict.fromkeys(("forbidden", "account_is_not_verified", "account_suspended"), AccessError),
+    "too_many_requests": RateLimitError,
+    "upstream_rate_limited": ModelRateLimitError,
+    "upstream_provider_unavailable": ModelUnavailableError,
+    "upstream_failed": ModelUnavailableError,
+    "upstream_auth_failed": ProviderAuthError,
+    "model_not_found": ModelNotFoundError,
+    **dict.fromkeys(("bad_request", "not_found", "upstream_bad_request"), BadRequestError),
+    "internal_error": ServerError,
+}
+_KIND_BY_STATUS: dict[int, type[PuterError]] = {
+    401: AuthError,
+    402: CreditError,
+    403: AccessError,
+    408: RequestTimeoutError,
+    429: RateLimitError,
+}
+_HINT_BY_CODE = {
+    "app_or_api_token_required": "This is an account session token: sign in with "
+    "`python -m puter login`, which gets a token of the right kind.",
+    "not_found": "The server does not know this call: check `api_base_url`.",
+    "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
+}
+
+
+def error_from(
+    status: int, body: Any, *, model: str | None = None, account: str | None = None, **details: Any
+) -> PuterError:
+    """The error that an HTTP status and a body (decoded JSON, or text) stand for.
+
+    The code decides first, then the status, then texts of older servers. Understands Puter's
+    errors, older servers' `success: false` in a 200, and OpenAI's error objects.
+    """
+    message, code, own_status, provider_words = _error_fields(body)
+    status = own_status or status
+    kind = _KIND_BY_CODE.get(code or "")
+    if "usage-limited-chat" in message:
+        kind = ModelAccessError
+    elif code in (None, "bad_request") and message.startswith("Model not found"):
+        kind = ModelNotFoundError
+    if kind is None:
+        kind = _KIND_BY_STATUS.get(status, ServerError if status >= 500 else BadRequestError)
+    text = message or f"The server answered {status} without saying why"
+    if model and model not in text:
+        text = f"{model}: {text}"
+    if account and kind.scope == "account":
+        text = f"{text} (account {account})"
+    if provider_words not in text:
+        text = f"{text} (the provider said: {provider_words})"
+    hint = _HINT_BY_CODE.get(code or "")
+    details |= {"status": status, "code": code, "model": model, "account": account}
+    return kind(text, hint=hint, **details)
+
+
+def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
+    """(message, code, status, the provider's own words) of any shape of error body."""
+    if not isinstance(body, Mapping):
+        import html
+
+        page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or ""))
+        return " ".join(html.unescape(page).split())[:300], None, None, ""
+    nested, attempts = body.get("error"), body.get("attempts")
+    error = nested if isinstance(nested, Mapping) else body
+    message = error.get("message") or (nested if isinstance(nested, str) else "")
+    code, status = error.get("code"), error.get("status")
+    words = ""
+    if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
+        words = str(attempts[-1].get("error") or "")
+    code = code if isinstance(code, str) else None
+    return str(message)[:2_000], code, status if isinstance(status, int) else None, words[:500]
 
 
 # ======================================================================================
@@ -488,7 +616,7 @@ def _code_of(error: PuterError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and price of one reply, whatever the provider calls them; None is "not told".
+    """Tokens and price of one reply, whatever the provider calls them; None means "not reported".
 
     `input_tokens` is as the provider counts it: OpenRouter and Claude leave cached tokens
     out of it. `cost_usd` is in US dollars. An empty usage is false.
@@ -509,13 +637,14 @@ class ToolCall:
     """A model's wish to call a function: `arguments` is a dict.
 
     `extra_content` is a provider's note (Gemini's thought signature) that must go back with
-    the call in the history.
+    the call in the history. `invalid` is the text of arguments that are not a JSON object.
     """
 
     id: str
     name: str
     arguments: JSON
     extra_content: JSON | None = None
+    invalid: str = ""
 
 
 @dataclass(slots=True)
@@ -546,9 +675,8 @@ class Attempt:
     @property
     def outcome(self) -> str:
         """Who was asked and what came of it, in a few words."""
-        error = self.error
-        told = "answered" if error is None else _code_of(error)
-        return f"{self.model} on {self.account}: {told}"
+        result = "answered" if self.error is None else _code_of(self.error)
+        return f"{self.model} on {self.account}: {result}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -584,7 +712,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of the catalogue; prices in US dollars per million tokens, None if not told.
+    """A model of the catalogue; prices in US dollars per million tokens, None if not reported.
 
     `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
     not say (then it may well work). `released` is a date such as "2025-11-01", or None.
@@ -621,10 +749,10 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Cooldown:
-    """A rest: of a whole account (`model` is ""), or of one model on it.
+    """A cooldown of a whole account (`model` is ""), or of one model on it.
 
-    `until_s` is seconds since 1970; `reason` is the error's code, "login" for a token that is
-    dead until the next sign-in; `strikes` counts the failures in a row.
+    `since_s` and `until_s` are seconds since 1970; `reason` is the error's code, "login" for a
+    token that is dead until the next sign-in; `strikes` counts the incidents in a row.
     """
 
     account: str
@@ -632,6 +760,7 @@ class Cooldown:
     until_s: float
     strikes: int
     reason: str
+    since_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -676,29 +805,47 @@ ACCOUNTS_NAME = "puter-accounts.json"
 STATE_NAME = "state.sqlite3"
 # Variables of the same prefix that are no settings.
 _OTHER_VARIABLES = ("PUTER_AUTH_TOKEN", "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
+# What people write for ours, and mean.
+_MISNAMED_VARIABLES = {
+    "PUTER_TOKEN": "PUTER_AUTH_TOKEN",
+    "PUTER_MODEL": "PUTER_DEFAULT_MODEL",
+    "PUTER_API_URL": "PUTER_API_BASE_URL",
+    "PUTER_API_KEY": "PUTER_SERVER_API_KEY, PUTER_OPENAI_API_KEY or PUTER_AUTH_TOKEN",
+}
 
 
 def config_dir(
     environ: Mapping[str, str] | None = None, os_name: str = os.name, home: str | None = None
 ) -> Path:
-    """The folder of settings, accounts and state: `PUTER_CONFIG_DIR`, else the system's place."""
-    from pathlib import Path
+    """The folder of settings, accounts and state: `PUTER_CONFIG_DIR`, else the system's place.
 
+    An absolute path; raises `ConfigError` when there is no home folder to begin from.
+    """
     env = os.environ if environ is None else environ
-    if env.get("PUTER_CONFIG_DIR"):
-        return Path(env["PUTER_CONFIG_DIR"]).expanduser()
-    given = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
-    if given:
-        return Path(given) / "puter"
-    user_home = Path(home) if home is not None else Path.home()
-    if os_name == "nt":
-        return user_home / "AppData" / "Roaming" / "puter"
-    return user_home / ".config" / "puter"
+    own = env.get("PUTER_CONFIG_DIR")
+    shared = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        if shared:
+            return Path(shared).absolute() / "puter"
+        if home is None and os_name != "nt" and env.get("HOME") == "":
+            raise RuntimeError("HOME is empty")
+        user_home = Path(home) if home is not None else Path.home()
+    except RuntimeError as error:
+        problem = f"The home folder is not known ({error})"
+        raise ConfigError(problem, hint="Set HOME, or PUTER_CONFIG_DIR.") from error
+    parts = ("AppData", "Roaming") if os_name == "nt" else (".config",)
+    return user_home.joinpath(*parts, "puter")
 
 
-def _setting(default: Any, doc: str, **check: Any) -> Any:
-    """A field of `Config`; `check` holds `low` and `high`, or `choices`, or `url`."""
-    return field(default=default, metadata={"doc": doc, **check})
+_STRATEGIES = ("round-robin", "least-recently-used")
+
+
+def _setting(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
+    """A field of `Config`; `allowed` is the lowest and highest number, or all choices."""
+    checks = {"doc": doc, "allowed": allowed, "url": url, "secret": secret}
+    return field(default=default, repr=not secret, metadata=checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -712,62 +859,38 @@ class Config:
     debug: bool = _setting(False, "a log of every request on stderr")
     api_base_url: str = _setting("https://api.puter.com", "where Puter's API answers", url=True)
     gui_base_url: str = _setting("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _setting(
-        120_000,
-        "longest silence of the server, and longest time for a whole answer, in ms",
-        low=1,
-        high=86_400_000,
-    )
-    auto_create_temp_user: bool = _setting(
-        True, "accept a login that ends in a temporary account, as Puter's page makes them"
-    )
-    max_retries: int = _setting(3, "how often a failed request is sent again", low=0, high=20)
-    retry_delay_ms: int = _setting(
-        1_000, "first wait before sending again, in ms; doubles", low=0, high=600_000
-    )
-    cache_ttl_ms: int = _setting(
-        300_000, "how long the model list and cached replies count, in ms", low=0, high=10**12
-    )
-    cache_enabled: bool = _setting(False, "keep whole replies and answer the same request again")
-    cache_max_entries: int = _setting(500, "replies kept at most", low=1, high=1_000_000)
-    cache_directory: str | None = _setting(
-        None, "folder of the cached replies (null: with the state)"
-    )
-    metrics_enabled: bool = _setting(True, "keep figures of every call for `stats`")
-    metrics_max_samples: int = _setting(
-        1_000, "calls kept a model for the percentiles", low=1, high=1_000_000
-    )
-    metrics_file: str | None = _setting(None, "file of the figures (null: with the state)")
+    api_timeout_ms: int = _setting(120_000, "longest silence or whole answer", 1, 86_400_000)
+    auto_create_temp_user: bool = _setting(True, "accept a login that ends in a temporary account")
+    max_retries: int = _setting(3, "how often a failed request is sent again", 0, 20)
+    retry_delay_ms: int = _setting(1_000, "wait before sending again; doubles", 0, 600_000)
+    cache_ttl_ms: int = _setting(300_000, "age of the model list and cached replies", 0, 10**12)
+    cache_enabled: bool = _setting(False, "cache whole replies and answer the same request again")
+    cache_max_entries: int = _setting(500, "cached replies at most", 1, 1_000_000)
+    cache_directory: str | None = _setting(None, "folder of cached replies (null: the state's)")
+    metrics_enabled: bool = _setting(True, "record every call for `stats`")
+    metrics_max_samples: int = _setting(1_000, "calls of a model in its percentiles", 1, 1_000_000)
+    metrics_file: str | None = _setting(None, "file of the statistics (null: with the state)")
     fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _setting(
-        DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
-    )
-    fallback_cooldown_ms: int = _setting(
-        60_000, "rest of a model that failed on an account, in ms", low=0, high=10**10
-    )
+    fallback_models: tuple[str, ...] = _setting(DEFAULT_FALLBACK_MODELS, "in this order")
+    fallback_cooldown_ms: int = _setting(60_000, "of a model that failed on an account", 0, 10**10)
     account_rotation_enabled: bool = _setting(True, "go to the next account when one is limited")
-    account_rotation_strategy: str = _setting(
-        "round-robin", "which account is next", choices=("round-robin", "least-recently-used")
-    )
-    account_rotation_cooldown_ms: int = _setting(
-        300_000, "rest of a limited account, in ms; 2x, 3x, 4x when it goes on", low=0, high=10**10
-    )
-    default_model: str | None = _setting(
-        None, f"model when none is asked for (null: {DEFAULT_MODEL})"
-    )
-    api_style: str = _setting(
-        "drivers", "`openai`: an OpenAI-compatible base", choices=("drivers", "openai")
-    )
-    stream_tools: str = _setting(
-        "exact", "`live` streams with tools and may lose calls", choices=("exact", "live")
-    )
-    max_concurrent: int = _setting(3, "requests at once on one account", low=1, high=1_000)
+    account_rotation_strategy: str = _setting(_STRATEGIES[0], "which account is next", *_STRATEGIES)
+    account_rotation_cooldown_ms: int = _setting(300_000, "up to 4x if it goes on", 0, 10**10)
+    default_model: str | None = _setting(None, f"when none is asked for (null: {DEFAULT_MODEL})")
+    api_style: str = _setting("drivers", "OpenAI's for other bases", "drivers", "openai")
+    openai_api_key: str | None = _setting(None, "of another OpenAI-compatible server", secret=True)
+    stream_tools: str = _setting("exact", "live ones may lose calls", "exact", "live")
+    max_concurrent: int = _setting(3, "requests at once on one account", 1, 1_000)
     folder: Path = field(default_factory=config_dir)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where each setting comes from: the file, a variable, "argument" or "default"."""
 
     def __post_init__(self) -> None:
         for spec in _SETTINGS.values():
-            value = _checked(spec.name, getattr(self, spec.name), "argument")
+            where = self.sources.get(spec.name, "argument")
+            value = _checked(spec.name, getattr(self, spec.name), where)
             object.__setattr__(self, spec.name, value)
+        object.__setattr__(self, "folder", Path(self.folder).absolute())
 
     def model_name(self, asked: str | None) -> str:
         """The model to ask: the asked one, else the default; without `puter/` in front."""
@@ -786,88 +909,73 @@ class Config:
         the process's. Raises `ConfigError`, which names file (or variable), key, what was
         found and what is allowed.
         """
-        from pathlib import Path
-
-        values, _ = settings_and_sources(folder, environ, overrides)
-        return cls(**values, folder=Path(folder) if folder else config_dir(environ))
-
-
-def settings_and_sources(
-    folder: str | Path | None = None,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """All settings as (name -> value, name -> where it comes from); raises `ConfigError`."""
-    from pathlib import Path
-
-    env = os.environ if environ is None else environ
-    path = (Path(folder) if folder else config_dir(env)) / CONFIG_NAME
-    found: dict[str, tuple[Any, str]] = {}
-    for where, given in (
-        (str(path), _read_config(path)),
-        ("environment", _from_environment(env)),
-        ("argument", overrides or {}),
-    ):
-        for name, value in given.items():
-            if name not in _SETTINGS:
-                raise _unknown_key(name, where)
-            label = f"PUTER_{name.upper()}" if where == "environment" else where
-            found[name] = (_checked(name, value, label), label)
-    values = {n: found[n][0] if n in found else spec.default for n, spec in _SETTINGS.items()}
-    return values, {n: found[n][1] if n in found else "default" for n in _SETTINGS}
+        env = os.environ if environ is None else environ
+        folder = Path(folder) if folder else config_dir(env)
+        path = folder / CONFIG_NAME
+        values: JSON = {}
+        sources = dict.fromkeys(_SETTINGS, "default")
+        for where, settings in (
+            (str(path), _read_config(path)),
+            ("", _from_environment(env)),
+            ("argument", overrides),
+        ):
+            for name, value in settings.items():
+                if name not in _SETTINGS:
+                    raise _unknown_key(name, where)
+                values[name] = value
+                sources[name] = where or f"PUTER_{name.upper()}"
+        return cls(**values, folder=folder, sources=sources)
 
 
 def _read_config(path: Path) -> JSON:
     """puter.json as a dict ({} when there is none); raises `ConfigError`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = _strict_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error})", hint="Make it a UTF-8 file that you may read."
-        ) from error
-    try:
-        data = json.loads(text, object_pairs_hook=_no_twins)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: is not valid JSON ({error})", hint="Mend the file, or move it away."
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{path}: cannot be read as JSON in UTF-8 ({error})"
+        raise ConfigError(problem, hint="Fix the file, or move it away.") from error
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: holds {_describe(data)}, not an object",
-            hint='It should look like {"debug": true}.',
-        )
+        problem = f"{path}: holds {_describe(data)}, not an object"
+        raise ConfigError(problem, hint='It should look like {"debug": true}.')
     return data
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> JSON:
-    """A JSON object as a dict; a key given twice is an error, since one would be lost."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        twin = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twin!r} stands twice")
+def _strict_json(text: str) -> Any:
+    """What a JSON text holds; raises ValueError, also for a duplicate key."""
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
+    """A JSON object as a dict; a duplicate key is an error, since one value would be lost."""
+    result: JSON = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key!r}")
+        result[key] = value
     return result
 
 
 def _from_environment(env: Mapping[str, str]) -> JSON:
-    """The settings given as `PUTER_<NAME>`; a near miss of a name is a `ConfigError`."""
-    given: JSON = {}
-    for variable in sorted(env):
-        if not variable.startswith("PUTER_") or variable in _OTHER_VARIABLES:
+    """The settings of variables `PUTER_<NAME>`; a near miss of a name is a `ConfigError`.
+
+    An empty variable counts as not set.
+    """
+    settings: JSON = {}
+    ours = {f"PUTER_{name.upper()}": name for name in _SETTINGS}
+    for variable, text in sorted(env.items()):
+        if not variable.startswith("PUTER_") or variable in _OTHER_VARIABLES or not text:
             continue
-        name = variable[len("PUTER_") :].lower()
-        if name in _SETTINGS:
-            given[name] = _from_text(name, env[variable])
-        else:
-            known = [*(f"PUTER_{n.upper()}" for n in _SETTINGS), *_OTHER_VARIABLES]
-            near = _close_matches(variable, known, cutoff=0.85)
-            if near:  # what is less alike may be another program's
-                raise ConfigError(
-                    f"{variable}: there is no such setting", hint=f"Did you mean {near[0]}?"
-                )
-    return given
+        if variable in ours:
+            settings[ours[variable]] = _from_text(ours[variable], text)
+            continue
+        # what is less alike may be another program's
+        near = _close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
+        if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
+            problem = f"{variable}: there is no such setting"
+            raise ConfigError(problem, hint=f"Did you mean {meant}?")
+    return settings
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -881,12 +989,11 @@ def _from_text(name: str, text: str) -> Any:
         return int(text)
     if kind.startswith("tuple"):
         if text.lstrip().startswith("["):
-            try:
-                return json.loads(text)
-            except ValueError:
-                return text
+            with suppress(ValueError, RecursionError):
+                return _strict_json(text)
+            return text
         return [part.strip() for part in text.split(",") if part.strip()]
-    return None if text == "" and kind.endswith("None") else text
+    return text
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
@@ -894,40 +1001,42 @@ def _checked(name: str, value: Any, where: str) -> Any:
     spec = _SETTINGS[name]
     if value is None:
         return spec.default
-    allowed, result = _allowed(spec, value)
-    if allowed:
+    try:
+        return _allowed(spec, value)
+    except ValueError as error:
+        default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
+        is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
+        shown = "not shown here" if is_secret else _describe(value)
         raise ConfigError(
-            f"{where}: {name} is {_describe(value)}, but must be {allowed}",
-            hint="Correct the value, or remove it for the default"
-            f" ({json.dumps(spec.default) if spec.name != 'fallback_models' else 'a built-in list'}).",
-        )
-    return result
+            f"{where}: {name} is {shown}, but must be {error}",
+            hint=f"Correct the value, or remove it for the default ({default}).",
+        ) from None
 
 
-def _allowed(spec: Any, value: Any) -> tuple[str, Any]:
-    """("" and the value to keep) if the value is fine, else (what is allowed, None)."""
-
-    check = spec.metadata
+def _allowed(spec: Any, value: Any) -> Any:
+    """The value to use; raises ValueError with what is allowed."""
+    allowed = spec.metadata["allowed"]
     if spec.type == "bool":
-        return ("" if isinstance(value, bool) else "true or false"), value
-    if spec.type == "int":
-        fine = isinstance(value, int) and not isinstance(value, bool)
-        fine = fine and check["low"] <= value <= check["high"]
-        return ("" if fine else f"a whole number from {check['low']} to {check['high']}"), value
-    if spec.type.startswith("tuple"):
-        fine = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-        return ("" if fine else "a list of model names"), tuple(value) if fine else None
-    if "choices" in check:
-        choices = " or ".join(f'"{c}"' for c in check["choices"])
-        return ("" if value in check["choices"] else choices), value
-    if isinstance(value, os.PathLike) and not check.get("url"):
-        value = os.fspath(value)
-    if not isinstance(value, str) or not value.strip():
-        return "a text that is not empty", None
-    if check.get("url"):
-        fine = re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value) is not None
-        return ("" if fine else "an address such as https://api.puter.com"), value.rstrip("/")
-    return "", value
+        is_fine, words = isinstance(value, bool), "true or false"
+    elif spec.type == "int":
+        low, high = allowed
+        is_fine = type(value) is int and low <= value <= high
+        words = f"a whole number from {low} to {high}"
+    elif spec.type.startswith("tuple"):
+        is_fine = isinstance(value, (list, tuple)) and all(map(_is_text, value))
+        value, words = tuple(value) if is_fine else value, "a list of model names"
+    elif allowed:
+        is_fine, words = value in allowed, " or ".join(f'"{choice}"' for choice in allowed)
+    elif spec.metadata["url"]:
+        value = str(value).rstrip("/")
+        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value))
+        words = "a URL such as https://api.puter.com, without a user name or password"
+    else:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        is_fine, words = isinstance(value, str) and value.strip() != "", "a text that is not empty"
+    if not is_fine:
+        raise ValueError(words)
+    return value
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
@@ -935,7 +1044,7 @@ def _unknown_key(name: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: there is no setting {name!r}", hint=meant)
 
 
-_SETTINGS = {n: f for n, f in ((f.name, f) for f in fields(Config)) if "doc" in f.metadata}
+_SETTINGS = {f.name: f for f in fields(Config) if "doc" in f.metadata}
 
 
 # ======================================================================================
@@ -954,11 +1063,9 @@ class AccountStore:
     VERSION = 1
 
     def __init__(self, path: str | Path | None = None) -> None:
-        from pathlib import Path
-
-        given = Path(path) if path is not None else config_dir()
-        is_file = path is not None and given.suffix == ".json"
-        self.path = given if is_file else given / ACCOUNTS_NAME
+        place = Path(path) if path is not None else config_dir()
+        is_file = path is not None and place.suffix == ".json"
+        self.path = place if is_file else place / ACCOUNTS_NAME
 
     def __repr__(self) -> str:
         return f"AccountStore({str(self.path)!r})"
@@ -986,32 +1093,24 @@ class AccountStore:
         return (status.st_mtime_ns, status.st_size, status.st_ino)
 
     def add(self, account: Account, *, activate: bool = True) -> bool:
-        """Keep an account; True if it is new, False if only its token was replaced."""
-        for what, text in (("name", account.username), ("token", account.token)):
-            if not isinstance(text, str) or not text.strip():
-                raise StoreError(
-                    f"{self.path}: an account without a {what} cannot be kept",
-                    hint="Sign in with `python -m puter login`.",
-                )
+        """Store an account; True if it is new, False if only its token was replaced."""
         with self._change() as data:
             records = data["accounts"]
-            if not records:
-                data["activeIndex"] = 0
             index = _index_of(records, account.username)
-            if index is None:
-                records.append({"username": account.username})
-                records[-1]["addedAt"] = account.added_at_ms or int(time.time() * 1000)
-            record = records[-1 if index is None else index]
-            record["authToken"] = account.token
-            record["isTemporary"] = account.is_temporary
+            is_new = index == len(records)
+            if is_new:
+                added_at_ms = account.added_at_ms or int(time.time() * 1000)
+                records.append({"username": account.username, "addedAt": added_at_ms})
+            records[index]["authToken"] = account.token
+            records[index]["isTemporary"] = account.is_temporary
             if account.last_used_ms is not None:
-                record["lastUsed"] = account.last_used_ms
-            if activate:
-                data["activeIndex"] = len(records) - 1 if index is None else index
-        return index is None
+                records[index]["lastUsed"] = account.last_used_ms
+            if activate or len(records) == 1:
+                data["activeIndex"] = index
+        return is_new
 
     def remove(self, username: str) -> Account:
-        """Forget one account and return it; raises `StoreError` if there is none such."""
+        """Forget one account and return it; raises `StoreError` if there is no such account."""
         with self._change() as data:
             index = self._require(data, username)
             record = data["accounts"].pop(index)
@@ -1022,19 +1121,19 @@ class AccountStore:
     def clear(self) -> list[Account]:
         """Forget all accounts and return them."""
         with self._change() as data:
-            gone = [_account_from(record) for record in data["accounts"]]
+            removed = [_account_from(record) for record in data["accounts"]]
             data["accounts"], data["activeIndex"] = [], 0
-        return gone
+        return removed
 
     def switch(self, username: str) -> Account:
-        """Make an account the active one; raises `StoreError` if there is none such."""
+        """Make an account the active one; raises `StoreError` if there is no such account."""
         with self._change() as data:
             data["activeIndex"] = self._require(data, username)
             return _account_from(data["accounts"][data["activeIndex"]])
 
     def _require(self, data: JSON, username: str) -> int:
         index = _index_of(data["accounts"], username)
-        if index is None:
+        if index == len(data["accounts"]):
             names = [record["username"] for record in data["accounts"]]
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
             raise StoreError(
@@ -1049,157 +1148,118 @@ class AccountStore:
         except FileNotFoundError:
             return {"version": self.VERSION, "accounts": [], "activeIndex": 0}
         except OSError as error:
-            raise self._failed("be read", error) from error
+            raise self._failed(error) from error
         return parse_accounts(raw, str(self.path))
 
     @contextmanager
     def _change(self) -> Iterator[JSON]:
         """Lock, read, let the caller change the data, write it if it did change."""
-        what = "be changed"
         try:
             with _locked(self.path) as target:
                 data = self._read()
                 before = json.dumps(data)
                 yield data
-                what = "be written"
                 if json.dumps(data) != before:
-                    _write_private(target, f"{_pretty_json(data)}\n".encode())
+                    raw = f"{json.dumps(data, indent=2)}\n".encode()
+                    # nothing is written that could not be read again
+                    parse_accounts(raw, str(self.path))
+                    _write_private(target, raw)
         except OSError as error:
-            raise self._failed(what, error) from error
+            raise self._failed(error) from error
 
-    def _failed(self, what: str, error: OSError) -> StoreError:
-        reason = error.strerror or str(error)
-        hint = _OS_HINTS.get(error.errno or 0, "Set PUTER_CONFIG_DIR to another folder.")
-        return StoreError(f"{self.path}: cannot {what} ({reason}); it is as it was", hint=hint)
-
-
-_OS_HINTS = {
-    errno.EISDIR: "A folder stands in its place: move it away.",
-    errno.ENOTDIR: "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
-    errno.EEXIST: "A part of the path is a file: set PUTER_CONFIG_DIR to a folder.",
-    errno.ENOSPC: "Free some space, or set PUTER_CONFIG_DIR elsewhere.",
-    errno.EDQUOT: "Free some space, or set PUTER_CONFIG_DIR elsewhere.",
-    errno.EROFS: "The disk is read-only: set PUTER_CONFIG_DIR elsewhere.",
-    errno.EACCES: "Give yourself the right to read and write the file and its folder, "
-    "or set PUTER_CONFIG_DIR to another folder.",
-}
-_OS_HINTS[errno.EPERM] = _OS_HINTS[errno.EACCES]
+    def _failed(self, error: OSError) -> StoreError:
+        hint = "Make the file and its folder writable, free some space, or set PUTER_CONFIG_DIR."
+        problem = f"{self.path}: could not be read or written ({error.strerror or error})"
+        return StoreError(f"{problem}; the file is unchanged", hint=hint)
 
 
 def parse_accounts(raw: bytes, where: str) -> JSON:
     """The contents of an accounts file, checked; raises `StoreError` that names `where`."""
 
-    def wrong(
-        what: str, hint: str = "Mend the file, or move it away and sign in again."
-    ) -> StoreError:
-        return StoreError(f"{where}: {what}; it was left as it is", hint=hint)
+    def check(is_fine: bool, problem: str, hint: str | None = None) -> None:
+        if not is_fine:
+            raise StoreError(f"{where}: {problem}; the file is unchanged", hint=hint)
 
     try:
-        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_twins)
+        data = _strict_json(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         # The error's text is not shown: it may quote the token.
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise wrong(f"is not valid JSON{place}") from None
-    if not isinstance(data, dict):
-        raise wrong("is not a JSON object")
-    version = data.get("version")
-    if isinstance(version, int) and version > AccountStore.VERSION:
-        raise wrong(f"has version {version}, which is newer than this module", "Update puter.py.")
-    if version != AccountStore.VERSION or isinstance(version, bool):
-        raise wrong('has no "version": 1')
-    records = data.get("accounts")
-    if not isinstance(records, list):
-        raise wrong('"accounts" is not a list')
+        raise StoreError(f"{where}: is not valid JSON{place}; the file is unchanged") from None
+    check(isinstance(data, dict), "is not a JSON object")
+    version, records = data.get("version"), data.get("accounts")
+    is_newer = isinstance(version, int) and version > AccountStore.VERSION
+    check(not is_newer, f"has version {version}, newer than this module", "Update puter.py.")
+    check(version == AccountStore.VERSION and version is not True, 'has no "version": 1')
+    check(isinstance(records, list), '"accounts" is not a list')
     for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise wrong(f"accounts[{number}] is not an object")
+        place = f"accounts[{number}]"
+        check(isinstance(record, dict), f"{place} is not an object")
         for key in ("username", "authToken"):
-            if not isinstance(record.get(key), str) or not record[key].strip():
-                raise wrong(f"accounts[{number}].{key} is not a text, or empty")
+            is_text = isinstance(record.get(key), str) and record[key].strip() != ""
+            check(is_text, f"{place}.{key} is not a text, or empty")
         for key in ("addedAt", "lastUsed"):
-            time_ms = record.get(key) or 0
-            if not isinstance(time_ms, (int, float)) or not math.isfinite(time_ms):
-                raise wrong(f"accounts[{number}].{key} is not a time in ms")
+            check(_is_number(record.get(key) or 0), f"{place}.{key} is not a time in ms")
     active = data.setdefault("activeIndex", 0)
-    if not isinstance(active, int) or isinstance(active, bool):
-        raise wrong('"activeIndex" is not a whole number')
-    if records and not 0 <= active < len(records):
-        raise wrong(f'"activeIndex" is {active}, but there are {len(records)} accounts')
-    return data
+    check(type(active) is int, '"activeIndex" is not a whole number')
+    is_there = not records or 0 <= active < len(records)
+    check(is_there, f'"activeIndex" is {active}, but there are {len(records)} accounts')
+    return dict(data)
 
 
-def _index_of(records: Sequence[JSON], username: str) -> int | None:
-    return next((i for i, r in enumerate(records) if r["username"] == username), None)
+def _index_of(records: Sequence[JSON], username: str) -> int:
+    """Where the account of this name is, or would be added."""
+    places = (i for i, record in enumerate(records) if record["username"] == username)
+    return next(places, len(records))
 
 
 def _account_from(record: JSON) -> Account:
-    def whole(key: str) -> int | None:
-        return int(record[key]) if record.get(key) else None
-
-    return Account(
-        username=record["username"],
-        token=record["authToken"],
-        added_at_ms=whole("addedAt"),
-        last_used_ms=whole("lastUsed"),
-        is_temporary=record.get("isTemporary") is True,
-    )
+    added_ms, used_ms = (int(record.get(key) or 0) or None for key in ("addedAt", "lastUsed"))
+    is_temporary = record.get("isTemporary") is True
+    return Account(record["username"], record["authToken"], added_ms, used_ms, is_temporary)
 
 
-def _pretty_json(data: Any) -> str:
-    """JSON for people to read; half a surrogate pair, which UTF-8 lacks, is written escaped."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(data, indent=2)
-    return text
+LOCK_PATIENCE_S = 30.0
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    from pathlib import Path
-
     target = Path(os.path.realpath(path))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    until = time.monotonic() + LOCK_PATIENCE_S
     try:
-        _lock_file(lock)
+        while not _try_lock(lock):
+            if time.monotonic() > until:
+                problem = f"{target}: another process has held the lock for {LOCK_PATIENCE_S:g} s"
+                hint = f"End the program that has {target}.lock open, then try again."
+                raise StoreError(f"{problem}; the file is unchanged", hint=hint)
+            time.sleep(0.01)
         yield target
     finally:
-        _unlock_file(lock)
+        if os.name != "nt":
+            import fcntl
+
+            # closing is not enough when a forked child still has the file open
+            fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
 
 
-def _lock_file(handle: int) -> None:
-    """Wait for the exclusive lock of an open file."""
-    if os.name == "nt":
-        _lock_file_windows(handle)
-        return
-    import fcntl
+def _try_lock(handle: int) -> bool:
+    """Whether the exclusive lock of an open file is ours now."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    fcntl.flock(handle, fcntl.LOCK_EX)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-
-def _unlock_file(handle: int) -> None:
-    """Give the lock back, also when a forked child still has the file open."""
-    if os.name != "nt":
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def _lock_file_windows(handle: int, module: Any = None) -> None:
-    """As `_lock_file`; msvcrt waits ten seconds at the most, so ask again until it is ours."""
-    if module is None:
-        import msvcrt as module  # type: ignore[no-redef, import-not-found, unused-ignore]
-    while True:
-        try:
-            module.locking(handle, module.LK_LOCK, 1)
-            return
-        except OSError as error:
-            if error.errno != 36:  # EDEADLOCK: still held by another process
-                raise
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _write_private(target: Path, data: bytes) -> None:
@@ -1218,23 +1278,10 @@ def _write_private(target: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink()
         raise
-    _sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets a folder be synced."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot; the file itself is in place
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-_BUSY_S = 10.0  # how long a state file that others use is waited for
-_CLOCK_SLACK_S = 60.0  # that the clock goes back by so much is no news
+_CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
+STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
 
 
 def _storable(text: str) -> str:
@@ -1242,27 +1289,35 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _is_busy(error: Exception) -> bool:
-    return "locked" in str(error) or "busy" in str(error)
+def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
+    """A method of `State` under its lock; when the file fails, it runs again in memory."""
 
+    @wraps(method)
+    def run(self: State, *args: Any, **kwargs: Any) -> _T:
+        import sqlite3
 
-def _all_of(works: Sequence[Callable[[_T], None]], db: _T) -> None:
-    for work in works:
-        work(db)
+        with self._lock:
+            try:
+                return method(self, *args, **kwargs)
+            except (sqlite3.Error, OSError) as error:
+                self._use_memory(error)
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class State:
-    """What processes tell each other: cooldowns, last uses, the model list.
+    """What processes share: cooldowns, last uses, the model list, metrics, cached replies.
 
     An SQLite file that may be deleted at any time. When it is damaged or cannot be written,
-    a warning says so once and the state is kept in memory. Safe between threads, and used
-    afresh after a fork.
+    a warning says so once and the state is kept in memory. Safe between threads, and opened
+    anew after a fork. Cooldowns belong to a `server` (its URL).
     """
 
     _TABLES = """
-        CREATE TABLE IF NOT EXISTS rests (
-            account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT, token_mark TEXT,
-            since_s REAL, PRIMARY KEY (account, model));
+        CREATE TABLE IF NOT EXISTS cooldowns (
+            server TEXT, account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT,
+            since_s REAL, token_mark TEXT, PRIMARY KEY (server, account, model));
         CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
         CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
         CREATE TABLE IF NOT EXISTS totals (
@@ -1275,137 +1330,114 @@ class State:
         CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, count INTEGER);
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, server: str = "") -> None:
         self.path = str(path) if path is not None else str(config_dir() / STATE_NAME)
-        self._lock = _Lock()
+        self.server = server
+        self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
-        self._pid = 0
-        # SQLite's counter of what others wrote, and all rests as of then; None after a write.
-        self._kept_rests: tuple[int, dict[tuple[str, str], Any]] | None = None
+        self._inherited: list[Any] = []
         self._uses: dict[str, float] = {}
-        # What waits to be recorded, and who writes it: of each process, for a fork has its own.
-        self._to_record: dict[int, tuple[deque[Any], threading.Lock]] = {}
+        _forkable.add(self)
 
-    def __repr__(self) -> str:
-        return f"State({self.path!r})"
+    def __del__(self) -> None:
+        # Python 3.13 warns of a connection that nobody closed.
+        db = getattr(self, "_db", None)
+        if db is not None:
+            db.close()
 
+    @_or_in_memory
     def add_cooldown(
         self,
         account: str,
         model: str,
-        rest_s: Callable[[int], float],
+        seconds_of: Callable[[int], float],
         reason: str,
         now: float,
         token_mark: str = "",
     ) -> Cooldown:
-        """Let an account (model "") or a model on it rest: `rest_s(strikes in a row)` seconds."""
+        """Put an account (model ""), or a model on it, on cooldown for `seconds_of(strikes)`.
 
-        account, model, reason = map(_storable, (account, model, reason))
-
-        def work(db: sqlite3.Connection) -> Cooldown:
-            row = db.execute(
-                "SELECT strikes FROM rests WHERE account=? AND model=?", (account, model)
-            ).fetchone()
-            strikes = (row[0] if row else 0) + 1
-            rest = Cooldown(account, model, now + rest_s(strikes), strikes, reason)
-            self._kept_rests = None
-            db.execute(
-                "INSERT OR REPLACE INTO rests VALUES (?,?,?,?,?,?,?)",
-                (account, model, rest.until_s, strikes, reason, token_mark, now),
-            )
-            return rest
-
-        return self._run(self._written(work))
-
-    def record_success(self, account: str, names: Sequence[str], now: float) -> None:
-        """A call was answered by a model of these names: no strikes, and a use of the account.
-
-        Nothing is written when nothing changes: no strike that is known, and a use within the
-        last second.
+        One incident is one strike: a cooldown that still runs stays as it is, but for "login".
         """
-        account, names = _storable(account), [_storable(name) for name in names]
-        known = self._rests(look=False)
-        struck = any((account, name) in known for name in ("", *names))
-        if not struck and 0 <= now - self._uses.get(account, -1.0) < 1.0:
+        account, model, reason = map(_storable, (account, model, reason))
+        sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            row = db.execute(sql, (self.server, account, model)).fetchone()
+            strikes = 1
+            if row is not None:
+                last = Cooldown(*row[1:7])
+                runs = last.since_s - _CLOCK_SLACK_S < now < last.until_s
+                if runs and reason != "login":
+                    return last
+                strikes += last.strikes if now - last.until_s <= STRIKES_LAPSE_S else 0
+            until_s = now + seconds_of(strikes)
+            cooldown = Cooldown(account, model, until_s, strikes, reason, now)
+            values = (self.server, *as_dict(cooldown).values(), token_mark)
+            db.execute("INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?,?,?)", values)
+        return cooldown
+
+    @_or_in_memory
+    def record_success(
+        self, account: str, models: Iterable[str], started_s: float, now: float
+    ) -> None:
+        """A call that began at `started_s` was answered by a model of these names.
+
+        Ends the cooldowns that began before, forgets their strikes, and notes the use.
+        """
+        account = _storable(account)
+        sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
+        has_cooldowns = self._rows(sql, self.server, account)
+        if not has_cooldowns and 0 <= now - self._uses.get(account, -1.0) < 1.0:
+            # one write a second is enough to know who was used last
             return
-
-        def work(db: sqlite3.Connection) -> None:
-            self._kept_rests = None
-            rows = [(account, name) for name in {"", *names}]
-            db.executemany("DELETE FROM rests WHERE account=? AND model=?", rows)
-            row = (account, int(now * 1000))
-            db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", row)
-
-        self._run(self._written(work))
         self._uses[account] = now
+        rows = [(self.server, account, _storable(name), started_s) for name in {"", *models}]
+        delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
+        with self._open() as db:
+            db.executemany(delete, rows)
+            db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", (account, int(now * 1000)))
 
     def cooldowns(
-        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None, look: bool = True
+        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None
     ) -> list[Cooldown]:
-        """Who rests now; `mark_of` gives an account's token's mark.
+        """Who is on cooldown now; `mark_of` gives an account's token's mark.
 
-        A dead token's rest holds only while the token is the same one. A clock that was set
-        back ends the others. Without a `look` at the file, what other processes wrote since
-        the last look is not known.
+        A dead token's cooldown holds only while the token is the same one. A clock that was
+        set back ends the others.
         """
-        return [
-            rest
-            for rest, mark, since_s in self._rests(look).values()
-            if now < rest.until_s
-            and (now > since_s - _CLOCK_SLACK_S or rest.reason == "login")
-            and (rest.reason != "login" or mark_of(rest.account) in (None, mark))
-        ]
+        sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
+        cooldowns = []
+        for _, *row, token_mark in self._rows(sql, self.server, now):
+            one = Cooldown(*row)
+            is_dead = one.reason == "login" and mark_of(one.account) in (None, token_mark)
+            if is_dead or (one.reason != "login" and now > one.since_s - _CLOCK_SLACK_S):
+                cooldowns.append(one)
+        return cooldowns
 
-    def _rests(self, look: bool) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
-        """All rests, their tokens' marks and beginnings; read again only when one was written."""
-        kept = self._kept_rests
-        if not look and kept is not None:
-            return kept[1]
-
-        def work(db: sqlite3.Connection) -> dict[tuple[str, str], tuple[Cooldown, str, float]]:
-            kept = self._kept_rests
-            (others,) = db.execute("PRAGMA data_version").fetchone()
-            if kept is None or kept[0] != others:
-                rows = db.execute(
-                    "SELECT account, model, until_s, strikes, reason, token_mark, since_s "
-                    "FROM rests ORDER BY account, model"
-                ).fetchall()
-                rests = {(r[0], r[1]): (Cooldown(*r[:5]), r[5], r[6]) for r in rows}
-                self._kept_rests = kept = (others, rests)
-            return kept[1]
-
-        return self._run(work)
-
+    @_or_in_memory
     def clear_cooldowns(self, account: str | None = None) -> int:
-        """End the rests of one account or of all, and forget strikes; how many rows went."""
-        where, values = ("", ()) if account is None else (" WHERE account=?", (account,))
-
-        def work(db: sqlite3.Connection) -> int:
-            self._kept_rests = None
-            return db.execute(f"DELETE FROM rests{where}", values).rowcount
-
-        return self._run(self._written(work))
+        """End the cooldowns of one account or of all, and forget strikes; how many there were."""
+        with self._open() as db:
+            sql = "DELETE FROM cooldowns WHERE ? IN (account, '')"
+            return db.execute(sql, (account or "",)).rowcount
 
     def last_used_ms(self) -> dict[str, int]:
         """When each account last answered, in ms since 1970."""
-        return dict(
-            self._run(lambda db: db.execute("SELECT account, at_ms FROM last_used").fetchall())
-        )
+        return dict(self._rows("SELECT account, at_ms FROM last_used"))
 
+    @_or_in_memory
     def put_catalogue(self, base_url: str, body: str, now: float) -> None:
-        """Keep the model list of a server, as JSON text."""
-        row = (base_url, body, now)
-        self._run(lambda db: db.execute("INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", row))
+        """Store the model list of a server, as JSON text."""
+        with self._open() as db:
+            db.execute("INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", (base_url, body, now))
 
     def catalogue(self, base_url: str) -> tuple[str, float] | None:
-        """The kept model list of a server and when it was fetched (s since 1970), or None."""
-        found: tuple[str, float] | None = self._run(
-            lambda db: db.execute(
-                "SELECT body, at_s FROM catalogues WHERE base_url=?", (base_url,)
-            ).fetchone()
-        )
-        return found
+        """The stored model list of a server and when it was fetched (s since 1970), or None."""
+        rows = self._rows("SELECT body, at_s FROM catalogues WHERE base_url=?", base_url)
+        return rows[0] if rows else None
 
+    @_or_in_memory
     def record(
         self,
         model: str,
@@ -1417,199 +1449,123 @@ class State:
     ) -> None:
         """Count one request; `outcome` is "ok", "closed" or an error's code.
 
-        Of the times of answered ones the latest `keep` a model are kept.
+        Of the times of answered ones the latest `keep` of a model are stored.
         """
-        told = usage or Usage()
-        model, outcome = _storable(model), _storable(outcome)
-
-        def work(db: sqlite3.Connection) -> None:
+        model, outcome, usage = _storable(model), _storable(outcome), usage or Usage()
+        with self._open() as db:
             db.execute(
                 "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
                 "count = count + 1, cost_usd = cost_usd + excluded.cost_usd",
-                (model, outcome, told.cost_usd or 0.0),
+                (model, outcome, usage.cost_usd or 0.0),
             )
-            if outcome != "ok":
-                return
-            row = (model, seconds, first_s, told.output_tokens)
-            sample = db.execute(
-                "INSERT INTO samples (model, seconds, first_s, tokens) VALUES (?,?,?,?)", row
-            )
-            if (sample.lastrowid or 0) % 64 == 0:  # tidying every time would cost more
-                db.execute(
-                    "DELETE FROM samples WHERE model=? AND id NOT IN (SELECT id FROM "
-                    "samples WHERE model=? ORDER BY id DESC LIMIT ?)",
-                    (model, model, keep),
-                )
-
-        fresh = deque[Any](), threading.Lock()
-        queue, recorder = self._to_record.setdefault(os.getpid(), fresh)
-        queue.append(work)
-        # Whoever finds nobody writing writes what all have brought: threads do not queue up.
-        while queue and recorder.acquire(blocking=False):
-            try:
-                batch = [queue.popleft() for _ in range(len(queue))]
-                self._run(self._written(partial(_all_of, batch)))
-            finally:
-                recorder.release()
+            if outcome == "ok":
+                row = (model, seconds, first_s, usage.output_tokens)
+                db.execute("INSERT INTO samples VALUES (NULL,?,?,?,?)", row)
+                latest = "SELECT id FROM samples WHERE model=? ORDER BY id DESC LIMIT 1 OFFSET ?"
+                delete = f"DELETE FROM samples WHERE model=? AND id <= ({latest})"
+                db.execute(delete, (model, model, keep))
 
     def metrics(
         self, keep: int = 1_000
     ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
         """All that `record` counted: (model, outcome, count, cost), and samples by model."""
+        totals = self._rows("SELECT * FROM totals ORDER BY model, outcome")
+        sql = "SELECT seconds, first_s, tokens FROM samples WHERE model=? ORDER BY id DESC LIMIT ?"
+        return totals, {model: self._rows(sql, model, keep) for model in {t[0] for t in totals}}
 
-        def work(
-            db: sqlite3.Connection,
-        ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
-            totals = db.execute(
-                "SELECT model, outcome, count, cost_usd FROM totals ORDER BY model, outcome"
-            ).fetchall()
-            samples = {
-                model: db.execute(
-                    "SELECT seconds, first_s, tokens FROM samples WHERE model=? "
-                    "ORDER BY id DESC LIMIT ?",
-                    (model, keep),
-                ).fetchall()
-                for model in {row[0] for row in totals}
-            }
-            return totals, samples
-
-        return self._run(work)
-
+    @_or_in_memory
     def reset_metrics(self, models: Sequence[str] | None = None) -> None:
         """Forget what `record` counted, of some models or of all."""
-
-        def work(db: sqlite3.Connection) -> None:
+        where = "" if models is None else f" WHERE model IN ({','.join('?' * len(models))})"
+        with self._open() as db:
             for table in ("totals", "samples"):
-                if models is None:
-                    db.execute(f"DELETE FROM {table}")
-                else:
-                    rows = [(name,) for name in models]
-                    db.executemany(f"DELETE FROM {table} WHERE model=?", rows)
+                db.execute(f"DELETE FROM {table}{where}", tuple(models or ()))
 
-        self._run(self._written(work))
-
+    @_or_in_memory
     def cache_put(self, key: str, body: str, now: float, most: int) -> None:
-        """Keep a reply as JSON text; the oldest go when there are more than `most`."""
-
-        def work(db: sqlite3.Connection) -> None:
+        """Cache a reply as JSON text; the oldest go when there are more than `most`."""
+        oldest = "SELECT key FROM replies ORDER BY at_s DESC LIMIT -1 OFFSET ?"
+        with self._open() as db:
             db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?)", (key, now, body))
-            db.execute(
-                "DELETE FROM replies WHERE key IN "
-                "(SELECT key FROM replies ORDER BY at_s DESC LIMIT -1 OFFSET ?)",
-                (most,),
-            )
+            db.execute(f"DELETE FROM replies WHERE key IN ({oldest})", (most,))
 
-        self._run(self._written(work))
-
+    @_or_in_memory
     def cache_get(self, key: str, now: float, ttl_s: float) -> str | None:
-        """The kept reply, if it is not too old; counts whether there was one."""
-
-        def work(db: sqlite3.Connection) -> str | None:
-            row = db.execute(
-                "SELECT body FROM replies WHERE key=? AND at_s BETWEEN ? AND ?",
-                (key, now - ttl_s, now),
-            ).fetchone()
-            db.execute(
-                "INSERT INTO counters VALUES (?,1) ON CONFLICT DO UPDATE SET count = count + 1",
-                ("hits" if row else "misses",),
-            )
-            return row[0] if row else None
-
-        return self._run(self._written(work))
+        """The cached reply, if it is not too old; counts whether there was one."""
+        sql = "SELECT body FROM replies WHERE key=? AND at_s BETWEEN ? AND ?"
+        rows = self._rows(sql, key, now - ttl_s, now)
+        count = "INSERT INTO counters VALUES (?,1) ON CONFLICT DO UPDATE SET count = count + 1"
+        with self._open() as db:
+            db.execute(count, ("hits" if rows else "misses",))
+        return rows[0][0] if rows else None
 
     def cache_stats(self, now: float, ttl_s: float) -> dict[str, int]:
-        """Entries (and how many are still fresh), bytes, hits and misses of kept replies."""
+        """Entries (and how many are still fresh), bytes, hits and misses of cached replies."""
+        rows = self._rows("SELECT at_s >= ?, LENGTH(CAST(body AS BLOB)) FROM replies", now - ttl_s)
+        counts = {"hits": 0, "misses": 0} | dict(self._rows("SELECT * FROM counters"))
+        fresh, sizes = (sum(column) for column in zip(*rows)) if rows else (0, 0)
+        return {"entries": len(rows), "fresh": fresh, "bytes": sizes, **counts}
 
-        def work(db: sqlite3.Connection) -> dict[str, int]:
-            entries, size = db.execute(
-                "SELECT COUNT(*), COALESCE(SUM(LENGTH(CAST(body AS BLOB))), 0) FROM replies"
-            ).fetchone()
-            (fresh,) = db.execute(
-                "SELECT COUNT(*) FROM replies WHERE at_s >= ?", (now - ttl_s,)
-            ).fetchone()
-            counts = dict(db.execute("SELECT name, count FROM counters").fetchall())
-            hits, misses = counts.get("hits", 0), counts.get("misses", 0)
-            found = {"entries": entries, "fresh": fresh, "bytes": size}
-            return {**found, "hits": hits, "misses": misses}
-
-        return self._run(work)
-
+    @_or_in_memory
     def cache_clear(self) -> int:
-        """Forget all kept replies and their counts; how many replies there were."""
-
-        def work(db: sqlite3.Connection) -> int:
+        """Forget all cached replies and their counts; how many replies there were."""
+        with self._open() as db:
             db.execute("DELETE FROM counters")
             return db.execute("DELETE FROM replies").rowcount
-
-        return self._run(self._written(work))
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
         with self._lock:
-            if self._db is not None and self._pid == os.getpid():
+            if self._db is not None:
                 self._db.close()
             self._db = None
 
-    def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do the work on the open file; when the file is broken, once more in memory.
+    @_or_in_memory
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        return self._open().execute(sql, values).fetchall()
 
-        A file that is busy is not broken: somebody else is just making or using it.
-        """
-        import sqlite3
-
-        with self._lock:
-            until = time.monotonic() + _BUSY_S
-            while True:
-                try:
-                    return work(self._open())
-                except (sqlite3.Error, OSError) as error:
-                    if self.path == ":memory:":
-                        raise
-                    if _is_busy(error) and time.monotonic() < until:
-                        time.sleep(0.01)
-                        continue
-                    _log.warning(
-                        "%s cannot be used (%s): cooldowns and figures are kept in memory. "
-                        "Deleting the file is safe.",
-                        self.path,
-                        error,
-                    )
-                    self.close()
-                    self.path = ":memory:"
-
-    @staticmethod
-    def _written(work: Callable[[sqlite3.Connection], _T]) -> Callable[[sqlite3.Connection], _T]:
-        """The same work as one transaction, so that other processes see all of it or nothing."""
-
-        def transaction(db: sqlite3.Connection) -> _T:
-            try:
-                # In here, for a Ctrl-C may come right behind it.
-                db.execute("BEGIN IMMEDIATE")
-                result = work(db)
-                db.execute("COMMIT")
-                return result
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-        return transaction
+    def _use_memory(self, error: Exception) -> None:
+        """Go on without the file, which just failed."""
+        if self.path == ":memory:":
+            raise error
+        _log.warning(
+            "%s cannot be used (%s): cooldowns and metrics are kept in memory. "
+            "Deleting the file is safe.",
+            self.path,
+            error,
+        )
+        self.close()
+        self.path = ":memory:"
 
     def _open(self) -> sqlite3.Connection:
+        """The file's connection; ``with`` it, all changes are one transaction."""
         import sqlite3
-        from pathlib import Path
 
-        if self._db is not None and self._pid == os.getpid():
+        if self._db is not None:
             return self._db
         if self.path != ":memory:":
             Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # else the umask rules
-        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        db.executescript(self._TABLES)
-        self._db, self._pid, self._kept_rests = db, os.getpid(), None
+            # else the umask would decide on its mode
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        db = sqlite3.connect(
+            self.path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False
+        )
+        try:
+            # it fails while another process makes the file; then that one sets it
+            with suppress(sqlite3.OperationalError):
+                db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.executescript(self._TABLES)
+        except BaseException:
+            db.close()
+            raise
+        self._db = db
         return db
+
+    def _after_fork(self) -> None:
+        """A forked child opens the file anew; SQLite forbids it even to close the parent's."""
+        self._inherited.append(self._db)
+        self._lock, self._db = threading.RLock(), None
 
 
 # ======================================================================================
@@ -1620,20 +1576,20 @@ Prompt = str | Sequence[Mapping[str, Any]]
 Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_ROLES["tool"] = "tool"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 # What replies carry and providers refuse to take back.
-_REPLY_ONLY_KEYS = frozenset(
-    ("tool_calls", "reasoning", "reasoning_content", "reasoning_details", "refusal", "audio")
-    + ("annotations", "function_call")
+_REPLY_ONLY_KEYS = (
+    *("tool_calls", "reasoning", "reasoning_content", "reasoning_details", "refusal"),
+    *("audio", "annotations", "function_call"),
 )
-_NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
-_IMAGE_KINDS = (
-    (b"\x89PNG\r\n\x1a\n", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"GIF87a", "image/gif"),
-    (b"GIF89a", "image/gif"),
-)
+# A tool's result may be empty, but Puter refuses an empty content.
+_NO_OUTPUT = "(no output)"
+_IMAGE_KINDS = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF....WEBP",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1645,6 +1601,12 @@ class Needs:
     context: int = 0
 
 
+def _require(is_fine: object, where: str, value: Any, hint: str) -> None:
+    """Raise `BadRequestError` for a value that cannot stand in its place."""
+    if not is_fine:
+        raise BadRequestError(f"{where} is {_describe(value)}", hint=hint)
+
+
 def messages_from(
     prompt: Prompt, system: str | None = None, extra_parts: Sequence[JSON] = ()
 ) -> Messages:
@@ -1654,55 +1616,38 @@ def messages_from(
     """
     if isinstance(prompt, str):
         messages: Messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-        messages = [_checked_message(m, i) for i, m in enumerate(prompt)]
     else:
-        raise BadRequestError(
-            f"The prompt is {_describe(prompt)}",
-            hint='Pass a text, or a list such as [{"role": "user", "content": "Hi"}].',
-        )
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
+        hint = 'Pass a text, or a list such as [{"role": "user", "content": "Hi"}].'
+        _require(is_list, "The prompt", prompt, hint)
+        messages = [_checked_message(m, f"messages[{i}]") for i, m in enumerate(prompt)]
     if extra_parts:
-        asked = next((m for m in reversed(messages) if m["role"] == "user"), None)
-        if asked is None:
-            messages.append({"role": "user", "content": list(extra_parts)})
-        else:
-            asked["content"] = [*_parts(asked.get("content")), *extra_parts]
+        question = next((m for m in reversed(messages) if m["role"] == "user"), None)
+        if question is None:
+            messages.append(question := {"role": "user"})
+        question["content"] = [*_parts(question.get("content")), *extra_parts]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
-def _checked_message(message: Any, index: int) -> JSON:
+def _checked_message(message: Any, where: str) -> JSON:
     """A shallow copy of one message; raises `BadRequestError` that names its place."""
-    where = f"messages[{index}]"
-    if type(message) is not dict and not isinstance(message, Mapping):
-        raise BadRequestError(
-            f"{where} is {_describe(message)}, not an object",
-            hint='Write {"role": "user", "content": "…"}.',
-        )
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise BadRequestError(
-            f"{where}.role is {_describe(role)}",
-            hint="Roles are system, developer, user, assistant and tool.",
-        )
-    content = message.get("content")
-    if not isinstance(content, (str, list, tuple, type(None))):
-        raise BadRequestError(
-            f"{where}.content is {_describe(content)}",
-            hint="Give a text, a list of parts, or null.",
-        )
+    is_message = isinstance(message, Mapping)
+    _require(is_message, where, message, 'Write {"role": "user", "content": "…"}.')
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    _require(role in _ROLES, f"{where}.role", role, f"Roles are {', '.join(_ROLES)}.")
+    is_content = isinstance(content, (str, list, tuple, type(None)))
+    _require(is_content, f"{where}.content", content, "Give a text, a list of parts, or null.")
+    is_list = isinstance(calls, (list, tuple, type(None)))
+    _require(is_list, f"{where}.tool_calls", calls, "Give a list of calls.")
     for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
         _check_part(part, f"{where}.content[{number}]")
-    calls = message.get("tool_calls")
-    if not isinstance(calls, (list, tuple, type(None))):
-        raise BadRequestError(
-            f"{where}.tool_calls is {_describe(calls)}", hint="Give a list of calls."
-        )
-    if role == "tool" and not _is_text(message.get("tool_call_id")):
-        raise BadRequestError(
-            f"{where} has no tool_call_id", hint="Say which call this is the result of."
-        )
+    for number, call in enumerate(calls or ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        _check_call(call, function, f"{where}.tool_calls[{number}]")
+    call_id, hint = message.get("tool_call_id"), "Say which call this is the result of."
+    _require(role != "tool" or _is_text(call_id), f"{where}.tool_call_id", call_id, hint)
     return dict(message)
 
 
@@ -1710,27 +1655,28 @@ def _check_part(part: Any, where: str) -> None:
     """Raise `BadRequestError` for a part of a message that nobody can read."""
     if isinstance(part, str):
         return
-    if not isinstance(part, Mapping):
-        raise BadRequestError(
-            f"{where} is {_describe(part)}, not an object",
-            hint='Write {"type": "text", "text": "…"}.',
-        )
+    _require(isinstance(part, Mapping), where, part, 'Write {"type": "text", "text": "…"}.')
     kind, text = part.get("type"), part.get("text")
     if kind == "input_audio":
-        raise BadRequestError(
-            f"{where} is audio, which Puter's chat does not take", hint="Send its text."
-        )
-    if kind == "text" and not isinstance(text, (str, type(None))):
-        raise BadRequestError(
-            f"{where}.text is {_describe(text)}, not a text", hint="Write it as a text."
-        )
+        raise BadRequestError(f"{where} is audio, which Puter's chat does not take")
+    is_fine = kind != "text" or isinstance(text, (str, type(None)))
+    _require(is_fine, f"{where}.text", text, "Write it as a text.")
     if kind == "tool_use":
-        fine = _is_text(part.get("id")) and _is_text(part.get("name"))
-        if not fine or not isinstance(part.get("input", {}), Mapping):
-            raise BadRequestError(
-                f"{where} lacks an id, a name, or an object as input",
-                hint='Write {"type": "tool_use", "id": "…", "name": "…", "input": {}}.',
-            )
+        _check_call(part, part, where)
+
+
+def _check_call(call: Any, function: Any, where: str) -> None:
+    """Raise `BadRequestError` for a call in a history that no provider can take.
+
+    A text of arguments that cannot be read passes: the model wrote it, and its result says so.
+    """
+    hint = "Give the call as the model made it: with its id, name and arguments."
+    is_call = isinstance(call, Mapping) and isinstance(function, Mapping)
+    if not is_call or not _is_text(call.get("id")) or not _is_text(function.get("name")):
+        raise BadRequestError(f"{where} lacks an id or a function name", hint=hint)
+    arguments = function.get("arguments", function.get("input"))
+    is_fine = isinstance(arguments, (str, Mapping, type(None))) or arguments == []
+    _require(is_fine, f"The arguments of {where}", arguments, hint)
 
 
 def _parts(content: Any) -> list[JSON]:
@@ -1743,150 +1689,159 @@ def _parts(content: Any) -> list[JSON]:
     return [p for p in parts if p.get("type") != "text" or p.get("text")]
 
 
-def wire_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """A history in the one form that arrives right at every provider (recorded).
+def joined_text(content: Any, kind: str = "text", key: str = "text") -> str:
+    """The texts of a content's parts of one kind, joined."""
+    if isinstance(content, str):
+        return content if kind == "text" else ""
+    parts = content if isinstance(content, (list, tuple)) else ()
+    return "".join(str(p.get(key) or "") for p in parts if p.get("type") == kind)
+
+
+# What a turn with calls becomes: messages, and the calls whose results follow each.
+_Turn = list[tuple[JSON, list[ToolCall]]]
+
+
+def puter_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Messages in Puter's form: the one that arrives right at every provider (recorded).
 
     A text is a message of its own; then each call is an assistant message of one `tool_use`
-    part, followed at once by its result. Messages without content are left out. Raises
-    `BadRequestError` for what no provider can take.
+    part, followed at once by its result. Messages without content are left out. Takes what
+    `messages_from` gives; raises `BadRequestError` when nothing is left.
     """
-    return _wired([_checked_message(m, i) for i, m in enumerate(messages)])
+    return _arranged(messages, _puter_turn)
 
 
-def _wired(messages: Messages) -> Messages:
-    """As `wire_messages`, for messages that were checked, and are copies."""
-    groups: list[Messages] = []  # one a message or call, so that a late result finds its call
-    waiting: dict[str, deque[Messages]] = {}
-    for index, message in enumerate(messages):
-        message["role"] = _ROLES[message["role"]]
-        if message["role"] == "assistant":
-            groups.extend(_assistant_groups(message, index, waiting))
-        elif message["role"] == "tool":
-            wire = _plain(message, _text_of(message.get("content")) or _NO_OUTPUT)
-            calls = waiting.get(message["tool_call_id"])
-            if calls:
-                calls.popleft().append(wire)
-            else:
-                groups.append([wire])
-        elif parts := _parts(message.get("content")):
-            content = message["content"] if isinstance(message["content"], str) else parts
-            groups.append([_plain(message, content)])
-    wired = [message for group in groups for message in group]
-    if not wired:
-        raise BadRequestError(
-            "There is nothing to send: no message has a content", hint="Ask something."
-        )
-    return wired
+def openai_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Messages, of Puter's form or mixed, in OpenAI's; otherwise as `puter_messages`."""
+    return _arranged(messages, _openai_turn)
 
 
-def _plain(message: JSON, content: Any) -> JSON:
-    """The message with this content and without what only replies carry."""
-    kept = {k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None}
-    return {**kept, "content": content}
+def _arranged(
+    messages: Sequence[Mapping[str, Any]], turn_of: Callable[[JSON, list[ToolCall]], _Turn]
+) -> Messages:
+    """The messages with each result behind its call, however late it comes."""
+    groups: list[Messages] = []
+    waiting: dict[str, Messages] = {}
+    for message, calls in map(_cleaned, messages):
+        if calls:
+            for one, its_calls in turn_of(message, calls):
+                groups.append([one])
+                # an id used again belongs to the newest turn
+                waiting |= dict.fromkeys((call.id for call in its_calls), groups[-1])
+        elif message["role"] == "tool" and message["tool_call_id"] in waiting:
+            waiting.pop(message["tool_call_id"]).append(message)
+        elif message["content"] is not None:
+            groups.append([message])
+    if not groups:
+        raise BadRequestError("There is nothing to send: no message has a content")
+    return [message for group in groups for message in group]
 
 
-def _text_of(content: Any) -> Any:
-    """A tool result's content: its texts as one; parts that are no text are kept as parts."""
-    parts = _parts(content)
-    if isinstance(content, str) or any(p.get("type") != "text" for p in parts):
-        return content if isinstance(content, str) else parts
-    return "\n".join(p["text"] for p in parts)
+def _cleaned(message: Mapping[str, Any]) -> tuple[JSON, list[ToolCall]]:
+    """(the message without what only replies carry, its content None if it is empty; its calls)"""
+    clean = {k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None}
+    content, parts = message.get("content"), _parts(message.get("content"))
+    calls: list[JSON] = []
+    if message["role"] == "developer":
+        clean["role"] = "system"
+    elif message["role"] == "assistant":
+        calls = [p for p in parts if p.get("type") == "tool_use"]
+        calls += message.get("tool_calls") or ()
+        parts = [p for p in parts if p.get("type") != "tool_use"]
+    is_text = all(p.get("type") == "text" for p in parts)
+    is_blank = is_text and not joined_text(parts).strip()
+    if message["role"] == "tool" and is_text:
+        content = _NO_OUTPUT if is_blank else "\n".join(p["text"] for p in parts)
+    elif not isinstance(content, str):
+        content = parts
+    clean["content"] = None if is_blank and calls else content or None
+    # Arguments that could not be read are sent as none; the result says what was wrong.
+    return clean, [replace(tool_call_from(call), invalid="") for call in calls]
 
 
-def _assistant_groups(
-    message: JSON, index: int, waiting: dict[str, deque[Messages]]
-) -> list[Messages]:
-    """An assistant's turn as groups: its text, then each call; notes who waits for a result."""
-    parts = _parts(message.get("content"))
-    calls = [{"input": {}, **p} for p in parts if p.get("type") == "tool_use"]
-    calls += [_tool_use(call, index, n) for n, call in enumerate(message.get("tool_calls") or ())]
-    spoken = [p for p in parts if p.get("type") != "tool_use"]
-    text: Any = message["content"] if isinstance(message.get("content"), str) else spoken
-    if any(call.get("extra_content") for call in calls):
-        groups = _signed_turn(message, spoken, calls)
-        waiters = groups[-1:] * len(calls)
-    else:
-        groups = [[{"role": "assistant", "content": [call]}] for call in calls]
-        waiters = list(groups)
-        if spoken:
-            groups.insert(0, [_plain(message, text)])
-    for call in calls:
-        waiting[call["id"]] = deque()  # an id used again belongs to the newest turn
-    for call, group in zip(calls, waiters, strict=True):
-        waiting[call["id"]].append(group)
-    return groups
+def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
+    """All calls in one message, beside its text."""
+    return [({**message, "tool_calls": [openai_call(call) for call in calls]}, calls)]
 
 
-def _signed_turn(message: JSON, spoken: list[JSON], calls: list[JSON]) -> list[Messages]:
-    """Calls with a provider's signature, which must stay together in one message.
+def _puter_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
+    """The text alone, then each call alone, unless they carry a provider's signature.
 
-    With text beside them OpenAI's own shape arrives right; without, parts arrive reversed
-    (recorded), so they are sent in reverse.
+    Signed calls must stay together in one message. With text beside them OpenAI's own shape
+    arrives right; without, parts arrive reversed (recorded), so they are sent in reverse.
     """
-    text = "\n".join(p["text"] for p in spoken if p.get("type") == "text")
-    if not text.strip():
-        before = [[_plain(message, spoken)]] if any(p.get("type") != "text" for p in spoken) else []
-        return [*before, [{"role": "assistant", "content": calls[::-1]}]]
-    openai_calls = [openai_call(call) for call in calls]
-    return [[_plain(message, text) | {"tool_calls": openai_calls}]]
+    parts = _parts(message["content"])
+    text = "\n".join(p["text"] for p in parts if p.get("type") == "text")
+    is_signed = any(call.extra_content for call in calls)
+    if is_signed and text.strip():
+        return _openai_turn({**message, "content": text}, calls)
+    turn: _Turn = [(message, [])] if parts else []
+    for some in [calls] if is_signed else [[call] for call in calls]:
+        turn.append(({"role": "assistant", "content": [*map(_tool_use, reversed(some))]}, some))
+    return turn
 
 
-def openai_call(use: Mapping[str, Any]) -> JSON:
-    """A `tool_use` part as one of OpenAI's `tool_calls`."""
-    signed = {"extra_content": use["extra_content"]} if use.get("extra_content") else {}
-    function = {"name": use["name"], "arguments": json.dumps(use["input"])}
-    return {"id": use["id"], "type": "function", "function": function, **signed}
+def _tool_use(call: ToolCall) -> JSON:
+    """A call as a part of a message in Puter's form."""
+    part = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
+    return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-def _tool_use(call: Any, index: int, number: int) -> JSON:
-    """One of OpenAI's `tool_calls` as a `tool_use` part; raises `BadRequestError`."""
-    where = f"messages[{index}].tool_calls[{number}]"
-    function = call.get("function") if isinstance(call, Mapping) else None
-    named = isinstance(function, Mapping) and _is_text(function.get("name"))
-    if not isinstance(function, Mapping) or not named or not _is_text(call.get("id")):
-        raise BadRequestError(
-            f"{where} lacks an id or a function name",
-            hint='Write {"id": "…", "type": "function", "function": {"name": "…", "arguments": "{}"}}.',
-        )
-    try:
-        arguments = _arguments(function.get("arguments"))
-    except (ValueError, TypeError) as error:
-        raise BadRequestError(
-            f"{where}.function.arguments is not a JSON object ({error})",
-            hint="Send the arguments as the model gave them.",
-        ) from None
-    part: JSON = {
-        "type": "tool_use",
-        "id": call["id"],
-        "name": function["name"],
-        "input": arguments,
-    }
-    if call.get("extra_content"):
-        part["extra_content"] = call["extra_content"]
-    return part
+def openai_call(call: ToolCall) -> JSON:
+    """A call as one of OpenAI's `tool_calls`; the inverse of `tool_call_from`."""
+    arguments = call.invalid or json.dumps(call.arguments)
+    function = {"name": call.name, "arguments": arguments}
+    signed = {"extra_content": call.extra_content} if call.extra_content else {}
+    return {"id": call.id, "type": "function", "function": function, **signed}
 
 
-def _arguments(value: Any) -> JSON:
-    """A call's arguments as a dict; raises ValueError or TypeError."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}  # a function without parameters
+def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
+    """One of OpenAI's `tool_calls`, or a `tool_use` part, as a `ToolCall`.
+
+    Arguments that are no JSON object are kept in `invalid` as they came. Raises KeyError or
+    TypeError for what is no call.
+    """
+    function = call.get("function", call)
+    arguments = function.get("arguments", function.get("input"))
+    read, invalid = _arguments_from(arguments)
+    extra = call.get("extra_content") or None
+    return ToolCall(str(call.get("id") or ""), str(function["name"] or ""), read, extra, invalid)
+
+
+def _arguments_from(value: Any) -> tuple[JSON, str]:
+    """(a call's arguments, ""), or ({}, the text of what is no JSON object).
+
+    Null, a blank text and an empty list are how some providers say that there are none.
+    """
+    read = value
     if isinstance(value, str):
+        value = joined_halves(value)
         try:
-            value = json.loads(value)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-    if not isinstance(value, Mapping):
-        raise TypeError("not an object")
-    return dict(value)
+            read = json.loads(value, parse_constant=_no_constant) if value.strip() else None
+        except (ValueError, RecursionError):
+            return {}, value
+    if read is None or read == []:
+        return {}, ""
+    if isinstance(read, Mapping):
+        return dict(read), ""
+    return {}, value if isinstance(value, str) else json.dumps(value)
+
+
+def joined_halves(text: str) -> str:
+    """The text with halves of surrogate pairs joined; a half that stays alone becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def needs_of(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Needs:
     """What a request asks of a model; the context is a low guess of four characters a token."""
     kinds, characters = set(), 0
     for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ({"text": content},):
-            characters += len(part.get("text") or "")
+        for part in _parts(message.get("content")):
+            characters += len(str(part.get("text") or ""))
             if part.get("type") == "image_url":
                 kinds.add("image")
             elif part.get("type") == "file" and _is_pdf(part):
@@ -1899,23 +1854,15 @@ def image_part(image: Image) -> JSON:
 
     Raises `BadRequestError` when there is no such file, or it is no PNG, JPEG, GIF or WebP.
     """
-    if isinstance(image, str) and re.match(r"https?://", image, re.IGNORECASE):
-        return {"type": "image_url", "image_url": {"url": image}}
-    if isinstance(image, str) and image[:5].lower() == "data:":
-        whole = r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+"
-        if not re.fullmatch(whole, image, re.IGNORECASE):
-            raise BadRequestError(
-                f"The image {image[:40]!r}… is no base64 data URL of an image",
-                hint="Pass a path, bytes, or data:image/png;base64,….",
-            )
+    if isinstance(image, str) and re.match(r"https?://|data:", image, re.IGNORECASE):
+        url = r"https?://.*|data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+"
+        if not re.fullmatch(url, image, re.IGNORECASE | re.DOTALL):
+            raise BadRequestError(f"The image {image[:40]!r}… is no base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
     kind = image_kind(data)
     if kind is None:
-        raise BadRequestError(
-            f"{name} is no image that models can see ({len(data)} bytes)",
-            hint="Use PNG, JPEG, GIF or WebP.",
-        )
+        raise BadRequestError(f"{name} is no image in PNG, JPEG, GIF or WebP ({len(data)} bytes)")
     return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
 
 
@@ -1923,7 +1870,7 @@ def file_part(file: File) -> JSON:
     """A document as a part of a message, in OpenAI's shape: its name and a data URL.
 
     `file` is a path, bytes, or (name, bytes). Raises `BadRequestError` when it cannot be
-    read, is empty, or is larger than `MAX_FILE_BYTES`.
+    read, is empty, is larger than `MAX_FILE_BYTES`, or has a name that no file may have.
     """
     import mimetypes
 
@@ -1932,27 +1879,33 @@ def file_part(file: File) -> JSON:
     else:
         data, name = _bytes_of(file, "file")
         name = "document.pdf" if isinstance(file, (bytes, bytearray)) else name
-    name = re.split(r"[/\\]", name)[-1] or "document"
+    name = _file_name(name)
+    is_data = isinstance(data, (bytes, bytearray))
+    _require(is_data, f"The content of {name!r}", data, "Give a file as (name, bytes).")
     if not data or len(data) > MAX_FILE_BYTES:
-        raise BadRequestError(
-            f"The file {name!r} is {len(data):,} bytes; nothing was sent",
-            hint=f"A file may be 1 to {MAX_FILE_BYTES:,} bytes.",
-        )
+        limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
+        raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
     kind = "application/pdf" if data[:5] == b"%PDF-" else mimetypes.guess_type(name)[0]
     url = _data_url(kind or "application/octet-stream", data)
     return {"type": "file", "file": {"filename": name, "file_data": url}}
 
 
-def _data_url(kind: str, data: bytes) -> str:
-    import base64
+def _file_name(name: Any) -> str:
+    """The last part of a path; raises `BadRequestError` for what could name something else."""
+    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+    is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
+    _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
+    return joined_halves(last)
 
+
+def _data_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _is_pdf(part: Mapping[str, Any]) -> bool:
-    given = part.get("file")
-    if isinstance(given, Mapping):
-        return "pdf" in str(given.get("file_data"))[:30]
+    file = part.get("file")
+    if isinstance(file, Mapping):
+        return "pdf" in str(file.get("file_data"))[:30]
     return str(part.get("puter_path")).lower().endswith(".pdf")
 
 
@@ -1961,33 +1914,23 @@ def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, byte
 
     Raises `BadRequestError` when it holds no file.
     """
-    import base64
-
-    given = part.get("file")
-    data = given.get("file_data") if isinstance(given, Mapping) else None
-    if not isinstance(given, Mapping) or not isinstance(data, str):
-        raise BadRequestError(
-            f"{where} has no file_data", hint="Send the file itself, as a data URL."
-        )
+    file = part.get("file")
+    data = file.get("file_data") if isinstance(file, Mapping) else None
+    if not isinstance(file, Mapping) or not isinstance(data, str):
+        raise BadRequestError(f"{where} has no file_data (data:application/pdf;base64,…)")
     head, _, encoded = data.rpartition(",")
     kind = re.match(r"data:([\w.+/-]+)", head)
     try:
         content = base64.b64decode(encoded, validate=True)
     except ValueError as error:
-        raise BadRequestError(
-            f"{where} has a file_data that is no base64 ({error})",
-            hint="Write data:application/pdf;base64,….",
-        ) from None
-    mime = kind.group(1) if kind else "application/octet-stream"
-    name = str(given.get("filename") or "document.pdf")
-    name = name.encode("utf-8", "replace").decode("utf-8")
-    return re.split(r"[/\\]", name)[-1] or "document.pdf", content, mime
+        raise BadRequestError(f"{where} has a file_data that is no base64 ({error})") from None
+    name = file.get("filename")
+    name = "document.pdf" if name is None else _file_name(name)
+    return name, content, kind.group(1) if kind else "application/octet-stream"
 
 
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
-    from pathlib import Path
-
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
@@ -1995,45 +1938,37 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         path = path if path.exists() else path.expanduser()
         return path.read_bytes(), str(path)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadRequestError(
-            f"The {what} {str(source)[:200]!r} cannot be read ({reason})",
-            hint="Check the path; nothing was sent.",
-        ) from error
+        reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
+        raise BadRequestError(f"The {what} {name!r} cannot be read ({reason})") from error
 
 
 def image_kind(data: bytes) -> str | None:
     """The MIME type of an image by its first bytes, or None if it is none we know."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return next((kind for magic, kind in _IMAGE_KINDS if data.startswith(magic)), None)
+    kinds = _IMAGE_KINDS.items()
+    return next((kind for kind, start in kinds if re.match(start, data, re.DOTALL)), None)
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
-    if not isinstance(tools, (list, tuple, type(None))):
-        raise BadRequestError(
-            f"tools is {_describe(tools)}, not a list", hint="Write tools=[function]."
-        )
+    is_list = isinstance(tools, (list, tuple, type(None)))
+    _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
 
 
 def _tool_schema(tool: Any, index: int) -> JSON:
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
-        if function is None:  # the function alone, under OpenAI's, Anthropic's or MCP's names
+        # the function alone, under OpenAI's, Anthropic's or MCP's names
+        if function is None:
             function = {k: v for k, v in tool.items() if k != "type"}
             for other in ("input_schema", "inputSchema"):
                 if other in function:
                     function["parameters"] = function.pop(other)
         if isinstance(function, Mapping) and _is_text(function.get("name")):
             return {"type": "function", "function": dict(function)}
-    if callable(tool):
-        return function_schema(tool)
-    raise BadRequestError(
-        f"tools[{index}] is {_describe(tool)}, not a function or its schema",
-        hint='Write {"type": "function", "function": {"name": "…", "parameters": {…}}}.',
-    )
+    hint = 'Give a function, or {"type": "function", "function": {"name": "…", "parameters": {…}}}.'
+    _require(callable(tool), f"tools[{index}]", tool, hint)
+    return function_schema(tool)
 
 
 def function_schema(function: Callable[..., Any]) -> JSON:
@@ -2042,342 +1977,277 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
     for what has no name or must be awaited.
     """
-    import inspect
-
     name = getattr(function, "__name__", None)
     if not isinstance(name, str) or inspect.iscoroutinefunction(function):
-        raise BadRequestError(
-            f"{_describe(function)} has no name, or must be awaited",
-            hint="Wrap it in an ordinary function (def) with type hints.",
-        )
-    text, about = _docstring_parts(inspect.getdoc(function) or "")
-    properties: JSON = {}
-    required = []
-    for parameter_name, (hint, parameter) in _parameters(function).items():
-        shape = hint_schema(hint, f"{name}({parameter_name})")
-        if about.get(parameter_name):
-            shape.setdefault("description", about[parameter_name])
-        if parameter.default is parameter.empty:
-            required.append(parameter_name)
-        elif isinstance(parameter.default, (str, int, float, bool)):
-            shape["default"] = parameter.default
-        properties[parameter_name] = shape
-    schema: JSON = {"type": "object", "properties": properties, "required": required}
-    schema["additionalProperties"] = False
-    described = {"description": text} if text else {}
-    return {"type": "function", "function": {"name": name, **described, "parameters": schema}}
+        problem = f"{_describe(function)} has no name, or must be awaited"
+        raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
+    text, _ = _docstring_parts(inspect.getdoc(function) or "")
+    described = {"name": name, **({"description": text} if text else {})}
+    parameters, _ = _call_type(function, dict, name)
+    return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """A function's parameters with their resolved hints; raises `BadRequestError`."""
-    import inspect
-    import typing
+def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
+    """Call a function with a model's arguments, made what its hints say.
 
-    name = getattr(function, "__name__", repr(function))
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-        signature = inspect.signature(function)
-    except (NameError, TypeError, ValueError) as error:
-        raise BadRequestError(
-            f"The type hints of {name} cannot be read ({error})",
-            hint="Give each parameter a hint whose names are known where it is defined.",
-        ) from error
-    found = {}
-    for parameter in signature.parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            raise BadRequestError(
-                f"{name} takes {parameter}, which a model cannot name",
-                hint="Use ordinary parameters.",
-            )
-        if parameter.name not in hints or parameter.kind is parameter.VAR_KEYWORD:
-            raise BadRequestError(
-                f"{name}: the parameter {parameter} has no type hint of its own",
-                hint="Write it as city: str.",
-            )
-        found[parameter.name] = (hints[parameter.name], parameter)
-    return found
+    Raises TypeError, in words for the model, when they do not fit.
+    """
+    return function(**_call_type(function, dict, "it")[1](arguments, ""))
 
 
-_PLAIN_HINTS = {str: "string", int: "integer", float: "number", bool: "boolean"}
-
-
+# Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
+_Reader = Callable[[Any, str], Any]
+_Type = tuple[JSON, _Reader]  # with its JSON schema
+_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
 
-def hint_schema(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()) -> JSON:
-    """A type hint as a JSON schema; raises `BadRequestError` for what JSON cannot say."""
-    import typing
+def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) -> _Type:
+    """The parameters of a function or dataclass as an object that is read as `kind`.
 
+    Raises `BadRequestError` for what a model cannot give.
+    """
+    try:
+        hints = typing.get_type_hints(call, include_extras=True)
+        parameters = inspect.signature(call).parameters.values()
+    except (NameError, TypeError, ValueError) as error:
+        raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
+    _, about = _docstring_parts(inspect.getdoc(call) or "")
+    types: dict[str, _Type] = {}
+    for one in parameters:
+        if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
+            problem = f"{where}: a model cannot give the parameter {one}"
+            raise BadRequestError(problem, hint="Use ordinary parameters with hints: city: str.")
+        schema, read = schema_and_reader(hints[one.name], f"{where}({one.name})", outer)
+        notes: JSON = {"description": about[one.name]} if about.get(one.name) else {}
+        if isinstance(one.default, (str, int, float, bool)):
+            notes["default"] = one.default
+        types[one.name] = ({**notes, **schema}, read)
+    return _object_type(kind, types, [one.name for one in parameters if one.default is one.empty])
+
+
+def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()) -> _Type:
+    """A type hint as (its JSON schema, the reader of its values).
+
+    Of `Annotated`, a text is the description, and a dict goes into the schema: its `minimum`
+    and `maximum` are checked. Raises `BadRequestError` for what JSON cannot say; the reader
+    raises TypeError for what does not fit.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    type_of = partial(schema_and_reader, where=where, outer=outer)
+    kind = origin or hint
     if origin is typing.Annotated:
-        text = next((a for a in inner[1:] if isinstance(a, str)), None)
-        shape = hint_schema(inner[0], where, outer)
-        return {**shape, **({"description": text} if text else {})}
-    if _is_marked(origin):
-        return hint_schema(inner[0], where, outer)
-    if isinstance(hint, type) and hint in _PLAIN_HINTS:
-        return {"type": _PLAIN_HINTS[hint]}
+        return _annotated_type(*type_of(inner[0]), inner[1:])
+    # Required and NotRequired, of typing since 3.11 or of its extensions
+    if getattr(origin, "_name", "") in ("Required", "NotRequired"):
+        return type_of(inner[0])
     if hint is Any:
-        return {}
-    if hint in (None, type(None)):
-        return {"type": "null"}
-    if origin is Literal:
-        return {"enum": list(inner)}
-    if _is_enum(hint):
-        return {"enum": [member.value for member in hint]}
-    if _is_union(origin):
-        return {"anyOf": [hint_schema(h, where, outer) for h in inner]}
-    if hint in _LISTS or origin in _LISTS:
-        if (hint is tuple or origin is tuple) and inner and Ellipsis not in inner:
-            shapes = [hint_schema(h, where, outer) for h in inner]
-            return {"type": "array", "prefixItems": shapes, "minItems": len(inner), "items": False}
-        item = {"items": hint_schema(inner[0], where, outer)} if inner else {}
-        return {"type": "array", **item}
-    if hint is dict or origin in (dict, Mapping):
-        values = hint_schema(inner[1], where, outer) if inner else None
-        return {"type": "object", **({"additionalProperties": values} if inner else {})}
-    parts = _parts_of_hint(hint)
-    if parts is None or hint in outer:
-        raise BadRequestError(
-            f"{where} is of type {hint!r}, which a model cannot give",
-            hint="Use str, int, float, bool, list, dict, Literal, Enum, a dataclass or "
-            "TypedDict (not one that holds its like).",
-        )
-    hints, required = parts
-    return {
-        "type": "object",
-        "properties": {n: hint_schema(h, f"{where}.{n}", (*outer, hint)) for n, h in hints.items()},
-        "required": required,
-        "additionalProperties": False,
-    }
+        return _union_type([])
+    if hint is None or (isinstance(hint, type) and hint in _SCALARS):
+        return _scalar_type(hint or type(None))
+    is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
+    members = inner if origin is Literal else tuple(hint) if is_enum else ()
+    choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
+    if choices and all(type(value) in _SCALARS for value, _ in choices):
+        return _choice_type(choices)
+    if origin in (typing.Union, types.UnionType):
+        return _union_type([type_of(h) for h in inner])
+    if kind in _LISTS:
+        is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
+        return _list_type(kind, [type_of(h) for h in inner if h is not Ellipsis], is_fixed)
+    # JSON knows texts alone as keys
+    if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
+        return _dict_type(type_of(inner[1] if inner else Any))
+    is_typed_dict = typing.is_typeddict(hint)
+    if hint in outer or not (is_typed_dict or is_dataclass(hint)):
+        allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
+        problem = f"{where} is of type {hint!r}, which a model cannot give"
+        raise BadRequestError(problem, hint=f"Use {allowed} (not one that holds its like).")
+    outer = (*outer, hint)
+    if not is_typed_dict:
+        return _call_type(hint, hint, where, outer)
+    hints = typing.get_type_hints(hint, include_extras=True)
+    made = {name: schema_and_reader(h, f"{where}.{name}", outer) for name, h in hints.items()}
+    return _object_type(dict, made, [name for name in hints if name in hint.__required_keys__])
 
 
-def _parts_of_hint(hint: Any) -> tuple[dict[str, Any], list[str]] | None:
-    """(fields with their hints, those that must be given) of a dataclass or TypedDict."""
-    import typing
-    from dataclasses import MISSING, is_dataclass
-
-    if typing.is_typeddict(hint):
-        hints = typing.get_type_hints(hint, include_extras=True)
-        return hints, [name for name in hints if name in hint.__required_keys__]
-    if is_dataclass(hint):
-        known = typing.get_type_hints(hint, include_extras=True)
-        given = [f for f in fields(hint) if f.init]
-        bare = [f for f in given if f.default is MISSING and f.default_factory is MISSING]
-        return {f.name: known[f.name] for f in given}, [f.name for f in bare]
-    return None
+def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
+    return TypeError(f"{where} is {_describe(value)}, but must be {json.dumps(schema)}")
 
 
-def _is_marked(origin: Any) -> bool:
-    """Whether it is Required or NotRequired (of typing since 3.11, or its extensions)."""
-    return getattr(origin, "_name", "") in ("Required", "NotRequired")
+def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
+    texts = [{"description": note} for note in notes if isinstance(note, str)]
+    for note in [*texts[:1], *(note for note in notes if isinstance(note, dict))]:
+        schema = {**schema, **note}
+    least, most = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+
+    def read_within(value: Any, where: str) -> Any:
+        value = read(value, where)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise _misfit(value, where, schema)
+        return value
+
+    return schema, read_within
 
 
-def _is_enum(hint: Any) -> bool:
-    import enum
+def _scalar_type(kind: type) -> _Type:
+    """A text, number, boolean or null; JSON has one kind of number, so 2.0 is a whole one."""
+    schema = {"type": _SCALARS[kind]}
 
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+    def read(value: Any, where: str) -> Any:
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if kind is float and type(value) is int and abs(value) < 2**1023:
+            return float(value)
+        if type(value) is not kind:
+            raise _misfit(value, where, schema)
+        return value
+
+    return schema, read
 
 
-def _is_union(origin: Any) -> bool:
-    import types
-    import typing
+def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
+    """One of several values, as (value in JSON, value in Python)."""
+    values, kinds = [value for value, _ in choices], {type(value) for value, _ in choices}
+    schema = {**({"type": _SCALARS[kinds.pop()]} if len(kinds) == 1 else {}), "enum": values}
 
-    return origin in (typing.Union, getattr(types, "UnionType", typing.Union))
+    def read(value: Any, where: str) -> Any:
+        for choice, member in choices:
+            if type(choice) is type(value) and choice == value:
+                return member
+        raise _misfit(value, where, schema)
+
+    return schema, read
+
+
+def _any_of(schemas: Sequence[JSON]) -> JSON:
+    distinct = [schema for n, schema in enumerate(schemas) if schema not in schemas[:n]]
+    return {"anyOf": distinct} if len(distinct) > 1 else (distinct or [{}])[0]
+
+
+def _union_type(types: Sequence[_Type]) -> _Type:
+    """One of several types, the first that fits; none at all is anything."""
+    schema = _any_of([schema for schema, _ in types])
+
+    def read(value: Any, where: str) -> Any:
+        for _, read_as in types:
+            with suppress(TypeError):
+                return read_as(value, where)
+        if types:
+            raise _misfit(value, where, schema)
+        return value
+
+    return schema, read
+
+
+def _list_type(kind: Any, types: Sequence[_Type], is_fixed: bool) -> _Type:
+    """A list, set or tuple; `is_fixed` is a tuple of so many values, each of its own type."""
+    item = types[0] if len(types) == 1 else _union_type(types)
+    length = {"minItems": len(types), "maxItems": len(types)} if is_fixed else {}
+    schema: JSON = {"type": "array", "items": item[0], **length}
+
+    def read(value: Any, where: str) -> Any:
+        if not isinstance(value, list) or (is_fixed and len(value) != len(types)):
+            raise _misfit(value, where, schema)
+        readers = [one[1] for one in (types if is_fixed else [item] * len(value))]
+        made = [readers[i](one, f"{where}[{i}]") for i, one in enumerate(value)]
+        return kind(made) if kind in (tuple, set, frozenset) else made
+
+    return schema, read
+
+
+def _dict_type(item: _Type) -> _Type:
+    schema: JSON = {"type": "object", **({"additionalProperties": item[0]} if item[0] else {})}
+
+    def read(value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise _misfit(value, where, schema)
+        return {name: item[1](one, f"{where}.{name}") for name, one in value.items()}
+
+    return schema, read
+
+
+def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str]) -> _Type:
+    """An object of such members, read as a dict or a dataclass."""
+    properties = {name: schema for name, (schema, _) in types.items()}
+    schema: JSON = {"type": "object", "properties": properties, "required": list(required)}
+    schema["additionalProperties"] = False
+
+    def read(value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise _misfit(value, where, schema)
+        if stray := [name for name in value if name not in types]:
+            problem = f"has no place for {stray}; it takes {list(types)}"
+            raise TypeError(f"{where or 'the call'} {problem}")
+        if lacking := [name for name in required if name not in value]:
+            raise TypeError(f"{where or 'the call'} lacks {lacking}")
+        dot = "." if where else ""
+        return kind(**{n: types[n][1](v, f"{where}{dot}{n}") for n, v in value.items()})
+
+    return schema, read
 
 
 def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
     """(what stands before the parameters, text of each) of a Google- or Sphinx-style docstring."""
-    head: list[str] = []
-    about: dict[str, str] = {}
-    section, indent, name = "head", "", ""
-    for row in doc.splitlines():
-        titled = re.match(r"(\w+):\s*$", row)
-        sphinx = re.match(r":(\w+)(?: [^:]*?(\w+))?: *(.*)", row)
-        if titled and titled.group(1) in _DOC_SECTIONS:
-            section, indent = _DOC_SECTIONS[titled.group(1)], ""
-        elif sphinx:
-            section = "sphinx" if sphinx.group(1) == "param" else "other"
-            name = sphinx.group(2) or ""
-            if section == "sphinx":
-                about[name] = sphinx.group(3).strip()
-        elif section == "head":
-            head.append(row.strip())
-        elif section in ("args", "sphinx") and row.strip():
-            indent = indent or row[: len(row) - len(row.lstrip())]
-            entry = re.match(rf"{indent}(\w+)(?: *\([^)]*\))?: *(.*)", row)
-            if section == "args" and entry:
-                name, about[entry.group(1)] = entry.group(1), entry.group(2).strip()
-            elif name in about:
-                about[name] = f"{about[name]} {row.strip()}".strip()
-    return " ".join(" ".join(head).split()), about
-
-
-_DOC_SECTIONS = dict.fromkeys(("Args", "Arguments", "Parameters"), "args")
-_DOC_SECTIONS |= dict.fromkeys(("Returns", "Raises", "Yields", "Example", "Examples"), "other")
-_DOC_SECTIONS |= dict.fromkeys(("Note", "Notes", "Attributes"), "other")
-
-
-def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
-    """Call a function with a model's arguments, checked and made what its hints say.
-
-    Raises TypeError or ValueError, in words for the model, when they do not fit.
-    """
-    parameters = _parameters(function)
-    unknown = [name for name in arguments if name not in parameters]
-    if unknown:
-        raise TypeError(f"there is no parameter {unknown[0]!r}; there are {list(parameters)}")
-    missing = [
-        name
-        for name, (_, parameter) in parameters.items()
-        if name not in arguments and parameter.default is parameter.empty
-    ]
-    if missing:
-        raise TypeError(f"the parameter {missing[0]!r} is missing")
-    given = {n: coerce(v, parameters[n][0], n) for n, v in arguments.items()}
-    return function(**given)
-
-
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """The value as the hint wants it (an Enum member, a dataclass…); raises TypeError."""
-    import typing
-
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    wrong = TypeError(f"{where} is {_describe(value)}, but must be {_hint_name(hint)}")
-    if origin is typing.Annotated or _is_marked(origin):
-        return coerce(value, inner[0], where)
-    if hint is Any or (value is None and hint in (None, type(None))):
-        return value
-    if hint in _PLAIN_HINTS:
-        return _plain_fit(value, hint, wrong)
-    if origin is Literal:
-        if not any(value == choice and type(value) is type(choice) for choice in inner):
-            raise wrong
-        return value
-    if _is_enum(hint):
-        try:
-            return hint(value)
-        except ValueError:
-            raise wrong from None
-    if _is_union(origin):
-        return _first_fit(value, inner, where, wrong)
-    kind = origin or hint
-    if kind in _LISTS:
-        return _list_fit(value, kind, inner, where, wrong)
-    if not isinstance(value, dict):
-        raise wrong
-    if kind in (dict, Mapping):
-        if not inner:
-            return value
-        keys = {k: _key_fit(k, inner[0], where) for k in value}
-        return {keys[k]: coerce(v, inner[1], f"{where}.{k}") for k, v in value.items()}
-    hints, required = _parts_of_hint(hint) or ({}, [])
-    stray = [key for key in value if key not in hints]
-    lacking = [key for key in required if key not in value]
-    if stray or lacking:
-        what = f"has no place for {stray}" if stray else f"lacks {lacking}"
-        raise TypeError(f"{where} {what}")
-    made = {k: coerce(v, hints[k], f"{where}.{k}") for k, v in value.items()}
-    return made if typing.is_typeddict(hint) else hint(**made)
-
-
-def _plain_fit(value: Any, hint: type, wrong: TypeError) -> Any:
-    """A text, number or boolean; JSON has one kind of number, so 2.0 is a whole one."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and is_number:
-        return float(value)
-    if hint is int and is_number and float(value).is_integer():
-        return int(value)
-    if hint in (str, bool) and type(value) is hint:
-        return value
-    raise wrong
-
-
-def _list_fit(value: Any, kind: Any, inner: Sequence[Any], where: str, wrong: TypeError) -> Any:
-    if not isinstance(value, list):
-        raise wrong
-    hints = list(inner[:1] or (Any,)) * len(value)
-    if kind is tuple and inner and Ellipsis not in inner:
-        if len(value) != len(inner):
-            raise wrong
-        hints = list(inner)
-    made = [
-        coerce(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, hints, strict=True))
-    ]
-    return kind(made) if kind in (tuple, set, frozenset) else made
-
-
-def _key_fit(key: str, hint: Any, where: str) -> Any:
-    """A key of an object, which JSON knows as text alone, as the hint wants it."""
-    if hint in (int, float):
-        try:
-            return hint(key)
-        except ValueError:
-            raise TypeError(f"{where} has the key {key!r}, which is no number") from None
-    return coerce(key, hint, f"a key of {where}")
-
-
-def _first_fit(value: Any, hints: Sequence[Any], where: str, wrong: TypeError) -> Any:
-    for hint in hints:
-        try:
-            return coerce(value, hint, where)
-        except TypeError:
-            continue
-    raise wrong
-
-
-def _hint_name(hint: Any) -> str:
-    return json.dumps(hint_schema(hint)) if not isinstance(hint, type) else hint.__name__
+    find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
+    # before a section such as "Returns:", or a field such as ":raises"
+    end = r"(?=^\w+:\s*$|^:\w|\Z)"
+    head = find(rf"\A(.*?){end}", doc)[0]
+    about = find(r"^:param\b[^:]*?(\w+): *(.*?)(?=^:|\Z)", doc)
+    for indent, rows in find(rf"^(?:Args|Arguments|Parameters):\s*?\n( *)(.*?){end}", doc):
+        entry = rf"^{indent}(\w+)(?: *\([^)]*\))?:"
+        about += find(rf"{entry} *(.*?)(?={entry[:-1]}:|\Z)", indent + rows)
+    return " ".join(head.split()), {entry[0]: " ".join(entry[1].split()) for entry in about}
 
 
 def tool_result_text(value: Any) -> str:
     """What a function returned, as the text that goes to the model."""
-    if isinstance(value, str):
-        return value or _NO_OUTPUT
     if value is None:
         return _NO_OUTPUT
-    return json.dumps(value, default=_json_value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return json.dumps(value, default=_json_value, ensure_ascii=False)
+    return value if value.strip() else _NO_OUTPUT
 
 
 def _json_value(value: Any) -> Any:
     """What JSON does not know, in terms that it does."""
-    from dataclasses import asdict, is_dataclass
-
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    if _is_enum(type(value)):
+    if isinstance(value, enum.Enum):
         return value.value
-    return list(value) if isinstance(value, (set, frozenset)) else str(value)
+    return list(value) if isinstance(value, (set, frozenset, Iterator)) else str(value)
 
 
-# Names of the same figure: OpenRouter, OpenAI and most others, Claude (recorded).
-_INPUT_KEYS = ("prompt_tokens", "input_tokens", "prompt")
-_OUTPUT_KEYS = ("completion_tokens", "output_tokens", "completion")
-_CACHED_KEYS = ("cached_tokens", "cache_read_input_tokens", "input_cache_read")
+# Input, output, cached, all, and tokens put into the cache, in the words of most, of Claude, of
+# OpenRouter (recorded).
+_USAGE_KEYS = (
+    ("prompt_tokens", "input_tokens", "prompt"),
+    ("completion_tokens", "output_tokens", "completion"),
+    ("cached_tokens", "cache_read_input_tokens", "input_cache_read"),
+    ("total_tokens",),
+    ("cache_creation_input_tokens",),
+)
 
 
-def usage_from(given: Any) -> Usage:
+def _amount(source: Mapping[str, Any], *keys: str) -> int | float | None:
+    """The first of these keys' values that is a number."""
+    return next(filter(_is_number, map(source.get, keys)), None)
+
+
+def usage_from(body: Any) -> Usage:
     """A provider's usage object, under any of the three families of names, as a `Usage`."""
-    if not isinstance(given, Mapping):
+    if not isinstance(body, Mapping):
         return Usage()
-
-    def first(keys: Iterable[str], source: Mapping[str, Any] = given) -> int | None:
-        found = (source.get(k) for k in keys)
-        # What is beyond belief (and beyond SQLite) is not told, either.
-        return next((int(v) for v in found if _is_number(v) and abs(v) < 2**53), None)
-
-    inputs, outputs, cached = (first(_INPUT_KEYS), first(_OUTPUT_KEYS), first(_CACHED_KEYS))
-    if cached is None and isinstance(given.get("prompt_tokens_details"), Mapping):
-        cached = first(("cached_tokens",), given["prompt_tokens_details"])
-    total = first(("total_tokens",))
+    details = body.get("prompt_tokens_details")
+    body = {**details, **body} if isinstance(details, Mapping) else body
+    amounts = (_amount(body, *keys) for keys in _USAGE_KEYS)
+    inputs, outputs, cached, total, written = (None if n is None else int(n) for n in amounts)
     if total is None and (inputs is not None or outputs is not None):
         # OpenRouter and Claude count cached tokens beside the input, the others within it.
-        beside = (cached or 0) if "prompt_tokens" not in given else 0
-        beside += first(("cache_creation_input_tokens",)) or 0
-        total = (inputs or 0) + (outputs or 0) + beside
-    cents: Any = given.get("usd_cents")
-    cost = round(cents / 100, 12) if _is_number(cents) else given.get("cost_usd")
-    return Usage(inputs, outputs, cached, total, cost if _is_number(cost) else None)
+        beside = 0 if "prompt_tokens" in body else cached
+        total = sum(n or 0 for n in (inputs, outputs, beside, written))
+    cents, cost = _amount(body, "usd_cents"), _amount(body, "cost_usd")
+    return Usage(inputs, outputs, cached, total, cost if cents is None else round(cents / 100, 12))
 
 
 _FINISH_REASONS = {
@@ -2388,90 +2258,62 @@ _FINISH_REASONS = {
 }
 
 
-def _finish_reason(given: Any, calls: Sequence[ToolCall]) -> str:
+def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
     """The provider's word in OpenAI's terms; calls are calls whatever it says."""
-    told = given.strip() if isinstance(given, str) else ""
-    reason = _FINISH_REASONS.get(told.lower(), told) or "stop"
+    word = word.strip() if isinstance(word, str) else ""
+    reason = _FINISH_REASONS.get(word.lower(), word) or "stop"
     return "tool_calls" if calls and reason == "stop" else reason
 
 
-def _tool_call(call_id: Any, name: Any, arguments: Any, extra: Any) -> ToolCall:
-    """A call of either shape; raises `ReplyError` with the raw text of broken arguments."""
-    try:
-        given = _arguments(arguments)
-    except (ValueError, TypeError) as error:
-        raw = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        raise ReplyError(
-            f"The model called {name!r} with arguments that are not a JSON object ({error}): "
-            f"{raw[:200]!r}",
-            raw=raw,
-        ) from None
-    return ToolCall(str(call_id or ""), str(name or ""), given, extra or None)
+def _with_own_id(call: ToolCall, others: Iterable[ToolCall]) -> ToolCall:
+    """The call, with a new id if it has none, or that of another call of its reply."""
+    if call.id and all(call.id != other.id for other in others):
+        return call
+    return replace(call, id=f"call_{os.urandom(12).hex()}")
 
 
-def _calls_of(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
-    """A reply's tool calls, in OpenAI's shape or as Anthropic's parts."""
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        calls.append(
-            _tool_call(
-                call.get("id"),
-                function.get("name"),
-                function.get("arguments"),
-                call.get("extra_content"),
-            )
-        )
-    for part in message["content"] if isinstance(message.get("content"), list) else ():
-        if part.get("type") == "tool_use":
-            calls.append(
-                _tool_call(
-                    part.get("id"), part.get("name"), part.get("input"), part.get("extra_content")
-                )
-            )
-    return tuple(calls)
+def _no_reply(what: str, body: Any, model: str | None = None) -> PuterError:
+    """The error of a good status without a reply: the server's own, if the body is one."""
+    error = body.get("error") if isinstance(body, Mapping) else None
+    if not error:
+        return ReplyError(what, raw=json.dumps(body)[:2_000], model=model)
+    code: Any = error.get("code") if isinstance(error, Mapping) else None
+    # OpenRouter's code is the status that it would have been
+    return error_from(code if code in range(400, 600) else 502, body, model=model)
 
 
-def _told(content: Any, kind: str, key: str) -> str:
-    """The texts of the parts of one kind, joined."""
-    if isinstance(content, str):
-        return content if kind == "text" else ""
-    parts = content if isinstance(content, list) else ()
-    return "".join(str(p.get(key) or "") for p in parts if p.get("type") == kind)
-
-
-def reply_from(choice: Mapping[str, Any], usage: Any, model: str, raw: JSON) -> Reply:
+def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) -> Reply:
     """A reply from a message with its finish reason, in OpenAI's or Anthropic's shape.
 
     Raises `ReplyError` when it is no such thing.
     """
     message = choice.get("message")
     if not isinstance(message, Mapping):
-        raise ReplyError("The reply has no message", raw=json.dumps(raw)[:2_000])
+        raise _no_reply("The reply has no message", body, model)
     content = message.get("content")
-    try:
-        calls = _calls_of(message)
-        text = _told(content, "text", "text")
-        thought = _told(content, "thinking", "thinking")
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ReplyError(
-            f"The reply is in no form that we know ({error})", raw=json.dumps(raw)[:2_000]
-        ) from error
+    end = choice.get("finish_reason") or message.get("stop_reason")
     reasoning = message.get("reasoning") or message.get("reasoning_content")
+    calls: list[ToolCall] = []
+    try:
+        text = joined_text(content) or message.get("refusal") or ""
+        text = text or joined_text(content, "refusal", "refusal")
+        thinking = joined_text(content, "thinking", "thinking")
+        parts = content if isinstance(content, list) else ()
+        uses = (part for part in parts if part.get("type") == "tool_use")
+        for call in (*(message.get("tool_calls") or ()), *uses):
+            calls.append(_with_own_id(tool_call_from(call), calls))
+    except (TypeError, AttributeError, KeyError) as error:
+        what = f"The reply is in no form that we know ({error})"
+        raise _no_reply(what, body, model) from error
     return Reply(
-        text=text,
-        reasoning=reasoning if isinstance(reasoning, str) else thought,
-        tool_calls=calls,
-        finish_reason=_finish_reason(
-            choice.get("finish_reason") or message.get("stop_reason"), calls
-        ),
+        text=joined_halves(str(text)),
+        reasoning=joined_halves(reasoning if isinstance(reasoning, str) else thinking),
+        tool_calls=tuple(calls),
+        finish_reason=_finish_reason(end, calls),
         usage=usage_from(usage),
         model=model,
-        raw=raw,
+        raw=body,
     )
-
-
-_FAKE_MODELS = ("fake", "costly", "abuse")  # the server's own, for trying things
 
 
 def reply_from_driver(body: JSON, model: str) -> Reply:
@@ -2482,25 +2324,29 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     """
     result, metadata = body.get("result"), body.get("metadata") or {}
     if not isinstance(result, Mapping) or not isinstance(metadata, Mapping):
-        raise ReplyError("The reply has no result", raw=json.dumps(body)[:2_000], model=model)
-    answered = metadata.get("providerUsed")
+        raise _no_reply("The reply has no result", body, model)
     is_fake = metadata.get("service_used") == "fake-chat"
-    if is_fake and model not in _FAKE_MODELS:
-        raise BadRequestError(
-            f"Puter blocked this prompt to {model}: it answered with made-up text",
-            code="prompt_blocked",
-            model=model,
-            hint="Word the prompt differently.",
-        )
-    return reply_from(result, result.get("usage"), str(answered or model), body)
+    # some are there for trying things
+    if is_fake and model not in ("fake", "costly", "abuse"):
+        problem = f"Puter blocked this prompt to {model}: it answered with made-up text"
+        raise BadRequestError(problem, code="prompt_blocked", model=model)
+    answered = metadata.get("providerUsed") or model
+    return reply_from(result, result.get("usage"), str(answered), body)
 
 
 def reply_from_openai(body: JSON, model: str) -> Reply:
-    """A `chat.completion` object as a `Reply`; raises `ReplyError`."""
+    """A `chat.completion` object as a `Reply`: of several choices the one of index 0."""
     choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        raise ReplyError("The reply has no choices", raw=json.dumps(body)[:2_000], model=model)
-    return reply_from(choices[0], body.get("usage"), str(body.get("model") or model), body)
+    choices = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
+    if not choices:
+        raise _no_reply("The reply has no choices", body, model)
+    choice = next(filter(_is_first, choices), choices[0])
+    return reply_from(choice, body.get("usage"), str(body.get("model") or model), body)
+
+
+def _is_first(choice: Mapping[str, Any]) -> bool:
+    """Whether it is the one choice that we read, when `n` asked for several."""
+    return choice.get("index") in (0, None)
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
@@ -2511,27 +2357,20 @@ def chunks_of(reply: Reply) -> list[Chunk]:
     return [*chunks, Chunk("usage", usage=reply.usage)]
 
 
-def call_object(call: ToolCall) -> JSON:
-    """A tool call in OpenAI's shape; a call needs an id, so a missing one is made."""
-    call_id = call.id or f"call_{os.urandom(8).hex()}"
-    use = {"id": call_id, "name": call.name, "input": call.arguments}
-    return openai_call({**use, "extra_content": call.extra_content})
-
-
 def message_from(reply: Reply) -> JSON:
     """A reply as the assistant's message that goes back with the history."""
-    message: JSON = {"role": "assistant", "content": reply.text or None}
-    if reply.tool_calls:
-        message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
-    return message
+    calls = [openai_call(call) for call in reply.tool_calls]
+    has_text = reply.text.strip() if calls else reply.text
+    message: JSON = {"role": "assistant", "content": reply.text if has_text else None}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def reply_to_json(reply: Reply) -> JSON:
     """A reply as plain values, without its attempts."""
+    names = ("text", "reasoning", "finish_reason", "model", "account")
     calls = [as_dict(call) for call in reply.tool_calls]
-    kept = ("text", "reasoning", "finish_reason", "model", "account")
-    told = {name: getattr(reply, name) for name in kept}
-    return {**told, "tool_calls": calls, "usage": as_dict(reply.usage)}
+    plain = {name: getattr(reply, name) for name in names}
+    return {**plain, "tool_calls": calls, "usage": as_dict(reply.usage)}
 
 
 def reply_from_json(data: JSON) -> Reply:
@@ -2540,33 +2379,30 @@ def reply_from_json(data: JSON) -> Reply:
     return Reply(**{**data, "tool_calls": calls, "usage": Usage(**data["usage"])})
 
 
-class _Text:
-    """A text that grows by small pieces; full blocks of it are packed, so that a long one
-    takes little room until somebody wants it whole."""
-
-    _BLOCK = 8_192  # pieces
+class _GrowingText:
+    """A text that grows by pieces; a surrogate pair that is cut in two is joined again."""
 
     def __init__(self) -> None:
-        self._pieces: list[str] = []
-        self._blocks: list[bytes] = []
-
-    def add(self, piece: str) -> None:
-        """Put a piece at the end."""
-        self._pieces.append(piece)
-        if len(self._pieces) == self._BLOCK:
-            import zlib
-
-            block = "".join(self._pieces).encode("utf-8", "surrogatepass")
-            self._blocks.append(zlib.compress(block, 1))
-            self._pieces.clear()
+        self._buffer = io.StringIO()
+        self._half = ""
 
     def __str__(self) -> str:
-        if not self._blocks:
-            return "".join(self._pieces)
-        import zlib
+        return self._buffer.getvalue()
 
-        packed = b"".join(map(zlib.decompress, self._blocks))
-        return packed.decode("utf-8", "surrogatepass") + "".join(self._pieces)
+    def add(self, piece: str) -> str:
+        """The piece as it can be shown: the first half of a pair waits for the second."""
+        piece, self._half = self._half + piece, ""
+        if "\ud800" <= piece[-1:] <= "\udbff":
+            piece, self._half = piece[:-1], piece[-1]
+        piece = joined_halves(piece)
+        self._buffer.write(piece)
+        return piece
+
+    def end(self) -> str:
+        """What is shown of a half that still waits: U+FFFD."""
+        end, self._half = joined_halves(self._half), ""
+        self._buffer.write(end)
+        return end
 
 
 class _Decoder:
@@ -2582,17 +2418,18 @@ class _Decoder:
         self.error: PuterError | None = None
         self.whole = False
         self.usage = Usage()
-        self._text = _Text()
-        self._reasoning = _Text()
+        self._text = _GrowingText()
+        self._reasoning = _GrowingText()
         self._calls: list[ToolCall] = []
         self._finish: str | None = None
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
         """Everything gathered so far."""
-        calls, signed = self._calls, any(c.extra_content for c in self._calls)
+        calls, is_signed = self._calls, any(c.extra_content for c in self._calls)
         notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
-        if calls and notes and not signed:  # told on a line of its own
+        # a signature on a line of its own
+        if calls and notes and not is_signed:
             calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
         return Reply(
             text=str(self._text),
@@ -2613,17 +2450,21 @@ class _Decoder:
     def fail(self, what: str, code: str | None = None) -> None:
         """Keep the first fault."""
         if self.error is None:
-            self.error = StreamError(
-                f"The reply of {self.model} broke off: {what}", code=code, model=self.model
-            )
+            problem = f"The reply of {self.model} broke off: {what}"
+            self.error = StreamError(problem, code=code, model=self.model)
 
+    def _add_call(self, call: ToolCall, chunks: list[Chunk]) -> None:
+        self._calls.append(_with_own_id(call, self._calls))
+        chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
-def _text_or_fault(line: bytes) -> str:
-    """A line as text; one that is none as something that is no JSON either."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        return f"bytes that are no UTF-8: {line[:60]!r}"
+    def _end(self, chunks: list[Chunk]) -> None:
+        """The stream says that it was whole."""
+        self.whole = True
+        if half := self._reasoning.end():
+            chunks.append(Chunk("reasoning", half))
+        if half := self._text.end():
+            chunks.append(Chunk("text", half))
+        chunks.append(Chunk("usage", usage=self.usage))
 
 
 class LineDecoder(_Decoder):
@@ -2631,94 +2472,60 @@ class LineDecoder(_Decoder):
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
-        self._rest = bytearray()
-        self._scan: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+        self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Chunk]:
         """The chunks of the lines that this piece completes."""
-        end = data.rfind(b"\n") + 1
-        if len(self._rest) + len(data) > MAX_LINE_BYTES:
-            self._check_lengths(bytes(self._rest) + data)
         if self.error is not None:
             return []
-        if not end:
-            self._rest += data
-            return []
-        if end == len(data) and not self._rest:
-            block = data  # as nearly always: whole lines
-        else:
-            block = bytes(self._rest) + data[:end]
-            self._rest = bytearray(data[end:])
-        lines: Iterable[str]
-        try:
-            lines = block.decode("utf-8").split("\n")
-        except UnicodeDecodeError:  # give what comes before the broken line
-            lines = map(_text_or_fault, block.split(b"\n"))
-        return self._read(lines)
-
-    def _check_lengths(self, block: bytes) -> None:
-        if any(len(line) > MAX_LINE_BYTES for line in block.split(b"\n")):
+        lines, line_end, start = data.rpartition(b"\n")
+        chunks: list[Chunk] = []
+        if line_end:
+            chunks = self._read(bytes(self._buffer) + lines)
+            self._buffer.clear()
+        self._buffer += start
+        if len(self._buffer) > MAX_LINE_BYTES:
             self.fail(f"a line is longer than {MAX_LINE_BYTES} bytes")
+        return chunks
 
-    def _read(self, lines: Iterable[str]) -> list[Chunk]:
+    def _read(self, block: bytes, problem: str = "a line is not what Puter sends") -> list[Chunk]:
         """The chunks of whole lines, up to the first fault. The one loop where speed counts."""
         chunks: list[Chunk] = []
-        line, scan, add, text_type = "", self._scan, self._text.add, str
+        raw, add = b"", self._text.add
         try:
-            for line in lines:
+            for raw in block.split(b"\n"):
+                line = raw.decode()
                 if not line or line.isspace():
                     continue
-                event, end = scan(line, 0)
-                if end != len(line) and not line[end:].isspace():
-                    raise ValueError("there is something behind the object")
+                event = _JSON.decode(line)
                 if event["type"] == "text":
-                    text = event["text"]
-                    if type(text) is not text_type:
-                        raise TypeError("the text is none")
-                    add(text)
-                    chunks.append(Chunk("text", text))
+                    chunks.append(Chunk("text", add(event["text"] or "")))
                 else:
                     self._other(event["type"], event, chunks)
                     if self.error is not None:
                         break
-        except (ValueError, RecursionError, TypeError, KeyError, StopIteration):
-            self.fail(f"a line is not what Puter sends: {line[:80]!r}")
-        except ReplyError as error:
-            self.error = error
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            self.fail(f"{problem}: {raw[:80].decode('utf-8', 'replace')!r}")
         return chunks
 
     def finish(self) -> list[Chunk]:
         """A last line without its line end counts, if it is whole."""
-        rest, self._rest = bytes(self._rest), bytearray()
-        chunks: list[Chunk] = []
-        if rest.strip() and self.error is None:
-            try:
-                json.loads(rest)
-            except (ValueError, RecursionError):
-                self.fail(f"the last line is cut: {rest[:80]!r}")
-            else:
-                chunks = self._read([rest.decode("utf-8")])
-        super().finish()
-        return chunks
+        chunks = [] if self.error else self._read(bytes(self._buffer), "the last line is cut")
+        return chunks + super().finish()
 
     def _other(self, kind: Any, event: JSON, chunks: list[Chunk]) -> None:
         if kind == "reasoning":
-            self._reasoning.add(event["reasoning"] + "")
-            chunks.append(Chunk("reasoning", event["reasoning"]))
+            chunks.append(Chunk("reasoning", self._reasoning.add(event["reasoning"] or "")))
         elif kind == "tool_use":
-            call = _tool_call(
-                event["id"], event["name"], event["input"], event.get("extra_content")
-            )
-            self._calls.append(call)
-            chunks.append(Chunk("tool_call", tool_call=call))
+            self._add_call(tool_call_from(event), chunks)
         elif kind == "usage":
-            self.whole = True
             self.usage = usage_from(event.get("usage"))
-            chunks.append(Chunk("usage", usage=self.usage))
+            self._end(chunks)
         elif kind == "error":
             self.fail(str(event.get("message") or "the server names no reason"))
         else:
-            self._extra.append(event)  # extra_content, compaction and what may come
+            # extra_content, compaction and what may come
+            self._extra.append(event)
 
 
 class EventDecoder(_Decoder):
@@ -2730,94 +2537,93 @@ class EventDecoder(_Decoder):
 
     def feed(self, data: str) -> list[Chunk]:
         """The chunks of one event."""
-        if self.error is not None:
-            return []
         chunks: list[Chunk] = []
+        if self.error is not None or self.whole:
+            return chunks
         try:
             if data.strip() == "[DONE]":
-                self._done(chunks)
+                for call in self._open_calls:
+                    self._add_call(tool_call_from(call), chunks)
+                self._end(chunks)
             else:
-                self._frame(json.loads(data), chunks)
+                self._frame(_JSON.decode(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
-        except ReplyError as error:
-            self.error = error
         return chunks
 
     def _frame(self, frame: JSON, chunks: list[Chunk]) -> None:
         if frame.get("error"):
-            told = frame["error"] if isinstance(frame["error"], dict) else frame
-            code = told.get("code")
-            message = str(told.get("message") or frame["error"])
+            error = frame["error"] if isinstance(frame["error"], dict) else frame
+            code = error.get("code")
+            message = str(error.get("message") or frame["error"])
             self.fail(message, code=code if isinstance(code, str) else None)
             return
         if isinstance(frame.get("model"), str) and frame["model"]:
             self.model = frame["model"]
-        for choice in (frame.get("choices") or ())[:1]:
+        for choice in filter(_is_first, frame.get("choices") or ()):
             delta = choice.get("delta") or {}
             self._finish = choice.get("finish_reason") or self._finish
-            reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-            if reasoning:
-                self._reasoning.add(reasoning + "")
-                chunks.append(Chunk("reasoning", reasoning))
-            if delta.get("content"):
-                self._text.add(delta["content"] + "")
-                chunks.append(Chunk("text", delta["content"]))
+            if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
+                chunks.append(Chunk("reasoning", self._reasoning.add(reasoning)))
+            for text in filter(None, (delta.get("content"), delta.get("refusal"))):
+                chunks.append(Chunk("text", self._text.add(text)))
             for part in delta.get("tool_calls") or ():
                 self._call_delta(part)
         if frame.get("usage"):
             self.usage = usage_from(frame["usage"])
 
     def _call_delta(self, part: JSON) -> None:
-        """Put a piece of a call where its index says; a new id begins a new call."""
-        index, call_id = part.get("index"), part.get("id") or ""
-        same = [c for c in self._open_calls if c["index"] == index]
-        if not same or (call_id and same[-1]["id"] and call_id != same[-1]["id"]):
-            same = [{"index": index, "id": "", "name": "", "arguments": "", "extra": None}]
-            self._open_calls += same
-        call, function = same[-1], part.get("function") or {}
-        call["id"] = call["id"] or call_id
-        call["name"] = call["name"] or function.get("name") or ""
-        call["arguments"] += function.get("arguments") or ""
-        call["extra"] = call["extra"] or part.get("extra_content")
+        """Put a piece of a call where its index says, unless it begins another call."""
+        index, function = part.get("index"), part.get("function") or {}
+        call = next((c for c in reversed(self._open_calls) if c["index"] == index), None)
+        if call is None or _is_another(call, part.get("id"), function):
+            call = {"index": index, "id": "", "function": {"name": "", "arguments": ""}}
+            self._open_calls.append(call)
+        call["id"] = call["id"] or part.get("id") or ""
+        call["extra_content"] = call.get("extra_content") or part.get("extra_content")
+        call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
 
-    def _done(self, chunks: list[Chunk]) -> None:
-        for call in self._open_calls:
-            made = _tool_call(call["id"], call["name"], call["arguments"], call["extra"])
-            self._calls.append(made)
-            chunks.append(Chunk("tool_call", tool_call=made))
-        self.whole = True
-        chunks.append(Chunk("usage", usage=self.usage))
+
+def _is_another(call: JSON, call_id: Any, function: Mapping[str, Any]) -> bool:
+    """Whether a piece of a call belongs to another one: some send every call under index 0."""
+    ids, names = (call["id"], call_id), (call["function"]["name"], function.get("name"))
+    if (all(ids) and ids[0] != ids[1]) or (all(names) and names[0] != names[1]):
+        return True
+    # the same name again, without an id, behind arguments that are whole
+    if all(ids) or not all(names) or not function.get("arguments"):
+        return False
+    arguments = call["function"]["arguments"]
+    return bool(arguments.strip()) and not _arguments_from(arguments)[1]
 
 
 def models_from(body: Any) -> list[Model]:
     """The catalogue of `/puterai/chat/models/details`, or OpenAI's list, as `Model`s.
 
-    Raises `ServerError` when it is neither.
+    Raises `ServerError` when it is neither, and the error that the body is instead.
     """
     entries = body.get("models", body.get("data")) if isinstance(body, Mapping) else None
     if not isinstance(entries, list) or not all(isinstance(e, (Mapping, str)) for e in entries):
+        if isinstance(body, Mapping) and body.get("error"):
+            raise _no_reply("", body)
         raise ServerError("The model list is not in a form that we know")
-    named = [{"id": e} if isinstance(e, str) else e for e in entries]
     models = []
-    for entry in named:
+    for entry in entries:
         try:
-            models.append(_model_from(entry))
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            models.append(_model_from({"id": entry} if isinstance(entry, str) else entry))
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
             _log.warning("An entry of the model list cannot be read: %r", error)
     return models
 
 
 def _model_from(entry: Mapping[str, Any]) -> Model:
-    costs = entry.get("costs") if isinstance(entry.get("costs"), Mapping) else {}
-    assert isinstance(costs, Mapping)
-    per = costs.get("tokens") or 1_000_000
-    prices = {k: v for k, v in costs.items() if k != "tokens" and isinstance(v, (int, float))}
-
-    def usd_per_million(key: Any) -> float | None:
-        cents = prices.get(key)
-        return None if cents is None else round(cents / 100 * (1_000_000 / per), 6)
-
+    costs: Any = entry.get("costs") if isinstance(entry.get("costs"), Mapping) else {}
+    scale = 10_000 / (costs.get("tokens") or 1_000_000)
+    usd = {
+        key: round(cents * scale, 9)
+        for key, cents in costs.items()
+        if key != "tokens" and isinstance(cents, (int, float))
+    }
     modalities = entry.get("modalities") or {}
     aliases = [entry.get("puterId"), *(entry.get("aliases") or ())]
     if not _is_text(entry["id"]):
@@ -2831,9 +2637,9 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         max_tokens=entry.get("max_tokens"),
         inputs=tuple(modalities["input"]) if modalities.get("input") else None,
         tools=entry.get("tool_call"),
-        free=bool(prices) and not any(prices.values()),
-        input_usd_per_million=usd_per_million(entry.get("input_cost_key")),
-        output_usd_per_million=usd_per_million(entry.get("output_cost_key")),
+        free=bool(usd) and not any(usd.values()),
+        input_usd_per_million=usd.get(entry.get("input_cost_key")),
+        output_usd_per_million=usd.get(entry.get("output_cost_key")),
         released=entry.get("release_date"),
     )
 
@@ -2846,19 +2652,19 @@ def credit_from(body: Any) -> Credit:
     info = body.get("allowanceInfo") if isinstance(body, Mapping) else None
     if not isinstance(info, Mapping) or "remaining" not in info:
         raise ServerError("The usage report is not in a form that we know")
-    in_credits = info.get("unit") == "credits"
-    scale = 1.0 if in_credits else 100_000_000.0
-    usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
-    by_api = {
-        name: ((row.get("cost") or 0) / scale, row.get("units") or 0, row.get("count") or 0)
-        for name, row in usage.items()
-        if isinstance(row, Mapping)
-    }
+    unit: Literal["usd", "credits"] = "credits" if info.get("unit") == "credits" else "usd"
+    scale = 1.0 if unit == "credits" else 100_000_000.0
+    usage: Any = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
+    by_api = {}
+    for name, row in usage.items():
+        if isinstance(row, Mapping):
+            cost, units, calls = (_amount(row, key) or 0 for key in ("cost", "units", "count"))
+            by_api[name] = (cost / scale, units, int(calls))
     return Credit(
-        unit="credits" if in_credits else "usd",
-        allowance=(info.get("monthUsageAllowance") or 0) / scale,
-        remaining=(info.get("remaining") or 0) / scale,
-        used=(usage.get("total") or 0) / scale,
+        unit=unit,
+        allowance=(_amount(info, "monthUsageAllowance") or 0) / scale,
+        remaining=(_amount(info, "remaining") or 0) / scale,
+        used=(_amount(usage, "total") or 0) / scale,
         by_api=by_api,
         raw=dict(body),
     )
@@ -2867,112 +2673,6 @@ def credit_from(body: Any) -> Credit:
 # ======================================================================================
 # 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
 # ======================================================================================
-# The wire's error codes and what they mean (recorded, or read in the server's code).
-_KIND_BY_CODE: dict[str, type[PuterError]] = {
-    "token_missing": AuthError,
-    "reauth_required": AuthError,
-    "token_auth_failed": AuthError,
-    "app_or_api_token_required": AuthError,
-    "invalid_api_key": AuthError,
-    "insufficient_funds": CreditError,
-    "subscription_required": SubscriptionError,
-    "permission_denied": ModelAccessError,
-    "usage-limited-chat": ModelAccessError,
-    "forbidden": AccessError,
-    "account_is_not_verified": AccessError,
-    "account_suspended": AccessError,
-    "too_many_requests": RateLimitError,
-    "upstream_rate_limited": ModelRateLimitError,
-    "upstream_provider_unavailable": ModelUnavailableError,
-    "upstream_failed": ModelUnavailableError,
-    "upstream_auth_failed": ProviderAuthError,
-    "upstream_bad_request": BadRequestError,
-    "model_not_found": ModelNotFoundError,
-    "bad_request": BadRequestError,
-    "not_found": BadRequestError,
-    "internal_error": ServerError,
-}
-_KIND_BY_STATUS: dict[int, type[PuterError]] = {
-    401: AuthError,
-    402: CreditError,
-    403: AccessError,
-    408: RequestTimeoutError,
-    429: RateLimitError,
-}
-_HINT_BY_CODE = {
-    "app_or_api_token_required": "This is an account session token: sign in with "
-    "`python -m puter login`, which gets a token of the right kind.",
-    "not_found": "The server does not know this call: check `api_base_url`.",
-    "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
-}
-
-
-def error_from(
-    status: int,
-    body: Any,
-    *,
-    model: str | None = None,
-    account: str | None = None,
-    retry_after_s: float | None = None,
-) -> PuterError:
-    """The error that an HTTP status and a body (decoded JSON, or text) stand for.
-
-    The code decides first, then the status, then texts of older servers. Understands Puter's
-    errors, older servers' `success: false` in a 200, and OpenAI's error objects.
-    """
-    told = _error_fields(body)
-    code, message = told["code"], told["message"]
-    status = told["status"] or status
-    kind = _KIND_BY_CODE.get(code or "")
-    if "usage-limited-chat" in message:
-        kind = ModelAccessError
-    elif code in (None, "bad_request") and message.startswith("Model not found"):
-        kind = ModelNotFoundError
-    if kind is None:
-        kind = _KIND_BY_STATUS.get(status, ServerError if status >= 500 else BadRequestError)
-    words = told["provider_words"]
-    text = message or f"The server answered {status} without saying why"
-    if model and model not in text:
-        text = f"{model}: {text}"
-    if account and kind.scope == "account":
-        text = f"{text} (account {account})"
-    if words and words not in text:
-        text = f"{text} (the provider said: {words})"
-    return kind(
-        text,
-        status=status,
-        code=code,
-        hint=_HINT_BY_CODE.get(code or ""),
-        model=model,
-        account=account,
-        retry_after_s=retry_after_s,
-    )
-
-
-def _error_fields(body: Any) -> JSON:
-    """Message, code, status and the provider's own words, from any shape of error body."""
-    if not isinstance(body, Mapping):
-        import html
-
-        page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or ""))
-        text = " ".join(html.unescape(page).split())[:300]
-        return {"message": text, "code": None, "status": None, "provider_words": None}
-    nested = body.get("error")
-    given = nested if isinstance(nested, Mapping) else body
-    message = given.get("message") or (nested if isinstance(nested, str) else "")
-    attempts = body.get("attempts")
-    words = ""
-    if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
-        words = str(attempts[-1].get("error") or "")
-    code, status = given.get("code"), given.get("status")
-    return {
-        "message": str(message)[:2_000],
-        "code": code if isinstance(code, str) else None,
-        "status": status if isinstance(status, int) else None,
-        "provider_words": words[:500],
-    }
-
-
 def retry_delay_s(
     attempt: int,
     base_s: float,
@@ -2982,9 +2682,9 @@ def retry_delay_s(
 ) -> float:
     """How long to wait before sending again, in seconds.
 
-    `attempt` counts from 1: base, twice, four times…, each shortened by up to a quarter so
-    that clients do not come back in step. A server's `Retry-After` wins. `cap_s` bounds both.
-    `rand` gives a number in [0, 1).
+    `attempt` counts from 1: base, twice, four times…, each shortened by up to a quarter (by
+    `rand`, from 0 to 1) so that clients do not come back in step. A server's `Retry-After`
+    wins. `cap_s` bounds both.
     """
     if retry_after_s is not None:
         return max(0.0, min(retry_after_s, cap_s))
@@ -2996,41 +2696,72 @@ def retry_delay_s(
 
 
 def may_retry(
-    error: PuterError, retries: int, max_retries: int, alone: bool, waited_s: float
+    error: PuterError,
+    retries: int,
+    max_retries: int,
+    patient: bool,
+    waited_s: float,
+    streaming: bool = False,
 ) -> bool:
     """Whether to send the same request to the same account once more.
 
     `retries` have been made already. A broken server gets `max_retries` more, a model's
-    provider one. A rate limit is waited for only by an account that is `alone`, and for at
-    least the length of Puter's window.
+    provider one. What the server may have worked for, and billed, is sent again only for a
+    stream, and once. A rate limit is waited for only by who is `patient` (has no other account
+    to go to), and for longer than Puter's window. What asks for a longer wait than we ever
+    wait is not sent again.
     """
-    if not error.retryable or max_retries == 0:
+    if not error.retryable or max_retries == 0 or (error.retry_after_s or 0) > RETRY_CAP_S:
         return False
+    if error.may_be_billed:
+        return streaming and retries < 1
     if isinstance(error, RateLimitError):
-        within = waited_s < RATE_WINDOW_S and retries < RATE_WINDOW_S / RATE_PAUSE_S
-        return alone and (retries < max_retries or within)
+        within = waited_s < RATE_PATIENCE_S and retries < RATE_PATIENCE_S / RATE_PAUSE_S
+        return patient and (retries < max_retries or within)
     return retries < (1 if error.scope == "model" else max_retries)
 
 
-NextStep = Literal["raise", "rename", "next_model", "free_model", "next_account"]
+NextStep = Literal["raise", "next_model", "next_account"]
 
 
-def next_step(error: PuterError, is_asked_model: bool, may_fall_back: bool) -> NextStep:
+def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> NextStep:
     """Where to go when an account cannot answer with a model, after its retries.
 
-    A stand-in that refuses the request says nothing of the asked model: on to the next.
+    A fallback that refuses the request says nothing of the asked model: on to the next. An
+    unknown name is looked up, and an account without credit gets one free model.
     """
-    if isinstance(error, ReplyError):
-        return "raise"  # it was worked for, and billed: nobody asks for it again
-    if isinstance(error, ModelNotFoundError) and is_asked_model:
-        return "rename"
+    if isinstance(error, ReplyError) or error.may_be_billed:
+        # it was worked for, and may be billed: nobody asks for it again
+        return "raise"
+    if isinstance(error, ModelNotFoundError):
+        return "next_model"
     if isinstance(error, CreditError):
-        return "free_model" if is_asked_model and may_fall_back else "next_account"
+        return "next_account" if is_fallback or not may_fall_back else "next_model"
     if error.scope == "account":
         return "next_account"
-    if error.scope == "model" or (error.scope == "request" and not is_asked_model):
+    if error.scope == "model" or (error.scope == "request" and is_fallback):
         return "next_model"
     return "raise"
+
+
+def depends_on_account(error: PuterError | None) -> bool:
+    """Whether another account may succeed with the model that failed so on this one."""
+    return error is not None and (error.scope == "account" or isinstance(error, ModelAccessError))
+
+
+def is_worth_trying(
+    model: Model, attempts: Sequence[Attempt], by_name: Mapping[str, Model]
+) -> bool:
+    """Whether a fallback may help after these attempts of one call.
+
+    Not one that failed by its own fault, whatever the account; nor one of a provider whose
+    limit was met `PROVIDER_REFUSALS` times.
+    """
+    if any(a.model == model.id and a.error and not depends_on_account(a.error) for a in attempts):
+        return False
+    limited = [a.model.lower() for a in attempts if isinstance(a.error, ModelRateLimitError)]
+    providers = [by_name[name].provider for name in limited if name in by_name]
+    return providers.count(model.provider) < PROVIDER_REFUSALS
 
 
 def fallback_order(
@@ -3039,31 +2770,29 @@ def fallback_order(
     cooled: Collection[str],
     needs: Needs | None = None,
     listed: Sequence[str] = DEFAULT_FALLBACK_MODELS,
-) -> list[str]:
-    """The ids of the models to try when `model` fails, best first.
+) -> list[Model]:
+    """The models to try when `model` fails, best first.
 
     `candidates` is the live catalogue. First the `listed` ones that it knows, then its other
-    free models; none that is resting (`cooled`), none that cannot do what the request `needs`.
-    A model that costs money is here only if the user listed it: of the built-in list only
-    what is still free counts.
+    free models; none that is on cooldown (`cooled`), none that cannot do what the request
+    `needs`. A model that costs money is here only if the user listed it: of the built-in list
+    only what is still free counts.
     """
-    needs = needs or Needs()
-    by_name = models_by_name(candidates, str.lower)
-    own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
+    by_name = models_by_name(candidates)
+    is_own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
     names = [strip_puter_prefix(name).lower() for name in listed]
     wanted = [by_name[name] for name in names if name in by_name]
-    wanted = [m for m in wanted if own_list or m.free]
+    wanted = [m for m in wanted if is_own_list or m.free]
     wanted += [m for m in candidates if m.free]
-    known = (by_name.get(name.lower()) for name in (model, *cooled))
-    skip = {m.id for m in known if m is not None}
+    skipped = {by_name[n.lower()].id for n in (model, *cooled) if n.lower() in by_name}
     unique = {m.id: m for m in wanted}.values()
-    return [m.id for m in unique if m.id not in skip and can_do(m, needs)]
+    return [m for m in unique if m.id not in skipped and can_do(m, needs or Needs())]
 
 
-def models_by_name(models: Sequence[Model], fold: Callable[[str], str] = str) -> dict[str, Model]:
-    """Every name's model, the names folded; an id counts before an alias, then who is first."""
-    ids = {fold(m.id): m for m in reversed(models)}
-    return {fold(n): m for m in reversed(models) for n in m.aliases} | ids
+def models_by_name(models: Sequence[Model]) -> dict[str, Model]:
+    """Every name's model, in lower case; an id counts before an alias, then who is first."""
+    ids = {m.id.lower(): m for m in reversed(models)}
+    return {n.lower(): m for m in reversed(models) for n in m.aliases} | ids
 
 
 def can_do(model: Model, needs: Needs) -> bool:
@@ -3082,16 +2811,16 @@ def next_account(
     current: str | None,
     now: float,
 ) -> Account | None:
-    """The account to use, or None when all rest.
+    """The account to use, or None when all are on cooldown.
 
-    `cooldowns` maps names to the end of their rest (s since 1970). `current` is kept while it
+    `cooldowns` maps names to the end of their cooldown (s since 1970). `current` stays while it
     may be used; else "round-robin" takes the next in order and "least-recently-used" the one
     whose last use is longest ago.
     """
     free = [a for a in accounts if cooldowns.get(a.username, 0.0) <= now]
-    kept = next((a for a in free if a.username == current), None)
-    if kept or not free:
-        return kept
+    same = next((a for a in free if a.username == current), None)
+    if same or not free:
+        return same
     if strategy == "least-recently-used":
         return min(free, key=lambda a: a.last_used_ms or 0)
     names = [a.username for a in accounts]
@@ -3101,38 +2830,39 @@ def next_account(
 
 
 def cooldown_s(strikes: int, base_s: float) -> float:
-    """How long an account rests after so many failures in a row: 1, 2, 3, 4 times the base."""
+    """How long the cooldown after so many failures in a row is: 1, 2, 3, 4 times the base."""
     return base_s * min(max(strikes, 1), 4)
 
 
 def stats_from(
     totals: Sequence[tuple[str, str, int, float]], samples: Mapping[str, Sequence[tuple[Any, ...]]]
 ) -> list[ModelStats]:
-    """The figures of `State.figures` by model, most asked first."""
-    found = []
-    for model in dict.fromkeys(row[0] for row in totals):
-        rows = [row for row in totals if row[0] == model]
-        counts: dict[str, int] = {}
-        for _, outcome, count, _ in rows:  # an outcome twice: under an alias and the id
-            counts[outcome] = counts.get(outcome, 0) + count
-        times = [s[0] for s in samples.get(model, ())]
-        firsts = [s[1] for s in samples.get(model, ()) if s[1] is not None]
-        spoken = [(s[2], s[0]) for s in samples.get(model, ()) if s[2] and s[0]]
-        seconds = sum(s for _, s in spoken)
-        found.append(
-            ModelStats(
-                model=model,
-                requests=sum(counts.values()),
-                successes=counts.get("ok", 0),
-                failures={k: v for k, v in counts.items() if k not in ("ok", "closed")},
-                p50_s=percentile(times, 50),
-                p95_s=percentile(times, 95),
-                first_s=percentile(firsts, 50),
-                tokens_per_s=sum(t for t, _ in spoken) / seconds if seconds else None,
-                cost_usd=sum(row[3] for row in rows),
-            )
-        )
-    return sorted(found, key=lambda s: (-s.requests, s.model))
+    """What `State.metrics` gives, by model, most asked first."""
+    stats = [
+        _stats_of(model, [t for t in totals if t[0] == model], samples.get(model, ()))
+        for model in {t[0] for t in totals}
+    ]
+    return sorted(stats, key=lambda s: (-s.requests, s.model))
+
+
+def _stats_of(
+    model: str, totals: Sequence[tuple[str, str, int, float]], samples: Sequence[tuple[Any, ...]]
+) -> ModelStats:
+    """The statistics of one model: its counts by outcome, and (seconds, first_s, tokens) of calls."""
+    counts = {outcome: count for _, outcome, count, _ in totals}
+    timed = [(tokens, seconds) for seconds, _, tokens in samples if tokens and seconds]
+    seconds = sum(s for _, s in timed)
+    return ModelStats(
+        model=model,
+        requests=sum(counts.values()),
+        successes=counts.get("ok", 0),
+        failures={k: v for k, v in counts.items() if k not in ("ok", "closed")},
+        p50_s=percentile([s[0] for s in samples], 50),
+        p95_s=percentile([s[0] for s in samples], 95),
+        first_s=percentile([s[1] for s in samples if s[1] is not None], 50),
+        tokens_per_s=sum(t for t, _ in timed) / seconds if seconds else None,
+        cost_usd=sum(cost for *_, cost in totals),
+    )
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
@@ -3143,30 +2873,26 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[rank - 1]
 
 
-def find_model(name: str, candidates: Sequence[Model]) -> Model:
+def find_model(name: str, models: Sequence[Model]) -> Model:
     """The model of this id or alias, in any case, with or without `puter/` in front.
 
-    Raises `ModelNotFoundError` with near matches.
+    Raises `ModelNotFoundError` with near matches; a `:free` name that is gone does not become
+    its paid twin, but the hint names it.
     """
-    wanted = strip_puter_prefix(name)
-    for fold in (str, str.lower):
-        model = models_by_name(candidates, fold).get(fold(wanted))
-        if model is not None:
-            return model
-    names = {n: m.id for m in candidates for n in m.names()}
-    by_lower = {n.lower(): i for n, i in names.items()}
-    near = [by_lower[n] for n in _close_matches(wanted.lower(), by_lower, most=6)]
-    tail = wanted.lower().rpartition("/")[2]
-    near += [m.id for m in candidates if tail and tail in m.id.lower()]
-    near = list(dict.fromkeys(near))[:3]
-    meant = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise ModelNotFoundError(
-        f"No model is called {name!r}",
-        near=near,
-        model=name,
-        code="model_not_found",
-        hint=meant + ModelNotFoundError.default_hint,
-    )
+    wanted, by_name = strip_puter_prefix(name).lower(), models_by_name(models)
+    if wanted in by_name:
+        return by_name[wanted]
+    paid = by_name.get(wanted.removesuffix(":free"))
+    near = [by_name[n].id for n in _close_matches(wanted, by_name, most=6)]
+    tail = wanted.rpartition("/")[2]
+    near += [m.id for m in models if tail and tail in m.id.lower()]
+    near = list(dict.fromkeys([*([paid.id] if paid else []), *near]))[:3]
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    if paid:
+        hint = f"The model is not free any more: {paid.id} costs credit. "
+    details = {"near": near, "model": name, "code": "model_not_found"}
+    hint += ModelNotFoundError.default_hint
+    raise ModelNotFoundError(f"No model is called {name!r}", hint=hint, **details)
 
 
 def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
@@ -3175,21 +2901,12 @@ def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
     return [m for m in models if any(wanted in n.lower() for n in (*m.names(), m.name))]
 
 
-MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
-    "id": lambda m: m.id,
-    "price": lambda m: (
-        m.input_usd_per_million is None,
-        (m.input_usd_per_million or 0) + (m.output_usd_per_million or 0),
-        m.id,
-    ),
-    "context": lambda m: (-(m.context or 0), m.id),
-    "released": lambda m: (m.released is None, _backwards(m.released or ""), m.id),
-}
-
-
-def _backwards(date: str) -> tuple[int, ...]:
-    """Sorts newest dates first."""
-    return tuple(-ord(c) for c in date)
+def is_from(model: Model, provider: str) -> bool:
+    """Whether a model is of a provider, by the catalogue's name or the vendor in its names."""
+    names = [name.lower() for name in model.names()]
+    vendors = {re.split(r"[:/]", name)[0] for name in names}
+    vendors |= {part for name in names for part in re.split(r"[:/]", name)[:-1]}
+    return provider.lower() in {model.provider.lower(), *vendors}
 
 
 def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) -> bool:
@@ -3202,27 +2919,55 @@ def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) ->
 
 
 # ======================================================================================
-# 8. transport · uses: errors, config, policies' error_from. Alone knows requests
+# 8. transport · uses: errors, config. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
-_SHUT_RDWR = 2  # socket's constant, needed when modules cannot be imported any more
+# socket's constant, needed when modules cannot be imported any more
+_SHUT_WR, _SHUT_RDWR = 1, 2
 _USER_AGENT = f"puter.py/{__version__}"
-# Puter ties a user-app token to a web origin; every later call must carry the same one.
-_APP_ORIGIN = "http://localhost:19847"
-
-
 _OPENAI_PATH = "/puterai/openai/v1"
+# A connection used again that fails within this time had been closed while it was idle.
+_STALE_S = 0.3
+# Statuses of proxies that gave up on a server which may still be at work.
+_BILLED_STATUSES = (504, 520, 522, 524)
 
 
-def _path_of(url: str) -> str:
-    """The path of an address, without a slash at its end."""
-    return re.sub(r"^https?://[^/]*", "", url).rstrip("/")
+def _host_and_path(url: str) -> tuple[str, str]:
+    """(scheme, host and port; path without a slash at its end) of a URL."""
+    match = re.match(r"(https?://[^/?#]+)([^?#]*)", url)
+    return (match[1].lower(), match[2].rstrip("/")) if match else (url, "")
 
 
-def _is_gateway(config: Config) -> bool:
-    """Whether requests go to somebody's OpenAI server, which stored tokens are not for."""
-    path = _path_of(config.api_base_url)
-    return config.api_style == "openai" and path not in ("", _OPENAI_PATH)
+def _origin(url: str) -> tuple[str, str, int | None]:
+    """(scheme, host, port) of a URL, as one compares them."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    port = {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, parts.hostname or "", parts.port or port
+
+
+def is_foreign(config: Config) -> bool:
+    """Whether requests go to an OpenAI-compatible server that is not Puter's.
+
+    Puter's are `api.puter.com` and the origin that belongs to `gui_base_url` (the same, or with
+    `api.` before its host); tokens of Puter go to no other. Raises `ConfigError` for another
+    one whose path does not say that it is an OpenAI-compatible server.
+    """
+    base, path = config.api_base_url, _host_and_path(config.api_base_url)[1]
+    if config.api_style != "openai":
+        return False
+    scheme, host, port = _origin(config.gui_base_url)
+    own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
+    if _origin(base) in own:
+        return path not in ("", _OPENAI_PATH)
+    if path not in ("", _OPENAI_PATH):
+        return True
+    raise ConfigError(
+        f"api_base_url: {base} is not Puter's server, and does not name an OpenAI-compatible one",
+        hint=f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; for a Puter server "
+        "of your own set gui_base_url, too.",
+    )
 
 
 def _api_origin(config: Config) -> str:
@@ -3230,268 +2975,128 @@ def _api_origin(config: Config) -> str:
     return config.api_base_url.removesuffix(_OPENAI_PATH)
 
 
-def _openai_base(config: Config) -> str:
-    base = config.api_base_url
-    return base if _path_of(base) else base + _OPENAI_PATH
-
-
 class _Cancellation:
-    """One call in flight, so that another thread can end it: before its headers, too.
+    """One call in flight, so that another thread can end it: before its headers, too."""
 
-    A connection knows the handle that it works for, so that a late `close` does not hit the
-    next call on the same connection.
-    """
-
-    _local = threading.local()
-    _owners = _Lock()  # re-entrant: a stream may be dropped, and so closed, at any time
+    # the call that a thread's connections work for
+    of_thread = threading.local()
+    # re-entrant: a stream may be dropped, and so closed, at any time
+    _lock = threading.RLock()
 
     def __init__(self) -> None:
-        self.closed = threading.Event()
-        self._connection: Any = None  # the urllib3 connection that carries the call
-        self._socket: Any = None
-        self._timeout_s: float | None = None
+        self.cancelled = threading.Event()
+        self.timeout_s: float | None = None
+        self.is_reused = False
+        self._connection: Any = None
+        self._response: Any = None
 
-    def close(self) -> None:
+    def cancel(self) -> None:
         """End the call: a thread that waits for its bytes wakes up."""
-        self.closed.set()
-        with self._owners:
-            connection = self._connection
-            if connection is None or connection.owner is not self:
-                return
-            sock = self._socket or connection.sock
+        self.cancelled.set()
+        with self._lock:
+            # http.client takes a socket from its connection when the body ends with it, and
+            # gives it back after the last byte: another call may use the connection then
+            reader = getattr(getattr(self._response, "_fp", None), "fp", None)
+            sock = getattr(getattr(reader, "raw", None), "_sock", None)
+            sock = sock or getattr(self._connection, "sock", None)
             if sock is not None:
-                with suppress(OSError):  # it may be closed already
+                # it may be closed already
+                with suppress(OSError):
                     sock.shutdown(_SHUT_RDWR)
 
-    def let_go(self) -> None:
-        """The answer is read: the connection is free for others, and no longer ours to close."""
-        with self._owners:
-            if self._connection is not None and self._connection.owner is self:
-                self._connection.owner = None
-
-    def settimeout(self, seconds: float) -> None:
-        """Bound the wait for the next byte."""
-        with self._owners:
-            if self._socket is not None and self._connection.owner is self:
-                with suppress(OSError):
-                    self._socket.settimeout(seconds)
-
     @contextmanager
-    def carried(self, timeout_s: float) -> Iterator[None]:
-        """Tell the connection that this thread is about to use whom it works for."""
-        self._local.handle, self._timeout_s = self, timeout_s
+    def in_flight(self, timeout_s: float) -> Iterator[None]:
+        """While inside, the connections that this thread uses work for this call."""
+        self.of_thread.call, self.timeout_s, self.is_reused = self, timeout_s, False
         try:
             yield
-        except BaseException:
-            self.let_go()
-            raise
         finally:
-            self._local.handle = None
+            self.of_thread.call = None
+            self.follow()
 
-    def _takes(self, connection: Any) -> None:
-        if self.closed.is_set():
-            raise ConnectionAbortedError("closed by its owner")
-        with self._owners:
-            connection.owner, self._connection, self._socket = self, connection, None
-
-    def _waits(self, connection: Any) -> None:
-        with self._owners:
-            self._socket = connection.sock
-        if self.closed.is_set():
-            raise ConnectionAbortedError("closed by its owner")
-
-    @classmethod
-    def tracked(cls, connection_class: type[Any]) -> type[Any]:
-        """A urllib3 connection class that reports its socket to the handle of its thread."""
-
-        class Tracked(connection_class):  # type: ignore[misc]
-            owner: Any = None
-
-            def connect(self) -> None:
-                super().connect()
-                # urllib3 leaves the (short) time for connecting on the socket while it sends.
-                handle = getattr(cls._local, "handle", None)
-                if handle is not None:
-                    self.sock.settimeout(handle._timeout_s)
-
-            def request(self, *args: Any, **kwargs: Any) -> None:
-                handle = getattr(cls._local, "handle", None)
-                if handle is not None:
-                    handle._takes(self)
-                    if self.sock is not None:  # the base class puts it on the socket
-                        self.timeout = handle._timeout_s
-                super().request(*args, **kwargs)
-
-            def getresponse(self) -> Any:
-                handle = getattr(cls._local, "handle", None)
-                if handle is not None:
-                    handle._waits(self)
-                return super().getresponse()
-
-        return Tracked
+    def follow(self, connection: Any = None, response: Any = None) -> None:
+        """What carries the call: a connection, then the response; nothing once it is read."""
+        with self._lock:
+            self._connection, self._response = connection, response
+        if self.cancelled.is_set():
+            self.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A whole HTTP answer: `data` is the decoded JSON, or None and then `text` holds it."""
+def _cancellable(connection_class: type[Any]) -> type[Any]:
+    """A urllib3 connection class that reports to the `_Cancellation` of its thread."""
 
-    status: int
-    content_type: str
-    data: Any
-    text: str
-    url: str
-    retry_after_s: float | None
-    location: str | None = None
-    date: str | None = None
+    class Cancellable(connection_class):  # type: ignore[misc]
+        timeout: Any
+        is_used = False
 
+        def connect(self) -> None:
+            super().connect()
+            self.is_used = False
 
-class _Wire:
-    """A streaming HTTP answer: its pieces as they arrive, then `close`."""
+        def request(self, *args: Any, **kwargs: Any) -> None:
+            call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
+            if call is not None:
+                if self.sock is None:
+                    self.connect()
+                call.is_reused, self.is_used = self.is_used, True
+                call.follow(connection=self)
+                # urllib3 would leave the (short) time for connecting on the socket
+                self.timeout = call.timeout_s
+            super().request(*args, **kwargs)
 
-    def __init__(
-        self,
-        response: requests.Response,
-        content_type: str,
-        handle: _Cancellation,
-        timeout_s: float,
-    ) -> None:
-        self.content_type = content_type
-        self._response = response
-        self._handle = handle
-        self._timeout_s = timeout_s
-
-    def pieces(self) -> Iterator[bytes]:
-        """The body's bytes the moment they arrive; raises our errors."""
-        try:
-            yield from _raw_pieces(self._response)
-        except Exception as error:
-            failure = _network_error(error, self._response.url, self._timeout_s)
-            if failure is error:
-                raise
-            raise failure from error
-
-    def events(self) -> Iterator[str]:
-        """The data of each Server-Sent Event; raises our errors."""
-        import sseclient
-
-        try:
-            for event in sseclient.SSEClient(self._limited()).events():
-                yield event.data
-        except UnicodeDecodeError as error:
-            raise StreamError("The stream is not UTF-8") from error
-
-    def _limited(self) -> Iterator[bytes]:
-        """The pieces, as long as no event grows without end."""
-        since_event = 0
-        for piece in self.pieces():
-            ends = b"\n\n" in piece or b"\n\r\n" in piece
-            since_event = len(piece) if ends else since_event + len(piece)
-            if since_event > MAX_LINE_BYTES:
-                raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
-            yield piece
-
-    def hurry(self) -> None:
-        """The reply is whole: wait only a moment more for the end of the body."""
-        self._handle.settimeout(1.0)
-
-    def close(self) -> None:
-        """Give the connection back if the body was read to its end, else close it."""
-        self._response.close()
-        self._handle.let_go()
+    return Cancellable
 
 
-def _raw_pieces(response: requests.Response) -> Iterator[bytes]:
-    """Decoded bytes without waiting for a full buffer, whatever frames the body."""
-    raw = response.raw
-    if getattr(raw, "chunked", False):
-        yield from raw.stream(_PIECE_BYTES, decode_content=True)
-    elif hasattr(raw, "read1"):
-        while piece := raw.read1(_PIECE_BYTES, decode_content=True):
-            yield piece
-    else:  # an urllib3 before 2: small pieces, so that none waits long
-        yield from raw.stream(256, decode_content=True)
+def _new_session() -> requests.Session:
+    """A session whose calls a `_Cancellation` can end, and that keeps no cookies."""
+    from http.cookiejar import DefaultCookiePolicy
 
+    try:
+        import requests
+    except ImportError as error:
+        raise ConfigError(
+            "The package `requests` is missing", hint="Run: pip install requests sseclient-py"
+        ) from error
+    from requests.adapters import HTTPAdapter
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-def _bounded(response: requests.Response, timeout_s: float, most: int) -> Iterator[bytes]:
-    """The pieces of a body that must be whole after so many seconds, and so many bytes."""
-    size, until = 0, time.monotonic() + timeout_s
-    for piece in _raw_pieces(response):
-        size += len(piece)
-        if size > most:
-            raise ServerError(f"The answer is larger than {most:,} bytes")
-        yield piece
-        if time.monotonic() > until:
-            raise RequestTimeoutError(f"The answer was not whole after {timeout_s:g} s")
+    pools = {
+        scheme: type(pool.__name__, (pool,), {"ConnectionCls": _cancellable(pool.ConnectionCls)})
+        for scheme, pool in (("http", HTTPConnectionPool), ("https", HTTPSConnectionPool))
+    }
 
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = pools
 
-def _is_framed(response: requests.Response) -> bool:
-    """Whether the headers say how a body ends; where they were cut, they do not."""
-    raw, headers = response.raw, response.headers
-    closes = "close" in headers.get("Connection", "").lower() or raw.version == 10
-    return closes or getattr(raw, "chunked", False) or "Content-Length" in headers
+        def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(proxy, **kwargs)
+            if not proxy.lower().startswith("socks"):
+                manager.pool_classes_by_scheme = pools
+            return manager
 
-
-def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
-    """What a failure of requests, urllib3 or the socket means, as one of our errors."""
-    import http.client
-
-    import requests.exceptions as rq
-    import urllib3.exceptions as u3
-
-    if isinstance(error, PuterError):
-        return error
-    host = url.split("?")[0]
-    reason = _root_cause(error)
-    if isinstance(error, rq.ConnectTimeout):
-        return RequestTimeoutError(
-            f"{host} did not accept a connection within {CONNECT_TIMEOUT_S:g} s",
-            hint=NetworkError.default_hint,
-        )
-    if isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError)):
-        return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s")
-    if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
-        return NetworkError(
-            f"The TLS connection to {host} failed ({reason})",
-            hint="Check the clock, the certificates (REQUESTS_CA_BUNDLE) and `api_base_url`.",
-        )
-    if isinstance(error, rq.ProxyError):
-        return NetworkError(f"The proxy on the way to {host} failed ({reason})")
-    if isinstance(error, (rq.InvalidURL, rq.InvalidSchema, rq.MissingSchema)):
-        return ConfigError(f"{host} is no address to call", hint="Correct `api_base_url`.")
-    known = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
-    # A socket closed by another thread shows as an attribute or value error inside urllib3.
-    if isinstance(error, (*known, AttributeError, ValueError)):
-        return NetworkError(f"The connection to {host} failed ({reason})")
-    return error
-
-
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason in a chain of wrapped errors, in a few words."""
-    seen: set[int] = set()
-    inner: Any = error
-    while id(inner) not in seen:
-        seen.add(id(inner))
-        nested = getattr(inner, "reason", None)
-        if not isinstance(nested, BaseException):
-            nested = next((a for a in inner.args[::-1] if isinstance(a, BaseException)), None)
-        inner = nested or inner.__cause__ or inner
-    words = str(inner).split("Failed to establish a new connection: ")[-1]
-    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
-    return words[:200] or type(inner).__name__
+    session = requests.Session()
+    # accounts do not mix
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
+    return session
 
 
 class _Transport:
     """HTTP to one server; no decisions, no policies. Safe between threads and after a fork."""
 
     def __init__(self, config: Config, session: requests.Session | None = None) -> None:
+        if session is not None and not hasattr(session, "request"):
+            hint = "Pass a requests.Session, or nothing."
+            raise ConfigError(f"session is {_describe(session)}", hint=hint)
         self._config = config
-        self._given = session
+        self._custom = session
         self._own: requests.Session | None = None
-        self._bases: dict[tuple[str, str], Any] = {}
-        self._pid = 0
-        self._lock = _Lock()
+        self._lock = threading.RLock()
 
-    def call(
+    def send(
         self,
         method: str,
         url: str,
@@ -3499,211 +3104,247 @@ class _Transport:
         token: str = "",
         body: Any = None,
         form: Sequence[tuple[str, Any]] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
-        handle: _Cancellation | None = None,
+        cancellation: _Cancellation | None = None,
         streaming: bool = False,
-    ) -> _Answer | _Wire:
-        """Send one request. A `_Wire` comes back only for a streaming answer with status 200.
-
-        `form` is sent as multipart; `progress` is told (bytes sent, bytes in all) then.
-        """
-        handle = handle or _Cancellation()
-        timeout_s = timeout_s or self._config.api_timeout_ms / 1000
-        sent_headers = {"User-Agent": _USER_AGENT, **(headers or {})}
-        data: Any = None
-        if body is not None:
-            data = _encoded(body)
-            sent_headers["Content-Type"] = "application/json"
-        elif form is not None:
-            data, sent_headers["Content-Type"] = _multipart(form, progress)
-        try:
-            with handle.carried(timeout_s):
-                response = self._sent(method, url, sent_headers, data, _bearer(token), timeout_s)
-        except PuterError:
-            raise
-        except Exception as error:
-            raise _network_error(error, url, timeout_s) from error
-        content_type = _content_type(response)
-        if streaming and response.status_code == 200 and _is_stream(content_type):
-            return _Wire(response, content_type, handle, timeout_s)
-        try:
-            text = self._whole(response, timeout_s)
-        finally:
-            handle.let_go()
-        # Some proxies show the request in their error pages. A key of a few letters is no secret.
-        if len(token) >= 10 and response.status_code >= 400:
-            text = text.replace(token, "<token>")
-        return _Answer(
-            response.status_code,
-            content_type,
-            _decoded(text),
-            text,
-            url,
-            _seconds(response.headers.get("Retry-After")),
-            response.headers.get("Location"),
-            response.headers.get("Date"),
-        )
-
-    def _sent(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        data: Any,
-        auth: Callable[[Any], Any],
-        timeout_s: float,
     ) -> requests.Response:
-        """The answer's head. What is the same for every request to an address is made once."""
-        session, key = self._session(), (method, url)
-        if session is self._given or key not in self._bases:
-            import requests
+        """Send one request: `body` as JSON, or `form` as multipart.
 
-            request = requests.Request(method, url, auth=_bearer(""))
-            base = session.prepare_request(request)
-            proxies: Any = {}
-            known = session.merge_environment_settings(url, proxies, True, None, None)
-            self._bases[key] = (base, known)
-        base, known = self._bases[key]
-        prepared = base.copy()
-        prepared.headers.update(headers)
-        if data is not None:
-            prepared.prepare_body(data, None)
-        return session.send(
-            auth(prepared),
-            timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
-            allow_redirects=False,  # the token must not follow to another host
-            **known,
-        )
-
-    def ask(self, method: str, url: str, **options: Any) -> _Answer:
-        """As `call`, for what never streams."""
-        answer = self.call(method, url, **options)
-        assert isinstance(answer, _Answer)
-        return answer
-
-    def download(self, url: str) -> tuple[bytes, str]:
-        """(contents, MIME type) of a public address, up to `MAX_FILE_BYTES`; no token is sent."""
-        timeout_s = self._config.api_timeout_ms / 1000
-        try:
-            response = self._session().get(
-                url,
-                headers={"User-Agent": _USER_AGENT},
-                auth=_bearer(""),
-                timeout=(CONNECT_TIMEOUT_S, timeout_s),
-                stream=True,
-            )
-            with response:
-                data = b"".join(_bounded(response, timeout_s, MAX_FILE_BYTES))
-        except PuterError:
-            raise
-        except Exception as error:
-            raise _network_error(error, url, timeout_s) from error
-        if response.status_code != 200:
-            raise BadRequestError(
-                f"{url} answered {response.status_code}", hint="Check the address."
-            )
-        return data, _content_type(response)
-
-    def close(self) -> None:
-        """Close the connections of our own session; a given one is its owner's."""
-        with self._lock:
-            if self._own is not None and self._pid == os.getpid():
-                _close_session(self._own)
-            self._own = None
-
-    def _whole(self, response: requests.Response, timeout_s: float) -> str:
-        """The body as text, within the time and the size limit.
-
-        A good answer that breaks off was worked for, and billed: it is a `ReplyError`, which
-        nobody asks for again; unless the JSON is whole, and but the end of its frame is not.
+        The response's content is read, bounded, and without the token, unless it is the 200 of
+        a stream and was asked for with `streaming`: that one is the caller's to read and close.
         """
-        data = bytearray()
+        cancellation = cancellation or _Cancellation()
+        timeout_s = timeout_s or self._config.api_timeout_ms / 1000
+        options: JSON = {
+            "auth": _bearer(token),
+            "timeout": (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+            # the token must not follow to another host
+            "allow_redirects": False,
+            "stream": True,
+            "headers": self._user_agent(),
+        }
+        if body is not None:
+            options["data"] = _encoded(body)
+            options["headers"]["Content-Type"] = "application/json"
+        elif form is not None:
+            options["files"] = form
+        response = self._request(method, url, options, timeout_s, cancellation)
+        if streaming and response.status_code == 200 and is_stream(response):
+            return response
         try:
-            for piece in _bounded(response, timeout_s, MAX_BODY_BYTES):
-                data += piece
-        except Exception as error:
-            failure = _network_error(error, response.url, timeout_s)
-            is_whole = _decoded(data.decode("utf-8", "replace")) is not None
-            if isinstance(failure, PuterError) and response.status_code == 200:
-                failure = ReplyError(f"The answer broke off: {failure.message}")
-            if not (is_whole and isinstance(failure, PuterError)):
-                if failure is error:
-                    raise
-                raise failure from error
+            self._read(response, timeout_s, token)
         finally:
             response.close()
-        if not data and response.status_code == 200 and not _is_framed(response):
-            raise NetworkError(f"{response.url} closed the connection in the headers of its answer")
-        return data.decode("utf-8", "replace")
+            cancellation.follow()
+        return response
+
+    def _request(
+        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
+    ) -> requests.Response:
+        """The response's head; an idle connection that was closed meanwhile is no failure."""
+        for may_be_stale in (True, False):
+            started = time.monotonic()
+            try:
+                with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
+                    response = self._session().request(method, url, **options)
+            except NetworkError:
+                is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
+                if cancellation.cancelled.is_set() or not (may_be_stale and is_stale):
+                    raise
+            else:
+                cancellation.follow(response=response.raw)
+                return response
+        raise AssertionError("the second try returns or raises")
+
+    def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
+        """Read the whole body, within the time and the size limit."""
+        data = bytearray()
+        try:
+            _read_into(data, response, timeout_s, MAX_BODY_BYTES)
+        except PuterError as error:
+            # a whole JSON without its frame's end is an answer; what broke off was worked for,
+            # and billed: nobody asks for it again
+            if _json_or_none(data) is None and response.status_code == 200:
+                raise ReplyError(f"The answer broke off: {error.message}") from error
+            if _json_or_none(data) is None:
+                raise
+        response._content = bytes(data)
+        response._content = without_token(bytes(data).decode("utf-8", "replace"), token).encode()
+        location = response.headers.get("Location", "")
+        response.headers["Location"] = without_token(location, token)
+
+    def download(self, url: str) -> tuple[bytes, str]:
+        """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
+        timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
+        options: JSON = {"headers": self._user_agent(), "auth": _bearer(""), "stream": True}
+        options["timeout"] = (CONNECT_TIMEOUT_S, timeout_s)
+        with _our_errors(url, timeout_s), self._session().get(url, **options) as response:
+            _read_into(data, response, timeout_s, MAX_FILE_BYTES)
+        if response.status_code != 200:
+            raise BadRequestError(f"{url} answered {response.status_code}", hint="Check the URL.")
+        return bytes(data), content_type(response)
+
+    def close(self) -> None:
+        """Close the connections of our own session; the caller's is the caller's to close."""
+        with self._lock:
+            session, self._own = self._own, None
+        if session is not None and session is not self._custom:
+            session.close()
+
+    def forget(self) -> None:
+        """After a fork: the sockets are the parent's, and the lock may be held there."""
+        self._own, self._lock = None, threading.RLock()
 
     def _session(self) -> requests.Session:
         with self._lock:
-            if self._given is not None:
-                return _tracking(self._given)
-            if self._own is None or self._pid != os.getpid():  # sockets are not for a fork
-                self._own, self._pid, self._bases = _new_session(), os.getpid(), {}
+            self._own = self._custom or self._own or _new_session()
             return self._own
 
-
-def _new_session() -> requests.Session:
-    from http.cookiejar import DefaultCookiePolicy
-
-    import requests
-    from requests.adapters import HTTPAdapter
-
-    session = requests.Session()
-    no_cookies = DefaultCookiePolicy(allowed_domains=[])  # accounts do not mix
-    session.cookies.set_policy(no_cookies)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_connections=8, pool_maxsize=256))
-    return _tracking(session)
+    def _user_agent(self) -> dict[str, str]:
+        """Ours, unless the caller's session has one of its own."""
+        own = "" if self._custom is None else str(self._custom.headers.get("User-Agent", ""))
+        return {} if own and "python-requests" not in own else {"User-Agent": _USER_AGENT}
 
 
-def _close_session(session: requests.Session) -> None:
-    """Close the connections that nobody uses; requests leaves them to the garbage collector."""
-    from queue import Empty
+def without_token(text: str, token: str) -> str:
+    """A server's text without the token: some show the request in their pages and errors.
 
-    adapter: Any
-    for adapter in session.adapters.values():
-        for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
-            for key in manager.pools.keys():  # noqa: SIM118 (it has no iterator)
-                pool = manager.pools.get(key)
-                # The pool itself stays open, for another thread may be about to use it.
-                with suppress(Empty):
-                    while pool is not None:
-                        connection = pool.pool.get(block=False)
-                        if connection is not None:
-                            connection.close()
-    session.close()
+    A key of a few letters is no secret.
+    """
+    return text.replace(token, "<token>") if len(token) >= 10 else text
 
 
-def _tracking(session: requests.Session) -> requests.Session:
-    """The session with adapters whose connections a `_Cancellation` can close."""
-    for adapter in session.adapters.values():
-        made: Any = getattr(adapter, "get_connection_with_tls_context", None)
-        if made is None or hasattr(made, "is_tracked"):
-            continue
+@contextmanager
+def _our_errors(url: str, timeout_s: float) -> Iterator[None]:
+    """Turns what requests, urllib3 and the socket raise into our errors."""
+    try:
+        yield
+    except Exception as error:
+        failure = _network_error(error, url, timeout_s)
+        if failure is error:
+            raise
+        # somebody else's error is its own cause
+        raise failure from (error if isinstance(failure, PuterError) else None)
 
-        def tracked(*args: Any, _made: Any = made, **kwargs: Any) -> Any:
-            pool = _made(*args, **kwargs)
-            if not hasattr(pool.ConnectionCls, "owner"):
-                pool.ConnectionCls = _Cancellation.tracked(pool.ConnectionCls)
-            return pool
 
-        tracked.is_tracked = True  # type: ignore[attr-defined]
-        adapter.get_connection_with_tls_context = tracked  # type: ignore[attr-defined]
-    return session
+def _read_into(data: bytearray, response: requests.Response, timeout_s: float, most: int) -> None:
+    """Read a body to its end, which must come in so many seconds and bytes."""
+    until = time.monotonic() + timeout_s
+    for piece in stream_pieces(response, timeout_s):
+        data += piece
+        if len(data) > most:
+            raise ServerError(f"The answer is larger than {most:,} bytes")
+        if time.monotonic() > until:
+            raise RequestTimeoutError(
+                f"The answer was not complete after {timeout_s:g} s", may_be_billed=True
+            )
+
+
+def stream_pieces(response: requests.Response, timeout_s: float) -> Iterator[bytes]:
+    """The body's decoded bytes the moment they arrive, whatever frames it; raises our errors."""
+    raw = response.raw
+    with _our_errors(response.url, timeout_s):
+        if getattr(raw, "chunked", False) and hasattr(raw, "stream"):
+            yield from raw.stream(_PIECE_BYTES, decode_content=True)
+        elif "read1" in dir(raw) and hasattr(raw, "decode_content"):
+            while piece := raw.read1(_PIECE_BYTES, decode_content=True):
+                yield piece
+        else:
+            # an urllib3 before 2, or a recorded response: small pieces, so that none waits long
+            yield from response.iter_content(256)
+
+
+def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str]:
+    """The data of each Server-Sent Event; raises our errors."""
+    try:
+        from sseclient import SSEClient
+
+        SSEClient.events  # noqa: B018 (another package of this name has none)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            "The package `sseclient-py` is missing, or hidden by another one called `sseclient`",
+            hint="Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py",
+        ) from error
+    try:
+        for event in SSEClient(_limited(stream_pieces(response, timeout_s))).events():
+            yield event.data
+    except UnicodeDecodeError as error:
+        raise StreamError("The stream is not UTF-8") from error
+
+
+def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces of a stream, as long as no event grows without end."""
+    since_event = 0
+    for piece in parts:
+        ends = b"\n\n" in piece or b"\n\r\n" in piece
+        since_event = len(piece) if ends else since_event + len(piece)
+        if since_event > MAX_LINE_BYTES:
+            raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
+        yield piece
+
+
+def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
+    """What a failure of requests, urllib3 or the socket means, as one of our errors."""
+    if isinstance(error, PuterError):
+        return error
+    import http.client
+
+    import requests.exceptions as rq
+    import urllib3.exceptions as u3
+
+    if isinstance(error, rq.RequestException):
+        # its headers hold the token
+        error.request = error.response = None
+    host, cause = url.split("?")[0], _root_cause(error)
+    reason = _reason(cause)
+    if isinstance(cause, TimeoutError) and "timed out" not in str(cause):
+        # somebody else's, such as a signal handler's
+        return cause
+    if isinstance(error, rq.ConnectTimeout):
+        return RequestTimeoutError(
+            f"{host} did not accept a connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s",
+            hint=NetworkError.default_hint,
+        )
+    if isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError)):
+        return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
+    if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
+        hint = "Check the clock, the certificates (REQUESTS_CA_BUNDLE) and `api_base_url`."
+        return NetworkError(f"The TLS connection to {host} failed ({reason})", hint=hint)
+    if isinstance(error, rq.ProxyError):
+        return NetworkError(f"The proxy on the way to {host} failed ({reason})")
+    if isinstance(error, rq.InvalidSchema) and "SOCKS" in str(error):
+        hint = "Run: pip install 'requests[socks]'"
+        return ConfigError("A SOCKS proxy is set, but PySocks is not installed", hint=hint)
+    if isinstance(error, (rq.InvalidURL, rq.InvalidSchema, rq.MissingSchema)):
+        return ConfigError(f"{host} is not a URL to call", hint="Correct `api_base_url`.")
+    ours = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
+    # A socket closed by another thread shows as an attribute or value error inside urllib3.
+    if isinstance(error, (*ours, AttributeError, ValueError)):
+        begun = not ("Failed to establish" in str(error) or "resolve" in str(error))
+        message = f"The connection to {host} failed ({reason})"
+        return NetworkError(message, may_be_billed=begun)
+    return error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The innermost error in a chain of wrapped ones."""
+    wrapped = [getattr(error, "reason", None), *error.args[::-1], error.__cause__]
+    inner = next((e for e in wrapped if isinstance(e, BaseException)), None)
+    return error if inner is None else _root_cause(inner)
+
+
+def _reason(cause: BaseException) -> str:
+    """An error of a library in a few words."""
+    words = str(cause).split("Failed to establish a new connection: ")[-1]
+    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
+    return words[:200] or type(cause).__name__
 
 
 def _bearer(token: str) -> Callable[[Any], Any]:
     """Puts the token on a request; given as `auth`, so that no ~/.netrc overrides it."""
     if not re.fullmatch(r"[!-~]*", token):
-        raise AuthError(
-            "The token holds a blank or a character that is not ASCII",
-            hint="Copy it again, whole and alone; or sign in with `python -m puter login`.",
-        )
+        hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
+        raise AuthError("The token contains a space or a character that is not ASCII", hint=hint)
 
     def sign(request: Any) -> Any:
         if token:
@@ -3718,88 +3359,52 @@ def _encoded(body: Any) -> bytes:
     try:
         return json.dumps(body, allow_nan=False).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequestError(
-            f"The request cannot be written as JSON ({error})",
-            hint="Pass texts, numbers, booleans, lists and dicts.",
-        ) from error
+        message = f"The request cannot be written as JSON ({error})"
+        hint = "Pass texts, numbers, booleans, lists and dicts."
+        raise BadRequestError(message, hint=hint) from error
 
 
-def _multipart(
-    form: Sequence[tuple[str, Any]], progress: Callable[[int, int], None] | None
-) -> tuple[Any, str]:
-    """(body, content type) of a form in this order; the body tells how far it was read."""
-    from urllib3.filepost import encode_multipart_formdata
-
-    data, content_type = encode_multipart_formdata(form)
-    return _Told(data, progress) if progress else data, content_type
-
-
-class _Told:
-    """A body that is read in pieces and tells of each."""
-
-    def __init__(self, data: bytes, progress: Callable[[int, int], None]) -> None:
-        import io
-
-        self._file = io.BytesIO(data)
-        self._size = len(data)
-        self._progress = progress
-
-    def __len__(self) -> int:
-        return self._size
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self._file.read(size)
-        self._progress(self._file.tell(), self._size)
-        return piece
-
-
-def _decoded(text: str) -> Any:
+def _json_or_none(text: str | bytes | bytearray) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_any_size)
     except (ValueError, RecursionError):
         return None
 
 
-def body_of(answer: _Answer, model: str | None = None, account: str | None = None) -> JSON:
-    """The JSON object of a good answer; raises the error that a bad one stands for."""
-    data = answer.data
-    if answer.status >= 400 or (isinstance(data, dict) and data.get("success") is False):
-        raise error_from(
-            answer.status,
-            answer.text if data is None else data,
-            model=model,
-            account=account,
-            retry_after_s=answer.retry_after_s,
-        )
-    if answer.status >= 300:
-        raise ServerError(
-            f"The server redirects to {answer.location}; nothing was sent there",
-            status=answer.status,
-            hint="Set `api_base_url` to the right address.",
-        )
+def body_of(
+    response: requests.Response, model: str | None = None, account: str | None = None
+) -> JSON:
+    """The JSON object of a good response; raises the error that a bad one stands for."""
+    text = response.content.decode("utf-8", "replace")
+    data = _json_or_none(text)
+    status = response.status_code
+    if status >= 400 or (isinstance(data, dict) and data.get("success") is False):
+        retry_after_s = _seconds(response.headers.get("Retry-After"))
+        body = text if data is None else data
+        error = error_from(status, body, model=model, account=account, retry_after_s=retry_after_s)
+        error.may_be_billed = status in _BILLED_STATUSES
+        raise error
+    if status >= 300:
+        message = f"The server redirects to {response.headers.get('Location')}"
+        hint = "Nothing was sent there. Set `api_base_url` to the right URL."
+        raise ServerError(message, status=status, hint=hint)
     if not isinstance(data, dict):
-        shown = " ".join(answer.text[:200].split())
-        raise ReplyError(
-            f"{answer.url} answered {answer.content_type or 'something'} where a JSON "
-            f"object was due: {shown!r}",
-            status=answer.status,
-            raw=answer.text[:2_000],
-            model=model,
-            hint="Check `api_base_url` and any proxy on the way.",
-        )
+        start, kind = " ".join(text[:200].split()), content_type(response) or "something"
+        message = f"{response.url} answered {kind} where a JSON object was due: {start!r}"
+        hint = "Check `api_base_url` and any proxy on the way."
+        raise ReplyError(message, status=status, raw=text[:2_000], model=model, hint=hint)
     return data
 
 
-def _content_type(response: requests.Response) -> str:
-    """The MIME type of an answer, without its parameters; "" if none was told."""
-    told: str = response.headers.get("Content-Type", "")
-    return told.split(";")[0].strip().lower()
+def content_type(response: requests.Response) -> str:
+    """The MIME type of a response, without its parameters; "" if it has none."""
+    return str(response.headers.get("Content-Type", "")).split(";")[0].strip().lower()
 
 
-def _is_stream(content_type: str) -> bool:
-    return (
-        content_type == "text/event-stream" or "ndjson" in content_type or "jsonl" in content_type
-    )
+def is_stream(response: requests.Response) -> bool:
+    """Whether a response is a stream of one of the two kinds that we read."""
+    kind = content_type(response)
+    return kind == "text/event-stream" or "ndjson" in kind or "jsonl" in kind
 
 
 def _seconds(retry_after: str | None) -> float | None:
@@ -3821,16 +3426,63 @@ def _seconds(retry_after: str | None) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
+# Codes of Puter's own for a token that is of no use until the next sign-in (recorded).
+_DEAD_TOKEN_CODES = frozenset(
+    ("token_missing", "reauth_required", "token_auth_failed", "app_or_api_token_required")
+)
+_OWN_ARGUMENTS = ("model", "system", "images", "files", "tools", "fallback", "timeout_ms")
+# Arguments that others use for ours, and what would be alike to none of them.
+_OTHER_NAMES = {
+    "image": "images",
+    "file": "files",
+    "timeout": "timeout_ms",
+    "messages": "the prompt itself",
+    "stream": "the method `stream`",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One request as the caller made it, checked and in wire form."""
+    """One request as the caller made it, checked; `args` is what the server gets."""
 
     model: str
     args: JSON
     needs: Needs
     fallback: bool
-    timeout_s: float | None  # as the caller asked; None is the setting's
-    streaming: bool = False
+    # as the caller asked; None is the setting's
+    timeout_s: float | None
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call on its way: what is asked, how to end it, and what was tried for it."""
+
+    request: _Request
+    cancellation: _Cancellation
+    is_stream: bool
+    on_upload: Callable[[str, int, int], None] | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A reply as it arrives: its chunks, and what has come of it so far."""
+
+    batches: Iterator[list[Chunk]]
+    reply: Callable[[], Reply]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Who answered a call; `stack` gives back what the answer still needs."""
+
+    result: Any
+    model: str
+    account: Account
+    stack: ExitStack
+    # when the request that was answered was sent
+    started: float
 
 
 class _BusyError(RateLimitError):
@@ -3842,631 +3494,525 @@ class _BusyError(RateLimitError):
 
 
 class _ConcurrencyLimit:
-    """Lets so many calls at once through to one account, and learns from its refusals."""
+    """Lets so many calls at once through to one account, in order of arrival."""
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
-        self._clock = clock
+    def __init__(self, places: int) -> None:
+        self._places = places
         self._running = 0
-        self._learned = limit
-        self._learned_until = 0.0
+        self._queue: deque[object] = deque()
+        self._moved_at = 0.0
         self._paused_until = 0.0
         self._change = threading.Condition()
 
-    def enter(self, handle: _Cancellation, patience_s: float) -> None:
-        """Wait for a place; raises an error of scope "request" when none came free in time."""
+    @contextmanager
+    def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
+        """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
+        ticket, arrived = object(), time.monotonic()
         with self._change:
-            until = self._clock() + patience_s
-            while (wait_s := self._wait_s()) > 0:
-                if handle.closed.is_set() or self._clock() >= until:
-                    raise _BusyError(
-                        f"{self._running} requests of this client are still running on the account"
-                    )
-                self._change.wait(min(wait_s, 0.25))
-            self._running += 1
+            self._queue.append(ticket)
+            try:
+                while not self._is_turn_of(ticket):
+                    since = max(arrived, self._moved_at, self._paused_until)
+                    if cancellation.cancelled.is_set() or time.monotonic() > since + patience_s:
+                        raise _BusyError(
+                            f"All {self._places} requests that may run at once on the account "
+                            f"have been running for {patience_s:g} s"
+                        )
+                    self._change.wait(0.1)
+                self._running += 1
+            finally:
+                self._queue.remove(ticket)
+                self._change.notify_all()
+        try:
+            yield
+        finally:
+            with self._change:
+                self._running -= 1
+                self._moved_at = time.monotonic()
+                self._change.notify_all()
 
-    def leave(self) -> None:
-        """Give the place back."""
+    def pause(self, seconds: float) -> None:
+        """The server refused for too many requests: nobody goes for a while."""
         with self._change:
-            self._running -= 1
-            self._change.notify_all()
+            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    def refused(self, pause_s: float, too_many_at_once: bool) -> None:
-        """The server said 429: nobody goes for a while, and fewer go at once for a minute."""
-        with self._change:
-            now = self._clock()
-            self._paused_until = max(self._paused_until, now + pause_s)
-            if too_many_at_once:
-                self._learned = max(1, min(self._learned, self._running))
-                self._learned_until = now + 60
-
-    def _wait_s(self) -> float:
-        now = self._clock()
-        if now < self._paused_until:
-            return self._paused_until - now
-        limit = self._learned if now < self._learned_until else self._limit
-        return 0.0 if self._running < limit else 60.0
+    def _is_turn_of(self, ticket: object) -> bool:
+        is_paused = time.monotonic() < self._paused_until
+        return self._running < self._places and self._queue[0] is ticket and not is_paused
 
 
+@dataclass(slots=True, repr=False)
 class _Accounts:
-    """The accounts that a client may ask: which there are, who rests, who is next."""
+    """The accounts that a client may ask: which there are, who is on cooldown, who is next."""
 
-    def __init__(
-        self,
-        config: Config,
-        store: AccountStore,
-        state: State,
-        token: str | None,
-        pinned: str | None,
-    ) -> None:
-        self._config = config
-        self._store = store
-        self._state = state
-        self._token = token
-        self._pinned = pinned
-        self._lock = _Lock()
-        self._read: tuple[Any, list[Account], str | None] | None = None
-        self.current: str | None = None  # who answered last, and is asked first
-
-    @property
-    def has_token(self) -> bool:
-        """Whether a given token is used, whose account's name is not known."""
-        return self._token is not None
+    config: Config
+    store: AccountStore
+    state: State
+    # the caller's, whose account's name is not known
+    token: str | None
+    pinned: str | None
+    # who answered last, and is asked first
+    current: str | None = None
+    _read: tuple[Any, list[Account], str | None] | None = None
 
     def usable(self) -> list[Account]:
-        """The given token's account, the pinned one, or the stored ones."""
-        if self._token is not None or _is_gateway(self._config):
-            return [Account(_token_name(self._token), self._token or "")]
+        """The account of the caller's token, the pinned one, or the stored ones."""
+        if self.token is not None or is_foreign(self.config):
+            name = f"token-{_token_mark(self.token)[:8]}" if self.token else "nobody"
+            return [Account(name, self.token or "")]
         accounts, active = self._stored()
-        if self._pinned is not None:
-            return [self._named(accounts, self._pinned)]
-        if not self._config.account_rotation_enabled:
+        if self.pinned is not None:
+            return [_account_named(accounts, self.pinned)]
+        if not self.config.account_rotation_enabled:
             return [a for a in accounts if a.username == active]
         return accounts
 
-    @property
-    def active_name(self) -> str | None:
-        """The name of the active stored account; None if something else is in use."""
-        if self._token is not None or self._pinned or _is_gateway(self._config):
-            return None
-        return self._stored()[1]
-
     def first(self, name: str | None = None) -> Account:
-        """The account of this name, else the one in use, resting or not; raises `AuthError`."""
+        """The account of this name, else the one in use, on cooldown or not; raises `AuthError`."""
         accounts = self.usable()
         if not accounts:
             raise AuthError("You are not signed in")
         if name is not None:
-            return self._named(accounts, name)
+            return _account_named(accounts, name)
         wanted = self.current or self.active_name
         return next((a for a in accounts if a.username == wanted), accounts[0])
 
-    def next(self, tried: Collection[str], is_free: Callable[[], bool]) -> Account | None:
-        """The account to ask now, by the policy; None when all were tried or rest.
+    @property
+    def active_name(self) -> str | None:
+        """The name of the active stored account; None if something else is in use."""
+        if self.token is not None or self.pinned or is_foreign(self.config):
+            return None
+        return self._stored()[1]
 
-        For a model that `is_free`, one without credit is as good as any.
+    def in_turn(self, call: _Call, is_free: bool) -> Iterator[tuple[Account, bool]]:
+        """Each account to ask, by the policy, and whether it must be patient with a limit.
+
+        When nobody is left but accounts whose limit lasts seconds, the one whose window ends
+        first, once it has. For a model that `is_free`, an account without credit is as good as
+        any.
         """
-        accounts = self.usable()
-        strategy = self._config.account_rotation_strategy
-        if strategy == "least-recently-used" and len(accounts) > 1:
-            used = self._state.last_used_ms()
-            accounts = [
-                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
-            ]
-        rests = {**self._rests(accounts, is_free), **dict.fromkeys(tried, float("inf"))}
-        current = self.current or self.active_name
-        chosen = next_account(accounts, rests, strategy, current, time.time())
-        if chosen is not None and current is not None and chosen.username != current:
-            _log.info("Auth: Switched account - %s", chosen.username)
-        return chosen
+        tried: set[str] = set()
+        patient = False
+        while (account := self._next(tried, is_free)) is not None:
+            tried.add(account.username)
+            is_alone = self.is_alone(account)
+            patient = patient or is_alone
+            yield account, is_alone
+        if patient or not self.config.max_retries:
+            return
+        ends = self._ends_of_windows(call.attempts)
+        limited = [a for a in self.usable() if a.username in ends]
+        if limited:
+            account = min(limited, key=lambda a: ends[a.username])
+            call.cancellation.cancelled.wait(max(0.0, ends[account.username] - time.time()))
+            yield account, True
 
     def cooldowns(self) -> list[Cooldown]:
-        """Who rests now, as all processes have learned it."""
-        return _resting(self._state, self.usable(), time.time())
+        """Who is on cooldown now; a dead token stays so until its account has another one."""
+        marks = {a.username: _token_mark(a.token) for a in self.usable()}
+        return self.state.cooldowns(time.time(), marks.get)
 
     def is_alone(self, account: Account) -> bool:
         """Whether no other account could take its place, now or later."""
-        accounts = self.usable()
-        others = [a for a in accounts if a.username != account.username]
-        if not others:
-            return True
-        rests = _resting(self._state, accounts, time.time(), look=False)
-        dead = {c.account for c in rests if not c.model and c.reason == "login"}
-        return all(a.username in dead for a in others)
+        others = {a.username for a in self.usable()} - {account.username}
+        return not others or others <= {c.account for c in self.cooldowns() if c.reason == "login"}
 
     def nobody(self) -> PuterError:
         """Why there is no account to ask."""
-        accounts = self.usable()
-        if not accounts:
+        count = len(self.usable())
+        if not count:
             return AuthError("You are not signed in")
-        everything = _resting(self._state, accounts, time.time())
-        rests = [c for c in everything if not c.model]
-        dead = sorted(c.account for c in rests if c.reason == "login")
-        if len(dead) == len(accounts):
-            return AuthError(f"Every account needs a new sign-in: {', '.join(dead)}")
-        ends = [c.until_s for c in rests if c.reason != "login"]
+        cooldowns = [c for c in self.cooldowns() if not c.model]
+        ends = [c.until_s for c in cooldowns if c.reason != "login"]
         wait_s = max(0.0, min(ends, default=0.0) - time.time())
-        return AllAccountsOnCooldownError(
-            f"All {len(accounts)} accounts are resting; the first is free in {wait_s:.0f} s",
-            retry_after_s=wait_s,
-            statuses=rests,
-        )
+        message = f"All {count} accounts are on cooldown; the first is free in {wait_s:.0f} s"
+        return AllAccountsOnCooldownError(message, retry_after_s=wait_s, statuses=cooldowns)
 
-    def _rests(self, accounts: Sequence[Account], is_free: Callable[[], bool]) -> dict[str, float]:
-        """Until when each account rests; one that is alone never does."""
-        rests = {
-            c.account: c.until_s
-            for c in _resting(self._state, accounts, time.time())
-            if not c.model and not (c.reason == "insufficient_funds" and is_free())
+    def _next(self, tried: Collection[str], is_free: bool) -> Account | None:
+        """The account to ask now; None when all were tried or are on cooldown."""
+        accounts, strategy = self.usable(), self.config.account_rotation_strategy
+        if strategy == "least-recently-used":
+            used = self.state.last_used_ms()
+            accounts = [
+                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
+            ]
+        cooldowns = {c.account: c for c in self.cooldowns() if not c.model}
+        dead = {name for name, c in cooldowns.items() if c.reason == "login"}
+        alive = [a for a in accounts if a.username not in dead]
+        if accounts and len(alive) <= 1:
+            # whoever has nobody else to go to is asked in any case
+            cooldowns.pop((alive or [self.first()])[0].username, None)
+        until = {
+            name: c.until_s
+            for name, c in cooldowns.items()
+            if not (is_free and c.reason == "insufficient_funds")
         }
-        awake = [a.username for a in accounts if rests.get(a.username) != float("inf")]
-        if len(accounts) == 1 or len(awake) == 1:
-            for name in awake or [accounts[0].username]:
-                rests.pop(name, None)
-        return rests
+        until |= dict.fromkeys(tried, math.inf)
+        current = self.current or self.active_name
+        account = next_account(accounts, until, strategy, current, time.time())
+        if account is not None and current is not None and account.username != current:
+            _log.info("Auth: Switched account - %s", account.username)
+        return account
+
+    def _ends_of_windows(self, attempts: Sequence[Attempt]) -> dict[str, float]:
+        """When the window ends, of accounts whose only reason is a limit of requests."""
+        limited = [a.account for a in attempts if isinstance(a.error, RateLimitError)]
+        ends = dict.fromkeys(limited, time.time() + RATE_PAUSE_S)
+        for cooldown in self.cooldowns():
+            if cooldown.reason == "too_many_requests" and not cooldown.model:
+                ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
+        return ends
 
     def _stored(self) -> tuple[list[Account], str | None]:
         """The stored accounts and the active one's name; read again when the file changed."""
-        with self._lock:
-            stamp = self._store.stamp()
-            if self._read is None or self._read[0] != stamp:
-                accounts, active = self._store.read()
-                self._read = (stamp, accounts, active.username if active else None)
-            return self._read[1], self._read[2]
-
-    @staticmethod
-    def _named(accounts: Sequence[Account], name: str) -> Account:
-        found = next((a for a in accounts if a.username == name), None)
-        if found is None:
-            meant = _did_you_mean(name, [a.username for a in accounts])
-            raise AuthError(
-                f"No stored account is called {name!r}",
-                hint=f"{meant}`python -m puter status` lists them.",
-            )
-        return found
+        stamp, last = self.store.stamp(), self._read
+        if last is not None and last[0] == stamp:
+            return last[1:]
+        accounts, active = self.store.read()
+        name = active.username if active else None
+        if last is not None and last[2] != name:
+            # somebody has switched, or signed in
+            self.current = None
+        self._read = (stamp, accounts, name)
+        return accounts, name
 
 
+def _account_named(accounts: Sequence[Account], name: str) -> Account:
+    account = next((a for a in accounts if a.username == name), None)
+    if account is None:
+        meant = _did_you_mean(name, [a.username for a in accounts])
+        hint = f"{meant}`python -m puter status` lists them."
+        raise AuthError(f"No stored account is called {name!r}", hint=hint)
+    return account
+
+
+def _token_mark(token: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+@dataclass(slots=True, repr=False)
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
-    def __init__(self, config: Config, state: State, transport: _Transport, token: str) -> None:
-        self._config = config
-        self._state = state
-        self._transport = transport
-        self._token = token if _is_gateway(config) else ""  # Puter's own list needs none
-        self._lock = _Lock()
-        self._kept: tuple[list[Model], float] | None = None
-        self._indexed: tuple[list[Model], dict[str, Model]] | None = None
+    config: Config
+    state: State
+    transport: _Transport
+    # of a foreign server; Puter's own list needs no token
+    key: str
+    # every known name's model, in lower case
+    by_name: dict[str, Model] = field(default_factory=dict)
+    _models: list[Model] = field(default_factory=list)
+    _fetched_at: float | None = None
+    # the latest one, and when
+    _failure: tuple[PuterError, float] | None = None
+    _lock: Any = field(default_factory=threading.RLock)
 
     def models(self, refresh: bool = False) -> list[Model]:
-        """The list; an old one with a warning when the server cannot be reached."""
-        kept = self._fresh()
-        if kept and not refresh:
-            return kept
-        with self._lock:  # one fetches, the others wait for it
-            kept = self._fresh()
-            if kept and not refresh:
-                return kept
-            old, now = self._kept, time.time()
+        """The list; an old one with a warning when the server cannot be reached.
+
+        Who waits while another thread asks the server shares its list, or its failure, which
+        is remembered for `MODELS_RETRY_S`.
+        """
+        with self._lock:
+            if self._is_fresh() and not refresh:
+                return self._models
             try:
-                body = self._fetch()
-                found = models_from(body)
+                self._fetch(refresh)
             except PuterError as error:
-                if not old or refresh:
+                if self._fetched_at is None or refresh:
                     raise
-                _log.warning(
-                    "The model list is %.0f minutes old, since a new one cannot be had: %s",
-                    (now - old[1]) / 60,
-                    error,
-                )
-                return old[0]
-            self._kept = (found, now)
-            self._state.put_catalogue(self._config.api_base_url, json.dumps(body), now)
-            return found
+                age_min = (time.time() - self._fetched_at) / 60
+                _log.warning("Using a model list that is %.0f minutes old: %s", age_min, error)
+            return self._models
 
     def models_if_any(self, why: str) -> list[Model]:
         """The list, or none with a warning, for what can do without it."""
         try:
             return self.models()
         except PuterError as error:
-            _log.warning("%s, since the model list cannot be had: %s", why, error)
+            _log.warning("%s, since the model list could not be fetched: %s", why, error)
             return []
 
     def find(self, name: str) -> Model:
         """The model of this name; raises `ModelNotFoundError` with near matches."""
         models = self.models()
-        return self._index(models).get(strip_puter_prefix(name)) or find_model(name, models)
+        return self.known(strip_puter_prefix(name)) or find_model(name, models)
 
-    def id_of(self, name: str, look: bool = False) -> str:
-        """The id behind a name as far as is known in memory (`look`: or on disk)."""
-        kept = self._kept or (self._on_disk() if look else None)
-        model = self._index(kept[0]).get(name) if kept else None
+    def known(self, name: str) -> Model | None:
+        """The model of this name as far as is known without asking anybody."""
+        self._is_fresh()
+        return self.by_name.get(name.lower())
+
+    def id_of(self, name: str) -> str:
+        """The id behind a name as far as is known without asking anybody."""
+        model = self.known(name)
         return model.id if model else name
 
-    def is_free(self, name: str) -> bool:
-        """Whether a model costs nothing, as far as is known without asking anybody."""
-        kept = self._kept or self._on_disk()
-        model = self._index(kept[0]).get(name) if kept else None
-        return model is not None and model.free
+    def forget(self) -> None:
+        """After a fork: a thread that the child has not may hold the lock."""
+        self._lock = threading.RLock()
 
-    def _index(self, models: list[Model]) -> dict[str, Model]:
-        """Every exact name's model; made once a list."""
-        if self._indexed is None or self._indexed[0] is not models:
-            self._indexed = (models, models_by_name(models))
-        return self._indexed[1]
+    def _is_fresh(self) -> bool:
+        """Whether the list in memory counts; reads the one on disk when there is none."""
+        if self._fetched_at is None:
+            stored = self.state.catalogue(self.config.api_base_url)
+            if stored:
+                self._set(models_from(json.loads(stored[0])), stored[1])
+        ttl_s = self.config.cache_ttl_ms / 1000
+        return self._fetched_at is not None and 0 <= time.time() - self._fetched_at < ttl_s
 
-    def _fresh(self) -> list[Model] | None:
-        kept = self._kept or self._on_disk()
-        is_fresh = kept and 0 <= time.time() - kept[1] < self._config.cache_ttl_ms / 1000
-        return kept[0] if kept and is_fresh else None
+    def _set(self, models: list[Model], fetched_at: float) -> None:
+        self.by_name, self._models = models_by_name(models), models
+        self._fetched_at = fetched_at
 
-    def _on_disk(self) -> tuple[list[Model], float] | None:
-        on_disk = self._state.catalogue(self._config.api_base_url)
-        if on_disk:
-            self._kept = (models_from(json.loads(on_disk[0])), on_disk[1])
-        return self._kept
-
-    def _fetch(self) -> JSON:
-        if _is_gateway(self._config):
-            url = f"{self._config.api_base_url}/models"
-        else:
-            url = f"{_api_origin(self._config)}/puterai/chat/models/details"
-        return body_of(self._transport.ask("GET", url, token=self._token))
-
-
-class _Ledger:
-    """What is noted of answered requests: figures, and replies to give again."""
-
-    def __init__(self, config: Config, state: State) -> None:
-        from pathlib import Path
-
-        figures, folder = config.metrics_file, config.cache_directory
-        self._config = config
-        self.figures = State(Path(figures).expanduser()) if figures else state
-        self.replies = State(Path(folder).expanduser() / "cache.sqlite3") if folder else state
-
-    def count(
-        self,
-        model: str,
-        outcome: str,
-        seconds: float,
-        first_s: float | None = None,
-        usage: Usage | None = None,
-    ) -> None:
-        """Note how one request ended: "ok", "closed" or an error's code."""
-        if self._config.metrics_enabled:
-            keep = self._config.metrics_max_samples
-            self.figures.record(model, outcome, seconds, first_s, usage, keep)
-
-    def keep(self, ask: _Request, whole: Callable[[], Reply]) -> None:
-        """Keep a whole reply, if replies are kept."""
-        if self._config.cache_enabled:
-            body, most = (json.dumps(reply_to_json(whole())), self._config.cache_max_entries)
-            self.replies.cache_put(self._key(ask), body, time.time(), most)
-
-    def kept(self, ask: _Request) -> Reply | None:
-        """The kept reply to the same request, if replies are kept and it is fresh."""
-        if not self._config.cache_enabled:
-            return None
-        ttl_s = self._config.cache_ttl_ms / 1000
-        body = self.replies.cache_get(self._key(ask), time.time(), ttl_s)
-        if body is None:
-            return None
-        _log.info("Response: from the cache")
-        return reply_from_json(json.loads(body))
-
-    def close(self) -> None:
-        """Close the files."""
-        self.figures.close()
-        self.replies.close()
-
-    def _key(self, ask: _Request) -> str:
-        """What tells one request from another: all of it, and the server."""
-        import hashlib
-
-        whole = [self._config.api_base_url, self._config.api_style, ask.model, ask.args]
-        return hashlib.sha256(_encoded(whole)).hexdigest()
+    def _fetch(self, refresh: bool) -> None:
+        """Ask the server, unless it failed a moment ago."""
+        now = time.time()
+        if self._failure and not refresh and now - self._failure[1] < MODELS_RETRY_S:
+            raise self._failure[0]
+        url, key = f"{self.config.api_base_url}/models", self.key
+        if not is_foreign(self.config):
+            url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
+        timeout_s = min(MODELS_TIMEOUT_S, self.config.api_timeout_ms / 1000)
+        try:
+            body = body_of(self.transport.send("GET", url, token=key, timeout_s=timeout_s))
+            models = models_from(body)
+        except PuterError as error:
+            self._failure = (error, time.time())
+            raise
+        self._failure = None
+        self._set(models, now)
+        self.state.put_catalogue(self.config.api_base_url, json.dumps(body), now)
 
 
-class _Source:
-    """A streaming reply as it arrives: chunks until there are none."""
-
-    def __init__(self, wire: _Wire, model: str, stack: ExitStack) -> None:
-        self._wire = wire
-        self.decoder: LineDecoder | EventDecoder
-        self._pieces: Iterator[Any]
-        if wire.content_type == "text/event-stream":
-            self.decoder, self._pieces = EventDecoder(model), wire.events()
-        else:
-            self.decoder, self._pieces = LineDecoder(model), wire.pieces()
-        self.is_read = False  # to the end of the body
-        self.first = self.read()
-        self._stack = stack.pop_all()  # closes the wire and deletes uploaded files
-
-    def read(self) -> list[Chunk]:
-        """The next chunks, [] at the end; raises our errors."""
-        decoder = self.decoder
-        while decoder.error is None:
-            try:
-                piece = next(self._pieces, None)
-            except PuterError:
-                if decoder.whole:  # all was said before the connection broke
-                    return []
-                raise
-            self.is_read = piece is None
-            chunks = decoder.finish() if piece is None else decoder.feed(piece)
-            if chunks:
-                if decoder.whole:
-                    self._wire.hurry()
-                return chunks
-            if piece is None and decoder.error is None:
-                return []
-        if isinstance(decoder.error, StreamError):
-            decoder.error.reply = decoder.reply()
-        raise decoder.error
-
-    def reply(self) -> Reply:
-        """What has come so far."""
-        return self.decoder.reply()
-
-    @property
-    def usage(self) -> Usage:
-        """What the provider counted, once it has told."""
-        return self.decoder.usage
-
-    def close(self) -> None:
-        """Give back the connection, and delete uploaded files."""
-        self._stack.close()
-
-
-class _WholeSource:
-    """A reply that was asked for whole, given out as a stream."""
-
-    def __init__(self, reply: Reply) -> None:
-        self.is_read = True
-        self._reply = reply
-        self.usage = reply.usage
-        self.first = chunks_of(reply)
-
-    def read(self) -> list[Chunk]:
-        """No more than the first."""
-        return []
-
-    def reply(self) -> Reply:
-        """All of it."""
-        return self._reply
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
+@dataclass(frozen=True, slots=True, repr=False)
 class _Api:
     """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
 
-    def __init__(
-        self, config: Config, transport: _Transport, catalogue: _Catalogue, roster: _Accounts
-    ) -> None:
-        self._config = config
-        self._transport = transport
-        self._catalogue = catalogue
-        self._roster = roster
-        self._exchanged: dict[str, str] = {}  # session token -> user-app token
-        self.on_upload: Callable[[str, int, int], None] | None = None
+    config: Config
+    transport: _Transport
+    catalogue: _Catalogue
+    accounts: _Accounts
 
-    def complete(self, ask: _Request, model: str, account: Account, handle: _Cancellation) -> Reply:
-        """A whole reply."""
-        with ExitStack() as stack:
-            ask = self._uploaded(ask, account, stack)
-            answer = self._send(ask, model, account, handle, streaming=False)
-        assert isinstance(answer, _Answer)
-        return self._read_whole(answer, model, account)
+    def complete(self, call: _Call, model: str, account: Account, stack: ExitStack) -> Reply:
+        """A whole reply; uploaded files are deleted when the stack ends."""
+        response = self._send(call, model, account, stack, streaming=False)
+        return self._whole_reply(response, model, account)
 
-    def open_stream(
-        self, ask: _Request, model: str, account: Account, handle: _Cancellation
-    ) -> _Source | _WholeSource:
-        """A streaming reply, read up to its first chunk."""
-        if self._must_be_exact(ask, model):
-            if ask.timeout_s is None:
-                usual_s = self._config.api_timeout_ms / 1000
-                ask = replace(ask, timeout_s=max(usual_s, EXACT_TOOLS_TIMEOUT_S))
-            return _WholeSource(self.complete(ask, model, account, handle))
+    def open_stream(self, call: _Call, model: str, account: Account, stack: ExitStack) -> _Source:
+        """A streaming reply, read up to its first chunk; the stack closes its connection."""
+        if self.must_be_whole(call.request, model):
+            return _source_of(self.complete(call, model, account, stack))
         started = time.monotonic()
-        with ExitStack() as stack:
-            ask = self._uploaded(ask, account, stack)
-            answer = self._send(ask, model, account, handle, streaming=True)
-            if isinstance(answer, _Answer):
-                return _WholeSource(self._read_whole(answer, model, account))
-            stack.callback(answer.close)
-            duration_ms = (time.monotonic() - started) * 1000
-            _log.info("Stream connected duration=%.0fms", duration_ms)
-            return _Source(answer, model, stack)
+        response = self._send(call, model, account, stack, streaming=True)
+        if response.status_code != 200 or not is_stream(response):
+            return _source_of(self._whole_reply(response, model, account))
+        stack.callback(call.cancellation.follow)
+        stack.callback(response.close)
+        _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
+        timeout_s = self._timeout_s(call.request, is_whole=False)
+        decoder: LineDecoder | EventDecoder = LineDecoder(model)
+        parts: Iterator[Any] = stream_pieces(response, timeout_s)
+        if content_type(response) == "text/event-stream":
+            decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
+        batches = decoded(decoder, parts, account.token)
+        return _Source(chain([next(batches, [])], batches), decoder.reply)
 
     def data(self, path: str, account: Account) -> JSON:
         """The answer to a question about the account."""
-        url = _api_origin(self._config) + path
-        return body_of(self._transport.ask("GET", url, token=account.token))
+        url = _api_origin(self.config) + path
+        return body_of(self.transport.send("GET", url, token=account.token))
 
-    def _read_whole(self, answer: _Answer, model: str, account: Account) -> Reply:
-        body = body_of(answer, model, account.username)
-        if self._config.api_style == "openai":
-            return reply_from_openai(body, model)
-        return reply_from_driver(body, model)
+    def _whole_reply(self, response: requests.Response, model: str, account: Account) -> Reply:
+        body = body_of(response, model, account.username)
+        read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
+        return read(body, model)
 
-    def _must_be_exact(self, ask: _Request, model: str) -> bool:
+    def must_be_whole(self, request: _Request, model: str) -> bool:
         """Whether streaming could lose tool calls, and the user wants none lost."""
-        if self._config.stream_tools == "live" or not ask.needs.tools:
-            return False
-        if _is_gateway(self._config):
+        if self.config.stream_tools == "live" or not request.needs.tools or is_foreign(self.config):
             return False
         provider = None
-        with suppress(PuterError):  # without a catalogue the provider is unknown
-            provider = self._catalogue.find(model).provider
-        return may_lose_calls(provider, ask.args.get("tools"), ask.args)
+        # without a catalogue the provider is unknown
+        with suppress(PuterError):
+            provider = self.catalogue.find(model).provider
+        return may_lose_calls(provider, request.args.get("tools"), request.args)
+
+    def _timeout_s(self, request: _Request, is_whole: bool) -> float:
+        """The longest silence; a whole reply with tools may take minutes before its first byte."""
+        usual_s = self.config.api_timeout_ms / 1000
+        if is_whole and request.needs.tools:
+            usual_s = max(usual_s, EXACT_TOOLS_TIMEOUT_S)
+        return usual_s if request.timeout_s is None else request.timeout_s
 
     def _send(
-        self, ask: _Request, model: str, account: Account, handle: _Cancellation, streaming: bool
-    ) -> _Answer | _Wire:
-        """Put one request on the wire, in the dialect of the `api_style`."""
-        args = {**ask.args, "model": model, **({"stream": True} if streaming else {})}
-        if self._config.api_style == "openai":
+        self, call: _Call, model: str, account: Account, stack: ExitStack, streaming: bool
+    ) -> requests.Response:
+        """Send one request in the dialect of the `api_style`, its files uploaded before."""
+        base = self.config.api_base_url
+        messages = self._uploaded(call, account, stack)
+        body = {**call.request.args, "messages": messages, "model": model}
+        if streaming:
+            body["stream"] = True
+        if self.config.api_style == "openai":
             if streaming:
-                args.setdefault("stream_options", {"include_usage": True})
-            args["messages"] = openai_messages(args["messages"])
-            url, body = f"{_openai_base(self._config)}/chat/completions", args
+                body.setdefault("stream_options", {"include_usage": True})
+            has_path = _host_and_path(base)[1] != ""
+            url = f"{base}{'' if has_path else _OPENAI_PATH}/chat/completions"
         else:
-            url = f"{self._config.api_base_url}/drivers/call"
-            body = {
-                "interface": "puter-chat-completion",
-                "driver": "ai-chat",
-                "method": "complete",
-                "args": args,
-            }
-        _log.info(
-            "Request: POST %s method=complete model=%s stream=%s messages=%d",
-            _path_of(url),
-            model,
-            str(streaming).lower(),
-            len(args["messages"]),
+            url = f"{base}/drivers/call"
+            driver = {"interface": "puter-chat-completion", "driver": "ai-chat"}
+            body = {**driver, "method": "complete", "args": body}
+        words = (_host_and_path(url)[1], model, str(streaming).lower(), len(messages))
+        _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
+        return self.transport.send(
+            "POST",
+            url,
+            token=account.token,
+            body=body,
+            timeout_s=self._timeout_s(call.request, is_whole=not streaming),
+            cancellation=call.cancellation,
+            streaming=streaming,
         )
-        return self._post(url, body, account, handle, ask.timeout_s, streaming)
 
-    def _post(
-        self,
-        url: str,
-        body: JSON,
-        account: Account,
-        handle: _Cancellation,
-        timeout_s: float | None,
-        streaming: bool,
-    ) -> _Answer | _Wire:
-        """POST with the account's token; a session token is exchanged once if the server asks."""
+    def _uploaded(self, call: _Call, account: Account, stack: ExitStack) -> Messages:
+        """The messages with their files put into the account's storage, until the stack ends."""
+        messages: Messages = call.request.args["messages"]
+        if is_foreign(self.config):
+            return messages
+        return [
+            {**m, "content": [self._upload(call, part, account, stack) for part in m["content"]]}
+            if isinstance(m.get("content"), list)
+            else m
+            for m in messages
+        ]
 
-        def post() -> _Answer | _Wire:
-            token = self._exchanged.get(account.token, account.token)
-            return self._transport.call(
-                "POST",
-                url,
-                token=token,
-                body=body,
-                headers={"Origin": _APP_ORIGIN} if token != account.token else {},
-                timeout_s=timeout_s,
-                handle=handle,
-                streaming=streaming,
-            )
-
-        answer = post()
-        if isinstance(answer, _Answer) and answer.status == 403:
-            code = _error_fields(answer.data)["code"]
-            known = account.token in self._exchanged
-            if code == "app_or_api_token_required" and not known:
-                self._exchanged[account.token] = self._exchange(account)
-                return post()
-        return answer
-
-    def _exchange(self, account: Account) -> str:
-        """A user-app token for an account session token."""
-        url = f"{_api_origin(self._config)}/auth/get-user-app-token"
-        origin = {"origin": _APP_ORIGIN}
-        answer = self._transport.ask("POST", url, token=account.token, body=origin)
-        token = body_of(answer, None, account.username).get("token")
-        if not isinstance(token, str) or not token:
-            raise AuthError("The server exchanged the session token for nothing")
-        return token
-
-    def _uploaded(self, ask: _Request, account: Account, stack: ExitStack) -> _Request:
-        """The request with its files put into the account's storage, until the stack ends."""
-        if _is_gateway(self._config) or not any(map(_has_file, ask.args["messages"])):
-            return ask
-        messages = []
-        for message in ask.args["messages"]:
-            if _has_file(message):
-                parts = [
-                    self._upload(part, account, stack) if _holds_file(part) else part
-                    for part in message["content"]
-                ]
-                message = {**message, "content": parts}
-            messages.append(message)
-        return replace(ask, args={**ask.args, "messages": messages})
-
-    def _upload(self, part: JSON, account: Account, stack: ExitStack) -> JSON:
-        """Put one file into `AppData/puter.py` of the account (recorded); a part for it."""
+    def _upload(self, call: _Call, part: JSON, account: Account, stack: ExitStack) -> JSON:
+        """Put a part's file into `AppData/puter.py` of the account (recorded); a part for it."""
+        if part.get("type") != "file" or "file" not in part:
+            return part
         name, data, mime = file_of(part)
         owner = account.username
-        if self._roster.has_token:
+        if self.accounts.token is not None:
             owner = str(self.data("/whoami", account).get("username"))
+        folder = f"/{owner}/AppData/puter.py"
         operation = {
             "op": "write",
             "dedupe_name": True,
             "overwrite": False,
             "create_missing_ancestors": True,
-            "path": f"/{owner}/AppData/puter.py",
+            "path": folder,
             "name": name,
             "item_upload_id": 0,
         }
         info = {"name": name, "type": mime, "size": len(data)}
         _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
-        answer = self._transport.ask(
-            "POST",
-            f"{_api_origin(self._config)}/batch",
-            token=account.token,
-            form=[
-                ("fileinfo", json.dumps(info)),
-                ("operation", json.dumps(operation)),
-                ("file", (name, data, mime)),
-            ],
-            progress=partial(self.on_upload, name) if self.on_upload else None,
-        )
-        results = body_of(answer, None, account.username).get("results")
+        if call.on_upload is not None:
+            call.on_upload(name, 0, len(data))
+        # the order of the fields counts (recorded)
+        form = [
+            ("fileinfo", (None, json.dumps(info))),
+            ("operation", (None, json.dumps(operation))),
+            ("file", (name, data, mime)),
+        ]
+        url = f"{_api_origin(self.config)}/batch"
+        response = self.transport.send("POST", url, token=account.token, form=form)
+        results = body_of(response, None, account.username).get("results")
         path = results[0].get("path") if isinstance(results, list) and results else None
-        if not isinstance(path, str):
-            raise ServerError(f"The server took {name!r}, but does not say where it is")
-        stack.callback(self._delete, path, account)
-        return {"type": "file", "puter_path": path}
+        stored_as = path.removeprefix(f"{folder}/") if isinstance(path, str) else ""
+        if stored_as in ("", ".", "..") or re.search(r"[/\0]", stored_as):
+            raise ServerError(f"The server took {name!r}, but stored it as {path!r}")
+        stack.callback(self._delete, f"{folder}/{stored_as}", account)
+        if call.on_upload is not None:
+            call.on_upload(name, len(data), len(data))
+        return {"type": "file", "puter_path": f"{folder}/{stored_as}"}
 
     def _delete(self, path: str, account: Account) -> None:
         """Remove an uploaded file; the answer matters more, so a failure is only logged."""
-        url = f"{_api_origin(self._config)}/delete"
+        url, body = f"{_api_origin(self.config)}/delete", {"paths": [path]}
         try:
-            answer = self._transport.ask("POST", url, token=account.token, body={"paths": [path]})
-            if answer.status >= 400:
-                raise error_from(answer.status, answer.data, account=account.username)
+            response = self.transport.send("POST", url, token=account.token, body=body)
+            if response.status_code >= 400:
+                body_of(response, None, account.username)
         except PuterError as error:
             _log.warning("%s could not be deleted from Puter: %s", path, error)
+
+
+def _source_of(reply: Reply) -> _Source:
+    """A whole reply, given out as a stream."""
+    return _Source(iter([chunks_of(reply)]), lambda: reply)
+
+
+def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chunk]]:
+    """The chunks of a stream as they arrive; raises what went wrong, without the token."""
+    try:
+        for part in parts:
+            if chunks := decoder.feed(part):
+                yield chunks
+            if decoder.error is not None:
+                break
+    except PuterError:
+        # all was said before the connection broke
+        if not decoder.whole:
+            raise
+    if decoder.error is None and (chunks := decoder.finish()):
+        yield chunks
+    if decoder.error is not None:
+        decoder.error.message = without_token(decoder.error.message, token)
+        if isinstance(decoder.error, StreamError):
+            decoder.error.reply = decoder.reply()
+        raise decoder.error
+
+
+_CLOSED = "The stream was closed before its end"
 
 
 class Stream:
     """A reply as it comes: iterate over it for `Chunk`s; `reply` is the whole once it ended.
 
     Ends normally, or raises `StreamError` with the partial reply. Leaving the `with` block,
-    `close()` (from any thread) or dropping it closes the connection.
+    `close()` or dropping it closes the connection. `close()` may be called from any thread:
+    another one that reads the stream gets a `StreamError` that says so.
+
+    Attributes: `model` and `account` (the names of those that answer), `attempts`.
     """
 
-    def __init__(self, client: Puter, ask: _Request) -> None:
-        self._client = client
-        self._ask = replace(ask, streaming=True)
-        self._handle = _Cancellation()
-        self._source: _Source | _WholeSource | None = None
+    def __init__(
+        self,
+        source: _Source,
+        cancellation: _Cancellation,
+        who: tuple[str, str, tuple[Attempt, ...]],
+        stack: ExitStack | None = None,
+        note_end: Callable[[str, Reply | None], None] | None = None,
+        checked: bool = False,
+    ) -> None:
+        self._source = source
+        self._cancellation = cancellation
+        self.model, self.account, self.attempts = who
+        self._stack = stack or ExitStack()
+        self._note_end = note_end
+        self._checked = checked
         self._batch: Iterator[Chunk] = iter(())
-        self._ended = False
-        self._reply: Reply | None = None  # put together when asked for
-        self._last: _Source | _WholeSource | None = None
-        self._walked: _Walked | None = None
-        self.model: str = ask.model
-        """The model that answers."""
-        self.account: str = ""
-        self.attempts: tuple[Attempt, ...] = ()
+        # "ok", "closed" or an error's code
+        self._end_word = ""
+        self._closed_by = 0
+        self._lock = threading.RLock()
+        self._reply: Reply | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
-        while True:
+        for batch in self._batches():
+            self._batch = iter(batch)
             yield from self._batch
-            if self._source is None or self._ended:
-                return
-            self._batch = iter(self._next_chunks(self._source))
 
     def __next__(self) -> Chunk:
-        for chunk in self:
-            return chunk
-        raise StopIteration
+        while (chunk := next(self._batch, None)) is None:
+            batch = self._next_batch()
+            if batch is None:
+                raise StopIteration
+            self._batch = iter(batch)
+        return chunk
 
     def __enter__(self) -> Self:
         return self
@@ -4475,123 +4021,90 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self._shut()
+        self._note_end = None
+        self._finish("closed")
 
     def __repr__(self) -> str:
-        ended = "ended" if self._ended else "closed" if self._source is None else "open"
-        return f"<puter.Stream of {self.model!r}, {ended}>"
+        state = {"ok": "ended", "": "open"}.get(self._end_word, "closed")
+        return f"<puter.Stream of {self.model!r}, {state}>"
 
     @property
     def reply(self) -> Reply:
         """The whole reply; raises `StreamError` while the stream has not ended."""
-        if not self._ended:
-            raise StreamError(
-                "The stream has not come to its end",
-                hint="Read all its chunks first.",
-                reply=self._last.reply() if self._last else None,
-            )
-        if self._reply is None and self._last is not None:
-            self._reply = self._with_walk(self._last.reply())
-        assert self._reply is not None
+        if self._reply is None:
+            message, hint = "The stream has not come to its end", "Read all its chunks first."
+            raise StreamError(message, hint=hint, reply=self._partial())
         return self._reply
 
     def close(self) -> None:
-        """End the stream now; what is on its way is not waited for."""
-        if self._source is not None and not self._ended and self._walked:
-            seconds = time.monotonic() - self._walked.started
-            self._client._ledger.count(self.model, "closed", seconds)
-        self._shut()
+        """End the stream now, from any thread; what is on its way is not waited for."""
+        self._closed_by = threading.get_ident()
+        self._finish("closed")
 
-    def _shut(self) -> None:
-        """Give back the connection and the place in the gate."""
-        source, self._source = self._source, None
-        if not self._ended and not (source is not None and source.is_read):
-            self._handle.close()  # a body that was read to its end left a good connection
-        if source is not None:
-            source.close()
-        if self._walked is not None:
-            self._walked.release()
+    def _batches(self) -> Iterator[list[Chunk]]:
+        """The chunks in lists of those that arrived together."""
+        yield list(self._batch)
+        while (batch := self._next_batch()) is not None:
+            yield batch
 
-    def _start(self) -> Stream:
-        """Walk models and accounts until one answers; its first chunks are there then."""
-        kept = self._client._ledger.kept(self._ask)
-        if kept is not None:
-            self._batch, self._reply, self._ended = iter(chunks_of(kept)), kept, True
-            self.model, self.account = kept.model, kept.account
-            return self
-        walked = self._client._walk(self._ask, self._handle, self._client._caller.open_stream)
-        self._walked, self._source, self._last = walked, walked.result, walked.result
-        self.model = self._client._catalogue.id_of(walked.model)
-        self.account, self.attempts = walked.account.username, walked.attempts
-        self._batch = iter(walked.result.first)
-        return self
-
-    def _next_chunks(self, source: _Source | _WholeSource) -> list[Chunk]:
+    def _next_batch(self) -> list[Chunk] | None:
+        """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
+        if self._end_word == "ok" or self._closed_by == threading.get_ident():
+            return None
+        if self._end_word == "closed":
+            raise self._broken(_CLOSED, "closed")
         try:
-            chunks = source.read()
+            batch = next(self._source.batches, None)
+            if self._checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
+                raise_for_invalid(self._partial())
         except PuterError as error:
-            self._end(source, _code_of(error))
+            if self._end_word == "closed":
+                raise self._broken(_CLOSED, "closed") from error
+            self._finish(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
-            raise StreamError(
-                error.message
-                if isinstance(error, StreamError)
-                else f"The reply of {self.model} broke off: {error.message}",
-                reply=self._with_walk(source.reply()),
-                code=error.code,
-                model=self.model,
-                account=self.account,
-                attempts=self.attempts,
-            ) from error
-        if not chunks:
-            self._ended = True
-            self._end(source, "ok")
-        return chunks
+            if isinstance(error, StreamError):
+                raise self._broken(error.message, error.code) from error
+            message = f"The reply of {self.model} broke off: {error.message}"
+            raise self._broken(message, error.code) from error
+        if batch is None:
+            self._finish("ok")
+        return batch
 
-    def _end(self, source: _Source | _WholeSource, outcome: str) -> None:
-        """Close, and note how it ended."""
-        self._shut()
-        if self._walked is not None:
-            whole = partial(getattr, self, "reply")
-            self._client._ended(self._ask, self._walked, source.usage, outcome, whole)
+    def _broken(self, message: str, code: str | None) -> StreamError:
+        who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
+        hint = "" if code == "closed" else None
+        return StreamError(message, hint=hint, reply=self._partial(), code=code, **who)
 
-    @property
-    def _has_more(self) -> bool:
-        """Whether chunks have come that nobody has read yet."""
-        return length_hint(self._batch) > 0
-
-    def _with_walk(self, reply: Reply) -> Reply:
-        return replace(reply, account=self.account, attempts=self.attempts)
-
-
-class _Walked:
-    """How a walk ended well: who answered, and the place in the gate that is still taken."""
-
-    def __init__(
-        self,
-        result: Any,
-        asked: str,
-        attempts: Sequence[Attempt],
-        account: Account,
-        gate: _ConcurrencyLimit,
-        began: float,
-    ) -> None:
-        self.result = result
-        self.asked = asked  # under the name that the server knows
-        self.attempts = tuple(attempts)
-        self.model = self.attempts[-1].model
-        self.account = account
-        self.began = began  # when the walk did, with its retries and waits
-        self.started = time.monotonic() - self.attempts[-1].seconds
-        self._gate: _ConcurrencyLimit | None = gate
-        self._lock = threading.Lock()
-
-    def release(self) -> None:
-        """Give the place back; once, whoever comes first."""
+    def _finish(self, word: str) -> None:
+        """Give back the connection and the place, and note how it ended; once."""
         with self._lock:
-            gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.leave()
+            if self._end_word:
+                return
+            self._end_word = word
+            stack = self._stack.pop_all()
+        if word == "ok":
+            self._reply = self._partial()
+        else:
+            # a body that was read to its end left a good connection
+            self._cancellation.cancel()
+        stack.close()
+        if self._note_end is not None:
+            self._note_end(word, self._reply)
+
+    def _partial(self) -> Reply:
+        """What has come so far."""
+        return replace(self._source.reply(), account=self.account, attempts=self.attempts)
+
+
+def raise_for_invalid(reply: Reply) -> None:
+    """Raise `ReplyError` when a call's arguments cannot be read."""
+    for call in reply.tool_calls:
+        if call.invalid:
+            arguments = f"arguments that are not a JSON object: {call.invalid[:200]!r}"
+            message = f"The model called {call.name!r} with {arguments}"
+            who: JSON = {n: getattr(reply, n) for n in ("model", "account", "attempts")}
+            raise ReplyError(message, raw=call.invalid, reply=reply, **who)
 
 
 class Puter:
@@ -4599,7 +4112,8 @@ class Puter:
 
     Args:
         token: use this token and no stored account. Default: `PUTER_AUTH_TOKEN` of the
-            environment, else the stored accounts, the active one first.
+            environment, else the stored accounts, the active one first. For an
+            OpenAI-compatible server that is not Puter's: its key (default `openai_api_key`).
         account: use this stored account and no other, whatever the environment says.
         config: settings; default `Config.load()`.
         session: a `requests.Session` of yours, for a proxy or certificates of your own.
@@ -4621,27 +4135,34 @@ class Puter:
             if name not in _SETTINGS:
                 raise _unknown_key(name, "argument")
         if token is not None and account is not None:
-            raise ConfigError(
-                "token and account are both given", hint="A token is an account of its own."
-            )
+            hint = "A token is an account of its own."
+            raise ConfigError("token and account are both given", hint=hint)
+        if config is not None and not isinstance(config, Config):
+            hint = "Pass a Config, or settings by their names."
+            raise ConfigError(f"config is {_describe(config)}", hint=hint)
         self.config = Config.load(**settings) if config is None else replace(config, **settings)
-        if token is None and account is None:
+        if is_foreign(self.config):
+            token = token or self.config.openai_api_key
+        elif token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
-        self.state = State(self.config.folder / STATE_NAME)
-        self._ledger = _Ledger(self.config, self.state)
+        self.state = State(self.config.folder / STATE_NAME, self.config.api_base_url)
+        self._metrics = self._state_in(self.config.metrics_file, "")
+        self._reply_cache = self._state_in(self.config.cache_directory, "cache.sqlite3")
         self._transport = _Transport(self.config, session)
         self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
-        self._roster = _Accounts(self.config, self.store, self.state, token, account)
-        self._caller = _Api(self.config, self._transport, self._catalogue, self._roster)
-        self._lock = _Lock()
-        self._gates: dict[str, _ConcurrencyLimit] = {}
-        self._gates_pid = os.getpid()
+        self._accounts = _Accounts(self.config, self.store, self.state, token, account)
+        self._api = _Api(self.config, self._transport, self._catalogue, self._accounts)
+        self._limits: dict[str, _ConcurrencyLimit] = {}
+        self.on_upload: Callable[[str, int, int], None] | None = None
+        """Called with (name, bytes sent, bytes in all) before and after a file's upload."""
+        self._on_answer: Callable[[str, Reply], None] | None = None
+        _forkable.add(self)
         if self.config.debug:
-            _log.show(_DEBUG)
+            _show_log(_DEBUG)
 
     def __repr__(self) -> str:
-        who = "a given token" if self._roster.has_token else self._roster.current
+        who = "a given token" if self._accounts.token else self._accounts.current
         return f"<puter.Puter with {who or 'stored accounts'} at {self.config.api_base_url}>"
 
     def __enter__(self) -> Self:
@@ -4653,8 +4174,8 @@ class Puter:
     def close(self) -> None:
         """Close connections and files; using the client again opens them again."""
         self._transport.close()
-        self.state.close()
-        self._ledger.close()
+        for state in (self.state, self._metrics, self._reply_cache):
+            state.close()
 
     # ---- asking ----
 
@@ -4662,7 +4183,7 @@ class Puter:
         self,
         prompt: Prompt,
         *,
-        model: str | None = None,
+        model: str | Model | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
@@ -4675,7 +4196,8 @@ class Puter:
 
         Args:
             prompt: a text, or a list of messages in OpenAI's shape (it is not changed).
-            model: an id or alias of the catalogue; default `default_model`, else a cheap one.
+            model: an id or alias of the catalogue, or a `Model`; default `default_model`, else
+                a cheap one.
             system: a system text put in front.
             images: paths, bytes or URLs, shown with the last user message.
             files: PDFs and other documents, as paths, bytes or (name, bytes): uploaded to
@@ -4683,19 +4205,25 @@ class Puter:
             tools: Python functions (their schema comes from signature, type hints and
                 docstring), or JSON schemas in OpenAI's shape.
             fallback: whether free models may answer when the asked one cannot.
-            timeout_ms: longest silence of the server; default `api_timeout_ms`.
+            timeout_ms: longest silence of the server; default `api_timeout_ms`, with tools ten
+                minutes, since nothing comes before the whole answer does.
             args: passed on to Puter: temperature, max_tokens, tool_choice, reasoning_effort…
 
-        Raises the `PuterError` of the first attempt that failed when none could answer.
+        Raises the `PuterError` of the first attempt that failed when none could answer;
+        `ReplyError`, with the reply on it, when a call's arguments cannot be read.
         """
-        ask = self._ask(prompt, model, system, images, files, tools, fallback, timeout_ms, args)
-        return self._answer(ask, _Cancellation())
+        request = self._build_request(
+            prompt, model, system, images, files, tools, fallback, timeout_ms, args
+        )
+        reply = self._complete(request)
+        raise_for_invalid(reply)
+        return reply
 
     def stream(
         self,
         prompt: Prompt,
         *,
-        model: str | None = None,
+        model: str | Model | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
@@ -4709,8 +4237,10 @@ class Puter:
         Returns once the first chunk is there: errors before it are raised here, as by `chat`.
         After that nothing is tried again, and a broken answer is a `StreamError`.
         """
-        ask = self._ask(prompt, model, system, images, files, tools, fallback, timeout_ms, args)
-        return Stream(self, ask)._start()
+        request = self._build_request(
+            prompt, model, system, images, files, tools, fallback, timeout_ms, args
+        )
+        return self._open_stream(request, checked=True)
 
     def run(
         self,
@@ -4727,17 +4257,16 @@ class Puter:
             prompt: as for `chat`.
             tools: functions with type hints; a docstring tells the model what they do.
             max_rounds: how often the model may ask for functions.
-            on_tool: is shown each call first; False refuses it, and the model is told so.
-            options: as for `chat`.
+            on_tool: is shown each call first; False refuses it, and the model reads so.
+            options: as for `chat`; a `tool_choice` holds until the model has called.
 
-        A function's exception goes to the model as its result, and to the log. Several calls
-        are made in order. Raises `ReplyError` when the model still calls after `max_rounds`.
+        A function's exception goes to the model as its result, and to the log; so does a call
+        that cannot be read. Several calls are made in order. Raises `ReplyError` when the model
+        still calls after `max_rounds`.
         """
-        options["tools"] = list(_functions_by_name(tools).values())
-        rounds = _Rounds(self, messages_from(prompt), options, max_rounds, on_tool)
-        for _ in rounds.chunks(streaming=False):
-            pass
-        return rounds.reply
+        functions = list(_functions_by_name(tools).values())
+        options |= {"tools": functions, "max_rounds": max_rounds, "on_tool": on_tool}
+        return self.conversation().say(prompt, **options)
 
     def conversation(
         self, system: str | None = None, *, model: str | None = None, **options: Any
@@ -4750,18 +4279,18 @@ class Puter:
     def models(
         self, provider: str | None = None, free: bool | None = None, refresh: bool = False
     ) -> list[Model]:
-        """The live catalogue, by id; kept for `cache_ttl_ms`. Needs no account.
+        """The live catalogue, by id; cached for `cache_ttl_ms`. Needs no account.
 
         `provider` matches the catalogue's provider or the vendor in the id ("anthropic");
         `free` keeps only free (True) or paid (False) models. When the server cannot be
         reached, an older list is used and a warning logged.
         """
-        found = self._catalogue.models(refresh)
+        models = self._catalogue.models(refresh)
         if provider:
-            found = [m for m in found if _is_from(m, provider)]
+            models = [m for m in models if is_from(m, provider)]
         if free is not None:
-            found = [m for m in found if m.free is free]
-        return sorted(found, key=lambda m: m.id)
+            models = [m for m in models if m.free is free]
+        return sorted(models, key=lambda m: m.id)
 
     def model(self, name: str) -> Model:
         """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
@@ -4769,284 +4298,53 @@ class Puter:
 
     def whoami(self) -> JSON:
         """The account in use as the server describes it: username, uuid, email, is_temp…"""
-        return self._caller.data("/whoami", self._roster.first())
+        return self._api.data("/whoami", self._accounts.first())
 
     def usage(self, account: str | None = None) -> Credit:
         """What an account may still spend this month; by default the one in use."""
-        holder = self._roster.first(account)
+        holder = self._accounts.first(account)
         try:
-            return credit_from(self._caller.data("/metering/usage", holder))
+            return credit_from(self._api.data("/metering/usage", holder))
         except BadRequestError as error:
             if error.status != 404:
                 raise
-            return credit_from(self._caller.data("/auth/get-monthly-usage", holder))
-
-    @property
-    def on_upload(self) -> Callable[[str, int, int], None] | None:
-        """Told (name, bytes sent, bytes in all) while a file is uploaded; None tells nobody."""
-        return self._caller.on_upload
-
-    @on_upload.setter
-    def on_upload(self, told: Callable[[str, int, int], None] | None) -> None:
-        self._caller.on_upload = told
+            return credit_from(self._api.data("/auth/get-monthly-usage", holder))
 
     def stats(self, model: str | None = None) -> list[ModelStats]:
         """How the models have done in all calls from this computer, most asked first."""
-        if model is not None:
-            self._catalogue.models_if_any("Aliases are counted apart")
-        totals, samples = self._ledger.figures.metrics(self.config.metrics_max_samples)
-        ids = {name: self._catalogue.id_of(name, look=True) for name in samples}
-        by_id: dict[str, list[tuple[Any, ...]]] = {}
-        for name, rows in samples.items():
-            by_id.setdefault(ids[name], []).extend(rows)
-        found = stats_from([(ids[row[0]], *row[1:]) for row in totals], by_id)
-        wanted = model and self._catalogue.id_of(strip_puter_prefix(model), look=True)
-        return [s for s in found if not wanted or s.model == wanted]
+        stats = stats_from(*self._metrics.metrics(self.config.metrics_max_samples))
+        if model is None:
+            return stats
+        self._catalogue.models_if_any("Aliases are not known")
+        wanted = (model, self._catalogue.id_of(strip_puter_prefix(model)))
+        return [s for s in stats if s.model in wanted]
 
     def reset_stats(self, model: str | None = None) -> None:
-        """Forget the figures of a model, or of all."""
-        names = None
-        if model is not None:
-            wanted = self._catalogue.id_of(strip_puter_prefix(model), look=True)
-            _, samples = self._ledger.figures.metrics(1)
-            names = [n for n in samples if self._catalogue.id_of(n) == wanted]
-        self._ledger.figures.reset_metrics(names)
+        """Forget the statistics of a model, or of all."""
+        names = [model, self._catalogue.id_of(strip_puter_prefix(model))] if model else None
+        self._metrics.reset_metrics(names)
 
     @property
     def accounts(self) -> list[Account]:
         """The accounts that this client may use, in order."""
-        return self._roster.usable()
+        return self._accounts.usable()
 
     @property
     def active_account(self) -> Account | None:
-        """The account that the next call goes to first, resting or not; None if there is none."""
-        return self._roster.first() if self._roster.usable() else None
+        """The account that the next call goes to first; None if there is none."""
+        return self._accounts.first() if self._accounts.usable() else None
 
     def cooldowns(self) -> list[Cooldown]:
-        """Who rests now, as all processes have learned it."""
-        return self._roster.cooldowns()
+        """Who is on cooldown now, as all processes have reported it."""
+        return self._accounts.cooldowns()
 
-    # ---- the walk over models and accounts ----
+    # ---- the internal face: for the gateway, the MCP server and the command line ----
+    # `_on_answer` is called with the asked model's name and each reply that ended well.
 
-    def _walk(
-        self,
-        ask: _Request,
-        handle: _Cancellation,
-        send: Callable[[_Request, str, Account, _Cancellation], Any],
-    ) -> _Walked:
-        """Ask until somebody answers, in the order that the policies give.
-
-        First the asked model on the current account, then its fallbacks there; when the
-        account itself is limited, the next account, beginning again with the asked model.
-        When nobody answers, the first error is raised with all that was tried.
-        """
-        attempts: list[Attempt] = []
-        first: PuterError | None = None
-        tried: set[str] = set()
-        began = time.monotonic()
-        is_free = partial(self._catalogue.is_free, ask.model)
-        while (account := self._roster.next(tried, is_free)) is not None:
-            tried.add(account.username)
-            unpaid: CreditError | None = None
-            models = self._models_in_turn(ask, account)
-            while (model := next(models, None)) is not None:
-                try:
-                    result = self._persist(ask, model, account, send, handle, attempts)
-                except PuterError as error:
-                    if handle.closed.is_set() or isinstance(error, _BusyError):
-                        raise  # its owner gave up, or has too much open: no account's fault
-                    first = first or error
-                    step = next_step(error, model == ask.model, ask.fallback)
-                    if ask.fallback and error.scope == "model":
-                        self._catalogue.models_if_any("No fallback")  # names, too
-                    self._learn(error, model, account)
-                    unpaid = error if isinstance(error, CreditError) else unpaid
-                    if step == "rename" and (
-                        name := self._name_for(ask.model, error, ask.fallback)
-                    ):
-                        ask = replace(ask, model=name)
-                        first, models = None, self._models_in_turn(ask, account)
-                    elif step in ("raise", "rename"):
-                        raise self._summed_up(first, attempts) from first.__cause__
-                    elif step == "next_account":
-                        break
-                    elif step == "free_model":
-                        models = self._one_free(models)
-                else:
-                    self._roster.current = account.username
-                    gate = self._gate(account)
-                    return _Walked(result, ask.model, attempts, account, gate, began)
-            if unpaid is not None:  # no free model could help, either
-                self._rest(unpaid, account)
-        if first is None:
-            raise self._roster.nobody()
-        raise self._summed_up(first, attempts) from first.__cause__
-
-    def _persist(
-        self,
-        ask: _Request,
-        model: str,
-        account: Account,
-        send: Callable[[_Request, str, Account, _Cancellation], Any],
-        handle: _Cancellation,
-        attempts: list[Attempt],
-    ) -> Any:
-        """One model on one account, with the retries that the policies allow.
-
-        Comes back with the account's place in the gate still taken.
-        """
-        gate, alone = self._gate(account), self._roster.is_alone(account)
-        if model != ask.model:
-            _log.info("Fallback: trying %s", model)
-        retries, waited_s = 0, 0.0
-        while True:
-            gate.enter(handle, ask.timeout_s or self.config.api_timeout_ms / 1000)
-            started = time.monotonic()
-            try:
-                result = send(ask, model, account, handle)
-            except BaseException as error:
-                gate.leave()
-                if not isinstance(error, PuterError):
-                    raise
-                seconds = time.monotonic() - started
-                error.model, error.account = error.model or model, account.username
-                if model not in error.message:
-                    error.message = f"{model}: {error.message}"
-                attempts.append(Attempt(model, account.username, error, seconds))
-                self._ledger.count(model, _code_of(error), seconds)
-                limit = self.config.max_retries
-                if not may_retry(error, retries, limit, alone, waited_s):
-                    raise
-                retries += 1
-                delay_s = self._wait_for(error, retries, gate, handle)
-                waited_s += delay_s
-                if handle.closed.is_set():
-                    raise
-            else:
-                seconds = time.monotonic() - started
-                attempts.append(Attempt(model, account.username, None, seconds))
-                try:
-                    self._note_success(account, model)
-                except BaseException:
-                    gate.leave()
-                    raise
-                return result
-
-    def _note_success(self, account: Account, model: str) -> None:
-        names = (model, self._catalogue.id_of(model))
-        self.state.record_success(account.username, names, time.time())
-
-    def _wait_for(
-        self, error: PuterError, retries: int, gate: _ConcurrencyLimit, handle: _Cancellation
-    ) -> float:
-        """Wait before the next try, unless the handle is closed; how long, in seconds."""
-        base_s = self.config.retry_delay_ms / 1000
-        delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
-        if isinstance(error, RateLimitError):
-            delay_s = max(delay_s, RATE_PAUSE_S)
-            gate.refused(delay_s, "concurrent" in error.message)
-        _log.info(
-            "Retry %d/%d: %s, waiting %.0fms",
-            retries,
-            max(self.config.max_retries, retries),
-            _short(error),
-            delay_s * 1000,
-        )
-        handle.closed.wait(delay_s)
-        return delay_s
-
-    def _learn(self, error: PuterError, model: str, account: Account) -> None:
-        """Note in the state who must rest, so that nobody runs into the same again.
-
-        An account without credit rests only once its free models could not help.
-        """
-        name, now, code = account.username, time.time(), _code_of(error)
-        if isinstance(error, AuthError):
-            mark = _token_mark(account.token)
-            self.state.add_cooldown(name, "", lambda _: float("inf"), "login", now, mark)
-            _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
-        elif error.scope == "model" or isinstance(error, CreditError):
-            base_s = self.config.fallback_cooldown_ms / 1000
-            rests = self._catalogue.id_of(model, look=True)
-            self.state.add_cooldown(name, rests, lambda _: base_s, code, now)
-            _log.info("%s, adding to cooldown", _short(error))
-        elif error.scope == "account":
-            self._rest(error, account)
-
-    def _rest(self, error: PuterError, account: Account) -> None:
-        """Let a whole account rest, unless it is alone."""
-        if self._roster.is_alone(account):
-            return
-        base_s = self.config.account_rotation_cooldown_ms / 1000
-        name, now = account.username, time.time()
-        self.state.add_cooldown(name, "", lambda n: cooldown_s(n, base_s), _code_of(error), now)
-        _log.info("%s, adding to cooldown", _short(error))
-
-    def _models_in_turn(self, ask: _Request, account: Account) -> Iterator[str]:
-        """The asked model, unless it rests on this account; then what may stand in for it."""
-        rests = self.state.cooldowns(time.time(), look=False)  # the roster just looked
-        cooled = {c.model for c in rests if c.account == account.username and c.model}
-        asked = self._catalogue.id_of(ask.model, look=True) if cooled else ask.model
-        rests_now = asked in cooled or ask.model in cooled
-        if not rests_now or not ask.fallback:
-            yield ask.model
-        if not ask.fallback:
-            return
-        candidates = self._catalogue.models_if_any("No fallback")
-        listed = self.config.fallback_models
-        stand_ins = fallback_order(ask.model, candidates, cooled, ask.needs, listed)
-        yield from stand_ins
-        if rests_now and not stand_ins:
-            yield ask.model  # nobody to stand in: better asked too early than not at all
-
-    def _one_free(self, models: Iterator[str]) -> Iterator[str]:
-        """The next free model of those to come, and no more."""
-        free = {m.id for m in self._catalogue.models_if_any("No free model") if m.free}
-        for model in models:
-            if model in free:
-                yield model
-                return
-
-    def _name_for(self, name: str, error: PuterError, may_cost: bool) -> str | None:
-        """The name that the server knows instead, or None; adds near matches to the error.
-
-        `may_cost`: whether a `:free` name that is gone may become its paid twin.
-        """
-        candidates = self._catalogue.models_if_any("No other name")
-        try:
-            found = find_model(name, candidates).id
-        except ModelNotFoundError as unknown:
-            if isinstance(error, ModelNotFoundError) and candidates:
-                error.message, error.near = unknown.message, unknown.near
-                error.hint = unknown.hint
-            if not may_cost:
-                return None
-            paid = name.removesuffix(":free")
-            found = next((m.id for m in candidates if paid in m.names()), name)
-            if paid == name or found == name:
-                return None
-            _log.warning("%s is not there any more: trying %s, which may cost credit", name, found)
-        return None if found == name else found
-
-    @staticmethod
-    def _summed_up(error: PuterError, attempts: Sequence[Attempt]) -> PuterError:
-        error.attempts = tuple(attempts)
-        return error
-
-    def _gate(self, account: Account) -> _ConcurrencyLimit:
-        with self._lock:
-            if self._gates_pid != os.getpid():  # a forked child has nothing running yet
-                self._gates, self._gates_pid = {}, os.getpid()
-            if account.username not in self._gates:
-                self._gates[account.username] = _ConcurrencyLimit(self.config.max_concurrent)
-            return self._gates[account.username]
-
-    # ---- one question, from the caller's arguments to the reply ----
-
-    def _ask(
+    def _build_request(
         self,
         prompt: Prompt,
-        model: str | None,
+        model: str | Model | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
@@ -5055,132 +4353,360 @@ class Puter:
         timeout_ms: int | None = None,
         args: JSON | None = None,
     ) -> _Request:
-        """Check the caller's arguments; raises `BadRequestError` before anything is sent."""
-        if "stream" in (args or {}):
-            raise BadRequestError(
-                "`stream` is no argument here", hint="Use `.stream(…)` or `.chat(…)`."
-            )
-        if timeout_ms is not None and (not isinstance(timeout_ms, int) or timeout_ms <= 0):
-            raise BadRequestError(
-                f"timeout_ms is {_describe(timeout_ms)}", hint="Give milliseconds, 1 or more."
-            )
-        parts = [*map(image_part, _listing(images)), *map(file_part, _listing(files))]
-        messages = _wired(messages_from(prompt, system, parts))
+        """Check the caller's arguments, and send nothing; raises `BadRequestError`."""
+        args = {k: v for k, v in (args or {}).items() if v is not None}
+        check_names(args)
+        if timeout_ms is not None and not (_is_number(timeout_ms) and 0 < timeout_ms < 10**9):
+            hint = "Give milliseconds, 1 or more."
+            raise BadRequestError(f"timeout_ms is {_describe(timeout_ms)}", hint=hint)
+        name = model.id if isinstance(model, Model) else model
+        if name is not None and (not isinstance(name, str) or not strip_puter_prefix(name)):
+            hint = "Give an id or alias, or a Model."
+            raise BadRequestError(f"model is {_describe(model)}", hint=hint)
+        name = self.config.model_name(name)
+        messages = puter_messages(messages_from(prompt, system, _input_parts(images, files)))
         schemas = tool_schemas(tools)
-        name = self.config.model_name(model)
-        sent = {k: v for k, v in (args or {}).items() if v is not None}
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
+        if self.config.api_style == "openai":
+            messages = openai_messages(messages)
         return _Request(
             model=name,
-            args={"messages": messages, **({"tools": schemas} if schemas else {}), **sent},
+            args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
+
+    def _complete(self, request: _Request, cancellation: _Cancellation | None = None) -> Reply:
+        """The whole reply to a request; another thread may cancel it."""
+        cached = self._cached(request)
+        if cached is not None:
+            return cached
+        call = _Call(request, cancellation or _Cancellation(), False, self.on_upload)
+        outcome = self._walk(call)
+        outcome.stack.close()
+        name, attempts = outcome.account.username, tuple(call.attempts)
+        reply: Reply = replace(outcome.result, account=name, attempts=attempts)
+        self._note_end(call, outcome, "ok", reply)
+        return reply
+
+    def _open_stream(
+        self, request: _Request, cancellation: _Cancellation | None = None, checked: bool = False
+    ) -> Stream:
+        """The reply to a request as it comes; returns once its first chunk is there.
+
+        Calls whose arguments cannot be read are passed on, unless the stream is `checked`.
+        """
+        call = _Call(request, cancellation or _Cancellation(), True, self.on_upload)
+        cached = self._cached(request)
+        if cached is not None:
+            who: Any = (cached.model, cached.account, ())
+            return Stream(_source_of(cached), call.cancellation, who, checked=checked)
+        outcome = self._walk(call)
+        model_id = self._catalogue.id_of(outcome.model)
+        who = (model_id, outcome.account.username, tuple(call.attempts))
+        note_end = partial(self._note_end, call, outcome)
+        return Stream(outcome.result, call.cancellation, who, outcome.stack, note_end, checked)
+
+    def _models_if_any(self, why: str) -> list[Model]:
+        """The model list; none, with a warning that begins with `why`, when there is none."""
+        return self._catalogue.models_if_any(why)
+
+    def _download(self, url: str) -> tuple[bytes, str]:
+        """(contents, MIME type) of a public URL; raises `BadRequestError`, `NetworkError`…"""
+        return self._transport.download(url)
+
+    def _server_date(self) -> str | None:
+        """The Date header of Puter's API; raises `PuterError` when it does not answer."""
+        url = f"{_api_origin(self.config)}/puterai/chat/models"
+        return self._transport.send("GET", url).headers.get("Date")
+
+    # ---- the walk over models and accounts ----
+
+    def _walk(self, call: _Call) -> _Outcome:
+        """Ask until somebody answers, in the order that the policies give.
+
+        First the asked model on the current account, then its fallbacks there; when the
+        account itself is limited, the next account, beginning again with the asked model.
+        When nobody answers, the first error is raised with all that was tried.
+        """
+        asked = self._catalogue.known(call.request.model)
+        is_free = asked is not None and asked.free
+        for account, patient in self._accounts.in_turn(call, is_free):
+            for model, is_fallback in self._models_in_turn(call, account):
+                try:
+                    outcome = self._send_with_retries(call, model, account, patient)
+                except PuterError as error:
+                    if call.cancellation.cancelled.is_set() or isinstance(error, _BusyError):
+                        # its owner gave up, or has too much open: no account's fault
+                        raise
+                    if call.request.fallback and error.scope == "model":
+                        # cooldowns are of ids, which the list knows
+                        self._catalogue.models_if_any("No fallback")
+                    self._note_failure(error, model, account)
+                    step = next_step(error, is_fallback, call.request.fallback)
+                    if step == "raise":
+                        raise_first(call.attempts)
+                    if step == "next_account":
+                        break
+                else:
+                    self._accounts.current = account.username
+                    return outcome
+            failures = [a.error for a in call.attempts if a.account == account.username]
+            unpaid = next((e for e in failures if isinstance(e, CreditError)), None)
+            if unpaid is not None:
+                # its free models could not help either
+                self._cool(unpaid, account)
+            if failures and not any(map(depends_on_account, failures)):
+                # the models failed by themselves: another account would meet the same
+                break
+        if not call.attempts:
+            raise self._accounts.nobody()
+        raise_first(call.attempts)
+
+    def _models_in_turn(self, call: _Call, account: Account) -> Iterator[tuple[str, bool]]:
+        """The asked model, unless it is on cooldown on this account; then its fallbacks.
+
+        As (name, is it a fallback). Looks at what the attempts have come to before it goes on.
+        """
+        asked, attempts = call.request.model, call.attempts
+        cooled = {c.model for c in self.cooldowns() if c.account == account.username and c.model}
+        is_cooled = not cooled.isdisjoint((asked, self._catalogue.id_of(asked)))
+        if not is_cooled or not call.request.fallback:
+            yield asked, False
+            if isinstance(attempts[-1].error, ModelNotFoundError):
+                model_id = self._other_name(asked, attempts)
+                if model_id is None:
+                    return
+                yield model_id, False
+        if not call.request.fallback:
+            return
+        models, listed = self._catalogue.models_if_any("No fallback"), self.config.fallback_models
+        fallbacks = fallback_order(asked, models, cooled, call.request.needs, listed)
+        if is_cooled and not fallbacks:
+            # no fallback available: ask it despite its cooldown
+            yield asked, False
+        mine = [a.error for a in attempts if a.account == account.username]
+        is_unpaid = any(isinstance(error, CreditError) for error in mine)
+        for model in fallbacks:
+            tried = {a.model for a in attempts} - {asked, self._catalogue.id_of(asked)}
+            is_late = time.monotonic() > call.began + FALLBACK_TIME_S
+            if is_late or len(tried) >= FALLBACKS_PER_CALL:
+                return
+            if is_unpaid and not model.free:
+                continue
+            if is_worth_trying(model, attempts, self._catalogue.by_name):
+                _log.info("Fallback: trying %s", model.id)
+                yield model.id, True
+                if is_unpaid:
+                    # one is enough to see whether free models help
+                    return
+
+    def _other_name(self, name: str, attempts: list[Attempt]) -> str | None:
+        """The id that the server knows an unknown name by; None, and near names for the error."""
+        error = attempts[-1].error
+        models = self._catalogue.models_if_any("No other name")
+        try:
+            model_id = find_model(name, models).id
+        except ModelNotFoundError as unknown:
+            if error is not None and models:
+                error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
+            return None
+        if model_id == name:
+            return None
+        # it was only misspelt: no attempt that anybody wants to hear of
+        attempts.pop()
+        return model_id
+
+    def _send_with_retries(
+        self, call: _Call, model: str, account: Account, patient: bool
+    ) -> _Outcome:
+        """One model on one account, with the retries that the policies allow."""
+        name, most = account.username, self.config.max_retries
+        limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
+        send = self._api.open_stream if call.is_stream else self._api.complete
+        patience_s = call.request.timeout_s or self.config.api_timeout_ms / 1000
+        retries, waited_s = 0, 0.0
+        while True:
+            with ExitStack() as stack:
+                stack.enter_context(limit.place(call.cancellation, patience_s))
+                started = time.monotonic()
+                try:
+                    result = send(call, model, account, stack)
+                except PuterError as error:
+                    failure = error
+                else:
+                    seconds = time.monotonic() - started
+                    call.attempts.append(Attempt(model, name, None, seconds))
+                    names, now = (model, self._catalogue.id_of(model)), time.time()
+                    self.state.record_success(name, names, now - seconds, now)
+                    return _Outcome(result, model, account, stack.pop_all(), started)
+            seconds = time.monotonic() - started
+            call.attempts.append(Attempt(model, name, failure, seconds))
+            self._count(model, _code_of(failure), seconds)
+            failure.model, failure.account = failure.model or model, name
+            if model not in failure.message:
+                failure.message = f"{model}: {failure.message}"
+            is_stream = call.is_stream and not self._api.must_be_whole(call.request, model)
+            if not may_retry(failure, retries, most, patient, waited_s, is_stream):
+                raise failure
+            retries += 1
+            delay_s = self._delay_s(failure, retries, limit)
+            if call.cancellation.cancelled.wait(delay_s):
+                raise failure
+            waited_s += delay_s
+
+    def _delay_s(self, error: PuterError, retries: int, limit: _ConcurrencyLimit) -> float:
+        """How long to wait before the next try; after a limit of requests everybody waits."""
+        base_s = self.config.retry_delay_ms / 1000
+        delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
+        if isinstance(error, RateLimitError):
+            delay_s = max(delay_s, RATE_PAUSE_S)
+            limit.pause(delay_s)
+        most, wait_ms = max(self.config.max_retries, retries), delay_s * 1000
+        _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most, _short(error), wait_ms)
+        return delay_s
+
+    def _note_failure(self, error: PuterError, model: str, account: Account) -> None:
+        """Note in the state who is on cooldown, so that nobody runs into the same again.
+
+        An account without credit is only once its free models could not help; one with too
+        many requests at once never is.
+        """
+        code = _code_of(error)
+        if isinstance(error, AuthError) and code in _DEAD_TOKEN_CODES:
+            name, mark = account.username, _token_mark(account.token)
+            self.state.add_cooldown(name, "", lambda _: math.inf, "login", time.time(), mark)
+            _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
+        elif error.scope == "model" or isinstance(error, CreditError):
+            self._cool(error, account, self._catalogue.id_of(model))
+        elif error.scope == "account" and not isinstance(error, AuthError):
+            self._cool(error, account)
+
+    def _cool(self, error: PuterError, account: Account, model_id: str = "") -> None:
+        """Put a model on cooldown, or the whole account, unless it is alone or merely busy."""
+        is_busy = "concurrent" in error.message
+        if not model_id and (is_busy or self._accounts.is_alone(account)):
+            return
+        model_s = self.config.fallback_cooldown_ms / 1000
+        account_s = self.config.account_rotation_cooldown_ms / 1000
+
+        def seconds_of(strikes: int) -> float:
+            return model_s if model_id else cooldown_s(strikes, account_s)
+
+        name, reason = account.username, _code_of(error)
+        self.state.add_cooldown(name, model_id, seconds_of, reason, time.time())
+        _log.info("%s, adding to cooldown", _short(error))
+
+    # ---- one question, from the caller's arguments to the reply ----
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
         """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
         if not needs.inputs:
             return
         catalogue = self._catalogue.models_if_any("Not checked what the model takes")
-        try:
-            model = find_model(name, catalogue)
-        except ModelNotFoundError:
-            return  # the server says so, with what it knows
-        if model.inputs is None or needs.inputs <= set(model.inputs):
+        model = self._catalogue.known(name)
+        if model is None or model.inputs is None or needs.inputs <= set(model.inputs):
+            # the server says so if there is none, with what it knows
             return
         able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
         able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        raise BadRequestError(
-            f"{model.id} takes {', '.join(model.inputs)}, but no "
-            f"{' and '.join(sorted(needs.inputs))}",
-            model=model.id,
-            hint=f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}.",
-        )
+        takes, wanted = ", ".join(model.inputs), " and ".join(sorted(needs.inputs))
+        hint = f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
+        message = f"{model.id} takes {takes}, but no {wanted}"
+        raise BadRequestError(message, model=model.id, hint=hint)
 
-    def _answer(self, ask: _Request, handle: _Cancellation) -> Reply:
-        """The whole reply to a request; another thread may close the handle."""
-        kept = self._ledger.kept(ask)
-        if kept is not None:
-            return kept
-        walked = self._walk(ask, handle, self._caller.complete)
-        walked.release()
-        reply: Reply = walked.result
-        reply = replace(reply, account=walked.account.username, attempts=walked.attempts)
-        self._ended(ask, walked, reply.usage, "ok", lambda: reply)
-        return reply
-
-    def _ended(
-        self, ask: _Request, walked: _Walked, usage: Usage, outcome: str, whole: Callable[[], Reply]
-    ) -> None:
-        """Note how the request that was answered ended, and keep a whole reply if wanted."""
-        now = time.monotonic()
-        first_s = walked.attempts[-1].seconds if ask.streaming else None
-        self._ledger.count(walked.model, outcome, now - walked.started, first_s, usage)
-        if outcome != "ok":
-            _log.info("Response: broke off (%s)", outcome)
+    def _note_end(self, call: _Call, outcome: _Outcome, word: str, reply: Reply | None) -> None:
+        """Note how the call that was answered ended, and cache a whole reply if wanted."""
+        request, now = call.request, time.monotonic()
+        first_s = call.attempts[-1].seconds if call.is_stream else None
+        usage = reply.usage if reply else None
+        self._count(outcome.model, word, now - outcome.started, first_s, usage)
+        if reply is None:
+            _log.info("Response: broke off (%s)", word)
             return
-        how = f"OK ({now - walked.began:.1f}s)"
-        if walked.model != walked.asked:
-            how = "OK (used fallback model)"
-        elif ask.streaming:
-            how = f"Stream complete ({now - walked.began:.1f}s)"
-        _log.info("Response: 200 %s", how)
-        if walked.model == walked.asked:
-            self._ledger.keep(ask, whole)
+        is_fallback = self._catalogue.id_of(outcome.model) != self._catalogue.id_of(request.model)
+        how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
+        _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
+        if self.config.cache_enabled and not is_fallback:
+            body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
+            self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
+        if self._on_answer is not None:
+            self._on_answer(request.model, reply)
 
-
-class _Rounds:
-    """A question and its answer, with the rounds of function calls between them.
-
-    `messages` grows by each turn; `reply` is the last one.
-    """
-
-    def __init__(
+    def _count(
         self,
-        client: Puter,
-        messages: Messages,
-        options: JSON,
-        max_rounds: int,
-        on_tool: Callable[[ToolCall], bool | None] | None,
+        model: str,
+        outcome: str,
+        seconds: float,
+        first_s: float | None = None,
+        usage: Usage | None = None,
     ) -> None:
-        tools = options.get("tools")
-        is_run = bool(tools) and all(map(callable, _listing(tools)))
-        self.messages = messages
-        self.reply = Reply()
-        self._client = client
-        self._options = options
-        self._functions = _functions_by_name(tools) if is_run else {}
-        self._max_rounds = max_rounds
-        self._on_tool = on_tool
+        """Record how one request ended: "ok", "closed" or an error's code."""
+        if self.config.metrics_enabled:
+            model_id, samples = self._catalogue.id_of(model), self.config.metrics_max_samples
+            self._metrics.record(model_id, outcome, seconds, first_s, usage, samples)
 
-    def chunks(self, streaming: bool) -> Iterator[Chunk]:
-        """Ask until there is an answer; its chunks as they come, if it is to stream."""
-        for rounds_left in range(self._max_rounds, -1, -1):
-            yield from self._one_turn(streaming)
-            if not self._functions or not self.reply.tool_calls:
-                return
-            if rounds_left:
-                self.messages += [self._result(call) for call in self.reply.tool_calls]
-        raise ReplyError(
-            f"The model still calls functions after {self._max_rounds} rounds",
-            raw=repr(self.reply),
-            hint="Raise `max_rounds`, or say in the prompt when to stop.",
-        )
+    def _cached(self, request: _Request) -> Reply | None:
+        """The cached reply to the same request, if replies are cached and it is fresh."""
+        if not self.config.cache_enabled:
+            return None
+        ttl_s = self.config.cache_ttl_ms / 1000
+        body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
+        if body is None:
+            return None
+        _log.info("Response: from the cache")
+        return reply_from_json(json.loads(body))
 
-    def _one_turn(self, streaming: bool) -> Iterator[Chunk]:
-        if streaming:
-            with self._client.stream(self.messages, **self._options) as stream:
-                yield from stream
-            self.reply = stream.reply
-        else:
-            self.reply = self._client.chat(self.messages, **self._options)
-        self.messages = [*self.messages, message_from(self.reply)]
+    def _cache_key(self, request: _Request) -> str:
+        """What tells one request from another: all of it, and the server."""
+        import hashlib
 
-    def _result(self, call: ToolCall) -> JSON:
-        content = _result_of(call, self._functions, self._on_tool)
-        return {"role": "tool", "tool_call_id": call.id, "content": content}
+        server = [self.config.api_base_url, self.config.api_style]
+        return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
+
+    def _state_in(self, place: str | None, name: str) -> State:
+        """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
+        from pathlib import Path
+
+        return self.state if place is None else State(Path(place).expanduser() / name)
+
+    def _after_fork(self) -> None:
+        """A forked child begins without connections, and with nothing running."""
+        self._transport.forget()
+        self._catalogue.forget()
+        self._limits = {}
+
+
+def raise_first(attempts: Sequence[Attempt]) -> NoReturn:
+    """Raise the first error of a call, with all that was tried."""
+    error = attempts[0].error
+    assert error is not None
+    error.attempts = tuple(attempts)
+    raise error from error.__cause__
+
+
+def check_names(args: Mapping[str, Any]) -> None:
+    """Raise `BadRequestError` for arguments that look like a misspelt one of ours.
+
+    All else is passed on to the server.
+    """
+    for name in args:
+        near = _close_matches(name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), 0.8)
+        if name in ("account", "token", "config", "session", *_SETTINGS):
+            hint = f"{name} belongs to the client: Puter({name}=…)."
+            raise BadRequestError(f"There is no argument {name!r}", hint=hint)
+        if name in _OTHER_NAMES or near:
+            hint = f"Did you mean {_OTHER_NAMES.get(name) or near[0]}?"
+            raise BadRequestError(f"There is no argument {name!r}", hint=hint)
+
+
+def _short(error: PuterError) -> str:
+    """An error in the words of the log."""
+    if isinstance(error, (RateLimitError, ModelRateLimitError)):
+        return f"Rate limited ({error.status or 429})"
+    return f"{_code_of(error)} ({error.status or '-'})"
 
 
 class Conversation:
@@ -5213,19 +4739,19 @@ class Conversation:
     def __getstate__(self) -> JSON:
         return {**self.__dict__, "_client": None}
 
-    def say(self, said: str | JSON, **options: Any) -> Reply:
-        """The model's answer to the next thing said: a text, or a message in OpenAI's shape.
+    def say(self, message: Prompt | JSON, **options: Any) -> Reply:
+        """The model's answer to the next message: a text, or one or more in OpenAI's shape.
 
         `options` are `chat`'s. With functions as `tools` they are called until the model
-        answers, as by `run` (which see for `max_rounds` and `on_tool`).
+        answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._turns(said, options, streaming=False):
+        for _ in self._turns(self._with(message, options), options, streaming=False):
             pass
         return self.reply
 
-    def stream(self, said: str | JSON, **options: Any) -> Iterator[Chunk]:
+    def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
         """The answer as it comes, otherwise as `say`; remembered once it has come whole."""
-        return self._turns(said, options, streaming=True)
+        return self._turns(self._with(message, options), options, streaming=True)
 
     @property
     def reply(self) -> Reply:
@@ -5234,74 +4760,111 @@ class Conversation:
             raise BadRequestError("Nothing was answered yet", hint="Say something first.")
         return self._reply
 
-    def _turns(self, said: str | JSON, options: JSON, streaming: bool) -> Iterator[Chunk]:
-        asked = {**self.options, **options}
-        messages = self._with(said, asked)
-        most, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
-        asked = {"model": self.model, "system": self.system, **asked}
-        rounds = _Rounds(self._its_client(), messages, asked, most, on_tool)
-        yield from rounds.chunks(streaming)
-        self.messages, self._reply = rounds.messages, rounds.reply
-
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
-        told = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
+        options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
         names = ("system", "model", "messages")
-        return {**{n: getattr(self, n) for n in names}, "options": told}
+        return {**{n: getattr(self, n) for n in names}, "options": options}
 
     @classmethod
     def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
         """The conversation that `to_json` gave."""
-        return cls(
-            data.get("system"),
-            model=data.get("model"),
-            client=client,
-            messages=data.get("messages") or (),
-            **(data.get("options") or {}),
-        )
+        names = ("system", "model", "messages")
+        own = {name: data[name] for name in names if data.get(name)}
+        return cls(client=client, **own, **(data.get("options") or {}))
 
-    def _with(self, said: str | JSON, asked: JSON) -> Messages:
-        """The history with the next thing said; images and files become part of it."""
-        parts = [*map(image_part, _listing(asked.pop("images", ())))]
-        parts += map(file_part, _listing(asked.pop("files", ())))
-        prompt = said if isinstance(said, str) else [said]
+    def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
+        """The history with the next message; images and files become part of it."""
+        asked = {**self.options, **options}
+        parts = _input_parts(asked.get("images", ()), asked.get("files", ()))
+        prompt = [message] if isinstance(message, Mapping) else message
         return [*self.messages, *messages_from(prompt, None, parts)]
 
-    def _its_client(self) -> Puter:
-        return self._client or _default_client()
+    def _turns(self, messages: Messages, options: JSON, streaming: bool) -> Iterator[Chunk]:
+        """Ask until there is an answer, calling functions between; then remember it all."""
+        asked = {"model": self.model, "system": self.system, **self.options, **options}
+        asked |= {"images": (), "files": ()}
+        max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
+        if not isinstance(max_rounds, int) or max_rounds < 0:
+            raise BadRequestError(f"max_rounds is {_describe(max_rounds)}", hint="Give 0 or more.")
+        tools = asked.get("tools")
+        is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
+        functions = _functions_by_name(tools) if is_run else {}
+        for rounds_left in range(max_rounds, -1, -1):
+            reply = yield from self._one_turn(messages, asked, streaming)
+            if not functions:
+                raise_for_invalid(reply)
+            messages = [*messages, message_from(reply)]
+            if not functions or not reply.tool_calls:
+                self.messages, self._reply = messages, reply
+                return
+            if rounds_left:
+                messages += [
+                    {
+                        "role": "tool",
+                        "tool_call_id": c.id,
+                        "content": _called(c, functions, on_tool),
+                    }
+                    for c in reply.tool_calls
+                ]
+            if asked.get("tool_choice") not in (None, "none"):
+                # it has called: to be forced again would never end
+                asked["tool_choice"] = "auto"
+        message = f"The model still calls functions after {max_rounds} rounds"
+        hint = "Raise `max_rounds`, or say in the prompt when to stop."
+        raise ReplyError(message, raw=repr(reply), reply=reply, hint=hint)
+
+    def _one_turn(
+        self, messages: Messages, asked: JSON, streaming: bool
+    ) -> Generator[Chunk, None, Reply]:
+        """One question and its whole reply; its chunks as they come, if it is to stream."""
+        client = self._client or _default_client()
+        own = {name: asked[name] for name in _OWN_ARGUMENTS if name in asked}
+        args = {name: value for name, value in asked.items() if name not in own}
+        request = client._build_request(messages, **own, args=args)
+        if not streaming:
+            return client._complete(request)
+        with client._open_stream(request) as stream:
+            yield from stream
+            return stream.reply
 
 
-def _listing(given: Any) -> Sequence[Any]:
-    """One path, URL, bytes, or (name, bytes) as a list of it; a list stays."""
-    named = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], bytes)
-    alone = isinstance(given, (str, bytes, bytearray, os.PathLike)) or callable(given)
-    return [given] if alone or (named and isinstance(given[0], str)) else given
+def _input_parts(images: Any, files: Any) -> list[JSON]:
+    """Images and files as parts of a message."""
+    images, files = _as_list(images, "images"), _as_list(files, "files")
+    return [*map(image_part, images), *map(file_part, files)]
+
+
+def _as_list(value: Any, name: str) -> Sequence[Any]:
+    """One path, URL, bytes, (name, bytes) or function as a list of it; a list stays."""
+    named = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], bytes)
+    alone = isinstance(value, (str, bytes, bytearray, os.PathLike)) or callable(value)
+    if alone or (named and isinstance(value[0], str)):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise BadRequestError(f"{name} is {_describe(value)}, not a list", hint="Give a list.")
+    return value
 
 
 def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     """Functions for a model by their names; raises `BadRequestError` for anything else."""
-    found: dict[str, Callable[..., Any]] = {}
-    for tool in _listing(tools):
+    functions: dict[str, Callable[..., Any]] = {}
+    for tool in _as_list(tools, "tools"):
         if not callable(tool):
-            raise BadRequestError(
-                f"{_describe(tool)} is no function to call",
-                hint="`run` needs functions; with schemas use `chat`.",
-            )
+            hint = "`run` needs functions; with schemas use `chat`."
+            raise BadRequestError(f"{_describe(tool)} is not a function to call", hint=hint)
         name = function_schema(tool)["function"]["name"]
-        if name in found:
-            raise BadRequestError(
-                f"Two functions are called {name!r}", hint="Give each a name of its own."
-            )
-        found[name] = tool
-    return found
+        if name in functions:
+            hint = "Give each a name of its own."
+            raise BadRequestError(f"Two functions are called {name!r}", hint=hint)
+        functions[name] = tool
+    return functions
 
 
-def _result_of(
-    call: ToolCall,
-    functions: Mapping[str, Callable[..., Any]],
-    on_tool: Callable[[ToolCall], bool | None] | None,
-) -> str:
-    """Call one function for the model; whatever happens is the text of the result."""
+def _called(call: ToolCall, functions: Mapping[str, Any], on_tool: Any) -> str:
+    """Call one function for the model; whatever happens is the text of its result."""
+    if call.invalid:
+        return f"Error: the arguments are not a JSON object: {call.invalid[:200]}"
     if on_tool is not None and on_tool(call) is False:
         return "The user refused this call."
     function = functions.get(call.name)
@@ -5314,92 +4877,42 @@ def _result_of(
         return f"Error: {type(error).__name__}: {error}"
 
 
-def _holds_file(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "file" and "file" in part
-
-
-def _has_file(message: JSON) -> bool:
-    content = message.get("content")
-    return isinstance(content, list) and any(map(_holds_file, content))
-
-
-def _token_name(token: str | None) -> str:
-    """What an account that is known by its token alone is called."""
-    return f"token-{_token_mark(token)[:8]}" if token else "nobody"
-
-
-def _token_mark(token: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def _resting(
-    state: State, accounts: Sequence[Account], now: float, look: bool = True
-) -> list[Cooldown]:
-    """Who rests now; a dead token rests until its account has another one."""
-    tokens = {a.username: a.token for a in accounts}
-
-    def mark_of(name: str) -> str | None:
-        return _token_mark(tokens[name]) if name in tokens else None
-
-    return state.cooldowns(now, mark_of, look)
-
-
-def _short(error: PuterError) -> str:
-    """An error in the words of the log."""
-    if isinstance(error, (RateLimitError, ModelRateLimitError)):
-        return f"Rate limited ({error.status or 429})"
-    return f"{_code_of(error)} ({error.status or '-'})"
-
-
-def _is_from(model: Model, provider: str) -> bool:
-    """Whether a model is of a provider, by the catalogue's name or the vendor in its names."""
-    wanted = provider.lower()
-    vendors = {re.split(r"[:/]", name)[0].lower() for name in model.names()}
-    vendors |= {part for name in model.names() for part in re.split(r"[:/]", name.lower())[:-1]}
-    return wanted == model.provider.lower() or wanted in vendors
-
-
-def openai_messages(messages: Sequence[JSON]) -> Messages:
-    """A history in wire form back in OpenAI's shape, each turn's calls in one message."""
-    result: Messages = []
-    for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        uses = [p for p in parts if p.get("type") == "tool_use"]
-        if not uses:
-            result.append(message)
-            continue
-        calls = [openai_call(use) for use in uses]
-        result.append({"role": "assistant", "content": None, "tool_calls": calls})
-    return result
-
-
-_default: Puter | None = None
-_default_lock = _Lock()
+# By the environment's settings; threads that come at once share one.
+_defaults: dict[Any, Puter] = {}
 
 
 def _default_client() -> Puter:
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = Puter()
-        return _default
+    """The client of `chat` and `stream`; made anew when the environment has changed."""
+    environment = frozenset(item for item in os.environ.items() if item[0].startswith("PUTER_"))
+    return _defaults.get(environment) or _defaults.setdefault(environment, Puter())
 
 
 def chat(prompt: Prompt, **arguments: Any) -> Reply:
-    """`Puter().chat(…)` on a client that is made at the first use and kept."""
+    """See `Puter.chat`."""
     return _default_client().chat(prompt, **arguments)
 
 
 def stream(prompt: Prompt, **arguments: Any) -> Stream:
-    """`Puter().stream(…)` on a client that is made at the first use and kept."""
+    """See `Puter.stream`."""
     return _default_client().stream(prompt, **arguments)
 
 
+def _show_signature(function: Any, method: Any) -> None:
+    """Let help and completion show a function as the method that it calls."""
+    import inspect
+
+    signature = inspect.signature(method)
+    own = [p for p in signature.parameters.values() if p.name != "self"]
+    function.__signature__ = signature.replace(parameters=own)
+    function.__doc__ = f"{method.__doc__}\n\n    On a client that is made at the first use."
+
+
+_show_signature(chat, Puter.chat)
+_show_signature(stream, Puter.stream)
+
+
 # ======================================================================================
-# 10. login · uses: errors, values, config, transport
+# 10. login · uses: errors, values, config, Puter
 # ======================================================================================
 LOGIN_PORT = 19847  # the port that the plugin's users know
 LOGIN_TIMEOUT_S = 300.0
@@ -5422,13 +4935,9 @@ def account_of(token: str, config: Config) -> Account:
 
     Raises `AuthError` too for a temporary account when `auto_create_temp_user` is off.
     """
-    transport = _Transport(config)
-    try:
-        answer = transport.ask("GET", f"{_api_origin(config)}/whoami", token=token)
-    finally:
-        transport.close()
-    told = body_of(answer)
-    username, is_temporary = told.get("username"), bool(told.get("is_temp"))
+    with Puter(token, config=config) as client:
+        user = client.whoami()
+    username, is_temporary = user.get("username"), bool(user.get("is_temp"))
     if not isinstance(username, str) or not username:
         raise ServerError("The server does not say whose token this is")
     if is_temporary and not config.auto_create_temp_user:
@@ -5454,8 +4963,8 @@ class _Callback:
         self.account: Account | None = None
         self.error: PuterError | None = None
 
-    def answer(self, method: str, target: str, host: str) -> tuple[int, str, str]:
-        """(status, title, text) for a request; with status 302 the text is the address."""
+    def handle(self, method: str, target: str, host: str) -> tuple[int, str, str]:
+        """(status, title, text) of the page for a request."""
         import hmac
         from urllib.parse import parse_qs, urlsplit
 
@@ -5465,7 +4974,8 @@ class _Callback:
             return 405, "Method not allowed", "Only GET is known here."
         url = urlsplit(target)
         if url.path == "/":
-            return 302, "Sign in", self.sign_in_url
+            # Not the URL itself: others on this computer could sign the person in with it.
+            return 200, "Sign in", "Open the URL that the terminal shows."
         if not hmac.compare_digest(url.path.encode(), self.path.encode()):
             return 404, "Not found", "There is nothing here."
         token = parse_qs(url.query).get("token", [""])[0]
@@ -5473,7 +4983,7 @@ class _Callback:
             return 400, "No token", "Puter sent no token. Please try again."
         with self._lock:
             if self._taken:
-                return (410, "Already used", "This sign-in is over; you can close the page.")
+                return 410, "Already used", "This sign-in is over; you can close the page."
             self._taken = True
         return self._finish(token)
 
@@ -5497,30 +5007,27 @@ def browser_login(
     *,
     show: Callable[[str], None],
     open_browser: Callable[[str], Any] | None = None,
-    port: int = LOGIN_PORT,
+    port: int | None = None,
     timeout_s: float = LOGIN_TIMEOUT_S,
 ) -> Account:
-    """Sign in through the person's browser; the account with its token, not yet kept.
+    """Sign in through the person's browser; the account with its token, not stored yet.
 
     Args:
-        show: is told the address of Puter's page, as a line for the person.
-        open_browser: opens an address, such as `webbrowser.open`; None leaves it to the
-            person (over SSH, with the port forwarded).
-        port: where to wait for the answer on 127.0.0.1; any free one if it is taken.
+        show: gets the URL of Puter's page, as a line for the person.
+        open_browser: opens a URL, such as `webbrowser.open`; None leaves it to the person
+            (over SSH, with the port forwarded).
+        port: where to wait for the answer on 127.0.0.1; None is `LOGIN_PORT`, or any free one
+            while that is in use.
         timeout_s: how long to wait for the person.
 
-    Raises `AuthError` after the time, or when the server does not know the token.
+    Raises `AuthError` after the time, or when the server does not know the token, and
+    `ConfigError` when the given port is in use.
     """
     server = _callback_server(port)
-    callback = _Callback(
-        config.gui_base_url,
-        server.server_address[1],
-        os.urandom(16).hex(),
-        lambda token: account_of(token, config),
-    )
+    port, nonce = server.server_address[1], os.urandom(16).hex()
+    callback = _Callback(config.gui_base_url, port, nonce, lambda token: account_of(token, config))
     server.callback = callback
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
         show(callback.sign_in_url)
         if open_browser is not None:
@@ -5541,8 +5048,8 @@ def browser_login(
     return callback.account
 
 
-def _callback_server(port: int) -> Any:
-    """An HTTP server on 127.0.0.1, on this port or any; its `callback` is set later."""
+def _callback_server(port: int | None) -> Any:
+    """An HTTP server on 127.0.0.1, on this port or the default; its `callback` is set later."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
@@ -5552,54 +5059,57 @@ def _callback_server(port: int) -> Any:
             callback: _Callback = self.server.callback  # type: ignore[attr-defined]
             host = self.headers.get("Host", "")
             try:
-                self.reply(*callback.answer(self.command, self.path, host))
+                self.reply(*callback.handle(self.command, self.path, host))
             finally:  # the person has the page, or did not wait for it
                 if callback.account or callback.error:
                     callback.done.set()
 
         def reply(self, status: int, title: str, text: str) -> None:
-            body = _PAGE.format(title=title, text=text) if status != 302 else ""
+            body = _PAGE.format(title=title, text=text).encode()
             self.send_response(status)
-            if status == 302:
-                self.send_header("Location", text)
             self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body.encode())))
+            self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("Referrer-Policy", "no-referrer")
             self.send_header("Connection", "close")
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body.encode())
-                self.wfile.flush()
+                self.wfile.write(body)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = answer
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Silent: the address holds the token."""
+            """Silent: the URL holds the token."""
 
     class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        allow_reuse_address = os.name != "nt"  # on Windows it would share a taken port
+        allow_reuse_address = os.name != "nt"  # on Windows it would share a port in use
         callback: _Callback
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A browser that hangs up early is no news."""
 
     try:
-        return Server(("127.0.0.1", port), Handler)
-    except OSError:
-        return Server(("127.0.0.1", 0), Handler)
+        return Server(("127.0.0.1", LOGIN_PORT if port is None else port), Handler)
+    except OSError as error:
+        if port is None:
+            return Server(("127.0.0.1", 0), Handler)
+        reason = error.strerror or str(error)
+        hint = "Choose another --port, or end the program that uses it."
+        raise ConfigError(f"Cannot wait on port {port} ({reason})", hint=hint) from None
 
 
 # ======================================================================================
-# 11. openai server · uses: everything above but login
+# 11. gateway · uses: everything above but login
 # ======================================================================================
 SERVER_PORT = 11480
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
+MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
-IDLE_TIMEOUT_S = 75.0  # between two requests on a kept connection
-REQUEST_TIMEOUT_S = 30.0  # for the whole of a request to arrive
+IDLE_TIMEOUT_S = 75.0  # for the next bytes of a client, or until it takes ours
 DRAIN_TIMEOUT_S = 10.0  # for what runs when the server is told to stop
+KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
+MAX_STOPS = 4
+_JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
 _PASSED_ON = (
@@ -5609,329 +5119,1409 @@ _PASSED_ON = (
 )
 
 
+# ---- what the dialects share: values ----
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat completion that a client asks for, understood and checked."""
+    """What a client of the gateway asks, whatever dialect it speaks.
 
-    def __init__(
-        self,
-        prompt: Messages,
-        model: str,
-        tools: list[JSON],
-        args: JSON,
-        streaming: bool = False,
-        include_usage: bool = False,
-        stop: tuple[str, ...] = (),
-        wants_json: bool = False,
-    ) -> None:
-        self.prompt, self.model, self.tools, self.args = prompt, model, tools, args
-        self.streaming, self.include_usage = streaming, include_usage
-        self.stop, self.wants_json = stop, wants_json
+    `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
+    `MAX_STOPS` texts. `options` is what only its dialect needs to word the answer;
+    `include_usage` false there ends the reading of a stream at a stop text. An `answer` is
+    ours already: no model is asked.
+    """
+
+    model: str
+    messages: Messages
+    tools: list[JSON]
+    args: JSON
+    streaming: bool = False
+    stop: tuple[str, ...] = ()
+    wants_json: bool = False
+    options: JSON = field(default_factory=dict)
+    answer: str = ""
 
 
-def chat_request_from(body: Any, default_model: str | None) -> ChatRequest:
-    """A request in OpenAI's shape as a `ChatRequest`; raises `BadRequestError`."""
-    if not isinstance(body, dict):
-        raise _wrong("the body is no JSON object", None)
-    model = body.get("model") or default_model
-    if not isinstance(model, str):
-        raise _wrong("you must name a model (or set default_model in puter.json)", "model")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages must be a list with at least one message", "messages")
-    if body.get("n") is not None and (body["n"] != 1 or body["n"] is True):
-        raise _wrong("n must be 1: ask several times for several answers", "n")
-    if body.get("functions"):
-        raise _wrong("functions are long gone: use tools", "functions")
-    stop = body.get("stop") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-        raise _wrong("stop must be a text or a list of texts", "stop")
-    options = body.get("stream_options") or {}
-    args = {k: body[k] for k in _PASSED_ON if body.get(k) is not None}
-    limit = body.get("max_completion_tokens")
-    limit = body.get("max_tokens") if limit is None else limit
-    if limit is not None:
-        limit = int(limit) if _is_number(limit) and limit == int(limit) else limit
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
-        args["max_tokens"] = limit
-    tools, order = _chosen_tools(tool_schemas(body.get("tools")), args.get("tool_choice"))
-    wanted = _json_order(body.get("response_format"))
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an answer ended: comes after its last chunk; `stop_text` is the one that ended it."""
+
+    finish_reason: str
+    usage: Usage
+    stop_text: str | None = None
+
+
+# None: nothing came for a while. An error: the answer broke off. It or the ending is the last.
+Event = Chunk | Ending | PuterError | None
+# (the event's name or "", its data); a text is sent as it is, and None is a comment.
+Frame = tuple[str, JSON | str | None]
+
+
+class ResponseMemory:
+    """Values of recent answers by their ids, bounded in bytes: the oldest go first."""
+
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
+        self._most_bytes = most_bytes
+        self._texts: dict[str, str] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def put(self, key: str, value: Any) -> None:
+        """Remember a JSON value."""
+        text = json.dumps(value)
+        with self._lock:
+            self._bytes += len(text) - len(self._texts.pop(key, ""))
+            self._texts[key] = text
+            while self._bytes > self._most_bytes:
+                self._bytes -= len(self._texts.pop(next(iter(self._texts))))
+
+    def get(self, key: str) -> Any:
+        """A copy of the value, None when it is not there (any more)."""
+        text = self._texts.get(key)
+        return None if text is None else json.loads(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One protocol that the gateway speaks: pure translations, no I/O.
+
+    `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `frames`
+    gets a function for the model that answers, as known by then. `error` gets the HTTP status
+    and the id of the request. `answer` is for a path that asks no model. A stream that broke
+    off is cut without HTTP's own end when `cuts_broken_streams`.
+    """
+
+    parse: Callable[[JSON, ResponseMemory], ChatRequest]
+    body: Callable[[ChatRequest, Reply, Ending], JSON]
+    frames: Callable[[ChatRequest, Callable[[], str], Iterable[Event]], Iterator[Frame]]
+    error: Callable[[PuterError, int, str], JSON]
+    answer: Callable[[JSON], JSON] | None = None
+    cuts_broken_streams: bool = False
+
+
+# ---- what the dialects share: requests ----
+
+
+def checked_request(
+    body: JSON, messages: Any, tools: Any, args: JSON, stop: Any = None, options: JSON | None = None
+) -> ChatRequest:
+    """A request of any dialect, checked; raises `BadRequestError`.
+
+    Model and streaming are what the `body` says, the rest is in OpenAI's shape. `args` may hold
+    `tool_choice` and `response_format`; as most providers know neither, they are asked for in
+    a system message, too.
+    """
+    args = {k: v for k, v in args.items() if v is not None}
+    if "max_tokens" in args:
+        args["max_tokens"] = _token_limit(args["max_tokens"])
+    offered, choice = _choose_tools(tool_schemas(tools), args)
+    shape = _json_instruction(args.get("response_format"))
     return ChatRequest(
-        prompt=_with_orders(messages, [o for o in (order, wanted) if o]),
-        model=model,
-        tools=tools,
+        model=_model_name(body.get("model")),
+        messages=_with_instructions(_safe_messages(messages), [t for t in (choice, shape) if t]),
+        tools=offered,
         args=args,
         streaming=body.get("stream") is True,
-        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
-        stop=tuple(stop),
-        wants_json=bool(wanted),
+        stop=_stop_texts(stop),
+        wants_json=bool(shape),
+        options=options or {},
     )
 
 
-def _wrong(what: str, param: str | None) -> BadRequestError:
-    error = BadRequestError(f"Bad request: {what}", hint="", status=400)
-    error.param = param
-    return error
+def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
+    return BadRequestError(f"Bad request: {what}", hint="", param=param, status=status, **more)
 
 
-def _chosen_tools(tools: list[JSON], choice: Any) -> tuple[list[JSON], str]:
-    """(the tools to offer, an order for the system text): most providers know no tool_choice."""
-    if not tools or choice in (None, "auto"):
-        return tools, ""
-    if choice == "none":
+def _objects(value: Any, name: str) -> list[JSON]:
+    """A list of objects, as it should be; null is an empty one."""
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise _wrong(f"{name} must be a list of objects", name)
+    return value
+
+
+def _model_name(model: Any) -> str:
+    """The model that is asked for; "" leaves it to the owner's default."""
+    if model is None or model == "":
+        return ""
+    if not isinstance(model, str) or not strip_puter_prefix(model):
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
+    return model
+
+
+def _token_limit(limit: Any) -> int:
+    if not _is_number(limit) or limit != int(limit) or limit < 1:
+        raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+    return int(limit)
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) and stop else stop or []
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+        raise _wrong("stop must be a text or a list of texts", "stop")
+    if len(stops) > MAX_STOPS:
+        raise _wrong(f"stop may hold {MAX_STOPS} texts", "stop")
+    return tuple(stops)
+
+
+def _safe_messages(messages: Any) -> Messages:
+    """The messages with their known keys only: callers may use models, not the owner's files."""
+    if not isinstance(messages, list) or not messages:
+        raise _wrong("messages must be a list with at least one message", "messages")
+    keys = ("role", "content", "name", "tool_calls", "tool_call_id")
+    safe = [_only(message, *keys) for message in messages]
+    for number, message in enumerate(safe):
+        if isinstance(message.get("content"), list):
+            where, parts = f"messages[{number}].content", enumerate(message["content"])
+            message["content"] = [_safe_part(part, f"{where}[{i}]") for i, part in parts]
+    return safe
+
+
+def _safe_part(part: Any, where: str) -> JSON:
+    """A part of a message with its known keys; raises `BadRequestError` for other kinds."""
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "refusal"):
+        return {"type": "text", "text": part.get(kind)}
+    if kind == "file":
+        return {"type": kind, kind: _only(part.get(kind), "filename", "file_data")}
+    if kind != "image_url":
+        raise _wrong(f"{where} is of the kind {_describe(kind)}, which is not known", "messages")
+    image = part.get(kind)
+    image = {"url": image} if isinstance(image, str) else _only(image, "url", "detail")
+    if not re.match(r"(https?://|data:)", str(image.get("url")), re.IGNORECASE):
+        raise _wrong(f"{where} needs an http(s) or data URL", "messages")
+    return {"type": kind, kind: image}
+
+
+def _only(value: Any, *keys: str) -> JSON:
+    """These keys of an object; of anything else, nothing."""
+    return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
+
+
+def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
+    """(the tools to offer, an instruction for the model); `args` lose what needs tools."""
+    choice = args.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        names = allowed.get("tools") if isinstance(allowed, dict) else None
+        if not isinstance(names, list) or allowed.get("mode") not in ("auto", "required"):
+            text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
+            raise _wrong(text, "tool_choice")
+        tools = [_named_tool(tools, name) for name in names]
+        choice = args["tool_choice"] = allowed["mode"]
+    if not tools or choice == "none":
+        args.pop("tool_choice", None)
+        args.pop("parallel_tool_calls", None)
         return [], ""
+    if choice in (None, "auto"):
+        return tools, ""
     if choice == "required":
         return tools, "Answer by calling at least one of the functions."
-    function = choice.get("function") if isinstance(choice, dict) else None
-    named = function.get("name") if isinstance(function, dict) else None
-    chosen = [t for t in tools if t["function"]["name"] == named]
-    if not chosen:
-        raise _wrong(f"tool_choice names {named!r}, which is not among the tools", "tool_choice")
-    return chosen, f"Answer by calling the function {named}."
+    tool = _named_tool(tools, choice)
+    return [tool], f"Answer by calling the function {tool['function']['name']}."
 
 
-def _json_order(response_format: Any) -> str:
-    """What to ask for in the system text, since most providers know no response_format."""
+def _named_tool(tools: list[JSON], choice: Any) -> JSON:
+    """The tool that a choice names, in the shape of chat completions or of responses."""
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    tool = next((t for t in tools if t["function"]["name"] == name), None)
+    if tool is None:
+        what = "names no tool" if name is None else f"names {name!r}, which is not among the tools"
+        raise _wrong(f"tool_choice {what}", "tool_choice")
+    return tool
+
+
+def _json_instruction(response_format: Any) -> str:
+    """What to say in the system text, since most providers know no response_format."""
     kind = response_format.get("type") if isinstance(response_format, dict) else None
-    if kind == "json_object":
-        return "Answer with one JSON object and nothing else: no code fence, no remarks."
-    if kind == "json_schema":
-        told = response_format.get("json_schema", {})
-        if not isinstance(told, dict):
-            raise _wrong("response_format needs a json_schema object", "response_format")
-        schema = told.get("schema")
-        return (
-            "Answer with one JSON value and nothing else: no code fence, no remarks. "
-            f"It must match this JSON schema: {json.dumps(schema)}"
-        )
-    if kind not in (None, "text"):
+    if kind in (None, "text"):
+        return ""
+    if kind not in ("json_object", "json_schema"):
         raise _wrong(f"response_format of type {kind!r} is not known", "response_format")
-    return ""
+    text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
+    if kind == "json_object":
+        return text.format("object")
+    schema = json.dumps(_only(response_format.get("json_schema"), "schema").get("schema"))
+    return f"{text.format('value')} It must match this JSON schema: {schema}"
 
 
-def _with_orders(messages: list[Any], orders: Sequence[str]) -> Messages:
+def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messages:
     """The messages with a system message behind those that open the history."""
-    if not orders:
+    if not instructions:
         return messages
-    count = 0
-    while count < len(messages) and isinstance(messages[count], dict):
-        if messages[count].get("role") not in ("system", "developer"):
-            break
-        count += 1
-    order = {"role": "system", "content": "\n".join(orders)}
-    return [*messages[:count], order, *messages[count:]]
+    opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
+    system = {"role": "system", "content": "\n".join(instructions)}
+    return [*opening, system, *messages[len(opening) :]]
+
+
+# ---- what the dialects share: answers ----
 
 
 class StopText:
-    """Ends a text at the first of some sequences, also when one spans several pieces."""
+    """Ends a text at the first of some stop texts, also when one spans several pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
+        self._most_held = max(map(len, stops), default=1) - 1
         self._held = ""
-        self.found = False
+        self.found: str | None = None
+        """The stop text that ended the text."""
 
     def feed(self, text: str) -> str:
-        """What may be shown now; the start of what could become a sequence is held back."""
-        if not self._stops or self.found:
-            return "" if self.found else text
-        text, self._held = self._held + text, ""
-        places = [place for s in self._stops if (place := text.find(s)) >= 0]
-        keep = max(_overlap(text, s) for s in self._stops)
-        # A sequence that may yet begin before the one found would end the text earlier.
-        if places and min(places) <= len(text) - keep:
-            self.found = True
-            return text[: min(places)]
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        """What may be shown now; an end in which a stop text may have begun is held back."""
+        text = self._held + text
+        return self._cut(text, max(0, len(text) - self._most_held))
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back and turned out to be text."""
-        held, self._held = self._held, ""
-        places = [place for s in self._stops if (place := held.find(s)) >= 0]
-        self.found = self.found or bool(places)
-        return held[: min(places)] if places else held
+        return self._cut(self._held, len(self._held))
+
+    def _cut(self, text: str, limit: int) -> str:
+        """The text up to the first stop text, or up to the limit, before which no more can begin."""
+        self._held = ""
+        if self.found:
+            return ""
+        places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places and min(places)[0] <= limit:
+            limit, self.found = min(places)
+        else:
+            self._held = text[limit:]
+        return text[:limit]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text could be the start of the sequence."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+def answer_events(
+    request: ChatRequest, batches: Iterable[Sequence[Chunk] | Reply | None]
+) -> Iterator[Event]:
+    """What happens in an answer, for any dialect: cut at stop texts, its calls under our ids.
+
+    The batches are chunks that came together, None for a while without any, and at last the
+    whole reply. Models may name the calls of every turn alike, which sends agents in circles.
+    """
+    stop, usage, finish_reason = StopText(request.stop), Usage(), "stop"
+    reads_on = not request.streaming or request.options.get("include_usage", True)
+    failure = None
+    try:
+        for batch in batches:
+            if isinstance(batch, Reply):
+                usage, finish_reason = batch.usage, batch.finish_reason
+            elif batch is None:
+                yield None
+            else:
+                for chunk in batch:
+                    if chunk.type == "usage":
+                        usage = chunk.usage or usage
+                    elif not stop.found:
+                        yield from _events_of(chunk, stop)
+            if stop.found and not reads_on:
+                break
+    except PuterError as error:
+        failure = error
+    if text := stop.flush():
+        yield Chunk("text", text)
+    yield failure or Ending("stop" if stop.found else finish_reason, usage, stop.found)
 
 
-def completion_head(kind: str, model: str, now: float) -> JSON:
-    """What every object of one answer begins with."""
-    return {
-        "id": f"chatcmpl-{os.urandom(12).hex()}",
-        "object": kind,
-        "created": int(now),
-        "model": model,
-    }
+def _events_of(chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
+    if chunk.type == "text":
+        if text := stop.feed(chunk.text):
+            yield Chunk("text", text)
+    elif chunk.tool_call is None:
+        yield chunk
+    else:
+        if text := stop.flush():
+            yield Chunk("text", text)
+        if not stop.found:
+            call = replace(chunk.tool_call, id=f"call_{os.urandom(12).hex()}")
+            yield Chunk("tool_call", tool_call=call)
+
+
+def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
+    """The reply as its stream would have given it, and how that ends."""
+    events = list(answer_events(request, [chunks_of(_with_json(request, reply)), reply]))
+    chunks = [event for event in events if isinstance(event, Chunk)]
+    (ending,) = [event for event in events if isinstance(event, Ending)]
+    answer = replace(
+        reply,
+        text="".join(c.text for c in chunks if c.type == "text"),
+        reasoning="".join(c.text for c in chunks if c.type == "reasoning"),
+        tool_calls=tuple(c.tool_call for c in chunks if c.tool_call),
+        finish_reason=ending.finish_reason,
+    )
+    return answer, ending
+
+
+def _with_json(request: ChatRequest, reply: Reply) -> Reply:
+    """The reply with nothing but its JSON, where that is wanted and can be found."""
+    if not request.wants_json or reply.tool_calls or reply.finish_reason == "length":
+        return reply
+    return replace(reply, text=json_text(reply.text))
+
+
+def json_text(text: str) -> str:
+    """The longest JSON object or list in an answer, else the answer as it is."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    with suppress(ValueError, RecursionError):
+        decoder.decode(text)
+        return text
+    best, place = "", 0
+    for _ in range(_JSON_ATTEMPTS):
+        begin = re.compile(r"[{\[]").search(text, place)
+        if begin is None:
+            break
+        place = begin.start() + 1
+        with suppress(ValueError, RecursionError):
+            place = decoder.raw_decode(text, begin.start())[1]
+            # an object is what nearly everybody means
+            best = max(best, text[begin.start() : place], key=lambda t: (t[:1] == "{", len(t)))
+    return best or text
 
 
 def usage_object(usage: Usage) -> JSON | None:
-    """The usage in OpenAI's names, or None when the provider told nothing."""
+    """The usage in OpenAI's names, or None when the provider reported nothing."""
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
     # In OpenAI's shape cached tokens are part of the prompt; some providers count them beside.
     prompt = max(usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0))
-    told: JSON = {
+    counts: JSON = {
         "prompt_tokens": prompt,
         "completion_tokens": usage.output_tokens or 0,
         "total_tokens": usage.total_tokens or 0,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
     }
-    return told if usage.cost_usd is None else {**told, "cost_usd": usage.cost_usd}
+    return counts if usage.cost_usd is None else {**counts, "cost_usd": usage.cost_usd}
 
 
-def completion_object(reply: Reply, asked: ChatRequest, now: float) -> JSON:
-    """A whole `chat.completion`; raises `ReplyError` when JSON was wanted and is not."""
-    stop = StopText(asked.stop)
-    text = stop.feed(reply.text) + stop.rest()
-    if asked.wants_json and not reply.tool_calls and reply.finish_reason != "length":
-        text = json_text(text)
-    content = text or (None if reply.tool_calls else "")
-    message: JSON = {"role": "assistant", "content": content, "refusal": None}
-    if reply.reasoning:
-        message["reasoning_content"] = reply.reasoning
-    if reply.tool_calls:
-        message["tool_calls"] = [call_object(call) for call in reply.tool_calls]
-    finish = "stop" if stop.found else reply.finish_reason
-    usage = usage_object(reply.usage)
-    return {
-        **completion_head("chat.completion", reply.model, now),
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
-        **({"usage": usage} if usage else {}),
-    }
+# ---- what the dialects share: errors ----
+
+# Codes for errors that the server gave none.
+_CODES: dict[type[PuterError], str] = {
+    AuthError: "not_signed_in",
+    RequestTimeoutError: "timeout",
+    AllAccountsOnCooldownError: "too_many_requests",
+}
 
 
-def json_text(text: str) -> str:
-    """The JSON of an answer, out of a code fence if need be; raises `ReplyError`."""
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
-    inner = fenced.group(1) if fenced else text
-    try:
-        json.loads(inner, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ReplyError(
-            f"The model was asked for JSON and answered something else ({error})", raw=text
-        ) from None
-    return inner
-
-
-def completion_chunks(
-    chunks: Iterable[Chunk], finish_reason: Callable[[], str], asked: ChatRequest, head: JSON
-) -> Iterator[JSON]:
-    """The frames of a streamed answer, as its chunks come.
-
-    `finish_reason` is asked when the chunks have ended. With a `stop` text found and no wish
-    for the usage, the rest of the chunks is not read.
-    """
-    if asked.include_usage:
-        head = {**head, "usage": None}
-
-    def frame(delta: JSON, finish: str | None = None) -> JSON:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**head, "choices": [choice]}
-
-    role: JSON = {"role": "assistant"}
-    stop, usage, calls = StopText(asked.stop), Usage(), 0
-    for chunk in chunks:
-        delta: JSON = {}
-        if chunk.type == "usage" and chunk.usage:
-            usage = chunk.usage
-        elif stop.found:
-            continue
-        elif chunk.type == "text" and (text := stop.feed(chunk.text)):
-            delta = {"content": text}
-        elif chunk.type == "reasoning":
-            delta = {"reasoning_content": chunk.text}
-        elif chunk.tool_call:
-            if held := stop.rest():
-                yield frame({**role, "content": held})
-                role = {}
-            delta = {"tool_calls": [{"index": calls, **call_object(chunk.tool_call)}]}
-            calls += 1
-        if delta:
-            yield frame({**role, **delta})
-            role = {}
-        if stop.found and not asked.include_usage:
-            break
-    if held := stop.rest():
-        yield frame({**role, "content": held})
-        role = {}
-    yield frame({**role, "content": ""} if role else {}, "stop" if stop.found else finish_reason())
-    told = usage_object(usage)
-    if asked.include_usage and told:
-        yield {**head, "choices": [], "usage": told}
-
-
-_STATUS_BY_KIND: tuple[tuple[type[PuterError], int, str], ...] = (
-    (ModelNotFoundError, 404, "invalid_request_error"),
-    (BadRequestError, 400, "invalid_request_error"),
-    (AuthError, 401, "authentication_error"),
-    (CreditError, 402, "insufficient_quota"),
-    (SubscriptionError, 402, "insufficient_quota"),
-    (AccessError, 403, "permission_error"),
-    (RateLimitError, 429, "rate_limit_error"),
-    (ModelRateLimitError, 429, "rate_limit_error"),
-    (AllAccountsOnCooldownError, 429, "rate_limit_error"),
-    (ProviderAuthError, 502, "server_error"),
-    (ModelUnavailableError, 503, "server_error"),
-    (RequestTimeoutError, 504, "server_error"),
-    (ReplyError, 502, "server_error"),
-    (StreamError, 502, "server_error"),
-    (NetworkError, 502, "server_error"),
-    (ServerError, 502, "server_error"),
-)
-_CODE_BY_KIND: tuple[tuple[type[PuterError], str], ...] = (
-    (ModelNotFoundError, "model_not_found"),
-    (AuthError, "not_signed_in"),
-    (RequestTimeoutError, "timeout"),
-    (AllAccountsOnCooldownError, "too_many_requests"),
-)
-
-
-def error_object(error: PuterError) -> tuple[int, JSON, dict[str, str]]:
-    """(status, body in OpenAI's shape, headers) for an error."""
-    status, kind = next(
-        ((s, k) for cls, s, k in _STATUS_BY_KIND if isinstance(error, cls)), (500, "server_error")
-    )
+def error_status(error: PuterError) -> int:
+    """The HTTP status that an error is answered with."""
     if isinstance(error, (BadRequestError, ServerError)) and (error.status or 0) >= 400:
-        status = error.status or status
-    code = next((c for cls, c in _CODE_BY_KIND if isinstance(error, cls)), None)
-    code = code if isinstance(error, ModelNotFoundError) else error.code or code
+        return error.status or 0
+    return error.http_status
+
+
+def error_headers(error: PuterError, status: int) -> dict[str, str]:
+    """When to ask again, and that an SDK should not: what failed was tried long enough."""
     headers = {}
     if status in (429, 503):
         wait_s = error.retry_after_s
         if wait_s is None:
             wait_s = RATE_WINDOW_S if error.scope == "account" else 60.0
-        headers["Retry-After"] = str(max(1, int(wait_s + 0.999)))
-    param = "model" if isinstance(error, ModelNotFoundError) else None
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    return headers if error.code == "overloaded" else {**headers, "x-should-retry": "false"}
+
+
+def public_error(error: PuterError, names: Iterable[str], base_url: str) -> PuterError:
+    """The error as callers may see it: no account's name in full, and no URL of the server."""
+    from urllib.parse import urlsplit
+
+    public = copy.copy(error)
+    if isinstance(error, AllAccountsOnCooldownError):
+        public.message = "Every account of this gateway is on cooldown"
+    elif isinstance(error, AuthError) and error.code != "invalid_api_key":
+        public.message = "The account of this gateway must be signed in again"
+    elif isinstance(error, StreamError):
+        public.hint = ""
+    text = str(public)
+    for name in {*names, error.account, *(a.account for a in error.attempts)} - {None, ""}:
+        text = re.sub(rf"(?<!\w){re.escape(str(name))}(?!\w)", _short_name(str(name)), text)
+    text = re.sub(r"https?://[^\s,;()'\"<>]+", "Puter", text)
+    host = re.escape(urlsplit(base_url).hostname or "")
+    text = re.sub(rf"(?<![\w.-])(?:https?://)?{host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
+    public.message, public.hint, public.attempts = text, "", ()
+    return public
+
+
+def _short_name(name: str) -> str:
+    """An account's name for those who need not know it: its first letters."""
+    return _header_text(f"{name[: min(3, max(1, len(name) // 2))]}...")
+
+
+def _header_text(text: str) -> str:
+    return re.sub(r"[^ -~]", "?", text)
+
+
+# ---- chat completions ----
+
+
+def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/chat/completions`; raises `BadRequestError`."""
+    if body.get("n") is not None and (body["n"] != 1 or body["n"] is True):
+        raise _wrong("n must be 1: ask several times for several answers", "n")
+    if body.get("functions"):
+        raise _wrong("functions are long gone: use tools", "functions")
+    args = {k: body.get(k) for k in _PASSED_ON}
+    limit = body.get("max_completion_tokens")
+    args["max_tokens"] = body.get("max_tokens") if limit is None else limit
+    wishes = body.get("stream_options")
+    with_usage = isinstance(wishes, dict) and wishes.get("include_usage") is True
+    options = {"include_usage": with_usage}
+    return checked_request(
+        body, body.get("messages"), body.get("tools"), args, body.get("stop"), options
+    )
+
+
+def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
+    """A whole `chat.completion`."""
+    content = reply.text or (None if reply.tool_calls else "")
+    message: JSON = {"role": "assistant", "content": content, "refusal": None}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    if reply.tool_calls:
+        message["tool_calls"] = [openai_call(call) for call in reply.tool_calls]
+    choice = {"index": 0, "message": message, "logprobs": None}
+    usage = usage_object(ending.usage)
+    return {
+        **_chat_head("chat.completion"),
+        "model": reply.model,
+        "choices": [{**choice, "finish_reason": ending.finish_reason}],
+        **({"usage": usage} if usage else {}),
+    }
+
+
+def chat_frames(
+    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
+) -> Iterator[Frame]:
+    """The `chat.completion.chunk`s of an answer, as it comes."""
+    head = _chat_head("chat.completion.chunk")
+    with_usage = request.options.get("include_usage")
+
+    def frame(delta: JSON, finish_reason: str | None = None) -> Frame:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if with_usage else {}
+        return "", {**head, "model": model(), **usage, "choices": [choice]}
+
+    role: JSON = {"role": "assistant"}
+    calls = 0
+    for event in events:
+        if event is None:
+            yield "", None
+        elif isinstance(event, PuterError):
+            yield "", chat_error(event, error_status(event), "")
+        elif isinstance(event, Ending):
+            yield frame({**role, "content": ""} if role else {}, event.finish_reason)
+            usage = usage_object(event.usage)
+            if with_usage and usage:
+                yield "", {**head, "model": model(), "choices": [], "usage": usage}
+            yield "", "[DONE]"
+        else:
+            if event.tool_call:
+                delta: JSON = {"tool_calls": [{"index": calls, **openai_call(event.tool_call)}]}
+                calls += 1
+            else:
+                key = "content" if event.type == "text" else "reasoning_content"
+                delta = {key: event.text}
+            yield frame({**role, **delta})
+            role = {}
+
+
+def _chat_head(kind: str) -> JSON:
+    """What every object of one answer begins with."""
+    return {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time())}
+
+
+def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
+    """An error in OpenAI's shape."""
+    param, code = error.param, error.code or _CODES.get(type(error))
+    if isinstance(error, ModelNotFoundError):
+        param, code = "model", "model_not_found"
+    elif param and not code:
+        code = f"invalid_{param}"
+    body = {"message": str(error), "type": error.openai_type, "param": param, "code": code}
+    return {"error": body}
+
+
+# ---- what the dialects of agents share ----
+
+# Puter's models know no more than "high".
+_EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
+_EFFORTS |= {"xhigh": "high", "max": "high"}
+_TOO_LONG = re.compile(
+    r"prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
+    re.IGNORECASE,
+)
+
+
+class _History:
+    """A history in the shape of chat completions, built from what other dialects call it."""
+
+    def __init__(self, memory: ResponseMemory) -> None:
+        self.messages: Messages = []
+        self._memory = memory
+        self._attached: list[JSON] = []
+
+    def say(self, role: str, parts: Sequence[JSON]) -> None:
+        """Add a message, unless it is empty; only a user's holds more than text."""
+        if role == "user":
+            parts, self._attached = [*self._attached, *parts], []
+        else:
+            self.flush()
+        parts = [p for p in parts if p["type"] != "text" or p["text"]]
+        texts = [p["text"] for p in parts if p["type"] == "text"]
+        content: Any = parts if role == "user" and len(parts) > 1 else "\n\n".join(texts) or parts
+        if content and (texts or role == "user"):
+            self.messages.append({"role": role, "content": content})
+
+    def call(self, call_id: Any, name: str, arguments: str) -> None:
+        """Add a call to the assistant's message that stands last, else to a new one."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self.flush()
+            self.messages.append({"role": "assistant", "content": None})
+        call = {"id": call_id, "type": "function"}
+        extra = self._memory.get(f"extra_{call_id}")
+        signed = {"extra_content": extra} if extra else {}
+        call |= {"function": {"name": name, "arguments": arguments}, **signed}
+        self.messages[-1].setdefault("tool_calls", []).append(call)
+
+    def result(self, call_id: Any, parts: Sequence[JSON], failed: bool = False) -> None:
+        """Add a result; images and files in it follow in a user message, after the last result."""
+        text = "\n".join(p["text"] for p in parts if p["type"] == "text" and p["text"])
+        others = [p for p in parts if p["type"] != "text"]
+        if others:
+            self._attached += [_text_part(f"From the result of {call_id}:"), *others]
+        text = text or ("(see the next message)" if others else "(no output)")
+        content = f"Error: {text}" if failed else text
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
+
+    def flush(self) -> None:
+        """Add what came with results and still waits for its message."""
+        if self._attached:
+            self.say("user", [])
+
+
+def _text_part(text: Any, param: str = "messages") -> JSON:
+    if not isinstance(text, str):
+        raise _wrong(f"a text is {_describe(text)}", param)
+    return {"type": "text", "text": text}
+
+
+def _tool_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise _wrong(f"a tool has the name {_describe(name)}", "tools")
+    return name
+
+
+def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
+    """Keep a provider's note on a call, for which the dialect has no field, until it is back."""
+    if call.extra_content:
+        request.options["memory"].put(f"extra_{call.id}", call.extra_content)
+
+
+def _is_too_long(error: PuterError) -> bool:
+    """Whether the model's context is exceeded: agents then shorten their history."""
+    return error.http_status == 400 and bool(_TOO_LONG.search(error.message))
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{os.urandom(12).hex()}"
+
+
+# ---- names of models ----
+
+
+def served_model(name: str, models: Sequence[Model]) -> str:
+    """The catalogue's name for what a program asks for; any name if the catalogue is empty.
+
+    Agents ask for names of Claude and GPT by themselves, for titles and sub-agents: one that
+    the catalogue lacks means the nearest of its family. Raises `ModelNotFoundError`.
+    """
+    wanted = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
+    if not models or any(wanted == m.id or wanted in m.aliases for m in models):
+        return wanted
+    try:
+        return find_model(wanted, models).id
+    except ModelNotFoundError:
+        near = _nearest_of_family(wanted, models)
+        if near is None:
+            raise
+        return near.id
+
+
+def _nearest_of_family(name: str, models: Sequence[Model]) -> Model | None:
+    """The model of the same tier (haiku, mini…) whose version is nearest.
+
+    Without one of the tier: the cheapest of those that share most of it.
+    """
+    asked = _family_of(name)
+    if asked is None:
+        return None
+    family, tier, version = asked
+
+    def rank(known: tuple[set[str], float, Model]) -> tuple[Any, ...]:
+        its_tier, its_version, model = known
+        price = model.input_usd_per_million
+        cost = 0.0 if its_tier == tier else math.inf if price is None else price
+        distance = abs(its_version - version) if version else -its_version
+        return -len(its_tier & tier), len(its_tier - tier), cost, distance, -its_version, model.id
+
+    candidates = []
+    for known, model in models_by_name(models).items():
+        parts = _family_of(known)
+        if "/" not in known and parts and parts[0] == family:
+            candidates.append((parts[1], parts[2], model))
+    return min(candidates, key=rank)[2] if candidates else None
+
+
+def _family_of(name: str) -> tuple[str, set[str], float] | None:
+    """(family, tier, version) of a name of Claude or GPT; the version is 0 if there is none."""
+    match = re.fullmatch(r"(?:anthropic/|openai/)?(claude|gpt-oss|gpt)-(.+)", name.lower())
+    if match is None:
+        return None
+    rest = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])  # dates
+    numbers = [int(n) for n in re.findall(r"\d+", rest)[:2]]
+    version = sum(n / 100**i for i, n in enumerate(numbers))
+    return match[1], set(re.findall(r"[a-z]+", rest)) - {"latest"}, version
+
+
+def with_served_model(request: ChatRequest, name: str, models: Sequence[Model]) -> ChatRequest:
+    """The request with a model of the catalogue, and no more `max_tokens` than that can do."""
+    name, args = served_model(name, models), request.args
+    model = next((m for m in models if name == m.id or name in m.aliases), None)
+    if model and model.max_tokens and "max_tokens" in args:
+        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
+    return replace(request, model=name, args=args)
+
+
+# ---- responses ----
+
+# What the fields of chat completions, which errors name, are called here.
+_RESPONSE_PARAMS = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text",
+}
+# What a response repeats of its request, with its defaults; not the tools, which are long.
+_ECHOED: JSON = {
+    **dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id")),
+    **dict.fromkeys(("temperature", "top_p", "user")),
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+}
+_UNFINISHED = {"length": "max_output_tokens", "content_filter": "content_filter"}
+# Items of tools that a provider runs, which are of no use to another model.
+_SKIPPED_ITEMS = (
+    *("reasoning", "additional_tools", "web_search_call", "file_search_call"),
+    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call"),
+)
+# A call's item: (prefix of its ids, its type, the field of its arguments, its events).
+_CALL_ITEMS = {
+    "function": ("fc", "function_call", "arguments", "response.function_call_arguments"),
+    "custom": ("ctc", "custom_tool_call", "input", "response.custom_tool_call_input"),
+    "tool_search": ("tsc", "tool_search_call", "arguments", ""),
+}
+
+
+def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/responses`; raises `BadRequestError`."""
+    for name in ("background", "conversation", "prompt"):
+        if body.get(name):
+            raise _wrong(f"{name} is not supported here", name, code="unsupported_parameter")
+    items = _response_items(body, memory)
+    history = _History(memory)
+    if body.get("instructions") is not None:
+        history.say("system", [_text_part(body["instructions"], "instructions")])
+    offered: dict[str, tuple[JSON, JSON]] = {}
+    _offer(body.get("tools"), offered)
+    for item in items:
+        if item.get("type") in ("additional_tools", "tool_search_output"):
+            _offer(item.get("tools"), offered)
+        _add_item(history, item)
+    history.flush()
+    options = {
+        "memory": memory,
+        "items": None if body.get("store") is False else items,
+        "tools": {name: back for name, (back, _) in offered.items()},
+        "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
+    }
+    schemas, args = [schema for _, schema in offered.values()], _response_args(body, offered)
+    asked = checked_request(body, history.messages, schemas, args, options=options)
+    choice = body.get("tool_choice")
+    searches = isinstance(choice, dict) and str(choice.get("type")).startswith("web_search")
+    return replace(asked, answer=_NO_SEARCH) if searches else asked
+
+
+def _response_args(body: JSON, offered: Mapping[str, Any]) -> JSON:
+    text, reasoning = body.get("text"), body.get("reasoning")
+    form = text.get("format") if isinstance(text, dict) else None
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        schema = _only(form, "name", "schema", "strict", "description")
+        form = {"type": "json_schema", "json_schema": schema}
+    effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
+    return {
+        **_only(body, "temperature", "top_p", "parallel_tool_calls"),
+        "max_tokens": body.get("max_output_tokens"),
+        "tool_choice": _response_choice(body.get("tool_choice"), offered),
+        "reasoning_effort": _EFFORTS.get(str(effort)),
+        "response_format": form,
+    }
+
+
+def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
+    """The items of a request, with those before that it refers to."""
+    items, previous = body.get("input"), body.get("previous_response_id")
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    items = [_referred(item, memory) for item in _objects(items, "input")]
+    before = [] if previous is None else memory.get(f"history_{previous}")
+    if before is None:
+        text = f"Previous response with id {previous!r} not found"
+        raise _wrong(text, "previous_response_id", code="previous_response_not_found")
+    return [*before, *items]
+
+
+def _referred(item: JSON, memory: ResponseMemory) -> JSON:
+    """The item itself, in place of a reference to it."""
+    if item.get("type", "item_reference") != "item_reference" or "role" in item:
+        return item
+    name = str(item.get("id"))
+    remembered: JSON | None = memory.get(f"item_{name}")
+    if remembered is None and not name.startswith("rs_"):
+        text = f"Item with id '{name}' not found. Items are not persisted when store is false."
+        raise _wrong(text, "input", status=404)
+    return remembered or {"type": "reasoning"}
+
+
+def _add_item(history: _History, item: JSON) -> None:
+    """Add an item of the input to the history; raises `BadRequestError` for an unknown kind."""
+    kind = item.get("type", "message")
+    call_id = item.get("call_id")
+    if kind == "message":
+        role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
+        if role not in ("user", "assistant", "system"):
+            raise _wrong(f"a message has the role {_describe(role)}", "input")
+        history.say(role, _response_parts(item.get("content")))
+    elif kind == "tool_search_output":
+        found: dict[str, Any] = {}
+        _offer(item.get("tools"), found)
+        history.result(call_id, [_text_part(f"Tools to call now: {', '.join(found) or 'none'}")])
+    elif kind in ("function_call_output", "custom_tool_call_output"):
+        history.result(call_id, _response_parts(item.get("output")))
+    elif kind in ("function_call", "custom_tool_call"):
+        arguments = item.get("arguments")
+        if kind == "custom_tool_call":
+            arguments = json.dumps({"input": item.get("input")})
+        history.call(call_id, _flat_name(item.get("namespace"), item.get("name")), str(arguments))
+    elif kind == "tool_search_call":
+        history.call(call_id, "tool_search", json.dumps(item.get("arguments")))
+    elif kind not in _SKIPPED_ITEMS:
+        raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
+
+
+def _response_parts(content: Any) -> list[JSON]:
+    """A content or an output as parts of chat completions."""
+    if isinstance(content, str):
+        return [_text_part(content)]
+    return [_response_part(part) for part in _objects(content, "input")]
+
+
+def _response_part(part: JSON) -> JSON:
+    kind = part.get("type")
+    if kind in ("input_text", "output_text", "text"):
+        return _text_part(part.get("text"), "input")
+    if kind == "refusal":
+        return _text_part(part.get("refusal"), "input")
+    if kind == "input_image" and part.get("image_url"):
+        image = {"url": part["image_url"], **_only(part, "detail")}
+        return {"type": "image_url", "image_url": image}
+    if kind == "input_file" and part.get("file_data"):
+        return {"type": "file", "file": _only(part, "filename", "file_data")}
+    if kind in ("input_image", "input_file"):
+        raise _wrong(f"an {kind} must hold its data: this server keeps no files", "input")
+    raise _wrong(f"a part is of the kind {_describe(kind)}, which is not known", "input")
+
+
+def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
+    """Add tools by their flat names, each as (how its call goes back, the function's schema).
+
+    Tools that the provider would run itself are left out.
+    """
+    for tool in _objects(tools, "tools"):
+        kind = tool.get("type")
+        if kind == "tool_search" and tool.get("execution") == "client":
+            tool = {**tool, "name": kind}
+        elif kind == "namespace" and not namespace:
+            _offer(tool.get("tools"), offered, _tool_name(tool.get("name")))
+            continue
+        elif kind not in ("function", "custom"):
+            continue
+        name = _tool_name(tool.get("name"))
+        flat = _flat_name(namespace, name)
+        back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+        function = {"name": flat, **_only(tool, "description", "parameters")}
+        if kind == "custom":
+            function |= _custom_function(tool)
+        offered.setdefault(flat, (back, {"type": "function", "function": function}))
+
+
+def _custom_function(tool: JSON) -> JSON:
+    """A tool that takes free text, as a function with one text."""
+    grammar = _only(tool.get("format"), "definition").get("definition")
+    described = [str(text) for text in (tool.get("description"), grammar) if text]
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
+    return {
+        "description": "\n\n".join(described),
+        "parameters": {**parameters, "required": ["input"], "additionalProperties": False},
+    }
+
+
+def _flat_name(namespace: Any, name: Any) -> str:
+    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
+    if not namespace:
+        return str(name)
+    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
+    if len(flat) <= 64:
+        return flat
+    import hashlib
+
+    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
+
+
+def _response_choice(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
+    """A tool_choice as chat completions word it; that of a provider's own tool is left open."""
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind is None:
+        return choice
+    if kind == "allowed_tools":
+        tools = _objects(choice.get("tools"), "tool_choice")
+        chosen = [_response_choice(tool, offered) for tool in tools]
+        return {**choice, "tools": [tool for tool in chosen if tool != "auto"]}
+    if kind not in tuple(_CALL_ITEMS):
+        return "auto"
+    name = _flat_name(choice.get("namespace"), choice.get("name", kind))
+    own = [flat for flat, (back, _) in offered.items() if name in (flat, back["name"])]
+    return {"type": "function", "function": {"name": own[0] if own else name}}
+
+
+def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
+    """A whole `response`: the one that ends its stream."""
+    frames = responses_frames(request, lambda: reply.model, [*chunks_of(reply), ending])
+    response: JSON = [data for _, data in frames][-1]["response"]
+    return response
+
+
+def responses_frames(
+    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
+) -> Iterator[tuple[str, JSON]]:
+    """The events of a response, as it comes."""
+    writer = _ResponseWriter(request, model)
+    yield writer.progress("response.created")
+    yield writer.progress("response.in_progress")
+    for event in events:
+        if event is None:
+            yield writer.progress("response.in_progress")
+        elif isinstance(event, PuterError):
+            yield writer.failure(_failure_code(event), str(event))
+        elif isinstance(event, Ending):
+            is_cut = event.finish_reason in _UNFINISHED
+            yield from writer.close("incomplete" if is_cut else "completed")
+            yield writer.ending(event)
+        elif event.tool_call:
+            yield from writer.close()
+            yield from writer.call(event.tool_call)
+        elif event.text:
+            yield from writer.text(event.type, event.text)
+
+
+# Of each kind of text: the prefix of its item's id, its events, and the name of an index.
+_TEXT_ITEMS = {
+    "text": {"id": "msg", "part": "content_part", "text": "output_text", "index": "content_index"},
+    "reasoning": {
+        "id": "rs",
+        "part": "reasoning_summary_part",
+        "text": "reasoning_summary_text",
+        "index": "summary_index",
+    },
+}
+
+
+class _ResponseWriter:
+    """Words the events of one response: numbered, and one item open at a time."""
+
+    def __init__(self, request: ChatRequest, model: Callable[[], str]) -> None:
+        self._request, self._model = request, model
+        self._head = {"id": _new_id("resp"), "object": "response", "created_at": int(time.time())}
+        self._count = 0
+        self._output: list[JSON] = []
+        # of the open item: "text", "reasoning", or none
+        self._kind = ""
+        self._item_id = ""
+        self._pieces: list[str] = []
+
+    def progress(self, name: str) -> tuple[str, JSON]:
+        """The response so far."""
+        return self._frame(name, response=self._response("in_progress"))
+
+    def text(self, kind: str, text: str) -> Iterator[tuple[str, JSON]]:
+        """More of a text or of reasoning."""
+        if kind != self._kind:
+            yield from self.close()
+            self._kind, self._item_id, self._pieces = kind, _new_id(_TEXT_ITEMS[kind]["id"]), []
+            yield self._item_frame("added", self._text_item("in_progress"))
+            yield self._text_frame("part", "added", part=self._part(""))
+        self._pieces.append(text)
+        yield self._text_frame("text", "delta", delta=text)
+
+    def close(self, status: str = "completed") -> Iterator[tuple[str, JSON]]:
+        """End the open item, if there is one."""
+        if self._kind:
+            text = "".join(self._pieces)
+            yield self._text_frame("text", "done", text=text)
+            yield self._text_frame("part", "done", part=self._part(text))
+            yield self._item_frame("done", self._text_item(status))
+            self._kind = ""
+
+    def call(self, call: ToolCall) -> Iterator[tuple[str, JSON]]:
+        """A call, in the form that its tool was offered in."""
+        _remember_extra(self._request, call)
+        default = {"type": "function", "name": call.name}
+        back = {**self._request.options["tools"].get(call.name, default)}
+        prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
+        arguments = openai_call(call)["function"]["arguments"]
+        value: Any = arguments
+        if kind == "tool_search_call":
+            value, back = call.arguments, {"execution": "client"}
+        elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
+            value = call.arguments["input"]
+        item = {"type": kind, "id": _new_id(prefix), "call_id": call.id, **back}
+        empty: Any = "" if events else {}
+        yield self._item_frame("added", {**item, key: empty, "status": "in_progress"})
+        if events:
+            place = {"item_id": item["id"], "output_index": len(self._output)}
+            yield self._frame(f"{events}.delta", **place, delta=value)
+            yield self._frame(f"{events}.done", **place, **{key: value})
+        yield self._item_frame("done", {**item, key: value, "status": "completed"})
+
+    def ending(self, ending: Ending) -> tuple[str, JSON]:
+        """The response as it ended; kept for requests that refer to it."""
+        reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
+        if reason == "content_filter" and self._request.streaming:
+            # Codex would ask five times more if this were an incomplete response.
+            return self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
+        status = "incomplete" if reason else "completed"
+        details = {"reason": reason} if reason else None
+        options = self._request.options
+        if options["items"] is not None:
+            for item in self._output:
+                options["memory"].put(f"item_{item['id']}", item)
+            history = [*options["items"], *self._output]
+            options["memory"].put(f"history_{self._head['id']}", history)
+        response = self._response(status, usage=usage, incomplete_details=details)
+        return self._frame(f"response.{status}", response=response)
+
+    def failure(self, code: str, message: str, usage: JSON | None = None) -> tuple[str, JSON]:
+        """It broke off; what came of the open item is shown as incomplete."""
+        if self._kind:
+            self._output.append(self._text_item("incomplete"))
+        error = {"code": code, "message": message}
+        response = self._response("failed", error=error, usage=usage)
+        return self._frame("response.failed", response=response)
+
+    def _frame(self, name: str, **more: Any) -> tuple[str, JSON]:
+        self._count += 1
+        return name, {"type": name, "sequence_number": self._count - 1, **more}
+
+    def _item_frame(self, what: str, item: JSON) -> tuple[str, JSON]:
+        index = len(self._output)
+        if what == "done":
+            self._output.append(item)
+        return self._frame(f"response.output_item.{what}", output_index=index, item=item)
+
+    def _text_frame(self, of: str, what: str, **more: Any) -> tuple[str, JSON]:
+        """An event of the open item's part, or of the text in it."""
+        names = _TEXT_ITEMS[self._kind]
+        place = {"item_id": self._item_id, "output_index": len(self._output), names["index"]: 0}
+        return self._frame(f"response.{names[of]}.{what}", **place, logprobs=[], **more)
+
+    def _part(self, text: str) -> JSON:
+        if self._kind == "reasoning":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _text_item(self, status: str) -> JSON:
+        parts = [self._part("".join(self._pieces))] if self._pieces else []
+        if self._kind == "text":
+            item = {"type": "message", "id": self._item_id, "role": "assistant"}
+            return {**item, "status": status, "content": parts}
+        return {"type": "reasoning", "id": self._item_id, "summary": parts}
+
+    def _response(self, status: str, **more: Any) -> JSON:
+        return {
+            **self._head,
+            **dict.fromkeys(("error", "incomplete_details", "usage")),
+            **self._request.options["echo"],
+            "status": status,
+            "model": self._model(),
+            "output": list(self._output),
+            "store": self._request.options["items"] is not None,
+            "tools": [],
+            **more,
+        }
+
+
+def _response_usage(usage: Usage) -> JSON:
+    counts = usage_object(usage) or usage_object(Usage(0, 0)) or {}
+    sent, answered = counts["prompt_tokens"], counts["completion_tokens"]
+    cached = counts["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": sent,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": answered,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": max(counts["total_tokens"], sent + answered),
+    }
+
+
+def _failure_code(error: PuterError) -> str:
+    """Why a response failed, by the codes that tell Codex whether to ask again."""
+    if _is_too_long(error):
+        return "context_length_exceeded"
+    if error.openai_type in ("insufficient_quota", "rate_limit_error"):
+        return error.openai_type.replace("limit_error", "limit_exceeded")
+    return "server_error" if error.http_status >= 500 else "invalid_prompt"
+
+
+def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
+    """An error in OpenAI's shape, with this dialect's names of fields and codes."""
+    error = copy.copy(error)
     if isinstance(error, BadRequestError):
-        param = error.param
-        code = code or (f"invalid_{param}" if param else None)
-    # A stream error's hint is about Python's `.reply`.
-    message = error.message if isinstance(error, StreamError) else str(error)
-    for name in {a.account for a in error.attempts} | {error.account or ""} - {""}:
-        who = rf"\b(on|account) {re.escape(name)}\b"
-        message = re.sub(who, rf"\1 {_header_text(_short_name(name))}", message)
-    body = {"message": message, "type": kind, "param": param, "code": code}
-    return status, {"error": body}, headers
+        error.param = _RESPONSE_PARAMS.get(error.param or "", error.param)
+        error.code = "context_length_exceeded" if _is_too_long(error) else error.code
+    return chat_error(error, status, request_id)
+
+
+# ---- messages ----
+
+_NO_SEARCH = (
+    "Web search is not available here: this server runs no tools of its own. Nothing was "
+    "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
+)
+_STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
+_MESSAGES_ERRORS = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+# Blocks of a provider's own tools and thoughts, which are of no use to another model.
+_SKIPPED_BLOCKS = (
+    *("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"),
+    *("web_fetch_tool_result", "code_execution_tool_result", "container_upload"),
+)
+_IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
+
+
+def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/messages`; raises `BadRequestError`."""
+    for name in ("model", "messages", "max_tokens"):
+        if body.get(name) is None:
+            raise _wrong(f"{name}: Field required", name)
+    history = _History(memory)
+    system = _parts_of(_blocks(body.get("system")))
+    # Claude Code begins with a note on the billing of Anthropic's own accounts.
+    billing = "x-anthropic-billing-header:"
+    history.say("system", [p for p in system if not str(p.get("text")).startswith(billing)])
+    for message in _objects(body["messages"], "messages"):
+        _add_message(history, message)
+    history.flush()
+    tools, dropped = _messages_tools(body.get("tools"))
+    searches = not tools and any(name.startswith("web_search") for name in dropped.values())
+    args, stop = _messages_args(body, dropped), body.get("stop_sequences")
+    asked = checked_request(body, history.messages, tools, args, stop, {"memory": memory})
+    return replace(asked, answer=_NO_SEARCH) if searches else asked
+
+
+def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
+    config, thinking = body.get("output_config"), body.get("thinking")
+    config = config if isinstance(config, dict) else {}
+    form = config.get("format") or body.get("output_format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        schema = {"name": "answer", "schema": form.get("schema"), "strict": True}
+        form = {"type": "json_schema", "json_schema": schema}
+    effort = config.get("effort")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    if effort is None and _is_number(budget):
+        effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
+    return {
+        **_only(body, "max_tokens", "temperature", "top_p"),
+        **_messages_choice(body.get("tool_choice"), dropped),
+        "reasoning_effort": _EFFORTS.get(str(effort)),
+        "response_format": form,
+    }
+
+
+def _messages_choice(choice: Any, dropped: Collection[str]) -> JSON:
+    """The tool_choice as arguments of chat completions."""
+    if choice is None:
+        return {}
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind not in ("auto", "any", "tool", "none"):
+        raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
+    named = choice.get("name")
+    if kind == "tool" and named in tuple(dropped):
+        text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
+        raise _wrong(text, "tool_choice")
+    by_kind = {"any": "required", "tool": {"type": "function", "function": {"name": named}}}
+    alone = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
+    return {"tool_choice": by_kind.get(kind, kind), **alone}
+
+
+def _messages_tools(tools: Any) -> tuple[list[JSON], dict[str, str]]:
+    """(schemas of the caller's functions, kinds of the tools that the provider would run)."""
+    schemas, dropped = [], {}
+    for tool in _objects(tools, "tools"):
+        name = _tool_name(tool.get("name"))
+        if tool.get("type") not in (None, "custom"):
+            dropped[name] = str(tool["type"])
+            continue
+        parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+        function = {"name": name, **_only(tool, "description"), "parameters": parameters}
+        schemas.append({"type": "function", "function": function})
+    return schemas, dropped
+
+
+def _add_message(history: _History, message: JSON) -> None:
+    """Add a message: its results first, then the rest."""
+    role, blocks = message.get("role"), _blocks(message.get("content"))
+    if role not in ("user", "assistant", "system"):
+        raise _wrong(f"a message has the role {_describe(role)}", "messages")
+    for block in blocks:
+        if block.get("type") == "tool_result":
+            parts = _parts_of(_blocks(block.get("content")))
+            history.result(block.get("tool_use_id"), parts, block.get("is_error") is True)
+    others = [b for b in blocks if b.get("type") not in ("tool_result", "tool_use")]
+    history.say(role, _parts_of(others))
+    for block in blocks:
+        if block.get("type") == "tool_use":
+            arguments = json.dumps(block.get("input") or {})
+            history.call(block.get("id"), str(block.get("name")), arguments)
+
+
+def _blocks(content: Any) -> list[JSON]:
+    """A content as a list of blocks."""
+    if isinstance(content, str):
+        return [_text_part(content)]
+    return _objects(content, "messages")
+
+
+def _parts_of(blocks: Sequence[JSON]) -> list[JSON]:
+    """Blocks as parts of chat completions."""
+    return [part for block in blocks for part in _block_parts(block)]
+
+
+def _block_parts(block: JSON) -> list[JSON]:
+    """A block as parts of chat completions; raises `BadRequestError` for an unknown kind."""
+    kind, source = block.get("type"), block.get("source")
+    if kind == "text":
+        return [_text_part(block.get("text"))]
+    if kind == "image":
+        return [{"type": "image_url", "image_url": {"url": _source_url(kind, source)}}]
+    if kind == "document":
+        return _document_parts(block, source)
+    if kind == "search_result":
+        title = _text_part(f"{block.get('title')} ({source})")
+        return [title, *_parts_of(_blocks(block.get("content")))]
+    if kind == "tool_reference":
+        return [_text_part(f"The tool {block.get('tool_name')} can be called.")]
+    if kind in _SKIPPED_BLOCKS:
+        return []
+    raise _wrong(f"a block is of the kind {_describe(kind)}, which is not known", "messages")
+
+
+def _source_url(kind: str, source: Any) -> str:
+    """The URL of an image or a document, with its data inside unless it is an image's own."""
+    where = source.get("type") if isinstance(source, dict) else None
+    if where == "url" and kind == "image":
+        return str(source.get("url"))
+    if where == "base64":
+        return f"data:{source.get('media_type')};base64,{source.get('data')}"
+    raise _wrong(
+        f"a source of the {kind} must hold its data: this server keeps no files", "messages"
+    )
+
+
+def _document_parts(block: JSON, source: Any) -> list[JSON]:
+    where = source.get("type") if isinstance(source, dict) else None
+    title = block.get("title")
+    if where == "text":
+        text = _text_part(source.get("data"))
+        return [_text_part(str(title)), text] if title else [text]
+    if where == "content":
+        return _parts_of(_blocks(source.get("content")))
+    name = str(title or "document.pdf")
+    data = _source_url("document", source)
+    return [{"type": "file", "file": {"filename": name, "file_data": data}}]
+
+
+def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
+    """A whole `message`."""
+    content: list[JSON] = []
+    if reply.reasoning:
+        thought = {"thinking": reply.reasoning, "signature": _new_id("sig")}
+        content.append({"type": "thinking", **thought})
+    if reply.text:
+        content.append({"type": "text", "text": reply.text})
+    content += [{**_tool_use_block(request, c), "input": c.arguments} for c in reply.tool_calls]
+    return {
+        **_message_head(reply.model),
+        "content": content,
+        **_message_end(ending, bool(reply.tool_calls)),
+        "usage": _messages_usage(ending.usage),
+    }
+
+
+def messages_frames(
+    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
+) -> Iterator[Frame]:
+    """The events of a message, as it comes: blocks that do not overlap."""
+    index, kind, has_called = 0, "", False
+
+    def close() -> Iterator[Frame]:
+        if kind == "reasoning":
+            signature = {"type": "signature_delta", "signature": _new_id("sig")}
+            yield _event("content_block_delta", index=index, delta=signature)
+        if kind:
+            yield _event("content_block_stop", index=index)
+
+    yield _event("message_start", message=_message_head(model()))
+    for event in events:
+        if event is None:
+            yield _event("ping")
+        elif isinstance(event, PuterError):
+            yield "error", messages_error(event, error_status(event), "")
+        elif isinstance(event, Ending):
+            yield from close()
+            end, usage = _message_end(event, has_called), _messages_usage(event.usage)
+            yield _event("message_delta", delta=end, usage=usage)
+            yield _event("message_stop")
+        elif event.tool_call or event.text:
+            block, delta = _block_and_delta(request, event)
+            if event.tool_call or event.type != kind:
+                yield from close()
+                index += bool(kind)
+                kind, has_called = event.type, has_called or bool(event.tool_call)
+                yield _event("content_block_start", index=index, content_block=block)
+            yield _event("content_block_delta", index=index, delta=delta)
+
+
+def _event(name: str, **more: Any) -> Frame:
+    return name, {"type": name, **more}
+
+
+def _block_and_delta(request: ChatRequest, chunk: Chunk) -> tuple[JSON, JSON]:
+    """(the empty block that a chunk would open, what the chunk adds to it)"""
+    if chunk.tool_call:
+        arguments = json.dumps(chunk.tool_call.arguments)
+        block = {**_tool_use_block(request, chunk.tool_call), "input": {}}
+        return block, {"type": "input_json_delta", "partial_json": arguments}
+    if chunk.type == "text":
+        return {"type": "text", "text": ""}, {"type": "text_delta", "text": chunk.text}
+    block = {"type": "thinking", "thinking": "", "signature": ""}
+    return block, {"type": "thinking_delta", "thinking": chunk.text}
+
+
+def _tool_use_block(request: ChatRequest, call: ToolCall) -> JSON:
+    named = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
+    _remember_extra(request, named)
+    return {"type": "tool_use", "id": named.id, "name": named.name}
+
+
+def _message_head(model: str) -> JSON:
+    """A message before its first block."""
+    head = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
+    none: JSON = {"content": [], "stop_reason": None, "stop_sequence": None}
+    return {**head, **none, "usage": _messages_usage(Usage())}
+
+
+def _message_end(ending: Ending, has_called: bool) -> JSON:
+    reason = _STOP_REASONS.get(ending.finish_reason, "tool_use" if has_called else "end_turn")
+    if ending.stop_text is not None:
+        reason = "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": ending.stop_text}
+
+
+def _messages_usage(usage: Usage) -> JSON:
+    """The usage in Anthropic's names: cached tokens are no part of `input_tokens`."""
+    counts = _response_usage(usage)
+    cached = counts["input_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": max(0, counts["input_tokens"] - cached),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": counts["output_tokens"],
+    }
+
+
+def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
+    """An error in Anthropic's shape."""
+    default = "invalid_request_error" if status < 500 else "api_error"
+    kind = _MESSAGES_ERRORS.get(status, default)
+    if error.code == "overloaded":
+        kind = "overloaded_error"
+    # Claude Code shortens its history when it reads these words.
+    message = f"prompt is too long: {error}" if _is_too_long(error) else str(error)
+    body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
+    return {**body, "request_id": request_id} if request_id else body
+
+
+def count_tokens(body: JSON) -> JSON:
+    """An estimate for `/v1/messages/count_tokens`: a token for four letters."""
+    asked = messages_request({**body, "max_tokens": 1}, ResponseMemory())
+    text = json.dumps([asked.messages, asked.tools], ensure_ascii=False)
+    text, images = re.subn(r'"data:[\w/+.-]+;base64,[^"]*"', "", text)
+    return {"input_tokens": math.ceil(len(text) / 4) + _IMAGE_TOKENS * images}
+
+
+_RESPONSES = Dialect(responses_request, responses_body, responses_frames, responses_error)
+_MESSAGES = Dialect(messages_request, messages_body, messages_frames, messages_error)
+DIALECTS: dict[str, Dialect] = {
+    "/v1/chat/completions": Dialect(
+        chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True
+    ),
+    "/v1/responses": _RESPONSES,
+    "/v1/messages": _MESSAGES,
+    "/v1/messages/count_tokens": replace(_MESSAGES, answer=count_tokens),
+}
+
+
+def dialect_of(path: str, headers: Any = ()) -> Dialect:
+    """The dialect of a path, or of the longest known path above it; else what the SDK speaks."""
+    above = [known for known in DIALECTS if f"{path}/".startswith(f"{known}/")]
+    default = "messages" if "anthropic-version" in headers else "chat/completions"
+    return DIALECTS[max(above, key=len, default=f"/v1/{default}")]
 
 
 def model_object(model: Model) -> JSON:
-    """A model in OpenAI's shape, with what else is known of it."""
-    created = 0
-    if model.released:
-        with suppress(ValueError):  # a date in a form of its own is no reason to fail
-            import calendar
+    """A model in OpenAI's shape and Anthropic's at once, with what else is known of it."""
+    from datetime import date
 
-            created = calendar.timegm(time.strptime(model.released[:10], "%Y-%m-%d"))
+    released = first = date(1970, 1, 1)
+    with suppress(ValueError):  # a date in a form of its own is no reason to fail
+        released = date.fromisoformat((model.released or "")[:10])
     return {
         "id": model.id,
         "object": "model",
-        "created": created,
+        "created": (released - first).days * 86_400,
         "owned_by": model.provider or "puter",
+        "type": "model",
+        "display_name": model.name or model.id,
+        "created_at": f"{released}T00:00:00Z",
         "name": model.name,
         "aliases": list(model.aliases),
         "context_length": model.context,
@@ -5940,142 +6530,123 @@ def model_object(model: Model) -> JSON:
     }
 
 
-def _in_address(host: str) -> str:
-    """A host as it stands in an address: an IPv6 one in brackets."""
+# ---- who may call ----
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRules:
+    """Who may call a server that listens on `host`."""
+
+    host: str
+    api_key: str | None = None
+    allowed_origins: frozenset[str] = frozenset()
+    allowed_hosts: frozenset[str] = frozenset()
+
+
+def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
+    """Why a caller may not, judged by the head of its request; None for one who may.
+
+    The key is the guard where there is one. Without, a foreign Host is refused, since pages of
+    other sites could reach this server under a name of theirs (DNS rebinding).
+    """
+    import hmac
+
+    host, origin = headers.get("Host"), headers.get("Origin")
+    if rules.api_key is None and not _knows_host(rules, host):
+        text = f"This server does not answer to the name {str(host)[:100]!r}"
+        return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
+    is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
+    if origin is not None and not is_own and rules.allowed_origins.isdisjoint((origin, "*")):
+        text = f"Pages of {origin[:100]} may not call"
+        return AccessError(text, code="forbidden_origin", hint="`--allow-origin URL` lets them.")
+    if rules.api_key is not None and path not in ("/", "/health"):
+        scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        own, *sent = (
+            key.encode("utf-8", "replace")
+            for key in (rules.api_key, bearer, headers.get("x-api-key", ""))
+        )
+        if not any(hmac.compare_digest(key, own) for key in sent):
+            text = "The API key is wrong or missing"
+            return AuthError(text, code="invalid_api_key", hint="")
+    return None
+
+
+def _knows_host(rules: AccessRules, host: str | None) -> bool:
+    name = re.sub(r":\d+$", "", (host or "").lower())
+    return _is_this_computer(name) or name in (_in_url(rules.host).lower(), *rules.allowed_hosts)
+
+
+def _is_this_computer(host: str) -> bool:
+    return _in_url(host) in _LOOPBACK_NAMES or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def _in_url(host: str) -> str:
+    """A host as it stands in a URL: an IPv6 one in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-class Gatekeeper:
-    """Who may call: decisions on the head of a request, without sockets."""
-
-    def __init__(
-        self, host: str, api_key: str | None = None, allowed_origins: Collection[str] = ()
-    ) -> None:
-        self.host = host
-        self.api_key = api_key
-        self.allowed_origins = frozenset(allowed_origins)
-
-    def refusal(
-        self, path: str, host: str | None, origin: str | None, authorization: str
-    ) -> tuple[int, str, str] | None:
-        """(status, code, message) for a caller who may not; None for one who may."""
-        if not self._knows_host(host):
-            return (403, "forbidden_host", f"This server does not answer to the name {host!r}")
-        if origin is not None and not self.allows_origin(origin, host):
-            return (
-                403,
-                "forbidden_origin",
-                f"Pages of {origin[:100]} may not call (--allow-origin lets them)",
-            )
-        if self.api_key is not None and path not in ("/", "/health"):
-            import hmac
-
-            scheme, _, given = authorization.strip().partition(" ")
-            key = given.strip().encode("utf-8", "replace")
-            fine = hmac.compare_digest(key, self.api_key.encode("utf-8", "replace"))
-            if not fine or scheme.lower() != "bearer":
-                return 401, "invalid_api_key", "The API key is wrong or missing"
-        return None
-
-    def _knows_host(self, host: str | None) -> bool:
-        """Against DNS rebinding; with an open bind the key is the guard."""
-        name = re.sub(r":\d+$", "", (host or "").lower())
-        bound = _in_address(self.host).lower()
-        return name in _LOOPBACK_NAMES or name == bound or self.host in ("0.0.0.0", "::")
-
-    def allows_origin(self, origin: str, host: str | None) -> bool:
-        """Whether a web page of this origin may call."""
-        own = origin.lower() == f"http://{(host or '').lower()}"
-        return own or not self.allowed_origins.isdisjoint((origin, "*"))
+# ---- the server ----
 
 
-class _DisconnectWatcher:
-    """One thread that looks at the sockets of running requests: who hung up, who is too slow."""
+class _Running:
+    """A request that is being answered, as the thread of the server looks after it."""
 
     def __init__(self) -> None:
+        self.cancellation = _Cancellation()
         self._lock = threading.Lock()
-        self._entries: dict[int, tuple[Any, Callable[[], float | None], Any]] = {}
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self._show_life: Callable[[], None] | None = None
+        self._shown_at_s = 0.0
 
     @contextmanager
-    def over(
-        self, sock: Any, act: Callable[[], None], until: Callable[[], float | None] = lambda: None
-    ) -> Iterator[None]:
-        """While inside: act once when the client hangs up, or when it is later than `until()`."""
-        key = sock.fileno()
-        with self._lock:
-            self._entries[key] = (sock, until, act)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
-            self._wake.set()
+    def silent(self, show_life: Callable[[], None]) -> Iterator[None]:
+        """While inside, another thread shows signs of life when it takes long."""
+        self._show_life, self._shown_at_s = show_life, time.monotonic()
         try:
             yield
         finally:
             with self._lock:
-                self._entries.pop(key, None)
+                self._show_life = None
 
-    def close(self) -> None:
-        """End the thread."""
-        self._closed = True
-        self._wake.set()
-
-    def _run(self) -> None:
-        while not self._closed:
-            self._wake.wait()
-            with self._lock:
-                entries = dict(self._entries)
-                if not entries and not self._closed:
-                    self._wake.clear()
-            gone = _hung_up([sock for sock, _, _ in entries.values()])
-            now = time.monotonic()
-            for key, (sock, until, act) in entries.items():
-                limit = until()
-                if sock in gone or (limit is not None and now > limit):
-                    with self._lock:
-                        due = self._entries.get(key, (None,))[0] is sock
-                        if due:
-                            del self._entries[key]
-                    if due:
-                        act()
-            time.sleep(0.1)
+    def tick(self, now_s: float) -> None:
+        """Show a sign of life when it is due."""
+        with self._lock:
+            if self._show_life is not None and now_s - self._shown_at_s >= KEEP_ALIVE_S:
+                self._shown_at_s = now_s
+                self._show_life()
 
 
-def _hung_up(sockets: Sequence[Any]) -> set[Any]:
-    """Those whose other side has closed; bytes that wait to be read say that it has not."""
+def _hung_up(sockets: Iterable[Any]) -> list[Any]:
+    """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
     import select
     import socket
 
-    numbers = {s.fileno(): s for s in sockets if s.fileno() >= 0}
-    gone = {s for s in sockets if s.fileno() < 0}
-    if hasattr(select, "poll"):
+    by_number = {s.fileno(): s for s in sockets if s.fileno() >= 0}
+    if hasattr(select, "POLLRDHUP"):
         poller = select.poll()
-        for number in numbers:
-            poller.register(number, select.POLLIN)
-        readable = [number for number, _ in poller.poll(0)]
-    else:
-        readable = select.select(list(numbers), [], [], 0)[0] if numbers else []
-    for number in readable:
-        try:
-            if not numbers[number].recv(1, socket.MSG_PEEK):
-                gone.add(numbers[number])
-        except OSError:
-            gone.add(numbers[number])
+        for number in by_number:
+            poller.register(number, select.POLLRDHUP)
+        return [by_number[number] for number, _ in poller.poll(0)]
+    gone = []
+    for sock in select.select(list(by_number.values()), [], [], 0)[0] if by_number else ():
+        with suppress(OSError):
+            if sock.recv(1, socket.MSG_PEEK):
+                continue
+        gone.append(sock)
     return gone
 
 
 class OpenAIServer:
-    """An OpenAI-compatible HTTP server on one shared `Puter` client.
+    """The gateway: an HTTP server for other programs, on one shared `Puter` client.
 
     Args:
         client: the client that asks Puter; it stays the caller's to close.
         host, port: where to listen; port 0 takes a free one. A host other than this computer
             needs an `api_key`, else `ConfigError`.
-        api_key: what callers must send as a bearer token; None takes anything.
+        api_key: what callers must send as a bearer token or `x-api-key`; None takes anything.
         allowed_origins: web origins whose pages may call ("*" for all).
         max_connections: more at once are turned away with 503.
+        allowed_hosts: names besides its own that callers may know this computer by.
 
     Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
     """
@@ -6088,23 +6659,35 @@ class OpenAIServer:
         api_key: str | None = None,
         allowed_origins: Iterable[str] = (),
         max_connections: int = MAX_CONNECTIONS,
+        allowed_hosts: Iterable[str] = (),
     ) -> None:
-        if _in_address(host) not in _LOOPBACK_NAMES and not api_key:
+        if not _is_this_computer(host) and not api_key:
             raise ConfigError(
                 f"Listening on {host} without an API key would let everybody on the network use "
                 "your account",
                 hint="Add --api-key, or listen on 127.0.0.1.",
             )
+        if not 0 <= port <= 65_535:
+            raise ConfigError(f"The port is {port}, but must be 0 to 65535")
+        if max_connections < 1:
+            raise ConfigError(f"max_connections is {max_connections}, but must be 1 or more")
         self.client = client
-        origins = frozenset(origin.rstrip("/") for origin in allowed_origins)
-        self.gatekeeper = Gatekeeper(host, api_key, origins)
-        self.watch = _DisconnectWatcher()
+        self.rules = AccessRules(
+            host,
+            api_key or None,
+            frozenset(origin.rstrip("/") for origin in allowed_origins),
+            frozenset(name.lower() for name in allowed_hosts),
+        )
+        self.max_connections = max_connections
+        self.memory = ResponseMemory()
+        self._reserved_bytes = 0
         self.stopping = threading.Event()
-        self._working: set[Any] = set()
+        self.connections: set[Any] = set()
+        self._running: dict[Any, _Running] = {}
         self._idle = threading.Condition()
-        self._server = _openai_http_server(self, host, port, max_connections)
+        self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
-        self.url = f"http://{_in_address(host)}:{self.port}/v1"
+        self.url = f"http://{_in_url(host)}:{self.port}/v1"
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> OpenAIServer:  # noqa: PYI034
@@ -6115,9 +6698,8 @@ class OpenAIServer:
 
     def start(self) -> OpenAIServer:
         """Answer requests on a thread of its own."""
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), daemon=True
-        )
+        run = self._server.serve_forever
+        self._thread = threading.Thread(target=run, args=(0.05,), daemon=True)
         self._thread.start()
         return self
 
@@ -6127,556 +6709,887 @@ class OpenAIServer:
         if self._thread is not None:
             self._server.shutdown()
         self._server.socket.close()  # who comes now is refused, not left waiting
-        self._server.close_connections(self._working)
-        with self._idle:
-            self._idle.wait_for(lambda: not self._working, drain_s)
-        self._server.close_connections()
-        with self._idle:  # the watch sees them closed, and ends their calls to Puter
-            self._idle.wait_for(lambda: not self._working, 1.0)
-        self._server.server_close()
-        self.watch.close()
+        self._hang_up(self.connections - self._running.keys())
+        try:
+            with self._idle:
+                self._idle.wait_for(lambda: not self._running, drain_s)
+        finally:
+            self._hang_up(self.connections.copy())
+            for running in list(self._running.values()):
+                running.cancellation.cancel()
+            self._server.server_close()
 
-    @property
-    def busy(self) -> int:
-        """How many requests are being answered."""
-        return len(self._working)
+    def _hang_up(self, connections: Iterable[Any]) -> None:
+        for connection in connections:
+            # it may be closed already
+            with suppress(OSError):
+                connection.shutdown(_SHUT_RDWR)
 
     @contextmanager
-    def working(self, connection: Any) -> Iterator[None]:
-        """Notes a connection whose request is being answered."""
+    def running(self, connection: Any) -> Iterator[_Running]:
+        """While inside, the request on this connection is looked after, and waited for at the end."""
+        running = _Running()
         with self._idle:
-            self._working.add(connection)
+            self._running[connection] = running
         try:
-            yield
+            yield running
         finally:
             with self._idle:
-                self._working.discard(connection)
+                del self._running[connection]
                 self._idle.notify_all()
 
+    def reserve(self, size: int) -> None:
+        """Make room for so many bytes of a body; all bodies at once may hold `MAX_READ_BYTES`."""
+        with self._idle:
+            if size > 0 and self._reserved_bytes + size > MAX_READ_BYTES:
+                raise _overloaded("Too many large requests at once")
+            self._reserved_bytes += size
 
-def _openai_http_server(app: OpenAIServer, host: str, port: int, max_connections: int) -> Any:
+    def look_after_running(self) -> None:
+        """Cancel what nobody waits for any more, and show life where an answer takes long."""
+        with self._idle:
+            running = dict(self._running)
+        for connection in _hung_up(running):
+            running.pop(connection).cancellation.cancel()
+        for one in running.values():
+            one.tick(time.monotonic())
+
+
+if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler as _HandlerBase
+    from http.server import ThreadingHTTPServer as _ServerBase
+else:
+    # The real bases are mixed in by `_http_server`, so that only who serves imports them.
+    _HandlerBase = _ServerBase = object
+
+
+def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
     """The standard library's threading server, with our handler and limits."""
     import socket
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    handler = type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), {"app": app})
+    handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    own = {"address_family": family, "max_connections": max_connections}
-    return type("Server", (_BoundedServer, ThreadingHTTPServer), own)((host, port), handler)
+    server = {"app": app, "address_family": family}
+    return type("Server", (_GatewayServer, ThreadingHTTPServer), server)(
+        (host, port), type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), handler)
+    )
 
 
-class _BoundedServer:
-    """What the OpenAI server adds to `ThreadingHTTPServer`: no more than so many connections."""
+class _GatewayServer(_ServerBase):
+    """What the gateway adds to `ThreadingHTTPServer`."""
 
-    daemon_threads = True
+    app: OpenAIServer
     block_on_close = False
     request_queue_size = 256
-    allow_reuse_address = os.name != "nt"  # on Windows it would share a taken port
-    max_connections = MAX_CONNECTIONS
-    socket: Any
-    server_address: Any
-
-    def __init__(self, *args: Any) -> None:
-        self._open: set[Any] = set()
-        self._lock = threading.Lock()
-        super().__init__(*args)
+    # on Windows it would share a port that is in use
+    allow_reuse_address = os.name != "nt"
 
     def server_bind(self) -> None:
         """As the base class, but without its look-up of the host's full name."""
-        import socket
+        import socketserver
 
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, unless there are too many."""
-        import socket
-
-        with self._lock:
-            full = len(self._open) >= self.max_connections
-            if not full:
-                self._open.add(request)
-        if full:
-            self._turn_away(request)
-        else:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            super().process_request(request, client_address)  # type: ignore[misc]
-
-    def _turn_away(self, request: Any) -> None:
-        message = f"All {self.max_connections} connections are in use"
-        body = json.dumps(_error_body(message, "server_error", "overloaded")).encode()
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nRetry-After: 2\r\nConnection: close\r\n\r\n"
-        )
-        with suppress(OSError):  # who is turned away may be gone already
-            request.settimeout(1)
-            request.sendall(head.encode() + body)
-        super().shutdown_request(request)  # type: ignore[misc]
-
-    def shutdown_request(self, request: Any) -> None:
-        """A connection is over."""
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)  # type: ignore[misc]
-
-    def close_connections(self, keep: Collection[Any] = ()) -> None:
-        """Hang up on everybody but these."""
-        with self._lock:
-            connections = [c for c in self._open if c not in keep]
-        for connection in connections:
-            with suppress(OSError):
-                connection.shutdown(_SHUT_RDWR)
+    def service_actions(self) -> None:
+        """Called by the base class all the time."""
+        try:
+            self.app.look_after_running()
+        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
+            _log.error("A running request could not be looked after", exc_info=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            _log.error("A connection failed")
+            _log.error("A connection failed", exc_info=True)
 
 
-def _error_body(message: str, kind: str, code: str | None) -> JSON:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+_HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n")
+_SINGLE_HEADERS = ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "x-api-key")
 
 
-_ROUTES = {
-    "/": ("GET", "HEAD"),
-    "/health": ("GET", "HEAD"),
-    "/v1/models": ("GET", "HEAD"),
-    "/v1/chat/completions": ("POST",),
-}
+class _GatewayHandler(_HandlerBase):
+    """Reads a request, asks the functions above, and writes.
 
-
-class _ClientGoneError(ConnectionError):
-    """The client does not take what is sent to it."""
-
-
-class _GatewayHandler:
-    """Reads a request, asks the functions above, and writes; mixed into the library's handler."""
+    ConnectionError and TimeoutError are of the client's socket: upstream's are `PuterError`s.
+    """
 
     app: OpenAIServer
-    command: str
-    path: str
-    headers: Any
-    connection: Any
-    rfile: Any
-    wfile: Any
-    request_version: str
-    parse_request: Callable[[], bool]
-    send_response: Callable[[int], None]
-    send_header: Callable[[str, str], None]
-    end_headers: Callable[[], None]
-    protocol_version = "HTTP/1.1"
+    running: _Running
+    raw_requestline: bytes
+    protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
     sys_version = ""
-    stuck_at: float | None = None  # when a write that is under way has taken too long
-    wbufsize = 64 * 1024  # one packet for head and body; streams flush each frame
-    timeout = IDLE_TIMEOUT_S
+    disable_nagle_algorithm = True
+    wbufsize = 64 * 1024  # one packet for head and body; streams flush what came together
+
+    # ---- reading ----
+
+    def setup(self) -> None:
+        """A connection begins."""
+        super().setup()
+        self.app.connections.add(self.connection)
+        self.is_too_many = len(self.app.connections) > self.app.max_connections
+
+    def finish(self) -> None:
+        """A connection is over."""
+        self.app.connections.discard(self.connection)
+        super().finish()
 
     def handle_one_request(self) -> None:
-        """As the base class, with a time limit for the whole request, and one router."""
-        self.close_connection = True
-        self.sent = False
-        self.requestline, self.request_version, self.command = "", "HTTP/1.1", ""
-        self.connection.settimeout(IDLE_TIMEOUT_S)
+        """As the base class, with nothing left of the request before."""
+        self.sent = self.unread = self.has_failed = False
+        self.cors: dict[str, str] = {}
+        self.dialect = dialect_of("")
+        self.request_id = f"req_{os.urandom(12).hex()}"
+        self.command = self.requestline = ""
+        self.request_version = self.protocol_version
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """As the base class, but what is no header line is an error, and not guessed at."""
+        if self.raw_requestline in (b"\r\n", b"\n"):
+            # blank lines between requests are skipped
+            self.close_connection = False
+            return False
+        if not re.fullmatch(rb"[^\r\n\0]+\r?\n", self.raw_requestline):
+            self.send_error(400, "The request line cannot be read")
+            return False
+        connection, read_line = self.rfile, partial(self.rfile.readline, 65_537)
+        head = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
+        # one more than the base class takes, so that it can say so
+        lines = list(islice(head, 101))
+        self.rfile = io.BytesIO(b"".join([*lines, b"\r\n"]))
         try:
-            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):
-                self.rfile.read(1)  # blank lines before a request are to be skipped
-            if not self.rfile.peek(1):
-                return
-            limit = time.monotonic() + REQUEST_TIMEOUT_S
-            with self.app.watch.over(self.connection, self._hang_up, lambda: limit):
-                self.raw_requestline = self.rfile.readline(65_537)
-                if len(self.raw_requestline) > 65_536:
-                    self._wrong(414, "The address is too long")
-                    return
-                if not self.parse_request():
-                    return
-                refused, body = self._read()
-            if not refused:
-                with self.app.working(self.connection):
-                    self._route(body)
-            self.wfile.flush()
-        except OSError:
-            self.close_connection = True  # the client is gone or stuck: nobody to tell
+            is_fine = super().parse_request()
+        finally:
+            self.rfile = connection
+        if is_fine and not all(map(_HEADER_LINE.fullmatch, lines)):
+            self.send_error(400, "A line of the head is no header")
+            return False
+        return is_fine
 
     def handle_expect_100(self) -> bool:
-        """As the base class; what waits for the word must get it now."""
-        going_on = bool(super().handle_expect_100())  # type: ignore[misc]
+        """As the base class, but at once."""
+        super().handle_expect_100()
         self.wfile.flush()
-        return going_on
+        return True
 
-    def _hang_up(self) -> None:
-        with suppress(OSError):
-            self.connection.shutdown(_SHUT_RDWR)
+    def _read_body(self) -> bytes:
+        body, reserved = bytearray(), 0
+        try:
+            for size in self._sizes():
+                if len(body) + size > MAX_REQUEST_BYTES:
+                    raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+                self.app.reserve(size)
+                reserved += size
+                piece = self.rfile.read(size)
+                if len(piece) < size:
+                    raise ConnectionError("the client hung up in the middle of its request")
+                body += piece
+        finally:
+            self.app.reserve(-reserved)
+        self.unread = False
+        return bytes(body)
 
-    def _read(self) -> tuple[bool, bytes]:
-        """(whether it was refused, the body): checks the caller before reading."""
-        path = self.path.partition("?")[0]
-        refusal = self.app.gatekeeper.refusal(
-            path,
-            self.headers.get("Host"),
-            self.headers.get("Origin"),
-            self.headers.get("Authorization", ""),
-        )
-        is_preflight = self.command == "OPTIONS" and self.headers.get("Origin")
-        if refusal and not (is_preflight and refusal[0] == 401):
-            status, code, message = refusal
-            kind = "authentication_error" if status == 401 else "permission_error"
-            self.close_connection = True
-            self._json(status, _error_body(message, kind, code))
-            return True, b""
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            return self._wrong(411, "Send a Content-Length"), b""
-        for name in ("Content-Length", "Host", "Authorization"):
-            if len(set(self.headers.get_all(name, ()))) > 1:
-                return self._wrong(400, f"There are several {name} headers"), b""
-        length = self.headers.get("Content-Length", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            return self._wrong(400, "Content-Length is no number"), b""
-        if int(length) > MAX_REQUEST_BYTES:
-            return self._wrong(413, f"A request may hold {MAX_REQUEST_BYTES} bytes"), b""
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionAbortedError("the client hung up in the middle of its request")
-        return False, body
+    def _sizes(self) -> Iterator[int]:
+        """How many bytes of the body come next, piece by piece."""
+        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length")
+        if coding is None:
+            yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
+        elif length is not None:
+            raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
+        elif coding.strip().lower() != "chunked":
+            raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
+        else:
+            while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
+                yield size
+                if self._line():
+                    raise _wrong("a chunk is longer than it says")
+            # trailers say nothing to us
+            while self._line():
+                pass
 
-    def _route(self, body: bytes) -> None:
-        """Find what answers; a failure before the first byte is a status of its own."""
+    def _line(self) -> str:
+        line = self.rfile.readline(4_097).decode("latin-1")
+        if not re.fullmatch(r"[^\r\n]*\r?\n", line):
+            raise _wrong("the body is not chunked as it should be")
+        return line.rstrip("\r\n")
+
+    # ---- deciding ----
+
+    def _route(self) -> None:
+        """Answer one request; a failure before the first byte has a status of its own."""
         from urllib.parse import unquote
 
         path = unquote(self.path.partition("?")[0])
-        is_model = path.startswith("/v1/models/")
-        methods = ("GET", "HEAD") if is_model else _ROUTES.get(path, ())
-        try:
-            if self.command == "OPTIONS" and self.headers.get("Origin"):
-                self._send(204, b"", "text/plain")
-            elif not methods:
-                self._wrong(404, f"There is no {path[:200]} here; the base is /v1", close=False)
-            elif self.command not in methods:
-                self._wrong(
-                    405,
-                    f"{self.command[:20]} is not for {path[:200]}",
-                    {"Allow": ", ".join(methods)},
-                    close=False,
-                )
-            elif is_model:
-                found = self.app.client.model(path[len("/v1/models/") :])
-                self._json(200, model_object(found))
-            elif path == "/v1/chat/completions":
-                self._complete(body)
-            elif path == "/v1/models":
-                data = [model_object(m) for m in self.app.client.models()]
-                self._json(200, {"object": "list", "data": data})
-            else:
-                status = {"status": "ok", "version": __version__, "base_url": self.app.url}
-                self._json(200, status)
-        except PuterError as error:
-            self._fail(error)
-        except _ClientGoneError:
-            raise
-        except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
-            _log.error("A request could not be answered")
-            self._fail(PuterError("An internal error of puter.py; its log says more"))
+        self.dialect = dialect_of(path, self.headers)
+        length = self.headers.get("Content-Length", "0")
+        self.unread = length != "0" or "Transfer-Encoding" in self.headers
+        with self.app.running(self.connection) as self.running:
+            try:
+                self._answer(path)
+            except PuterError as error:
+                self._fail(error)
+            except (ConnectionError, TimeoutError):
+                raise
+            except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
+                _log.error("A request could not be answered", exc_info=True)
+                self._fail(PuterError("An internal error of puter.py; its log says more"))
 
-    def _complete(self, body: bytes) -> None:
-        """Answer a chat completion, as a whole or as a stream."""
-        asked = chat_request_from(_json_body(body), self.app.client.config.default_model)
-        ask = self.app.client._ask(asked.prompt, asked.model, tools=asked.tools, args=asked.args)
-        if asked.streaming and not asked.wants_json:
-            self._stream(asked, Stream(self.app.client, ask))
-            return
-        handle = _Cancellation()
-        with self.app.watch.over(self.connection, handle.close):
-            reply = self.app.client._answer(ask, handle)
-        whole = completion_object(reply, asked, time.time())
-        if asked.streaming:
-            answered = _as_answered(reply, whole)
-            self._stream_of(asked, chunks_of(answered), answered)
-        else:
-            self._json(200, whole, _answer_headers(reply))
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
-    def _stream(self, asked: ChatRequest, stream: Stream) -> None:
-        def wake() -> None:  # this thread, which then cleans up itself
-            stream._handle.close()
-            self._hang_up()
-
-        # The watch looks after a client that takes nothing; asking the socket to do so costs
-        # two calls of the system for every token.
-        with stream, self.app.watch.over(self.connection, wake, lambda: self.stuck_at):
-            stream._start()
-            self.connection.settimeout(None)
-            self._stream_of(asked, stream, stream)
-
-    def _stream_of(self, asked: ChatRequest, chunks: Iterable[Chunk], who: Reply | Stream) -> None:
-        """Write frames as Server-Sent Events."""
-
-        def finish_reason() -> str:
-            return (who.reply if isinstance(who, Stream) else who).finish_reason
-
-        head = completion_head("chat.completion.chunk", who.model, time.time())
-        self._begin_events(_answer_headers(who))
-        for frame in completion_chunks(chunks, finish_reason, asked, head):
-            more = isinstance(who, Stream) and who._has_more
-            self._event(json.dumps(frame), more)
-        self._event("[DONE]", more=True)
-        self._end_events()
-
-    def _begin_events(self, headers: Mapping[str, str]) -> None:
-        self.sent = True
-        self.chunked = self.request_version != "HTTP/1.0"
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-cache")
-        if self.chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
+    def _answer(self, path: str) -> None:
+        """Judge the caller by the head of the request, then answer what the path is for."""
+        headers, client = self.headers, self.app.client
+        if self.is_too_many:
             self.close_connection = True
-        self._end_head(headers)
+            raise _overloaded(f"All {self.app.max_connections} connections are in use")
+        for name in _SINGLE_HEADERS:
+            if len(headers.get_all(name, ())) > 1:
+                raise _wrong(f"there are several {name} headers")
+        is_preflight = self.command == "OPTIONS" and "Origin" in headers
+        refused = refusal(self.app.rules, path, headers)
+        if refused and not (is_preflight and isinstance(refused, AuthError)):
+            self.cors = {} if isinstance(refused, AccessError) else self._cors()
+            self.close_connection = True
+            raise refused
+        self.cors = self._cors()
+        is_models = path == "/v1/models" or path.startswith("/v1/models/")
+        if is_preflight:
+            self._send(204, None)
+        elif not (is_models or path in DIALECTS or path in ("/", "/health")):
+            raise _wrong(f"there is no {path[:200]} here; the base is /v1", status=404)
+        elif self.command not in (("POST",) if path in DIALECTS else ("GET", "HEAD")):
+            raise _wrong(f"{self.command} is not for {path[:200]}", status=405)
+        elif path in DIALECTS:
+            self._answer_dialect(DIALECTS[path], self._read_body())
+        elif path == "/v1/models":
+            self._send(200, models_object(client.models()))
+        elif is_models:
+            self._send(200, model_object(client.model(path.removeprefix("/v1/models/"))))
+        else:
+            status = {"status": "ok", "version": __version__, "base_url": self.app.url}
+            self._send(200, status)
 
-    def _event(self, data: str, more: bool = False) -> None:
-        event = f"data: {data}\n\n".encode()
-        framed = b"%x\r\n%b\r\n" % (len(event), event) if self.chunked else event
-        self._write(framed, more)
+    def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
+        """Answer what a program asks in a dialect, as a whole or as a stream."""
+        body = _json_body(data)
+        # unknown keys of messages are dropped; who tries this one may as well be told
+        if re.search(rb'"puter_path"\s*:', data):
+            raise _wrong("puter_path is not for callers of this server", "messages")
+        if dialect.answer is not None:
+            self._send(200, dialect.answer(body))
+            return
+        client = self.app.client
+        asked = dialect.parse(body, self.app.memory)
+        name = asked.model or client.config.default_model
+        if not name:
+            raise _wrong("you must name a model (or set default_model in puter.json)", "model")
+        models = client._models_if_any("The name of the model is passed on unchecked")
+        asked = with_served_model(asked, name, models)
+        request = client._build_request(
+            asked.messages, asked.model, tools=asked.tools, args=asked.args
+        )
+        if asked.streaming:
+            self._stream(dialect, asked, request)
+        else:
+            reply = self._complete(asked, request)
+            answer, ending = whole_answer(asked, reply)
+            self._send(200, dialect.body(asked, answer, ending), answer_headers(reply))
 
-    def _write(self, data: bytes, more: bool = False) -> None:
-        """Send to the client; whatever is wrong with it is no fault of the answer.
+    def _complete(self, asked: ChatRequest, request: _Request) -> Reply:
+        if asked.answer:
+            return Reply(asked.answer, model=asked.model)
+        return self.app.client._complete(request, self.running.cancellation)
 
-        With `more` to come at once, it may wait for that.
-        """
-        self.stuck_at = time.monotonic() + IDLE_TIMEOUT_S
+    def _open(self, asked: ChatRequest, request: _Request) -> Reply | Stream:
+        """A stream, or a reply where all must be there before anything can be given."""
+        if asked.wants_json or asked.answer:
+            return _with_json(asked, self._complete(asked, request))
+        return self.app.client._open_stream(request, self.running.cancellation)
+
+    def _stream(self, dialect: Dialect, asked: ChatRequest, request: _Request) -> None:
+        """Answer with Server-Sent Events, which begin with the first chunk, or with a sign of life."""
+        opened: list[Reply | Stream | PuterError] = []
+
+        def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+            try:
+                while not opened:
+                    yield None
+                yield from self._batches(opened[0])
+            except PuterError as error:
+                self.has_failed = True
+                raise self._public(error) from error
+
+        def model() -> str:
+            return (opened and opened[0].model) or request.model
+
+        frames = dialect.frames(asked, model, answer_events(asked, batches()))
+        answer: Reply | Stream | PuterError
         try:
-            self.wfile.write(data)
-            if not more:
-                self.wfile.flush()
-        except OSError as error:
-            raise _ClientGoneError(str(error)) from error
-        finally:
-            self.stuck_at = None
+            with self.running.silent(lambda: self._show_life(frames)):
+                answer = self._open(asked, request)
+        except PuterError as error:
+            if not self.sent:
+                raise
+            answer = error
+        opened.append(answer)
+        with closing(answer) if isinstance(answer, Stream) else nullcontext():
+            if not isinstance(answer, PuterError) and not self.sent:
+                self._begin_events(answer_headers(answer))
+            for frame in frames:
+                self._write_frame(*frame)
+        if self.has_failed and dialect.cuts_broken_streams:
+            self.close_connection = True
+        elif self.is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
 
-    def _end_events(self) -> None:
-        self._write(b"0\r\n\r\n" if self.chunked else b"")
+    def _show_life(self, frames: Iterator[Frame]) -> None:
+        """Write the frame that comes before the answer does. Who is gone needs none."""
+        with suppress(ConnectionError, TimeoutError):
+            if not self.sent:
+                self._begin_events({})
+            self._write_frame(*next(frames))
+            self.wfile.flush()
+
+    def _batches(self, answer: Reply | Stream | PuterError) -> Iterator[Sequence[Chunk] | Reply]:
+        """What `answer_events` takes; flushes whenever it has to wait for more."""
+        if isinstance(answer, PuterError):
+            raise answer
+        if isinstance(answer, Reply):
+            yield chunks_of(answer)
+            yield answer
+            return
+        for batch in answer._batches():
+            yield batch
+            self.wfile.flush()
+        yield answer.reply
+
+    def _public(self, error: PuterError) -> PuterError:
+        """The error without what is only the owner's to know."""
+        names: list[str] = []
+        with suppress(PuterError):
+            names = [account.username for account in self.app.client.accounts]
+        return public_error(error, names, self.app.client.config.api_base_url)
+
+    # ---- writing ----
 
     def _fail(self, error: PuterError) -> None:
-        """A status of its own; once bytes are out, an error frame and no proper end."""
-        status, body, headers = error_object(error)
-        _log.info("Server: %d %s", status, error.message)
-        if not self.sent:
-            self._json(status, body, headers)
-            return
-        self.close_connection = True
-        self._event(json.dumps(body))
-
-    def _wrong(
-        self,
-        status: int,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        close: bool = True,
-    ) -> bool:
-        self.close_connection = self.close_connection or close
-        self._json(status, _error_body(message, "invalid_request_error", None), headers)
-        return True
+        """A status of its own; once bytes are out, an error and no proper end."""
+        status, public = error_status(error), self._public(error)
+        _log.info("Gateway: %d %s", status, error.message)
+        body = self.dialect.error(public, status, self.request_id)
+        if self.sent:
+            self.close_connection = True
+            self._write_frame(str(body.get("type", "")), body)
+            self.wfile.flush()
+        else:
+            self._send(status, body, error_headers(error, status))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The base class's own refusals (a broken head), in OpenAI's shape."""
-        self._wrong(int(code), message or "The request cannot be read")
-
-    def _json(self, status: int, body: JSON, headers: Mapping[str, str] | None = None) -> None:
-        self._send(status, json.dumps(body).encode(), "application/json", headers)
+        """The base class's own refusals (a broken head), in the shape of the dialect."""
+        self.close_connection = True
+        self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
     def _send(
-        self, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
+        self, status: int, body: JSON | None, headers: Mapping[str, str] | None = None
     ) -> None:
+        """A whole answer; None has no body."""
+        data, head = b"", dict(headers or {})
+        if body is not None:
+            data = json.dumps(body).encode()
+            head |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        if self.unread:
+            self.close_connection = True
+        self._send_head(status, head)
+        self.wfile.write(b"" if self.command == "HEAD" else data)
+        self.wfile.flush()
+        if self.unread:
+            self._discard()
+
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
         self.sent = True
         self.send_response(status)
-        if status != 204:
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self._end_head(headers or {})
-        self._write(b"" if self.command == "HEAD" else body)
-
-    def _end_head(self, headers: Mapping[str, str]) -> None:
-        for name, value in {**headers, **self._cors()}.items():
+        ids = {"x-request-id": self.request_id, "request-id": self.request_id}
+        for name, value in {**headers, **ids, **self.cors}.items():
             self.send_header(name, value)
+        if self.close_connection or self.app.stopping.is_set():
+            self.send_header("Connection", "close")
         self.end_headers()
+
+    def _discard(self) -> None:
+        """Take what a refused client still sends, for a moment: else it may not see the answer."""
+        until = time.monotonic() + 1.0
+        with suppress(OSError):
+            self.connection.shutdown(_SHUT_WR)
+            self.connection.settimeout(1.0)
+            while time.monotonic() < until and self.connection.recv(64 * 1024):
+                pass
+
+    def _begin_events(self, headers: Mapping[str, str]) -> None:
+        self.is_chunked = self.request_version != "HTTP/1.0"
+        self.close_connection |= not self.is_chunked
+        framing = {"Transfer-Encoding": "chunked"} if self.is_chunked else {}
+        kind = "text/event-stream; charset=utf-8"
+        own = {"Content-Type": kind, "Cache-Control": "no-cache"}
+        self._send_head(200, {**own, **framing, **headers})
+
+    def _write_frame(self, event: str, data: JSON | str | None) -> None:
+        if data is None:
+            text = ": keep-alive\n\n"
+        else:
+            named = f"event: {event}\n" if event else ""
+            text = f"{named}data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+        block = text.encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _cors(self) -> dict[str, str]:
         """Headers for a page that may call."""
-        headers: Any = getattr(self, "headers", None) or {}
-        origin, host = headers.get("Origin"), headers.get("Host")
-        if origin is None or not self.app.gatekeeper.allows_origin(origin, host):
+        origin, asked = self.headers.get("Origin"), "Access-Control-Request-Headers"
+        if origin is None:
             return {}
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": headers.get("Access-Control-Request-Headers")
-            or "authorization, content-type",
-            "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, "
-            "x-puter-attempts, retry-after",
+            "Access-Control-Allow-Headers": self.headers.get(asked)
+            or "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+            "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, x-puter-attempts, "
+            "x-request-id, request-id, x-should-retry, retry-after",
             "Vary": "Origin",
         }
 
     def log_message(self, format: str, *args: Any) -> None:
-        _log.debug("Server: %s", format % args)
+        """Into our log, and only for who debugs."""
+        _log.debug("Gateway: %s", format % args)
 
 
-def _json_body(body: bytes) -> Any:
+def _overloaded(text: str) -> ServerError:
+    return ServerError(text, status=503, code="overloaded", retry_after_s=2, hint="")
+
+
+def _body_size(digits: str, pattern: str, base: int) -> int:
+    if not re.fullmatch(pattern, digits.strip()):
+        raise _wrong("the length of the body is no number")
+    return int(digits, base)
+
+
+def _json_body(data: bytes) -> JSON:
     """The JSON of a request; raises `BadRequestError` for what is none, or nested too deeply."""
     try:
-        return json.loads(body)
+        body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"the body is not valid JSON ({error})", None) from None
+        raise _wrong(f"the body is not valid JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise _wrong("the body is no JSON object")
+    return body
 
 
-def _as_answered(reply: Reply, whole: JSON) -> Reply:
-    """The reply with the text that its completion object carries (cut, or out of its fence)."""
-    choice = whole["choices"][0]
-    return replace(
-        reply, text=choice["message"]["content"] or "", finish_reason=choice["finish_reason"]
-    )
+def models_object(models: Sequence[Model]) -> JSON:
+    """A list of models in OpenAI's shape and Anthropic's at once."""
+    data = [model_object(model) for model in models]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+    return {"object": "list", "data": data, "has_more": False, **ends}
 
 
-def _short_name(name: str) -> str:
-    """An account's name for those who need not know it: its first letters."""
-    return f"{name[: min(3, max(1, len(name) // 2))]}..."
-
-
-def _answer_headers(who: Reply | Stream) -> dict[str, str]:
+def answer_headers(who: Reply | Stream) -> dict[str, str]:
     """Who answered; of the account's name only the first letters."""
     return {
         "x-puter-model": _header_text(who.model),
-        "x-puter-account": _header_text(_short_name(who.account)),
+        "x-puter-account": _short_name(who.account),
         "x-puter-attempts": str(len(who.attempts)),
     }
-
-
-def _header_text(text: str) -> str:
-    return re.sub(r"[^ -~]", "?", text)
 
 
 # ======================================================================================
 # 12. mcp server · uses: everything above but login and the openai server
 # ======================================================================================
 # The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
-MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+# 2025-03-26 is left out: it alone demands batches, and its clients know 2024-11-05, too.
+MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-06-18", "2025-11-25")
 MCP_STATELESS_VERSION = "2026-07-28"
 _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest first
-MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives a call up after 60 s without progress
+MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives up a call after 60 s without progress
+_MCP_TICK_S = 1.0  # between two progress notifications
+_MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
-_MCP_BATCH_VERSION = "2025-03-26"  # the only one with batches
-_MCP_TICK_S = 5.0  # a word of progress when nothing else comes
-_MCP_TELL_S = 0.25  # and at most so often while text comes
-_MCP_MODELS_TTL_MS = 3_600_000
-_EMPTY_LISTS = {
-    "prompts/list": "prompts",
-    "resources/list": "resources",
-    "resources/templates/list": "resourceTemplates",
+_MCP_INSTRUCTIONS = (
+    "puter-chat asks another AI model; name one from puter-models, or leave it to the default. "
+    "Every answer says which model gave it."
+)
+_MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __version__}
+_NOBODY = "Nobody is signed in. Sign in with: python -m puter login"
+
+
+# What the CLI shows of credit, too.
+
+
+def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
+    """What each account may still spend; one that fails says why, and hides no other."""
+    rows = []
+    for account in accounts:
+        row: JSON = {"username": account.username, "error": None}
+        try:
+            credit = as_dict(client.usage(account.username))
+            costs = {
+                n: dict(zip(("cost", "units", "count"), v)) for n, v in credit["by_api"].items()
+            }
+            row |= {**credit, "by_api": costs}
+            del row["raw"]
+        except PuterError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def credit_text(row: JSON) -> str:
+    """A row of credit in words."""
+    if row["error"]:
+        return str(row["error"])
+    left, whole = (money(row[key], row["unit"]) for key in ("remaining", "allowance"))
+    return f"{left} of {whole} left this month"
+
+
+def money(amount: float, unit: str) -> str:
+    """An amount as people write it."""
+    return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
+
+
+# The tools are methods of `McpServer`: section 6 makes their input schemas and checks their
+# arguments. What stands here is how they answer.
+
+
+def _object_schema(required: str, **names: str) -> JSON:
+    """The schema of an object: `string="a b"` are properties that are strings."""
+    properties = {name: {"type": kind} for kind in names for name in names[kind].split()}
+    schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**schema, "required": required.split()}
+
+
+_MCP_CHAT = _object_schema(
+    "text model account finish_reason partial usage",
+    string="text reasoning model account finish_reason",
+    boolean="partial",
+    object="usage",
+)
+_MCP_MODEL = _object_schema(
+    "id free",
+    string="id",
+    boolean="free tools",
+    number="input_usd_per_million output_usd_per_million",
+    integer="context",
+)
+_MCP_MODELS = _object_schema(
+    "models count total", integer="count total", string="more", array="models"
+)
+_MCP_MODELS["properties"]["models"]["items"] = _MCP_MODEL
+_MCP_ACCOUNT = _object_schema(
+    "username active temporary error",
+    string="username error unit",
+    boolean="active temporary",
+    number="allowance remaining used",
+)
+_MCP_ACCOUNT["properties"]["error"]["type"] = ["string", "null"]
+_MCP_ACCOUNTS = _object_schema("accounts", array="accounts")
+_MCP_ACCOUNTS["properties"]["accounts"]["items"] = _MCP_ACCOUNT
+# The name of each tool: (method, title, schema of its structured answer)
+_MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
+    "puter-chat": ("chat", "Ask a model", _MCP_CHAT),
+    "puter-models": ("models", "List models", _MCP_MODELS),
+    "puter-account": ("account", "Show the accounts", _MCP_ACCOUNTS),
 }
 
-_MCP_MODEL_KEYS = (
-    *("id", "name", "provider", "context", "max_tokens", "inputs", "tools", "free"),
-    *("input_usd_per_million", "output_usd_per_million"),
-)
-_NULLABLE_NUMBER = {"type": ["number", "null"]}
-_NULLABLE_TEXT = {"type": ["string", "null"]}
-_NULLABLE_FLAG = {"type": ["boolean", "null"]}
+
+@dataclass(eq=False, slots=True)
+class _McpCall:
+    """A call of a tool that is running."""
+
+    request: JSON
+    progress_token: str | int | None  # None: the client asks for no progress
+    progress: int = 0
+    cancellation: _Cancellation = field(default_factory=_Cancellation)
+    stream: Stream | None = None
+    text: list[str] = field(default_factory=list)  # of the answer so far
 
 
-def _object_schema(required: Sequence[str] = (), **properties: JSON) -> JSON:
-    schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**schema, "required": list(required)} if required else schema
+class McpServer:
+    """The protocol, without stdin and stdout: lines in, messages out.
 
+    `make_client` is called when a tool first needs the client; `write` is given each message
+    to send, from any thread. The public methods `chat`, `models` and `account` are the tools:
+    MCP clients see their docstrings.
+    """
 
-MCP_TOOLS: list[JSON] = [
-    {
-        "name": "puter-chat",
-        "title": "Ask a model",
-        "description": "Ask one of the 500+ AI models of Puter.com (Claude, GPT, Gemini, "
-        "DeepSeek, ...) and get its answer. puter-models lists them.",
-        "inputSchema": _object_schema(
-            ["message"],
-            message={"type": "string", "description": "What to ask."},
-            model={"type": "string", "description": "A model's id or alias."},
-            system={"type": "string", "description": "A system text."},
-            temperature={"type": "number", "minimum": 0, "maximum": 2},
-            max_tokens={"type": "integer", "minimum": 1, "description": "Longest answer."},
-        ),
-        "outputSchema": _object_schema(
-            ["text", "model", "account", "finish_reason", "partial", "usage"],
-            text={"type": "string"},
-            reasoning={"type": "string"},
-            model={"type": "string", "description": "The model that answered."},
-            account={"type": "string"},
-            finish_reason={"type": "string"},
-            partial={"type": "boolean", "description": "Cut off by the time limit."},
-            usage={"type": "object"},
-        ),
-    },
-    {
-        "name": "puter-models",
-        "title": "List models",
-        "description": "List the AI models that puter-chat can ask, with their prices.",
-        "inputSchema": _object_schema(
-            provider={"type": "string", "description": "Such as anthropic, openai, google."},
-            free={"type": "boolean", "description": "Only free (true) or paid (false) ones."},
-            search={"type": "string", "description": "Only those with this in a name."},
-        ),
-        "outputSchema": _object_schema(
-            ["models", "count"],
-            count={"type": "integer"},
-            models={
-                "type": "array",
-                "items": _object_schema(
-                    ["id", "free"],
-                    id={"type": "string"},
-                    name={"type": "string"},
-                    provider={"type": "string"},
-                    context=_NULLABLE_NUMBER,
-                    max_tokens=_NULLABLE_NUMBER,
-                    inputs={"type": ["array", "null"], "items": {"type": "string"}},
-                    tools=_NULLABLE_FLAG,
-                    free={"type": "boolean"},
-                    input_usd_per_million=_NULLABLE_NUMBER,
-                    output_usd_per_million=_NULLABLE_NUMBER,
-                ),
+    def __init__(
+        self,
+        make_client: Callable[[], Puter],
+        write: Callable[[JSON], None],
+        call_limit_s: float = MCP_CALL_LIMIT_S,
+    ) -> None:
+        self._make_client = make_client
+        self._made_client: Puter | None = None
+        self._write = write
+        self._call_limit_s = call_limit_s
+        # The calls that are not answered yet; who takes one out may write its answer.
+        self._calls: set[_McpCall] = set()
+        self._calls_changed = threading.Condition()
+        self._closed = threading.Event()
+        threading.Thread(target=self._report_progress, daemon=True).start()
+
+    # ---- the protocol ----
+
+    def receive(self, line: bytes) -> None:
+        """Take one line; its answer is written now, or later by the thread of a tool."""
+        message: Any = None
+        try:
+            text = line.decode("utf-8-sig").strip()  # Windows programs may begin with a BOM
+            if not text:
+                return
+            message = json.loads(text, parse_constant=_no_constant)
+            is_request = _is_request(message)
+        except (ValueError, RecursionError):
+            self._write(_rpc_failure(None, _RpcError(-32700, "Parse error: invalid JSON")))
+        except _RpcError as error:
+            given_id = message.get("id") if isinstance(message, dict) else None
+            self._write(_rpc_failure(given_id if _is_rpc_id(given_id) else None, error))
+        else:
+            if not is_request:
+                self._notified(message)
+            elif message["method"] == "tools/call":
+                self._start_call(message)
+            else:
+                self._write(_rpc_answer(message, lambda: self._result(message)))
+
+    def close(self, patience_s: float = 0.0) -> None:
+        """Wait so long for the calls that run; then answer them with what there is."""
+        with self._calls_changed:
+            self._calls_changed.wait_for(lambda: not self._calls, patience_s)
+            late = list(self._calls)
+        for call in late:
+            self._expire(call)
+        self._closed.set()
+
+    def tools(self) -> list[JSON]:
+        """The tools, as `tools/list` gives them."""
+        tools = []
+        for name, (method, title, output_schema) in _MCP_TOOLS.items():
+            function = function_schema(getattr(self, method))["function"]
+            is_free = method != "chat"  # asking a model spends credit
+            hints = {"readOnlyHint": is_free, "idempotentHint": is_free}
+            tool = {
+                "name": name,
+                "title": title,
+                "description": function["description"],
+                "inputSchema": function["parameters"],
+                "outputSchema": output_schema,
+                "annotations": {**hints, "destructiveHint": False, "openWorldHint": True},
+            }
+            tools.append(tool)
+        return tools
+
+    def _result(self, message: JSON) -> JSON:
+        """The result of a request that needs no tool; raises `_RpcError`."""
+        method, params = message["method"], message.get("params") or {}
+        if method == "initialize":
+            return _handshake(params)
+        if method == "ping":
+            return {}
+        lists: dict[str, Callable[[], JSON]] = {
+            "tools/list": lambda: {"tools": self.tools()},
+            "prompts/list": lambda: {"prompts": []},
+            "resources/list": lambda: {"resources": []},
+            "resources/templates/list": lambda: {"resourceTemplates": []},
+            "server/discover": lambda: {
+                "supportedVersions": _MCP_VERSIONS,
+                "capabilities": {"tools": {}},
+                "instructions": _MCP_INSTRUCTIONS,
             },
-        ),
-    },
-    {
-        "name": "puter-account",
-        "title": "Show the accounts",
-        "description": "Show the signed-in Puter accounts and the credit that each has left.",
-        "inputSchema": _object_schema(),
-        "outputSchema": _object_schema(
-            ["accounts"],
-            accounts={
-                "type": "array",
-                "items": _object_schema(
-                    ["username", "active"],
-                    username={"type": "string"},
-                    active={"type": "boolean"},
-                    temporary={"type": "boolean"},
-                    unit=_NULLABLE_TEXT,
-                    remaining=_NULLABLE_NUMBER,
-                    allowance=_NULLABLE_NUMBER,
-                    error=_NULLABLE_TEXT,
-                ),
-            },
-        ),
-    },
-]
-for _tool in MCP_TOOLS:  # none changes anything but the credit; all ask the network
-    _tool["annotations"] = {
-        "readOnlyHint": True,
-        "destructiveHint": False,
-        "idempotentHint": _tool["name"] != "puter-chat",
-        "openWorldHint": True,
-    }
+        }
+        if method not in lists:
+            raise _RpcError(-32601, f"Method not found: {method}")
+        return {**lists[method](), "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
+
+    def _notified(self, message: JSON) -> None:
+        """End the call that the client cancels; what else comes needs nothing."""
+        params = message.get("params")
+        if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
+            return
+        with self._calls_changed:
+            calls = [c for c in self._calls if c.request["id"] == params.get("requestId")]
+        for call in calls:
+            self._end(call, None)
+            call.cancellation.cancel()
+
+    # ---- calls of tools ----
+
+    def _start_call(self, message: JSON) -> None:
+        """Run a tool on a thread of its own; the call is known before its cancellation comes."""
+        token = _meta_of(message).get("progressToken")
+        call = _McpCall(message, token if _is_rpc_id(token) else None)
+        with self._calls_changed:
+            self._calls.add(call)
+        threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
+
+    def _run_call(self, call: _McpCall) -> None:
+        """Answer a call: in time, unless the client sees progress and so goes on waiting."""
+        limit = threading.Timer(self._call_limit_s, self._expire, (call,))
+        limit.daemon = True
+        if call.progress_token is None:
+            limit.start()
+        answer = _rpc_answer(call.request, lambda: self._tool_result(call))
+        limit.cancel()
+        self._end(call, answer)
+
+    def _tool_result(self, call: _McpCall) -> JSON:
+        """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
+        params = call.request.get("params") or {}
+        name, arguments = params.get("name"), params.get("arguments") or {}
+        if not isinstance(name, str) or name not in _MCP_TOOLS:
+            raise _RpcError(-32602, f"Unknown tool: {name!r}")
+        if not isinstance(arguments, dict):
+            raise _RpcError(-32602, "arguments must be an object")
+        arguments = {k: v for k, v in arguments.items() if v is not None}
+        try:
+            result = call_function(getattr(self, _MCP_TOOLS[name][0]), arguments)
+            text, structured = self._ask(result, call) if isinstance(result, _Request) else result
+        except PuterError as error:
+            return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
+        except TypeError as error:  # the arguments do not fit
+            return _tool_output(f"{name}: {error}")
+        return _tool_output(text, structured)
+
+    def _ask(self, request: _Request, call: _McpCall) -> tuple[str, JSON]:
+        """The whole answer of a model; `call` holds what there is of it meanwhile."""
+        with self._client()._open_stream(request, call.cancellation) as stream:
+            call.stream = stream
+            for chunk in stream:
+                call.text.append(str(chunk))
+        return stream.reply.text, _chat_output(stream.reply, partial=False)
+
+    def _expire(self, call: _McpCall) -> None:
+        """Answer a call whose time is over with what there is, and end it."""
+        stream, text, limit = call.stream, "".join(call.text), f"{self._call_limit_s:.0f} s"
+        if stream is None or not text:
+            output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
+        else:
+            text += f"\n\n[cut off after {limit}, before the answer was whole]"
+            reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
+            output = _tool_output(text, _chat_output(reply, partial=True))
+        self._end(call, _rpc_answer(call.request, lambda: output))
+        call.cancellation.cancel()
+
+    def _end(self, call: _McpCall, answer: JSON | None) -> None:
+        """Write the answer of a call unless it ended before; nothing of it is written later."""
+        with self._calls_changed:
+            if call in self._calls:
+                self._calls.remove(call)
+                if answer is not None:
+                    self._write(answer)
+                self._calls_changed.notify_all()
+
+    def _report_progress(self) -> None:
+        """Tell the clients that ask for it how far their calls are, until the server closes."""
+        method = "notifications/progress"
+        while not self._closed.wait(_MCP_TICK_S):
+            with self._calls_changed:  # no progress after the answer
+                for call in self._calls:
+                    if call.progress_token is not None:
+                        call.progress += 1  # it must rise each time
+                        params = {"progressToken": call.progress_token, "progress": call.progress}
+                        params["message"] = f"{sum(map(len, call.text))} characters so far"
+                        self._write({"jsonrpc": "2.0", "method": method, "params": params})
+
+    def _client(self) -> Puter:
+        with self._calls_changed:
+            self._made_client = self._made_client or self._make_client()
+            return self._made_client
+
+    # ---- the tools: `chat` gives what to ask, the others a text and its structure ----
+
+    def chat(
+        self,
+        message: str,
+        model: str = "",
+        system: str = "",
+        temperature: Annotated[float | None, {"minimum": 0, "maximum": 2}] = None,
+        max_tokens: Annotated[int | None, {"minimum": 1}] = None,
+    ) -> _Request:
+        """Ask one of the 500+ AI models of Puter.com (Claude, GPT, Gemini, DeepSeek, ...) and
+        get its answer. puter-models lists them.
+
+        Args:
+            message: What to ask.
+            model: A model's id or alias; without one the default model answers.
+            system: A system text.
+            temperature: How freely it answers.
+            max_tokens: The longest answer.
+        """
+        args = {"temperature": temperature, "max_tokens": max_tokens}
+        return self._client()._build_request(message, model or None, system or None, args=args)
+
+    def models(
+        self,
+        provider: str = "",
+        free: bool | None = None,
+        search: str = "",
+        limit: Annotated[int, {"minimum": 1, "maximum": 500}] = 50,
+    ) -> tuple[str, JSON]:
+        """List the AI models that puter-chat can ask, with their prices; free ones first.
+
+        Args:
+            provider: Such as anthropic, openai, google.
+            free: Only free (true) or only paid (false) ones.
+            search: Only those with this in a name.
+            limit: List so many at most.
+        """
+        matches = matching_models(self._client().models(provider or None, free), search or None)
+        shown = sorted(matches, key=lambda m: not m.free)[:limit]
+        rows = [
+            {k: v for k in _MCP_MODEL["properties"] if (v := getattr(m, k)) is not None}
+            for m in shown
+        ]
+        output: JSON = {"models": rows, "count": len(rows), "total": len(matches)}
+        head = f"{len(rows)} of {len(matches)} models"
+        if len(rows) < len(matches):
+            output["more"] = "Narrow by search, provider or free, or raise limit (up to 500)."
+            head = f"{head}. {output['more']}"
+        return "\n".join([head, *(f"{m.id} ({_price_text(m)})" for m in shown)]), output
+
+    def account(self) -> tuple[str, JSON]:
+        """Show the signed-in Puter accounts and the credit that each has left."""
+        client = self._client()
+        active = client.active_account
+        rows, lines = [], []
+        for account, credit in zip(client.accounts, credit_rows(client, client.accounts)):
+            row = {**credit, "active": account == active, "temporary": account.is_temporary}
+            rows.append({k: row[k] for k in _MCP_ACCOUNT["properties"] if k in row})
+            lines.append(f"{'*' if row['active'] else ' '} {account.username}: {credit_text(row)}")
+        return "\n".join(lines) or _NOBODY, {"accounts": rows}
+
+
+def _price_text(model: Model) -> str:
+    prices = (model.input_usd_per_million, model.output_usd_per_million)
+    if model.free:
+        return "free"
+    amounts = ["?" if price is None else f"${price:g}" for price in prices]
+    return f"{amounts[0]} in, {amounts[1]} out, a million tokens"
+
+
+def _chat_output(reply: Reply, partial: bool) -> JSON:
+    keys = ("text", "reasoning", "model", "account", "finish_reason")
+    usage = {k: v for k, v in as_dict(reply.usage).items() if v is not None}
+    return {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
+
+
+def _tool_output(text: str, structured: JSON | None = None) -> JSON:
+    """The result of a tool; one without structure is a failure."""
+    output: JSON = {"content": [{"type": "text", "text": text}], "isError": structured is None}
+    return output if structured is None else {**output, "structuredContent": structured}
+
+
+# The messages of the protocol.
 
 
 class _RpcError(Exception):
@@ -6689,553 +7602,78 @@ class _RpcError(Exception):
             self.body["data"] = data
 
 
-class _McpCall:
-    """One request in work: how it is told of, cancelled, or stopped when its time is over."""
-
-    def __init__(self, version: str, progress_token: Any, notify: Callable[[JSON], None]) -> None:
-        self.version = version
-        self.cancelled = threading.Event()
-        self.out_of_time = threading.Event()
-        self.said: list[str] = []  # the answer's text so far
-        self._token = progress_token if _is_rpc_id(progress_token) else None
-        self._notify = notify
-        self._progress = 0.0
-        self._lock = threading.Lock()
-        self._stream: Stream | None = None
-
-    @property
-    def tells(self) -> bool:
-        """Whether the client asked for progress."""
-        return self._token is not None
-
-    def works_on(self, stream: Stream) -> None:
-        """What must be closed when the call is stopped."""
-        with self._lock:
-            self._stream = stream
-        if self.cancelled.is_set():
-            stream.close()
-
-    def cancel(self) -> None:
-        """The client does not want it any more; there will be no answer."""
-        self.cancelled.set()
-        self.stop()
-
-    def stop(self) -> bool:
-        """End the request to Puter; whether there was one that can be ended."""
-        with self._lock:
-            stream = self._stream
-        if stream is not None:
-            stream.close()
-        return stream is not None
-
-    def end(self) -> None:
-        """The answer is about to go out: no word of progress after it."""
-        with self._lock:
-            self._token = None
-
-    def tell(self) -> None:
-        """A progress notification, if the client asked for them."""
-        with self._lock:  # the numbers must not come out of order
-            if self._token is None or self.cancelled.is_set():
-                return
-            self._progress += 1
-            params = {"progressToken": self._token, "progress": self._progress}
-            if self.version != "2024-11-05":
-                params["message"] = f"{sum(map(len, self.said))} characters so far"
-            method = "notifications/progress"
-            self._notify({"jsonrpc": "2.0", "method": method, "params": params})
-
-
-class McpServer:
-    """The protocol, without stdin and stdout: lines in, messages out.
-
-    `make_client` is called when a tool needs the client first; `write` is given each message
-    to send (a dict, or a list for a batch), from any thread.
-    """
-
-    def __init__(
-        self,
-        make_client: Callable[[], Puter],
-        write: Callable[[Any], None],
-        call_limit_s: float = MCP_CALL_LIMIT_S,
-    ) -> None:
-        self._make_client = make_client
-        self._write = write
-        self._call_limit_s = call_limit_s
-        self._client: Puter | None = None
-        self._lock = threading.RLock()
-        self._running: dict[tuple[bool, str | int], _McpCall] = {}
-        self._version = MCP_HANDSHAKE_VERSIONS[-1]  # until the client asks for another
-        self._initialized = False
-
-    def receive(self, line: bytes) -> None:
-        """Take one line; its answer is written now, or later from a thread."""
-        if not line.strip():
-            return
-        try:
-            message = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            self._write(_rpc_failure(None, _RpcError(-32700, "This is no JSON")))
-            return
-        if isinstance(message, list):
-            self._batch(message)
-        else:
-            self._take(message, self._write)
-
-    def _take(self, message: Any, reply: Callable[[JSON], None]) -> threading.Thread | None:
-        """Answer a message, a call to a tool on a thread of its own (which is given back)."""
-        is_call = isinstance(message, dict) and message.get("method") == "tools/call"
-        call = self._registered(message) if is_call else None
-
-        def work() -> None:
-            try:
-                answer = self.answer(message, call)
-            finally:
-                if call is not None:
-                    call.end()
-                    self._forget(message.get("id"), call)
-            if answer is not None:
-                reply(answer)
-
-        if is_call:
-            return self._in_thread(work)
-        work()
-        return None
-
-    def _registered(self, message: JSON) -> _McpCall:
-        """Notes a call before its thread runs, so that its cancellation finds it."""
-        meta, version = self._meta_and_version(message.get("params"))
-        call = _McpCall(version, meta.get("progressToken"), self._write)
-        request_id: Any = message.get("id")
-        if _is_rpc_id(request_id):
-            with self._lock:
-                self._running[_rpc_key(request_id)] = call
-        return call
-
-    def close(self) -> None:
-        """The client is gone: stop what runs."""
-        with self._lock:
-            running = list(self._running.values())
-        for call in running:
-            call.cancel()
-
-    def answer(self, message: Any, call: _McpCall | None = None) -> JSON | None:
-        """The reply to one message, or None when there is to be none."""
-        try:
-            kind = _rpc_kind(message)
-        except _RpcError as error:
-            given = message.get("id") if isinstance(message, dict) else None
-            return _rpc_failure(given, error)
-        if kind == "response":
-            return None
-        if kind == "notification":
-            self._notified(message)
-            return None
-        try:
-            result = self._result(message, call)
-        except _RpcError as error:
-            return _rpc_failure(message["id"], error)
-        except Exception:  # noqa: BLE001 (it is told and logged, and the server lives)
-            _log.error("A request could not be answered")
-            return _rpc_failure(message["id"], _RpcError(-32603, "Internal error"))
-        if result is None:
-            return None
-        return {"jsonrpc": "2.0", "id": message["id"], "result": result}
-
-    def _batch(self, messages: list[Any]) -> None:
-        """Several messages in one line, which one version of the protocol had."""
-        if not messages or not self._initialized or self._version != _MCP_BATCH_VERSION:
-            why = "Batches are not part of this version of the protocol"
-            self._write(_rpc_failure(None, _RpcError(-32600, why)))
-            return
-        replies: list[JSON] = []
-        threads = [self._take_from_batch(m, replies.append) for m in messages]
-
-        def finish() -> None:
-            for thread in threads:
-                if thread is not None:
-                    thread.join()
-            if replies:
-                self._write(replies)
-
-        self._in_thread(finish)
-
-    def _take_from_batch(
-        self, message: Any, reply: Callable[[JSON], None]
-    ) -> threading.Thread | None:
-        if isinstance(message, dict) and message.get("method") == "initialize":
-            error = _RpcError(-32600, "initialize must not be part of a batch")
-            reply(_rpc_failure(message.get("id"), error))
-            return None
-        return self._take(message, reply)
-
-    @staticmethod
-    def _in_thread(work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        return thread
-
-    def _notified(self, message: JSON) -> None:
-        params = message.get("params")
-        if message["method"] == "notifications/cancelled" and isinstance(params, dict):
-            given: Any = params.get("requestId")
-            with self._lock:
-                call = self._running.get(_rpc_key(given)) if _is_rpc_id(given) else None
-            if call is not None:
-                call.cancel()
-
-    def _result(self, message: JSON, call: _McpCall | None) -> JSON | None:
-        """The result of a request; raises `_RpcError`."""
-        method, params = message["method"], message.get("params") or {}
-        if method == "initialize":
-            return self._initialize(params)
-        meta, version = self._meta_and_version(params)
-        is_stateless = version == MCP_STATELESS_VERSION
-        if is_stateless:
-            _check_envelope(meta)
-        elif method == "server/discover":
-            raise _RpcError(-32602, f"params._meta needs {_MCP_META}protocolVersion")
-        if method == "tools/call":
-            result = self._call(params, call or self._registered(message))
-        else:
-            result = mcp_list_result(method, params, version)
-        if result is not None and is_stateless:
-            result = {"resultType": "complete", **result, "_meta": _server_stamp()}
-        return result
-
-    def _meta_and_version(self, params: Any) -> tuple[JSON, str]:
-        """A request's `_meta`, and the version of the protocol that it speaks."""
-        meta = params.get("_meta") if isinstance(params, dict) else None
-        meta = meta if isinstance(meta, dict) else {}
-        is_stateless = f"{_MCP_META}protocolVersion" in meta
-        return meta, MCP_STATELESS_VERSION if is_stateless else self._version
-
-    def _initialize(self, params: JSON) -> JSON:
-        asked = params.get("protocolVersion")
-        if not isinstance(asked, str):
-            raise _RpcError(-32602, "initialize needs a protocolVersion")
-        known = asked in MCP_HANDSHAKE_VERSIONS
-        self._version = asked if known else MCP_HANDSHAKE_VERSIONS[-1]
-        self._initialized = True
-        return {
-            "protocolVersion": self._version,
-            "capabilities": {"tools": {}},
-            "serverInfo": _server_info(),
-            "instructions": _MCP_INSTRUCTIONS,
-        }
-
-    def _forget(self, request_id: Any, call: _McpCall) -> None:
-        with self._lock:
-            if _is_rpc_id(request_id) and self._running.get(_rpc_key(request_id)) is call:
-                del self._running[_rpc_key(request_id)]
-
-    def _call(self, params: JSON, call: _McpCall) -> JSON | None:
-        """Run a tool; None when it was cancelled."""
-        name, arguments = params.get("name"), params.get("arguments")
-        tool = next((t for t in MCP_TOOLS if t["name"] == name), None)
-        if tool is None:
-            raise _RpcError(-32602, f"Unknown tool: {name!r}")
-        if not isinstance(arguments, (dict, type(None))):
-            raise _RpcError(-32602, "arguments must be an object")
-        arguments = arguments or {}
-        wrong = argument_fault(arguments, tool["inputSchema"])
-        if wrong:
-            return _tool_failure(f"{name}: {wrong}")
-        runs = {
-            "puter-chat": self._chat,
-            "puter-models": self._models,
-            "puter-account": self._account,
-        }
-        try:
-            text, structured = self._in_time(partial(runs[tool["name"]], arguments, call), call)
-        except PuterError as error:
-            return None if call.cancelled.is_set() else _tool_failure(str(error))
-        if call.cancelled.is_set():
-            return None
-        result: JSON = {"content": [{"type": "text", "text": text}], "isError": False}
-        if call.version not in ("2024-11-05", "2025-03-26"):
-            result["structuredContent"] = structured
-        return result
-
-    def _in_time(self, run: Callable[[], tuple[str, JSON]], call: _McpCall) -> tuple[str, JSON]:
-        """The result of a tool, or what there is of it when its time is over."""
-        results: list[tuple[str, JSON] | BaseException] = []
-        done = threading.Event()
-
-        def work() -> None:
-            try:
-                results.append(run())
-            except BaseException as error:  # noqa: BLE001 (raised by who waits for it)
-                results.append(error)
-            done.set()
-
-        self._in_thread(work)
-        until = time.monotonic() + self._call_limit_s
-        wait_s = min(_MCP_TICK_S, self._call_limit_s)
-        while not done.wait(wait_s):
-            call.tell()
-            left_s = until - time.monotonic()
-            if left_s <= 0 and not call.tells:
-                call.out_of_time.set()
-                if call.stop():
-                    done.wait(1.0)  # for what there is of the answer
-                break
-            wait_s = _MCP_TICK_S if call.tells else max(0.01, min(_MCP_TICK_S, left_s))
-        if not results:
-            raise RequestTimeoutError(
-                f"Nothing came within {self._call_limit_s:.0f} s", hint="Try again later."
-            )
-        if isinstance(results[0], BaseException):
-            raise results[0]
-        return results[0]
-
-    def _the_client(self) -> Puter:
-        with self._lock:
-            if self._client is None:
-                self._client = self._make_client()
-            return self._client
-
-    def _chat(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
-        """The answer as it was when it ended, or when the time for it did."""
-        client = self._the_client()
-        ask = client._ask(
-            arguments["message"],
-            arguments.get("model"),
-            arguments.get("system"),
-            args={k: arguments.get(k) for k in ("temperature", "max_tokens")},
-        )
-        stream = Stream(client, ask)
-        call.works_on(stream)
-        try:
-            with stream._start():
-                last = time.monotonic()
-                for chunk in stream:
-                    call.said.append(str(chunk))
-                    if time.monotonic() - last >= _MCP_TELL_S:
-                        last = time.monotonic()
-                        call.tell()
-                if not call.out_of_time.is_set():
-                    return stream.reply.text, _chat_content(stream.reply, partial=False)
-        except PuterError:
-            if not call.out_of_time.is_set() or call.cancelled.is_set():
-                raise
-        return self._partial_answer(stream, "".join(call.said))
-
-    def _partial_answer(self, stream: Stream, text: str) -> tuple[str, JSON]:
-        """What there is when the time is over."""
-        limit = f"{self._call_limit_s:.0f} s"
-        if not text:
-            raise RequestTimeoutError(
-                f"No answer came within {limit}", hint="Ask a faster model, or a shorter question."
-            )
-        note = f"[cut off after {limit}, before the answer was whole]"
-        reply = Reply(
-            text=f"{text}\n\n{note}",
-            finish_reason="length",
-            model=stream.model,
-            account=stream.account,
-        )
-        return reply.text, _chat_content(reply, partial=True)
-
-    def _models(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
-        found = self._the_client().models(arguments.get("provider"), arguments.get("free"))
-        found = matching_models(found, arguments.get("search"))
-        rows = [{k: _listed(getattr(m, k)) for k in _MCP_MODEL_KEYS} for m in found]
-        lines = [f"{len(rows)} models", *(f"{m.id} ({_price_words(m)})" for m in found)]
-        return "\n".join(lines), {"models": rows, "count": len(rows)}
-
-    def _account(self, arguments: JSON, call: _McpCall) -> tuple[str, JSON]:
-        client = self._the_client()
-        active, told = client.active_account, credits_of(client, client.accounts)
-        rows = [_credit_row(a, c, active) for a, c in told]
-        lines = [
-            f"{'*' if row['active'] else ' '} {row['username']}: {_credit_words(credit)}"
-            for row, (_, credit) in zip(rows, told, strict=True)
-        ]
-        return "\n".join(lines) or _NOBODY, {"accounts": rows}
-
-
-_MCP_INSTRUCTIONS = (
-    "puter-chat asks another AI model; name one from puter-models, or leave it to the default. "
-    "Every answer says which model gave it."
-)
-
-
-def mcp_list_result(method: str, params: JSON, version: str) -> JSON:
-    """The result of a request that needs no work; raises `_RpcError` for unknown ones."""
-    is_stateless = version == MCP_STATELESS_VERSION
-    lasting: JSON = {"ttlMs": _MCP_MODELS_TTL_MS, "cacheScope": "private"} if is_stateless else {}
-    if method == "ping" and not is_stateless:
-        return {}
-    if method == "server/discover":
-        return {
-            "supportedVersions": _MCP_VERSIONS,
-            "capabilities": {"tools": {}},
-            "instructions": _MCP_INSTRUCTIONS,
-            **lasting,
-        }
-    if method != "tools/list" and method not in _EMPTY_LISTS:
-        raise _RpcError(-32601, f"Method not found: {method}")
-    if params.get("cursor") is not None:
-        raise _RpcError(-32602, "There are no further pages")
-    if method == "tools/list":
-        return {"tools": [_tool_for(tool, version) for tool in MCP_TOOLS], **lasting}
-    return {_EMPTY_LISTS[method]: [], **lasting}
-
-
-def _tool_for(tool: JSON, version: str) -> JSON:
-    """A tool as a version of the protocol knows it."""
-    later = {"2024-11-05": {"annotations", "title", "outputSchema"}}
-    later["2025-03-26"] = {"title", "outputSchema"}
-    return {k: v for k, v in tool.items() if k not in later.get(version, ())}
-
-
-def _check_envelope(meta: JSON) -> None:
-    """The keys that each request of the stateless protocol carries; raises `_RpcError`."""
-    asked = meta[f"{_MCP_META}protocolVersion"]
+def _handshake(params: JSON) -> JSON:
+    """The result of `initialize`; raises `_RpcError`."""
+    asked = params.get("protocolVersion")
     if not isinstance(asked, str):
-        raise _RpcError(-32602, f"{_MCP_META}protocolVersion must be a text")
-    if asked != MCP_STATELESS_VERSION:
-        raise _RpcError(
-            -32022, "Unsupported protocol version", {"supported": _MCP_VERSIONS, "requested": asked}
-        )
+        raise _RpcError(-32602, "initialize needs a protocolVersion")
+    older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
+    return {
+        "protocolVersion": (older or MCP_HANDSHAKE_VERSIONS)[-1],
+        "capabilities": {"tools": {}},
+        "serverInfo": _MCP_SERVER_INFO,
+        "instructions": _MCP_INSTRUCTIONS,
+    }
+
+
+def _meta_of(message: JSON) -> JSON:
+    meta = (message.get("params") or {}).get("_meta")
+    return meta if isinstance(meta, dict) else {}
+
+
+def _check_envelope(request: JSON) -> bool:
+    """Whether a request is of the stateless protocol; raises `_RpcError` for a wrong one."""
+    meta, key = _meta_of(request), f"{_MCP_META}protocolVersion"
+    if key not in meta and request["method"] != "server/discover":
+        return False
+    if not isinstance(meta.get(key), str):
+        raise _RpcError(-32602, f"params._meta needs {key}, a text")
+    if meta[key] != MCP_STATELESS_VERSION:
+        versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
+        raise _RpcError(-32022, "Unsupported protocol version", versions)
     if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
         raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
+    return True
 
 
-def _server_info() -> JSON:
-    return {"name": "puter", "title": "Puter.com models", "version": __version__}
-
-
-def _server_stamp() -> JSON:
-    return {f"{_MCP_META}serverInfo": _server_info()}
-
-
-def _rpc_kind(message: Any) -> Literal["request", "notification", "response"]:
-    """What a message is by JSON-RPC 2.0; raises `_RpcError` if it is nothing valid."""
+def _is_request(message: Any) -> bool:
+    """Whether a message wants an answer; raises `_RpcError` if it is no JSON-RPC 2.0."""
     if not isinstance(message, dict):
-        raise _RpcError(-32600, "A message must be an object")
-    if "method" not in message and ("result" in message or "error" in message):
-        return "response"
-    if "id" not in message and isinstance(message.get("method"), str):
-        return "notification"
-    if message.get("jsonrpc") != "2.0" or not isinstance(message.get("method"), str):
+        raise _RpcError(-32600, "A message must be an object; there are no batches")
+    is_call = isinstance(message.get("method"), str)
+    is_response = not is_call and ("result" in message or "error" in message)
+    if is_response or (is_call and "id" not in message):
+        return False
+    if not is_call or message.get("jsonrpc") != "2.0":
         raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
     if not _is_rpc_id(message["id"]):
         raise _RpcError(-32600, "An id must be a text or a whole number")
     if not isinstance(message.get("params"), (dict, type(None))):
         raise _RpcError(-32600, "params must be an object")
-    return "request"
+    return True
 
 
 def _is_rpc_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def _rpc_key(request_id: str | int) -> tuple[bool, str | int]:
-    """So that 1 and "1" are two requests."""
-    return isinstance(request_id, str), request_id
+def _rpc_answer(request: JSON, work: Callable[[], JSON]) -> JSON:
+    """The answer to a request: the result of `work`, or its error."""
+    try:
+        is_stateless, result = _check_envelope(request), work()
+    except _RpcError as error:
+        return _rpc_failure(request["id"], error)
+    except Exception:  # noqa: BLE001 (it is reported and logged, and the server lives)
+        _log.error("A request could not be answered", exc_info=True)
+        return _rpc_failure(request["id"], _RpcError(-32603, "Internal error"))
+    if is_stateless:
+        stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
+        result = {"resultType": "complete", **result, "_meta": stamp}
+    return {"jsonrpc": "2.0", "id": request["id"], "result": result}
 
 
-def _rpc_failure(given_id: Any, error: _RpcError) -> JSON:
-    """The answer to a request that failed; what is no id is answered under null."""
-    request_id = given_id if _is_rpc_id(given_id) else None
+def _rpc_failure(request_id: str | int | None, error: _RpcError) -> JSON:
     return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
-
-
-def _tool_failure(text: str) -> JSON:
-    return {"content": [{"type": "text", "text": text}], "isError": True}
-
-
-def argument_fault(arguments: JSON, schema: JSON) -> str:
-    """What is wrong with a tool's arguments by its (flat) schema, or ""."""
-    known = schema["properties"]
-    kinds: JSON = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
-    for name in schema.get("required", ()):
-        if arguments.get(name) in (None, ""):
-            return f"the argument {name!r} is missing"
-    for name, value in list(arguments.items()):
-        if name not in known:
-            return f"there is no argument {name!r}; there are {', '.join(known) or 'none'}"
-        kind = known[name]["type"]
-        if kind == "integer" and isinstance(value, float) and value.is_integer():
-            value = arguments[name] = int(value)  # JSON has one kind of number
-        is_flag = isinstance(value, bool)
-        if value is not None and (
-            not isinstance(value, kinds[kind]) or is_flag != (kind == "boolean")
-        ):
-            return f"{name} is {_describe(value)}, but must be a {kind}"
-        if isinstance(value, (int, float)) and not is_flag:
-            low, high = known[name].get("minimum"), known[name].get("maximum")
-            if (low is not None and value < low) or (high is not None and value > high):
-                bounds = f"from {low} to {high}" if high is not None else f"{low} or more"
-                return f"{name} is {value}, but must be {bounds}"
-    return ""
-
-
-def _price_words(model: Model) -> str:
-    prices = (model.input_usd_per_million, model.output_usd_per_million)
-    if model.free:
-        return "free"
-    told = ["?" if price is None else f"${price:g}" for price in prices]
-    return f"{told[0]} in, {told[1]} out, a million tokens"
-
-
-def _chat_content(reply: Reply, partial: bool) -> JSON:
-    return {
-        "text": reply.text,
-        "reasoning": reply.reasoning,
-        "model": reply.model,
-        "account": reply.account,
-        "finish_reason": reply.finish_reason,
-        "partial": partial,
-        "usage": {k: v for k, v in as_dict(reply.usage).items() if v is not None},
-    }
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-_NOBODY = "Nobody is signed in. Sign in with: python -m puter login"
-
-
-def credits_of(
-    client: Puter, accounts: Sequence[Account]
-) -> list[tuple[Account, Credit | PuterError]]:
-    """Each account with what it may still spend; one that fails says why and hides no other."""
-    told: list[tuple[Account, Credit | PuterError]] = []
-    for account in accounts:
-        try:
-            told.append((account, client.usage(account.username)))
-        except PuterError as error:
-            told.append((account, error))
-    return told
-
-
-def _credit_row(account: Account, credit: Credit | PuterError, active: Account | None) -> JSON:
-    known = None if isinstance(credit, PuterError) else credit
-    return {
-        "username": account.username,
-        "active": active is not None and account.username == active.username,
-        "temporary": account.is_temporary,
-        "unit": known and known.unit,
-        "remaining": known and known.remaining,
-        "allowance": known and known.allowance,
-        "error": None if known else str(credit),
-    }
-
-
-def _credit_words(credit: Credit | PuterError) -> str:
-    if isinstance(credit, PuterError):
-        return str(credit)
-    left, whole = (money(n, credit.unit) for n in (credit.remaining, credit.allowance))
-    return f"{left} of {whole} left this month"
-
-
-def money(amount: float, unit: str) -> str:
-    """An amount as people write it."""
-    return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
@@ -7246,7 +7684,9 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     that does not read is no reason not to see the end of stdin.
     """
     import queue
+    import signal
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, whatever it does
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -7254,32 +7694,22 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     server = McpServer(make_client, messages.put)
     writer = threading.Thread(target=_write_lines, args=(messages.get, output), daemon=True)
     writer.start()
-    try:
-        for line in iter(sys.stdin.buffer.readline, b""):
-            server.receive(line)
-    except KeyboardInterrupt:
-        pass  # as good as the end of stdin
-    server.close()
+    for line in iter(sys.stdin.buffer.readline, b""):
+        server.receive(line)
+    server.close(MCP_CALL_LIMIT_S)
     messages.put(None)
     writer.join(1.0)
-    os._exit(0)  # threads still at work must not hold the process up
+    os._exit(0)  # threads that still run must not hold the process up
 
 
 def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
-    """Write messages as lines until one is None, or nobody reads any more."""
+    """Write messages as lines until one is None; when nobody reads any more, end the process."""
     while (message := get()) is not None:
         try:
-            line = json.dumps(message, allow_nan=False).encode("ascii") + b"\n"
-        except ValueError as error:  # a number that JSON lacks
-            _log.error("A message could not be written")
-            message = message if isinstance(message, dict) else {}
-            failure = _RpcError(-32603, f"Internal error: {error}")
-            line = json.dumps(_rpc_failure(message.get("id"), failure)).encode() + b"\n"
-        try:
-            output.write(line)
+            output.write(json.dumps(message).encode("ascii") + b"\n")
             output.flush()
         except OSError:
-            return  # the client is gone: stdin ends, too
+            os._exit(0)  # no answer can arrive, and what runs may cost credit
 
 
 # ======================================================================================
@@ -7290,6 +7720,7 @@ EXIT_CODES = """exit codes:
   1  it failed: not signed in, limited, a broken answer... (one line on stderr says why)
   2  wrong usage, or a wrong setting
   130  stopped with Ctrl-C;  141  whoever read the output went away
+  launch: the program's own, 128 + n for a signal;  127  it is not installed
 """
 _EXAMPLES = """examples:
   python -m puter login                        sign in with the browser
@@ -7297,20 +7728,19 @@ _EXAMPLES = """examples:
   cat log | python -m puter ask "What broke?"  with text from a pipe
   python -m puter models --free                models that cost nothing
 """
-IDLE_STDIN_S = 2.0  # how long a silent pipe is waited for when there is a prompt
+IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv` is without the program's name."""
-    for name in ("stdout", "stderr"):
-        output = getattr(sys, name)
-        if hasattr(output, "reconfigure"):
-            output.reconfigure(encoding="utf-8", errors="replace")
+    can_write = sys.stdout is not None
+    _prepare_streams()
     args = _parsed(argv)
     try:
+        if not can_write:
+            raise OSError(errno.EBADF, "standard output is closed")
         code: int = args.run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         _info("")
@@ -7318,228 +7748,395 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _give_up_stdout()
         return 141
+    except UnicodeDecodeError:
+        _error("Standard input is not UTF-8 text.")
+        return 1
     except OSError as error:
-        _info(f"error: The output cannot be written ({error.strerror or error}).")
+        _error(f"The output cannot be written ({error.strerror or error}).")
         _give_up_stdout()
         return 1
     except PuterError as error:
-        _info(f"error: {error}")
+        _error(str(error))
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def _parsed(argv: Sequence[str] | None) -> Any:
-    """The arguments; words of a question may stand on both sides of its options."""
-    parser = build_parser()
-    args, more = parser.parse_known_args(argv)
-    if more:
-        if not hasattr(args, "prompt") or any(word.startswith("-") for word in more):
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        args.prompt += more
-    return args
+def _prepare_streams() -> None:
+    """UTF-8 for all three; for a closed one the null device, so that no file gets its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            with suppress(OSError):  # it has been read from already
+                errors = "strict" if name == "stdin" else "replace"
+                stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def _give_up_stdout() -> None:
     """Nobody takes the output; without this the interpreter complains of it at its end."""
-    if sys.stdout is not None:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parsed(argv: Sequence[str] | None) -> Any:
+    """The arguments; those of a program that is launched are behind `--`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments: list[str] = []
+    if words[:1] == ["launch"] and "--" in words:
+        at = words.index("--")
+        words, arguments = words[:at], words[at + 1 :]
+    args = build_parser().parse_args(words)
+    args.arguments = arguments
+    return args
 
 
 def build_parser() -> Any:
     """The `argparse` parser of all commands."""
     import argparse
 
+    shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m puter",
         description="Ask the AI models of a Puter.com account.",
-        epilog=_EXAMPLES + "\n" + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
+        formatter_class=shape,
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], int], text: str, epilog: str = "") -> Any:
-        added = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def command(run: Callable[[Any], int], epilog: str = "", **flags: str) -> Any:
+        """A command by its function, whose docstring is the help."""
+        name, whole = run.__name__.removeprefix("cmd_"), run.__doc__ or " "
+        text = whole[0].lower() + whole[1:].removesuffix(".")
+        texts: Any = {"help": text, "description": whole, "epilog": epilog}
+        added = commands.add_parser(name, formatter_class=shape, **texts)
         added.set_defaults(run=run)
+        _add_flags(added, **flags)
         return added
 
-    _add_ask(command)
+    _add_ask_and_chat(command)
     _add_accounts(command)
-    _add_catalogue(command)
-    _add_serve(command)
-    _add_config(command)
+    _add_reports(command)
+    _add_servers(command)
     return parser
 
 
-def _add_ask(command: Callable[..., Any]) -> None:
-    ask = command("ask", cmd_ask, "ask a model; a pipe's text joins the prompt", _EXAMPLES)
-    ask.add_argument("prompt", nargs="*", help="the question; - waits for standard input")
-    ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
-    ask.add_argument("--no-fallback", action="store_true", help="only the model that was asked")
-    ask.add_argument("--json", action="store_true", help="one JSON object with everything")
-    ask.add_argument("--usage", action="store_true", help="tokens and cost, on stderr")
-    ask.add_argument(
-        "-a",
-        "--attach",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a text, image, PDF or address to send along, - for stdin; several times",
+def _add_flags(parser: Any, **texts: str) -> None:
+    """Options that are on or off, each with its help."""
+    for name, text in texts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+
+
+def _add_ask_and_chat(command: Callable[..., Any]) -> None:
+    text = "ask a model; a pipe's text joins the prompt"
+    ask = command(
+        cmd_ask,
+        _EXAMPLES,
+        no_stream="print the answer when it is whole",
+        no_fallback="only the model that was asked",
+        json="one JSON object with everything",
+        usage="tokens and cost, on stderr",
     )
-    chat = command("chat", cmd_chat, "talk with a model; /help lists its commands")
-    for parser in (ask, chat):
-        parser.add_argument("-m", "--model", help="a model's id or alias")
-        parser.add_argument("-s", "--system", help="a system text")
-        parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
-        parser.add_argument("--temperature", type=float, metavar="T", help="0 (sober) to 2")
-        which = parser.add_mutually_exclusive_group()
-        which.add_argument(
-            "-c",
-            "--continue",
-            dest="continue_",
-            action="store_true",
-            help="go on with the last conversation",
-        )
-        which.add_argument("-n", "--new", action="store_true", help="begin a new one (the default)")
-
-
-def _port(text: str) -> int:
-    """A port number, for argparse."""
-    if not text.isdecimal() or int(text) > 65_535:
-        raise ValueError(text)
-    return int(text)
+    ask.add_argument("prompt", nargs="*", help="the question; - reads standard input")
+    text = "a text, image, PDF or URL to send along, - for stdin; several times"
+    ask.add_argument("-a", "--attach", action="append", default=[], metavar="FILE", help=text)
+    tokens, temperature = _number(int, 1, math.inf), _number(float, 0, 2)
+    for parser in (ask, command(cmd_chat)):
+        opt = parser.add_argument
+        opt("-m", "--model", help="a model's id or alias")
+        opt("-s", "--system", help="a system text")
+        opt("--max-tokens", type=tokens, metavar="N", help="longest answer, in tokens")
+        opt("--temperature", type=temperature, metavar="T", help="0 (sober) to 2")
+        which = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+        which("-c", "--continue", dest="continue_", help="go on with the last conversation")
+        which("-n", "--new", help="begin a new one (the default)")
 
 
 def _add_accounts(command: Callable[..., Any]) -> None:
-    login = command("login", cmd_login, "sign in and keep the account")
+    login = command(cmd_login)
     how = login.add_mutually_exclusive_group()
-    how.add_argument("--with-token", action="store_true", help="read a token from stdin")
-    how.add_argument("--no-browser", action="store_true", help="only print the address")
-    how.add_argument(
-        "--import", dest="import_file", metavar="FILE", help="take the accounts of a file"
-    )
-    login.add_argument("--port", type=_port, default=LOGIN_PORT, help="where to wait (%(default)s)")
-    logout = command("logout", cmd_logout, "forget an account; the active one by default")
+    _add_flags(how, with_token="read a token from stdin", no_browser="only print the URL")
+    how.add_argument("--import", dest="file", metavar="FILE", help="take the accounts of a file")
+    text = f"where to wait, and only there (default {LOGIN_PORT}, or any that is free)"
+    login.add_argument("--port", type=_number(int, 0, 65_535), metavar="PORT", help=text)
+    logout = command(cmd_logout)
     which = logout.add_mutually_exclusive_group()
     which.add_argument("name", nargs="?", help="the account's name")
-    which.add_argument("--all", action="store_true", help="forget all accounts")
-    switch = command("switch", cmd_switch, "make another account the active one")
+    _add_flags(which, all="remove all accounts")
+    switch = command(cmd_switch)
     switch.add_argument("name", help="the account's name")
-    status = command("status", cmd_status, "the accounts, and who rests for how long")
-    status.add_argument("--json", action="store_true", help="one JSON object")
-    status.add_argument("--check", action="store_true", help="try everything a call needs")
-    status.add_argument("--clear-cooldowns", action="store_true", help="end all rests")
-    whoami = command("whoami", cmd_whoami, "ask the server whose token is in use")
-    whoami.add_argument("--json", action="store_true", help="all that the server says")
+    text = "the accounts, and who is on cooldown for how long"
+    command(
+        cmd_status,
+        json="one JSON object",
+        check="try everything a call needs",
+        clear_cooldowns="end all cooldowns",
+    )
+    command(cmd_whoami, json="all that the server says")
 
 
-def _add_catalogue(command: Callable[..., Any]) -> None:
-    models = command("models", cmd_models, "list the models")
+def _add_reports(command: Callable[..., Any]) -> None:
+    models = command(cmd_models)
     _add_model_choice(models)
-    models.add_argument("--tools", action="store_true", help="only those that can call functions")
-    models.add_argument("--vision", action="store_true", help="only those that see images")
+    _add_flags(models, tools="only those that call functions", vision="only those that see images")
     models.add_argument("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)")
-    models.add_argument("--refresh", action="store_true", help="ask the server even if cached")
-    models.add_argument("--json", action="store_true", help="a JSON list")
-    usage = command("usage", cmd_usage, "the credit that is left this month")
-    usage.add_argument("--all", action="store_true", help="of all accounts")
-    usage.add_argument("--json", action="store_true", help="a JSON list")
-    stats = command("stats", cmd_stats, "how the models have done")
+    _add_flags(models, refresh="ask the server even if cached", json="a JSON list")
+    command(cmd_usage, all="of all accounts", json="a JSON list")
+    stats = command(cmd_stats, reset="delete the statistics", json="a JSON list")
     stats.add_argument("model", nargs="?", help="only this one")
-    stats.add_argument("--reset", action="store_true", help="begin anew")
-    stats.add_argument("--json", action="store_true", help="a JSON list")
-    cache = command("cache", cmd_cache, "the kept replies")
-    cache.add_argument("--clear", action="store_true", help="forget them")
-    cache.add_argument("--json", action="store_true", help="a JSON object")
+    command(cmd_cache, clear="delete them", json="a JSON object")
 
 
 def _add_model_choice(parser: Any) -> None:
     """The options that choose models of the catalogue."""
-    parser.add_argument("--free", action="store_true", help="only models that cost nothing")
+    _add_flags(parser, free="only models that cost nothing")
     parser.add_argument("--provider", metavar="NAME", help="only models of a provider")
     parser.add_argument("--search", metavar="TEXT", help="only models with this in a name")
 
 
-def _add_serve(command: Callable[..., Any]) -> None:
-    serve = command("serve", cmd_serve, "serve other programs with your account")
-    kind = serve.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--openai", action="store_true", help="an OpenAI-compatible server")
-    kind.add_argument("--mcp", action="store_true", help="an MCP server on stdin and stdout")
-    serve.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    serve.add_argument("--port", type=_port, default=SERVER_PORT, help="(%(default)s)")
-    serve.add_argument("--api-key", metavar="K", help="what callers must send")
-    serve.add_argument(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a web origin whose pages may call; may be given several times",
+def _add_servers(command: Callable[..., Any]) -> None:
+    serve = command(cmd_serve)
+    _add_flags(
+        serve.add_mutually_exclusive_group(),
+        openai="the gateway: OpenAI's and Anthropic's protocols (the default)",
+        mcp="an MCP server on stdin and stdout",
     )
-    serve.add_argument(
-        "--max-connections",
-        type=int,
-        default=MAX_CONNECTIONS,
-        metavar="N",
-        help="more at once are turned away (%(default)s)",
+    opt, several = serve.add_argument, partial(serve.add_argument, action="append", default=[])
+    port, count = _number(int, 0, 65_535), _number(int, 1, math.inf)
+    opt("--host", default="127.0.0.1", help="where to listen (%(default)s)")
+    opt("--port", type=port, default=SERVER_PORT, metavar="PORT", help="(%(default)s)")
+    opt("--api-key", metavar="K", help="what callers must send")
+    text = "a web origin whose pages may call; several times"
+    several("--allow-origin", metavar="ORIGIN", help=text)
+    text = "a name that callers may give this host, as behind a proxy; several times"
+    several("--allow-host", metavar="NAME", help=text)
+    text = "more at once are turned away (%(default)s)"
+    opt("--max-connections", type=count, default=MAX_CONNECTIONS, metavar="N", help=text)
+    launch = command(
+        cmd_launch,
+        "Arguments of the program go behind --.",
+        free="only models that cost nothing",
+        mcp="give it our MCP server as well",
     )
-
-
-def _add_config(command: Callable[..., Any]) -> None:
-    config = command("config", cmd_config, "show the settings, or set up another program")
-    config.add_argument(
-        "what",
-        choices=["show", "path", *_PROGRAMS],
-        help="show: every setting; path: where they stand; else the program to set up",
-    )
-    config.add_argument("--json", action="store_true", help="show: one JSON object")
-    config.add_argument("--write", action="store_true", help="merge the block into its file")
-    config.add_argument("--yes", action="store_true", help="write without asking")
-    config.add_argument("--base-url", default=_BASE_URL, help="of the server (%(default)s)")
+    launch.add_argument("program", nargs="?", choices=list(LAUNCHERS), help="the agent")
+    launch.add_argument("-m", "--model", help="a model's id or alias")
+    launch.add_argument("--small", metavar="MODEL", help="for small tasks (default: the same)")
+    config = command(cmd_config)
+    text = "show: every setting; path: where they stand; else the program to print settings for"
+    config.add_argument("what", choices=["show", "path", *PROGRAMS], help=text)
+    _add_flags(config, json="as JSON")
+    text = "of the server (%(default)s)"
+    config.add_argument("--base-url", default=_BASE_URL, metavar="URL", help=text)
     _add_model_choice(config)
 
 
+def _number(kind: type[_T], low: float, high: float) -> Callable[[str], _T]:
+    """A number between two limits, for argparse."""
+
+    def read(text: str) -> _T:
+        number: Any = kind(text)  # type: ignore[call-arg]
+        if not low <= number <= high:
+            raise ValueError
+        return number  # type: ignore[no-any-return]
+
+    # What argparse puts into "invalid ... value: '-1'".
+    read.__name__ = f"{low:g}..{high:g}"
+    return read
+
+
+def _error(text: str) -> None:
+    """The one line that says what failed."""
+    _info(f"error: {' '.join(line.strip() for line in text.splitlines())}")
+
+
+def _info(text: str, dim: bool = False) -> None:
+    """A line for the person, on stderr; `dim` for what is beside the point."""
+    with suppress(BrokenPipeError):  # nobody listens there
+        print(_shown(text, sys.stderr, dim), file=sys.stderr, flush=True)
+
+
+def _shown(text: str, output: Any, dim: bool = False) -> str:
+    """A text as this output gets it: no control character of it reaches a terminal."""
+    if not output.isatty():
+        return text
+    text = visible(text)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return f"\x1b[2m{text}\x1b[0m" if dim and not plain else text
+
+
+def _print(text: str) -> None:
+    """A line of the result, on stdout."""
+    print(_shown(text, sys.stdout), flush=True)
+
+
+def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
+    """A result on stdout: JSON for programs (--json), else lines for people."""
+    if args.json:
+        print(json.dumps(data, ensure_ascii=False))
+        return
+    for line in lines:
+        _print(line)
+
+
+def _load_config() -> Config:
+    """The settings of a command, with the log that they ask for on stderr."""
+    config = Config.load()
+    if config.debug or not config.quiet_mode:
+        _show_log(_DEBUG if config.debug else _WARNING)
+    return config
+
+
+def _client() -> Puter:
+    """The client of a command."""
+    return Puter(config=_load_config())
+
+
+def _state(config: Config) -> State:
+    """Cooldowns, metrics and cached replies, for commands that need no client."""
+    return State(config.folder / STATE_NAME, config.api_base_url)
+
+
+def _is_interactive() -> bool:
+    """Whether somebody sits at a terminal who could answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
+def _read_line(prompt: str) -> str:
+    """A line from the person; where stdout is redirected, the prompt goes to stderr."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input("")
+
+
+def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
+    """Do the work; offer a login to a person who is not signed in."""
+    try:
+        return work()
+    except AuthError:
+        if client.accounts or not _is_interactive():
+            raise
+    _info("You are not signed in.")
+    answer = "no"
+    with suppress(EOFError):
+        answer = _read_line("Sign in with the browser now? [Y/n] ").strip().lower()
+    if answer not in ("", "y", "yes"):
+        raise AuthError("You are not signed in")
+    _info(_add_account(client.config, _login_with_browser(client.config)))
+    return work()
+
+
+# ask
+
+
 def cmd_ask(args: Any) -> int:
-    """Answer a question on stdout."""
+    """Ask a model; a pipe's text joins the prompt."""
     prompt = " ".join(args.prompt)
-    piped = "" if "-" in args.attach else _piped_text(wait=not prompt or prompt == "-")
+    wants_stdin = "-" not in args.attach and (prompt == "-" or not sys.stdin.isatty())
+    piped = _read_stdin().decode("utf-8-sig").strip() if wants_stdin else ""
     text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
     with _client() as client:
-        attached = attachments(args.attach, client)
-        text = "\n\n".join(t for t in (text, *attached.texts) if t)
-        if not text.strip() and not attached.parts:
-            _info('error: There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
+        message = message_with(text, args.attach, client)
+        if not text.strip() and not args.attach:
+            _error('There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
             return 2
-        talk = _talk_of(args, client)
+        talk = _conversation(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-        options |= {"fallback": not args.no_fallback}
-        options |= {"images": attached.images, "files": attached.files}
-        reply = _signed_in(client, partial(_ask_once, args, talk, text, options))
-        _keep_conversation(client, talk)
-        if args.json:
-            print(json.dumps(_reply_report(reply), ensure_ascii=False))
-        elif args.no_stream:
-            print(reply)
-        _report_answerer(client, talk.model, reply)
+        options["fallback"], whole = not args.no_fallback, args.json or args.no_stream
+        reply = _answer(client, talk, message, options, whole)
+        if whole:
+            _report(args, _reply_report(reply), [str(reply)] if reply.text else [])
+        _comment(client, talk.model, reply)
         if args.usage:
-            _info(_dim(_usage_line(reply)))
+            _info(_usage_words([reply.usage]), dim=True)
     return 0
 
 
-def _ask_once(args: Any, talk: Conversation, text: str, options: JSON) -> Reply:
-    """One turn of a conversation; printed as it comes unless it is wanted whole."""
-    client = talk._its_client()
-    with _Spinner(client.config.quiet_mode) as spinner:
-        client.on_upload = spinner.uploading
-        if args.json or args.no_stream:
-            return talk.say(text, **options)
-        _print_stream(talk.stream(text, **options), spinner)
-        return talk.reply
+def _read_stdin() -> bytes:
+    """All of standard input; a line on stderr says so when nothing comes."""
+    waits = "Waiting for the end of standard input (at a terminal: Ctrl-D; to leave it out: < "
+    note = threading.Timer(IDLE_STDIN_S, _info, [f"{waits}{os.devnull})", True])
+    note.daemon = True
+    note.start()
+    try:
+        first = sys.stdin.buffer.read(1)
+    finally:
+        note.cancel()
+    return first + sys.stdin.buffer.read()
+
+
+def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
+    """A person's message with files, URLs and "-" (stdin), each sorted by what it holds.
+
+    Texts join the text, images and files stand beside it. Raises `BadRequestError`.
+    """
+    texts, parts = [text] if text else [], []
+    for source in sources:
+        name = Path(source).name
+        if re.match(r"https?://", source):
+            data, _ = client._download(source)
+            name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
+        elif source == "-":
+            data, name = _read_stdin(), "standard input"
+        else:
+            data = _bytes_of(source, "file")[0]
+        if not data:
+            raise BadRequestError(f"{source} is empty", hint="Attach something else.")
+        attached = data.decode("utf-8", "replace")
+        if image_kind(data):
+            parts.append(image_part(data))
+        elif data.startswith(b"%PDF-") or re.search("[\0\ufffd]", attached):
+            parts.append(file_part((name, data)))
+        else:
+            texts.append(f"{name}:\n```\n{attached.rstrip()}\n```")
+    return messages_from("\n\n".join(texts), None, parts)[0]
+
+
+CONVERSATION_NAME = "conversation.json"
+
+
+def _conversation(args: Any, client: Puter) -> Conversation:
+    """The conversation that a command is to go on with, or a new one; raises `StoreError`."""
+    path = client.config.folder / CONVERSATION_NAME
+    talk = Conversation(client=client)
+    try:
+        if args.continue_ and path.exists():
+            talk = Conversation.from_json(json.loads(path.read_text(encoding="utf-8")), client)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = f"{path}: the last conversation cannot be read ({error})"
+        hint = "Move the file away, or ask without --continue."
+        raise StoreError(problem, hint=hint) from error
+    talk.model, talk.system = args.model or talk.model, args.system or talk.system
+    return talk
+
+
+def _save_conversation(client: Puter, talk: Conversation) -> None:
+    """Save it for `--continue`, mode 0600; a failure is a warning, since the answer is there."""
+    path = client.config.folder / CONVERSATION_NAME
+    try:
+        with _locked(path) as target:
+            _write_private(target, json.dumps(talk.to_json()).encode() + b"\n")
+    except (OSError, TypeError, ValueError, StoreError) as error:
+        _info(f"warning: The conversation could not be saved in {path} ({error}).")
+
+
+def _answer(
+    client: Puter, talk: Conversation, message: JSON, options: JSON, whole: bool = False
+) -> Reply:
+    """One turn, printed as it comes unless it is wanted whole; saved for `--continue`."""
+
+    def ask() -> Reply:
+        with closing(_Spinner(client.config.quiet_mode)) as spinner:
+            if whole:
+                return talk.say(message, **options)
+            _print_stream(talk.stream(message, **options), spinner)
+            return talk.reply
+
+    reply = _signed_in(client, ask)
+    _save_conversation(client, talk)
+    return reply
 
 
 def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
@@ -7547,211 +8144,100 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
     last, thinking = "", False
     try:
         for chunk in chunks:
-            spinner.stop()
+            spinner.close()
             if chunk.type == "reasoning":
                 thinking = True
-                sys.stderr.write(_dim(chunk.text))
+                sys.stderr.write(_shown(chunk.text, sys.stderr, dim=True))
                 sys.stderr.flush()
             elif chunk.type == "text" and chunk.text:
                 if thinking:
                     thinking = False
                     _info("")
-                sys.stdout.write(chunk.text)
+                sys.stdout.write(_shown(chunk.text, sys.stdout))
                 sys.stdout.flush()
                 last = chunk.text
     finally:
         chunks.close()  # type: ignore[attr-defined]  # the stream with it, whatever happened
+        if thinking:
+            _info("")
         if last and not last.endswith("\n"):
             print(flush=True)
-
-
-def _bar(full: int) -> str:
-    """A bar of 20 characters."""
-    return "#" * full + "." * (20 - full)
 
 
 class _Spinner:
     """Shows on a terminal's stderr that something is waited for, and for how long."""
 
-    _FRAMES = "|/-\\"
-
     def __init__(self, quiet: bool) -> None:
-        plain = quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-        self._thread = None if plain else threading.Thread(target=self._run, daemon=True)
         self._over = threading.Event()
-        self._note = ""
-
-    def __enter__(self) -> _Spinner:  # noqa: PYI034
-        if self._thread is not None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def close(self) -> None:
         """Wipe it off the line; more than once is fine."""
-        if not self._over.is_set():
-            self._over.set()
-            if self._thread is not None:
-                self._thread.join()
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-
-    def uploading(self, name: str, sent: int, total: int) -> None:
-        """Show how far an upload is, if it is large enough to wait for."""
-        if total > 1_000_000:
-            bar = _bar(20 * sent // total)
-            self._note = f"uploading {name} [{bar}] {100 * sent // total}%" if sent < total else ""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
-            frame = self._FRAMES[int(seconds * 10) % len(self._FRAMES)]
-            width = terminal_columns() - 1
-            line = f"{frame} {seconds:.0f} s {self._note}"[:width]
-            sys.stderr.write(f"\r\x1b[K{_dim(line)}")
-            sys.stderr.flush()
-
-
-class Attachments:
-    """What `--attach` brings: texts for the prompt, images and files beside it."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.images: list[Image] = []
-        self.files: list[File] = []
-
-    @property
-    def parts(self) -> int:
-        """How many are no text."""
-        return len(self.images) + len(self.files)
-
-
-def attachments(sources: Sequence[str], client: Puter) -> Attachments:
-    """Sort files, addresses and "-" (stdin) by what they hold; raises `BadRequestError`."""
-    from pathlib import Path
-
-    found = Attachments()
-    for source in sources:
-        if re.match(r"https?://", source):
-            data, kind = client._transport.download(source)
-            name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
-        else:
-            data = sys.stdin.buffer.read() if source == "-" else _bytes_of(source, "file")[0]
-            name, kind = ("standard input" if source == "-" else Path(source).name), ""
-        if not data:
-            raise BadRequestError(f"{source} holds nothing", hint="Attach something else.")
-        if image_kind(data):
-            found.images.append(data)
-        elif (text := _as_text(data)) is not None and "pdf" not in kind:
-            found.texts.append(f"{name}:\n```\n{text.rstrip()}\n```")
-        else:
-            file_part((name, data))  # its limits are named before anything is sent
-            found.files.append((name, data))
-    return found
-
-
-def _as_text(data: bytes) -> str | None:
-    """The bytes as a text, if they are one."""
-    if b"\0" in data or data.startswith(b"%PDF-"):
-        return None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _talk_of(args: Any, client: Puter) -> Conversation:
-    """The conversation that a command is to go on with, or a new one."""
-    talk = _last_conversation(client) if args.continue_ else Conversation(client=client)
-    talk.model, talk.system = args.model or talk.model, args.system or talk.system
-    return talk
-
-
-def _last_conversation(client: Puter) -> Conversation:
-    """The kept conversation; a new one when there is none. Raises `StoreError`."""
-    path = client.config.folder / CONVERSATION_NAME
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Conversation.from_json(data, client)
-    except FileNotFoundError:
-        return Conversation(client=client)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path}: the last conversation cannot be read ({error})",
-            hint="Move the file away, or ask without --continue.",
-        ) from error
-
-
-def _keep_conversation(client: Puter, talk: Conversation) -> None:
-    """Keep it for `--continue`; mode 0600. Failing to is told, not more."""
-    path = client.config.folder / CONVERSATION_NAME
-    try:
-        with _locked(path) as target:
-            _write_private(target, json.dumps(talk.to_json()).encode() + b"\n")
-    except (OSError, TypeError, ValueError) as error:
-        _info(f"warning: The conversation could not be kept in {path} ({error}).")
+            line = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s"
+            print(
+                "\r\x1b[K" + _shown(line, sys.stderr, dim=True), end="", file=sys.stderr, flush=True
+            )
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _reply_report(reply: Reply) -> JSON:
     """A reply as `--json` prints it."""
-    tried = [
-        {
-            "model": a.model,
-            "account": a.account,
-            "error": None if a.error is None else a.error.message,
-            "seconds": round(a.seconds, 3),
-        }
+    attempts: list[JSON] = [
+        {**as_dict(a), "error": a.error and a.error.message, "seconds": round(a.seconds, 3)}
         for a in reply.attempts
     ]
-    cost = {"cost_usd": reply.usage.cost_usd}
-    return {**reply_to_json(reply), **cost, "attempts": tried}
+    return {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
 
 
-def _usage_line(reply: Reply) -> str:
+def _usage_words(usages: Iterable[Usage]) -> str:
     """Tokens and cost in a few words."""
-    used = reply.usage
-    if not used:
-        return "tokens: not told"
-    cost = "not told" if used.cost_usd is None else f"${used.cost_usd:.6f}"
-    return f"tokens: {used.input_tokens} in, {used.output_tokens} out; cost {cost}"
+    reported = [u for u in usages if u]
+    if not reported:
+        return "tokens: not reported"
+    costs = [u.cost_usd for u in reported if u.cost_usd is not None]
+    cost = f"${sum(costs):.6f}" if costs else "not reported"
+    tokens_in = sum(u.input_tokens or 0 for u in reported)
+    return f"tokens: {tokens_in} in, {sum(u.output_tokens or 0 for u in reported)} out; cost {cost}"
 
 
-def _report_answerer(client: Puter, asked: str | None, reply: Reply) -> None:
-    """One dim line when another model or account answered than was asked."""
-    tried = reply.attempts
-    wanted = client.config.model_name(asked)
+def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
+    """Say what is special about an answer: nothing in it, cut, or from another model or account."""
     if client.config.quiet_mode:
         return
+    if not reply.text:
+        calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
+        _info(f"the answer is only a call of {calls}" if calls else "the answer is empty", dim=True)
     if reply.finish_reason == "length":
-        _info(_dim("the answer was cut at its longest length (--max-tokens)"))
-    if not tried:
-        return
-    first = client._roster.active_name
-    if tried[-1].model != wanted or first not in (None, reply.account):
-        why = next((a.error.message for a in tried if a.error), "what was asked is resting")
-        _info(_dim(f"answered by {tried[-1].model} on {reply.account} ({why})"))
+        _info("the answer was cut at its longest length (--max-tokens)", dim=True)
+    attempts, active = reply.attempts, client.active_account
+    is_other = active is not None and active.username != reply.account
+    if attempts and (is_other or attempts[-1].model != client.config.model_name(asked)):
+        errors = (a.error.message for a in attempts if a.error)
+        why = next(errors, "the model that was asked is on cooldown")
+        _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
-CONVERSATION_NAME = "conversation.json"
-_CHAT_HELP = """/model NAME    ask another model (alone: say which)
-/system TEXT   set the system text (alone: say which)
-/attach FILE   send a file, image or address with the next message (-: none)
-/retry         ask the last message again
-/undo          forget the last message and its answer
-/save FILE     write the conversation (.json, else as text)
-/usage         tokens and cost of this session
-/help          this list
-A line that ends in \\ goes on in the next; \"\"\" begins and ends a longer text.
-Ctrl-C stops an answer; Ctrl-D leaves."""
+# chat
 
 
-class _Chat:
-    """An interactive conversation: one method a command."""
+class _Chat(cmd.Cmd):
+    """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
+
+    The docstrings of the commands, in this order, are what /help shows.
+    """
 
     def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
+        super().__init__()
         self.client = client
         self.talk = talk
         self.options = options
@@ -7759,178 +8245,169 @@ class _Chat:
         self.unanswered: JSON | None = None
         self.failures = 0
         self.used: list[Usage] = []
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/model": self.model,
-            "/system": self.system,
-            "/attach": self.attach,
-            "/retry": self.retry,
-            "/undo": self.undo,
-            "/save": self.save,
-            "/usage": self.usage,
-            "/help": lambda _: _info(_CHAT_HELP),
-        }
 
     def run(self) -> None:
         """Read lines until there are no more."""
-        interrupted, told = False, ""
         while True:
+            note = "(Ctrl-D leaves)"
             try:
-                if interrupted:  # told in here, so that a second Ctrl-C ends nothing
-                    interrupted = False
-                    _info(told)
-                told = "\n(Ctrl-D leaves)"
                 try:
                     text, is_block = _read_message()
                 except EOFError:
                     return
-                told = "\n(stopped; the answer is not kept, /retry asks again)"
+                note = "(stopped; the answer is not saved, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
             except PuterError as error:
-                _info(f"error: {error}")
+                _error(str(error))
+            except UnicodeDecodeError:
+                _error("Standard input is not UTF-8 text.")
+                self.failures += 1
             except KeyboardInterrupt:
-                interrupted = True
+                _info(f"\n{note}")
 
     def take(self, line: str) -> None:
-        """One message or command."""
-        name, _, rest = line.strip().partition(" ")
-        if not name:
+        """One message or command. A path at the beginning makes it a message."""
+        word, _, argument = line.rstrip().partition(" ")
+        if not line.strip():
             return
-        if not name.startswith("/"):
+        if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
             self.say(line)
-        elif name in self.commands:
-            self.commands[name](rest.strip())
+        elif hasattr(self, f"do_{word[1:]}"):
+            getattr(self, f"do_{word[1:]}")(argument.strip())
         else:
-            near = _close_matches(name, self.commands)
-            _info(f"There is no {name}. " + (f"Did you mean {near[0]}?" if near else "See /help."))
+            _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
     def say(self, text: str) -> None:
         """Ask, and print the answer as it comes."""
-        given = attachments(self.attached, self.client)
-        text = "\n\n".join([text, *given.texts])
-        images, files = map(image_part, given.images), map(file_part, given.files)
-        self.ask(messages_from(text, None, [*images, *files])[0])
+        self.ask(message_with(text, self.attached, self.client))
         self.attached = []
 
     def ask(self, message: JSON) -> None:
-        """One turn; a message that fails is kept for /retry."""
+        """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
         self.failures += 1
-        reply = _signed_in(self.client, partial(self._once, message))
+        reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
         self.failures -= 1
         self.used.append(reply.usage)
-        _report_answerer(self.client, self.talk.model, reply)
-        _keep_conversation(self.client, self.talk)
+        _comment(self.client, self.talk.model, reply)
 
-    def _once(self, message: JSON) -> Reply:
-        with _Spinner(self.client.config.quiet_mode) as spinner:
-            self.client.on_upload = spinner.uploading
-            _print_stream(self.talk.stream(message, **self.options), spinner)
-        return self.talk.reply
-
-    def model(self, name: str) -> None:
-        """Choose the model."""
+    def do_model(self, name: str) -> None:
+        """/model NAME    ask another model (alone: say which)"""
         if name:
             self.talk.model = self.client.model(name).id
         _info(f"model: {self.client.config.model_name(self.talk.model)}")
 
-    def system(self, text: str) -> None:
-        """Set the system text."""
-        if text:
-            self.talk.system = text
+    def do_system(self, text: str) -> None:
+        """/system TEXT   set the system text (alone: say which)"""
+        self.talk.system = text or self.talk.system
         _info(f"system: {self.talk.system or 'none'}")
 
-    def attach(self, source: str) -> None:
-        """Send something with the next message; "-" forgets what was to be sent."""
-        if source == "-":
+    def do_attach(self, source: str) -> None:
+        """/attach FILE   send a file, image or URL with the next message (-: none)"""
+        if source not in ("", "-"):
+            message_with("", [source], self.client)  # so that a mistake shows now
+            self.attached.append(source)
+        elif source:
             self.attached = []
-        if source in ("", "-"):
-            told = ", ".join(self.attached) or "nothing"
-            _info(f"With the next message goes {told}. /attach FILE or ADDRESS adds to it.")
-            return
-        attachments([source], self.client)  # what is wrong with it is told now
-        self.attached.append(source)
-        _info(f"{source} goes with the next message")
+        _info(f"With the next message goes: {', '.join(self.attached) or 'nothing'}")
 
-    def retry(self, _: str) -> None:
-        """Ask the last message again: the one that failed, else the one that was answered."""
+    def do_retry(self, _: str) -> None:
+        """/retry         ask the last message again"""
+        before, asked = self._split()
         if self.unanswered is not None:
-            self.ask(self.unanswered)
-            return
-        before, said = self._split()
-        if said is None:
+            before, asked = self.talk.messages, self.unanswered
+        if asked is None:
             _info("Nothing was asked yet.")
             return
-        kept, self.talk.messages = self.talk.messages, before
+        everything, self.talk.messages = self.talk.messages, before
         try:
-            self.ask(said)
+            self.ask(asked)
         except BaseException:
-            self.talk.messages = kept
+            self.talk.messages = everything
             raise
 
-    def undo(self, _: str) -> None:
-        """Forget the last message and its answer."""
-        before, said = self._split()
-        if said is None:
+    def do_undo(self, _: str) -> None:
+        """/undo          forget the last message and its answer"""
+        before, asked = self._split()
+        if asked is None:
             _info("There is nothing to undo.")
             return
         self.talk.messages = before
-        _keep_conversation(self.client, self.talk)
-        _info("forgotten")
+        _save_conversation(self.client, self.talk)
+        _info("The last message and its answer were removed.")
 
     def _split(self) -> tuple[Messages, JSON | None]:
         """(what came before the last message of the person, that message or None)."""
-        for index in range(len(self.talk.messages) - 1, -1, -1):
-            if self.talk.messages[index].get("role") == "user":
-                return self.talk.messages[:index], self.talk.messages[index]
-        return self.talk.messages, None
+        messages = self.talk.messages
+        places = [i for i, m in enumerate(messages) if m.get("role") == "user"]
+        return (messages[: places[-1]], messages[places[-1]]) if places else (messages, None)
 
-    def save(self, name: str) -> None:
-        """Write the conversation into a file."""
-        from pathlib import Path
-
+    def do_save(self, name: str) -> None:
+        """/save FILE     write the conversation (.json, else as text)"""
         if not name:
             _info("Say where: /save FILE")
             return
-        path = Path(name).expanduser()
-        if path.suffix == ".json":
+        if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
-            told = [
-                (m["role"], _told(m.get("content"), "text", "text")) for m in self.talk.messages
-            ]
-            text = "\n\n".join(f"## {role}\n\n{said}" for role, said in told)
+            said = [(m["role"], joined_text(m.get("content"))) for m in self.talk.messages]
+            text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
         try:
-            with open(path, "x", encoding="utf-8") as file:
+            with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:
-            raise StoreError(
-                f"{path} cannot be written ({error.strerror})", hint="Choose another name."
-            ) from error
-        _info(f"saved in {path}")
+            problem = f"{name} cannot be written ({error.strerror})"
+            raise StoreError(problem, hint="Choose another name.") from error
+        _info(f"saved in {name}")
 
-    def usage(self, _: str) -> None:
-        """Tokens and cost of this session."""
-        known = [u for u in self.used if u]
-        tokens = sum(u.total_tokens or 0 for u in known)
-        cost = sum(u.cost_usd or 0 for u in known)
-        _info(f"{len(self.used)} answers, {tokens} tokens, ${cost:.6f}")
+    def do_usage(self, _: str) -> None:
+        """/usage         tokens and cost of this session"""
+        _info(f"{len(self.used)} answers; {_usage_words(self.used)}")
+
+    def do_help(self, _: str) -> None:
+        """/help          this list"""
+        commands = [one for name, one in vars(_Chat).items() if name.startswith("do_")]
+        _info("\n".join(str(one.__doc__) for one in commands))
+        _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
+        _info("Ctrl-C stops an answer; Ctrl-D leaves.")
+
+    def parseline(self, line: str) -> tuple[str | None, str | None, str]:
+        """For completion: the command is the word without its slash."""
+        return super().parseline(line.removeprefix("/"))
+
+    def completenames(self, text: str, *_: Any) -> list[str]:
+        """The commands that begin so."""
+        return ["/" + name for name in super().completenames(text[1:])] if text[:1] == "/" else []
+
+    def complete_model(self, text: str, *_: Any) -> list[str]:
+        """The models that begin so; none without the list."""
+        with suppress(PuterError):
+            return [m.id for m in self.client.models() if m.id.startswith(text)]
+        return []
+
+    def complete_attach(self, text: str, *_: Any) -> list[str]:
+        """The files that begin so."""
+        import glob
+
+        return glob.glob(glob.escape(text) + "*")
+
+    complete_save = complete_attach
 
 
 def cmd_chat(args: Any) -> int:
-    """Talk with a model until Ctrl-D."""
+    """Talk with a model; /help lists its commands."""
     with _client() as client:
-        talk = _talk_of(args, client)
+        talk = _conversation(args, client)
         options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         chat = _Chat(client, talk, options)
-        if sys.stdin.isatty():
-            shown = client.config.model_name(talk.model)
-            _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
-            with _line_editing(client, chat.commands):
-                chat.run()
-        else:
+        if not sys.stdin.isatty():
             chat.run()
             return 1 if chat.failures else 0
+        shown = client.config.model_name(talk.model)
+        _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
+        with _line_editing(client, chat):
+            chat.run()
     return 0
 
 
@@ -7939,18 +8416,17 @@ def _read_message() -> tuple[str, bool]:
 
     At the end of a pipe, what was begun counts as it is.
     """
-    prompt = "> " if sys.stdin.isatty() else ""
-    more = ". " if prompt else ""
-    lines = [input(prompt)]
+    prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
+    lines = [_read_line(prompt)]
     is_block = lines[0].lstrip().startswith('"""')
     if is_block:
         lines[0] = lines[0].lstrip()[3:]
     with suppress(EOFError):
         while is_block and not lines[-1].rstrip().endswith('"""'):
-            lines.append(input(more))
+            lines.append(_read_line(more))
         while not is_block and lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(input(more))
+            lines.append(_read_line(more))
     text = "\n".join(lines)
     if is_block:
         text = text.rstrip().removesuffix('"""').strip("\n")
@@ -7958,7 +8434,7 @@ def _read_message() -> tuple[str, bool]:
 
 
 @contextmanager
-def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
+def _line_editing(client: Puter, chat: _Chat) -> Iterator[None]:
     """History and completion where the system has readline."""
     try:
         import readline
@@ -7968,144 +8444,112 @@ def _line_editing(client: Puter, commands: Collection[str]) -> Iterator[None]:
     path = client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
-
-    def complete(text: str, state: int) -> str | None:
-        line = readline.get_line_buffer()
-        names: Iterable[str] = commands
-        if line.startswith("/model "):
-            with suppress(PuterError):  # without the list there is nothing to complete
-                names = [m.id for m in client.models()]
-        elif line.startswith(("/attach ", "/save ")):
-            import glob
-
-            names = glob.glob(glob.escape(text) + "*")
-        found = [n for n in names if n.startswith(text)]
-        return found[state] if state < len(found) else None
-
     readline.set_completer_delims(" ")
-    readline.set_completer(complete)
+    readline.set_completer(chat.complete)  # type: ignore[arg-type]
     readline.parse_and_bind("tab: complete")
     readline.set_history_length(1_000)
     try:
         yield
     finally:
-        with suppress(OSError):  # a history that cannot be kept is no reason to fail
+        with suppress(OSError):  # a history that cannot be saved is no reason to fail
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
             readline.write_history_file(path)
 
 
+# accounts
+
+
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
-    from pathlib import Path
-
     config = _load_config()
-    store = AccountStore(config.folder)
-    if args.import_file is not None:
-        return _import_accounts(store, Path(args.import_file).expanduser())
+    if args.file is not None:
+        return _import_accounts(AccountStore(config.folder), args.file)
     if args.with_token:
         token = _read_token()
         if not token:
-            _info("error: No token came. Try: python -m puter login --with-token < FILE")
+            _error("No token came. Try: python -m puter login --with-token < FILE")
             return 2
         account = account_of(token, config)
     else:
         account = _login_with_browser(config, args.no_browser, args.port)
-    print(_keep(store, config, account))
+    _print(_add_account(config, account))
     return 0
 
 
 def _read_token() -> str:
-    """A token from the terminal, unseen, or from standard input."""
-    if sys.stdin is None:
-        return ""
-    if sys.stdin.isatty():
-        import getpass
+    """A token from the terminal, unseen, or from standard input; "" if none comes."""
+    import getpass
 
-        return getpass.getpass("Token (it is not shown): ").strip()
-    try:
+    if not sys.stdin.isatty():
         return sys.stdin.buffer.readline().decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise BadRequestError(
-            "The token on standard input is no UTF-8 text", hint="Pipe it as plain text."
-        ) from error
+    with suppress(EOFError):
+        return getpass.getpass("Token (it is not shown): ").strip()
+    return ""
 
 
-def _login_with_browser(config: Config, no_browser: bool, port: int) -> Account:
+def _login_with_browser(
+    config: Config, no_browser: bool = False, port: int | None = None
+) -> Account:
     import webbrowser
 
     def show(url: str) -> None:
-        _info(f"Open this address to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)...")
+        _info(f"Open this URL to sign in:\n\n    {url}\n\nWaiting for you (Ctrl-C ends it)...")
 
     opener = None if no_browser else webbrowser.open
     return browser_login(config, show=show, open_browser=opener, port=port)
 
 
-def _keep(store: AccountStore, config: Config, account: Account) -> str:
-    """Put an account into the store; a rest of its old token ends. What was done, in words."""
+def _add_account(config: Config, account: Account) -> str:
+    """Store an account, and end the cooldown of its old token; what was done, in words."""
+    store = AccountStore(config.folder)
     is_new = store.add(account)
-    State(config.folder / STATE_NAME).clear_cooldowns(account.username)
+    _state(config).clear_cooldowns(account.username)
     _log.info("Auth: Account %s - %s", "added" if is_new else "renewed", account.username)
     kind = " (a temporary account)" if account.is_temporary else ""
-    count = len(store.accounts())
-    return (
-        f"Signed in as {account.username}{kind}; {count} account{'s' * (count > 1)} in {store.path}"
-    )
+    count = _count(len(store.accounts()), "account")
+    return f"Signed in as {account.username}{kind}; {count} in {store.path}"
 
 
-def _import_accounts(store: AccountStore, path: Path) -> int:
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _import_accounts(store: AccountStore, name: str) -> int:
     """Merge another accounts file into ours, without the network."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be read ({error.strerror})", hint="Check the path."
-        ) from error
-    given = parse_accounts(raw, str(path))
-    taken = [_account_from(record) for record in given["accounts"]]
-    if not taken:
-        print(f"{path} holds no account; nothing was changed.")
-        return 0
-    known = {a.username: a for a in store.accounts()}
-    for account in taken:
-        print(_merged_account(store, known.get(account.username), account))
-    if not known:
-        store.switch(taken[given["activeIndex"]].username)
-    print(f"{len(taken)} account{'s' * (len(taken) > 1)} from {path}")
+    raw, path = _bytes_of(name, "file")
+    data = parse_accounts(raw, path)
+    stored = {a.username: a for a in store.accounts()}
+    imported = [_account_from(record) for record in data["accounts"]]
+    for account in imported:
+        own = stored.get(account.username)
+        is_newer = own is not None and (own.added_at_ms or 0) > (account.added_at_ms or 0)
+        if own is not None and (is_newer or own.token == account.token):
+            _print(f"Kept {account.username}, whose token here is as new")
+            continue
+        is_new = store.add(account, activate=False)
+        _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
+    if imported and not stored:
+        store.switch(imported[data["activeIndex"]].username)
+    _print(f"{_count(len(imported), 'account')} from {path}")
     return 0
 
 
-def _merged_account(store: AccountStore, own: Account | None, account: Account) -> str:
-    """Take an account unless ours is as new; what was done, in words."""
-    if own is not None and own.token == account.token:
-        return f"{account.username} is here already"
-    if own is not None and (own.added_at_ms or 0) > (account.added_at_ms or 0):
-        return f"Kept the newer token of {account.username}"
-    is_new = store.add(account, activate=False)
-    return f"{'Added' if is_new else 'Renewed the token of'} {account.username}"
-
-
 def cmd_logout(args: Any) -> int:
-    """Forget an account, or all."""
+    """Remove an account; the active one by default."""
     config = _load_config()
     store = AccountStore(config.folder)
-    if args.all:
-        gone = store.clear()
-    else:
-        active = store.active()
-        name = args.name or (active.username if active else None)
-        if name is None:
-            print("Nobody is signed in.")
-            return 0
-        gone = [store.remove(name)]
-    state = State(config.folder / STATE_NAME)
-    for account in gone:
-        state.clear_cooldowns(account.username)
-    print(f"Forgot {', '.join(a.username for a in gone) or 'nobody'}.")
-    left = store.active()
-    if left:
-        print(f"The active account is {left.username}.")
-    if gone:
-        print("The token itself still works: revoke it on puter.com (Settings, Security).")
+    active = store.active()
+    name = args.name or (active.username if active else None)
+    removed = store.clear() if args.all else [store.remove(name)] if name else []
+    for account in removed:
+        _state(config).clear_cooldowns(account.username)
+    names = ", ".join(a.username for a in removed)
+    _print(f"Removed {names}." if removed else "No account was removed: nobody is signed in.")
+    active = store.active()
+    if active:
+        _print(f"The active account is {active.username}.")
+    if removed:
+        _print("The token itself still works: revoke it on puter.com (Settings, Security).")
     return 0
 
 
@@ -8113,56 +8557,47 @@ def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
     account = AccountStore(_load_config().folder).switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
-    print(f"The active account is {account.username}.")
+    _print(f"The active account is {account.username}.")
     return 0
 
 
 def cmd_status(args: Any) -> int:
-    """Who is signed in, and who rests."""
+    """The accounts, and who is on cooldown for how long."""
     config = _load_config()
-    store = AccountStore(config.folder)
-    state = State(config.folder / STATE_NAME)
     if args.clear_cooldowns:
+        state = _state(config)
         count = len(state.cooldowns(time.time()))
         state.clear_cooldowns()
-        told = f"Ended {count} rest{'s' * (count != 1)}."
-        print(json.dumps({"cleared": count}) if args.json else told)
+        _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
         return 0
     if args.check:
-        results = list(_checks(config))
-        for fine, text in results:
-            print(f"{'ok  ' if fine else 'FAIL'}  {text}")
-        return 0 if all(fine for fine, _ in results) else 1
+        checks = list(_checks(config))
+        lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
+        _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
+        return 0 if all(fine for fine, _ in checks) else 1
+    from_environment = bool(os.environ.get("PUTER_AUTH_TOKEN"))
+    report = _status_report(config, time.time())
+    _report(args, report, _status_lines(report, from_environment))
+    return 0 if report["accounts"] or from_environment else 1
+
+
+def _status_report(config: Config, now: float) -> JSON:
+    store, state = AccountStore(config.folder), _state(config)
     accounts, active = store.accounts(), store.active()
-    report = _status_report(accounts, active, state, time.time())
-    signed_in = bool(accounts or os.environ.get("PUTER_AUTH_TOKEN"))
-    if args.json:
-        print(json.dumps({"config_dir": str(config.folder), **report}))
-        return 0 if signed_in else 1
-    if os.environ.get("PUTER_AUTH_TOKEN"):
-        print("PUTER_AUTH_TOKEN is set: its account is used, and none of these.")
-    for line in _status_lines(report, time.time()):
-        print(line)
-    if not accounts:
-        print(_not_signed_in_text(store))
-    return 0 if signed_in else 1
-
-
-def _status_report(
-    accounts: Sequence[Account], active: Account | None, state: State, now: float
-) -> JSON:
-    """What `status` tells, as plain values."""
-    rests = _resting(state, accounts, now)
+    marks = {a.username: _token_mark(a.token) for a in accounts}
+    cooldowns = state.cooldowns(now, marks.get)
+    dead = {c.account for c in cooldowns if c.reason == "login"}
     used = state.last_used_ms()
     return {
+        "config_dir": str(config.folder),
         "accounts": [
             {
                 "username": a.username,
-                "active": active is not None and a.username == active.username,
+                "active": a == active,
                 "temporary": a.is_temporary,
                 "added_at_ms": a.added_at_ms,
                 "last_used_ms": used.get(a.username, a.last_used_ms),
-                "needs_login": any(c.account == a.username and c.reason == "login" for c in rests),
+                "needs_login": a.username in dead,
             }
             for a in accounts
         ],
@@ -8174,67 +8609,105 @@ def _status_report(
                 "strikes": c.strikes,
                 "seconds_left": round(c.until_s - now, 1),
             }
-            for c in rests
+            for c in cooldowns
             if c.reason != "login"
         ],
     }
 
 
-def _status_lines(report: JSON, now: float) -> Iterator[str]:
+def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
+    if from_environment:
+        yield "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
     for account in report["accounts"]:
         notes = ["temporary"] if account["temporary"] else []
         notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
-        notes.append(f"last used {_ago(account['last_used_ms'], now)}")
+        used = time.localtime((account["last_used_ms"] or 0) / 1000)
+        day = time.strftime("%Y-%m-%d %H:%M", used) if account["last_used_ms"] else "never"
+        notes.append(f"last used {day}")
         yield f"{'*' if account['active'] else ' '} {account['username']}  ({', '.join(notes)})"
-    for rest in report["cooldowns"]:
-        what = f"{rest['model']} on {rest['account']}" if rest["model"] else rest["account"]
-        yield f"  resting: {what}, {rest['seconds_left']:.0f} s left ({rest['reason']})"
+    for cooldown in report["cooldowns"]:
+        name, model = cooldown["account"], cooldown["model"]
+        what = f"{model} on {name}" if model else name
+        yield f"  cooldown: {what}, {cooldown['seconds_left']:.0f} s left ({cooldown['reason']})"
+    if not report["accounts"]:
+        yield _NOBODY
 
 
-def _not_signed_in_text(store: AccountStore) -> str:
-    """How to sign in, or to bring along the accounts of the plugin."""
-    from pathlib import Path
+def _checks(config: Config) -> Iterator[tuple[bool, str]]:
+    """Everything that a call needs, as (is it fine, what to say), one after the other."""
+    yield True, f"settings: {config.folder / CONFIG_NAME}"
+    for path in (AccountStore(config.folder).path, config.folder / STATE_NAME):
+        if os.name != "nt" and path.exists():
+            mode = path.stat().st_mode & 0o777
+            fine = mode & 0o077 == 0
+            yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
+    with Puter(config=config) as client:
+        advice = "" if client.accounts else "; do: python -m puter login"
+        yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
+        anyone = replace(config, auto_create_temp_user=True)
+        for account in client.accounts:
+            what = f"the token of {account.username}"
+            try:
+                yield True, f"{what} works ({account_of(account.token, anyone).username})"
+            except PuterError as error:
+                yield False, f"{what}: {error}"
+        yield from _server_checks(client)
 
-    for folder in (Path.home() / ".config" / "opencode", Path.home() / ".opencode"):
-        path = folder / ACCOUNTS_NAME
-        if path.exists() and path != store.path:
-            return (
-                f"{_NOBODY}\nOr take the plugin's accounts: python -m puter login --import {path}"
-            )
-    return _NOBODY
+
+def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
+    from email.utils import parsedate_to_datetime
+
+    what = ""
+    try:
+        date = client._server_date()
+        yield True, f"{client.config.api_base_url} answers"
+        with suppress(ValueError):  # a date that is none
+            off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
+            fine = abs(off_s) < 300
+            yield fine, f"the clock differs by {off_s:.0f} s{'' if fine else '; set it right'}"
+        what = "the model list: "
+        yield True, f"{len(client.models(refresh=True))} models"
+    except PuterError as error:
+        yield False, f"{what}{error}"
 
 
 def cmd_whoami(args: Any) -> int:
-    """Whose token is in use, as the server says."""
+    """Ask the server whose token is in use."""
     with _client() as client:
-        told = _signed_in(client, client.whoami)
-    if args.json:
-        print(json.dumps(told, ensure_ascii=False))
-    else:
-        kind = " (temporary)" if told.get("is_temp") else ""
-        print(f"{told.get('username')}{kind}")
+        user = _signed_in(client, client.whoami)
+    _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
     return 0
 
 
+# models, credit, statistics, cache
+
+
+MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
+    "id": lambda m: m.id,
+    "price": lambda m: (
+        m.input_usd_per_million is None,
+        (m.input_usd_per_million or 0) + (m.output_usd_per_million or 0),
+        m.id,
+    ),
+    "context": lambda m: (-(m.context or 0), m.id),
+    # The newest first; the date as a number, such as 20251101.
+    "released": lambda m: (-int(f"0{re.sub(r'[^0-9]', '', m.released or '')[:8]}"), m.id),
+}
+
+
 def cmd_models(args: Any) -> int:
-    """The catalogue as a table."""
+    """List the models."""
     with _client() as client:
-        found = client.models(args.provider, args.free or None, args.refresh)
-    found = matching_models(found, args.search)
-    if args.tools:
-        found = [m for m in found if m.tools is not False]
-    if args.vision:
-        found = [m for m in found if m.inputs and "image" in m.inputs]
-    found.sort(key=MODEL_SORTS[args.sort])
-    if args.json:
-        print(json.dumps([as_dict(m) for m in found], ensure_ascii=False))
-        return 0
+        models = client.models(args.provider, args.free or None, args.refresh)
+    models = matching_models(models, args.search)
+    models = [m for m in models if m.tools is not False or not args.tools]
+    models = [m for m in models if _sees_images(m) or not args.vision]
+    models.sort(key=MODEL_SORTS[args.sort])
     head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
-    table = [head, *map(_model_row, found)]
-    for line in _table(table, "<<><<>>", (3, 1, 2, 4, 6, 5)):
-        print(line)
-    if not found:
-        _info("No model is like that.")
+    lines = _table([head, *map(_model_row, models)], "<<><<>>", (3, 1, 2, 4, 6, 5))
+    _report(args, [as_dict(m) for m in models], lines)
+    if not models:
+        _info("No models match.")
     return 0
 
 
@@ -8247,83 +8720,55 @@ def _model_row(model: Model) -> tuple[str, ...]:
     return (model.id, model.provider, context, inputs, tools, *shown)
 
 
-def _table(rows: Sequence[Sequence[str]], sides: str, less: Sequence[int] = ()) -> Iterator[str]:
+def _table(
+    rows: Sequence[Sequence[str]], sides: str, optional: Sequence[int] = ()
+) -> Iterator[str]:
     """Rows of texts as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow the columns of `less` are left out, in that order.
+    On a terminal that is too narrow the `optional` columns are left out, in that order.
     """
+    import shutil
+
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    shown = list(range(len(widths)))
-    for column in less if sys.stdout.isatty() else ():
-        if sum(widths[i] + 2 for i in shown) - 2 > terminal_columns():
-            shown.remove(column)
+    columns = list(range(len(widths)))
+    for column in optional if sys.stdout.isatty() else ():
+        if sum(widths[i] + 2 for i in columns) - 2 > shutil.get_terminal_size().columns:
+            columns.remove(column)
     for row in rows:
-        yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in shown).rstrip()
-
-
-def terminal_columns() -> int:
-    """The width of the terminal, as `COLUMNS` or the terminal itself says, else 80."""
-    told = os.environ.get("COLUMNS", "")
-    if told.isdecimal() and int(told) > 0:
-        return int(told)
-    try:
-        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
-    except (OSError, ValueError, AttributeError):  # no terminal there
-        return 80
+        yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in columns).rstrip()
 
 
 def cmd_usage(args: Any) -> int:
-    """What may still be spent."""
+    """The credit that is left this month."""
     with _client() as client:
         if not client.accounts:
             _signed_in(client, client.whoami)
         active = client.active_account
-        asked = client.accounts if args.all else [active] if active else []
-        told = credits_of(client, asked)
-    failed = [t for _, t in told if isinstance(t, PuterError)]
-    if args.json:
-        print(json.dumps([_credit_report(a, t) for a, t in told], ensure_ascii=False))
-    else:
-        for account, credit in told:
-            for line in _credit_lines(account, credit):
-                print(line)
-    return 1 if failed else 0
+        accounts = client.accounts if args.all else [active] if active else []
+        rows = credit_rows(client, accounts)
+    _report(args, rows, (line for row in rows for line in _credit_lines(row)))
+    return 1 if any(row["error"] for row in rows) else 0
 
 
-def _credit_report(account: Account, credit: Credit | PuterError) -> JSON:
-    if isinstance(credit, PuterError):
-        return {"username": account.username, "error": str(credit)}
-    told = {k: v for k, v in as_dict(credit).items() if k not in ("raw", "by_api")}
-    by_api = {
-        name: {"cost": cost, "units": units, "count": count}
-        for name, (cost, units, count) in credit.by_api.items()
-    }
-    return {"username": account.username, "error": None, **told, "by_api": by_api}
-
-
-def _credit_lines(account: Account, credit: Credit | PuterError) -> Iterator[str]:
+def _credit_lines(row: JSON) -> Iterator[str]:
     """An account's credit with a bar, and what it went to."""
-    yield f"{account.username}: {_credit_words(credit)}"
-    if isinstance(credit, PuterError):
+    yield f"{row['username']}: {credit_text(row)}"
+    if row["error"]:
         return
-    share = credit.remaining / credit.allowance if credit.allowance > 0 else 0.0
-    share = min(max(share, 0.0), 1.0)
-    yield f"  [{_bar(round(20 * share))}] {100 * share:.0f}% ({credit_word(share)})"
-    rows = sorted(credit.by_api.items(), key=lambda row: -row[1][0])
-    if rows:
-        shown = [(n, money(c, credit.unit), f"{u:,.0f}", f"{k:,}") for n, (c, u, k) in rows]
-        head = ("  USED FOR", "COST", "UNITS", "CALLS")
-        yield from _table([head, *_indented(shown)], "<>>>")
-
-
-def _indented(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    return ((f"  {row[0]}", *row[1:]) for row in rows)
-
-
-def credit_word(share: float) -> str:
-    """A word for the share of the credit that is left (0 to 1)."""
+    left, whole, unit = row["remaining"], row["allowance"], row["unit"]
+    share = min(max(left / whole if whole > 0 else 0.0, 0.0), 1.0)
     words = ((0.5, "plenty"), (0.2, "fair"), (0.0, "low"))
-    return next((word for least, word in words if share > least), "used up")
+    word = next((word for least, word in words if share > least), "used up")
+    full = round(20 * share)
+    yield f"  [{'#' * full}{'.' * (20 - full)}] {100 * share:.0f}% ({word})"
+    costs = sorted(row["by_api"].items(), key=lambda used: -used[1]["cost"])
+    if costs:
+        head = ("  USED FOR", "COST", "UNITS", "CALLS")
+        rows = [
+            (f"  {name}", money(c["cost"], unit), f"{c['units']:,.0f}", f"{c['count']:,}")
+            for name, c in costs
+        ]
+        yield from _table([head, *rows], "<>>>")
 
 
 def cmd_stats(args: Any) -> int:
@@ -8331,543 +8776,401 @@ def cmd_stats(args: Any) -> int:
     with _client() as client:
         if args.reset:
             client.reset_stats(args.model)
-            print(f"The figures{f' of {args.model}' if args.model else ''} begin anew.")
+            of_model = f" of {args.model}" if args.model else ""
+            _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return 0
-        found = client.stats(args.model)
-    if args.json:
-        print(json.dumps([as_dict(s) for s in found], ensure_ascii=False))
-        return 0
-    if not found:
-        print("There are no figures yet.")
-        return 0
-    head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
-    rows = [_stats_row(s) for s in found]
-    for line in _table([head, *rows], "<>>>>>>>", (4, 5, 6, 3, 2)):
-        print(line)
-    for stats in found:
-        if stats.failures:
-            told = ", ".join(f"{k} {v}" for k, v in sorted(stats.failures.items()))
-            print(f"failures of {stats.model}: {told}")
+        stats = client.stats(args.model)
+    _report(args, [as_dict(s) for s in stats], _stats_lines(stats))
     return 0
+
+
+def _stats_lines(stats: Sequence[ModelStats]) -> Iterator[str]:
+    if not stats:
+        yield "There are no statistics yet."
+        return
+    head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
+    yield from _table([head, *map(_stats_row, stats)], "<>>>>>>>", (4, 5, 6, 3, 2))
+    for one in stats:
+        if one.failures:
+            reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
+            yield f"failures of {one.model}: {reasons}"
 
 
 def _stats_row(stats: ModelStats) -> tuple[str, ...]:
-    def shown(value: float | None, unit: str) -> str:
-        return "-" if value is None else f"{value:.2f}{unit}"
-
-    times = (shown(stats.p50_s, "s"), shown(stats.p95_s, "s"), shown(stats.first_s, "s"))
+    times = (stats.p50_s, stats.p95_s, stats.first_s)
+    seconds = ["-" if t is None else f"{t:.2f}s" for t in times]
     speed = "-" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.0f}"
     counts = (str(stats.requests), str(stats.successes))
-    return (stats.model, *counts, *times, speed, f"${stats.cost_usd:.4f}")
+    return (stats.model, *counts, *seconds, speed, f"${stats.cost_usd:.4f}")
 
 
 def cmd_cache(args: Any) -> int:
-    """The kept replies."""
+    """The cached replies."""
     with _client() as client:
-        config = client.config
+        config, cache = client.config, client._reply_cache
         if args.clear:
-            print(f"Forgot {client._ledger.replies.cache_clear()} replies.")
+            count = cache.cache_clear()
+            _report(args, {"deleted": count}, [f"Cached replies deleted: {count}"])
             return 0
-        told = client._ledger.replies.cache_stats(time.time(), config.cache_ttl_ms / 1000)
-        place = client._ledger.replies.path
-    asked = told["hits"] + told["misses"]
-    rate = f"{100 * told['hits'] / asked:.0f}%" if asked else "-"
-    if args.json:
-        print(json.dumps({**told, "enabled": config.cache_enabled, "path": place}))
-        return 0
-    state = "on" if config.cache_enabled else "off (set cache_enabled to true)"
-    print(f"Keeping replies is {state}; they are in {place}")
-    print(
-        f"{told['entries']} of {config.cache_max_entries} entries, {told['fresh']} fresh, ", end=""
-    )
-    print(f"{told['bytes']:,} bytes")
-    print(f"{asked} look-ups, {rate} found; kept for {config.cache_ttl_ms / 1000:.0f} s")
+        stats: JSON = {**cache.cache_stats(time.time(), config.cache_ttl_ms / 1000)}
+    stats |= {"enabled": config.cache_enabled, "path": cache.path}
+    _report(args, stats, _cache_lines(stats, config))
     return 0
 
 
-def _checks(config: Config) -> Iterator[tuple[bool, str]]:
-    """Everything that a call needs, as (is it fine, what to say), one after the other."""
-    yield True, f"settings: {config.folder / CONFIG_NAME}"
-    store = AccountStore(config.folder)
-    for path in (store.path, config.folder / STATE_NAME):
-        if os.name != "nt" and path.exists():
-            mode = path.stat().st_mode & 0o777
-            fine = mode & 0o077 == 0
-            yield (fine, f"{path}: mode {mode:o}" + ("" if fine else f"; do: chmod 600 {path}"))
-    with Puter(config=config) as client:
-        try:
-            accounts = client.accounts
-            yield (
-                bool(accounts),
-                f"{len(accounts)} accounts" + ("" if accounts else "; do: python -m puter login"),
-            )
-        except PuterError as error:
-            yield False, str(error)
-            return
-        for account in accounts:
-            try:
-                name = account_of(
-                    account.token, replace(config, auto_create_temp_user=True)
-                ).username
-                yield True, f"the token of {account.username} works ({name})"
-            except PuterError as error:
-                yield False, f"the token of {account.username}: {error}"
-        yield from _server_checks(client)
+def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
+    switch = "on" if config.cache_enabled else "off (set cache_enabled to true)"
+    yield f"The reply cache is {switch}, in {stats['path']}"
+    entries = f"{stats['entries']} of {config.cache_max_entries} entries"
+    yield f"{entries}, {stats['fresh']} fresh, {stats['bytes']:,} bytes"
+    lookups = stats["hits"] + stats["misses"]
+    rate = f"{100 * stats['hits'] / lookups:.0f}%" if lookups else "-"
+    yield f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s"
 
 
-def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
-    base = client.config.api_base_url
-    try:
-        url = f"{_api_origin(client.config)}/puterai/chat/models"
-        answer = client._transport.ask("GET", url)
-        yield True, f"{base} answers"
-    except PuterError as error:
-        yield False, str(error)
-        return
-    off_s = _clock_error_s(answer.date, time.time())
-    if off_s is not None:
-        fine = abs(off_s) < 300
-        yield (fine, f"the clock differs by {off_s:.0f} s" + ("" if fine else "; set it right"))
-    try:
-        yield True, f"{len(client.models(refresh=True))} models"
-    except PuterError as error:
-        yield False, f"the model list: {error}"
-
-
-def _clock_error_s(date: str | None, now: float) -> float | None:
-    """How far our clock is ahead of a server's Date header, in seconds."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return now - parsedate_to_datetime(date).timestamp() if date else None
-    except ValueError:
-        return None
+# serve
 
 
 def cmd_serve(args: Any) -> int:
-    """Run a server until it is told to stop."""
-    if args.mcp:
-        serve_mcp(_client)
-    return _serve_openai(args)
-
-
-def _serve_openai(args: Any) -> int:
+    """Serve other programs with your account."""
     import signal
 
-    stop = threading.Event()
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), lambda *_: stop.set())
+    if args.mcp:
+        serve_mcp(_client)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     key = args.api_key or os.environ.get("PUTER_SERVER_API_KEY") or None
     with _client() as client:
         try:
-            server = OpenAIServer(
-                client, args.host, args.port, key, args.allow_origin, args.max_connections
-            )
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            _info(
-                f"error: Cannot listen on {args.host}:{args.port} ({reason}). Try another --port."
-            )
+            more = {"max_connections": args.max_connections, "allowed_hosts": args.allow_host}
+            server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
+        except OSError as error:
+            problem = f"Cannot listen on {args.host}:{args.port} ({error.strerror or error})"
+            _error(f"{problem}. Try another --port.")
             return 1
-        server.start()
-        _announce(server, client, key)
-        while not stop.wait(0.5):  # in short waits: a signal cannot end a long one everywhere
-            pass
-        _info("Stopping; what runs may take a moment to end.")
-        server.stop()
+        try:
+            server.start()
+            _announce(server, client, key)
+            while True:  # in short sleeps: a signal cannot end a long one everywhere
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            _info("Stopping when the running requests have ended; Ctrl-C again stops now.")
+            server.stop()
     return 0
 
 
 def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
-    """Tell where the server is and how a client is set up for it."""
-    print(f"OpenAI-compatible server: {server.url}", flush=True)
+    """Say where the server is and how a client is set up for it."""
+    root = server.url.removesuffix("/v1")
+    _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
     shown = "the one you gave" if key else "anything, such as puter"
-    print(f"For your client: base URL {server.url}, API key {shown}.", flush=True)
+    _print(f"For your client: base URL {server.url}, API key {shown}.")
     if not client.accounts:
-        print("Nobody is signed in yet: python -m puter login", flush=True)
+        _print("Nobody is signed in yet: python -m puter login")
     try:
-        print(f"{len(client.models())} models; Ctrl-C stops.", flush=True)
+        _print(f"{len(client.models())} models; Ctrl-C stops.")
     except PuterError as error:
-        _info(f"The model list cannot be had now: {error}")
+        _info(f"The model list is not available now: {error}")
 
 
-# What other programs read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Continue's cn
+# config, and the settings of other programs
+
+# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
 # 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
 # Desktop of August 2026 (read in their sources and manuals).
 _BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
-_MARK_BEGIN, _MARK_END = "# >>> puter.py", "# <<< puter.py"
-_OPENCODE_KINDS = ("text", "audio", "image", "video", "pdf")  # others make its file invalid
 
 
-class ConfigSnippet:
-    """A part of a program's settings: where it goes, and what goes there.
-
-    JSON: `values` maps key paths to values. YAML: `lines` are items of the list under `key`
-    (of the whole file, for key "").
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        values: Mapping[tuple[str, ...], Any] | None = None,
-        lines: Mapping[str, list[str]] | None = None,
-        comments: bool = False,
-        fresh: str = "",
-    ) -> None:
-        self.path = path
-        self.values = values or {}
-        self.lines = lines or {}
-        self.comments = comments  # whether the program takes JSON with comments
-        self.fresh = fresh  # what a new file begins with
-
-    def text(self) -> str:
-        """The block alone, as a file that holds nothing else."""
-        return self.merged("")
-
-    def merged(self, old: str) -> str:
-        """The old text with the block in it; raises ValueError if it cannot be read."""
-        new = old.lstrip("\ufeff") if old.strip() else self.fresh
-        if self.values and new and not self.comments:
-            json.loads(new)  # this program takes plain JSON only: say so before it does
-        new = jsonc_with_all(new or "{}\n", self.values) if self.values else new
-        for key, lines in self.lines.items():
-            new = yaml_with(new, key, lines)
-        return new
+def cmd_config(args: Any) -> int:
+    """Show the settings, or print those that another program needs."""
+    if args.what == "show":
+        config = _load_config()
+        rows = {name: getattr(config, name) for name in config.sources}
+        if config.openai_api_key:
+            rows["openai_api_key"] = "***"
+        data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
+        _report(args, data, _setting_lines(data))
+    elif args.what == "path":
+        path = str(config_dir() / CONFIG_NAME)
+        _report(args, {"path": path}, [path])
+    else:
+        return _config_program(args)
+    return 0
 
 
-def jsonc_with(text: str, path: Sequence[str], value: Any) -> str:
-    """JSON text (comments and trailing commas allowed) with a value put at a path of keys.
-
-    Everything else stays as it is, to the letter. Raises ValueError for what is no object.
-    """
-    start = _jsonc_skip(text, 0)
-    end = _jsonc_end(text, start)
-    if _jsonc_skip(text, end) < len(text):
-        raise ValueError(f"there is something behind the end, at {_place(text, end)}")
-    for depth, key in enumerate(path):
-        if text[start : start + 1] != "{":
-            raise ValueError(f"{'.'.join(path[:depth]) or 'it'} is not an object")
-        members = _jsonc_members(text, start)
-        indent = "  " * (depth + 1)
-        found = [m for m in members if m[0] == key]
-        if not found:
-            for name in reversed(path[depth + 1 :]):
-                value = {name: value}
-            shown = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", f"\n{indent}")
-            added = f"\n{indent}{json.dumps(key)}: {shown}" + (
-                "," if members else f"\n{indent[2:]}"
-            )
-            return text[: start + 1] + added + text[start + 1 :].lstrip(" \t" if members else None)
-        _, start, end = found[-1]  # of twins every parser takes the last
-    shown = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", f"\n{'  ' * len(path)}")
-    return text[:start] + shown + text[end:]
+def _setting_lines(settings: JSON) -> Iterator[str]:
+    rows = [("SETTING", "VALUE", "FROM")]
+    for name, setting in settings.items():
+        value = json.dumps(setting["value"], ensure_ascii=False)
+        value = value if len(value) <= 60 else f"{value[:57]}..."
+        rows.append((name, value, setting["source"]))
+    yield from _table(rows, "<<<")
 
 
-def jsonc_with_all(text: str, values: Mapping[tuple[str, ...], Any]) -> str:
-    """As `jsonc_with` for several; new keys of the top are put in together, for speed."""
-    start = _jsonc_skip(text, 0)
-    known = {m[0] for m in _jsonc_members(text, start)} if text[start : start + 1] == "{" else set()
-    new = {
-        path[0]: value for path, value in values.items() if len(path) == 1 and path[0] not in known
-    }
-    rest = {path: value for path, value in values.items() if path[0] not in new}
-    for path, value in rest.items():
-        text = jsonc_with(text, path, value)
-    if not new:
-        return text
-    shown = json.dumps(new, indent=2, ensure_ascii=False)[2:-2]  # the members alone
-    marker = "puter.py puts its members here"
-    return jsonc_with(text, (marker,), 0).replace(f'  "{marker}": 0', shown)
+def _config_program(args: Any) -> int:
+    """Print what goes into the files of a program; which files is said on stderr."""
+    program = PROGRAMS[args.what]
+    models: list[Model] = []
+    if args.what != "claude-desktop":
+        with _client() as client:
+            models = client.models(args.provider, args.free or None)
+            models = matching_models(models, args.search)
+            first = _agent_model(models, client.config)
+            models = [first, *(m for m in models if m != first)] if first else models
+        if not models:
+            _error("No models match, so there is nothing to set up.")
+            return 1
+    texts = program.texts(models, args.base_url, os.environ.get("PUTER_SERVER_API_KEY"))
+    if args.json:
+        pairs = zip(program.files, texts, strict=True)
+        _report(args, [{"file": file, "text": text} for file, text in pairs], ())
+        return 0
+    for file, text in zip(program.files, texts, strict=True):
+        _info(f"# {file}", dim=True)
+        _report(args, None, text.splitlines())
+    if models:
+        _info("The server must run: python -m puter serve")
+    _info(program.note)
+    return 0
 
 
-def _jsonc_skip(text: str, at: int) -> int:
-    """Behind blanks and comments."""
-    found = re.compile(r"(?:\s+|//[^\n]*|/\*.*?\*/)*", re.DOTALL).match(text, at)
-    return found.end() if found else at
+def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
+    """What a coding agent gets unasked: the default model, else a free fallback that suits it."""
+    by_name = models_by_name(models)
+    if config.default_model and strip_puter_prefix(config.default_model).lower() in by_name:
+        return by_name[strip_puter_prefix(config.default_model).lower()]
+    fallbacks = (by_name.get(strip_puter_prefix(n).lower()) for n in config.fallback_models)
+    return next((m for m in fallbacks if m and m.free and _suits_agents(m)), None)
 
 
-def _jsonc_end(text: str, at: int) -> int:
-    """Behind the value that begins here; raises ValueError."""
-    if text[at : at + 1] in ("{", "["):
-        closing = "}" if text[at] == "{" else "]"
-        members = _jsonc_members(text, at)
-        inner = _jsonc_skip(text, members[-1][2] if members else at + 1)
-        inner = _jsonc_skip(text, inner + 1) if text[inner : inner + 1] == "," else inner
-        if text[inner : inner + 1] != closing:
-            raise ValueError(f"{closing} is missing at {_place(text, inner)}")
-        return inner + 1
-    try:
-        return json.JSONDecoder().raw_decode(text, at)[1]
-    except ValueError as error:
-        raise ValueError(f"no value at {_place(text, at)}") from error
+def _suits_agents(model: Model) -> bool:
+    """Whether a coding agent can work with a model: it calls tools, and reads enough."""
+    return model.tools is not False and (model.context or 0) >= AGENT_CONTEXT
 
 
-def _jsonc_members(text: str, start: int) -> list[tuple[str, int, int]]:
-    """(key, where its value begins, where it ends) of the object or list that begins here."""
-    is_object, at = text[start] == "{", _jsonc_skip(text, start + 1)
-    members = []
-    while text[at : at + 1] not in ("}", "]", ""):
-        key = ""
-        if is_object:
-            end = _jsonc_end(text, at) if text[at] == '"' else at
-            colon = _jsonc_skip(text, end)
-            if end == at or text[colon : colon + 1] != ":":
-                raise ValueError(f"a key is wrong at {_place(text, at)}")
-            key, at = json.loads(text[at:end]), _jsonc_skip(text, colon + 1)
-        end = _jsonc_end(text, at)
-        members.append((key, at, end))
-        at = _jsonc_skip(text, end)
-        if text[at : at + 1] != ",":
-            break
-        at = _jsonc_skip(text, at + 1)
-    return members
+AGENT_CONTEXT = 64_000
 
 
-def _place(text: str, at: int) -> str:
-    return f"line {text.count(chr(10), 0, at) + 1}"
+def _json_text(value: JSON) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def yaml_with(text: str, key: str, lines: Sequence[str]) -> str:
-    """YAML text with items put at the end of a list, between two marks.
-
-    Items between our marks are replaced; everything else stays. `key` is a list at the top
-    of the file, or "" when the file is a list itself. Raises ValueError for what this cannot
-    do without a YAML parser: a list in one line, or a file of another shape.
-    """
-    begin, end = (f"{mark} {key}".rstrip() for mark in (_MARK_BEGIN, _MARK_END))
-    text = _without_block(text, begin, end)
-    rows = text.rstrip("\n").split("\n") if text.strip() else []
-    if not key:
-        items = [r for r in rows if _says_something(r)]
-        indent = re.match(r" *", items[0]).group() if items else ""  # type: ignore[union-attr]
-        if any(not r.startswith((f"{indent}- ", f"{indent} ")) and r.strip() != "-" for r in items):
-            raise ValueError("it is not a list")
-        return "\n".join([*rows, *_indented_by(indent, [begin, *lines, end]), ""])
-    heads = [rf"{quote}{re.escape(key)}{quote}\s*:" for quote in ("", '"', "'")]
-    at = next((i for i, r in enumerate(rows) if re.match("|".join(heads), r)), None)
-    if at is None:
-        return "\n".join([*rows, f"{key}:", *_indented_by("  ", [begin, *lines, end]), ""])
-    told = re.sub(r"^[^:]*:\s*|\s*#.*$", "", rows[at])
-    if told.replace(" ", "") in ("[]", "~", "null"):
-        rows[at] = f"{rows[at].partition(':')[0]}:"
-    elif told:
-        raise ValueError(f"{key} is written in one line")
-    item = next((r for r in rows[at + 1 :] if _says_something(r)), "")
-    first = re.match(r"( *)-", item)
-    indent = first.group(1) if first else "  "
-    last = at
-    for i in range(at + 1, len(rows)):
-        if rows[i].startswith((f"{indent} ", f"{indent}-")):
-            last = i  # the list's own; comments and blanks behind it belong to what follows
-        elif _says_something(rows[i]):
-            break
-    block = _indented_by(indent, [begin, *lines, end])
-    return "\n".join([*rows[: last + 1], *block, *rows[last + 1 :], ""])
-
-
-def _says_something(row: str) -> bool:
-    """Whether a line of YAML is neither blank nor a comment."""
-    return row.strip() != "" and not row.lstrip().startswith("#")
-
-
-def _without_block(text: str, begin: str, end: str) -> str:
-    """The text without what an earlier run put between the marks; raises ValueError."""
-    rows = text.split("\n")
-    marks = [r.strip() for r in rows if r.strip() in (begin, end)]
-    if marks not in ([], [begin, end]):
-        raise ValueError(f"the marks {begin!r} and {end!r} do not stand in pairs")
-    if not marks:
-        return text
-    places = [i for i, r in enumerate(rows) if r.strip() in (begin, end)]
-    return "\n".join([*rows[: places[0]], *rows[places[1] + 1 :]])
-
-
-def _indented_by(indent: str, lines: Iterable[str]) -> list[str]:
-    return [indent + line for line in lines]
-
-
-def _home(*parts: str) -> Path:
-    from pathlib import Path
-
-    return Path.home().joinpath(*parts)
-
-
-def _app_folder(name: str, environ: Mapping[str, str], platform: str) -> Path:
-    """Where a desktop program keeps its settings, by platform."""
-    from pathlib import Path
-
-    if platform == "win32":
-        return Path(environ.get("APPDATA") or _home("AppData", "Roaming")) / name
-    if platform == "darwin":
-        return _home("Library", "Application Support", name)
-    return Path(environ.get("XDG_CONFIG_HOME") or _home(".config")) / name
+def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
+    """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
+    return "".join(f"{indent}- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
 
 
 def mcp_command() -> list[str]:
     """How another program starts the MCP server, from whatever folder it runs in."""
-    from pathlib import Path
-
     here = Path(__file__).resolve()
     installed = any(part in ("site-packages", "dist-packages") for part in here.parts)
     return [sys.executable, *(("-m", "puter") if installed else (str(here),)), "serve", "--mcp"]
 
 
-def seems_to_reason(model: Model) -> bool:
-    """Whether a model thinks before it answers, by its name: the catalogue does not say."""
-    pattern = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
-    return re.search(pattern, model.id.lower()) is not None
+def _mcp_server(**more: Any) -> JSON:
+    """The MCP server, as most programs want it written; it is told an unusual folder."""
+    program, *args = mcp_command()
+    folder = config_dir()
+    environ = {} if folder == config_dir({}) else {"PUTER_CONFIG_DIR": str(folder.absolute())}
+    return {**more, "command": program, "args": args, "env": environ}
 
 
-def opencode_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
+def _sees_images(model: Model) -> bool:
+    return "image" in (model.inputs or ())
+
+
+def opencode_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
-    from pathlib import Path
+    shown_key = "{env:PUTER_SERVER_API_KEY}" if key else "puter"
+    settings = {
+        "$schema": "https://opencode.ai/config.json",
+        "provider": {"puter": opencode_provider(models, base_url, shown_key)},
+        "mcp": {"puter": opencode_mcp()},
+    }
+    return [_json_text(settings)]
 
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or _home(".config")) / "opencode"
-    named = folder / "opencode.jsonc"
-    provider = {
+
+def opencode_provider(models: Sequence[Model], base_url: str, key: str) -> JSON:
+    """A provider as OpenCode's settings name it."""
+    return {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Puter.com",
-        "options": {
-            "baseURL": base_url,
-            "apiKey": "{env:PUTER_SERVER_API_KEY}" if key else "puter",
-        },
+        "options": {"baseURL": base_url, "apiKey": key},
         "models": {m.id: _opencode_model(m) for m in models},
     }
-    mcp = {"type": "local", "command": mcp_command(), "enabled": True}
-    values: dict[tuple[str, ...], Any] = {("provider", "puter"): provider, ("mcp", "puter"): mcp}
-    fresh = '{\n  "$schema": "https://opencode.ai/config.json"\n}\n'
-    path = named if named.exists() else folder / "opencode.json"
-    return [ConfigSnippet(path, values, comments=True, fresh=fresh)]
 
 
 def _opencode_model(model: Model) -> JSON:
-    inputs = [k for k in model.inputs or ("text",) if k in _OPENCODE_KINDS]
-    told: JSON = {
+    # Any other kind makes its file invalid.
+    kinds = ("text", "audio", "image", "video", "pdf")
+    inputs = [k for k in model.inputs or ("text",) if k in kinds]
+    # The catalogue does not say which models think; their names do.
+    reasons = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
+    settings: JSON = {
         "name": model.name,
         "attachment": len(inputs) > 1,
-        "reasoning": seems_to_reason(model),
+        "reasoning": re.search(reasons, model.id.lower()) is not None,
         "temperature": True,
         "tool_call": model.tools is not False,
         "modalities": {"input": inputs, "output": ["text"]},
     }
     if model.context and model.max_tokens:  # it takes both or none
-        told["limit"] = {"context": model.context, "output": model.max_tokens}
-    return told
+        settings["limit"] = {"context": model.context, "output": model.max_tokens}
+    return settings
 
 
-def zed_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
+def opencode_mcp() -> JSON:
+    """The MCP server as OpenCode's settings name it."""
+    server: JSON = {"type": "local", "command": mcp_command(), "enabled": True}
+    return {**server, "environment": _mcp_server()["env"]}
+
+
+def zed_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    listed = [
+    available = [
         {
             "name": m.id,
             "display_name": m.name,
             "max_tokens": m.context or 128_000,
             **({"max_output_tokens": m.max_tokens} if m.max_tokens else {}),
-            "capabilities": {  # it wants all four, or fails the whole map
+            # It wants all four, or fails the whole map.
+            "capabilities": {
                 "tools": m.tools is not False,
-                "images": "image" in (m.inputs or ()),
+                "images": _sees_images(m),
                 "parallel_tool_calls": False,
                 "prompt_cache_key": False,
             },
         }
         for m in models
     ]
-    provider = {"api_url": base_url, "available_models": listed}
-    command, *args = mcp_command()
-    values: dict[tuple[str, ...], Any] = {
-        ("language_models", "openai_compatible", "puter"): provider,
-        ("context_servers", "puter"): {"command": command, "args": args, "env": {}},
+    provider = {"api_url": base_url, "available_models": available}
+    settings = {
+        "language_models": {"openai_compatible": {"puter": provider}},
+        "context_servers": {"puter": _mcp_server()},
     }
-    folder = _app_folder("Zed" if sys.platform == "win32" else "zed", os.environ, sys.platform)
-    if sys.platform == "darwin":
-        folder = _home(".config", "zed")
-    return [ConfigSnippet(folder / "settings.json", values, comments=True)]
+    return [_json_text(settings)]
 
 
-def _mcp_json(path: Path, kind: JSON) -> list[ConfigSnippet]:
-    command, *args = mcp_command()
-    server = {**kind, "command": command, "args": args, "env": {}}
-    return [ConfigSnippet(path, {("mcpServers", "puter"): server})]
+def claude_code_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+    import shlex
+
+    variables = claude_environ(base_url, "puter", models[0], models[0])
+    shown = {name: shlex.quote(value) for name, value in variables.items()}
+    if key:
+        shown["ANTHROPIC_AUTH_TOKEN"] = '"$PUTER_SERVER_API_KEY"'
+    exports = "".join(f"export {name}={value}\n" for name, value in shown.items())
+    return [exports, _json_text({"mcpServers": {"puter": _mcp_server(type="stdio")}})]
 
 
-def claude_desktop_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[ConfigSnippet]:
-    """Claude Desktop: the MCP server (it takes no OpenAI-compatible provider)."""
-    from pathlib import Path
-
-    folder = _app_folder("Claude", os.environ, sys.platform)
-    if sys.platform == "win32":  # the installer of the app store keeps its own copy
-        packages = Path(os.environ.get("LOCALAPPDATA") or _home("AppData", "Local")) / "Packages"
-        for package in sorted(packages.glob("Claude_*")):
-            folder = package / "LocalCache" / "Roaming" / "Claude"
-    return _mcp_json(folder / "claude_desktop_config.json", {})
-
-
-def claude_code_block(
-    models: Sequence[Model], base_url: str, key: str | None
-) -> list[ConfigSnippet]:
-    """Claude Code: the MCP server, for the user (it takes no OpenAI-compatible provider)."""
-    from pathlib import Path
-
-    folder = os.environ.get("CLAUDE_CONFIG_DIR")
-    path = (Path(folder) if folder else _home()) / ".claude.json"
-    return _mcp_json(path, {"type": "stdio"})
+def claude_environ(base_url: str, key: str, model: Model, small: Model) -> dict[str, str]:
+    """The variables that send Claude Code to a gateway; its sub-agents ask the small model."""
+    environ = {
+        "ANTHROPIC_BASE_URL": base_url.rstrip("/").removesuffix("/v1"),
+        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_MODEL": model.id,
+        "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
+        "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": small.id,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    if model.context:
+        environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(model.context)
+    if model.max_tokens:
+        environ["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(min(model.max_tokens, 32_000))
+    return environ
 
 
-def continue_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
+def codex_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+    """Codex: a provider that speaks Responses, and the MCP server."""
+    context = models[0].context
+    settings: JSON = {
+        "model": models[0].id,
+        "model_provider": "puter",
+        **({"model_context_window": context} if context else {}),
+        "web_search": "disabled",
+        "model_providers.puter": codex_provider(base_url, "PUTER_SERVER_API_KEY" if key else None),
+        "mcp_servers.puter": _mcp_server(),
+    }
+    return ["".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())]
+
+
+def codex_provider(base_url: str, env_key: str | None) -> JSON:
+    """A provider as Codex's settings name it."""
+    return {
+        "name": "puter.py",
+        "base_url": base_url,
+        **({"env_key": env_key} if env_key else {}),
+        "wire_api": "responses",
+        # By default thirty requests for one failure; the gateway retries what can be retried.
+        "request_max_retries": 0,
+        "stream_max_retries": 0,
+        "stream_idle_timeout_ms": 600_000,
+    }
+
+
+def _toml_value(value: Any) -> str:
+    """A value on one line of TOML: tables in braces, all else as in JSON."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
+
+
+def continue_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
     """Continue: models with the provider `openai`, and the MCP server."""
-    from pathlib import Path
-
-    folder = Path(os.environ.get("CONTINUE_GLOBAL_DIR") or _home(".continue"))
-    lines = []
-    for m in models:
-        can = [*(["tool_use"] if m.tools is not False else [])]
-        can += ["image_input"] if "image" in (m.inputs or ()) else []
-        # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
-        vendor = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
-        asked = vendor if re.match(r"gpt-5|o\d", m.id) else m.id
-        lines += [
-            f"- name: {json.dumps(f'Puter: {m.name}', ensure_ascii=False)}",
-            "  provider: openai",
-            f"  model: {json.dumps(asked)}",
-            f"  apiBase: {base_url}",
-            f"  apiKey: {'${{ secrets.PUTER_SERVER_API_KEY }}' if key else 'puter'}",
-            "  roles: [chat, edit, apply]",
-            f"  capabilities: {json.dumps(can)}",
-        ]
-        if m.context and m.max_tokens:
-            # It refuses an answer that leaves less room than this for the question.
-            most = min(m.max_tokens, m.context // 4)
-            lines += [
-                "  defaultCompletionOptions:",
-                f"    contextLength: {m.context}",
-                f"    maxTokens: {most}",
-            ]
-    command, *args = mcp_command()
-    server = ["- name: puter", "  type: stdio", f"  command: {json.dumps(command)}"]
-    server += [f"  args: {json.dumps(args)}"]
-    fresh = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
-    parts = {"models": lines, "mcpServers": server}
-    return [ConfigSnippet(folder / "config.yaml", lines=parts, fresh=fresh)]
+    shown_key = "${{ secrets.PUTER_SERVER_API_KEY }}" if key else "puter"
+    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
+    text += _yaml_items((_continue_model(m, base_url, shown_key) for m in models), "  ")
+    server = {"name": "puter", **_mcp_server(type="stdio")}
+    return [f"{text}mcpServers:\n{_yaml_items([server], '  ')}"]
 
 
-def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
-    """aider: each model with its own address, so that its other OpenAI models stay as they are."""
-    lines: list[str] = []
-    known: dict[tuple[str, ...], Any] = {}
-    for m in models:
-        name = f"openai/{m.id}"
-        lines += [
-            f"- name: {json.dumps(name)}",
-            "  edit_format: diff",
-            f"  weak_model_name: {json.dumps(name)}",
-            "  use_repo_map: true",
-            "  extra_params:",
-            f"    api_base: {base_url}",
-            f"    api_key: {'os.environ/PUTER_SERVER_API_KEY' if key else 'puter'}",
-        ]
-        known[(name,)] = {
+def _continue_model(model: Model, base_url: str, key: str) -> JSON:
+    # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
+    vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
+    can = ["tool_use"] if model.tools is not False else []
+    settings: JSON = {
+        "name": f"Puter: {model.name}",
+        "provider": "openai",
+        "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
+        "apiBase": base_url,
+        "apiKey": key,
+        "roles": ["chat", "edit", "apply"],
+        "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
+    }
+    if model.context and model.max_tokens:
+        # It refuses an answer that leaves less room than this for the question.
+        most = min(model.max_tokens, model.context // 4)
+        lengths = {"contextLength": model.context, "maxTokens": most}
+        settings["defaultCompletionOptions"] = lengths
+    return settings
+
+
+def aider_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+    """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
+    shown_key = "os.environ/PUTER_SERVER_API_KEY" if key else "puter"
+    extra = {"api_base": base_url, "api_key": shown_key}
+    return [_yaml_items(aider_models(models, extra)), _json_text(aider_metadata(models))]
+
+
+def aider_models(models: Sequence[Model], extra_params: JSON) -> list[JSON]:
+    """The models as aider's settings name them."""
+    return [
+        {
+            "name": f"openai/{m.id}",
+            "edit_format": "diff",
+            "weak_model_name": f"openai/{m.id}",
+            "use_repo_map": True,
+            "extra_params": extra_params,
+        }
+        for m in models
+    ]
+
+
+def aider_metadata(models: Sequence[Model]) -> JSON:
+    """What aider has to know of the models: lengths and prices."""
+    return {
+        f"openai/{m.id}": {
             "max_tokens": m.max_tokens or 4_096,
             "max_input_tokens": m.context or 128_000,
             "max_output_tokens": m.max_tokens or 4_096,
@@ -8875,250 +9178,415 @@ def aider_block(models: Sequence[Model], base_url: str, key: str | None) -> list
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
             "litellm_provider": "openai",
             "mode": "chat",
-            "supports_vision": "image" in (m.inputs or ()),
+            "supports_vision": _sees_images(m),
         }
-    return [
-        ConfigSnippet(_home(".aider.model.settings.yml"), lines={"": lines}),
-        ConfigSnippet(_home(".aider.model.metadata.json"), known, comments=True),
-    ]
+        for m in models
+    }
 
 
-def llm_block(models: Sequence[Model], base_url: str, key: str | None) -> list[ConfigSnippet]:
+def llm_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
-    from pathlib import Path
+    items = [
+        {
+            "model_id": f"puter/{m.id}",
+            "model_name": m.id,
+            "api_base": base_url,
+            **({"api_key_name": "puter"} if key else {}),
+            **({"vision": True} if _sees_images(m) else {}),
+            **({"supports_tools": True} if m.tools is not False else {}),
+            "supports_schema": True,
+        }
+        for m in models
+    ]
+    return [_yaml_items(items)]
 
-    given = os.environ.get("LLM_USER_PATH")
-    folder = Path(given) if given else _app_folder("io.datasette.llm", os.environ, sys.platform)
-    lines = []
-    for m in models:
-        lines += [f"- model_id: {json.dumps(f'puter/{m.id}')}", f"  model_name: {json.dumps(m.id)}"]
-        lines += [f"  api_base: {json.dumps(base_url)}"]
-        lines += ["  api_key_name: puter"] if key else []
-        lines += ["  vision: true"] if "image" in (m.inputs or ()) else []
-        lines += ["  supports_tools: true"] if m.tools is not False else []
-        lines += ["  supports_schema: true"]
-    return [ConfigSnippet(folder / "extra-openai-models.yaml", lines={"": lines})]
+
+@dataclass(frozen=True)
+class Program:
+    """A program that `config` prints settings for: its files, what goes into each, and a note."""
+
+    files: tuple[str, ...]
+    texts: Callable[[Sequence[Model], str, str | None], list[str]]
+    note: str
 
 
-_PROGRAMS: dict[str, tuple[Callable[..., list[ConfigSnippet]], str]] = {
-    "opencode": (opencode_block, "Then: opencode --model puter/MODEL"),
-    "zed": (
-        zed_block,
+PROGRAMS = {
+    "opencode": Program(
+        ("~/.config/opencode/opencode.json",), opencode_texts, "Then: opencode --model puter/MODEL"
+    ),
+    "zed": Program(
+        ("settings.json (in Zed: open settings)",),
+        zed_texts,
         "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
     ),
-    "claude-desktop": (
-        claude_desktop_block,
-        "Quit Claude Desktop before writing: it rewrites its file.",
+    "claude-desktop": Program(
+        ("claude_desktop_config.json (Settings, Developer, Edit Config)",),
+        lambda *_: [_json_text({"mcpServers": {"puter": _mcp_server()}})],
+        "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": (
-        claude_code_block,
-        "By its own command: claude mcp add --scope user puter -- COMMAND",
+    "claude-code": Program(
+        ("a shell, before `claude`", "~/.claude.json"),
+        claude_code_texts,
+        'The variables can also stand under "env" in ~/.claude/settings.json.',
     ),
-    "continue": (continue_block, "Then choose a model whose name begins with Puter."),
-    "aider": (aider_block, "Then: aider --model openai/MODEL"),
-    "llm": (llm_block, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"),
+    "codex": Program(
+        ("~/.codex/config.toml",), codex_texts, "Then: codex. Another model: codex -m MODEL"
+    ),
+    "continue": Program(
+        ("~/.continue/config.yaml",),
+        continue_texts,
+        "Then choose a model whose name begins with Puter.",
+    ),
+    "aider": Program(
+        ("~/.aider.model.settings.yml", "~/.aider.model.metadata.json"),
+        aider_texts,
+        "Then: aider --model openai/MODEL",
+    ),
+    "llm": Program(
+        ("extra-openai-models.yaml, in the folder of the file that `llm logs path` names",),
+        llm_texts,
+        "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter",
+    ),
 }
 
 
-def cmd_config(args: Any) -> int:
-    """Show the settings, or set up another program."""
-    if args.what == "path":
-        print(config_dir() / CONFIG_NAME)
+# launch
+
+# The variable that holds the gateway's key, for the program alone.
+_KEY_VARIABLE = "PUTERPY_KEY"
+
+
+@dataclass(frozen=True)
+class LaunchSetup:
+    """What a program is to be launched with: the gateway, the models, a folder of its own."""
+
+    url: str
+    key: str
+    folder: Path
+    model: Model
+    small: Model
+    models: Sequence[Model]
+    mcp: bool
+
+
+# What a program is started with: more arguments, more variables (None takes one out), and files
+# (name -> text) in the temporary folder. Nothing of the user's is written or changed.
+LaunchPlan = tuple[list[str], dict[str, str | None], dict[str, str]]
+
+
+def _plan_opencode(setup: LaunchSetup) -> LaunchPlan:
+    """OpenCode lays the settings of a variable over the user's own."""
+    provider = opencode_provider(setup.models, setup.url, f"{{env:{_KEY_VARIABLE}}}")
+    settings: JSON = {
+        "provider": {"puter": provider},
+        "model": f"puter/{setup.model.id}",
+        "small_model": f"puter/{setup.small.id}",
+        **({"mcp": {"puter": opencode_mcp()}} if setup.mcp else {}),
+    }
+    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings), _KEY_VARIABLE: setup.key}, {}
+
+
+def _plan_claude(setup: LaunchSetup) -> LaunchPlan:
+    """Claude Code takes variables, and again as settings: those of the user's would win."""
+    variables = claude_environ(setup.url, setup.key, setup.model, setup.small)
+    # These would send it elsewhere.
+    others = [f"CLAUDE_CODE_USE_{name}" for name in ("BEDROCK", "VERTEX", "FOUNDRY")]
+    others.append("ANTHROPIC_API_KEY")
+    settings = {"env": {**variables, **dict.fromkeys(others, "")}}
+    files = {"settings.json": json.dumps(settings)}
+    words = ["--settings", str(setup.folder / "settings.json")]
+    if setup.mcp:
+        files["mcp.json"] = json.dumps({"mcpServers": {"puter": _mcp_server(type="stdio")}})
+        words.append(f"--mcp-config={setup.folder / 'mcp.json'}")
+    return words, {**dict.fromkeys(others), **variables}, files
+
+
+def _plan_codex(setup: LaunchSetup) -> LaunchPlan:
+    """Codex takes settings as arguments; a catalogue tells it what the models can do."""
+    settings: JSON = {
+        "model": setup.model.id,
+        "model_provider": "puter",
+        "model_providers.puter": codex_provider(setup.url, _KEY_VARIABLE),
+        "model_catalog_json": str(setup.folder / "models.json"),
+        "web_search": "disabled",
+        **(
+            {
+                "mcp_servers.puter": _mcp_server(
+                    env_vars=[n for n in os.environ if n.startswith("PUTER_")]
+                )
+            }
+            if setup.mcp
+            else {}
+        ),
+    }
+    words = [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")]
+    catalogue = json.dumps({"models": [_codex_model(m) for m in setup.models]})
+    return words, {_KEY_VARIABLE: setup.key}, {"models.json": catalogue}
+
+
+# With a catalogue Codex uses these in place of its own prompt.
+_CODEX_INSTRUCTIONS = """You are a coding agent in the Codex CLI, at work in the user's folder.
+Go on until the task is done: read the code that matters, change it, run or test it, and end with
+a few sentences on what you did and what is left. When something is unclear, look before you ask.
+- Search with `rg`. Read a file before you change it. Follow the AGENTS.md files that apply.
+- Change files with apply_patch. Its input is a patch, such as:
+*** Begin Patch
+*** Update File: src/app.py
+@@ def greet():
+-    print("Hi")
++    print("Hello")
+*** End Patch
+  Other heads are "*** Add File: PATH" (every line begins with +) and "*** Delete File: PATH".
+- Keep changes small, at the root of the problem, and in the style of the code around them.
+- Never undo changes that are not yours. Do not commit unless you are asked to.
+"""
+
+
+def _codex_model(model: Model) -> JSON:
+    return {
+        "slug": model.id,
+        "display_name": model.name,
+        "supported_reasoning_levels": [],
+        "shell_type": "shell_command",
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": 1,
+        "base_instructions": _CODEX_INSTRUCTIONS,
+        "support_verbosity": False,
+        "truncation_policy": {"mode": "tokens", "limit": 10_000},
+        "experimental_supported_tools": [],
+        "apply_patch_tool_type": "freeform",
+        "context_window": model.context or AGENT_CONTEXT,
+        "supports_parallel_tool_calls": True,
+        "input_modalities": ["text", "image"] if _sees_images(model) else ["text"],
+    }
+
+
+def _plan_aider(setup: LaunchSetup) -> LaunchPlan:
+    """aider takes files with settings of models; a key in them may name a variable."""
+    extra = {"api_base": setup.url, "api_key": f"os.environ/{_KEY_VARIABLE}"}
+    models = list({m.id: m for m in (setup.model, setup.small)}.values())
+    files = {
+        "models.yml": _yaml_items(aider_models(models, extra)),
+        "metadata.json": json.dumps(aider_metadata(models)),
+    }
+    words = ["--model", f"openai/{setup.model.id}", "--weak-model", f"openai/{setup.small.id}"]
+    words += ["--model-settings-file", str(setup.folder / "models.yml")]
+    words += ["--model-metadata-file", str(setup.folder / "metadata.json")]
+    return words, dict.fromkeys((_KEY_VARIABLE, "OPENAI_API_KEY"), setup.key), files
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A program that can be launched."""
+
+    command: str
+    install: str
+    plan: Callable[[LaunchSetup], LaunchPlan]
+    needs_tools: bool = True
+    takes_mcp: bool = True
+
+
+LAUNCHERS = {
+    "opencode": Launcher("opencode", "npm install -g opencode-ai", _plan_opencode),
+    "claude": Launcher("claude", "npm install -g @anthropic-ai/claude-code", _plan_claude),
+    "codex": Launcher("codex", "npm install -g @openai/codex", _plan_codex),
+    "aider": Launcher("aider", "python -m pip install aider-chat", _plan_aider, False, False),
+}
+
+
+def cmd_launch(args: Any) -> int:
+    """Run a coding agent on this account; its exit code is ours."""
+    import shutil
+
+    if args.program is None:
+        rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHERS)]
+        _print("\n".join(_table(rows, "<<<")))
         return 0
-    if args.what == "show":
-        return _show_config(args.json)
-    build, note = _PROGRAMS[args.what]
-    needs_models = not args.what.startswith("claude")
-    models: list[Model] = []
-    if needs_models:
-        with _client() as client:
-            models = client.models(args.provider, args.free or None)
-    models = matching_models(models, args.search)
-    if needs_models and not models:
-        _info("error: No model is like that, so there is nothing to set up.")
-        return 1
-    key = os.environ.get("PUTER_SERVER_API_KEY")
-    blocks = build(models, args.base_url, key)
-    if args.write:
-        changes = [_change_of(block) for block in blocks]  # all are read before one is written
-        for change in changes:
-            _write_change(*change, sure=args.yes)
-    else:
-        for block in blocks:
-            _info(_dim(f"# {block.path}"))
-            print(block.text(), end="")
-    if needs_models:
-        _info("The server must run: python -m puter serve --openai")
-    _info(note.replace("COMMAND", " ".join(mcp_command())))
-    return 0
-
-
-def _show_config(as_json: bool) -> int:
-    """Every setting, its value, and where it comes from."""
-    values, sources = settings_and_sources()
-    if as_json:
-        told = {n: {"value": v, "source": sources[n]} for n, v in values.items()}
-        print(json.dumps(told, ensure_ascii=False))
-        return 0
-    rows = [(n, json.dumps(v, ensure_ascii=False), sources[n]) for n, v in values.items()]
-    short = [(n, v if len(v) <= 60 else f"{v[:57]}...", s) for n, v, s in rows]
-    for line in _table([("SETTING", "VALUE", "FROM"), *short], "<<<"):
-        print(line)
-    return 0
-
-
-def _change_of(block: ConfigSnippet) -> tuple[Path, bytes, bytes]:
-    """(file, its bytes, what they should be); raises `ConfigError` if it cannot be read."""
-    from pathlib import Path
-
-    target = Path(os.path.realpath(block.path))
-    try:
-        old = target.read_bytes() if target.exists() else b""
-        text = old.decode("utf-8")
-        ends = "\r\n" if "\r\n" in text else "\n"
-        new = block.merged(text.replace("\r\n", "\n")).replace("\n", ends)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{block.path} cannot be read ({error}); nothing was written",
-            hint="Mend the file, or put the block there by hand: run this without --write.",
-        ) from error
-    return target, old, new.encode("utf-8")
-
-
-def _write_change(target: Path, old: bytes, new: bytes, sure: bool) -> None:
-    """Put a change into a program's file: a diff first, a backup beside it."""
-    import difflib
-
-    if new == old:
-        print(f"{target} has it already.")
-        return
-    before, after = (
-        data.decode("utf-8").replace("\r\n", "\n").splitlines(True) for data in (old, new)
-    )
-    name = str(target)
-    sys.stderr.writelines(difflib.unified_diff(before, after, name, name))
-    if not sure and _is_interactive() and not _confirm(f"Write this into {target}?"):
-        print("Nothing was written.")
-        return
-    try:
-        if (target.read_bytes() if target.exists() else b"") != old:
-            raise ConfigError(
-                f"{target} was changed meanwhile; nothing was written",
-                hint="Run the command again.",
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o600
-        if old:
-            backup = _unused_name(target)
-            _write_private(backup, old)
-            print(f"The old file is kept as {backup}")
-        _write_private(target, new)
-        target.chmod(mode)
-    except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written ({error.strerror})", hint="Give yourself the right to."
-        ) from error
-    print(f"Wrote {target}")
-
-
-def _unused_name(target: Path) -> Path:
-    """A name for a backup beside the file that no other backup has."""
-    stem = f"{target.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (f"{stem}{more}.bak" for more in ("", *(f"-{n}" for n in range(2, 1_000))))
-    return next(p for p in map(target.with_name, names) if not p.exists())
-
-
-def _confirm(question: str) -> bool:
-    """Whether the person says yes; the end of input is a no."""
-    try:
-        return input(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
-    except EOFError:
-        return False
-
-
-def _client() -> Puter:
-    """The client of a command; what the user should know of goes to stderr."""
-    return Puter(config=_load_config())
-
-
-def _load_config() -> Config:
-    """The settings of a command, with the log that they ask for on stderr."""
+    launcher = LAUNCHERS[args.program]
+    path = shutil.which(launcher.command)
+    if path is None:
+        _error(f"{launcher.command} is not installed. Install it with: {launcher.install}")
+        return 127
+    if args.mcp and not launcher.takes_mcp:
+        _error(f"{launcher.command} cannot use MCP servers. Leave out --mcp.")
+        return 2
     config = Config.load()
-    if config.debug:
-        _log.show(_DEBUG)
-    elif not config.quiet_mode:
-        _log.show(_WARNING)
-    return config
+    level = _DEBUG if config.debug else _WARNING
+    config = replace(config, debug=False)  # a client would show its log on the terminal
+    with Puter(config=config) as client:
+        if not client.accounts:
+            _signed_in(client, client.whoami)
+        models = client.models()
+    model, small = _launch_models(args, launcher, models, config)
+    if args.free:
+        models = [m for m in models if m.free]
+        free = models_by_name(models)
+        names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
+        config = replace(config, fallback_models=tuple(names))
+    # The newest that suit it: all together they would not fit into a variable of Windows.
+    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
+    offered = list({m.id: m for m in (model, small, *fit)}.values())[:60]
+    with _LaunchClient(config, models if args.free else ()) as client:
+        setup = partial(LaunchSetup, model=model, small=small, models=offered, mcp=args.mcp)
+        code = _run_with_gateway(client, launcher, setup, [path, *args.arguments], level, args.mcp)
+        if not config.quiet_mode:
+            _info(client.summary(), dim=True)
+    return code
 
 
-def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
-    """Do the work; offer a login to a person who is not signed in."""
+def _launcher_row(name: str) -> tuple[str, str, str]:
+    """A program, its version and its path; or how to install it."""
+    import shutil
+    import subprocess
+
+    path = shutil.which(LAUNCHERS[name].command)
+    if path is None:
+        return (name, "-", f"not installed; {LAUNCHERS[name].install}")
     try:
-        return work()
-    except AuthError:
-        if client.accounts or not _is_interactive():
-            raise
-    _info("You are not signed in.")
-    if not _confirm("Sign in with the browser now?"):
-        raise AuthError("You are not signed in")
-    account = _login_with_browser(client.config, False, LOGIN_PORT)
-    _info(_keep(client.store, client.config, account))
-    return work()
+        shown = subprocess.run([path, "--version"], capture_output=True, timeout=20, check=False)
+        version = re.search(rb"\d+(\.\d+)+", shown.stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        version = None
+    return (name, version[0].decode() if version else "?", path)
 
 
-def _is_interactive() -> bool:
-    """Whether somebody sits at a terminal who could answer."""
-    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+def _launch_models(
+    args: Any, launcher: Launcher, models: Sequence[Model], config: Config
+) -> tuple[Model, Model]:
+    """The model and the small model; raises `PuterError` for what would not work."""
+    name = args.model or (None if args.free else config.default_model)
+    if name is None:
+        first = _agent_model([m for m in models if m.free or not args.free], config)
+        if first is None:
+            raise BadRequestError("No free fallback model suits agents", hint="Name one with -m.")
+        name = first.id
+        _info(f"Model: {name} (free). Another: -m MODEL; `python -m puter models` lists them.")
+    model = find_model(name, models)
+    small = find_model(args.small, models) if args.small else model
+    for one in (model, small):
+        if launcher.needs_tools and one.tools is False:
+            raise BadRequestError(
+                f"{one.id} cannot call tools, and {launcher.command} needs them",
+                hint="`python -m puter models --tools` lists those that can.",
+            )
+        if args.free and not one.free:
+            hint = "Leave out --free, or choose a free model."
+            raise BadRequestError(f"{one.id} is not free", hint=hint)
+    return model, small
 
 
-def _piped_text(wait: bool) -> str:
-    """What a pipe or file holds on stdin, "" at a terminal; raises `BadRequestError`.
+class _LaunchClient(Puter):
+    """A client that counts what it answers; with a list of models, it asks no others."""
 
-    With a prompt given (`wait` false), a pipe that stays silent is left alone, and said so.
-    """
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    if not wait and not _has_input(IDLE_STDIN_S):
-        _info(_dim("standard input is silent and was left alone (use - as the prompt to wait)"))
-        return ""
+    def __init__(self, config: Config, allowed: Sequence[Model] = ()) -> None:
+        super().__init__(config=config)
+        self._allowed = models_by_name(allowed)
+        self._requests = self._fallback_count = 0
+        self._answers: Counter[str] = Counter()
+        self._usages: list[Usage] = []
+        self._on_answer = self._note_answer
+
+    def _build_request(self, *args: Any, **more: Any) -> _Request:
+        request = super()._build_request(*args, **more)
+        if self._allowed and request.model.lower() not in self._allowed:
+            raise BadRequestError(f"{request.model} is not free, and --free was given")
+        self._requests += 1
+        return request
+
+    def _note_answer(self, asked: str, reply: Reply) -> None:
+        self._answers[reply.model] += 1
+        self._usages.append(reply.usage)
+        self._fallback_count += reply.attempts[-1].model != asked
+
+    def summary(self) -> str:
+        """One line: who answered what, and what is left."""
+        parts = [_count(self._requests, "request")]
+        if self._answers:
+            answers = ", ".join(f"{n} by {m}" for m, n in self._answers.most_common())
+            parts += [f"answered: {answers}", _usage_words(self._usages)]
+        parts += [_count(self._fallback_count, "fallback")] if self._fallback_count else []
+        active = self.active_account if self._requests else None
+        for row in credit_rows(self, [active] if active else []):
+            parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
+        return "; ".join(parts)
+
+
+def _run_with_gateway(
+    client: Puter,
+    launcher: Launcher,
+    setup: Callable[..., LaunchSetup],
+    command: Sequence[str],
+    log_level: int,
+    needs_token: bool,
+) -> int:
+    """The exit code of the program, which has a gateway of its own while it runs."""
+    import secrets
+    from contextlib import redirect_stderr
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    log_path = client.config.folder / "launch.log"
+    os.makedirs(log_path.parent, 0o700, exist_ok=True)
+    key = secrets.token_urlsafe(32)
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            problem = f"{log_path} cannot be opened ({error.strerror})"
+            raise StoreError(problem, hint="Move it away.") from error
+        log = stack.enter_context(open(descriptor, "a", 1, encoding="utf-8"))
+        size = log.tell()
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="puter-")))
+        server = stack.enter_context(OpenAIServer(client, "127.0.0.1", 0, key))
+        words, variables, files = launcher.plan(setup(server.url, key, folder))
+        for name, text in files.items():
+            _write_private(folder / name, text.encode())
+        # No proxy may stand between the program and the gateway.
+        hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
+        direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
+        merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
+        if not needs_token:
+            # its commands could read it
+            merged.pop("PUTER_AUTH_TOKEN", None)
+        environ = {name: value for name, value in merged.items() if value is not None}
+        with redirect_stderr(log):  # the terminal is the program's
+            _show_log(log_level)
+            code = _run_program([command[0], *words, *command[1:]], environ)
+            server.stop()
+        has_grown = log.tell() > size
+    if has_grown:
+        _info(f"What happened meanwhile is in {log_path}")
+    return code
+
+
+def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The exit code of a program that has the terminal and its signals to itself."""
+    import signal
+    import subprocess
+
+    process: Any = None
+
+    def forward(number: int, _: Any) -> None:
+        if process is not None:
+            process.send_signal(number)
+
+    def leave(*_: Any) -> None:
+        """The terminal sends it to the program as well."""
+
+    handlers = {"SIGINT": leave, "SIGQUIT": leave, "SIGTERM": forward, "SIGHUP": forward}
+    known = {getattr(signal, n): h for n, h in handlers.items() if hasattr(signal, n)}
+    before = {number: signal.signal(number, handler) for number, handler in known.items()}
     try:
-        return sys.stdin.buffer.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadRequestError("Standard input is no UTF-8 text", hint="Pipe text.") from error
-
-
-def _has_input(patience_s: float) -> bool:
-    """Whether stdin has something to read, or has ended; files always have."""
-    import select
-
-    try:
-        return bool(select.select([sys.stdin], [], [], patience_s)[0])
-    except (OSError, ValueError):  # no socket on Windows: a pipe is read to its end there
-        return True
-
-
-def _ago(time_ms: int | None, now: float) -> str:
-    if not time_ms:
-        return "never"
-    seconds = max(0, int(now - time_ms / 1000))
-    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
-        if seconds >= size:
-            count = seconds // size
-            return f"{count} {unit}{'s' * (count > 1)} ago"
-    return "just now"
-
-
-def _dim(text: str) -> str:
-    """The text in grey on a terminal that has colours."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
-
-
-def _info(text: str) -> None:
-    """A line for the person, on stderr."""
-    if sys.stderr is not None:
-        with suppress(BrokenPipeError):  # nobody listens there
-            print(text, file=sys.stderr, flush=True)
+        process = subprocess.Popen(command, env=environ)
+        code: int = process.wait()
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadRequestError(f"{command[0]} cannot be started ({reason})", hint="") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
