@@ -51,10 +51,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+)
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -839,9 +849,6 @@ def config_dir(
     return user_home.joinpath(*parts, "puter")
 
 
-_STRATEGIES = ("round-robin", "least-recently-used")
-
-
 def _setting(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
     """A field of `Config`; `allowed` is the lowest and highest number, or all choices."""
     checks = {"doc": doc, "allowed": allowed, "url": url, "secret": secret}
@@ -859,27 +866,56 @@ class Config:
     debug: bool = _setting(False, "a log of every request on stderr")
     api_base_url: str = _setting("https://api.puter.com", "where Puter's API answers", url=True)
     gui_base_url: str = _setting("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _setting(120_000, "longest silence or whole answer", 1, 86_400_000)
-    auto_create_temp_user: bool = _setting(True, "accept a login that ends in a temporary account")
+    api_timeout_ms: int = _setting(
+        120_000,
+        "longest silence of the server, and longest time for a whole answer, in ms",
+        1,
+        86_400_000,
+    )
+    auto_create_temp_user: bool = _setting(
+        True, "accept a login that ends in a temporary account, as Puter's page makes them"
+    )
     max_retries: int = _setting(3, "how often a failed request is sent again", 0, 20)
-    retry_delay_ms: int = _setting(1_000, "wait before sending again; doubles", 0, 600_000)
-    cache_ttl_ms: int = _setting(300_000, "age of the model list and cached replies", 0, 10**12)
+    retry_delay_ms: int = _setting(
+        1_000, "first wait before sending again, in ms; doubles", 0, 600_000
+    )
+    cache_ttl_ms: int = _setting(
+        300_000, "how long the model list and cached replies count, in ms", 0, 10**12
+    )
     cache_enabled: bool = _setting(False, "cache whole replies and answer the same request again")
     cache_max_entries: int = _setting(500, "cached replies at most", 1, 1_000_000)
-    cache_directory: str | None = _setting(None, "folder of cached replies (null: the state's)")
+    cache_directory: str | None = _setting(
+        None, "folder of the cached replies (null: with the state)"
+    )
     metrics_enabled: bool = _setting(True, "record every call for `stats`")
-    metrics_max_samples: int = _setting(1_000, "calls of a model in its percentiles", 1, 1_000_000)
+    metrics_max_samples: int = _setting(
+        1_000, "calls of a model that the percentiles are made of", 1, 1_000_000
+    )
     metrics_file: str | None = _setting(None, "file of the statistics (null: with the state)")
     fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _setting(DEFAULT_FALLBACK_MODELS, "in this order")
-    fallback_cooldown_ms: int = _setting(60_000, "of a model that failed on an account", 0, 10**10)
+    fallback_models: tuple[str, ...] = _setting(
+        DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
+    )
+    fallback_cooldown_ms: int = _setting(
+        60_000, "cooldown of a model that failed on an account, in ms", 0, 10**10
+    )
     account_rotation_enabled: bool = _setting(True, "go to the next account when one is limited")
-    account_rotation_strategy: str = _setting(_STRATEGIES[0], "which account is next", *_STRATEGIES)
-    account_rotation_cooldown_ms: int = _setting(300_000, "up to 4x if it goes on", 0, 10**10)
-    default_model: str | None = _setting(None, f"when none is asked for (null: {DEFAULT_MODEL})")
-    api_style: str = _setting("drivers", "OpenAI's for other bases", "drivers", "openai")
-    openai_api_key: str | None = _setting(None, "of another OpenAI-compatible server", secret=True)
-    stream_tools: str = _setting("exact", "live ones may lose calls", "exact", "live")
+    account_rotation_strategy: str = _setting(
+        "round-robin", "which account is next", "round-robin", "least-recently-used"
+    )
+    account_rotation_cooldown_ms: int = _setting(
+        300_000, "cooldown of a limited account, in ms; 2x, 3x, 4x when it goes on", 0, 10**10
+    )
+    default_model: str | None = _setting(
+        None, f"model when none is asked for (null: {DEFAULT_MODEL})"
+    )
+    api_style: str = _setting("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
+    openai_api_key: str | None = _setting(
+        None, "key of an OpenAI-compatible server that is not Puter's", secret=True
+    )
+    stream_tools: str = _setting(
+        "exact", "`live` streams with tools and may lose calls", "exact", "live"
+    )
     max_concurrent: int = _setting(3, "requests at once on one account", 1, 1_000)
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -1554,7 +1590,8 @@ class State:
             # it fails while another process makes the file; then that one sets it
             with suppress(sqlite3.OperationalError):
                 db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
+            # disposable: it need not survive a power cut
+            db.execute("PRAGMA synchronous=OFF")
             db.executescript(self._TABLES)
         except BaseException:
             db.close()
@@ -1592,8 +1629,7 @@ _IMAGE_KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What a request asks of a model: tools, kinds of input, and room for so many tokens."""
 
     tools: bool = False
@@ -2925,6 +2961,9 @@ _PIECE_BYTES = 64 * 1024
 # socket's constant, needed when modules cannot be imported any more
 _SHUT_WR, _SHUT_RDWR = 1, 2
 _USER_AGENT = f"puter.py/{__version__}"
+# What requests takes from the environment, which is slow to read as a whole for each call.
+_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
+_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
 # A connection used again that fails within this time had been closed while it was idle.
 _STALE_S = 0.3
@@ -3076,7 +3115,17 @@ def _new_session() -> requests.Session:
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    session = requests.Session()
+    class Session(requests.Session):
+        """Reads proxies and certificates from the environment again when that has changed."""
+
+        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
+            key = (_host_and_path(url)[0], *more, *map(os.environ.get, _NETWORK_VARIABLES))
+            if proxies or self.proxies or key not in settings:
+                settings[key] = super().merge_environment_settings(url, proxies, *more)
+            return dict(settings[key])
+
+    settings: dict[Any, Any] = {}
+    session = Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -3246,7 +3295,7 @@ def stream_pieces(response: requests.Response, timeout_s: float) -> Iterator[byt
     with _our_errors(response.url, timeout_s):
         if getattr(raw, "chunked", False) and hasattr(raw, "stream"):
             yield from raw.stream(_PIECE_BYTES, decode_content=True)
-        elif "read1" in dir(raw) and hasattr(raw, "decode_content"):
+        elif hasattr(raw, "read1") and hasattr(raw, "decode_content"):
             while piece := raw.read1(_PIECE_BYTES, decode_content=True):
                 yield piece
         else:
@@ -3441,8 +3490,7 @@ _OTHER_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(NamedTuple):
     """One request as the caller made it, checked; `args` is what the server gets."""
 
     model: str
@@ -3453,7 +3501,7 @@ class _Request:
     timeout_s: float | None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False)
 class _Call:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
@@ -3465,16 +3513,14 @@ class _Call:
     began: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(NamedTuple):
     """A reply as it arrives: its chunks, and what has come of it so far."""
 
     batches: Iterator[list[Chunk]]
     reply: Callable[[], Reply]
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """Who answered a call; `stack` gives back what the answer still needs."""
 
     result: Any
@@ -3541,7 +3587,7 @@ class _ConcurrencyLimit:
         return self._running < self._places and self._queue[0] is ticket and not is_paused
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(eq=False, repr=False)
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next."""
 
@@ -3686,13 +3732,14 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
     return account
 
 
+@lru_cache
 def _token_mark(token: str) -> str:
     import hashlib
 
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(eq=False, repr=False)
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
@@ -3787,7 +3834,7 @@ class _Catalogue:
         self.state.put_catalogue(self.config.api_base_url, json.dumps(body), now)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(eq=False, repr=False)
 class _Api:
     """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
 
@@ -5143,8 +5190,7 @@ class ChatRequest:
     answer: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """How an answer ended: comes after its last chunk; `stop_text` is the one that ended it."""
 
     finish_reason: str
@@ -5182,8 +5228,7 @@ class ResponseMemory:
         return None if text is None else json.loads(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(NamedTuple):
     """One protocol that the gateway speaks: pure translations, no I/O.
 
     `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `frames`
@@ -6496,7 +6541,7 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "/v1/responses": _RESPONSES,
     "/v1/messages": _MESSAGES,
-    "/v1/messages/count_tokens": replace(_MESSAGES, answer=count_tokens),
+    "/v1/messages/count_tokens": _MESSAGES._replace(answer=count_tokens),
 }
 
 
@@ -6533,8 +6578,7 @@ def model_object(model: Model) -> JSON:
 # ---- who may call ----
 
 
-@dataclass(frozen=True, slots=True)
-class AccessRules:
+class AccessRules(NamedTuple):
     """Who may call a server that listens on `host`."""
 
     host: str
@@ -9201,8 +9245,7 @@ def llm_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[s
     return [_yaml_items(items)]
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A program that `config` prints settings for: its files, what goes into each, and a note."""
 
     files: tuple[str, ...]
@@ -9256,8 +9299,7 @@ PROGRAMS = {
 _KEY_VARIABLE = "PUTERPY_KEY"
 
 
-@dataclass(frozen=True)
-class LaunchSetup:
+class LaunchSetup(NamedTuple):
     """What a program is to be launched with: the gateway, the models, a folder of its own."""
 
     url: str
@@ -9376,8 +9418,7 @@ def _plan_aider(setup: LaunchSetup) -> LaunchPlan:
     return words, dict.fromkeys((_KEY_VARIABLE, "OPENAI_API_KEY"), setup.key), files
 
 
-@dataclass(frozen=True)
-class Launcher:
+class Launcher(NamedTuple):
     """A program that can be launched."""
 
     command: str

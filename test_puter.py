@@ -9708,7 +9708,7 @@ class TestTranslation:
     )
     def test_the_dialect_of_a_path(self, path, monkeypatch):
         chat = puter.DIALECTS["/v1/chat/completions"]
-        other = replace(chat, cuts_broken_streams=False)
+        other = chat._replace(cuts_broken_streams=False)
         monkeypatch.setitem(puter.DIALECTS, "/v1/other", other)
         monkeypatch.setitem(puter.DIALECTS, "/v1/other/longer", chat)
         assert puter.dialect_of(path) is chat
@@ -9732,7 +9732,7 @@ class TestTranslation:
     )
     def test_hosts(self, bound, welcome, refused):
         rules = puter.AccessRules(bound, allowed_hosts=frozenset(["docker"]))
-        with_key = replace(rules, api_key=KEY)  # which is the guard then
+        with_key = rules._replace(api_key=KEY)  # which is the guard then
         for host in [*refused.split(), "", None]:
             assert code_of_refusal(rules, Host=host) == "forbidden_host", host
             assert code_of_refusal(with_key, Host=host, Authorization=f"Bearer {KEY}") is None
