@@ -31,7 +31,6 @@ The file from top to bottom; each section uses only those above it:
 
 from __future__ import annotations
 
-import base64
 import cmd
 import copy
 import enum
@@ -240,9 +239,9 @@ JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
-def _any_size(digits: str) -> int | float:
-    """A whole number of JSON; one that is larger than any float is infinite."""
-    return int(digits) if len(digits) <= 300 else math.inf
+def _any_size(digits: str) -> int | None:
+    """A whole number of JSON; None for one that is larger than any float."""
+    return int(digits) if len(digits) <= 300 else None
 
 
 _JSON = json.JSONDecoder(parse_int=_any_size)
@@ -1935,6 +1934,8 @@ def _file_name(name: Any) -> str:
 
 
 def _data_url(kind: str, data: bytes) -> str:
+    import base64
+
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -1950,6 +1951,8 @@ def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, byte
 
     Raises `BadRequestError` when it holds no file.
     """
+    import base64
+
     file = part.get("file")
     data = file.get("file_data") if isinstance(file, Mapping) else None
     if not isinstance(file, Mapping) or not isinstance(data, str):
@@ -2144,8 +2147,11 @@ def _scalar_type(kind: type) -> _Type:
 
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     """One of several values, as (value in JSON, value in Python)."""
-    values, kinds = [value for value, _ in choices], {type(value) for value, _ in choices}
-    schema = {**({"type": _SCALARS[kinds.pop()]} if len(kinds) == 1 else {}), "enum": values}
+    by_kind: dict[str, list[Any]] = {}
+    for value, _ in choices:
+        by_kind.setdefault(_SCALARS[type(value)], []).append(value)
+    schemas = [{"type": kind, "enum": values} for kind, values in by_kind.items()]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
     def read(value: Any, where: str) -> Any:
         for choice, member in choices:
@@ -2419,25 +2425,29 @@ class _GrowingText:
     """A text that grows by pieces; a surrogate pair that is cut in two is joined again."""
 
     def __init__(self) -> None:
-        self._buffer = io.StringIO()
+        self._buffer = io.BytesIO()
         self._half = ""
 
     def __str__(self) -> str:
-        return self._buffer.getvalue()
+        return self._buffer.getvalue().decode()
 
     def add(self, piece: str) -> str:
         """The piece as it can be shown: the first half of a pair waits for the second."""
+        if piece.isascii() and not self._half:
+            # as nearly always
+            self._buffer.write(piece.encode())
+            return piece
         piece, self._half = self._half + piece, ""
         if "\ud800" <= piece[-1:] <= "\udbff":
             piece, self._half = piece[:-1], piece[-1]
         piece = joined_halves(piece)
-        self._buffer.write(piece)
+        self._buffer.write(piece.encode())
         return piece
 
     def end(self) -> str:
         """What is shown of a half that still waits: U+FFFD."""
         end, self._half = joined_halves(self._half), ""
-        self._buffer.write(end)
+        self._buffer.write(end.encode())
         return end
 
 
@@ -2527,13 +2537,15 @@ class LineDecoder(_Decoder):
     def _read(self, block: bytes, problem: str = "a line is not what Puter sends") -> list[Chunk]:
         """The chunks of whole lines, up to the first fault. The one loop where speed counts."""
         chunks: list[Chunk] = []
-        raw, add = b"", self._text.add
+        raw, add, decode = b"", self._text.add, _JSON.raw_decode
         try:
             for raw in block.split(b"\n"):
                 line = raw.decode()
                 if not line or line.isspace():
                     continue
-                event = _JSON.decode(line)
+                event, end = decode(line)
+                if end != len(line) and not line[end:].isspace():
+                    raise ValueError("there is something behind the object")
                 if event["type"] == "text":
                     chunks.append(Chunk("text", add(event["text"] or "")))
                 else:
@@ -4715,8 +4727,6 @@ class Puter:
 
     def _state_in(self, place: str | None, name: str) -> State:
         """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
-        from pathlib import Path
-
         return self.state if place is None else State(Path(place).expanduser() / name)
 
     def _after_fork(self) -> None:
@@ -5567,6 +5577,14 @@ def error_headers(error: PuterError, status: int) -> dict[str, str]:
     return headers if error.code == "overloaded" else {**headers, "x-should-retry": "false"}
 
 
+# A URL, an IP address with its port, or the host that a failure of the network names.
+_ADDRESS = re.compile(
+    r"\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
+    r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+",
+    re.IGNORECASE,
+)
+
+
 def public_error(error: PuterError, names: Iterable[str], base_url: str) -> PuterError:
     """The error as callers may see it: no account's name in full, and no URL of the server."""
     from urllib.parse import urlsplit
@@ -5580,8 +5598,9 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
         public.hint = ""
     text = str(public)
     for name in {*names, error.account, *(a.account for a in error.attempts)} - {None, ""}:
-        text = re.sub(rf"(?<!\w){re.escape(str(name))}(?!\w)", _short_name(str(name)), text)
-    text = re.sub(r"https?://[^\s,;()'\"<>]+", "Puter", text)
+        who = rf"(?i)(?<!\w){re.escape(str(name))}(?!\w)"
+        text = re.sub(who, _short_name(str(name)), text)
+    text = _ADDRESS.sub("Puter", text)
     host = re.escape(urlsplit(base_url).hostname or "")
     text = re.sub(rf"(?<![\w.-])(?:https?://)?{host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
     public.message, public.hint, public.attempts = text, "", ()
@@ -5895,7 +5914,10 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     schemas, args = [schema for _, schema in offered.values()], _response_args(body, offered)
     asked = checked_request(body, history.messages, schemas, args, options=options)
     choice = body.get("tool_choice")
-    searches = isinstance(choice, dict) and str(choice.get("type")).startswith("web_search")
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    mode = choice.get("mode") if isinstance(choice, dict) else choice
+    # what must be called is a tool of the server's own
+    searches = str(kind).startswith("web_search") or (mode == "required" and not offered)
     return replace(asked, answer=_NO_SEARCH) if searches else asked
 
 
@@ -6422,7 +6444,7 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
         content.append({"type": "thinking", **thought})
     if reply.text:
         content.append({"type": "text", "text": reply.text})
-    content += [{**_tool_use_block(request, c), "input": c.arguments} for c in reply.tool_calls]
+    content += [{**_tool_use_block(request, c), "input": _input_of(c)} for c in reply.tool_calls]
     return {
         **_message_head(reply.model),
         "content": content,
@@ -6472,13 +6494,18 @@ def _event(name: str, **more: Any) -> Frame:
 def _block_and_delta(request: ChatRequest, chunk: Chunk) -> tuple[JSON, JSON]:
     """(the empty block that a chunk would open, what the chunk adds to it)"""
     if chunk.tool_call:
-        arguments = json.dumps(chunk.tool_call.arguments)
+        arguments = json.dumps(_input_of(chunk.tool_call))
         block = {**_tool_use_block(request, chunk.tool_call), "input": {}}
         return block, {"type": "input_json_delta", "partial_json": arguments}
     if chunk.type == "text":
         return {"type": "text", "text": ""}, {"type": "text_delta", "text": chunk.text}
     block = {"type": "thinking", "thinking": "", "signature": ""}
     return block, {"type": "thinking_delta", "thinking": chunk.text}
+
+
+def _input_of(call: ToolCall) -> JSON:
+    """A call's arguments; what cannot be read is named as that, so that no tool runs without it."""
+    return {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
 
 
 def _tool_use_block(request: ChatRequest, call: ToolCall) -> JSON:
@@ -6653,10 +6680,14 @@ class _Running:
                 self._show_life = None
 
     def tick(self, now_s: float) -> None:
-        """Show a sign of life when it is due."""
+        """Show a sign of life when it is due; a client that takes none holds up nobody else."""
+        if self._show_life is not None and now_s - self._shown_at_s >= KEEP_ALIVE_S:
+            self._shown_at_s = now_s
+            threading.Thread(target=self._show, daemon=True).start()
+
+    def _show(self) -> None:
         with self._lock:
-            if self._show_life is not None and now_s - self._shown_at_s >= KEEP_ALIVE_S:
-                self._shown_at_s = now_s
+            if self._show_life is not None:
                 self._show_life()
 
 
@@ -6952,11 +6983,11 @@ class _GatewayHandler(_HandlerBase):
                 if self._line():
                     raise _wrong("a chunk is longer than it says")
             # trailers say nothing to us
-            while self._line():
-                pass
+            if not any(not self._line() for _ in range(100)):
+                raise _wrong("the body has too many trailers")
 
     def _line(self) -> str:
-        line = self.rfile.readline(4_097).decode("latin-1")
+        line = self.rfile.readline(257).decode("latin-1")
         if not re.fullmatch(r"[^\r\n]*\r?\n", line):
             raise _wrong("the body is not chunked as it should be")
         return line.rstrip("\r\n")
@@ -6981,6 +7012,10 @@ class _GatewayHandler(_HandlerBase):
             except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
+            finally:
+                if self.running.cancellation.cancelled.is_set():
+                    # what else it has sent is not for anybody any more
+                    self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
@@ -7248,7 +7283,7 @@ def answer_headers(who: Reply | Stream) -> dict[str, str]:
 
 
 # ======================================================================================
-# 12. mcp server · uses: everything above but login and the openai server
+# 12. mcp server · uses: everything above but login and the gateway
 # ======================================================================================
 # The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
 # 2025-03-26 is left out: it alone demands batches, and its clients know 2024-11-05, too.
@@ -7985,7 +8020,9 @@ def _number(kind: type[_T], low: float, high: float) -> Callable[[str], _T]:
         return number  # type: ignore[no-any-return]
 
     # What argparse puts into "invalid ... value: '-1'".
-    read.__name__ = f"{low:g}..{high:g}"
+    read.__name__ = (
+        f"number from {low:g} to {high:g}" if high < 1e9 else f"number, {low:g} or more,"
+    )
     return read
 
 
@@ -8673,7 +8710,7 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
         name, model = cooldown["account"], cooldown["model"]
         what = f"{model} on {name}" if model else name
         yield f"  cooldown: {what}, {cooldown['seconds_left']:.0f} s left ({cooldown['reason']})"
-    if not report["accounts"]:
+    if not report["accounts"] and not from_environment:
         yield _NOBODY
 
 
@@ -9563,14 +9600,17 @@ def _run_with_gateway(
 ) -> int:
     """The exit code of the program, which has a gateway of its own while it runs."""
     import secrets
+    import signal
     from contextlib import redirect_stderr
-    from pathlib import Path
     from tempfile import TemporaryDirectory
 
+    # until the program has it, so that nothing is left behind
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     log_path = client.config.folder / "launch.log"
     os.makedirs(log_path.parent, 0o700, exist_ok=True)
     key = secrets.token_urlsafe(32)
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:

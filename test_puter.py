@@ -451,7 +451,7 @@ SCENARIOS: dict[str, Scenario] = {
     "err429": upstream(429),
     "err500": upstream(500),
     "hang": hang_scenario,
-    "slow": says(pause_s=0.05),
+    "slow": says(pause_s=0.025),
     "long": says(" ".join(f"word{number}" for number in range(2000))),
     "fake": fake_scenario,
     # Faults of the road: the reply does not arrive whole.
@@ -1861,6 +1861,12 @@ def fake() -> Iterator[FakePuter]:
     """A FakePuter of the test's own."""
     with FakePuter() as server:
         yield server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def freeze_modules() -> None:
+    """What was imported stays: no `gc.collect()` need look through it."""
+    gc.freeze()
 
 
 TOKENS = re.compile(r"token-(alice|bob|carol|dave|temp_bob|given)\b|Bearer (?!<token>)[!-~]{8}")
@@ -4473,25 +4479,18 @@ WRONG_SHAPES: dict[str, Any] = {
     "null": None,
     "a text": SECRET,
     "no version": {"accounts": [], "activeIndex": 0},
-    "version true": {**PLUGIN_FILE, "version": True},
-    "version 0": {**PLUGIN_FILE, "version": 0},
-    "version as a text": {**PLUGIN_FILE, "version": "1"},
-    "newer": {**PLUGIN_FILE, "version": 2},
+    **{f"version {v!r}": {**PLUGIN_FILE, "version": v} for v in (True, 0, "1", 2)},
     "no accounts": {"version": 1, "activeIndex": 0},
     "accounts by name": {**PLUGIN_FILE, "accounts": {"alice": SECRET}},
     "an account that is a text": {**PLUGIN_FILE, "accounts": [SECRET]},
     "name missing": {**PLUGIN_FILE, "accounts": [{"authToken": SECRET}]},
-    "name a number": with_record(username=7),
-    "name empty": with_record(username=" "),
     "token null": with_record(authToken=None),
-    "token empty": with_record(authToken=""),
     "time a text": with_record(addedAt="yesterday"),
     "use a list": with_record(lastUsed=[SECRET]),
-    "index a text": {**PLUGIN_FILE, "activeIndex": "0"},
-    "index true": {**PLUGIN_FILE, "activeIndex": True},
-    "index null": {**PLUGIN_FILE, "activeIndex": None},
-    "index beyond": {**PLUGIN_FILE, "activeIndex": 2},
-    "index below": {**PLUGIN_FILE, "activeIndex": -1},
+    **{f"name {name!r}": with_record(username=name) for name in (7, " ")},
+    "token empty": with_record(authToken=""),
+    **{f"index {index!r}": {**PLUGIN_FILE, "activeIndex": index} for index in ("0", True, None)},
+    **{f"index {index}": {**PLUGIN_FILE, "activeIndex": index} for index in (2, -1)},
 }
 UNREADABLE: dict[str, bytes] = {
     **BROKEN_FILES,
@@ -4663,7 +4662,7 @@ class TestAccountStore:
             (UNREADABLE["token null"], r"accounts\[1\]\.authToken"),
             (UNREADABLE["time a text"], r"accounts\[1\]\.addedAt"),
             (UNREADABLE["time NaN"], r"accounts\[0\]\.addedAt"),
-            (UNREADABLE["index beyond"], r'"activeIndex" is 2, but there are 2'),
+            (UNREADABLE["index 2"], r'"activeIndex" is 2, but there are 2'),
         ],
     )
     def test_the_error_says_where(self, raw, words):
@@ -4676,22 +4675,21 @@ class TestAccountStore:
         filled.switch("temp_bob")
         assert accounts_json(filled.path.parent) == {**data, "activeIndex": 1}
 
-    def test_a_folder_in_its_place(self, store):
-        store.path.mkdir(parents=True)
+    @pytest.mark.parametrize("place", [ACCOUNTS, ".", ".."])
+    def test_what_stands_in_the_way_is_left_alone(self, tmp_path, place):
+        store = puter.AccountStore(tmp_path / "config" / "puter" / ACCOUNTS)
+        in_the_way, words = store.path.parent.joinpath(place).resolve(), "PUTER_CONFIG_DIR"
+        if place == ACCOUNTS:
+            in_the_way.mkdir(parents=True)
+            words = "Make the file and its folder writable"
+        else:
+            in_the_way.parent.mkdir(exist_ok=True)
+            in_the_way.write_text("mine")
         for use in (store.accounts, lambda: store.add(puter.Account("a", "t"))):
-            with pytest.raises(puter.StoreError, match="Make the file and its folder writable"):
+            with pytest.raises(puter.StoreError, match=f"{store.path}.*{words}"):
                 use()
-        assert list(store.path.iterdir()) == []
-
-    @pytest.mark.parametrize("depth", [0, 1])
-    def test_a_file_in_place_of_the_folder(self, tmp_path, depth):
-        in_the_way = tmp_path / "config"
-        in_the_way.write_text("mine")
-        store = puter.AccountStore(in_the_way.joinpath(*["x"] * depth) / ACCOUNTS)
-        for use in (store.accounts, lambda: store.add(puter.Account("a", "t"))):
-            with pytest.raises(puter.StoreError, match=f"{store.path}.*PUTER_CONFIG_DIR"):
-                use()
-        assert in_the_way.read_text() == "mine"
+        assert in_the_way.is_dir() or in_the_way.read_text() == "mine"
+        assert not in_the_way.is_dir() or list(in_the_way.iterdir()) == []
 
     # Files that cannot be written.
 
@@ -4728,11 +4726,6 @@ class TestAccountStore:
         assert before_ms <= store.accounts()[0].added_at_ms <= time.time() * 1000  # type: ignore[operator]
         text = store.path.read_text(encoding="utf-8")
         assert '\n  "accounts": [\n    {\n      "username": "zo\\u00eb",\n' in text
-        store.clear()
-        want = {"version": 1, "accounts": [], "activeIndex": 0}
-        assert accounts_json(store.path.parent) == want
-        store.add(puter.Account("yan", "token-yan"), activate=False)
-        assert active_name(store) == "yan"
 
     @linux_only
     def test_the_file_is_on_the_disk_before_it_is_renamed(self, filled, monkeypatch):
@@ -4763,13 +4756,16 @@ class TestAccountStore:
         assert {mode for _, mode in created} == {0o600}
         assert mode_of(store.path) == 0o600
         assert mode_of(store.path.parent) == 0o700
+        store.path.chmod(0o644)
+        store.add(puter.Account("bob", "t"))
+        assert mode_of(store.path) == 0o600
 
     @posix_only
     def test_files_are_private_at_every_moment(self, folder):
         script = """
             os.umask(0)
             store = puter.AccountStore()
-            for number in range(300):
+            for number in range(100):
                 store.add(puter.Account(f"user{number % 20}", f"token-{number}" * 50))
         """
         writer = start_script(script, folder)
@@ -4785,12 +4781,6 @@ class TestAccountStore:
         assert set(seen) > {ACCOUNTS}, "the files beside it were never seen"
         assert set().union(*seen.values()) == {0o600}
         assert mode_of(folder) == 0o700
-
-    @posix_only
-    def test_a_file_that_others_could_read_becomes_private(self, filled):
-        filled.path.chmod(0o644)
-        filled.switch("temp_bob")
-        assert mode_of(filled.path) == 0o600
 
     @posix_only
     @pytest.mark.parametrize("exists", [True, False], ids=["there", "dangling"])
@@ -4852,7 +4842,7 @@ class TestAccountStore:
         store = puter.AccountStore(folder)
         dice = random.Random(1)
         done = 0
-        for _ in range(60):
+        for _ in range(40):
             server.stdin.write(f"{done}\n")
             server.stdin.flush()
             child, before = None, done
@@ -4986,12 +4976,13 @@ class TestState:
         for_ever = float("inf")
         state.add_cooldown("alice", "", minutes, "busy", now=1000.0)
         state.add_cooldown("bob", "", lambda _: for_ever, "login", now=1000.0)
-        names = {
-            now: [one.account for one in state.cooldowns(now)]
-            for now in (1000.0, 941.0, 940.0, 1.0)
-        }
-        assert names[1000.0] == names[941.0] == ["alice", "bob"]
-        assert names[940.0] == names[1.0] == ["bob"]
+        for now, left in (
+            (1000.0, "alice bob"),
+            (941.0, "alice bob"),
+            (940.0, "bob"),
+            (1.0, "bob"),
+        ):
+            assert [one.account for one in state.cooldowns(now)] == left.split()
 
     def test_one_incident_is_one_strike(self, state):
         def cool(now: float) -> tuple[int, float]:
@@ -5100,12 +5091,8 @@ class TestState:
         with pytest.raises(OverflowError):
             state.record("m", "ok", 1.0, usage=puter.Usage(1, 10**20))
         state.record("m", "ok", 1.0)
-        totals, _ = state.metrics()
-        assert [row[:3] for row in totals] == [
-            ("m", "ok", 1),
-            ("m?", "code m?", 1),
-            ("m?", "ok", 1),
-        ]
+        totals = [row[:3] for row in state.metrics()[0]]
+        assert totals == [("m", "ok", 1), ("m?", "code m?", 1), ("m?", "ok", 1)]
         assert state.add_cooldown("a", odd, minutes, odd, 1.0).model == "m?"
         state.record_success("a", (odd,), 2.0, now=2.0)
         assert state.cooldowns(2.0) == []
@@ -5327,6 +5314,7 @@ class TestState:
 
 GUI = "https://gui.example"
 NONCE = "0123456789abcdef0123456789abcdef"
+GOOD_CALLBACK = f"/callback/{NONCE}?token=good"
 
 
 def config_for(fake: FakePuter, folder: Path, **settings: Any) -> puter.Config:
@@ -5382,28 +5370,23 @@ class TestLogin:
     @pytest.mark.parametrize(
         ("status", "method", "target", "host"),
         [
-            (200, "GET", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
-            (200, "GET", f"/callback/{NONCE}?token=good", "LOCALHOST:1234"),
-            (200, "GET", f"/callback/{NONCE}?token=good", "[::1]:1234"),
+            *((200, "GET", GOOD_CALLBACK, f"{host}:1234") for host in ("127.0.0.1", "LOCALHOST")),
+            (200, "GET", GOOD_CALLBACK, "[::1]:1234"),
             (200, "GET", f"/callback/{NONCE}?x=1&token=good&y", "127.0.0.1"),
-            (200, "GET", "/", "127.0.0.1:1234"),
-            (200, "GET", "/?token=good", "127.0.0.1:1234"),
-            (400, "GET", f"/callback/{NONCE}", "127.0.0.1:1234"),
-            (400, "GET", f"/callback/{NONCE}?token=", "127.0.0.1:1234"),
-            (400, "GET", f"/callback/{NONCE}?Token=good", "127.0.0.1:1234"),
+            *((200, "GET", path, "127.0.0.1:1234") for path in ("/", "/?token=good")),
+            *(
+                (400, "GET", f"/callback/{NONCE}{query}", "127.0.0.1:1234")
+                for query in ("", "?token=", "?Token=good")
+            ),
+            *((404, "GET", path, "127.0.0.1:1234") for path in ("/favicon.ico", "/caf\xe9")),
+            *(
+                (404, "GET", f"/{path}?token=good", "127.0.0.1:1234")
+                for path in (f"callback/{NONCE[:-1]}", f"callback/{NONCE}/", f"Callback/{NONCE}")
+            ),
             (404, "GET", "/callback/?token=good", "127.0.0.1:1234"),
-            (404, "GET", f"/callback/{NONCE[:-1]}?token=good", "127.0.0.1:1234"),
-            (404, "GET", f"/callback/{NONCE}/?token=good", "127.0.0.1:1234"),
-            (404, "GET", f"/Callback/{NONCE}?token=good", "127.0.0.1:1234"),
-            (404, "GET", "/favicon.ico", "127.0.0.1:1234"),
-            (404, "GET", "/caf\xe9", "127.0.0.1:1234"),
-            (405, "POST", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
-            (405, "HEAD", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
-            (405, "OPTIONS", f"/callback/{NONCE}?token=good", "127.0.0.1:1234"),
-            (403, "GET", f"/callback/{NONCE}?token=good", "evil.example"),
-            (403, "GET", f"/callback/{NONCE}?token=good", "127.0.0.1.evil.example"),
-            (403, "GET", f"/callback/{NONCE}?token=good", "evil.example:1234"),
-            (403, "GET", f"/callback/{NONCE}?token=good", ""),
+            *((405, m, GOOD_CALLBACK, "127.0.0.1:1234") for m in ("POST", "HEAD", "OPTIONS")),
+            *((403, "GET", GOOD_CALLBACK, f"{host}evil.example") for host in ("", "127.0.0.1.")),
+            *((403, "GET", GOOD_CALLBACK, host) for host in ("evil.example:1234", "")),
             (403, "GET", "/", "evil.example"),
             (403, "GET", f"/callback/{NONCE}?token=bad", "127.0.0.1:1234"),
         ],
@@ -5753,13 +5736,11 @@ class TestAccountCommands:
 
     def test_login_to_a_temporary_account(self, shell):
         shell.fake.accounts["token-bob"].temporary = True
-        code, _, err = shell.run(
-            "login", "--with-token", stdin="token-bob", PUTER_AUTO_CREATE_TEMP_USER="0"
-        )
+        argv, off = ("login", "--with-token"), {"PUTER_AUTO_CREATE_TEMP_USER": "0"}
+        code, _, err = shell.run(*argv, stdin="token-bob", **off)
         assert code == 1 and "auto_create_temp_user" in err
         assert shell.store.accounts() == []
-        out = shell.good("login", "--with-token", stdin="token-bob")
-        assert "bob (a temporary account)" in out
+        assert "bob (a temporary account)" in shell.good(*argv, stdin="token-bob")
         assert shell.store.accounts()[0].is_temporary
         assert "(temporary, " in shell.good("status")
 
@@ -5824,12 +5805,8 @@ class TestAccountCommands:
 
     def test_login_with_a_token_in_utf_16(self, shell):
         # What a redirection of an older PowerShell writes.
-        code, _, err = shell.run(
-            "login",
-            "--with-token",
-            stdin=f"{SECRET}\n".encode("utf-16"),
-            PYTHONIOENCODING="utf-8:strict",
-        )
+        raw, strict = f"{SECRET}\n".encode("utf-16"), {"PYTHONIOENCODING": "utf-8:strict"}
+        code, _, err = shell.run("login", "--with-token", stdin=raw, **strict)
         assert code in (1, 2) and err.startswith("error: ")
 
     # login --import
@@ -5974,30 +5951,22 @@ class TestAccountCommands:
     @pytest.mark.parametrize(
         "command",
         [
-            ("login", "--with-token"),
-            ("logout",),
-            ("logout", "--all"),
-            ("logout", "alice"),
-            ("switch", "alice"),
-            ("status",),
-            ("status", "--json"),
+            *("login --with-token", "logout", "logout --all", "logout alice", "switch alice"),
+            *("status", "status --json"),
         ],
-        ids=" ".join,
     )
     def test_a_broken_file_is_named_and_kept(self, two, command):
         path = two.store.path
         raw = b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode()
         path.write_bytes(raw)
-        told = two.refused(*command, stdin="token-alice")
+        told = two.refused(*command.split(), stdin="token-alice")
         assert str(path) in told and SECRET not in told
         assert path.read_bytes() == raw
 
     def test_debug_shows_what_happens_to_the_accounts(self, shell):
         code, _, err = shell.run("login", "--with-token", stdin="token-alice", PUTER_DEBUG="1")
         assert code == 0 and "token-alice" not in err
-        assert re.search(
-            r"^\[puter-auth\] [\d:]{8} Auth: Account added - alice$", err, re.MULTILINE
-        )
+        assert re.search(r"(?m)^\[puter-auth\] [\d:]{8} Auth: Account added - alice$", err)
         _, _, err = shell.run("switch", "alice", PUTER_DEBUG="1")
         assert "Auth: Switched account - alice" in err
 
@@ -6586,13 +6555,13 @@ class TestTransport:
     @pytest.mark.parametrize("how", ["first request", "after a stream"])
     def test_a_slow_upload_has_as_much_time_as_a_slow_reply(self, home, monkeypatch, how):
         # A picture on a slow line: the server takes the bytes late, within `timeout_ms`.
-        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
         body = line("text", text="seen") + line("usage")
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {NDJSON_TYPE}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
 
         def serve(connection: socket.socket) -> None:
-            while read_request(connection, late_s=1.3):
+            while read_request(connection, late_s=0.5):
                 connection.sendall(head.encode() + body)
 
         with raw_server(serve) as url, puter.Puter("t", api_base_url=url, max_retries=0) as client:
@@ -6996,7 +6965,7 @@ class TestFaults:
 
 def press_ctrl_c() -> None:
     """What the main thread is told when a person stops it, a moment from now."""
-    time.sleep(0.1)  # until it waits
+    time.sleep(0.05)  # until it waits
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -7034,7 +7003,6 @@ class TestInterrupts:
         """No socket is open, no place is taken, no lock is held: the same client goes on."""
         gc.collect()  # closes what was put back into the pool of a closed session
         assert fake._server is not None
-        gc.collect()
         assert eventually(lambda: not fake._server.connections)  # type: ignore[union-attr]
         assert eventually(lambda: fake.open_streams == 0)
         assert running_on(client) == 0
@@ -7234,8 +7202,8 @@ class TestChat:
 
     @pytest.mark.parametrize("how", ["chat", "run", "say", "stream"])
     def test_with_tools_all_wait_as_long_as_it_takes(self, make, fake, how):
-        fake.script[lab("text")] = late(0.4, Turn("done"))
-        client = make(api_timeout_ms=100, max_retries=0)
+        fake.script[lab("text")] = late(0.2, Turn("done"))
+        client = make(api_timeout_ms=50, max_retries=0)
         if how == "run":
             reply = client.run("hi", [get_weather], model=lab("text"))
         elif how == "say":
@@ -7295,7 +7263,7 @@ class TestChat:
         assert running_on(client) == 0
 
     def test_many_threads_and_every_fault(self, tmp_path):
-        run = soak(tmp_path, threads=32, seconds=1.5)
+        run = soak(tmp_path, threads=32, seconds=0.75)
         assert not run.wrong
         assert run.outcomes["answered"]
 
@@ -7624,8 +7592,8 @@ class TestStream:
         assert running_on(client) == 0
 
     def test_silence_is_counted_from_the_last_byte(self, make, fake):
-        # 13 words at 50 ms each: longer together than the timeout.
-        stream = make().stream("hi", model=lab("slow"), timeout_ms=400)
+        # 13 words at 25 ms each: longer together than the timeout.
+        stream = make().stream("hi", model=lab("slow"), timeout_ms=200)
         assert text_of_chunks(list(stream)) == SENTENCE
 
     def test_a_body_that_stays_open_after_the_last_line(self, make, fake):
@@ -8284,10 +8252,10 @@ class TestWalk:
     @pytest.mark.parametrize("names", [("erin",), ("erin", "frank")])
     def test_two_accounts_are_no_worse_than_one(self, make, fake, monkeypatch, names):
         # As from two processes: each client has limits of its own, and the state is shared.
-        monkeypatch.setattr(puter, "RATE_WINDOW_S", 0.5)
-        monkeypatch.setattr(puter, "RATE_PAUSE_S", 0.05)
+        monkeypatch.setattr(puter, "RATE_WINDOW_S", 0.25)
+        monkeypatch.setattr(puter, "RATE_PAUSE_S", 0.025)
         for name in names:
-            fake.add_account(name, max_in_window=15, window_s=0.5)
+            fake.add_account(name, max_in_window=15, window_s=0.25)
 
         def work(client):
             return [client.chat("hi", model=lab("text")).text for _ in range(6)]
@@ -8385,8 +8353,8 @@ class TestGate:
 
     def test_queueing_is_not_failing(self, make, fake):
         # Each answer comes within the time-out; the last one waits for its turn much longer.
-        fake.script[lab("text")] = late(0.12, Turn(SENTENCE))
-        client = make(max_concurrent=1, api_timeout_ms=600)
+        fake.script[lab("text")] = late(0.06, Turn(SENTENCE))
+        client = make(max_concurrent=1, api_timeout_ms=300)
         work = [in_background(lambda: ask(client, "chat", lab("text"))) for _ in range(10)]
         for thread, outcome in work:
             thread.join(10)
@@ -9090,6 +9058,26 @@ def text_chunk(text: str) -> puter.Chunk:
     return puter.Chunk("text", text)
 
 
+def call_chunk(name: str, arguments: JSONObject, call_id: str = "call_7") -> puter.Chunk:
+    """A call in a stream."""
+    return puter.Chunk("tool_call", tool_call=puter.ToolCall(call_id, name, arguments))
+
+
+def reasoning_chunk(text: str) -> puter.Chunk:
+    """A thought in a stream."""
+    return puter.Chunk("reasoning", text)
+
+
+CHUNK_TEXTS = st.text(max_size=5)
+CHUNK_CALLS = st.dictionaries(st.text(max_size=3), st.integers())
+ANSWER_CHUNKS = st.lists(
+    CHUNK_TEXTS.map(text_chunk)
+    | CHUNK_TEXTS.map(reasoning_chunk)
+    | CHUNK_CALLS.map(lambda arguments: call_chunk("f", arguments)),
+    max_size=8,
+)
+
+
 def said(*parts: Any) -> JSONObject:
     """What a user says in parts."""
     return {"role": "user", "content": list(parts)}
@@ -9103,6 +9091,23 @@ def image_of(url: str, **more: Any) -> JSONObject:
 def allowing(mode: str, *tools: JSONObject) -> JSONObject:
     """A tool_choice of some tools."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
+BAD_GATEWAYS = (
+    *(puter.ProviderAuthError, puter.ServerError, puter.NetworkError),
+    *(puter.ReplyError, puter.StreamError),
+)
+ON_COOLDOWN = puter.AllAccountsOnCooldownError("x", retry_after_s=0.0)
+WRONG_PARTS = (
+    {"type": "video"},
+    {"type": "input_audio"},
+    image_of("/alice/cat.png"),
+    image_of("file:///etc/passwd"),
+)
+WRONG_CHOICES = (
+    *("sometimes", {"type": "function"}, {"type": "allowed_tools"}, allowing("maybe", NAMED)),
+    *({"function": function} for function in ("get_time", {"name": "nope"})),
+)
 
 
 def code_of_refusal(rules: puter.AccessRules, path: str = "/v1/models", **headers: Any) -> Any:
@@ -9166,12 +9171,16 @@ class TestTranslation:
     @pytest.mark.parametrize(
         ("more", "streaming", "include_usage"),
         [
-            ({}, False, False),
-            ({"stream": None}, False, False),
+            *((more, False, False) for more in ({}, {"stream": None})),
             ({"stream": True}, True, False),
-            ({"stream": True, "stream_options": {"include_usage": False}}, True, False),
-            ({"stream": True, "stream_options": {"include_usage": True}}, True, True),
-            ({"stream": True, "stream_options": [1]}, True, False),
+            *(
+                (
+                    {"stream": True, "stream_options": options},
+                    True,
+                    options == {"include_usage": True},
+                )
+                for options in ({"include_usage": False}, {"include_usage": True}, [1])
+            ),
         ],
     )
     def test_streaming(self, more, streaming, include_usage):
@@ -9188,38 +9197,16 @@ class TestTranslation:
     @pytest.mark.parametrize(
         ("more", "param"),
         [
-            ({"model": "  "}, "model"),
-            ({"model": "puter/"}, "model"),
-            ({"model": 5}, "model"),
-            ({"model": ["m"]}, "model"),
-            ({"messages": None}, "messages"),
-            ({"messages": []}, "messages"),
-            ({"messages": "hi"}, "messages"),
-            ({"messages": {}}, "messages"),
-            ({"n": 2}, "n"),
-            ({"n": 0}, "n"),
-            ({"n": "1"}, "n"),
-            ({"stop": 5}, "stop"),
-            ({"stop": ["a", 1]}, "stop"),
-            ({"stop": [""]}, "stop"),
-            ({"stop": list("abcde")}, "stop"),
-            ({"max_tokens": 0}, "max_tokens"),
-            ({"max_tokens": -1}, "max_tokens"),
-            ({"max_tokens": "5"}, "max_tokens"),
-            ({"max_completion_tokens": True}, "max_tokens"),
-            ({"max_completion_tokens": 0}, "max_tokens"),
+            *(({"model": wrong}, "model") for wrong in ("  ", "puter/", 5, ["m"])),
+            *(({"messages": wrong}, "messages") for wrong in (None, [], "hi", {})),
+            *(({"messages": [said(part)]}, "messages") for part in WRONG_PARTS),
+            *(({"n": wrong}, "n") for wrong in (2, 0, "1")),
+            *(({"stop": wrong}, "stop") for wrong in (5, ["a", 1], [""], list("abcde"))),
+            *(({"max_tokens": wrong}, "max_tokens") for wrong in (0, -1, "5")),
+            *(({"max_completion_tokens": wrong}, "max_tokens") for wrong in (True, 0)),
             ({"functions": [{"name": "f"}]}, "functions"),
             ({"response_format": {"type": "xml"}}, "response_format"),
-            ({"tools": TOOLS, "tool_choice": {"function": "get_time"}}, "tool_choice"),
-            ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
-            ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
-            ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-            ({"tools": TOOLS, "tool_choice": allowing("maybe", NAMED)}, "tool_choice"),
-            ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages"),
-            ({"messages": [said({"type": "input_audio"})]}, "messages"),
-            ({"messages": [said(image_of("/alice/cat.png"))]}, "messages"),
-            ({"messages": [said(image_of("file:///etc/passwd"))]}, "messages"),
-            ({"tools": TOOLS, "tool_choice": {"function": {"name": "nope"}}}, "tool_choice"),
+            *(({"tools": TOOLS, "tool_choice": wrong}, "tool_choice") for wrong in WRONG_CHOICES),
         ],
     )
     def test_what_is_wrong_is_named(self, more, param):
@@ -9422,13 +9409,9 @@ class TestTranslation:
 
     def test_usage_object(self):
         assert puter.usage_object(OUR_USAGE) == USAGE_OBJECT
-        told_little = puter.usage_object(puter.Usage(None, 4, None, 4, None))
-        assert told_little == {
-            "prompt_tokens": 0,
-            "completion_tokens": 4,
-            "total_tokens": 4,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        }
+        counts = {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}
+        little = puter.usage_object(puter.Usage(None, 4, None, 4, None))
+        assert little == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
 
     @pytest.mark.parametrize(
         ("text", "want"),
@@ -9554,19 +9537,7 @@ class TestTranslation:
         assert deltas_of(frames) == [{"role": "assistant", "content": "one "}, {}]
         assert frames[-1]["usage"] == USAGE_OBJECT
 
-    @given(
-        st.lists(
-            st.one_of(
-                st.text(max_size=5).map(text_chunk),
-                st.text(max_size=5).map(lambda text: puter.Chunk("reasoning", text)),
-                st.dictionaries(st.text(max_size=3), st.integers()).map(
-                    lambda args: puter.Chunk("tool_call", tool_call=puter.ToolCall("", "f", args))
-                ),
-            ),
-            max_size=6,
-        ),
-        st.booleans(),
-    )
+    @given(ANSWER_CHUNKS, st.booleans())
     def test_any_frames_parse(self, chunks, include_usage):
         usage = puter.Chunk("usage", usage=OUR_USAGE)
         options = {"include_usage": include_usage}
@@ -9584,41 +9555,27 @@ class TestTranslation:
     @pytest.mark.parametrize(
         ("error", "status", "code", "retry_after"),
         [
+            *(
+                (kind("x"), 402, None, None)
+                for kind in (puter.CreditError, puter.SubscriptionError)
+            ),
+            *((kind("x"), 403, None, None) for kind in (puter.AccessError, puter.ModelAccessError)),
+            *((kind("x"), 500, None, None) for kind in (puter.StoreError, puter.ConfigError)),
+            *((kind("x"), 502, None, None) for kind in BAD_GATEWAYS),
             (puter.BadRequestError("x"), 400, None, None),
             (puter.BadRequestError("x", status=413, code="too_large"), 413, "too_large", None),
-            (
-                puter.ModelNotFoundError("x", status=400, code="bad_request"),
-                404,
-                "model_not_found",
-                None,
-            ),
+            (puter.ModelNotFoundError("x", status=400, code="no"), 404, "model_not_found", None),
             (puter.AuthError("x"), 401, "not_signed_in", None),
             (puter.AuthError("x", status=403, code="token_missing"), 401, "token_missing", None),
-            (puter.CreditError("x"), 402, None, None),
-            (puter.SubscriptionError("x"), 402, None, None),
-            (puter.AccessError("x"), 403, None, None),
-            (puter.ModelAccessError("x"), 403, None, None),
             (puter.RateLimitError("x"), 429, None, "10"),
             (puter.RateLimitError("x", retry_after_s=2.2), 429, None, "3"),
             (puter.ModelRateLimitError("x"), 429, None, "60"),
-            (
-                puter.AllAccountsOnCooldownError("x", retry_after_s=0.0),
-                429,
-                "too_many_requests",
-                "1",
-            ),
+            (ON_COOLDOWN, 429, "too_many_requests", "1"),
             (puter.ModelUnavailableError("x"), 503, None, "60"),
-            (puter.ProviderAuthError("x"), 502, None, None),
-            (puter.ServerError("x"), 502, None, None),
             (puter.ServerError("x", status=200), 502, None, None),
             (puter.ServerError("x", status=500), 500, None, None),
             (puter.ServerError("x", status=503, retry_after_s=7), 503, None, "7"),
             (puter.RequestTimeoutError("x"), 504, "timeout", None),
-            (puter.NetworkError("x"), 502, None, None),
-            (puter.ReplyError("x"), 502, None, None),
-            (puter.StreamError("x"), 502, None, None),
-            (puter.StoreError("x"), 500, None, None),
-            (puter.ConfigError("x"), 500, None, None),
         ],
     )
     def test_error_object(self, error, status, code, retry_after):
@@ -9653,6 +9610,20 @@ class TestTranslation:
         error = puter.RateLimitError(f"Too much on {name}, they say ({name})", **details)
         public = puter.public_error(error, [name] if where == "stored" else [], "http://h")
         assert name not in str(public) and "Too much on" in str(public)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "to https://a.internal:8/x.",
+            "HTTP://B.Internal/x",
+            "connect ECONNREFUSED 10.2.3.4:443",
+            "ENOTFOUND backend-17.internal",
+            "at [fd00::1]:443",
+        ],
+    )
+    def test_no_address_is_named(self, text):
+        public = str(puter.public_error(puter.ServerError(text), [], "http://h"))
+        assert "Puter" in public and not re.search("(?i)internal|10[.]2|fd00", public)
 
     @pytest.mark.parametrize(
         "error",
@@ -9740,53 +9711,39 @@ class TestTranslation:
             assert code_of_refusal(rules, Host=host) is None, host
 
     @pytest.mark.parametrize(
-        ("origin", "allowed", "may"),
+        ("allowed", "welcome", "refused"),
         [
-            (None, [], True),
-            ("http://127.0.0.1:11480", [], True),
-            ("https://127.0.0.1:11480", [], False),
-            ("http://127.0.0.1:3000", [], False),
-            ("http://localhost:11480", [], False),
-            ("https://evil.example", [], False),
-            ("null", [], False),
-            ("", [], False),
-            ("https://app.example", ["https://app.example"], True),
-            ("https://app.example:8443", ["https://app.example"], False),
-            ("http://app.example", ["https://app.example"], False),
-            ("https://app.example.evil", ["https://app.example"], False),
-            ("https://anyone.example", ["*"], True),
+            ([], [None, "http://127.0.0.1:11480"], ["https://evil.example", "null", ""]),
+            ([], [], ["https://127.0.0.1:11480", "http://127.0.0.1:3000"]),
+            ([], [], ["http://localhost:11480"]),
+            (["https://app.example"], ["https://app.example"], ["https://app.example:8443"]),
+            (["https://app.example"], [], ["http://app.example", "https://app.example.evil"]),
+            (["*"], ["https://anyone.example"], []),
         ],
     )
-    def test_origins(self, origin, allowed, may):
+    def test_origins(self, allowed, welcome, refused):
         rules = puter.AccessRules("127.0.0.1", None, frozenset(allowed))
-        code = code_of_refusal(rules, Host="127.0.0.1:11480", Origin=origin)
-        assert code == (None if may else "forbidden_origin")
+        for code, origins in ((None, welcome), ("forbidden_origin", refused)):
+            for origin in origins:
+                assert code_of_refusal(rules, Host="127.0.0.1:11480", Origin=origin) == code, origin
 
     @pytest.mark.parametrize(
-        ("path", "authorization", "may"),
+        ("paths", "given", "may"),
         [
-            ("/v1/models", f"Bearer {KEY}", True),
-            ("/v1/models", "", False),
-            ("/v1/models", "Bearer", False),
-            ("/v1/models", "Bearer ", False),
-            ("/v1/models", KEY, False),
-            ("/v1/models", f"Bearer {KEY}x", False),
-            ("/v1/models", f"Bearer {KEY[:-1]}", False),
-            ("/v1/models", f"Basic {KEY}", False),
-            ("/v1/models", "Bearer \xff\ud800", False),
-            ("/v1/chat/completions", "", False),
-            ("/nowhere", "", False),
-            ("/health/", "", False),
-            ("/", "", True),
-            ("/health", "", True),
+            (["/v1/models"], [f"Bearer {KEY}"], True),
+            (["/v1/models"], [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY], False),
+            (["/v1/models"], ["Bearer", "Bearer ", "Bearer \xff\ud800"], False),
+            (["/v1/models", "/v1/chat/completions", "/nowhere", "/health/"], [""], False),
+            (["/", "/health"], [""], True),
         ],
     )
-    def test_keys(self, path, authorization, may):
+    def test_keys(self, paths, given, may):
         rules = puter.AccessRules("127.0.0.1", KEY)
-        code = code_of_refusal(rules, path, Authorization=authorization)
-        assert code == (None if may else "invalid_api_key")
         free = puter.AccessRules("127.0.0.1")
-        assert code_of_refusal(free, path, Authorization=authorization) is None
+        for path, key in itertools.product(paths, given):
+            code = code_of_refusal(rules, path, Authorization=key)
+            assert code == (None if may else "invalid_api_key"), (path, key)
+            assert code_of_refusal(free, path, Authorization=key) is None
 
     def test_a_key_in_either_header(self):
         rules = puter.AccessRules("127.0.0.1", KEY)
@@ -9821,8 +9778,11 @@ HTTPX: Any = importlib.import_module(openai.DefaultHttpxClient.__base__.__module
 RESPONSE_EVENT: Any = TypeAdapter(ResponseStreamEvent)
 CLAUDE_EVENT: Any = TypeAdapter(RawMessageStreamEvent)
 A_RESULT = {"type": "function_call_output", "call_id": "c1"}
+FUNCTIONS_CALL = {"namespace": "functions", "input": "a\nb"}
+SEE_IT = [{"type": "input_text", "text": text} for text in ("see", "it")]
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 DOCUMENT = base64.b64encode(b"%PDF-1.4 x").decode()
+PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": DOCUMENT}
 
 
 def responses_request(memory: Any = None, **body: Any) -> puter.ChatRequest:
@@ -9845,6 +9805,11 @@ def typed(kind: str, **more: Any) -> JSONObject:
 def claude_tool(name: str) -> JSONObject:
     """A function as Anthropic's clients offer it."""
     return {"name": name, "description": "d", "input_schema": {"type": "object"}}
+
+
+def offering(*tools: JSONObject, **choice: Any) -> JSONObject:
+    """The function f and other tools, and a choice among them."""
+    return {"tools": [claude_tool("f"), *tools], "tool_choice": choice}
 
 
 def flat_tool(name: str, kind: str = "function", **more: Any) -> JSONObject:
@@ -9878,28 +9843,6 @@ def parsed_frames(dialect: str, frames: Sequence[JSONObject]) -> list[JSONObject
             model.validate_python(frame)
         assert dialect == "messages" or frame["sequence_number"] == number
     return list(frames)
-
-
-def call_chunk(name: str, arguments: JSONObject, call_id: str = "call_7") -> puter.Chunk:
-    """A call in a stream."""
-    return puter.Chunk("tool_call", tool_call=puter.ToolCall(call_id, name, arguments))
-
-
-def reasoning_chunk(text: str) -> puter.Chunk:
-    """A thought in a stream."""
-    return puter.Chunk("reasoning", text)
-
-
-ANSWER_CHUNKS = st.lists(
-    st.one_of(
-        st.text(max_size=5).map(text_chunk),
-        st.text(max_size=5).map(reasoning_chunk),
-        st.dictionaries(st.text(max_size=3), st.integers()).map(
-            lambda arguments: call_chunk("f", arguments)
-        ),
-    ),
-    max_size=8,
-)
 
 
 AGENT_KEYS = st.sampled_from(
@@ -9977,13 +9920,10 @@ class TestResponses:
             ),
             (
                 [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
-                            {"type": "input_file", "filename": "a.pdf", "file_data": A_PDF_URL},
-                        ],
-                    }
+                    said(
+                        {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
+                        {"type": "input_file", "filename": "a.pdf", "file_data": A_PDF_URL},
+                    )
                 ],
                 [
                     said(
@@ -9995,21 +9935,10 @@ class TestResponses:
             # Text and calls of a turn are one message; reasoning does not part them.
             (
                 [
-                    typed(
-                        "message",
-                        role="assistant",
-                        id="msg_1",
-                        content=[{"type": "output_text", "text": "so"}],
-                    ),
+                    typed("message", **assistant([typed("output_text", text="so")], id="msg_1")),
                     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
                     {"type": "reasoning", "id": "rs_1", "summary": []},
-                    typed(
-                        "custom_tool_call",
-                        call_id="c2",
-                        name="exec",
-                        namespace="functions",
-                        input="a\nb",
-                    ),
+                    typed("custom_tool_call", call_id="c2", name="exec", **FUNCTIONS_CALL),
                     {**A_RESULT, "output": "one"},
                     {"type": "custom_tool_call_output", "call_id": "c2", "output": []},
                 ],
@@ -10025,14 +9954,7 @@ class TestResponses:
             (
                 [
                     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
-                    {
-                        **A_RESULT,
-                        "output": [
-                            {"type": "input_text", "text": "see"},
-                            {"type": "input_text", "text": "it"},
-                            {"type": "input_image", "image_url": PNG_URL},
-                        ],
-                    },
+                    {**A_RESULT, "output": [*SEE_IT, typed("input_image", image_url=PNG_URL)]},
                     {**A_RESULT, "call_id": "c2", "output": "two"},
                     *HI,
                 ],
@@ -10144,13 +10066,8 @@ class TestResponses:
             ({"type": "custom", "name": "g"}, ["n__g"], "function n__g"),
             ({"type": "web_search"}, ["f", "n__g"], ""),
             (
-                typed(
-                    "allowed_tools",
-                    mode="required",
-                    tools=[{"type": "function", "name": "f"}, {"type": "web_search"}],
-                ),
-                ["f"],
-                "at least one",
+                typed("allowed_tools", mode="required", tools=[flat_tool("f"), SEARCH]),
+                *(["f"], "at least one"),
             ),
         ],
     )
@@ -10163,23 +10080,27 @@ class TestResponses:
     @pytest.mark.parametrize(
         ("more", "param", "status", "code"),
         [
-            ({"input": None}, "input", 400, "invalid_input"),
-            ({"input": []}, "input", 400, "invalid_input"),
-            ({"input": [5]}, "input", 400, "invalid_input"),
-            ({"input": [{"type": "nonsense"}]}, "input", 400, "invalid_input"),
-            ({"input": [{"role": "tool", "content": "x"}]}, "input", 400, "invalid_input"),
-            ({"input": [said({"type": "video"})]}, "input", 400, "invalid_input"),
-            ({"input": [said({"type": "input_file", "file_id": "f"})]}, "input", 400, None),
-            ({"input": [said({"type": "input_image", "file_id": "f"})]}, "input", 400, None),
+            *(({"input": wrong}, "input", 400, "invalid_input") for wrong in (None, [], [5])),
+            *(
+                ({"input": [wrong]}, "input", 400, "invalid_input")
+                for wrong in (typed("nonsense"), said(typed("video")), user("x") | {"role": "tool"})
+            ),
+            *(
+                ({"input": [said(typed(f"input_{kind}", file_id="f"))]}, "input", 400, None)
+                for kind in ("file", "image")
+            ),
             ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", 404, None),
-            ({"background": True}, "background", 400, "unsupported_parameter"),
-            ({"conversation": "c"}, "conversation", 400, "unsupported_parameter"),
-            ({"prompt": {"id": "p"}}, "prompt", 400, "unsupported_parameter"),
+            *(
+                ({name: value}, name, 400, "unsupported_parameter")
+                for name, value in (
+                    ("background", True),
+                    ("conversation", "c"),
+                    ("prompt", {"id": "p"}),
+                )
+            ),
             (
                 {"previous_response_id": "resp_1"},
-                "previous_response_id",
-                400,
-                "previous_response_not_found",
+                *("previous_response_id", 400, "previous_response_not_found"),
             ),
             ({"max_output_tokens": 0}, "max_output_tokens", 400, None),
             ({"tools": [{"type": "function"}]}, "tools", 400, None),
@@ -10331,15 +10252,7 @@ class TestMessagesDialect:
             (
                 [
                     said(
-                        typed(
-                            "document",
-                            title="a.pdf",
-                            source={
-                                "type": "base64",
-                                "media_type": "application/pdf",
-                                "data": DOCUMENT,
-                            },
-                        ),
+                        typed("document", title="a.pdf", source=PDF_SOURCE),
                         {"type": "document", "source": {"type": "text", "data": "plain"}},
                         {"type": "document", "source": {"type": "content", "content": "more"}},
                     )
@@ -10429,22 +10342,16 @@ class TestMessagesDialect:
                     )
                 },
             ),
+            (offering(type="any"), {"tool_choice": "required"}),
             (
-                {"tools": [claude_tool("f")], "tool_choice": {"type": "any"}},
-                {"tool_choice": "required"},
-            ),
-            (
-                {
-                    "tools": [claude_tool("f"), SEARCH],
-                    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
-                },
+                offering(SEARCH, type="auto", disable_parallel_tool_use=True),
                 {"tool_choice": "auto", "parallel_tool_calls": False},
             ),
             (
-                {"tools": [claude_tool("f")], "tool_choice": {"type": "tool", "name": "f"}},
+                offering(type="tool", name="f"),
                 {"tool_choice": {"type": "function", "function": {"name": "f"}}},
             ),
-            ({"tools": [claude_tool("f")], "tool_choice": {"type": "none"}}, {}),
+            (offering(type="none"), {}),
         ],
     )
     def test_arguments(self, more, args):
@@ -10458,23 +10365,18 @@ class TestMessagesDialect:
     @pytest.mark.parametrize(
         ("more", "param"),
         [
-            ({"max_tokens": None}, "max_tokens"),
-            ({"max_tokens": 0}, "max_tokens"),
+            *(({"max_tokens": wrong}, "max_tokens") for wrong in (None, 0)),
             ({"model": None}, "model"),
-            ({"messages": None}, "messages"),
-            ({"messages": []}, "messages"),
-            ({"messages": [5]}, "messages"),
+            *(({"messages": wrong}, "messages") for wrong in (None, [], [5])),
             ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
             ({"messages": [said({"type": "nonsense"})]}, "messages"),
             ({"messages": [said(image_block(type="file", file_id="f"))]}, "messages"),
             ({"messages": [said({"type": "document", "source": {"type": "url"}})]}, "messages"),
             ({"stop_sequences": [5]}, "stop"),
-            ({"tools": [{"name": 5}]}, "tools"),
-            ({"tools": 5}, "tools"),
-            ({"tool_choice": "auto"}, "tool_choice"),
-            (
-                {"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}},
-                "tool_choice",
+            *(({"tools": wrong}, "tools") for wrong in ([{"name": 5}], 5)),
+            *(
+                ({"tools": [SEARCH], "tool_choice": wrong}, "tool_choice")
+                for wrong in ("auto", typed("tool", name="web_search"))
             ),
         ],
     )
@@ -10502,7 +10404,7 @@ class TestMessagesDialect:
         assert [f["index"] for f in frames if f["type"] == "content_block_stop"] == [0, 1, 2, 3]
         assert [f["delta"].get("partial_json") for f in frames if "delta" in f][-3:-1] == [
             '{"a": 1}',
-            "{}",
+            '{"unreadable_arguments": "x"}',
         ]
         assert frames[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
         assert frames[-2]["usage"] == {
@@ -10990,20 +10892,11 @@ class TestOpenAIServer:
         reply = get_from(server, f"/v1/models/{asked}")
         assert (reply.status_code, reply.json()["id"]) == (200, found)
 
-    def test_no_such_model(self, server):
-        reply = get_from(server, "/v1/models/claud-opus-4-5")
-        error = error_of(reply)
-        assert (reply.status_code, error["code"]) == (404, "model_not_found")
-        assert "claude-opus-4-5" in error["message"]
-
     @pytest.mark.parametrize(
         ("method", "path", "status"),
         [
-            ("GET", "/nowhere", 404),
-            ("POST", "/v1/embeddings", 404),
-            ("POST", "/chat/completions", 404),
-            ("GET", "/v1", 404),
-            ("GET", "/%ff%00", 404),
+            *(("GET", path, 404) for path in ("/nowhere", "/v1", "/%ff%00")),
+            *(("POST", path, 404) for path in ("/v1/embeddings", "/chat/completions")),
             ("OPTIONS", "*", 404),
             ("GET", "/v1/chat/completions", 405),
             ("DELETE", "/v1/responses", 405),
@@ -11166,8 +11059,11 @@ class TestOpenAIServer:
         assert "alice" not in reply.text and "bob" not in reply.text
         assert len(fake.chat_calls()) == 2  # the second time nobody was asked
 
-    def test_unknown_models(self, server):
-        reply = post_to(server, body_for(model="claud-opus-4-5"))
+    @pytest.mark.parametrize("asked", [True, False])
+    def test_unknown_models(self, server, asked):
+        name = "claud-opus-4-5"
+        body = body_for(model=name)
+        reply = post_to(server, body) if asked else get_from(server, f"/v1/models/{name}")
         error = error_of(reply)
         assert (reply.status_code, error["code"]) == (404, "model_not_found")
         assert error["param"] == "model" and "claude-opus-4-5" in error["message"]
@@ -11208,18 +11104,12 @@ class TestOpenAIServer:
     @pytest.mark.parametrize(
         "body",
         [
-            pytest.param(b"", id="empty"),
-            pytest.param(b"{", id="half"),
-            pytest.param(b"\xff\xfe\x00", id="no text"),
-            pytest.param(b"\x1f\x8b\x08\x00", id="gzip"),
-            pytest.param(b"[" * 200_000, id="lists"),
-            pytest.param(b'{"a":' * 200_000, id="objects"),
-            pytest.param(b"9" * 5000, id="digits"),
-            pytest.param(b'{"model":"m","messages":[' * 500, id="messages"),
-            pytest.param(b"[" * 300 + b"]" * 300, id="list"),
-            pytest.param(b"5", id="number"),
-            pytest.param(json.dumps(body_for(temperature=1e999)).encode(), id="nan"),
+            *(b"", b"{", b"5", b"\xff\xfe\x00", b"\x1f\x8b\x08\x00"),
+            *(b"[" * 200_000, b'{"a":' * 200_000, b"9" * 5000),
+            *(b'{"model":"m","messages":[' * 500, b"[" * 300 + b"]" * 300),
+            json.dumps(body_for(temperature=1e999)).encode(),
         ],
+        ids=range(11),
     )
     def test_bad_bodies(self, server, body):
         reply = post_to(server, body)
@@ -11235,19 +11125,12 @@ class TestOpenAIServer:
             {"content": "x"},
             {"role": ["user"], "content": "x"},
             {"role": "function", "name": "f", "content": "x"},
-            {"role": "user", "content": 5},
-            {"role": "user", "content": [5]},
-            {"role": "user", "content": [{"type": "text", "text": 5}]},
-            {"role": "tool", "content": "y"},
-            {"role": "tool", "tool_call_id": ["x"], "content": "y"},
+            *(user(content) for content in (5, [5], [{"type": "text", "text": 5}])),
+            *({"role": "tool", "content": "y", **more} for more in ({}, {"tool_call_id": ["x"]})),
             {"role": "assistant", "content": "x", "tool_calls": 5},
-            {"role": "assistant", "content": "x", "tool_calls": [5]},
-            {"role": "assistant", "content": [{"type": "tool_use"}]},
-            {"role": "assistant", "tool_calls": [{"id": [1], "function": {"name": "f"}}]},
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": 5}}],
-            },
+            *(assistant("x", 5), assistant([{"type": "tool_use"}])),
+            assistant(None, {"id": [1], "function": {"name": "f"}}),
+            assistant(None, called("1", "f", 5)),
         ],
     )
     def test_bad_messages(self, server, message):
@@ -11269,18 +11152,10 @@ class TestOpenAIServer:
             frames_of(reply)
         assert get_from(server, "/health").ok
 
-    @pytest.mark.parametrize(
-        "fault",
-        [
-            RuntimeError("secret"),
-            KeyError("secret"),
-            RecursionError("secret"),
-            pytest.param(OSError(28, "secret")),
-        ],
-    )
-    def test_a_fault_of_ours(self, server, monkeypatch, fault):
+    @pytest.mark.parametrize("kind", [RuntimeError, KeyError, RecursionError, OSError])
+    def test_a_fault_of_ours(self, server, monkeypatch, kind):
         def fail(*_: Any) -> None:
-            raise fault
+            raise kind("secret")
 
         with monkeypatch.context() as patch:
             patch.setattr(puter, "_json_body", fail)
@@ -11359,6 +11234,26 @@ class TestOpenAIServer:
             rest = until_end(sock)
         assert end in rest
         assert (b"[DONE]" in rest) is (b'"error"' not in rest) is isinstance(answer, Turn)
+
+    def test_a_client_that_reads_nothing_holds_up_nobody_else(self, server, fake, monkeypatch):
+        monkeypatch.setattr(puter, "KEEP_ALIVE_S", 0.05)
+        more = threading.Event()
+        fake.script[lab("text")] = lambda handler, args: more.wait(5) and Turn("late")
+        body = {
+            "model": lab("text"),
+            "input": "hi",
+            "stream": True,
+            "instructions": "i" * 8_000_000,
+        }
+        with connected(server) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            data = json.dumps(body).encode()
+            head = head_of("POST", "/v1/responses", "1.1")
+            sock.sendall(head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            assert eventually(lambda: fake.chat_calls())
+            time.sleep(0.2)
+            assert get_from(server, "/health").ok
+            more.set()
 
     @pytest.mark.parametrize("status", [500, 429, 401])
     def test_an_sdk_does_not_multiply_our_tries(self, serve, make, fake, status):
@@ -11442,13 +11337,8 @@ class TestOpenAIServer:
     def test_allowed_origins(self, serve):
         origin = "https://app.example"
         server = serve(api_key=KEY, allowed_origins=[f"{origin}/"])
-        preflight = get_from(
-            server,
-            "/v1/chat/completions",
-            "OPTIONS",
-            Origin=origin,
-            **{"Access-Control-Request-Method": "POST"},
-        )
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        preflight = get_from(server, "/v1/chat/completions", "OPTIONS", **asked)
         assert (preflight.status_code, preflight.content) == (204, b"")
         assert preflight.headers["Access-Control-Allow-Origin"] == origin
         assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
@@ -11612,9 +11502,8 @@ class TestOpenAIServer:
             assert json.loads(body)["choices"]
 
     def test_expect_100_continue(self, server):
-        head, _, body = chat_request(
-            body_for(), Expect="100-continue", Connection="close"
-        ).partition(b"\r\n\r\n")
+        request = chat_request(body_for(), Expect="100-continue", Connection="close")
+        head, _, body = request.partition(b"\r\n\r\n")
         with connected(server) as sock:
             sock.sendall(head + b"\r\n\r\n")
             assert status_of(until_seen(sock, b"\r\n\r\n", 1)) == 100
@@ -11636,13 +11525,11 @@ class TestOpenAIServer:
     @pytest.mark.parametrize(
         ("headers", "body", "status"),
         [
-            ({}, b"", 400),
-            ({}, b"x\r\n", 400),
-            ({}, b"-1\r\n", 400),
-            ({}, b"0x2\r\n{}\r\n0\r\n\r\n", 400),
-            ({}, b"2\r\n{}x\r\n0\r\n\r\n", 400),
-            ({}, b"2;a\rb\r\n{}\r\n0\r\n\r\n", 400),
-            ({}, b"2;" + b"x" * 5_000, 400),
+            *(({}, body, 400) for body in (b"", b"x\r\n", b"-1\r\n", b"2;" + b"x" * 5_000)),
+            *(
+                ({}, size + b"\r\n0\r\n\r\n", 400)
+                for size in (b"0x2\r\n{}", b"2\r\n{}x", b"2;a\rb\r\n{}")
+            ),
             ({}, b"FFFFFFF\r\n", 413),
             ({"Content_Length": 2}, b"2\r\n{}\r\n0\r\n\r\n", 400),
             ({"Transfer_Encoding": "gzip, chunked"}, b"2\r\n{}\r\n0\r\n\r\n", 501),
@@ -11757,8 +11644,8 @@ class TestOpenAIServer:
     @pytest.mark.parametrize("how", [pytest.param("chat"), "stream"])
     def test_a_key_that_is_a_word(self, server, how):
         with puter.Puter("puter", api_base_url=server.url, api_style="openai") as client:
-            ask = client.chat if how == "chat" else self._streamed(client)
-            reply = ask("a computer, puter.py", model=lab("echo"))
+            style = client.chat if how == "chat" else self._streamed(client)
+            reply = style("a computer, puter.py", model=lab("echo"))
         assert reply.text == "a computer, puter.py"
 
     @pytest.mark.parametrize("how", ["chat", "stream"])
@@ -11960,8 +11847,8 @@ class TestServeCommand:
         [
             (["--host", "0.0.0.0"], "--api-key"),
             (["--host", "no.such.host.invalid", "--api-key", KEY], "Cannot listen"),
-            (["--port", "70000"], "invalid 0..65535 value"),
-            (["--max-connections", "0"], "invalid 1..inf value"),
+            (["--port", "70000"], "invalid number from 0 to 65535 value"),
+            (["--max-connections", "0"], "invalid number, 1 or more, value"),
             (["--port", "-1"], "--port"),
             (["--port", "x"], "--port"),
             (["--mcp"], "not allowed with"),
@@ -12126,11 +12013,7 @@ def talk(fake: FakePuter, own_home: Path) -> Iterator[Callable[..., Talk]]:
     talks: list[Talk] = []
 
     def start(*usernames: str, limit_s: float = 30.0, **more: Any) -> Talk:
-        store = puter.AccountStore(own_home / "puter")
-        for name in usernames:
-            if f"token-{name}" not in fake.accounts:
-                fake.add_account(name)
-            store.add(puter.Account(name, f"token-{name}", 1), activate=name == usernames[0])
+        sign_in(fake, own_home / "puter", *usernames)
         plain = {"api_base_url": fake.url, "max_retries": 0, "fallback_enabled": False}
 
         def make_client() -> puter.Puter:
@@ -12147,37 +12030,32 @@ def talk(fake: FakePuter, own_home: Path) -> Iterator[Callable[..., Talk]]:
         client.close()
 
 
+NO_JSON = (
+    *(b"{", b"{} {}", b"[" * 200_000, b'{"id":' + b"9" * 5000 + b"}"),
+    b'{"jsonrpc":"2.0","id":1,"method":"\xff"}',
+    b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+)
+NO_REQUESTS = (
+    *(b"5", b"null", b'"ping"', {}, [], [rpc("ping")]),
+    *(rpc("ping", None, wrong_id) for wrong_id in (True, 1.5, {})),
+    {"jsonrpc": "2.0", "id": None, "method": "ping"},
+)
 # (line, code and id of the error; None when there is no answer)
 BAD_LINES: dict[str, tuple[Any, tuple[int, Any] | None]] = {
-    "no JSON": (b"{", (-32700, None)),
-    "no UTF-8": (b'{"jsonrpc":"2.0","id":1,"method":"\xff"}', (-32700, None)),
-    "NaN": (b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}', (-32700, None)),
-    "two values": (b"{} {}", (-32700, None)),
-    "too deep": (b"[" * 200_000, (-32700, None)),
-    "too long a number": (b'{"id":' + b"9" * 5000 + b"}", (-32700, None)),
-    "a number": (b"5", (-32600, None)),
-    "null": (b"null", (-32600, None)),
-    "a text": (b'"ping"', (-32600, None)),
-    "an empty object": ({}, (-32600, None)),
-    "a batch": ([rpc("ping")], (-32600, None)),
-    "an empty batch": ([], (-32600, None)),
+    **{f"not JSON {n}": (line, (-32700, None)) for n, line in enumerate(NO_JSON)},
+    **{f"no request {n}": (line, (-32600, None)) for n, line in enumerate(NO_REQUESTS)},
     "old JSON-RPC": ({"jsonrpc": "1.0", "id": 3, "method": "ping"}, (-32600, 3)),
     "no jsonrpc": ({"id": "x", "method": "ping"}, (-32600, "x")),
     "no method": ({"jsonrpc": "2.0", "id": 3}, (-32600, 3)),
     "method a number": ({"jsonrpc": "2.0", "id": 3, "method": 5}, (-32600, 3)),
     "params a list": (rpc("ping", [1], 3), (-32600, 3)),
     "params a text": (rpc("ping", "x", 3), (-32600, 3)),
-    "id null": ({"jsonrpc": "2.0", "id": None, "method": "ping"}, (-32600, None)),
-    "id a flag": (rpc("ping", None, True), (-32600, None)),
-    "id a fraction": (rpc("ping", None, 1.5), (-32600, None)),
-    "id an object": (rpc("ping", None, {}), (-32600, None)),
     "unknown method": (rpc("nope", None, 3), (-32601, 3)),
     "undeclared logging": (rpc("logging/setLevel", {"level": "info"}, 3), (-32601, 3)),
     "undeclared completion": (rpc("completion/complete", {}, 3), (-32601, 3)),
     "unknown tool": (tool_request("nope", None, 3), (-32602, 3)),
     "no tool": (rpc("tools/call", None, 3), (-32602, 3)),
-    "tool a number": (rpc("tools/call", {"name": 5}, 3), (-32602, 3)),
-    "tool an object": (rpc("tools/call", {"name": {}}, 3), (-32602, 3)),
+    **{f"tool {n}": (rpc("tools/call", {"name": n}, 3), (-32602, 3)) for n in (5, {})},
     "arguments a list": (tool_request("models", [1], 3), (-32602, 3)),
     "initialize with nothing": (rpc("initialize", None, 3), (-32602, 3)),
     "initialize with 5": (rpc("initialize", {"protocolVersion": 5}, 3), (-32602, 3)),
@@ -12191,9 +12069,7 @@ BAD_LINES: dict[str, tuple[Any, tuple[int, Any] | None]] = {
     "an unknown notification": (rpc("nope", [5], None), None),
     "an unasked result": ({"jsonrpc": "2.0", "id": 9, "result": {}}, None),
     "an unasked error": ({"jsonrpc": "2.0", "id": 9, "error": {"code": 1}}, None),
-    "cancel of nothing": (cancelled(77), None),
-    "cancel of an object": (cancelled({}), None),
-    "cancel of null": (cancelled(None), None),
+    **{f"cancel of {n}": (cancelled(n), None) for n in (77, {}, None)},
     "cancel with a list": (rpc("notifications/cancelled", [1], None), None),
 }
 
@@ -12215,17 +12091,14 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"message": 5}, "message is 5"),
     ("chat", {"message": "x", "modle": "y"}, "'modle'"),
     ("chat", {"message": "x", "model": 5}, "model is 5"),
-    ("chat", {"message": "x", "temperature": "warm"}, "temperature"),
-    ("chat", {"message": "x", "temperature": 2.5}, "2.5"),
-    ("chat", {"message": "x", "temperature": True}, "temperature"),
-    ("chat", {"message": "x", "max_tokens": 0}, "max_tokens is 0"),
-    ("chat", {"message": "x", "max_tokens": 1.5}, "max_tokens"),
-    ("chat", {"message": "x", "max_tokens": True}, "max_tokens"),
-    ("models", {"free": "yes"}, "free"),
-    ("models", {"free": 1}, "free"),
+    *(
+        ("chat", {"message": "x", "temperature": t}, f"temperature is {t!r}")
+        for t in ("warm", 2.5, True)
+    ),
+    *(("chat", {"message": "x", "max_tokens": n}, f"max_tokens is {n}") for n in (0, 1.5, True)),
+    *(("models", {"free": value}, f"free is {value!r}") for value in ("yes", 1)),
     ("models", {"provider": ["x"]}, "provider"),
-    ("models", {"limit": 501}, "limit is 501"),
-    ("models", {"limit": 0}, "limit is 0"),
+    *(("models", {"limit": limit}, f"limit is {limit}") for limit in (501, 0)),
     ("account", {"x": 1}, "'x'"),
 ]
 
@@ -12238,6 +12111,7 @@ FAILURES = [
     ("midfail", "scripted mid-stream failure"),
     ("closed", "broke off"),
     ("html", "502"),
+    ("texxt", "openrouter:lab/text"),
 ]
 
 
@@ -12402,20 +12276,14 @@ class TestMcpMessages:
         text = result["content"][0]["text"]
         assert result["isError"] and words in text and "structuredContent" not in result
 
-    def test_the_hint_is_reported(self, talk):
-        near = {"message": "x", "model": "gemini-2.5-flahs"}
-        text = talk("alice").result(tool_request("chat", near))["content"][0]["text"]
-        assert "gemini-2.5-flash" in text
-
     @pytest.mark.parametrize(
         ("arguments", "ids"),
         [
             ({"provider": "gemini"}, ["gemini-2.5-flash"]),
             ({"search": "OPUS"}, ["claude-opus-4-5-20251101"]),
             ({"search": "no such model"}, []),
-            ({"free": True, "provider": "groq"}, ["allam-2-7b"]),
+            *(({"free": free, "provider": "groq"}, ["allam-2-7b"]) for free in (True, None)),
             ({"free": False, "provider": "groq"}, []),
-            ({"free": None, "provider": "groq"}, ["allam-2-7b"]),
         ],
     )
     def test_the_models(self, talk, arguments, ids):
@@ -12488,12 +12356,12 @@ class TestMcpMessages:
         last = max(i for i, one in enumerate(server.out) if "method" in one)
         assert last < server.out.index(server.answers(7)[0])
 
-    @pytest.mark.parametrize("token", [None, True, 1.5, {}, []])
-    def test_no_progress_without_a_good_token(self, talk, token, monkeypatch):
+    def test_no_progress_without_a_good_token(self, talk, monkeypatch):
         monkeypatch.setattr(puter, "_MCP_TICK_S", 0.01)
-        server = talk("alice")
-        assert not server.result(lab_chat("slow", progressToken=token))["isError"]
-        assert not server.progress()
+        server, tokens = talk("alice"), (None, True, 1.5, {}, [])
+        server.send(*(lab_chat("slow", n, progressToken=t) for n, t in enumerate(tokens)))
+        assert eventually(lambda: len(server.out) == len(tokens))
+        assert not any(one["result"]["isError"] for one in server.out) and not server.progress()
 
     @pytest.mark.parametrize("scenario", ["slow", "hang"])
     @pytest.mark.parametrize("request_id", [0, 5, "five"])
@@ -12566,7 +12434,7 @@ class TestMcpMessages:
         assert eventually(lambda: fake.open_streams == 0, 2.0)
 
     def test_a_call_at_the_limit_gives_what_there_is(self, talk, fake):
-        server = talk("alice", limit_s=0.4)
+        server = talk("alice", limit_s=0.2)
         result = server.result(lab_chat("slow"))
         told = result["structuredContent"]
         jsonschema.validate(told, server.server.tools()[0]["outputSchema"])
@@ -12638,7 +12506,7 @@ class McpProcess:
 
 def mcp_argv() -> list[str]:
     """How the server is started here."""
-    return [sys.executable, str(Path(puter.__file__).resolve()), "serve", "--mcp"]
+    return [sys.executable, "-m", "puter", "serve", "--mcp"]
 
 
 @pytest.fixture
@@ -12646,6 +12514,7 @@ def mcp_env(fake: FakePuter, own_home: Path) -> dict[str, str]:
     """The near-empty environment in which other programs start the server."""
     return {
         "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
         "HOME": str(own_home),
         "LANG": "C",
         "PYTHONIOENCODING": "ascii",
@@ -12683,28 +12552,20 @@ def mutated(rand: random.Random) -> Any:
         *(None, True, 0, -1, 1.5, 2**70, "", "x", "\ud800", [], {}, [[]]),
         *({"a": None}, "tools/call", "2.0", "2026-07-28", 1e300),
     ]
-    message: Any = json.loads(
-        json.dumps(
-            rand.choice(
-                [
-                    rpc("initialize", {"protocolVersion": NEWEST}),
-                    rpc("initialize", {"protocolVersion": "2025-03-26"}),
-                    rpc("notifications/initialized", None, None),
-                    rpc("ping"),
-                    rpc("tools/list", {"cursor": None}),
-                    rpc("prompts/list", {}),
-                    rpc("server/discover", {"_meta": dict(ENVELOPE)}),
-                    rpc("tools/list", {"_meta": dict(ENVELOPE)}),
-                    tool_request("account", {"a": 1}, 3, progressToken=4),
-                    tool_request("models", {"search": 5}, "3"),
-                    tool_request("chat", {"temperature": 1}, 3, **ENVELOPE),
-                    cancelled(3),
-                    [rpc("ping"), rpc("tools/list", None, 2)],
-                    {"jsonrpc": "2.0", "id": 1, "result": {}},
-                ]
-            )
-        )
-    )
+    valid: list[Any] = [
+        *(rpc("initialize", {"protocolVersion": one}) for one in (NEWEST, "2025-03-26")),
+        *(rpc(f"{method}/list", {"cursor": None}) for method in ("tools", "prompts")),
+        *(rpc(method, {"_meta": ENVELOPE}) for method in ("server/discover", "tools/list")),
+        rpc("notifications/initialized", None, None),
+        rpc("ping"),
+        tool_request("account", {"a": 1}, 3, progressToken=4),
+        tool_request("models", {"search": 5}, "3"),
+        tool_request("chat", {"temperature": 1}, 3, **ENVELOPE),
+        cancelled(3),
+        [rpc("ping"), rpc("tools/list", None, 2)],
+        {"jsonrpc": "2.0", "id": 1, "result": {}},
+    ]
+    message = copy.deepcopy(rand.choice(valid))
     for _ in range(rand.randint(1, 3)):
         place: Any = message
         while True:
@@ -12792,7 +12653,8 @@ class TestMcpCommand:
         ("closed", "code", "says"), [("<&-", 0, b""), (">&-", 1, b"closed"), ("2>&-", 0, b"")]
     )
     def test_closed_streams_are_a_clear_end(self, mcp_env, closed, code, says):
-        shell = ["sh", "-c", f"{shlex.join(mcp_argv())} {closed}"]
+        command = [sys.executable, str(Path(puter.__file__).resolve()), "serve", "--mcp"]
+        shell = ["sh", "-c", f"{shlex.join(command)} {closed}"]
         ping = as_line(rpc("ping"))
         done = subprocess.run(shell, check=False, env=mcp_env, input=ping, capture_output=True)
         assert done.returncode == code and says in done.stderr and b"Traceback" not in done.stderr
@@ -12801,7 +12663,7 @@ class TestMcpCommand:
     def test_it_ends_with_its_input_when_nobody_reads(self, start_mcp):
         server = start_mcp()
         server.send(*(rpc("tools/list", None, number) for number in range(100)))
-        time.sleep(0.5)
+        time.sleep(0.2)
         assert server.end()[0] == 0
 
     @pytest.mark.parametrize("message", [rpc("ping"), tool_request("models")])
@@ -12839,7 +12701,7 @@ class TestMcpCommand:
         if not hasattr(session_module, "LATEST_HANDSHAKE_VERSION"):
             pytest.skip("mcp 1.x names its version elsewhere")
         monkeypatch.setattr(session_module, "LATEST_HANDSHAKE_VERSION", asked)
-        fake.script["openrouter:lab/slow"] = says(pause_s=0.12)
+        fake.script[lab("slow")] = says(pause_s=0.1)
         progress: list[float] = []
 
         async def heard(done: float, total: float | None, text: str | None) -> None:
@@ -12852,13 +12714,13 @@ class TestMcpCommand:
                 stdio_client(parameters) as (read, write),
                 mcp.ClientSession(read, write) as session,
             ):
-                slow = {"message": "hi", "model": "openrouter:lab/slow"}
+                chat = {"message": "hi", "model": lab("slow" if version == NEWEST else "text")}
                 results: dict[str, Any] = {
                     "init": await session.initialize(),
                     "tools": await session.list_tools(),
                     "models": await session.call_tool("puter-models", {"free": True}),
                     "account": await session.call_tool("puter-account", {}),
-                    "chat": await session.call_tool("puter-chat", slow, progress_callback=heard),
+                    "chat": await session.call_tool("puter-chat", chat, progress_callback=heard),
                     "wrong": await session.call_tool("puter-chat", {}),
                 }
                 return {k: v.model_dump(by_alias=True, mode="json") for k, v in results.items()}
@@ -12867,7 +12729,7 @@ class TestMcpCommand:
         assert results["init"]["protocolVersion"] == version
         assert len(results["tools"]["tools"]) == 3
         assert results["chat"]["content"][0]["text"] == SENTENCE
-        assert progress == sorted(set(progress)) and progress
+        assert progress == sorted(set(progress)) and (progress or version != NEWEST)
         assert results["wrong"]["isError"] and not results["models"]["isError"]
         if version == NEWEST:
             models = results["models"]["structuredContent"]["models"]
@@ -13305,7 +13167,10 @@ class TestFunctionTools:
             (None, {"type": "null"}),
             (Any, {}),
             (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
-            (Literal["a", 2, True], {"enum": ["a", 2, True]}),
+            (
+                Literal["a", 2, "b"],
+                {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "integer", "enum": [2]}]},
+            ),
             (Unit, {"type": "string", "enum": ["c", "f"]}),
             (Literal[Unit.CELSIUS], {"type": "string", "enum": ["c"]}),
             (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
@@ -13452,13 +13317,9 @@ class TestFunctionTools:
     @pytest.mark.parametrize(
         ("value", "hint", "want"),
         [
-            ("a", str, "a"),
-            (1, int, 1),
+            *((value, type(value), value) for value in ("a", 1, 1.5, True, 10**400)),
             (1, float, 1.0),
-            (1.5, float, 1.5),
-            (True, bool, True),
-            (None, int | None, None),
-            (2, int | None, 2),
+            *((value, int | None, value) for value in (None, 2)),
             ("2", int | str, "2"),
             ("f", Unit, Unit.FAHRENHEIT),
             ("a", Literal["a", 1], "a"),
@@ -13472,7 +13333,6 @@ class TestFunctionTools:
             (3, Annotated[int, "how many"], 3),
             (3, Annotated[int, {"minimum": 3, "maximum": 3}], 3),
             (None, Annotated[int | None, {"minimum": 1}], None),
-            (10**400, int, 10**400),
             ("c", Literal[Unit.CELSIUS], Unit.CELSIUS),
             (2.0, int, 2),
             ([1, "a"], tuple[int, str], (1, "a")),
@@ -13491,16 +13351,11 @@ class TestFunctionTools:
     @pytest.mark.parametrize(
         ("value", "hint", "where"),
         [
-            (1, str, "it is 1"),
-            ("1", int, "it is '1'"),
-            (1.5, int, "it is 1.5"),
-            (True, int, "it is True"),
+            *((value, int, f"it is {value!r}") for value in ("1", 1.5, True)),
+            *((value, str, f"it is {value}") for value in (1, None)),
+            *((value, Unit, f"it is {value!r}") for value in ("x", "CELSIUS", {})),
             (True, float, "it is True"),
             (1, bool, "it is 1"),
-            (None, str, "it is None"),
-            ("x", Unit, "it is 'x'"),
-            ("CELSIUS", Unit, "it is 'CELSIUS'"),
-            ({}, Unit, "it is {}"),
             ("b", Literal["a"], "it is 'b'"),
             (True, Literal[1], "it is True"),
             (1, Literal[True], "it is 1"),
@@ -13510,13 +13365,10 @@ class TestFunctionTools:
             (10**400, Annotated[int, {"maximum": 9}], '"maximum": 9'),
             ([1], tuple[int, int], "it is [1]"),
             (["a", 1], tuple[int, str], "it[0] is 'a'"),
-            ([], Literal["a"], "it is []"),
-            ([], int | None, "it is []"),
+            *(([], hint, "it is []") for hint in (Literal["a"], int | None, dict, Trip)),
             ("a", list[str], "it is 'a'"),
             (["a", 1], list[str], "it[1] is 1"),
             ({"a": "b"}, dict[str, int], "it.a is 'b'"),
-            ([], dict, "it is []"),
-            ([], Trip, "it is []"),
             ({}, Trip, "it lacks ['to']"),
             ({"to": "Rome", "by": "car"}, Trip, "it has no place for ['by']"),
             ({"to": 1}, Trip, "it.to is 1"),
@@ -15137,13 +14989,7 @@ NOWHERE = "http://127.0.0.1:9/v1"
 AGENT_FILES = {
     "opencode": (
         ".config/opencode/opencode.json",
-        json.dumps(
-            {
-                "$schema": "https://opencode.ai/config.json",
-                "model": "x/y",
-                "provider": {"puter": {"options": {"baseURL": NOWHERE}}},
-            }
-        ),
+        json.dumps({"model": "x/y", "provider": {"puter": {"options": {"baseURL": NOWHERE}}}}),
     ),
     "claude": (
         ".claude/settings.json",
@@ -15602,7 +15448,8 @@ class TestReadme:
         kinds = [kind for kind in ALL_ERRORS if kind is not puter.PuterError]
         assert sorted(told) == [(k.__name__, k.scope, k.retryable) for k in kinds]
 
-    def test_demo(self, capfd):
+    def test_demo(self, capfd, monkeypatch):
+        monkeypatch.setattr(FakeHandler, "pause", lambda *_: None)  # nobody looks on
         assert cmd_demo(argparse.Namespace()) == 0
         shown = capfd.readouterr()
         assert shown.out.count(f"{DEMO_ANSWER}\n") == 3
