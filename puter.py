@@ -3010,7 +3010,8 @@ def is_foreign(config: Config) -> bool:
         return False
     scheme, host, port = _origin(config.gui_base_url)
     own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
-    if _origin(base) in own:
+    # the second is where a Puter server of one's own is by default (recorded)
+    if _origin(base) in own or _origin(base)[1] == "api.puter.localhost":
         return path not in ("", _OPENAI_PATH)
     if path not in ("", _OPENAI_PATH):
         return True

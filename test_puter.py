@@ -6594,6 +6594,7 @@ class TestTransport:
             ["Puter's endpoint", "https://api.puter.com/puterai/openai/v1", "https://puter.com", False],
             ["its path elsewhere", "http://box:1/puterai/openai/v1", "https://puter.com", "box:1/v1"],
             ["its port", "https://api.puter.com:443", "https://puter.com", False],
+            ["one's own by default", "http://api.puter.localhost:4100", "https://puter.com", False],
             ["a Puter of one's own", "http://api.box:4100", "http://box:4100", False],
             ["on one origin", "http://box:4100", "http://box:4100", False],
             ["another path there", "http://box:4100/v1", "http://box:4100", True],
