@@ -3001,16 +3001,17 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 def is_foreign(config: Config) -> bool:
     """Whether requests go to an OpenAI-compatible server that is not Puter's.
 
-    Puter's are `api.puter.com` and the origin that belongs to `gui_base_url` (the same, or with
-    `api.` before its host); tokens of Puter go to no other. Raises `ConfigError` for another
-    one whose path does not say that it is an OpenAI-compatible server.
+    Puter's are `api.puter.com`, `api.puter.localhost` and the origin that belongs to
+    `gui_base_url` (the same, or with `api.` before its host); tokens of Puter go to no other.
+    Raises `ConfigError` for another one whose path does not say that it is an OpenAI-compatible
+    server.
     """
-    base, path = config.api_base_url, _host_and_path(config.api_base_url)[1]
     if config.api_style != "openai":
         return False
+    base, path = config.api_base_url, _host_and_path(config.api_base_url)[1]
     scheme, host, port = _origin(config.gui_base_url)
     own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
-    # the second is where a Puter server of one's own is by default (recorded)
+    # `api.puter.localhost`: where a Puter server of one's own is by default (recorded)
     if _origin(base) in own or _origin(base)[1] == "api.puter.localhost":
         return path not in ("", _OPENAI_PATH)
     if path not in ("", _OPENAI_PATH):
@@ -4957,8 +4958,6 @@ def stream(prompt: Prompt, **arguments: Any) -> Stream:
 
 def _show_signature(function: Any, method: Any) -> None:
     """Let help and completion show a function as the method that it calls."""
-    import inspect
-
     signature = inspect.signature(method)
     own = [p for p in signature.parameters.values() if p.name != "self"]
     function.__signature__ = signature.replace(parameters=own)
