@@ -46,13 +46,12 @@ import threading
 import time
 import types
 import typing
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial, wraps
 from itertools import chain, groupby, islice, takewhile
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -68,6 +67,7 @@ from weakref import WeakSet
 
 if TYPE_CHECKING:
     import sqlite3
+    from pathlib import Path
     from typing import TypeGuard
 
     import requests
@@ -830,6 +830,8 @@ def config_dir(
 
     An absolute path; raises `ConfigError` when there is no home folder to begin from.
     """
+    from pathlib import Path
+
     env = os.environ if environ is None else environ
     own = env.get("PUTER_CONFIG_DIR")
     shared = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
@@ -921,6 +923,8 @@ class Config:
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
 
     def __post_init__(self) -> None:
+        from pathlib import Path
+
         for spec in _SETTINGS.values():
             where = self.sources.get(spec.name, "argument")
             value = _checked(spec.name, getattr(self, spec.name), where)
@@ -945,12 +949,12 @@ class Config:
         found and what is allowed.
         """
         env = os.environ if environ is None else environ
-        folder = Path(folder) if folder else config_dir(env)
-        path = folder / CONFIG_NAME
-        values: JSON = {}
+        folder = folder or config_dir(env)
+        path = os.path.join(folder, CONFIG_NAME)
+        values: JSON = {"folder": folder}
         sources = dict.fromkeys(_SETTINGS, "default")
         for where, settings in (
-            (str(path), _read_config(path)),
+            (path, _read_config(path)),
             ("", _from_environment(env)),
             ("argument", overrides),
         ):
@@ -959,13 +963,14 @@ class Config:
                     raise _unknown_key(name, where)
                 values[name] = value
                 sources[name] = where or f"PUTER_{name.upper()}"
-        return cls(**values, folder=folder, sources=sources)
+        return cls(**values, sources=sources)
 
 
-def _read_config(path: Path) -> JSON:
+def _read_config(path: str) -> JSON:
     """puter.json as a dict ({} when there is none); raises `ConfigError`."""
     try:
-        data = _strict_json(path.read_text(encoding="utf-8-sig"))
+        with open(path, encoding="utf-8-sig") as file:
+            data = _strict_json(file.read())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -1098,6 +1103,8 @@ class AccountStore:
     VERSION = 1
 
     def __init__(self, path: str | Path | None = None) -> None:
+        from pathlib import Path
+
         place = Path(path) if path is not None else config_dir()
         is_file = path is not None and place.suffix == ".json"
         self.path = place if is_file else place / ACCOUNTS_NAME
@@ -1260,7 +1267,7 @@ LOCK_PATIENCE_S = 30.0
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    target = Path(os.path.realpath(path))
+    target = path.resolve()
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     until = time.monotonic() + LOCK_PATIENCE_S
@@ -1317,6 +1324,7 @@ def _write_private(target: Path, data: bytes) -> None:
 
 _CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
 STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
+_TRIM_EVERY = 1_000  # samples of calls, as it looks at all of them
 
 
 def _storable(text: str) -> str:
@@ -1484,7 +1492,8 @@ class State:
     ) -> None:
         """Count one request; `outcome` is "ok", "closed" or an error's code.
 
-        Of the times of answered ones the latest `keep` of a model are stored.
+        Of the times of answered ones the latest `keep` of a model are stored (and a few more,
+        until they are trimmed).
         """
         model, outcome, usage = _storable(model), _storable(outcome), usage or Usage()
         with self._open() as db:
@@ -1495,10 +1504,11 @@ class State:
             )
             if outcome == "ok":
                 row = (model, seconds, first_s, usage.output_tokens)
-                db.execute("INSERT INTO samples VALUES (NULL,?,?,?,?)", row)
-                latest = "SELECT id FROM samples WHERE model=? ORDER BY id DESC LIMIT 1 OFFSET ?"
-                delete = f"DELETE FROM samples WHERE model=? AND id <= ({latest})"
-                db.execute(delete, (model, model, keep))
+                added = db.execute("INSERT INTO samples VALUES (NULL,?,?,?,?)", row)
+                if (added.lastrowid or 0) % _TRIM_EVERY == 0:
+                    ranks = "SELECT id, row_number() OVER (PARTITION BY model ORDER BY id DESC) n"
+                    extra = f"SELECT id FROM ({ranks} FROM samples) WHERE n > ?"
+                    db.execute(f"DELETE FROM samples WHERE id IN ({extra})", (keep,))
 
     def metrics(
         self, keep: int = 1_000
@@ -1579,7 +1589,7 @@ class State:
         if self._db is not None:
             return self._db
         if self.path != ":memory:":
-            Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
             # else the umask would decide on its mode
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         db = sqlite3.connect(
@@ -1973,10 +1983,10 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
-        path = Path(source)
-        path = path if path.exists() else path.expanduser()
-        return path.read_bytes(), str(path)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        path = source if os.path.exists(source) else os.path.expanduser(source)
+        with open(path, "rb") as file:
+            return file.read(), str(path)
+    except (OSError, ValueError, TypeError) as error:
         reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
         raise BadRequestError(f"The {what} {name!r} cannot be read ({reason})") from error
 
@@ -2983,19 +2993,13 @@ _STALE_S = 0.3
 _BILLED_STATUSES = (504, 520, 522, 524)
 
 
-def _host_and_path(url: str) -> tuple[str, str]:
-    """(scheme, host and port; path without a slash at its end) of a URL."""
-    match = re.match(r"(https?://[^/?#]+)([^?#]*)", url)
-    return (match[1].lower(), match[2].rstrip("/")) if match else (url, "")
-
-
-def _origin(url: str) -> tuple[str, str, int | None]:
-    """(scheme, host, port) of a URL, as one compares them."""
+def _origin_and_path(url: str) -> tuple[tuple[str, str, int | None], str]:
+    """((scheme, host, port) of a URL, as one compares them; its path without a slash at its end)"""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
     port = {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, parts.hostname or "", parts.port or port
+    return (parts.scheme, parts.hostname or "", parts.port or port), parts.path.rstrip("/")
 
 
 def is_foreign(config: Config) -> bool:
@@ -3008,16 +3012,17 @@ def is_foreign(config: Config) -> bool:
     """
     if config.api_style != "openai":
         return False
-    base, path = config.api_base_url, _host_and_path(config.api_base_url)[1]
-    scheme, host, port = _origin(config.gui_base_url)
+    origin, path = _origin_and_path(config.api_base_url)
+    (scheme, host, port), _ = _origin_and_path(config.gui_base_url)
     own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
-    # `api.puter.localhost`: where a Puter server of one's own is by default (recorded)
-    if _origin(base) in own or _origin(base)[1] == "api.puter.localhost":
-        return path not in ("", _OPENAI_PATH)
     if path not in ("", _OPENAI_PATH):
         return True
+    # `api.puter.localhost`: where a Puter server of one's own is by default (recorded)
+    if origin in own or origin[1] == "api.puter.localhost":
+        return False
     raise ConfigError(
-        f"api_base_url: {base} is not Puter's server, and does not name an OpenAI-compatible one",
+        f"api_base_url: {config.api_base_url} is not Puter's server, and does not name an "
+        "OpenAI-compatible one",
         hint=f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; for a Puter server "
         "of your own set gui_base_url, too.",
     )
@@ -3133,7 +3138,7 @@ def _new_session() -> requests.Session:
         """Reads proxies and certificates from the environment again when that has changed."""
 
         def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
-            key = (_host_and_path(url)[0], *more, *map(os.environ.get, _NETWORK_VARIABLES))
+            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
             if proxies or self.proxies or key not in settings:
                 settings[key] = super().merge_environment_settings(url, proxies, *more)
             return dict(settings[key])
@@ -3178,20 +3183,10 @@ class _Transport:
         """
         cancellation = cancellation or _Cancellation()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
-        options: JSON = {
-            "auth": _bearer(token),
-            "timeout": (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
-            # the token must not follow to another host
-            "allow_redirects": False,
-            "stream": True,
-            "headers": self._user_agent(),
-        }
-        if body is not None:
-            options["data"] = _encoded(body)
-            options["headers"]["Content-Type"] = "application/json"
-        elif form is not None:
-            options["files"] = form
-        response = self._request(method, url, options, timeout_s, cancellation)
+        options: JSON = {"files": form} if body is None else {"data": _encoded(body)}
+        # the token must not follow to another host
+        options |= {"auth": _bearer(token), "allow_redirects": False}
+        response = self._open(method, url, options, timeout_s, cancellation)
         if streaming and response.status_code == 200 and is_stream(response):
             return response
         try:
@@ -3201,15 +3196,18 @@ class _Transport:
             cancellation.follow()
         return response
 
-    def _request(
+    def _open(
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
         """The response's head; an idle connection that was closed meanwhile is no failure."""
+        times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         for may_be_stale in (True, False):
             started = time.monotonic()
             try:
                 with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
-                    response = self._session().request(method, url, **options)
+                    response = self._session().request(
+                        method, url, timeout=times, stream=True, **options
+                    )
             except NetworkError:
                 is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
                 if cancellation.cancelled.is_set() or not (may_be_stale and is_stale):
@@ -3225,23 +3223,20 @@ class _Transport:
         try:
             _read_into(data, response, timeout_s, MAX_BODY_BYTES)
         except PuterError as error:
-            # a whole JSON without its frame's end is an answer; what broke off was worked for,
-            # and billed: nobody asks for it again
-            if _json_or_none(data) is None and response.status_code == 200:
-                raise ReplyError(f"The answer broke off: {error.message}") from error
+            # a whole JSON without its frame's end is an answer
             if _json_or_none(data) is None:
+                if response.status_code == 200:
+                    # it was worked for, and billed: nobody asks for it again
+                    raise ReplyError(f"The answer broke off: {error.message}") from error
                 raise
-        response._content = bytes(data)
-        response._content = without_token(bytes(data).decode("utf-8", "replace"), token).encode()
+        response._content = without_token(data.decode("utf-8", "replace"), token).encode()
         location = response.headers.get("Location", "")
         response.headers["Location"] = without_token(location, token)
 
     def download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        options: JSON = {"headers": self._user_agent(), "auth": _bearer(""), "stream": True}
-        options["timeout"] = (CONNECT_TIMEOUT_S, timeout_s)
-        with _our_errors(url, timeout_s), self._session().get(url, **options) as response:
+        with self._open("GET", url, {"auth": _bearer("")}, timeout_s, _Cancellation()) as response:
             _read_into(data, response, timeout_s, MAX_FILE_BYTES)
         if response.status_code != 200:
             raise BadRequestError(f"{url} answered {response.status_code}", hint="Check the URL.")
@@ -3262,11 +3257,6 @@ class _Transport:
         with self._lock:
             self._own = self._custom or self._own or _new_session()
             return self._own
-
-    def _user_agent(self) -> dict[str, str]:
-        """Ours, unless the caller's session has one of its own."""
-        own = "" if self._custom is None else str(self._custom.headers.get("User-Agent", ""))
-        return {} if own and "python-requests" not in own else {"User-Agent": _USER_AGENT}
 
 
 def without_token(text: str, token: str) -> str:
@@ -3404,7 +3394,7 @@ def _reason(cause: BaseException) -> str:
 
 
 def _bearer(token: str) -> Callable[[Any], Any]:
-    """Puts the token on a request; given as `auth`, so that no ~/.netrc overrides it."""
+    """Puts our headers on a request; given as `auth`, so that no ~/.netrc overrides the token."""
     if not re.fullmatch(r"[!-~]*", token):
         hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
         raise AuthError("The token contains a space or a character that is not ASCII", hint=hint)
@@ -3412,6 +3402,11 @@ def _bearer(token: str) -> Callable[[Any], Any]:
     def sign(request: Any) -> Any:
         if token:
             request.headers["Authorization"] = f"Bearer {token}"
+        if isinstance(request.body, bytes):
+            # `files` have said what they are
+            request.headers.setdefault("Content-Type", "application/json")
+        if request.headers.get("User-Agent", "").startswith("python-requests"):
+            request.headers["User-Agent"] = _USER_AGENT
         return request
 
     return sign
@@ -3515,16 +3510,15 @@ class _Request(NamedTuple):
     timeout_s: float | None
 
 
-@dataclass(eq=False, repr=False)
-class _Call:
+class _Call(NamedTuple):
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
     request: _Request
     cancellation: _Cancellation
     is_stream: bool
-    on_upload: Callable[[str, int, int], None] | None = None
-    attempts: list[Attempt] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
+    on_upload: Callable[[str, int, int], None] | None
+    attempts: list[Attempt]
+    began: float
 
 
 class _Source(NamedTuple):
@@ -3533,11 +3527,16 @@ class _Source(NamedTuple):
     batches: Iterator[list[Chunk]]
     reply: Callable[[], Reply]
 
+    @classmethod
+    def of(cls, reply: Reply) -> _Source:
+        """A whole reply, given out as a stream."""
+        return cls(map(chunks_of, [reply]), lambda: reply)
+
 
 class _Outcome(NamedTuple):
     """Who answered a call; `stack` gives back what the answer still needs."""
 
-    result: Any
+    source: _Source
     model: str
     account: Account
     stack: ExitStack
@@ -3554,66 +3553,59 @@ class _BusyError(RateLimitError):
 
 
 class _ConcurrencyLimit:
-    """Lets so many calls at once through to one account, in order of arrival."""
+    """Lets so many calls at once through to one account."""
 
     def __init__(self, places: int) -> None:
         self._places = places
-        self._running = 0
-        self._queue: deque[object] = deque()
+        self._free = threading.Semaphore(places)
+        # when a place was last given back
         self._moved_at = 0.0
         self._paused_until = 0.0
-        self._change = threading.Condition()
 
     @contextmanager
     def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
-        ticket, arrived = object(), time.monotonic()
-        with self._change:
-            self._queue.append(ticket)
-            try:
-                while not self._is_turn_of(ticket):
-                    since = max(arrived, self._moved_at, self._paused_until)
-                    if cancellation.cancelled.is_set() or time.monotonic() > since + patience_s:
-                        raise _BusyError(
-                            f"All {self._places} requests that may run at once on the account "
-                            f"have been running for {patience_s:g} s"
-                        )
-                    self._change.wait(0.1)
-                self._running += 1
-            finally:
-                self._queue.remove(ticket)
-                self._change.notify_all()
+        arrived = time.monotonic()
+        while not self._free.acquire(timeout=0.1):
+            since = max(arrived, self._moved_at, self._paused_until)
+            if cancellation.cancelled.is_set() or time.monotonic() > since + patience_s:
+                raise _BusyError(
+                    f"All {self._places} requests that may run at once on the account have been "
+                    f"running for {patience_s:g} s"
+                )
         try:
+            while (pause_s := self._paused_until - time.monotonic()) > 0:
+                if cancellation.cancelled.wait(pause_s):
+                    raise _BusyError("The call was given up before it was sent")
             yield
         finally:
-            with self._change:
-                self._running -= 1
-                self._moved_at = time.monotonic()
-                self._change.notify_all()
+            self._moved_at = time.monotonic()
+            self._free.release()
 
     def pause(self, seconds: float) -> None:
         """The server refused for too many requests: nobody goes for a while."""
-        with self._change:
-            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-
-    def _is_turn_of(self, ticket: object) -> bool:
-        is_paused = time.monotonic() < self._paused_until
-        return self._running < self._places and self._queue[0] is ticket and not is_paused
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
 
-@dataclass(eq=False, repr=False)
 class _Accounts:
-    """The accounts that a client may ask: which there are, who is on cooldown, who is next."""
+    """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
-    config: Config
-    store: AccountStore
-    state: State
-    # the caller's, whose account's name is not known
-    token: str | None
-    pinned: str | None
-    # who answered last, and is asked first
-    current: str | None = None
-    _read: tuple[Any, list[Account], str | None] | None = None
+    `token` is the caller's, whose account's name is not known; `pinned` the only one to ask.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: AccountStore,
+        state: State,
+        token: str | None,
+        pinned: str | None,
+    ) -> None:
+        self.config, self.store, self.state = config, store, state
+        self.token, self.pinned = token, pinned
+        # who answered last, and is asked first
+        self.current: str | None = None
+        self._read: tuple[Any, list[Account], str | None] | None = None
 
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
@@ -3753,22 +3745,21 @@ def _token_mark(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-@dataclass(eq=False, repr=False)
 class _Catalogue:
-    """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
+    """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks.
 
-    config: Config
-    state: State
-    transport: _Transport
-    # of a foreign server; Puter's own list needs no token
-    key: str
-    # every known name's model, in lower case
-    by_name: dict[str, Model] = field(default_factory=dict)
-    _models: list[Model] = field(default_factory=list)
-    _fetched_at: float | None = None
-    # the latest one, and when
-    _failure: tuple[PuterError, float] | None = None
-    _lock: Any = field(default_factory=threading.RLock)
+    `key` is a foreign server's; Puter's own list needs no token.
+    """
+
+    def __init__(self, config: Config, state: State, transport: _Transport, key: str) -> None:
+        self.config, self.state, self.transport, self.key = config, state, transport, key
+        # every known name's model, in lower case
+        self.by_name: dict[str, Model] = {}
+        self._models: list[Model] = []
+        self._fetched_at: float | None = None
+        # the latest one, and when
+        self._failure: tuple[PuterError, float] | None = None
+        self._lock = threading.RLock()
 
     def models(self, refresh: bool = False) -> list[Model]:
         """The list; an old one with a warning when the server cannot be reached.
@@ -3848,8 +3839,7 @@ class _Catalogue:
         self.state.put_catalogue(self.config.api_base_url, json.dumps(body), now)
 
 
-@dataclass(eq=False, repr=False)
-class _Api:
+class _Api(NamedTuple):
     """One request to Puter, or to an OpenAI-compatible base: no retries, no choices."""
 
     config: Config
@@ -3857,23 +3847,22 @@ class _Api:
     catalogue: _Catalogue
     accounts: _Accounts
 
-    def complete(self, call: _Call, model: str, account: Account, stack: ExitStack) -> Reply:
-        """A whole reply; uploaded files are deleted when the stack ends."""
-        response = self._send(call, model, account, stack, streaming=False)
-        return self._whole_reply(response, model, account)
+    def open(self, call: _Call, model: str, account: Account, stack: ExitStack) -> _Source:
+        """Ask, and read up to the first chunk, or all of a whole reply.
 
-    def open_stream(self, call: _Call, model: str, account: Account, stack: ExitStack) -> _Source:
-        """A streaming reply, read up to its first chunk; the stack closes its connection."""
-        if self.must_be_whole(call.request, model):
-            return _source_of(self.complete(call, model, account, stack))
+        The stack gives back what the answer needs: its connection, and its uploaded files.
+        """
+        streaming = call.is_stream and not self.must_be_whole(call.request, model)
+        timeout_s = self._timeout_s(call.request, is_whole=not streaming)
         started = time.monotonic()
-        response = self._send(call, model, account, stack, streaming=True)
-        if response.status_code != 200 or not is_stream(response):
-            return _source_of(self._whole_reply(response, model, account))
+        response = self._send(call, model, account, stack, timeout_s, streaming)
+        if not streaming or response.status_code != 200 or not is_stream(response):
+            body = body_of(response, model, account.username)
+            read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
+            return _Source.of(read(body, model))
         stack.callback(call.cancellation.follow)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
-        timeout_s = self._timeout_s(call.request, is_whole=False)
         decoder: LineDecoder | EventDecoder = LineDecoder(model)
         parts: Iterator[Any] = stream_pieces(response, timeout_s)
         if content_type(response) == "text/event-stream":
@@ -3885,11 +3874,6 @@ class _Api:
         """The answer to a question about the account."""
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
-
-    def _whole_reply(self, response: requests.Response, model: str, account: Account) -> Reply:
-        body = body_of(response, model, account.username)
-        read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-        return read(body, model)
 
     def must_be_whole(self, request: _Request, model: str) -> bool:
         """Whether streaming could lose tool calls, and the user wants none lost."""
@@ -3909,7 +3893,13 @@ class _Api:
         return usual_s if request.timeout_s is None else request.timeout_s
 
     def _send(
-        self, call: _Call, model: str, account: Account, stack: ExitStack, streaming: bool
+        self,
+        call: _Call,
+        model: str,
+        account: Account,
+        stack: ExitStack,
+        timeout_s: float,
+        streaming: bool,
     ) -> requests.Response:
         """Send one request in the dialect of the `api_style`, its files uploaded before."""
         base = self.config.api_base_url
@@ -3920,20 +3910,20 @@ class _Api:
         if self.config.api_style == "openai":
             if streaming:
                 body.setdefault("stream_options", {"include_usage": True})
-            has_path = _host_and_path(base)[1] != ""
-            url = f"{base}{'' if has_path else _OPENAI_PATH}/chat/completions"
+            path = "" if _origin_and_path(base)[1] else _OPENAI_PATH
+            url = f"{base}{path}/chat/completions"
         else:
             url = f"{base}/drivers/call"
             driver = {"interface": "puter-chat-completion", "driver": "ai-chat"}
             body = {**driver, "method": "complete", "args": body}
-        words = (_host_and_path(url)[1], model, str(streaming).lower(), len(messages))
+        words = (_origin_and_path(url)[1], model, str(streaming).lower(), len(messages))
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
         return self.transport.send(
             "POST",
             url,
             token=account.token,
             body=body,
-            timeout_s=self._timeout_s(call.request, is_whole=not streaming),
+            timeout_s=timeout_s,
             cancellation=call.cancellation,
             streaming=streaming,
         )
@@ -3999,11 +3989,6 @@ class _Api:
                 body_of(response, None, account.username)
         except PuterError as error:
             _log.warning("%s could not be deleted from Puter: %s", path, error)
-
-
-def _source_of(reply: Reply) -> _Source:
-    """A whole reply, given out as a stream."""
-    return _Source(iter([chunks_of(reply)]), lambda: reply)
 
 
 def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chunk]]:
@@ -4208,7 +4193,7 @@ class Puter:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
         self.state = State(self.config.folder / STATE_NAME, self.config.api_base_url)
-        self._metrics = self._state_in(self.config.metrics_file, "")
+        self._metrics = self._state_in(self.config.metrics_file)
         self._reply_cache = self._state_in(self.config.cache_directory, "cache.sqlite3")
         self._transport = _Transport(self.config, session)
         self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
@@ -4444,11 +4429,11 @@ class Puter:
         cached = self._cached(request)
         if cached is not None:
             return cached
-        call = _Call(request, cancellation or _Cancellation(), False, self.on_upload)
+        call = self._call(request, cancellation, False)
         outcome = self._walk(call)
         outcome.stack.close()
         name, attempts = outcome.account.username, tuple(call.attempts)
-        reply: Reply = replace(outcome.result, account=name, attempts=attempts)
+        reply = replace(outcome.source.reply(), account=name, attempts=attempts)
         self._note_end(call, outcome, "ok", reply)
         return reply
 
@@ -4459,16 +4444,22 @@ class Puter:
 
         Calls whose arguments cannot be read are passed on, unless the stream is `checked`.
         """
-        call = _Call(request, cancellation or _Cancellation(), True, self.on_upload)
+        call = self._call(request, cancellation, True)
         cached = self._cached(request)
         if cached is not None:
             who: Any = (cached.model, cached.account, ())
-            return Stream(_source_of(cached), call.cancellation, who, checked=checked)
+            return Stream(_Source.of(cached), call.cancellation, who, checked=checked)
         outcome = self._walk(call)
         model_id = self._catalogue.id_of(outcome.model)
         who = (model_id, outcome.account.username, tuple(call.attempts))
         note_end = partial(self._note_end, call, outcome)
-        return Stream(outcome.result, call.cancellation, who, outcome.stack, note_end, checked)
+        return Stream(outcome.source, call.cancellation, who, outcome.stack, note_end, checked)
+
+    def _call(
+        self, request: _Request, cancellation: _Cancellation | None, is_stream: bool
+    ) -> _Call:
+        cancellation = cancellation or _Cancellation()
+        return _Call(request, cancellation, is_stream, self.on_upload, [], time.monotonic())
 
     def _models_if_any(self, why: str) -> list[Model]:
         """The model list; none, with a warning that begins with `why`, when there is none."""
@@ -4585,8 +4576,8 @@ class Puter:
     ) -> _Outcome:
         """One model on one account, with the retries that the policies allow."""
         name, most = account.username, self.config.max_retries
-        limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
-        send = self._api.open_stream if call.is_stream else self._api.complete
+        new_limit = partial(_ConcurrencyLimit, self.config.max_concurrent)
+        limit = self._limits.get(name) or self._limits.setdefault(name, new_limit())
         patience_s = call.request.timeout_s or self.config.api_timeout_ms / 1000
         retries, waited_s = 0, 0.0
         while True:
@@ -4594,7 +4585,7 @@ class Puter:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
                 started = time.monotonic()
                 try:
-                    result = send(call, model, account, stack)
+                    source = self._api.open(call, model, account, stack)
                 except PuterError as error:
                     failure = error
                 else:
@@ -4602,7 +4593,7 @@ class Puter:
                     call.attempts.append(Attempt(model, name, None, seconds))
                     names, now = (model, self._catalogue.id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
-                    return _Outcome(result, model, account, stack.pop_all(), started)
+                    return _Outcome(source, model, account, stack.pop_all(), started)
             seconds = time.monotonic() - started
             call.attempts.append(Attempt(model, name, failure, seconds))
             self._count(model, _code_of(failure), seconds)
@@ -4727,9 +4718,11 @@ class Puter:
         server = [self.config.api_base_url, self.config.api_style]
         return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
 
-    def _state_in(self, place: str | None, name: str) -> State:
+    def _state_in(self, place: str | None, *name: str) -> State:
         """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
-        return self.state if place is None else State(Path(place).expanduser() / name)
+        if place is None:
+            return self.state
+        return State(os.path.join(os.path.expanduser(place), *name))
 
     def _after_fork(self) -> None:
         """A forked child begins without connections, and with nothing running."""
@@ -7381,16 +7374,16 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 }
 
 
-@dataclass(eq=False, slots=True)
 class _McpCall:
-    """A call of a tool that is running."""
+    """A call of a tool that is running; its client asks for progress if there is a token."""
 
-    request: JSON
-    progress_token: str | int | None  # None: the client asks for no progress
-    progress: int = 0
-    cancellation: _Cancellation = field(default_factory=_Cancellation)
-    stream: Stream | None = None
-    text: list[str] = field(default_factory=list)  # of the answer so far
+    def __init__(self, request: JSON, progress_token: str | int | None) -> None:
+        self.request, self.progress_token = request, progress_token
+        self.progress = 0
+        self.cancellation = _Cancellation()
+        self.stream: Stream | None = None
+        # of the answer so far
+        self.text: list[str] = []
 
 
 class McpServer:
@@ -8155,7 +8148,7 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     """
     texts, parts = [text] if text else [], []
     for source in sources:
-        name = Path(source).name
+        name = os.path.basename(source)
         if re.match(r"https?://", source):
             data, _ = client._download(source)
             name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
@@ -9043,9 +9036,9 @@ def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
 
 def mcp_command() -> list[str]:
     """How another program starts the MCP server, from whatever folder it runs in."""
-    here = Path(__file__).resolve()
-    installed = any(part in ("site-packages", "dist-packages") for part in here.parts)
-    return [sys.executable, *(("-m", "puter") if installed else (str(here),)), "serve", "--mcp"]
+    here = os.path.realpath(__file__)
+    installed = os.path.basename(os.path.dirname(here)) in ("site-packages", "dist-packages")
+    return [sys.executable, *(("-m", "puter") if installed else (here,)), "serve", "--mcp"]
 
 
 def _mcp_server(**more: Any) -> JSON:
@@ -9602,6 +9595,7 @@ def _run_with_gateway(
     import secrets
     import signal
     from contextlib import redirect_stderr
+    from pathlib import Path
     from tempfile import TemporaryDirectory
 
     # until the program has it, so that nothing is left behind
