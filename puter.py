@@ -1368,7 +1368,6 @@ class State:
             PRIMARY KEY (model, outcome));
         CREATE TABLE IF NOT EXISTS samples (
             id INTEGER PRIMARY KEY, model TEXT, seconds REAL, first_s REAL, tokens INTEGER);
-        CREATE INDEX IF NOT EXISTS samples_of ON samples (model, id);
         CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, at_s REAL, body TEXT);
         CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, count INTEGER);
     """
@@ -3496,6 +3495,8 @@ _OTHER_NAMES = {
     "timeout": "timeout_ms",
     "messages": "the prompt itself",
     "stream": "the method `stream`",
+    "max_rounds": "`run`, which takes it",
+    "on_tool": "`run`, which takes it",
 }
 
 
@@ -4401,7 +4402,10 @@ class Puter:
     ) -> _Request:
         """Check the caller's arguments, and send nothing; raises `BadRequestError`."""
         args = {k: v for k, v in (args or {}).items() if v is not None}
-        check_names(args)
+        for argument in args:
+            # all others are passed on to the server
+            if hint := what_is_meant(argument):
+                raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
         if timeout_ms is not None and not (_is_number(timeout_ms) and 0 < timeout_ms < 10**9):
             hint = "Give milliseconds, 1 or more."
             raise BadRequestError(f"timeout_ms is {_describe(timeout_ms)}", hint=hint)
@@ -4739,19 +4743,14 @@ def raise_first(attempts: Sequence[Attempt]) -> NoReturn:
     raise error from error.__cause__
 
 
-def check_names(args: Mapping[str, Any]) -> None:
-    """Raise `BadRequestError` for arguments that look like a misspelt one of ours.
-
-    All else is passed on to the server.
-    """
-    for name in args:
-        near = _close_matches(name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), 0.8)
-        if name in ("account", "token", "config", "session", *_SETTINGS):
-            hint = f"{name} belongs to the client: Puter({name}=…)."
-            raise BadRequestError(f"There is no argument {name!r}", hint=hint)
-        if name in _OTHER_NAMES or near:
-            hint = f"Did you mean {_OTHER_NAMES.get(name) or near[0]}?"
-            raise BadRequestError(f"There is no argument {name!r}", hint=hint)
+@lru_cache
+def what_is_meant(name: str) -> str:
+    """The hint for an argument that looks like a misspelt one of ours, else ""."""
+    if name in ("account", "token", "config", "session", *_SETTINGS):
+        return f"{name} belongs to the client: Puter({name}=…)."
+    near = _close_matches(name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), 0.8)
+    meant = _OTHER_NAMES.get(name) or "".join(near[:1])
+    return f"Did you mean {meant}?" if meant else ""
 
 
 def _short(error: PuterError) -> str:
