@@ -1327,6 +1327,14 @@ STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes co
 _TRIM_EVERY = 1_000  # samples of calls, as it looks at all of them
 
 
+@lru_cache
+def token_mark(token: str) -> str:
+    """What tells a token from another, and does not give it away."""
+    import hashlib
+
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def _storable(text: str) -> str:
     """A server's word as SQLite takes it: question marks for what is no character."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -1395,11 +1403,12 @@ class State:
         seconds_of: Callable[[int], float],
         reason: str,
         now: float,
-        token_mark: str = "",
+        token: str = "",
     ) -> Cooldown:
         """Put an account (model ""), or a model on it, on cooldown for `seconds_of(strikes)`.
 
-        One incident is one strike: a cooldown that still runs stays as it is, but for "login".
+        One incident is one strike: a cooldown that still runs stays as it is, but for "login",
+        which is of the `token`.
         """
         account, model, reason = map(_storable, (account, model, reason))
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
@@ -1415,7 +1424,7 @@ class State:
                 strikes += last.strikes if now - last.until_s <= STRIKES_LAPSE_S else 0
             until_s = now + seconds_of(strikes)
             cooldown = Cooldown(account, model, until_s, strikes, reason, now)
-            values = (self.server, *as_dict(cooldown).values(), token_mark)
+            values = (self.server, *as_dict(cooldown).values(), token_mark(token))
             db.execute("INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?,?,?)", values)
         return cooldown
 
@@ -1440,20 +1449,22 @@ class State:
             db.executemany(delete, rows)
             db.execute("INSERT OR REPLACE INTO last_used VALUES (?,?)", (account, int(now * 1000)))
 
-    def cooldowns(
-        self, now: float, mark_of: Callable[[str], str | None] = lambda _: None
-    ) -> list[Cooldown]:
-        """Who is on cooldown now; `mark_of` gives an account's token's mark.
+    def cooldowns(self, now: float, accounts: Iterable[Account] = ()) -> list[Cooldown]:
+        """Who is on cooldown now; a dead token stays so until its account has another one.
 
-        A dead token's cooldown holds only while the token is the same one. A clock that was
-        set back ends the others.
+        A clock that was set back ends the others.
         """
+        tokens = {account.username: account.token for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
         cooldowns = []
-        for _, *row, token_mark in self._rows(sql, self.server, now):
+        for _, *row, mark in self._rows(sql, self.server, now):
             one = Cooldown(*row)
-            is_dead = one.reason == "login" and mark_of(one.account) in (None, token_mark)
-            if is_dead or (one.reason != "login" and now > one.since_s - _CLOCK_SLACK_S):
+            token = tokens.get(one.account)
+            if one.reason == "login":
+                holds = token is None or token_mark(token) == mark
+            else:
+                holds = now > one.since_s - _CLOCK_SLACK_S
+            if holds:
                 cooldowns.append(one)
         return cooldowns
 
@@ -3591,7 +3602,8 @@ class _ConcurrencyLimit:
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
-    `token` is the caller's, whose account's name is not known; `pinned` the only one to ask.
+    `token` is the caller's, whose account's name is not known, or the key of a foreign server
+    ("" where it needs none); `pinned` is the name of the only one to ask.
     """
 
     def __init__(
@@ -3610,9 +3622,9 @@ class _Accounts:
 
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
-        if self.token is not None or is_foreign(self.config):
-            name = f"token-{_token_mark(self.token)[:8]}" if self.token else "nobody"
-            return [Account(name, self.token or "")]
+        if self.token is not None:
+            name = f"token-{token_mark(self.token)[:8]}" if self.token else "nobody"
+            return [Account(name, self.token)]
         accounts, active = self._stored()
         if self.pinned is not None:
             return [_account_named(accounts, self.pinned)]
@@ -3633,9 +3645,7 @@ class _Accounts:
     @property
     def active_name(self) -> str | None:
         """The name of the active stored account; None if something else is in use."""
-        if self.token is not None or self.pinned or is_foreign(self.config):
-            return None
-        return self._stored()[1]
+        return None if self.token is not None or self.pinned else self._stored()[1]
 
     def in_turn(self, call: _Call, is_free: bool) -> Iterator[tuple[Account, bool]]:
         """Each account to ask, by the policy, and whether it must be patient with a limit.
@@ -3661,9 +3671,8 @@ class _Accounts:
             yield account, True
 
     def cooldowns(self) -> list[Cooldown]:
-        """Who is on cooldown now; a dead token stays so until its account has another one."""
-        marks = {a.username: _token_mark(a.token) for a in self.usable()}
-        return self.state.cooldowns(time.time(), marks.get)
+        """Who is on cooldown now."""
+        return self.state.cooldowns(time.time(), self.usable())
 
     def is_alone(self, account: Account) -> bool:
         """Whether no other account could take its place, now or later."""
@@ -3737,13 +3746,6 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
         hint = f"{meant}`python -m puter status` lists them."
         raise AuthError(f"No stored account is called {name!r}", hint=hint)
     return account
-
-
-@lru_cache
-def _token_mark(token: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class _Catalogue:
@@ -4189,7 +4191,7 @@ class Puter:
             raise ConfigError(f"config is {_describe(config)}", hint=hint)
         self.config = Config.load(**settings) if config is None else replace(config, **settings)
         if is_foreign(self.config):
-            token = token or self.config.openai_api_key
+            token = token or self.config.openai_api_key or ""
         elif token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
@@ -4632,8 +4634,8 @@ class Puter:
         """
         code = _code_of(error)
         if isinstance(error, AuthError) and code in _DEAD_TOKEN_CODES:
-            name, mark = account.username, _token_mark(account.token)
-            self.state.add_cooldown(name, "", lambda _: math.inf, "login", time.time(), mark)
+            name, token = account.username, account.token
+            self.state.add_cooldown(name, "", lambda _: math.inf, "login", time.time(), token)
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
         elif error.scope == "model" or isinstance(error, CreditError):
             self._cool(error, account, self._catalogue.id_of(model))
@@ -8657,8 +8659,7 @@ def cmd_status(args: Any) -> int:
 def _status_report(config: Config, now: float) -> JSON:
     store, state = AccountStore(config.folder), _state(config)
     accounts, active = store.accounts(), store.active()
-    marks = {a.username: _token_mark(a.token) for a in accounts}
-    cooldowns = state.cooldowns(now, marks.get)
+    cooldowns = state.cooldowns(now, accounts)
     dead = {c.account for c in cooldowns if c.reason == "login"}
     used = state.last_used_ms()
     return {

@@ -5059,13 +5059,13 @@ class TestState:
 
     def test_a_dead_tokens_mark_ends_when_the_token_changes(self, state):
         for_ever = float("inf")
-        state.add_cooldown("alice", "", lambda _: for_ever, "login", 0.0, token_mark="old")
-        assert state.cooldowns(1e12, {"alice": "old"}.get)[0].reason == "login"
-        assert state.cooldowns(1e12, {"bob": "x"}.get)[0].account == "alice"
-        assert state.cooldowns(1e12, {"alice": "new"}.get) == []
+        state.add_cooldown("alice", "", lambda _: for_ever, "login", 0.0, token="old")
+        assert state.cooldowns(1e12, [puter.Account("alice", "old")])[0].reason == "login"
+        assert state.cooldowns(1e12, [puter.Account("bob", "x")])[0].account == "alice"
+        assert state.cooldowns(1e12, [puter.Account("alice", "new")]) == []
         # Any other cooldown is the account's, whatever its token is.
-        state.add_cooldown("alice", "", minutes, "busy", 0.0, token_mark="old")
-        assert state.cooldowns(1.0, {"alice": "new"}.get)[0].reason == "busy"
+        state.add_cooldown("alice", "", minutes, "busy", 0.0, token="old")
+        assert state.cooldowns(1.0, [puter.Account("alice", "new")])[0].reason == "busy"
 
     def test_old_times_go_and_counts_stay(self, state):
         for number in range(puter._TRIM_EVERY):
@@ -5896,8 +5896,7 @@ class TestAccountCommands:
     def test_status_as_json(self, two):
         state = two.state
         state.add_cooldown("bob", "m", lambda _: 900.0, "busy", time.time())
-        mark = puter._token_mark("token-alice")
-        state.add_cooldown("alice", "", lambda _: 1e9, "login", time.time(), token_mark=mark)
+        state.add_cooldown("alice", "", lambda _: 1e9, "login", time.time(), token="token-alice")
         state.close()
         out = two.good("status", "--json")
         data = json.loads(out)
