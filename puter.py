@@ -150,6 +150,7 @@ SUMMARY_ATTEMPTS = 8
 FALLBACK_TIME_S = 120.0  # no further fallback is begun after so long
 PROVIDER_REFUSALS = 2
 MODELS_TIMEOUT_S = 10.0
+DELETE_TIMEOUT_S = 5.0  # of an uploaded file, while the caller waits
 MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
@@ -239,14 +240,6 @@ JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
-def _any_size(digits: str) -> int | None:
-    """A whole number of JSON; None for one that is larger than any float."""
-    return int(digits) if len(digits) <= 300 else None
-
-
-_JSON = json.JSONDecoder(parse_int=_any_size)
-
-
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
@@ -258,6 +251,15 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def joined_halves(text: str) -> str:
+    """The text with halves of surrogate pairs joined; a half that stays alone becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _describe(value: Any) -> str:
@@ -298,6 +300,14 @@ def strip_puter_prefix(name: str) -> str:
 # 2. errors · uses: nothing above but the constants
 # ======================================================================================
 Scope = Literal["request", "model", "account", "server"]
+_OPENAI_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    404: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 
 class PuterError(Exception):
@@ -315,8 +325,7 @@ class PuterError(Exception):
     """Whether the very same request may work a moment later."""
     default_hint: ClassVar[str] = ""
     http_status: ClassVar[int] = 500
-    """What the gateway answers with, and the kind that OpenAI's clients know it by."""
-    openai_type: ClassVar[str] = "server_error"
+    """What the gateway answers with."""
 
     status: int | None = None
     code: str | None = None
@@ -341,6 +350,11 @@ class PuterError(Exception):
                 raise TypeError(f"{type(self).__name__} has no detail {name!r}")
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
+    @property
+    def openai_type(self) -> str:
+        """The kind that OpenAI's clients know it by."""
+        return _OPENAI_TYPES.get(self.http_status, "server_error")
+
     def __str__(self) -> str:
         parts = [self.message]
         if len(self.attempts) > 1:
@@ -364,7 +378,6 @@ class AuthError(PuterError):
     scope = "account"
     default_hint = "Sign in with `python -m puter login`."
     http_status = 401
-    openai_type = "authentication_error"
 
 
 class CreditError(PuterError):
@@ -376,7 +389,6 @@ class CreditError(PuterError):
         "`python -m puter login`, or add credit on puter.com."
     )
     http_status = 402
-    openai_type = "insufficient_quota"
 
 
 class AccessError(PuterError):
@@ -385,7 +397,6 @@ class AccessError(PuterError):
     scope: ClassVar[Scope] = "account"
     default_hint = "See the account on puter.com, or use another: `python -m puter switch NAME`."
     http_status: ClassVar[int] = 403
-    openai_type: ClassVar[str] = "permission_error"
 
 
 class ModelAccessError(AccessError):
@@ -401,7 +412,6 @@ class SubscriptionError(AccessError):
     scope = "request"
     default_hint = 'Set "api_style" to "drivers" (the default): it works for every account.'
     http_status = 402
-    openai_type = "insufficient_quota"
 
 
 class RateLimitError(PuterError):
@@ -411,7 +421,6 @@ class RateLimitError(PuterError):
     retryable = True
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
     http_status = 429
-    openai_type = "rate_limit_error"
 
 
 class ModelRateLimitError(PuterError):
@@ -420,7 +429,6 @@ class ModelRateLimitError(PuterError):
     scope = "model"
     default_hint = "Use another model for a while, or leave `fallback_enabled` on."
     http_status = 429
-    openai_type = "rate_limit_error"
 
 
 class ModelUnavailableError(PuterError):
@@ -445,7 +453,6 @@ class ModelNotFoundError(PuterError):
 
     default_hint = "List the names with `python -m puter models`."
     http_status = 404
-    openai_type = "invalid_request_error"
 
 
 class BadRequestError(PuterError):
@@ -456,7 +463,6 @@ class BadRequestError(PuterError):
 
     default_hint = "Change the request as the message says; sending it again will not help."
     http_status = 400
-    openai_type = "invalid_request_error"
 
 
 class ServerError(PuterError):
@@ -525,13 +531,16 @@ class AllAccountsOnCooldownError(PuterError):
         "`python -m puter status --clear-cooldowns`."
     )
     http_status = 429
-    openai_type = "rate_limit_error"
 
 
+# Of a token that is of no use until the next sign-in (recorded).
+DEAD_TOKEN_CODES = (
+    *("token_missing", "reauth_required", "token_auth_failed", "app_or_api_token_required"),
+)
 # Puter's error codes and what they mean (recorded, or read in the server's code).
 _KIND_BY_CODE: dict[str, type[PuterError]] = {
-    **dict.fromkeys(("token_missing", "reauth_required", "token_auth_failed"), AuthError),
-    **dict.fromkeys(("app_or_api_token_required", "invalid_api_key"), AuthError),
+    **dict.fromkeys(DEAD_TOKEN_CODES, AuthError),
+    "invalid_api_key": AuthError,
     "insufficient_funds": CreditError,
     "subscription_required": SubscriptionError,
     **dict.fromkeys(("permission_denied", "usage-limited-chat"), ModelAccessError),
@@ -552,6 +561,8 @@ _KIND_BY_STATUS: dict[int, type[PuterError]] = {
     408: RequestTimeoutError,
     429: RateLimitError,
 }
+# Of proxies that gave up on a server which may still be at work.
+_BILLED_STATUSES = (504, 520, 522, 524)
 _HINT_BY_CODE = {
     "app_or_api_token_required": "This is an account session token: sign in with "
     "`python -m puter login`, which gets a token of the right kind.",
@@ -560,9 +571,7 @@ _HINT_BY_CODE = {
 }
 
 
-def error_from(
-    status: int, body: Any, *, model: str | None = None, account: str | None = None, **details: Any
-) -> PuterError:
+def error_from(status: int, body: Any, **details: Any) -> PuterError:
     """The error that an HTTP status and a body (decoded JSON, or text) stand for.
 
     The code decides first, then the status, then texts of older servers. Understands Puter's
@@ -578,15 +587,10 @@ def error_from(
     if kind is None:
         kind = _KIND_BY_STATUS.get(status, ServerError if status >= 500 else BadRequestError)
     text = message or f"The server answered {status} without saying why"
-    if model and model not in text:
-        text = f"{model}: {text}"
-    if account and kind.scope == "account":
-        text = f"{text} (account {account})"
     if provider_words not in text:
         text = f"{text} (the provider said: {provider_words})"
-    hint = _HINT_BY_CODE.get(code or "")
-    details |= {"status": status, "code": code, "model": model, "account": account}
-    return kind(text, hint=hint, **details)
+    details |= {"status": status, "code": code, "may_be_billed": status in _BILLED_STATUSES}
+    return kind(text, hint=_HINT_BY_CODE.get(code or ""), **details)
 
 
 def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
@@ -611,11 +615,6 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
 # 3. values · uses: errors
 # ======================================================================================
 ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
-
-
-def as_dict(value: Any) -> JSON:
-    """A value as a dict of its fields; what is inside them stays as it is."""
-    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def _code_of(error: PuterError) -> str:
@@ -1137,14 +1136,13 @@ class AccountStore:
     def add(self, account: Account, *, activate: bool = True) -> bool:
         """Store an account; True if it is new, False if only its token was replaced."""
         with self._change() as data:
-            records = data["accounts"]
-            index = _index_of(records, account.username)
-            is_new = index == len(records)
+            records, name = data["accounts"], account.username
+            is_new = all(record["username"] != name for record in records)
             if is_new:
                 added_at_ms = account.added_at_ms or int(time.time() * 1000)
-                records.append({"username": account.username, "addedAt": added_at_ms})
-            records[index]["authToken"] = account.token
-            records[index]["isTemporary"] = account.is_temporary
+                records.append({"username": name, "addedAt": added_at_ms})
+            index = self._require(data, name)
+            records[index] |= {"authToken": account.token, "isTemporary": account.is_temporary}
             if account.last_used_ms is not None:
                 records[index]["lastUsed"] = account.last_used_ms
             if activate or len(records) == 1:
@@ -1174,15 +1172,14 @@ class AccountStore:
             return _account_from(data["accounts"][data["activeIndex"]])
 
     def _require(self, data: JSON, username: str) -> int:
-        index = _index_of(data["accounts"], username)
-        if index == len(data["accounts"]):
-            names = [record["username"] for record in data["accounts"]]
+        names = [record["username"] for record in data["accounts"]]
+        if username not in names:
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
             raise StoreError(
                 f"{self.path}: no account is called {username!r}",
                 hint=f"{_did_you_mean(username, names)}Accounts: {known}.",
             )
-        return index
+        return names.index(username)
 
     def _read(self) -> JSON:
         try:
@@ -1247,12 +1244,6 @@ def parse_accounts(raw: bytes, where: str) -> JSON:
     is_there = not records or 0 <= active < len(records)
     check(is_there, f'"activeIndex" is {active}, but there are {len(records)} accounts')
     return dict(data)
-
-
-def _index_of(records: Sequence[JSON], username: str) -> int:
-    """Where the account of this name is, or would be added."""
-    places = (i for i, record in enumerate(records) if record["username"] == username)
-    return next(places, len(records))
 
 
 def _account_from(record: JSON) -> Account:
@@ -1335,9 +1326,9 @@ def token_mark(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _storable(text: str) -> str:
-    """A server's word as SQLite takes it: question marks for what is no character."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def cooldown_s(strikes: int, base_s: float) -> float:
+    """How long the cooldown of an account is after so many incidents: 1, 2, 3, 4 times the base."""
+    return base_s * min(max(strikes, 1), 4)
 
 
 def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
@@ -1397,20 +1388,15 @@ class State:
 
     @_or_in_memory
     def add_cooldown(
-        self,
-        account: str,
-        model: str,
-        seconds_of: Callable[[int], float],
-        reason: str,
-        now: float,
-        token: str = "",
+        self, account: str, model: str, base_s: float, reason: str, now: float, token: str = ""
     ) -> Cooldown:
-        """Put an account (model ""), or a model on it, on cooldown for `seconds_of(strikes)`.
+        """Put a model on an account on cooldown for `base_s`, or the whole account (model "").
 
+        An account gets more at its further strikes, by `cooldown_s`.
         One incident is one strike: a cooldown that still runs stays as it is, but for "login",
         which is of the `token`.
         """
-        account, model, reason = map(_storable, (account, model, reason))
+        account, model, reason = map(joined_halves, (account, model, reason))
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
@@ -1422,9 +1408,9 @@ class State:
                 if runs and reason != "login":
                     return last
                 strikes += last.strikes if now - last.until_s <= STRIKES_LAPSE_S else 0
-            until_s = now + seconds_of(strikes)
+            until_s = now + (base_s if model else cooldown_s(strikes, base_s))
             cooldown = Cooldown(account, model, until_s, strikes, reason, now)
-            values = (self.server, *as_dict(cooldown).values(), token_mark(token))
+            values = (self.server, *asdict(cooldown).values(), token_mark(token))
             db.execute("INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?,?,?)", values)
         return cooldown
 
@@ -1436,14 +1422,14 @@ class State:
 
         Ends the cooldowns that began before, forgets their strikes, and notes the use.
         """
-        account = _storable(account)
+        account = joined_halves(account)
         sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
         has_cooldowns = self._rows(sql, self.server, account)
         if not has_cooldowns and 0 <= now - self._uses.get(account, -1.0) < 1.0:
             # one write a second is enough to know who was used last
             return
         self._uses[account] = now
-        rows = [(self.server, account, _storable(name), started_s) for name in {"", *models}]
+        rows = [(self.server, account, joined_halves(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
         with self._open() as db:
             db.executemany(delete, rows)
@@ -1505,7 +1491,7 @@ class State:
         Of the times of answered ones the latest `keep` of a model are stored (and a few more,
         until they are trimmed).
         """
-        model, outcome, usage = _storable(model), _storable(outcome), usage or Usage()
+        model, outcome, usage = joined_halves(model), joined_halves(outcome), usage or Usage()
         with self._open() as db:
             db.execute(
                 "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
@@ -1520,13 +1506,17 @@ class State:
                     extra = f"SELECT id FROM ({ranks} FROM samples) WHERE n > ?"
                     db.execute(f"DELETE FROM samples WHERE id IN ({extra})", (keep,))
 
-    def metrics(
-        self, keep: int = 1_000
-    ) -> tuple[list[tuple[str, str, int, float]], dict[str, list[tuple[Any, ...]]]]:
-        """All that `record` counted: (model, outcome, count, cost), and samples by model."""
-        totals = self._rows("SELECT * FROM totals ORDER BY model, outcome")
+    def metrics(self, model: str, keep: int = 1_000) -> tuple[list[Any], list[Any]]:
+        """What `record` counted of a model: (outcome, count, cost in USD) of each outcome, and
+        (seconds, seconds to the first chunk, tokens) of calls, the latest first.
+        """
+        totals = "SELECT outcome, count, cost_usd FROM totals WHERE model=?"
         sql = "SELECT seconds, first_s, tokens FROM samples WHERE model=? ORDER BY id DESC LIMIT ?"
-        return totals, {model: self._rows(sql, model, keep) for model in {t[0] for t in totals}}
+        return self._rows(totals, model), self._rows(sql, model, keep)
+
+    def models(self) -> list[str]:
+        """The models that `record` counted."""
+        return [model for (model,) in self._rows("SELECT DISTINCT model FROM totals")]
 
     @_or_in_memory
     def reset_metrics(self, models: Sequence[str] | None = None) -> None:
@@ -1882,15 +1872,6 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     return {}, value if isinstance(value, str) else json.dumps(value)
 
 
-def joined_halves(text: str) -> str:
-    """The text with halves of surrogate pairs joined; a half that stays alone becomes U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
 def needs_of(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Needs:
     """What a request asks of a model; the context is a low guess of four characters a token."""
     kinds, characters = set(), 0
@@ -2036,9 +2017,9 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
     for what has no name or must be awaited.
     """
-    name = getattr(function, "__name__", None)
-    if not isinstance(name, str) or inspect.iscoroutinefunction(function):
-        problem = f"{_describe(function)} has no name, or must be awaited"
+    name = str(getattr(function, "__name__", ""))
+    if not name.isidentifier() or inspect.iscoroutinefunction(function):
+        problem = f"{_describe(function)} has no name, or is a coroutine function"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
     text, _ = _docstring_parts(inspect.getdoc(function) or "")
     described = {"name": name, **({"description": text} if text else {})}
@@ -2046,12 +2027,13 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
-def call_function(function: Callable[..., Any], arguments: JSON) -> Any:
-    """Call a function with a model's arguments, made what its hints say.
+def read_arguments(function: Callable[..., Any], arguments: JSON) -> JSON:
+    """A model's arguments, made what the function's hints say.
 
     Raises TypeError, in words for the model, when they do not fit.
     """
-    return function(**_call_type(function, dict, "it")[1](arguments, ""))
+    read: JSON = _call_type(function, dict, "it")[1](arguments, "")
+    return read
 
 
 # Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
@@ -2182,14 +2164,12 @@ def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     return schema, read
 
 
-def _any_of(schemas: Sequence[JSON]) -> JSON:
-    distinct = [schema for n, schema in enumerate(schemas) if schema not in schemas[:n]]
-    return {"anyOf": distinct} if len(distinct) > 1 else (distinct or [{}])[0]
-
-
 def _union_type(types: Sequence[_Type]) -> _Type:
     """One of several types, the first that fits; none at all is anything."""
-    schema = _any_of([schema for schema, _ in types])
+    distinct: list[JSON] = []
+    for schema, _ in types:
+        distinct += [schema] if schema not in distinct else []
+    schema = {"anyOf": distinct} if len(distinct) > 1 else (distinct or [{}])[0]
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
@@ -2334,14 +2314,14 @@ def _with_own_id(call: ToolCall, others: Iterable[ToolCall]) -> ToolCall:
     return replace(call, id=f"call_{os.urandom(12).hex()}")
 
 
-def _no_reply(what: str, body: Any, model: str | None = None) -> PuterError:
+def _no_reply(what: str, body: Any) -> PuterError:
     """The error of a good status without a reply: the server's own, if the body is one."""
     error = body.get("error") if isinstance(body, Mapping) else None
     if not error:
-        return ReplyError(what, raw=json.dumps(body)[:2_000], model=model)
+        return ReplyError(what, raw=json.dumps(body)[:2_000])
     code: Any = error.get("code") if isinstance(error, Mapping) else None
     # OpenRouter's code is the status that it would have been
-    return error_from(code if code in range(400, 600) else 502, body, model=model)
+    return error_from(code if code in range(400, 600) else 502, body)
 
 
 def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) -> Reply:
@@ -2351,7 +2331,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     """
     message = choice.get("message")
     if not isinstance(message, Mapping):
-        raise _no_reply("The reply has no message", body, model)
+        raise _no_reply("The reply has no message", body)
     content = message.get("content")
     end = choice.get("finish_reason") or message.get("stop_reason")
     reasoning = message.get("reasoning") or message.get("reasoning_content")
@@ -2365,8 +2345,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         for call in (*(message.get("tool_calls") or ()), *uses):
             calls.append(_with_own_id(tool_call_from(call), calls))
     except (TypeError, AttributeError, KeyError) as error:
-        what = f"The reply is in no form that we know ({error})"
-        raise _no_reply(what, body, model) from error
+        raise _no_reply(f"The reply has an unknown format ({error})", body) from error
     return Reply(
         text=joined_halves(str(text)),
         reasoning=joined_halves(reasoning if isinstance(reasoning, str) else thinking),
@@ -2386,12 +2365,12 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     """
     result, metadata = body.get("result"), body.get("metadata") or {}
     if not isinstance(result, Mapping) or not isinstance(metadata, Mapping):
-        raise _no_reply("The reply has no result", body, model)
+        raise _no_reply("The reply has no result", body)
     is_fake = metadata.get("service_used") == "fake-chat"
     # some are there for trying things
     if is_fake and model not in ("fake", "costly", "abuse"):
         problem = f"Puter blocked this prompt to {model}: it answered with made-up text"
-        raise BadRequestError(problem, code="prompt_blocked", model=model)
+        raise BadRequestError(problem, code="prompt_blocked")
     answered = metadata.get("providerUsed") or model
     return reply_from(result, result.get("usage"), str(answered), body)
 
@@ -2401,14 +2380,9 @@ def reply_from_openai(body: JSON, model: str) -> Reply:
     choices = body.get("choices")
     choices = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
     if not choices:
-        raise _no_reply("The reply has no choices", body, model)
-    choice = next(filter(_is_first, choices), choices[0])
+        raise _no_reply("The reply has no choices", body)
+    choice = next((c for c in choices if c.get("index") in (0, None)), choices[0])
     return reply_from(choice, body.get("usage"), str(body.get("model") or model), body)
-
-
-def _is_first(choice: Mapping[str, Any]) -> bool:
-    """Whether it is the one choice that we read, when `n` asked for several."""
-    return choice.get("index") in (0, None)
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
@@ -2429,10 +2403,8 @@ def message_from(reply: Reply) -> JSON:
 
 def reply_to_json(reply: Reply) -> JSON:
     """A reply as plain values, without its attempts."""
-    names = ("text", "reasoning", "finish_reason", "model", "account")
-    calls = [as_dict(call) for call in reply.tool_calls]
-    plain = {name: getattr(reply, name) for name in names}
-    return {**plain, "tool_calls": calls, "usage": as_dict(reply.usage)}
+    plain = asdict(replace(reply, attempts=(), raw={}))
+    return {name: value for name, value in plain.items() if name not in ("attempts", "raw")}
 
 
 def reply_from_json(data: JSON) -> Reply:
@@ -2451,24 +2423,15 @@ class _GrowingText:
     def __str__(self) -> str:
         return self._buffer.getvalue().decode()
 
-    def add(self, piece: str) -> str:
+    def add(self, piece: str, is_last: bool = False) -> str:
         """The piece as it can be shown: the first half of a pair waits for the second."""
-        if piece.isascii() and not self._half:
-            # as nearly always
-            self._buffer.write(piece.encode())
-            return piece
-        piece, self._half = self._half + piece, ""
-        if "\ud800" <= piece[-1:] <= "\udbff":
-            piece, self._half = piece[:-1], piece[-1]
-        piece = joined_halves(piece)
+        if self._half or not piece.isascii():
+            piece, self._half = self._half + piece, ""
+            if "\ud800" <= piece[-1:] <= "\udbff" and not is_last:
+                piece, self._half = piece[:-1], piece[-1]
+            piece = joined_halves(piece)
         self._buffer.write(piece.encode())
         return piece
-
-    def end(self) -> str:
-        """What is shown of a half that still waits: U+FFFD."""
-        end, self._half = joined_halves(self._half), ""
-        self._buffer.write(end.encode())
-        return end
 
 
 class _Decoder:
@@ -2526,9 +2489,9 @@ class _Decoder:
     def _end(self, chunks: list[Chunk]) -> None:
         """The stream says that it was whole."""
         self.whole = True
-        if half := self._reasoning.end():
+        if half := self._reasoning.add("", is_last=True):
             chunks.append(Chunk("reasoning", half))
-        if half := self._text.end():
+        if half := self._text.add("", is_last=True):
             chunks.append(Chunk("text", half))
         chunks.append(Chunk("usage", usage=self.usage))
 
@@ -2557,7 +2520,7 @@ class LineDecoder(_Decoder):
     def _read(self, block: bytes, problem: str = "a line is not what Puter sends") -> list[Chunk]:
         """The chunks of whole lines, up to the first fault. The one loop where speed counts."""
         chunks: list[Chunk] = []
-        raw, add, decode = b"", self._text.add, _JSON.raw_decode
+        raw, add, decode = b"", self._text.add, json.JSONDecoder().raw_decode
         try:
             for raw in block.split(b"\n"):
                 line = raw.decode()
@@ -2614,7 +2577,7 @@ class EventDecoder(_Decoder):
                     self._add_call(tool_call_from(call), chunks)
                 self._end(chunks)
             else:
-                self._frame(_JSON.decode(data), chunks)
+                self._frame(json.loads(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
         return chunks
@@ -2628,7 +2591,10 @@ class EventDecoder(_Decoder):
             return
         if isinstance(frame.get("model"), str) and frame["model"]:
             self.model = frame["model"]
-        for choice in filter(_is_first, frame.get("choices") or ()):
+        for choice in frame.get("choices") or ():
+            if choice.get("index") not in (0, None):
+                # `n` asked for several, and one is read
+                continue
             delta = choice.get("delta") or {}
             self._finish = choice.get("finish_reason") or self._finish
             if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
@@ -2685,15 +2651,14 @@ def models_from(body: Any) -> list[Model]:
 
 
 def _model_from(entry: Mapping[str, Any]) -> Model:
-    costs: Any = entry.get("costs") if isinstance(entry.get("costs"), Mapping) else {}
-    scale = 10_000 / (costs.get("tokens") or 1_000_000)
-    usd = {
-        key: round(cents * scale, 9)
-        for key, cents in costs.items()
-        if key != "tokens" and isinstance(cents, (int, float))
-    }
+    costs: JSON = dict(entry["costs"]) if isinstance(entry.get("costs"), Mapping) else {}
+    scale = 10_000 / (costs.pop("tokens", None) or 1_000_000)
+    usd: Any = {key: round(cents * scale, 9) for key, cents in costs.items() if _is_number(cents)}
     modalities = entry.get("modalities") or {}
-    aliases = [entry.get("puterId"), *(entry.get("aliases") or ())]
+    others = entry.get("aliases")
+    aliases = [entry.get("puterId"), *(others if isinstance(others, list) else ())]
+    lengths = (_amount(entry, key) for key in ("context", "max_tokens"))
+    context, max_tokens = (None if n is None else int(n) for n in lengths)
     if not _is_text(entry["id"]):
         raise ValueError(f"the id is {_describe(entry['id'])}")
     return Model(
@@ -2701,11 +2666,12 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         name=str(entry.get("name") or entry["id"]),
         provider=str(entry.get("provider") or entry.get("owned_by") or ""),
         aliases=tuple(dict.fromkeys(a for a in aliases if a and a != entry["id"])),
-        context=entry.get("context"),
-        max_tokens=entry.get("max_tokens"),
+        context=context,
+        max_tokens=max_tokens,
         inputs=tuple(modalities["input"]) if modalities.get("input") else None,
         tools=entry.get("tool_call"),
-        free=bool(usd) and not any(usd.values()),
+        # a price that cannot be read is not none
+        free=bool(costs) and len(usd) == len(costs) and not any(usd.values()),
         input_usd_per_million=usd.get(entry.get("input_cost_key")),
         output_usd_per_million=usd.get(entry.get("output_cost_key")),
         released=entry.get("release_date"),
@@ -2742,25 +2708,21 @@ def credit_from(body: Any) -> Credit:
 # 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
 # ======================================================================================
 def retry_delay_s(
-    attempt: int,
-    base_s: float,
-    cap_s: float = RETRY_CAP_S,
-    retry_after_s: float | None = None,
-    rand: Callable[[], float] | None = None,
+    error: PuterError, retry: int, base_s: float, rand: Callable[[], float] | None = None
 ) -> float:
-    """How long to wait before sending again, in seconds.
+    """How long to wait after an error before sending again, in seconds.
 
-    `attempt` counts from 1: base, twice, four times…, each shortened by up to a quarter (by
-    `rand`, from 0 to 1) so that clients do not come back in step. A server's `Retry-After`
-    wins. `cap_s` bounds both.
+    `retry` counts from 1: base, twice, four times… up to `RETRY_CAP_S`, each shortened by up to
+    a quarter (by `rand`, from 0 to 1) so that clients do not come back in step. A server's
+    `Retry-After` wins; `may_retry` has seen that it is not too long.
     """
-    if retry_after_s is not None:
-        return max(0.0, min(retry_after_s, cap_s))
-    if rand is None:
-        import random
+    import random
 
-        rand = random.random
-    return min(cap_s, base_s * 2.0 ** (min(attempt, 60) - 1)) * (1.0 - rand() / 4)
+    delay_s = error.retry_after_s
+    if delay_s is None:
+        jitter = 1.0 - (rand or random.random)() / 4
+        delay_s = min(RETRY_CAP_S, base_s * 2.0 ** (retry - 1)) * jitter
+    return max(delay_s, RATE_PAUSE_S) if isinstance(error, RateLimitError) else delay_s
 
 
 def may_retry(
@@ -2897,27 +2859,9 @@ def next_account(
     return next(a for a in order if a in free)
 
 
-def cooldown_s(strikes: int, base_s: float) -> float:
-    """How long the cooldown after so many failures in a row is: 1, 2, 3, 4 times the base."""
-    return base_s * min(max(strikes, 1), 4)
-
-
-def stats_from(
-    totals: Sequence[tuple[str, str, int, float]], samples: Mapping[str, Sequence[tuple[Any, ...]]]
-) -> list[ModelStats]:
-    """What `State.metrics` gives, by model, most asked first."""
-    stats = [
-        _stats_of(model, [t for t in totals if t[0] == model], samples.get(model, ()))
-        for model in {t[0] for t in totals}
-    ]
-    return sorted(stats, key=lambda s: (-s.requests, s.model))
-
-
-def _stats_of(
-    model: str, totals: Sequence[tuple[str, str, int, float]], samples: Sequence[tuple[Any, ...]]
-) -> ModelStats:
-    """The statistics of one model: its counts by outcome, and (seconds, first_s, tokens) of calls."""
-    counts = {outcome: count for _, outcome, count, _ in totals}
+def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> ModelStats:
+    """The statistics of a model, from what `State.metrics` gives of it."""
+    counts = {outcome: count for outcome, count, _ in totals}
     timed = [(tokens, seconds) for seconds, _, tokens in samples if tokens and seconds]
     seconds = sum(s for _, s in timed)
     return ModelStats(
@@ -2972,18 +2916,8 @@ def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
 def is_from(model: Model, provider: str) -> bool:
     """Whether a model is of a provider, by the catalogue's name or the vendor in its names."""
     names = [name.lower() for name in model.names()]
-    vendors = {re.split(r"[:/]", name)[0] for name in names}
-    vendors |= {part for name in names for part in re.split(r"[:/]", name)[:-1]}
+    vendors = {part for name in names for part in re.split(r"[:/]", name)[:-1]}
     return provider.lower() in {model.provider.lower(), *vendors}
-
-
-def may_lose_calls(provider: str | None, tools: Any, args: Mapping[str, Any]) -> bool:
-    """Whether a stream could lose all but the last of several calls in one turn (recorded).
-
-    So it is with every provider that speaks OpenAI's dialect; only Puter's own Claude provider
-    does not. An unknown provider (None) may lose them.
-    """
-    return bool(tools) and args.get("parallel_tool_calls") is not False and provider != "claude"
 
 
 # ======================================================================================
@@ -2999,8 +2933,6 @@ _NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE"
 _OPENAI_PATH = "/puterai/openai/v1"
 # A connection used again that fails within this time had been closed while it was idle.
 _STALE_S = 0.3
-# Statuses of proxies that gave up on a server which may still be at work.
-_BILLED_STATUSES = (504, 520, 522, 524)
 
 
 def _origin_and_path(url: str) -> tuple[tuple[str, str, int | None], str]:
@@ -3048,10 +2980,10 @@ class _Cancellation:
 
     # the call that a thread's connections work for
     of_thread = threading.local()
-    # re-entrant: a stream may be dropped, and so closed, at any time
-    _lock = threading.RLock()
 
     def __init__(self) -> None:
+        # re-entrant: a stream may be dropped, and so closed, at any time
+        self._lock = threading.RLock()
         self.cancelled = threading.Event()
         self.timeout_s: float | None = None
         self.is_reused = False
@@ -3210,22 +3142,19 @@ class _Transport:
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
         """The response's head; an idle connection that was closed meanwhile is no failure."""
-        times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        for may_be_stale in (True, False):
-            started = time.monotonic()
-            try:
-                with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
-                    response = self._session().request(
-                        method, url, timeout=times, stream=True, **options
-                    )
-            except NetworkError:
-                is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
-                if cancellation.cancelled.is_set() or not (may_be_stale and is_stale):
-                    raise
-            else:
-                cancellation.follow(response=response.raw)
-                return response
-        raise AssertionError("the second try returns or raises")
+        times, started = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s), time.monotonic()
+        try:
+            with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
+                response = self._session().request(
+                    method, url, timeout=times, stream=True, **options
+                )
+        except NetworkError:
+            is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
+            if cancellation.cancelled.is_set() or not is_stale:
+                raise
+            return self._open(method, url, options, timeout_s, cancellation)
+        cancellation.follow(response=response.raw)
+        return response
 
     def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
         """Read the whole body, within the time and the size limit."""
@@ -3259,8 +3188,8 @@ class _Transport:
         if session is not None and session is not self._custom:
             session.close()
 
-    def forget(self) -> None:
-        """After a fork: the sockets are the parent's, and the lock may be held there."""
+    def after_fork(self) -> None:
+        """The sockets are the parent's, and the lock may be held there."""
         self._own, self._lock = None, threading.RLock()
 
     def _session(self) -> requests.Session:
@@ -3337,10 +3266,10 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
 
 def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces of a stream, as long as no event grows without end."""
-    since_event = 0
+    since_event, last = 0, b""
     for piece in parts:
-        ends = b"\n\n" in piece or b"\n\r\n" in piece
-        since_event = len(piece) if ends else since_event + len(piece)
+        ends = re.search(rb"\n\r?\n", last + piece)
+        since_event, last = len(piece) if ends else since_event + len(piece), piece[-2:]
         if since_event > MAX_LINE_BYTES:
             raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
         yield piece
@@ -3360,7 +3289,7 @@ def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
         error.request = error.response = None
     host, cause = url.split("?")[0], _root_cause(error)
     reason = _reason(cause)
-    if isinstance(cause, TimeoutError) and "timed out" not in str(cause):
+    if isinstance(cause, TimeoutError) and cause.errno is None and "timed out" not in str(cause):
         # somebody else's, such as a signal handler's
         return cause
     if isinstance(error, rq.ConnectTimeout):
@@ -3434,24 +3363,19 @@ def _encoded(body: Any) -> bytes:
 
 def _json_or_none(text: str | bytes | bytearray) -> Any:
     try:
-        return json.loads(text, parse_int=_any_size)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def body_of(
-    response: requests.Response, model: str | None = None, account: str | None = None
-) -> JSON:
+def body_of(response: requests.Response) -> JSON:
     """The JSON object of a good response; raises the error that a bad one stands for."""
     text = response.content.decode("utf-8", "replace")
     data = _json_or_none(text)
     status = response.status_code
     if status >= 400 or (isinstance(data, dict) and data.get("success") is False):
         retry_after_s = _seconds(response.headers.get("Retry-After"))
-        body = text if data is None else data
-        error = error_from(status, body, model=model, account=account, retry_after_s=retry_after_s)
-        error.may_be_billed = status in _BILLED_STATUSES
-        raise error
+        raise error_from(status, text if data is None else data, retry_after_s=retry_after_s)
     if status >= 300:
         message = f"The server redirects to {response.headers.get('Location')}"
         hint = "Nothing was sent there. Set `api_base_url` to the right URL."
@@ -3460,7 +3384,7 @@ def body_of(
         start, kind = " ".join(text[:200].split()), content_type(response) or "something"
         message = f"{response.url} answered {kind} where a JSON object was due: {start!r}"
         hint = "Check `api_base_url` and any proxy on the way."
-        raise ReplyError(message, status=status, raw=text[:2_000], model=model, hint=hint)
+        raise ReplyError(message, status=status, raw=text[:2_000], hint=hint)
     return data
 
 
@@ -3494,10 +3418,6 @@ def _seconds(retry_after: str | None) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
-# Codes of Puter's own for a token that is of no use until the next sign-in (recorded).
-_DEAD_TOKEN_CODES = frozenset(
-    ("token_missing", "reauth_required", "token_auth_failed", "app_or_api_token_required")
-)
 _OWN_ARGUMENTS = ("model", "system", "images", "files", "tools", "fallback", "timeout_ms")
 # Arguments that others use for ours, and what would be alike to none of them.
 _OTHER_NAMES = {
@@ -3522,38 +3442,29 @@ class _Request(NamedTuple):
     timeout_s: float | None
 
 
-class _Call(NamedTuple):
+class _Call:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
-    request: _Request
-    cancellation: _Cancellation
-    is_stream: bool
-    on_upload: Callable[[str, int, int], None] | None
-    attempts: list[Attempt]
-    began: float
+    def __init__(
+        self, request: _Request, is_stream: bool, cancellation: _Cancellation | None = None
+    ) -> None:
+        self.request, self.is_stream = request, is_stream
+        self.cancellation = cancellation or _Cancellation()
+        self.attempts: list[Attempt] = []
+        self.began = time.monotonic()
 
 
 class _Source(NamedTuple):
-    """A reply as it arrives: its chunks, and what has come of it so far."""
+    """A reply as it arrives: its chunks, what has come of it so far, and when it was asked for."""
 
     batches: Iterator[list[Chunk]]
     reply: Callable[[], Reply]
+    started: float = 0.0
 
     @classmethod
-    def of(cls, reply: Reply) -> _Source:
+    def of(cls, reply: Reply, started: float = 0.0) -> _Source:
         """A whole reply, given out as a stream."""
-        return cls(map(chunks_of, [reply]), lambda: reply)
-
-
-class _Outcome(NamedTuple):
-    """Who answered a call; `stack` gives back what the answer still needs."""
-
-    source: _Source
-    model: str
-    account: Account
-    stack: ExitStack
-    # when the request that was answered was sent
-    started: float
+        return cls(map(chunks_of, [reply]), lambda: reply, started)
 
 
 class _BusyError(RateLimitError):
@@ -3564,6 +3475,9 @@ class _BusyError(RateLimitError):
     default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
+_GIVEN_UP = "The call was given up before it was sent"
+
+
 class _ConcurrencyLimit:
     """Lets so many calls at once through to one account."""
 
@@ -3571,7 +3485,7 @@ class _ConcurrencyLimit:
         self._places = places
         self._free = threading.Semaphore(places)
         # when a place was last given back
-        self._moved_at = 0.0
+        self._released_at = 0.0
         self._paused_until = 0.0
 
     @contextmanager
@@ -3579,8 +3493,9 @@ class _ConcurrencyLimit:
         """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
         arrived = time.monotonic()
         while not self._free.acquire(timeout=0.1):
-            since = max(arrived, self._moved_at, self._paused_until)
-            if cancellation.cancelled.is_set() or time.monotonic() > since + patience_s:
+            if cancellation.cancelled.is_set():
+                raise _BusyError(_GIVEN_UP)
+            if time.monotonic() > max(arrived, self._released_at, self._paused_until) + patience_s:
                 raise _BusyError(
                     f"All {self._places} requests that may run at once on the account have been "
                     f"running for {patience_s:g} s"
@@ -3588,10 +3503,10 @@ class _ConcurrencyLimit:
         try:
             while (pause_s := self._paused_until - time.monotonic()) > 0:
                 if cancellation.cancelled.wait(pause_s):
-                    raise _BusyError("The call was given up before it was sent")
+                    raise _BusyError(_GIVEN_UP)
             yield
         finally:
-            self._moved_at = time.monotonic()
+            self._released_at = time.monotonic()
             self._free.release()
 
     def pause(self, seconds: float) -> None:
@@ -3679,7 +3594,7 @@ class _Accounts:
         others = {a.username for a in self.usable()} - {account.username}
         return not others or others <= {c.account for c in self.cooldowns() if c.reason == "login"}
 
-    def nobody(self) -> PuterError:
+    def no_account_error(self) -> PuterError:
         """Why there is no account to ask."""
         count = len(self.usable())
         if not count:
@@ -3805,16 +3720,18 @@ class _Catalogue:
         model = self.known(name)
         return model.id if model else name
 
-    def forget(self) -> None:
-        """After a fork: a thread that the child has not may hold the lock."""
+    def after_fork(self) -> None:
+        """The lock may be held by a thread that does not exist in the child."""
         self._lock = threading.RLock()
 
     def _is_fresh(self) -> bool:
         """Whether the list in memory counts; reads the one on disk when there is none."""
         if self._fetched_at is None:
             stored = self.state.catalogue(self.config.api_base_url)
-            if stored:
-                self._set(models_from(json.loads(stored[0])), stored[1])
+            # one that cannot be read is as good as none
+            with suppress(PuterError, ValueError):
+                if stored:
+                    self._set(models_from(json.loads(stored[0])), stored[1])
         ttl_s = self.config.cache_ttl_ms / 1000
         return self._fetched_at is not None and 0 <= time.time() - self._fetched_at < ttl_s
 
@@ -3860,9 +3777,9 @@ class _Api(NamedTuple):
         started = time.monotonic()
         response = self._send(call, model, account, stack, timeout_s, streaming)
         if not streaming or response.status_code != 200 or not is_stream(response):
-            body = body_of(response, model, account.username)
+            body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return _Source.of(read(body, model))
+            return _Source.of(read(body, model), started)
         stack.callback(call.cancellation.follow)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
@@ -3871,7 +3788,7 @@ class _Api(NamedTuple):
         if content_type(response) == "text/event-stream":
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
-        return _Source(chain([next(batches, [])], batches), decoder.reply)
+        return _Source(chain([next(batches, [])], batches), decoder.reply, started)
 
     def data(self, path: str, account: Account) -> JSON:
         """The answer to a question about the account."""
@@ -3879,14 +3796,18 @@ class _Api(NamedTuple):
         return body_of(self.transport.send("GET", url, token=account.token))
 
     def must_be_whole(self, request: _Request, model: str) -> bool:
-        """Whether streaming could lose tool calls, and the user wants none lost."""
+        """Whether a stream could lose all but the last of several calls in a turn (recorded).
+
+        So it is with every provider that speaks OpenAI's dialect; Puter's own Claude loses none,
+        and one that is not known may.
+        """
         if self.config.stream_tools == "live" or not request.needs.tools or is_foreign(self.config):
             return False
-        provider = None
-        # without a catalogue the provider is unknown
+        if request.args.get("parallel_tool_calls") is False:
+            return False
         with suppress(PuterError):
-            provider = self.catalogue.find(model).provider
-        return may_lose_calls(provider, request.args.get("tools"), request.args)
+            return self.catalogue.find(model).provider != "claude"
+        return True
 
     def _timeout_s(self, request: _Request, is_whole: bool) -> float:
         """The longest silence; a whole reply with tools may take minutes before its first byte."""
@@ -3963,8 +3884,6 @@ class _Api(NamedTuple):
         }
         info = {"name": name, "type": mime, "size": len(data)}
         _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
-        if call.on_upload is not None:
-            call.on_upload(name, 0, len(data))
         # the order of the fields counts (recorded)
         form = [
             ("fileinfo", (None, json.dumps(info))),
@@ -3972,24 +3891,31 @@ class _Api(NamedTuple):
             ("file", (name, data, mime)),
         ]
         url = f"{_api_origin(self.config)}/batch"
-        response = self.transport.send("POST", url, token=account.token, form=form)
-        results = body_of(response, None, account.username).get("results")
+        response = self.transport.send(
+            "POST",
+            url,
+            token=account.token,
+            form=form,
+            timeout_s=call.request.timeout_s,
+            cancellation=call.cancellation,
+        )
+        results = body_of(response).get("results")
         path = results[0].get("path") if isinstance(results, list) and results else None
         stored_as = path.removeprefix(f"{folder}/") if isinstance(path, str) else ""
         if stored_as in ("", ".", "..") or re.search(r"[/\0]", stored_as):
             raise ServerError(f"The server took {name!r}, but stored it as {path!r}")
         stack.callback(self._delete, f"{folder}/{stored_as}", account)
-        if call.on_upload is not None:
-            call.on_upload(name, len(data), len(data))
         return {"type": "file", "puter_path": f"{folder}/{stored_as}"}
 
     def _delete(self, path: str, account: Account) -> None:
         """Remove an uploaded file; the answer matters more, so a failure is only logged."""
         url, body = f"{_api_origin(self.config)}/delete", {"paths": [path]}
         try:
-            response = self.transport.send("POST", url, token=account.token, body=body)
+            response = self.transport.send(
+                "POST", url, token=account.token, body=body, timeout_s=DELETE_TIMEOUT_S
+            )
             if response.status_code >= 400:
-                body_of(response, None, account.username)
+                body_of(response)
         except PuterError as error:
             _log.warning("%s could not be deleted from Puter: %s", path, error)
 
@@ -4035,33 +3961,28 @@ class Stream:
         who: tuple[str, str, tuple[Attempt, ...]],
         stack: ExitStack | None = None,
         note_end: Callable[[str, Reply | None], None] | None = None,
-        checked: bool = False,
     ) -> None:
         self._source = source
         self._cancellation = cancellation
         self.model, self.account, self.attempts = who
         self._stack = stack or ExitStack()
         self._note_end = note_end
-        self._checked = checked
+        # whether a call whose arguments cannot be read is an error
+        self._checked = False
         self._batch: Iterator[Chunk] = iter(())
         # "ok", "closed" or an error's code
         self._end_word = ""
-        self._closed_by = 0
+        self._closed_by: threading.Thread | None = None
         self._lock = threading.RLock()
         self._reply: Reply | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
-        for batch in self._batches():
-            self._batch = iter(batch)
+        yield from self._batch
+        while self._next_batch() is not None:
             yield from self._batch
 
     def __next__(self) -> Chunk:
-        while (chunk := next(self._batch, None)) is None:
-            batch = self._next_batch()
-            if batch is None:
-                raise StopIteration
-            self._batch = iter(batch)
-        return chunk
+        return next(iter(self))
 
     def __enter__(self) -> Self:
         return self
@@ -4087,18 +4008,12 @@ class Stream:
 
     def close(self) -> None:
         """End the stream now, from any thread; what is on its way is not waited for."""
-        self._closed_by = threading.get_ident()
+        self._closed_by = threading.current_thread()
         self._finish("closed")
-
-    def _batches(self) -> Iterator[list[Chunk]]:
-        """The chunks in lists of those that arrived together."""
-        yield list(self._batch)
-        while (batch := self._next_batch()) is not None:
-            yield batch
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
-        if self._end_word == "ok" or self._closed_by == threading.get_ident():
+        if self._end_word == "ok" or self._closed_by is threading.current_thread():
             return None
         if self._end_word == "closed":
             raise self._broken(_CLOSED, "closed")
@@ -4118,6 +4033,7 @@ class Stream:
             raise self._broken(message, error.code) from error
         if batch is None:
             self._finish("ok")
+        self._batch = iter(batch or ())
         return batch
 
     def _broken(self, message: str, code: str | None) -> StreamError:
@@ -4189,7 +4105,11 @@ class Puter:
         if config is not None and not isinstance(config, Config):
             hint = "Pass a Config, or settings by their names."
             raise ConfigError(f"config is {_describe(config)}", hint=hint)
-        self.config = Config.load(**settings) if config is None else replace(config, **settings)
+        if config is None:
+            self.config = Config.load(**settings)
+        else:
+            sources = {**config.sources, **dict.fromkeys(settings, "argument")}
+            self.config = replace(config, sources=sources, **settings)
         if is_foreign(self.config):
             token = token or self.config.openai_api_key or ""
         elif token is None and account is None:
@@ -4203,8 +4123,6 @@ class Puter:
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
         self._api = _Api(self.config, self._transport, self._catalogue, self._accounts)
         self._limits: dict[str, _ConcurrencyLimit] = {}
-        self.on_upload: Callable[[str, int, int], None] | None = None
-        """Called with (name, bytes sent, bytes in all) before and after a file's upload."""
         self._on_answer: Callable[[str, Reply], None] | None = None
         _forkable.add(self)
         if self.config.debug:
@@ -4262,7 +4180,7 @@ class Puter:
         `ReplyError`, with the reply on it, when a call's arguments cannot be read.
         """
         request = self._build_request(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, args
+            prompt, model, system, images, files, tools, fallback, timeout_ms, **args
         )
         reply = self._complete(request)
         raise_for_invalid(reply)
@@ -4287,9 +4205,11 @@ class Puter:
         After that nothing is tried again, and a broken answer is a `StreamError`.
         """
         request = self._build_request(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, args
+            prompt, model, system, images, files, tools, fallback, timeout_ms, **args
         )
-        return self._open_stream(request, checked=True)
+        opened = self._open_stream(request)
+        opened._checked = True
+        return opened
 
     def run(
         self,
@@ -4361,7 +4281,9 @@ class Puter:
 
     def stats(self, model: str | None = None) -> list[ModelStats]:
         """How the models have done in all calls from this computer, most asked first."""
-        stats = stats_from(*self._metrics.metrics(self.config.metrics_max_samples))
+        state, most = self._metrics, self.config.metrics_max_samples
+        stats = [stats_of(name, *state.metrics(name, most)) for name in state.models()]
+        stats.sort(key=lambda s: (-s.requests, s.model))
         if model is None:
             return stats
         self._catalogue.models_if_any("Aliases are not known")
@@ -4400,28 +4322,25 @@ class Puter:
         tools: Sequence[Any] | None = None,
         fallback: bool = True,
         timeout_ms: int | None = None,
-        args: JSON | None = None,
+        **args: Any,
     ) -> _Request:
-        """Check the caller's arguments, and send nothing; raises `BadRequestError`."""
-        args = {k: v for k, v in (args or {}).items() if v is not None}
+        """Check the caller's arguments, and ask no model; raises `BadRequestError`."""
+        args = {k: v for k, v in args.items() if v is not None}
         for argument in args:
             # all others are passed on to the server
             if hint := what_is_meant(argument):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
-        if timeout_ms is not None and not (_is_number(timeout_ms) and 0 < timeout_ms < 10**9):
-            hint = "Give milliseconds, 1 or more."
-            raise BadRequestError(f"timeout_ms is {_describe(timeout_ms)}", hint=hint)
+        is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
+        _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
         name = model.id if isinstance(model, Model) else model
-        if name is not None and (not isinstance(name, str) or not strip_puter_prefix(name)):
-            hint = "Give an id or alias, or a Model."
-            raise BadRequestError(f"model is {_describe(model)}", hint=hint)
+        is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
+        _require(is_name, "model", model, "Give an id or alias, or a Model.")
         name = self.config.model_name(name)
-        messages = puter_messages(messages_from(prompt, system, _input_parts(images, files)))
+        arranged = openai_messages if self.config.api_style == "openai" else puter_messages
+        messages = arranged(messages_from(prompt, system, _input_parts(images, files)))
         schemas = tool_schemas(tools)
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
-        if self.config.api_style == "openai":
-            messages = openai_messages(messages)
         return _Request(
             model=name,
             args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
@@ -4435,37 +4354,26 @@ class Puter:
         cached = self._cached(request)
         if cached is not None:
             return cached
-        call = self._call(request, cancellation, False)
-        outcome = self._walk(call)
-        outcome.stack.close()
-        name, attempts = outcome.account.username, tuple(call.attempts)
-        reply = replace(outcome.source.reply(), account=name, attempts=attempts)
-        self._note_end(call, outcome, "ok", reply)
+        call = _Call(request, False, cancellation)
+        source, stack = self._walk(call)
+        stack.close()
+        attempts = tuple(call.attempts)
+        reply = replace(source.reply(), account=attempts[-1].account, attempts=attempts)
+        self._note_end(call, source.started, "ok", reply)
         return reply
 
-    def _open_stream(
-        self, request: _Request, cancellation: _Cancellation | None = None, checked: bool = False
-    ) -> Stream:
-        """The reply to a request as it comes; returns once its first chunk is there.
-
-        Calls whose arguments cannot be read are passed on, unless the stream is `checked`.
-        """
-        call = self._call(request, cancellation, True)
+    def _open_stream(self, request: _Request, cancellation: _Cancellation | None = None) -> Stream:
+        """The reply to a request as it comes; returns once its first chunk is there."""
+        call = _Call(request, True, cancellation)
         cached = self._cached(request)
         if cached is not None:
             who: Any = (cached.model, cached.account, ())
-            return Stream(_Source.of(cached), call.cancellation, who, checked=checked)
-        outcome = self._walk(call)
-        model_id = self._catalogue.id_of(outcome.model)
-        who = (model_id, outcome.account.username, tuple(call.attempts))
-        note_end = partial(self._note_end, call, outcome)
-        return Stream(outcome.source, call.cancellation, who, outcome.stack, note_end, checked)
-
-    def _call(
-        self, request: _Request, cancellation: _Cancellation | None, is_stream: bool
-    ) -> _Call:
-        cancellation = cancellation or _Cancellation()
-        return _Call(request, cancellation, is_stream, self.on_upload, [], time.monotonic())
+            return Stream(_Source.of(cached), call.cancellation, who)
+        source, stack = self._walk(call)
+        answered = call.attempts[-1]
+        who = (self._catalogue.id_of(answered.model), answered.account, tuple(call.attempts))
+        note_end = partial(self._note_end, call, source.started)
+        return Stream(source, call.cancellation, who, stack, note_end)
 
     def _models_if_any(self, why: str) -> list[Model]:
         """The model list; none, with a warning that begins with `why`, when there is none."""
@@ -4482,19 +4390,20 @@ class Puter:
 
     # ---- the walk over models and accounts ----
 
-    def _walk(self, call: _Call) -> _Outcome:
+    def _walk(self, call: _Call) -> tuple[_Source, ExitStack]:
         """Ask until somebody answers, in the order that the policies give.
 
         First the asked model on the current account, then its fallbacks there; when the
         account itself is limited, the next account, beginning again with the asked model.
-        When nobody answers, the first error is raised with all that was tried.
+        When nobody answers, the first error is raised with all that was tried. The stack gives
+        back what the answer still needs.
         """
         asked = self._catalogue.known(call.request.model)
         is_free = asked is not None and asked.free
         for account, patient in self._accounts.in_turn(call, is_free):
             for model, is_fallback in self._models_in_turn(call, account):
                 try:
-                    outcome = self._send_with_retries(call, model, account, patient)
+                    answer = self._send_with_retries(call, model, account, patient)
                 except PuterError as error:
                     if call.cancellation.cancelled.is_set() or isinstance(error, _BusyError):
                         # its owner gave up, or has too much open: no account's fault
@@ -4510,7 +4419,7 @@ class Puter:
                         break
                 else:
                     self._accounts.current = account.username
-                    return outcome
+                    return answer
             failures = [a.error for a in call.attempts if a.account == account.username]
             unpaid = next((e for e in failures if isinstance(e, CreditError)), None)
             if unpaid is not None:
@@ -4520,7 +4429,7 @@ class Puter:
                 # the models failed by themselves: another account would meet the same
                 break
         if not call.attempts:
-            raise self._accounts.nobody()
+            raise self._accounts.no_account_error()
         raise_first(call.attempts)
 
     def _models_in_turn(self, call: _Call, account: Account) -> Iterator[tuple[str, bool]]:
@@ -4579,7 +4488,7 @@ class Puter:
 
     def _send_with_retries(
         self, call: _Call, model: str, account: Account, patient: bool
-    ) -> _Outcome:
+    ) -> tuple[_Source, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
         name, most = account.username, self.config.max_retries
         new_limit = partial(_ConcurrencyLimit, self.config.max_concurrent)
@@ -4599,32 +4508,27 @@ class Puter:
                     call.attempts.append(Attempt(model, name, None, seconds))
                     names, now = (model, self._catalogue.id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
-                    return _Outcome(source, model, account, stack.pop_all(), started)
+                    return source, stack.pop_all()
             seconds = time.monotonic() - started
             call.attempts.append(Attempt(model, name, failure, seconds))
             self._count(model, _code_of(failure), seconds)
             failure.model, failure.account = failure.model or model, name
             if model not in failure.message:
                 failure.message = f"{model}: {failure.message}"
+            if failure.scope == "account":
+                failure.message += f" (account {name})"
             is_stream = call.is_stream and not self._api.must_be_whole(call.request, model)
             if not may_retry(failure, retries, most, patient, waited_s, is_stream):
                 raise failure
             retries += 1
-            delay_s = self._delay_s(failure, retries, limit)
+            delay_s = retry_delay_s(failure, retries, self.config.retry_delay_ms / 1000)
+            if isinstance(failure, RateLimitError):
+                limit.pause(delay_s)
+            words = (retries, max(most, retries), _log_words(failure), delay_s * 1000)
+            _log.info("Retry %d/%d: %s, waiting %.0fms", *words)
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
-
-    def _delay_s(self, error: PuterError, retries: int, limit: _ConcurrencyLimit) -> float:
-        """How long to wait before the next try; after a limit of requests everybody waits."""
-        base_s = self.config.retry_delay_ms / 1000
-        delay_s = retry_delay_s(retries, base_s, RETRY_CAP_S, error.retry_after_s)
-        if isinstance(error, RateLimitError):
-            delay_s = max(delay_s, RATE_PAUSE_S)
-            limit.pause(delay_s)
-        most, wait_ms = max(self.config.max_retries, retries), delay_s * 1000
-        _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most, _short(error), wait_ms)
-        return delay_s
 
     def _note_failure(self, error: PuterError, model: str, account: Account) -> None:
         """Note in the state who is on cooldown, so that nobody runs into the same again.
@@ -4633,9 +4537,9 @@ class Puter:
         many requests at once never is.
         """
         code = _code_of(error)
-        if isinstance(error, AuthError) and code in _DEAD_TOKEN_CODES:
+        if isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
             name, token = account.username, account.token
-            self.state.add_cooldown(name, "", lambda _: math.inf, "login", time.time(), token)
+            self.state.add_cooldown(name, "", math.inf, "login", time.time(), token)
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
         elif error.scope == "model" or isinstance(error, CreditError):
             self._cool(error, account, self._catalogue.id_of(model))
@@ -4647,15 +4551,10 @@ class Puter:
         is_busy = "concurrent" in error.message
         if not model_id and (is_busy or self._accounts.is_alone(account)):
             return
-        model_s = self.config.fallback_cooldown_ms / 1000
-        account_s = self.config.account_rotation_cooldown_ms / 1000
-
-        def seconds_of(strikes: int) -> float:
-            return model_s if model_id else cooldown_s(strikes, account_s)
-
-        name, reason = account.username, _code_of(error)
-        self.state.add_cooldown(name, model_id, seconds_of, reason, time.time())
-        _log.info("%s, adding to cooldown", _short(error))
+        config, name = self.config, account.username
+        ms = config.fallback_cooldown_ms if model_id else config.account_rotation_cooldown_ms
+        self.state.add_cooldown(name, model_id, ms / 1000, _code_of(error), time.time())
+        _log.info("%s, adding to cooldown", _log_words(error))
 
     # ---- one question, from the caller's arguments to the reply ----
 
@@ -4675,19 +4574,23 @@ class Puter:
         message = f"{model.id} takes {takes}, but no {wanted}"
         raise BadRequestError(message, model=model.id, hint=hint)
 
-    def _note_end(self, call: _Call, outcome: _Outcome, word: str, reply: Reply | None) -> None:
+    def _note_end(self, call: _Call, started: float, word: str, reply: Reply | None) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
-        request, now = call.request, time.monotonic()
+        request, now, model = call.request, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
         usage = reply.usage if reply else None
-        self._count(outcome.model, word, now - outcome.started, first_s, usage)
+        self._count(model, word, now - started, first_s, usage)
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
-        is_fallback = self._catalogue.id_of(outcome.model) != self._catalogue.id_of(request.model)
+        is_fallback = self._catalogue.id_of(model) != self._catalogue.id_of(request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
-        if self.config.cache_enabled and not is_fallback:
+        is_whole = not (
+            call.is_stream and request.needs.tools and self.config.stream_tools == "live"
+        )
+        is_fine = is_whole and not any(c.invalid for c in reply.tool_calls)
+        if self.config.cache_enabled and is_fine and not is_fallback:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
         if self._on_answer is not None:
@@ -4732,8 +4635,8 @@ class Puter:
 
     def _after_fork(self) -> None:
         """A forked child begins without connections, and with nothing running."""
-        self._transport.forget()
-        self._catalogue.forget()
+        self._transport.after_fork()
+        self._catalogue.after_fork()
         self._limits = {}
 
 
@@ -4755,7 +4658,7 @@ def what_is_meant(name: str) -> str:
     return f"Did you mean {meant}?" if meant else ""
 
 
-def _short(error: PuterError) -> str:
+def _log_words(error: PuterError) -> str:
     """An error in the words of the log."""
     if isinstance(error, (RateLimitError, ModelRateLimitError)):
         return f"Rate limited ({error.status or 429})"
@@ -4816,14 +4719,13 @@ class Conversation:
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
         options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
-        names = ("system", "model", "messages")
-        return {**{n: getattr(self, n) for n in names}, "options": options}
+        own = {"system": self.system, "model": self.model, "messages": self.messages}
+        return {**own, "options": options}
 
     @classmethod
     def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
         """The conversation that `to_json` gave."""
-        names = ("system", "model", "messages")
-        own = {name: data[name] for name in names if data.get(name)}
+        own: JSON = {name: data[name] for name in ("system", "model", "messages") if data.get(name)}
         return cls(client=client, **own, **(data.get("options") or {}))
 
     def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
@@ -4838,8 +4740,8 @@ class Conversation:
         asked = {"model": self.model, "system": self.system, **self.options, **options}
         asked |= {"images": (), "files": ()}
         max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
-        if not isinstance(max_rounds, int) or max_rounds < 0:
-            raise BadRequestError(f"max_rounds is {_describe(max_rounds)}", hint="Give 0 or more.")
+        is_count = isinstance(max_rounds, int) and max_rounds >= 0
+        _require(is_count, "max_rounds", max_rounds, "Give 0 or more.")
         tools = asked.get("tools")
         is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
@@ -4872,9 +4774,7 @@ class Conversation:
     ) -> Generator[Chunk, None, Reply]:
         """One question and its whole reply; its chunks as they come, if it is to stream."""
         client = self._client or _default_client()
-        own = {name: asked[name] for name in _OWN_ARGUMENTS if name in asked}
-        args = {name: value for name, value in asked.items() if name not in own}
-        request = client._build_request(messages, **own, args=args)
+        request = client._build_request(messages, **asked)
         if not streaming:
             return client._complete(request)
         with client._open_stream(request) as stream:
@@ -4888,14 +4788,13 @@ def _input_parts(images: Any, files: Any) -> list[JSON]:
     return [*map(image_part, images), *map(file_part, files)]
 
 
-def _as_list(value: Any, name: str) -> Sequence[Any]:
+def _as_list(value: Any, name: str) -> Any:
     """One path, URL, bytes, (name, bytes) or function as a list of it; a list stays."""
     named = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], bytes)
     alone = isinstance(value, (str, bytes, bytearray, os.PathLike)) or callable(value)
     if alone or (named and isinstance(value[0], str)):
         return [value]
-    if not isinstance(value, (list, tuple)):
-        raise BadRequestError(f"{name} is {_describe(value)}, not a list", hint="Give a list.")
+    _require(isinstance(value, (list, tuple)), name, value, "Give a list.")
     return value
 
 
@@ -4903,9 +4802,7 @@ def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
     """Functions for a model by their names; raises `BadRequestError` for anything else."""
     functions: dict[str, Callable[..., Any]] = {}
     for tool in _as_list(tools, "tools"):
-        if not callable(tool):
-            hint = "`run` needs functions; with schemas use `chat`."
-            raise BadRequestError(f"{_describe(tool)} is not a function to call", hint=hint)
+        _require(callable(tool), "A tool", tool, "`run` needs functions; with schemas use `chat`.")
         name = function_schema(tool)["function"]["name"]
         if name in functions:
             hint = "Give each a name of its own."
@@ -4924,7 +4821,7 @@ def _called(call: ToolCall, functions: Mapping[str, Any], on_tool: Any) -> str:
     if function is None:
         return f"Error: there is no function {call.name!r}; there are {sorted(functions)}."
     try:
-        return tool_result_text(call_function(function, call.arguments))
+        return tool_result_text(function(**read_arguments(function, call.arguments)))
     except Exception as error:  # noqa: BLE001 (any error of a tool is the model's to read)
         _log.warning("The function %s failed", call.name, exc_info=True)
         return f"Error: {type(error).__name__}: {error}"
@@ -4974,18 +4871,20 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>put
 """
 
 
-def sign_in_url(gui_base_url: str, callback_url: str) -> str:
-    """Puter's page that asks the person to approve, and then calls back with a token."""
-    from urllib.parse import quote
-
-    return f"{gui_base_url}/?action=authme&redirectURL={quote(callback_url, safe='')}"
+def check_sign_in(config: Config) -> None:
+    """Raise `ConfigError` where there is nothing to sign in to: tokens go to Puter alone."""
+    if is_foreign(config):
+        problem = f"{config.api_base_url} is not Puter's server, so there is no sign-in"
+        raise ConfigError(problem, hint="Its key is the setting `openai_api_key`.")
 
 
 def account_of(token: str, config: Config) -> Account:
     """Ask the server whose token this is; raises `AuthError` if it is nobody's.
 
-    Raises `AuthError` too for a temporary account when `auto_create_temp_user` is off.
+    Raises `AuthError` too for a temporary account when `auto_create_temp_user` is off, and
+    `ConfigError` when the settings name a server that is not Puter's.
     """
+    check_sign_in(config)
     with Puter(token, config=config) as client:
         user = client.whoami()
     username, is_temporary = user.get("username"), bool(user.get("is_temp"))
@@ -5005,8 +4904,11 @@ class _Callback:
     def __init__(
         self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
     ) -> None:
+        from urllib.parse import quote
+
         self.path = f"/callback/{nonce}"
-        self.sign_in_url = sign_in_url(gui_base_url, f"http://127.0.0.1:{port}{self.path}")
+        callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
+        self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
         self._check = check
         self._lock = threading.Lock()
         self._taken = False
@@ -5072,8 +4974,9 @@ def browser_login(
         timeout_s: how long to wait for the person.
 
     Raises `AuthError` after the time, or when the server does not know the token, and
-    `ConfigError` when the given port is in use.
+    `ConfigError` when the given port is in use, or the server is not Puter's.
     """
+    check_sign_in(config)
     server = _callback_server(port)
     port, nonce = server.server_address[1], os.urandom(16).hex()
     callback = _Callback(config.gui_base_url, port, nonce, lambda token: account_of(token, config))
@@ -5122,7 +5025,6 @@ def _callback_server(port: int | None) -> Any:
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.send_header("Referrer-Policy", "no-referrer")
-            self.send_header("Connection", "close")
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
@@ -7063,7 +6965,7 @@ class _GatewayHandler(_HandlerBase):
         models = client._models_if_any("The name of the model is passed on unchecked")
         asked = with_served_model(asked, name, models)
         request = client._build_request(
-            asked.messages, asked.model, tools=asked.tools, args=asked.args
+            asked.messages, asked.model, tools=asked.tools, **asked.args
         )
         if asked.streaming:
             self._stream(dialect, asked, request)
@@ -7136,7 +7038,7 @@ class _GatewayHandler(_HandlerBase):
             yield chunks_of(answer)
             yield answer
             return
-        for batch in answer._batches():
+        for batch in iter(answer._next_batch, None):
             yield batch
             self.wfile.flush()
         yield answer.reply
@@ -7305,7 +7207,7 @@ def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
     for account in accounts:
         row: JSON = {"username": account.username, "error": None}
         try:
-            credit = as_dict(client.usage(account.username))
+            credit = asdict(client.usage(account.username))
             costs = {
                 n: dict(zip(("cost", "units", "count"), v)) for n, v in credit["by_api"].items()
             }
@@ -7524,13 +7426,16 @@ class McpServer:
         if not isinstance(arguments, dict):
             raise _RpcError(-32602, "arguments must be an object")
         arguments = {k: v for k, v in arguments.items() if v is not None}
+        tool = getattr(self, _MCP_TOOLS[name][0])
         try:
-            result = call_function(getattr(self, _MCP_TOOLS[name][0]), arguments)
+            arguments = read_arguments(tool, arguments)
+        except TypeError as error:
+            return _tool_output(f"{name}: {error}")
+        try:
+            result = tool(**arguments)
             text, structured = self._ask(result, call) if isinstance(result, _Request) else result
         except PuterError as error:
             return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
-        except TypeError as error:  # the arguments do not fit
-            return _tool_output(f"{name}: {error}")
         return _tool_output(text, structured)
 
     def _ask(self, request: _Request, call: _McpCall) -> tuple[str, JSON]:
@@ -7599,8 +7504,8 @@ class McpServer:
             temperature: How freely it answers.
             max_tokens: The longest answer.
         """
-        args = {"temperature": temperature, "max_tokens": max_tokens}
-        return self._client()._build_request(message, model or None, system or None, args=args)
+        args: JSON = {"temperature": temperature, "max_tokens": max_tokens}
+        return self._client()._build_request(message, model or None, system or None, **args)
 
     def models(
         self,
@@ -7652,7 +7557,7 @@ def _price_text(model: Model) -> str:
 
 def _chat_output(reply: Reply, partial: bool) -> JSON:
     keys = ("text", "reasoning", "model", "account", "finish_reason")
-    usage = {k: v for k, v in as_dict(reply.usage).items() if v is not None}
+    usage = {k: v for k, v in asdict(reply.usage).items() if v is not None}
     return {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
 
 
@@ -8268,7 +8173,12 @@ class _Spinner:
 def _reply_report(reply: Reply) -> JSON:
     """A reply as `--json` prints it."""
     attempts: list[JSON] = [
-        {**as_dict(a), "error": a.error and a.error.message, "seconds": round(a.seconds, 3)}
+        {
+            "model": a.model,
+            "account": a.account,
+            "error": a.error and a.error.message,
+            "seconds": round(a.seconds, 3),
+        }
         for a in reply.attempts
     ]
     return {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
@@ -8779,7 +8689,7 @@ def cmd_models(args: Any) -> int:
     models.sort(key=MODEL_SORTS[args.sort])
     head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
     lines = _table([head, *map(_model_row, models)], "<<><<>>", (3, 1, 2, 4, 6, 5))
-    _report(args, [as_dict(m) for m in models], lines)
+    _report(args, [asdict(m) for m in models], lines)
     if not models:
         _info("No models match.")
     return 0
@@ -8854,7 +8764,7 @@ def cmd_stats(args: Any) -> int:
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return 0
         stats = client.stats(args.model)
-    _report(args, [as_dict(s) for s in stats], _stats_lines(stats))
+    _report(args, [asdict(s) for s in stats], _stats_lines(stats))
     return 0
 
 
