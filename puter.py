@@ -31,7 +31,6 @@ The file from top to bottom; each section uses only those above it:
 
 from __future__ import annotations
 
-import cmd
 import copy
 import enum
 import errno
@@ -8031,10 +8030,10 @@ def _error(text: str) -> None:
     _info(f"error: {' '.join(line.strip() for line in text.splitlines())}")
 
 
-def _info(text: str, dim: bool = False) -> None:
+def _info(text: str, dim: bool = False, end: str = "\n") -> None:
     """A line for the person, on stderr; `dim` for what is beside the point."""
     with suppress(BrokenPipeError):  # nobody listens there
-        print(_shown(text, sys.stderr, dim), file=sys.stderr, flush=True)
+        print(_shown(text, sys.stderr, dim), end=end, file=sys.stderr, flush=True)
 
 
 def _shown(text: str, output: Any, dim: bool = False) -> str:
@@ -8046,9 +8045,9 @@ def _shown(text: str, output: Any, dim: bool = False) -> str:
     return f"\x1b[2m{text}\x1b[0m" if dim and not plain else text
 
 
-def _print(text: str) -> None:
+def _print(text: str, end: str = "\n") -> None:
     """A line of the result, on stdout."""
-    print(_shown(text, sys.stdout), flush=True)
+    print(_shown(text, sys.stdout), end=end, flush=True)
 
 
 def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
@@ -8087,9 +8086,8 @@ def _read_line(prompt: str) -> str:
     """A line from the person; where stdout is redirected, the prompt goes to stderr."""
     if sys.stdout.isatty():
         return input(prompt)
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
-    return input("")
+    _info(prompt, end="")
+    return input()
 
 
 def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
@@ -8228,14 +8226,12 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             spinner.close()
             if chunk.type == "reasoning":
                 thinking = True
-                sys.stderr.write(_shown(chunk.text, sys.stderr, dim=True))
-                sys.stderr.flush()
+                _info(chunk.text, dim=True, end="")
             elif chunk.type == "text" and chunk.text:
                 if thinking:
                     thinking = False
                     _info("")
-                sys.stdout.write(_shown(chunk.text, sys.stdout))
-                sys.stdout.flush()
+                _print(chunk.text, end="")
                 last = chunk.text
     finally:
         chunks.close()  # type: ignore[attr-defined]  # the stream with it, whatever happened
@@ -8264,11 +8260,10 @@ class _Spinner:
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
-            line = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s"
-            print(
-                "\r\x1b[K" + _shown(line, sys.stderr, dim=True), end="", file=sys.stderr, flush=True
-            )
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            sys.stderr.write("\r\x1b[K")
+            _info(f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s", dim=True, end="")
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -8311,38 +8306,37 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 # chat
 
 
-class _Chat(cmd.Cmd):
+@dataclass(eq=False)
+class _Chat:
     """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
 
     The docstrings of the commands, in this order, are what /help shows.
     """
 
-    def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
-        super().__init__()
-        self.client = client
-        self.talk = talk
-        self.options = options
-        self.attached: list[str] = []
-        self.unanswered: JSON | None = None
-        self.failures = 0
-        self.used: list[Usage] = []
+    client: Puter
+    talk: Conversation
+    options: JSON
+    attached: list[str] = field(default_factory=list)
+    unanswered: JSON | None = None
+    asked: int = 0
+    used: list[Usage] = field(default_factory=list)
+    matches: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Read lines until there are no more."""
         while True:
             note = "(Ctrl-D leaves)"
             try:
-                try:
-                    text, is_block = _read_message()
-                except EOFError:
-                    return
+                text, is_block = _read_message()
                 note = "(stopped; the answer is not saved, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
+            except EOFError:
+                return
             except PuterError as error:
                 _error(str(error))
             except UnicodeDecodeError:
                 _error("Standard input is not UTF-8 text.")
-                self.failures += 1
+                self.asked += 1
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
@@ -8353,8 +8347,8 @@ class _Chat(cmd.Cmd):
             return
         if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
             self.say(line)
-        elif hasattr(self, f"do_{word[1:]}"):
-            getattr(self, f"do_{word[1:]}")(argument.strip())
+        elif word in self.commands():
+            self.commands()[word](argument.strip())
         else:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
@@ -8366,12 +8360,16 @@ class _Chat(cmd.Cmd):
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.failures += 1
+        self.asked += 1
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
-        self.failures -= 1
         self.used.append(reply.usage)
         _comment(self.client, self.talk.model, reply)
+
+    def commands(self) -> dict[str, Callable[[str], None]]:
+        """What each command does, by its name with the slash."""
+        names = [name for name in vars(_Chat) if name.startswith("do_")]
+        return {f"/{name[3:]}": getattr(self, name) for name in names}
 
     def do_model(self, name: str) -> None:
         """/model NAME    ask another model (alone: say which)"""
@@ -8395,13 +8393,11 @@ class _Chat(cmd.Cmd):
 
     def do_retry(self, _: str) -> None:
         """/retry         ask the last message again"""
-        before, asked = self._split()
-        if self.unanswered is not None:
-            before, asked = self.talk.messages, self.unanswered
+        everything = self.talk.messages
+        asked = self.unanswered or self._take_back()
         if asked is None:
             _info("Nothing was asked yet.")
             return
-        everything, self.talk.messages = self.talk.messages, before
         try:
             self.ask(asked)
         except BaseException:
@@ -8410,19 +8406,18 @@ class _Chat(cmd.Cmd):
 
     def do_undo(self, _: str) -> None:
         """/undo          forget the last message and its answer"""
-        before, asked = self._split()
-        if asked is None:
+        if self._take_back() is None:
             _info("There is nothing to undo.")
             return
-        self.talk.messages = before
         _save_conversation(self.client, self.talk)
         _info("The last message and its answer were removed.")
 
-    def _split(self) -> tuple[Messages, JSON | None]:
-        """(what came before the last message of the person, that message or None)."""
+    def _take_back(self) -> JSON | None:
+        """Cut the conversation before the last message of the person; that message, or None."""
         messages = self.talk.messages
         places = [i for i, m in enumerate(messages) if m.get("role") == "user"]
-        return (messages[: places[-1]], messages[places[-1]]) if places else (messages, None)
+        self.talk.messages = messages[: places[-1]] if places else messages
+        return messages[places[-1]] if places else None
 
     def do_save(self, name: str) -> None:
         """/save FILE     write the conversation (.json, else as text)"""
@@ -8448,32 +8443,27 @@ class _Chat(cmd.Cmd):
 
     def do_help(self, _: str) -> None:
         """/help          this list"""
-        commands = [one for name, one in vars(_Chat).items() if name.startswith("do_")]
-        _info("\n".join(str(one.__doc__) for one in commands))
+        _info("\n".join(str(command.__doc__) for command in self.commands().values()))
         _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
         _info("Ctrl-C stops an answer; Ctrl-D leaves.")
 
-    def parseline(self, line: str) -> tuple[str | None, str | None, str]:
-        """For completion: the command is the word without its slash."""
-        return super().parseline(line.removeprefix("/"))
-
-    def completenames(self, text: str, *_: Any) -> list[str]:
-        """The commands that begin so."""
-        return ["/" + name for name in super().completenames(text[1:])] if text[:1] == "/" else []
-
-    def complete_model(self, text: str, *_: Any) -> list[str]:
-        """The models that begin so; none without the list."""
-        with suppress(PuterError):
-            return [m.id for m in self.client.models() if m.id.startswith(text)]
-        return []
-
-    def complete_attach(self, text: str, *_: Any) -> list[str]:
-        """The files that begin so."""
+    def complete(self, text: str, state: int) -> str | None:
+        """For readline: the command, model or file number `state` that begins so."""
         import glob
+        import readline
 
-        return glob.glob(glob.escape(text) + "*")
-
-    complete_save = complete_attach
+        command, space, _ = readline.get_line_buffer().partition(" ")
+        if state == 0:
+            self.matches = []
+            if not space:
+                self.matches = [name for name in self.commands() if name.startswith(text)]
+            elif command in ("/attach", "/save"):
+                self.matches = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    models = self.client.models()
+                    self.matches = [m.id for m in models if m.id.startswith(text)]
+        return self.matches[state] if state < len(self.matches) else None
 
 
 def cmd_chat(args: Any) -> int:
@@ -8484,10 +8474,10 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, options)
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if chat.failures else 0
+            return 1 if chat.asked > len(chat.used) else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
-        with _line_editing(client, chat):
+        with _line_editing(chat):
             chat.run()
     return 0
 
@@ -8498,35 +8488,32 @@ def _read_message() -> tuple[str, bool]:
     At the end of a pipe, what was begun counts as it is.
     """
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
-    lines = [_read_line(prompt)]
-    is_block = lines[0].lstrip().startswith('"""')
-    if is_block:
-        lines[0] = lines[0].lstrip()[3:]
+    text = _read_line(prompt)
+    if not text.lstrip().startswith('"""'):
+        with suppress(EOFError):
+            while text.endswith("\\"):
+                text = f"{text[:-1]}\n{_read_line(more)}"
+        return text.removesuffix("\\"), False
+    text = text.lstrip()[3:]
     with suppress(EOFError):
-        while is_block and not lines[-1].rstrip().endswith('"""'):
-            lines.append(_read_line(more))
-        while not is_block and lines[-1].endswith("\\"):
-            lines[-1] = lines[-1][:-1]
-            lines.append(_read_line(more))
-    text = "\n".join(lines)
-    if is_block:
-        text = text.rstrip().removesuffix('"""').strip("\n")
-    return text, is_block
+        while not text.rstrip().endswith('"""'):
+            text += f"\n{_read_line(more)}"
+    return text.rstrip().removesuffix('"""').strip("\n"), True
 
 
 @contextmanager
-def _line_editing(client: Puter, chat: _Chat) -> Iterator[None]:
+def _line_editing(chat: _Chat) -> Iterator[None]:
     """History and completion where the system has readline."""
     try:
         import readline
     except ImportError:  # Windows
         yield
         return
-    path = client.config.folder / "chat-history"
+    path = chat.client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
     readline.set_completer_delims(" ")
-    readline.set_completer(chat.complete)  # type: ignore[arg-type]
+    readline.set_completer(chat.complete)
     readline.parse_and_bind("tab: complete")
     readline.set_history_length(1_000)
     try:
