@@ -8941,12 +8941,7 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
         _info(f"The model list is not available now: {error}")
 
 
-# config, and the settings of other programs
-
-# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
-# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
-# Desktop of August 2026 (read in their sources and manuals).
-_BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
+# config
 
 
 def cmd_config(args: Any) -> int:
@@ -8977,38 +8972,43 @@ def _setting_lines(settings: JSON) -> Iterator[str]:
 
 def _config_program(args: Any) -> int:
     """Print what goes into the files of a program; which files is said on stderr."""
-    program = PROGRAMS[args.what]
     models: list[Model] = []
     if args.what != "claude-desktop":
         with _client() as client:
-            models = client.models(args.provider, args.free or None)
-            models = matching_models(models, args.search)
+            models = matching_models(client.models(args.provider, args.free or None), args.search)
             first = _agent_model(models, client.config)
-            models = [first, *(m for m in models if m != first)] if first else models
+            models.sort(key=lambda m: m != first)
         if not models:
             _error("No models match, so there is nothing to set up.")
             return 1
-    texts = program.texts(models, args.base_url, os.environ.get("PUTER_SERVER_API_KEY"))
+    variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
+    files_of, note = PROGRAMS[args.what]
+    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
+    texts = {file: _file_text(file, content) for file, content in files.items()}
     if args.json:
-        pairs = zip(program.files, texts, strict=True)
-        _report(args, [{"file": file, "text": text} for file, text in pairs], ())
+        _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
         return 0
-    for file, text in zip(program.files, texts, strict=True):
+    for file, text in texts.items():
         _info(f"# {file}", dim=True)
-        _report(args, None, text.splitlines())
+        _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
-    _info(program.note)
+    _info(note)
     return 0
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     """What a coding agent gets unasked: the default model, else a free fallback that suits it."""
+    default = _models_named([config.default_model or ""], models)
+    fallbacks = _models_named(config.fallback_models, models)
+    return next(iter([*default, *(m for m in fallbacks if m.free and _suits_agents(m))]), None)
+
+
+def _models_named(names: Iterable[str], models: Sequence[Model]) -> list[Model]:
+    """The models that have these names; a name that none has is left out."""
     by_name = models_by_name(models)
-    if config.default_model and strip_puter_prefix(config.default_model).lower() in by_name:
-        return by_name[strip_puter_prefix(config.default_model).lower()]
-    fallbacks = (by_name.get(strip_puter_prefix(n).lower()) for n in config.fallback_models)
-    return next((m for m in fallbacks if m and m.free and _suits_agents(m)), None)
+    keys = (strip_puter_prefix(name).lower() for name in names)
+    return [by_name[key] for key in keys if key in by_name]
 
 
 def _suits_agents(model: Model) -> bool:
@@ -9019,13 +9019,54 @@ def _suits_agents(model: Model) -> bool:
 AGENT_CONTEXT = 64_000
 
 
-def _json_text(value: JSON) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+# the settings of other programs, for `config` and `launch`
+
+# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
+# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
+# Desktop of August 2026 (read in their sources and manuals).
+_BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
+
+
+class Setup(NamedTuple):
+    """What a program is set up with: models, a gateway, and whether it gets the MCP server.
+
+    The first model is the one to ask, `small` the id of the one for small tasks ("": the same).
+    The gateway's key is in an environment variable, `key_variable`, or else any will do.
+    """
+
+    models: Sequence[Model]
+    small: str = ""
+    mcp: bool = True
+    url: str = _BASE_URL
+    key: str = "puter"
+    key_variable: str | None = None
+
+    def key_as(self, form: str) -> str:
+        """The key for a file: how the program names a variable, KEY in `form`, or the key."""
+        return form.replace("KEY", self.key_variable) if self.key_variable else self.key
+
+
+def _file_text(file: str, content: Any) -> str:
+    """The text of a file of settings: a list as YAML, a dict as TOML or JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return _yaml_items(content)
+    if file.endswith(".toml"):
+        return "".join(f"{name} = {_toml_value(value)}\n" for name, value in content.items())
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
     """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
     return "".join(f"{indent}- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
+
+
+def _toml_value(value: Any) -> str:
+    """A value on one line of TOML: tables in braces, all else as in JSON."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
 
 
 def mcp_command() -> list[str]:
@@ -9047,25 +9088,22 @@ def _sees_images(model: Model) -> bool:
     return "image" in (model.inputs or ())
 
 
-def opencode_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def opencode_files(setup: Setup) -> JSON:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
-    shown_key = "{env:PUTER_SERVER_API_KEY}" if key else "puter"
-    settings = {
-        "$schema": "https://opencode.ai/config.json",
-        "provider": {"puter": opencode_provider(models, base_url, shown_key)},
-        "mcp": {"puter": opencode_mcp()},
-    }
-    return [_json_text(settings)]
-
-
-def opencode_provider(models: Sequence[Model], base_url: str, key: str) -> JSON:
-    """A provider as OpenCode's settings name it."""
-    return {
+    provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Puter.com",
-        "options": {"baseURL": base_url, "apiKey": key},
-        "models": {m.id: _opencode_model(m) for m in models},
+        "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
+        "models": {m.id: _opencode_model(m) for m in setup.models},
     }
+    command = {"type": "local", "command": mcp_command(), "enabled": True}
+    server = {**command, "environment": _mcp_server()["env"]}
+    settings = {
+        "$schema": "https://opencode.ai/config.json",
+        "provider": {"puter": provider},
+        **({"mcp": {"puter": server}} if setup.mcp else {}),
+    }
+    return {"~/.config/opencode/opencode.json": settings}
 
 
 def _opencode_model(model: Model) -> JSON:
@@ -9087,13 +9125,7 @@ def _opencode_model(model: Model) -> JSON:
     return settings
 
 
-def opencode_mcp() -> JSON:
-    """The MCP server as OpenCode's settings name it."""
-    server: JSON = {"type": "local", "command": mcp_command(), "enabled": True}
-    return {**server, "environment": _mcp_server()["env"]}
-
-
-def zed_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     available = [
         {
@@ -9109,37 +9141,26 @@ def zed_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[s
                 "prompt_cache_key": False,
             },
         }
-        for m in models
+        for m in setup.models
     ]
-    provider = {"api_url": base_url, "available_models": available}
+    provider = {"api_url": setup.url, "available_models": available}
     settings = {
         "language_models": {"openai_compatible": {"puter": provider}},
         "context_servers": {"puter": _mcp_server()},
     }
-    return [_json_text(settings)]
+    return {"settings.json (in Zed: open settings)": settings}
 
 
-def claude_code_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
-    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
-    import shlex
-
-    variables = claude_environ(base_url, "puter", models[0], models[0])
-    shown = {name: shlex.quote(value) for name, value in variables.items()}
-    if key:
-        shown["ANTHROPIC_AUTH_TOKEN"] = '"$PUTER_SERVER_API_KEY"'
-    exports = "".join(f"export {name}={value}\n" for name, value in shown.items())
-    return [exports, _json_text({"mcpServers": {"puter": _mcp_server(type="stdio")}})]
-
-
-def claude_environ(base_url: str, key: str, model: Model, small: Model) -> dict[str, str]:
+def claude_environ(setup: Setup) -> dict[str, str]:
     """The variables that send Claude Code to a gateway; its sub-agents ask the small model."""
+    model = setup.models[0]
     environ = {
-        "ANTHROPIC_BASE_URL": base_url.rstrip("/").removesuffix("/v1"),
-        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_BASE_URL": setup.url.rstrip("/").removesuffix("/v1"),
+        "ANTHROPIC_AUTH_TOKEN": setup.key,
         "ANTHROPIC_MODEL": model.id,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": small.id,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": setup.small or model.id,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if model.context:
@@ -9149,51 +9170,50 @@ def claude_environ(base_url: str, key: str, model: Model, small: Model) -> dict[
     return environ
 
 
-def codex_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def claude_code_files(setup: Setup) -> JSON:
+    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+    import shlex
+
+    variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
+    variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
+    exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
+    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
+    return {"a shell, before `claude`": exports, "~/.claude.json": server}
+
+
+def codex_files(setup: Setup) -> JSON:
     """Codex: a provider that speaks Responses, and the MCP server."""
-    context = models[0].context
-    settings: JSON = {
-        "model": models[0].id,
-        "model_provider": "puter",
-        **({"model_context_window": context} if context else {}),
-        "web_search": "disabled",
-        "model_providers.puter": codex_provider(base_url, "PUTER_SERVER_API_KEY" if key else None),
-        "mcp_servers.puter": _mcp_server(),
-    }
-    return ["".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())]
-
-
-def codex_provider(base_url: str, env_key: str | None) -> JSON:
-    """A provider as Codex's settings name it."""
-    return {
+    model = setup.models[0]
+    provider = {
         "name": "puter.py",
-        "base_url": base_url,
-        **({"env_key": env_key} if env_key else {}),
+        "base_url": setup.url,
+        **({"env_key": setup.key_variable} if setup.key_variable else {}),
         "wire_api": "responses",
         # By default thirty requests for one failure; the gateway retries what can be retried.
         "request_max_retries": 0,
         "stream_max_retries": 0,
         "stream_idle_timeout_ms": 600_000,
     }
+    settings = {
+        "model": model.id,
+        "model_provider": "puter",
+        **({"model_context_window": model.context} if model.context else {}),
+        "web_search": "disabled",
+        "model_providers.puter": provider,
+        **({"mcp_servers.puter": _mcp_server()} if setup.mcp else {}),
+    }
+    return {"~/.codex/config.toml": settings}
 
 
-def _toml_value(value: Any) -> str:
-    """A value on one line of TOML: tables in braces, all else as in JSON."""
-    if not isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
-
-
-def continue_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    shown_key = "${{ secrets.PUTER_SERVER_API_KEY }}" if key else "puter"
-    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
-    text += _yaml_items((_continue_model(m, base_url, shown_key) for m in models), "  ")
-    server = {"name": "puter", **_mcp_server(type="stdio")}
-    return [f"{text}mcpServers:\n{_yaml_items([server], '  ')}"]
+    models = _yaml_items((_continue_model(m, setup) for m in setup.models), "  ")
+    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
+    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
+    return {"~/.continue/config.yaml": f"{head}models:\n{models}mcpServers:\n{server}"}
 
 
-def _continue_model(model: Model, base_url: str, key: str) -> JSON:
+def _continue_model(model: Model, setup: Setup) -> JSON:
     # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
     vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
     can = ["tool_use"] if model.tools is not False else []
@@ -9201,8 +9221,8 @@ def _continue_model(model: Model, base_url: str, key: str) -> JSON:
         "name": f"Puter: {model.name}",
         "provider": "openai",
         "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
-        "apiBase": base_url,
-        "apiKey": key,
+        "apiBase": setup.url,
+        "apiKey": setup.key_as("${{ secrets.KEY }}"),
         "roles": ["chat", "edit", "apply"],
         "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
     }
@@ -9214,30 +9234,20 @@ def _continue_model(model: Model, base_url: str, key: str) -> JSON:
     return settings
 
 
-def aider_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def aider_files(setup: Setup) -> JSON:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
-    shown_key = "os.environ/PUTER_SERVER_API_KEY" if key else "puter"
-    extra = {"api_base": base_url, "api_key": shown_key}
-    return [_yaml_items(aider_models(models, extra)), _json_text(aider_metadata(models))]
-
-
-def aider_models(models: Sequence[Model], extra_params: JSON) -> list[JSON]:
-    """The models as aider's settings name them."""
-    return [
+    extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
+    models = [
         {
             "name": f"openai/{m.id}",
             "edit_format": "diff",
             "weak_model_name": f"openai/{m.id}",
             "use_repo_map": True,
-            "extra_params": extra_params,
+            "extra_params": extra,
         }
-        for m in models
+        for m in setup.models
     ]
-
-
-def aider_metadata(models: Sequence[Model]) -> JSON:
-    """What aider has to know of the models: lengths and prices."""
-    return {
+    metadata = {
         f"openai/{m.id}": {
             "max_tokens": m.max_tokens or 4_096,
             "max_input_tokens": m.context or 128_000,
@@ -9248,72 +9258,54 @@ def aider_metadata(models: Sequence[Model]) -> JSON:
             "mode": "chat",
             "supports_vision": _sees_images(m),
         }
-        for m in models
+        for m in setup.models
     }
+    return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
 
 
-def llm_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def llm_files(setup: Setup) -> JSON:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
-    items = [
+    models = [
         {
             "model_id": f"puter/{m.id}",
             "model_name": m.id,
-            "api_base": base_url,
-            **({"api_key_name": "puter"} if key else {}),
+            "api_base": setup.url,
+            **({"api_key_name": "puter"} if setup.key_variable else {}),
             **({"vision": True} if _sees_images(m) else {}),
             **({"supports_tools": True} if m.tools is not False else {}),
             "supports_schema": True,
         }
-        for m in models
+        for m in setup.models
     ]
-    return [_yaml_items(items)]
+    file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
+    return {file: models}
 
 
-class Program(NamedTuple):
-    """A program that `config` prints settings for: its files, what goes into each, and a note."""
-
-    files: tuple[str, ...]
-    texts: Callable[[Sequence[Model], str, str | None], list[str]]
-    note: str
+def claude_desktop_files(_: Setup) -> JSON:
+    """Claude Desktop: the MCP server."""
+    file = "claude_desktop_config.json (Settings, Developer, Edit Config)"
+    return {file: {"mcpServers": {"puter": _mcp_server()}}}
 
 
-PROGRAMS = {
-    "opencode": Program(
-        ("~/.config/opencode/opencode.json",), opencode_texts, "Then: opencode --model puter/MODEL"
-    ),
-    "zed": Program(
-        ("settings.json (in Zed: open settings)",),
-        zed_texts,
+# What `config` prints for each: a function of what goes into its files, and a note.
+PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
+    "opencode": (opencode_files, "Then: opencode --model puter/MODEL"),
+    "zed": (
+        zed_files,
         "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
     ),
-    "claude-desktop": Program(
-        ("claude_desktop_config.json (Settings, Developer, Edit Config)",),
-        lambda *_: [_json_text({"mcpServers": {"puter": _mcp_server()}})],
+    "claude-desktop": (
+        claude_desktop_files,
         "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": Program(
-        ("a shell, before `claude`", "~/.claude.json"),
-        claude_code_texts,
+    "claude-code": (
+        claude_code_files,
         'The variables can also stand under "env" in ~/.claude/settings.json.',
     ),
-    "codex": Program(
-        ("~/.codex/config.toml",), codex_texts, "Then: codex. Another model: codex -m MODEL"
-    ),
-    "continue": Program(
-        ("~/.continue/config.yaml",),
-        continue_texts,
-        "Then choose a model whose name begins with Puter.",
-    ),
-    "aider": Program(
-        ("~/.aider.model.settings.yml", "~/.aider.model.metadata.json"),
-        aider_texts,
-        "Then: aider --model openai/MODEL",
-    ),
-    "llm": Program(
-        ("extra-openai-models.yaml, in the folder of the file that `llm logs path` names",),
-        llm_texts,
-        "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter",
-    ),
+    "codex": (codex_files, "Then: codex. Another model: codex -m MODEL"),
+    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
+    "aider": (aider_files, "Then: aider --model openai/MODEL"),
+    "llm": (llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"),
 }
 
 
@@ -9321,73 +9313,42 @@ PROGRAMS = {
 
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
-
-
-class LaunchSetup(NamedTuple):
-    """What a program is to be launched with: the gateway, the models, a folder of its own."""
-
-    url: str
-    key: str
-    folder: Path
-    model: Model
-    small: Model
-    models: Sequence[Model]
-    mcp: bool
-
-
 # What a program is started with: more arguments, more variables (None takes one out), and files
-# (name -> text) in the temporary folder. Nothing of the user's is written or changed.
-LaunchPlan = tuple[list[str], dict[str, str | None], dict[str, str]]
+# (name -> contents) in the temporary folder. Nothing of the user's is written or changed.
+LaunchPlan = tuple[list[str], dict[str, str | None], JSON]
 
 
-def _plan_opencode(setup: LaunchSetup) -> LaunchPlan:
+def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
     """OpenCode lays the settings of a variable over the user's own."""
-    provider = opencode_provider(setup.models, setup.url, f"{{env:{_KEY_VARIABLE}}}")
-    settings: JSON = {
-        "provider": {"puter": provider},
-        "model": f"puter/{setup.model.id}",
-        "small_model": f"puter/{setup.small.id}",
-        **({"mcp": {"puter": opencode_mcp()}} if setup.mcp else {}),
-    }
-    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings), _KEY_VARIABLE: setup.key}, {}
+    (settings,) = opencode_files(setup).values()
+    settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
+    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings)}, {}
 
 
-def _plan_claude(setup: LaunchSetup) -> LaunchPlan:
+def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     """Claude Code takes variables, and again as settings: those of the user's would win."""
-    variables = claude_environ(setup.url, setup.key, setup.model, setup.small)
+    variables = claude_environ(setup)
     # These would send it elsewhere.
     others = [f"CLAUDE_CODE_USE_{name}" for name in ("BEDROCK", "VERTEX", "FOUNDRY")]
     others.append("ANTHROPIC_API_KEY")
-    settings = {"env": {**variables, **dict.fromkeys(others, "")}}
-    files = {"settings.json": json.dumps(settings)}
-    words = ["--settings", str(setup.folder / "settings.json")]
+    files: JSON = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
+    words = ["--settings", str(folder / "settings.json")]
     if setup.mcp:
-        files["mcp.json"] = json.dumps({"mcpServers": {"puter": _mcp_server(type="stdio")}})
-        words.append(f"--mcp-config={setup.folder / 'mcp.json'}")
+        _, files["mcp.json"] = claude_code_files(setup).values()
+        words.append(f"--mcp-config={folder / 'mcp.json'}")
     return words, {**dict.fromkeys(others), **variables}, files
 
 
-def _plan_codex(setup: LaunchSetup) -> LaunchPlan:
+def _plan_codex(setup: Setup, folder: Path) -> LaunchPlan:
     """Codex takes settings as arguments; a catalogue tells it what the models can do."""
-    settings: JSON = {
-        "model": setup.model.id,
-        "model_provider": "puter",
-        "model_providers.puter": codex_provider(setup.url, _KEY_VARIABLE),
-        "model_catalog_json": str(setup.folder / "models.json"),
-        "web_search": "disabled",
-        **(
-            {
-                "mcp_servers.puter": _mcp_server(
-                    env_vars=[n for n in os.environ if n.startswith("PUTER_")]
-                )
-            }
-            if setup.mcp
-            else {}
-        ),
-    }
+    (settings,) = codex_files(setup).values()
+    settings.pop("model_context_window", None)  # the catalogue has each model's
+    settings["model_catalog_json"] = str(folder / "models.json")
+    if setup.mcp:  # Codex hides its variables from servers
+        names = [name for name in os.environ if name.startswith("PUTER_")]
+        settings["mcp_servers.puter"]["env_vars"] = names
     words = [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")]
-    catalogue = json.dumps({"models": [_codex_model(m) for m in setup.models]})
-    return words, {_KEY_VARIABLE: setup.key}, {"models.json": catalogue}
+    return words, {}, {"models.json": {"models": [_codex_model(m) for m in setup.models]}}
 
 
 # With a catalogue Codex uses these in place of its own prompt.
@@ -9428,35 +9389,29 @@ def _codex_model(model: Model) -> JSON:
     }
 
 
-def _plan_aider(setup: LaunchSetup) -> LaunchPlan:
+def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     """aider takes files with settings of models; a key in them may name a variable."""
-    extra = {"api_base": setup.url, "api_key": f"os.environ/{_KEY_VARIABLE}"}
-    models = list({m.id: m for m in (setup.model, setup.small)}.values())
-    files = {
-        "models.yml": _yaml_items(aider_models(models, extra)),
-        "metadata.json": json.dumps(aider_metadata(models)),
-    }
-    words = ["--model", f"openai/{setup.model.id}", "--weak-model", f"openai/{setup.small.id}"]
-    words += ["--model-settings-file", str(setup.folder / "models.yml")]
-    words += ["--model-metadata-file", str(setup.folder / "metadata.json")]
-    return words, dict.fromkeys((_KEY_VARIABLE, "OPENAI_API_KEY"), setup.key), files
+    files = dict(zip(("models.yml", "metadata.json"), aider_files(setup).values()))
+    words = ["--model", f"openai/{setup.models[0].id}", "--weak-model", f"openai/{setup.small}"]
+    words += ["--model-settings-file", str(folder / "models.yml")]
+    words += ["--model-metadata-file", str(folder / "metadata.json")]
+    return words, {"OPENAI_API_KEY": setup.key}, files
 
 
 class Launcher(NamedTuple):
-    """A program that can be launched."""
+    """A program that can be launched, by its command."""
 
-    command: str
     install: str
-    plan: Callable[[LaunchSetup], LaunchPlan]
-    needs_tools: bool = True
-    takes_mcp: bool = True
+    plan: Callable[[Setup, Path], LaunchPlan]
+    # whether it calls tools, and takes MCP servers
+    uses_tools: bool = True
 
 
 LAUNCHERS = {
-    "opencode": Launcher("opencode", "npm install -g opencode-ai", _plan_opencode),
-    "claude": Launcher("claude", "npm install -g @anthropic-ai/claude-code", _plan_claude),
-    "codex": Launcher("codex", "npm install -g @openai/codex", _plan_codex),
-    "aider": Launcher("aider", "python -m pip install aider-chat", _plan_aider, False, False),
+    "opencode": Launcher("npm install -g opencode-ai", _plan_opencode),
+    "claude": Launcher("npm install -g @anthropic-ai/claude-code", _plan_claude),
+    "codex": Launcher("npm install -g @openai/codex", _plan_codex),
+    "aider": Launcher("python -m pip install aider-chat", _plan_aider, uses_tools=False),
 }
 
 
@@ -9468,33 +9423,20 @@ def cmd_launch(args: Any) -> int:
         rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHERS)]
         _print("\n".join(_table(rows, "<<<")))
         return 0
-    launcher = LAUNCHERS[args.program]
-    path = shutil.which(launcher.command)
+    launcher, path = LAUNCHERS[args.program], shutil.which(args.program)
     if path is None:
-        _error(f"{launcher.command} is not installed. Install it with: {launcher.install}")
+        _error(f"{args.program} is not installed. Install it with: {launcher.install}")
         return 127
-    if args.mcp and not launcher.takes_mcp:
-        _error(f"{launcher.command} cannot use MCP servers. Leave out --mcp.")
+    if args.mcp and not launcher.uses_tools:
+        _error(f"{args.program} cannot use MCP servers. Leave out --mcp.")
         return 2
     config = Config.load()
-    level = _DEBUG if config.debug else _WARNING
-    config = replace(config, debug=False)  # a client would show its log on the terminal
-    with Puter(config=config) as client:
+    with _LaunchClient(config, args.free) as client:
         if not client.accounts:
             _signed_in(client, client.whoami)
-        models = client.models()
-    model, small = _launch_models(args, launcher, models, config)
-    if args.free:
-        models = [m for m in models if m.free]
-        free = models_by_name(models)
-        names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
-        config = replace(config, fallback_models=tuple(names))
-    # The newest that suit it: all together they would not fit into a variable of Windows.
-    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
-    offered = list({m.id: m for m in (model, small, *fit)}.values())[:60]
-    with _LaunchClient(config, models if args.free else ()) as client:
-        setup = partial(LaunchSetup, model=model, small=small, models=offered, mcp=args.mcp)
-        code = _run_with_gateway(client, launcher, setup, [path, *args.arguments], level, args.mcp)
+        setup = _launch_setup(args, client)
+        with _launch_log(config):
+            code = _run_with_gateway(client, setup, launcher.plan, [path, *args.arguments])
         if not config.quiet_mode:
             _info(client.summary(), dim=True)
     return code
@@ -9505,7 +9447,7 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     import shutil
     import subprocess
 
-    path = shutil.which(LAUNCHERS[name].command)
+    path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHERS[name].install}")
     try:
@@ -9516,37 +9458,15 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     return (name, version[0].decode() if version else "?", path)
 
 
-def _launch_models(
-    args: Any, launcher: Launcher, models: Sequence[Model], config: Config
-) -> tuple[Model, Model]:
-    """The model and the small model; raises `PuterError` for what would not work."""
-    name = args.model or (None if args.free else config.default_model)
-    if name is None:
-        first = _agent_model([m for m in models if m.free or not args.free], config)
-        if first is None:
-            raise BadRequestError("No free fallback model suits agents", hint="Name one with -m.")
-        name = first.id
-        _info(f"Model: {name} (free). Another: -m MODEL; `python -m puter models` lists them.")
-    model = find_model(name, models)
-    small = find_model(args.small, models) if args.small else model
-    for one in (model, small):
-        if launcher.needs_tools and one.tools is False:
-            raise BadRequestError(
-                f"{one.id} cannot call tools, and {launcher.command} needs them",
-                hint="`python -m puter models --tools` lists those that can.",
-            )
-        if args.free and not one.free:
-            hint = "Leave out --free, or choose a free model."
-            raise BadRequestError(f"{one.id} is not free", hint=hint)
-    return model, small
-
-
 class _LaunchClient(Puter):
-    """A client that counts what it answers; with a list of models, it asks no others."""
+    """A client that counts what it answers, and may ask only models that are free."""
 
-    def __init__(self, config: Config, allowed: Sequence[Model] = ()) -> None:
-        super().__init__(config=config)
-        self._allowed = models_by_name(allowed)
+    def __init__(self, config: Config, only_free: bool) -> None:
+        super().__init__(config=replace(config, debug=False))  # the terminal is the program's
+        self._only_free = only_free
+        if only_free:
+            listed = _models_named(config.fallback_models, self.models(free=True))
+            self.config = replace(self.config, fallback_models=tuple(m.id for m in listed))
         self._requests = self._fallback_count = 0
         self._answers: Counter[str] = Counter()
         self._usages: list[Usage] = []
@@ -9554,7 +9474,7 @@ class _LaunchClient(Puter):
 
     def _build_request(self, *args: Any, **more: Any) -> _Request:
         request = super()._build_request(*args, **more)
-        if self._allowed and request.model.lower() not in self._allowed:
+        if self._only_free and not self.model(request.model).free:
             raise BadRequestError(f"{request.model} is not free, and --free was given")
         self._requests += 1
         return request
@@ -9577,54 +9497,86 @@ class _LaunchClient(Puter):
         return "; ".join(parts)
 
 
+def _launch_setup(args: Any, client: Puter) -> Setup:
+    """The models that the program gets; raises `PuterError` for what would not work."""
+    models = client.models(free=args.free or None)
+    name = args.model or (None if args.free else client.config.default_model)
+    if name is None:
+        first = _agent_model(models, client.config)
+        if first is None:
+            raise BadRequestError("No free fallback model suits agents", hint="Name one with -m.")
+        name = first.id
+        _info(f"Model: {name} (free). Another: -m MODEL; `python -m puter models` lists them.")
+    model = client.model(name)
+    small = client.model(args.small) if args.small else model
+    for one in (model, small):
+        if LAUNCHERS[args.program].uses_tools and one.tools is False:
+            raise BadRequestError(
+                f"{one.id} cannot call tools, and {args.program} needs them",
+                hint="`python -m puter models --tools` lists those that can.",
+            )
+        if args.free and not one.free:
+            hint = "Leave out --free, or choose a free model."
+            raise BadRequestError(f"{one.id} is not free", hint=hint)
+    # The newest that suit it: all together they would not fit into a variable of Windows.
+    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
+    offered = {m.id: m for m in (model, small, *fit)}
+    return Setup(list(offered.values())[:60], small.id, args.mcp)
+
+
+@contextmanager
+def _launch_log(config: Config) -> Iterator[None]:
+    """What is written to stderr meanwhile goes to a file, which is named if there was anything."""
+    from contextlib import redirect_stderr
+
+    path = config.folder / "launch.log"
+    os.makedirs(path.parent, 0o700, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        problem = f"{path} cannot be opened ({error.strerror})"
+        raise StoreError(problem, hint="Move it away.") from error
+    with open(descriptor, "a", 1, encoding="utf-8") as log:
+        size = log.tell()
+        with redirect_stderr(log):
+            _show_log(_DEBUG if config.debug else _WARNING)
+            yield
+        has_grown = log.tell() > size
+    if has_grown:
+        _info(f"What happened meanwhile is in {path}")
+
+
 def _run_with_gateway(
-    client: Puter,
-    launcher: Launcher,
-    setup: Callable[..., LaunchSetup],
-    command: Sequence[str],
-    log_level: int,
-    needs_token: bool,
+    client: Puter, setup: Setup, plan: Callable[[Setup, Path], LaunchPlan], command: Sequence[str]
 ) -> int:
     """The exit code of the program, which has a gateway of its own while it runs."""
     import secrets
-    import signal
-    from contextlib import redirect_stderr
     from tempfile import TemporaryDirectory
 
-    # until the program has it, so that nothing is left behind
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    log_path = client.config.folder / "launch.log"
-    os.makedirs(log_path.parent, 0o700, exist_ok=True)
     key = secrets.token_urlsafe(32)
-    with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        try:
-            descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as error:
-            problem = f"{log_path} cannot be opened ({error.strerror})"
-            raise StoreError(problem, hint="Move it away.") from error
-        log = stack.enter_context(open(descriptor, "a", 1, encoding="utf-8"))
-        size = log.tell()
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="puter-")))
-        server = stack.enter_context(OpenAIServer(client, "127.0.0.1", 0, key))
-        words, variables, files = launcher.plan(setup(server.url, key, folder))
-        for name, text in files.items():
-            _write_private(folder / name, text.encode())
+    with (
+        TemporaryDirectory(prefix="puter-") as name,
+        OpenAIServer(client, port=0, api_key=key) as server,
+    ):
+        setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
+        words, variables, files = plan(setup, Path(name))
+        for file, content in files.items():
+            _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
         direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
-        merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
-        if not needs_token:
+        merged: JSON = {
+            **os.environ,
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), direct),
+            _KEY_VARIABLE: key,
+            **variables,
+        }
+        if not setup.mcp:
             # its commands could read it
             merged.pop("PUTER_AUTH_TOKEN", None)
         environ = {name: value for name, value in merged.items() if value is not None}
-        with redirect_stderr(log):  # the terminal is the program's
-            _show_log(log_level)
-            code = _run_program([command[0], *words, *command[1:]], environ)
-            server.stop()
-        has_grown = log.tell() > size
-    if has_grown:
-        _info(f"What happened meanwhile is in {log_path}")
+        code = _run_program([command[0], *words, *command[1:]], environ)
+        server.stop()  # the last answer may still be on its way into the summary
     return code
 
 
@@ -9643,17 +9595,17 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
         """The terminal sends it to the program as well."""
 
     handlers = {"SIGINT": leave, "SIGQUIT": leave, "SIGTERM": forward, "SIGHUP": forward}
-    known = {getattr(signal, n): h for n, h in handlers.items() if hasattr(signal, n)}
-    before = {number: signal.signal(number, handler) for number, handler in known.items()}
-    try:
-        process = subprocess.Popen(command, env=environ)
+    with ExitStack() as stack:
+        for name, handler in handlers.items():
+            if hasattr(signal, name):  # Windows has not all of them
+                number = getattr(signal, name)
+                stack.callback(signal.signal, number, signal.signal(number, handler))
+        try:
+            process = subprocess.Popen(command, env=environ)
+        except OSError as error:
+            problem = f"{command[0]} cannot be started ({error.strerror or error})"
+            raise BadRequestError(problem, hint="") from error
         code: int = process.wait()
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadRequestError(f"{command[0]} cannot be started ({reason})", hint="") from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 

@@ -12799,7 +12799,15 @@ def texts_of(
     program: str, models: list[puter.Model] | None = None, key: str | None = None
 ) -> list[str]:
     """What goes into the files of a program."""
-    return puter.PROGRAMS[program].texts(MODELS if models is None else models, URL, key)
+    variable = "PUTER_SERVER_API_KEY" if key else None
+    setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
+    files_of, _ = puter.PROGRAMS[program]
+    return [puter._file_text(*file) for file in files_of(setup).items()]
+
+
+def files_of(program: str) -> tuple[str, ...]:
+    """The names of the files of a program."""
+    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
 
 
 def settings_of(program: str, key: str | None = None) -> Any:
@@ -12858,7 +12866,7 @@ class TestConfigCommand:
     def test_the_text_goes_to_stdout_alone(self, config, program, own_home, capsys):
         assert config(program, "--search", "opus") == 0
         shown = capsys.readouterr()
-        for file in puter.PROGRAMS[program].files:
+        for file in files_of(program):
             assert f"# {file}\n" in shown.err
         has_models = program != "claude-desktop"
         assert ("python -m puter serve\n" in shown.err) is has_models
@@ -12867,7 +12875,7 @@ class TestConfigCommand:
         assert config(program, "--search", "opus", "--json") == 0
         files = json.loads(capsys.readouterr().out)
         assert "".join(one["text"] for one in files) == shown.out
-        assert tuple(one["file"] for one in files) == puter.PROGRAMS[program].files
+        assert tuple(one["file"] for one in files) == files_of(program)
 
     @pytest.mark.parametrize("program", ["continue", "llm", "codex", "claude-code"])
     def test_no_model_is_nothing_to_print(self, config, program, capsys):
