@@ -7823,19 +7823,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _info("")
         return 130
-    except BrokenPipeError:
-        _give_up_stdout()
-        return 141
     except UnicodeDecodeError:
         _error("Standard input is not UTF-8 text.")
-        return 1
-    except OSError as error:
-        _error(f"The output cannot be written ({error.strerror or error}).")
-        _give_up_stdout()
         return 1
     except PuterError as error:
         _error(str(error))
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            # nobody takes the output; the interpreter would complain of it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        _error(f"The output cannot be written ({error.strerror or error}).")
+        return 1
 
 
 def _prepare_streams() -> None:
@@ -7851,21 +7852,13 @@ def _prepare_streams() -> None:
                 stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _give_up_stdout() -> None:
-    """Nobody takes the output; without this the interpreter complains of it at its end."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _parsed(argv: Sequence[str] | None) -> Any:
     """The arguments; those of a program that is launched are behind `--`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments: list[str] = []
-    if words[:1] == ["launch"] and "--" in words:
-        at = words.index("--")
-        words, arguments = words[:at], words[at + 1 :]
-    args = build_parser().parse_args(words)
-    args.arguments = arguments
+    is_split = words[:1] == ["launch"] and "--" in words
+    end = words.index("--") if is_split else len(words)
+    args = build_parser().parse_args(words[:end])
+    args.arguments = words[end + 1 :]
     return args
 
 
@@ -7907,7 +7900,6 @@ def _add_flags(parser: Any, **texts: str) -> None:
 
 
 def _add_ask_and_chat(command: Callable[..., Any]) -> None:
-    text = "ask a model; a pipe's text joins the prompt"
     ask = command(
         cmd_ask,
         _EXAMPLES,
@@ -7944,7 +7936,6 @@ def _add_accounts(command: Callable[..., Any]) -> None:
     _add_flags(which, all="remove all accounts")
     switch = command(cmd_switch)
     switch.add_argument("name", help="the account's name")
-    text = "the accounts, and who is on cooldown for how long"
     command(
         cmd_status,
         json="one JSON object",
@@ -8009,19 +8000,18 @@ def _add_servers(command: Callable[..., Any]) -> None:
     _add_model_choice(config)
 
 
-def _number(kind: type[_T], low: float, high: float) -> Callable[[str], _T]:
+def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
     """A number between two limits, for argparse."""
 
-    def read(text: str) -> _T:
-        number: Any = kind(text)  # type: ignore[call-arg]
+    def read(text: str) -> Any:
+        number = kind(text)
         if not low <= number <= high:
             raise ValueError
-        return number  # type: ignore[no-any-return]
+        return number
 
     # What argparse puts into "invalid ... value: '-1'".
-    read.__name__ = (
-        f"number from {low:g} to {high:g}" if high < 1e9 else f"number, {low:g} or more,"
-    )
+    limits = f" from {low:g} to {high:g}" if high < math.inf else f", {low:g} or more,"
+    read.__name__ = f"number{limits}"
     return read
 
 
@@ -8072,11 +8062,6 @@ def _client() -> Puter:
     return Puter(config=_load_config())
 
 
-def _state(config: Config) -> State:
-    """Cooldowns, metrics and cached replies, for commands that need no client."""
-    return State(config.folder / STATE_NAME, config.api_base_url)
-
-
 def _is_interactive() -> bool:
     """Whether somebody sits at a terminal who could answer."""
     return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
@@ -8087,7 +8072,7 @@ def _read_line(prompt: str) -> str:
     if sys.stdout.isatty():
         return input(prompt)
     _info(prompt, end="")
-    return input()
+    return input("")
 
 
 def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
@@ -8103,7 +8088,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         answer = _read_line("Sign in with the browser now? [Y/n] ").strip().lower()
     if answer not in ("", "y", "yes"):
         raise AuthError("You are not signed in")
-    _info(_add_account(client.config, _login_with_browser(client.config)))
+    _info(_add_account(client, _login_with_browser(client.config)))
     return work()
 
 
@@ -8241,22 +8226,23 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             print(flush=True)
 
 
-class _Spinner:
+class _Spinner(threading.Thread):
     """Shows on a terminal's stderr that something is waited for, and for how long."""
 
     def __init__(self, quiet: bool) -> None:
+        super().__init__(daemon=True)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            self._thread.start()
+            self.start()
 
     def close(self) -> None:
         """Wipe it off the line; more than once is fine."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.is_alive():
+            self.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Show the time that has gone by, until it is closed."""
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
@@ -8529,18 +8515,18 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
 
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
-    config = _load_config()
-    if args.file is not None:
-        return _import_accounts(AccountStore(config.folder), args.file)
-    if args.with_token:
-        token = _read_token()
-        if not token:
-            _error("No token came. Try: python -m puter login --with-token < FILE")
-            return 2
-        account = account_of(token, config)
-    else:
-        account = _login_with_browser(config, args.no_browser, args.port)
-    _print(_add_account(config, account))
+    with _client() as client:
+        if args.file is not None:
+            return _import_accounts(client.store, args.file)
+        if args.with_token:
+            token = _read_token()
+            if not token:
+                _error("No token came. Try: python -m puter login --with-token < FILE")
+                return 2
+            account = account_of(token, client.config)
+        else:
+            account = _login_with_browser(client.config, args.no_browser, args.port)
+        _print(_add_account(client, account))
     return 0
 
 
@@ -8567,15 +8553,14 @@ def _login_with_browser(
     return browser_login(config, show=show, open_browser=opener, port=port)
 
 
-def _add_account(config: Config, account: Account) -> str:
+def _add_account(client: Puter, account: Account) -> str:
     """Store an account, and end the cooldown of its old token; what was done, in words."""
-    store = AccountStore(config.folder)
-    is_new = store.add(account)
-    _state(config).clear_cooldowns(account.username)
+    is_new = client.store.add(account)
+    client.state.clear_cooldowns(account.username)
     _log.info("Auth: Account %s - %s", "added" if is_new else "renewed", account.username)
     kind = " (a temporary account)" if account.is_temporary else ""
-    count = _count(len(store.accounts()), "account")
-    return f"Signed in as {account.username}{kind}; {count} in {store.path}"
+    count = _count(len(client.store.accounts()), "account")
+    return f"Signed in as {account.username}{kind}; {count} in {client.store.path}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -8604,16 +8589,15 @@ def _import_accounts(store: AccountStore, name: str) -> int:
 
 def cmd_logout(args: Any) -> int:
     """Remove an account; the active one by default."""
-    config = _load_config()
-    store = AccountStore(config.folder)
-    active = store.active()
-    name = args.name or (active.username if active else None)
-    removed = store.clear() if args.all else [store.remove(name)] if name else []
-    for account in removed:
-        _state(config).clear_cooldowns(account.username)
+    with _client() as client:
+        active = client.store.active()
+        name = args.name or (active.username if active else None)
+        removed = client.store.clear() if args.all else [client.store.remove(name)] if name else []
+        for account in removed:
+            client.state.clear_cooldowns(account.username)
+        active = client.store.active()
     names = ", ".join(a.username for a in removed)
     _print(f"Removed {names}." if removed else "No account was removed: nobody is signed in.")
-    active = store.active()
     if active:
         _print(f"The active account is {active.username}.")
     if removed:
@@ -8623,7 +8607,7 @@ def cmd_logout(args: Any) -> int:
 
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
-    account = AccountStore(_load_config().folder).switch(args.name)
+    account = _client().store.switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     _print(f"The active account is {account.username}.")
     return 0
@@ -8631,33 +8615,31 @@ def cmd_switch(args: Any) -> int:
 
 def cmd_status(args: Any) -> int:
     """The accounts, and who is on cooldown for how long."""
-    config = _load_config()
-    if args.clear_cooldowns:
-        state = _state(config)
-        count = len(state.cooldowns(time.time()))
-        state.clear_cooldowns()
-        _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
-        return 0
-    if args.check:
-        checks = list(_checks(config))
-        lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
-        _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
-        return 0 if all(fine for fine, _ in checks) else 1
     from_environment = bool(os.environ.get("PUTER_AUTH_TOKEN"))
-    report = _status_report(config, time.time())
+    with _client() as client:
+        if args.clear_cooldowns:
+            count = len(client.state.cooldowns(time.time()))
+            client.state.clear_cooldowns()
+            _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
+            return 0
+        if args.check:
+            checks = list(_checks(client))
+            lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
+            _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
+            return 0 if all(fine for fine, _ in checks) else 1
+        report = _status_report(client, time.time())
     _report(args, report, _status_lines(report, from_environment))
     return 0 if report["accounts"] or from_environment else 1
 
 
-def _status_report(config: Config, now: float) -> JSON:
-    store, state = AccountStore(config.folder), _state(config)
-    accounts, active = store.accounts(), store.active()
+def _status_report(client: Puter, now: float) -> JSON:
+    accounts, active = client.store.accounts(), client.store.active()
     marks = {a.username: _token_mark(a.token) for a in accounts}
-    cooldowns = state.cooldowns(now, marks.get)
+    cooldowns = client.state.cooldowns(now, marks.get)
     dead = {c.account for c in cooldowns if c.reason == "login"}
-    used = state.last_used_ms()
+    used = client.state.last_used_ms()
     return {
-        "config_dir": str(config.folder),
+        "config_dir": str(client.config.folder),
         "accounts": [
             {
                 "username": a.username,
@@ -8701,34 +8683,29 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
         yield _NOBODY
 
 
-def _checks(config: Config) -> Iterator[tuple[bool, str]]:
+def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
     """Everything that a call needs, as (is it fine, what to say), one after the other."""
+    from email.utils import parsedate_to_datetime
+
+    config, what = client.config, ""
     yield True, f"settings: {config.folder / CONFIG_NAME}"
-    for path in (AccountStore(config.folder).path, config.folder / STATE_NAME):
+    for path in (client.store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
             fine = mode & 0o077 == 0
             yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
-    with Puter(config=config) as client:
-        advice = "" if client.accounts else "; do: python -m puter login"
-        yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
-        anyone = replace(config, auto_create_temp_user=True)
-        for account in client.accounts:
-            what = f"the token of {account.username}"
-            try:
-                yield True, f"{what} works ({account_of(account.token, anyone).username})"
-            except PuterError as error:
-                yield False, f"{what}: {error}"
-        yield from _server_checks(client)
-
-
-def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
-    from email.utils import parsedate_to_datetime
-
-    what = ""
+    advice = "" if client.accounts else "; do: python -m puter login"
+    yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
+    for account in client.accounts:
+        whose = f"the token of {account.username}"
+        try:
+            user = account_of(account.token, replace(config, auto_create_temp_user=True))
+            yield True, f"{whose} works ({user.username})"
+        except PuterError as error:
+            yield False, f"{whose}: {error}"
     try:
         date = client._server_date()
-        yield True, f"{client.config.api_base_url} answers"
+        yield True, f"{config.api_base_url} answers"
         with suppress(ValueError):  # a date that is none
             off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
             fine = abs(off_s) < 300
@@ -8914,8 +8891,7 @@ def cmd_serve(args: Any) -> int:
             server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
         except OSError as error:
             problem = f"Cannot listen on {args.host}:{args.port} ({error.strerror or error})"
-            _error(f"{problem}. Try another --port.")
-            return 1
+            raise NetworkError(problem, hint="Try another --port.") from error
         try:
             server.start()
             _announce(server, client, key)
