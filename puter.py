@@ -8049,17 +8049,12 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
         _print(line)
 
 
-def _load_config() -> Config:
-    """The settings of a command, with the log that they ask for on stderr."""
+def _client() -> Puter:
+    """The client of a command, with the log that the settings ask for on stderr."""
     config = Config.load()
     if config.debug or not config.quiet_mode:
         _show_log(_DEBUG if config.debug else _WARNING)
-    return config
-
-
-def _client() -> Puter:
-    """The client of a command."""
-    return Puter(config=_load_config())
+    return Puter(config=config)
 
 
 def _is_interactive() -> bool:
@@ -8923,7 +8918,7 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
 def cmd_config(args: Any) -> int:
     """Show the settings, or print those that another program needs."""
     if args.what == "show":
-        config = _load_config()
+        config = Config.load()
         rows = {name: getattr(config, name) for name in config.sources}
         if config.openai_api_key:
             rows["openai_api_key"] = "***"
@@ -8974,17 +8969,13 @@ def _config_program(args: Any) -> int:
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
-    """What a coding agent gets unasked: the default model, else a free fallback that suits it."""
-    default = _models_named([config.default_model or ""], models)
-    fallbacks = _models_named(config.fallback_models, models)
-    return next(iter([*default, *(m for m in fallbacks if m.free and _suits_agents(m))]), None)
-
-
-def _models_named(names: Iterable[str], models: Sequence[Model]) -> list[Model]:
-    """The models that have these names; a name that none has is left out."""
-    by_name = models_by_name(models)
-    keys = (strip_puter_prefix(name).lower() for name in names)
-    return [by_name[key] for key in keys if key in by_name]
+    """What a coding agent gets unasked: the default model, else a free one that suits it."""
+    if config.default_model:
+        with suppress(ModelNotFoundError):
+            return find_model(config.default_model, models)
+    free = [m for m in models if m.free]
+    order = fallback_order("", free, (), listed=config.fallback_models)
+    return next(filter(_suits_agents, order), None)
 
 
 def _suits_agents(model: Model) -> bool:
@@ -9053,7 +9044,7 @@ def mcp_command() -> list[str]:
 
 
 def _mcp_server(**more: Any) -> JSON:
-    """The MCP server, as most programs want it written; it is told an unusual folder."""
+    """The MCP server, as most programs want it written, with the folder if that is unusual."""
     program, *args = mcp_command()
     folder = config_dir()
     environ = {} if folder == config_dir({}) else {"PUTER_CONFIG_DIR": str(folder.absolute())}
@@ -9205,8 +9196,7 @@ def _continue_model(model: Model, setup: Setup) -> JSON:
     if model.context and model.max_tokens:
         # It refuses an answer that leaves less room than this for the question.
         most = min(model.max_tokens, model.context // 4)
-        lengths = {"contextLength": model.context, "maxTokens": most}
-        settings["defaultCompletionOptions"] = lengths
+        settings["defaultCompletionOptions"] = {"contextLength": model.context, "maxTokens": most}
     return settings
 
 
@@ -9441,11 +9431,12 @@ class _LaunchClient(Puter):
         super().__init__(config=replace(config, debug=False))  # the terminal is the program's
         self._only_free = only_free
         if only_free:
-            listed = _models_named(config.fallback_models, self.models(free=True))
-            self.config = replace(self.config, fallback_models=tuple(m.id for m in listed))
-        self._requests = self._fallback_count = 0
-        self._answers: Counter[str] = Counter()
-        self._usages: list[Usage] = []
+            free = models_by_name(self.models(free=True))
+            names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
+            self.config = replace(self.config, fallback_models=tuple(names))
+        self._requests = 0
+        # of each answer: its model, whether it fell back to that, and what it cost
+        self._answers: list[tuple[str, bool, Usage]] = []
         self._on_answer = self._note_answer
 
     def _build_request(self, *args: Any, **more: Any) -> _Request:
@@ -9456,17 +9447,17 @@ class _LaunchClient(Puter):
         return request
 
     def _note_answer(self, asked: str, reply: Reply) -> None:
-        self._answers[reply.model] += 1
-        self._usages.append(reply.usage)
-        self._fallback_count += reply.attempts[-1].model != asked
+        fell_back = reply.attempts[-1].model != asked
+        self._answers.append((reply.model, fell_back, reply.usage))
 
     def summary(self) -> str:
         """One line: who answered what, and what is left."""
         parts = [_count(self._requests, "request")]
         if self._answers:
-            answers = ", ".join(f"{n} by {m}" for m, n in self._answers.most_common())
-            parts += [f"answered: {answers}", _usage_words(self._usages)]
-        parts += [_count(self._fallback_count, "fallback")] if self._fallback_count else []
+            models, fallbacks, usages = zip(*self._answers)
+            counts = (f"{n} by {model}" for model, n in Counter(models).most_common())
+            parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
+            parts += [_count(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
         for row in credit_rows(self, [active] if active else []):
             parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
@@ -9476,14 +9467,12 @@ class _LaunchClient(Puter):
 def _launch_setup(args: Any, client: Puter) -> Setup:
     """The models that the program gets; raises `PuterError` for what would not work."""
     models = client.models(free=args.free or None)
-    name = args.model or (None if args.free else client.config.default_model)
-    if name is None:
-        first = _agent_model(models, client.config)
-        if first is None:
-            raise BadRequestError("No free fallback model suits agents", hint="Name one with -m.")
-        name = first.id
-        _info(f"Model: {name} (free). Another: -m MODEL; `python -m puter models` lists them.")
-    model = client.model(name)
+    name = args.model or ("" if args.free else client.config.default_model)
+    model = client.model(name) if name else _agent_model(models, client.config)
+    if model is None:
+        raise BadRequestError("No free model suits agents", hint="Name one with -m.")
+    if not name:
+        _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
         if LAUNCHERS[args.program].uses_tools and one.tools is False:
@@ -9541,15 +9530,10 @@ def _run_with_gateway(
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
         direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
-        merged: JSON = {
-            **os.environ,
-            **dict.fromkeys(("NO_PROXY", "no_proxy"), direct),
-            _KEY_VARIABLE: key,
-            **variables,
-        }
-        if not setup.mcp:
-            # its commands could read it
-            merged.pop("PUTER_AUTH_TOKEN", None)
+        merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
+        merged[_KEY_VARIABLE] = key
+        if not setup.mcp:  # its commands could read it
+            merged["PUTER_AUTH_TOKEN"] = None
         environ = {name: value for name, value in merged.items() if value is not None}
         code = _run_program([command[0], *words, *command[1:]], environ)
         server.stop()  # the last answer may still be on its way into the summary

@@ -12801,8 +12801,8 @@ def texts_of(
     """What goes into the files of a program."""
     variable = "PUTER_SERVER_API_KEY" if key else None
     setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
-    files_of, _ = puter.PROGRAMS[program]
-    return [puter._file_text(*file) for file in files_of(setup).items()]
+    make, _ = puter.PROGRAMS[program]
+    return [puter._file_text(*file) for file in make(setup).items()]
 
 
 def files_of(program: str) -> tuple[str, ...]:
