@@ -15088,9 +15088,10 @@ class TestLaunch:
         assert settings["mcp"]["puter"]["command"] == puter.mcp_command()
 
     def test_settings_of_claude(self, agents):
-        argv = ("claude", "-m", OPUS, "--small", lab("text"), "--", "0")
+        argv = ("claude", "--mcp", "-m", OPUS, "--small", lab("text"), "--", "0")
         report, _ = launched(agents, *argv)
-        (settings,) = map(json.loads, report["files"].values())
+        settings, servers = map(json.loads, report["files"].values())
+        assert servers["mcpServers"]["puter"]["args"] == puter.mcp_command()[1:]
         for variables in (report["environ"], settings["env"]):
             assert variables["ANTHROPIC_BASE_URL"].startswith("http://127.0.0.1:")
             assert variables["ANTHROPIC_AUTH_TOKEN"] == report["key"]
@@ -15106,7 +15107,10 @@ class TestLaunch:
         settings = tomllib.loads("\n".join(pairs))
         assert settings["model"] == OPUS and settings["model_provider"] == "puter"
         assert settings["model_providers"]["puter"]["env_key"] == "PUTERPY_KEY"
-        assert settings["mcp_servers"]["puter"]["args"] == puter.mcp_command()[1:]
+        server = settings["mcp_servers"]["puter"]
+        assert server["args"] == puter.mcp_command()[1:]
+        assert "PUTER_API_BASE_URL" in server["env_vars"]
+        assert "model_context_window" not in settings  # of this model only
         (catalogue,) = report["files"].values()
         first, *_ = json.loads(catalogue)["models"]
         assert (first["slug"], first["context_window"]) == (OPUS, 200_000)
@@ -15157,6 +15161,11 @@ class TestLaunch:
         for how, model in (([], OPUS), (["--free"], FREE[0])):
             environ = launched(agents, "claude", *how, "--", "0")[0]["environ"]
             assert environ["ANTHROPIC_MODEL"] == model
+
+    def test_the_model_is_free_though_none_is_listed(self, agents, monkeypatch):
+        monkeypatch.setenv("PUTER_FALLBACK_MODELS", f"{OPUS},nosuch")
+        _, err = launched(agents, "claude", "--", "0")
+        assert re.match(r"Model: \S+:free \(free\)\. ", err)
 
     def test_free_is_free_for_whatever_it_asks(self, agents, monkeypatch):
         monkeypatch.setenv("PUTER_FALLBACK_MODELS", f"{OPUS},{FREE[1]}")
