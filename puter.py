@@ -7806,7 +7806,9 @@ _EXAMPLES = """examples:
   cat log | python -m puter ask "What broke?"  with text from a pipe
   python -m puter models --free                models that cost nothing
 """
+CONVERSATION_NAME = "conversation.json"
 IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
+AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8151,9 +8153,6 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
         else:
             texts.append(f"{name}:\n```\n{attached.rstrip()}\n```")
     return messages_from("\n\n".join(texts), None, parts)[0]
-
-
-CONVERSATION_NAME = "conversation.json"
 
 
 def _conversation(args: Any, client: Puter) -> Conversation:
@@ -8981,9 +8980,6 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
 def _suits_agents(model: Model) -> bool:
     """Whether a coding agent can work with a model: it calls tools, and reads enough."""
     return model.tools is not False and (model.context or 0) >= AGENT_CONTEXT
-
-
-AGENT_CONTEXT = 64_000
 
 
 # the settings of other programs, for `config` and `launch`
