@@ -31,7 +31,6 @@ The file from top to bottom; each section uses only those above it:
 
 from __future__ import annotations
 
-import cmd
 import copy
 import enum
 import errno
@@ -7706,7 +7705,9 @@ _EXAMPLES = """examples:
   cat log | python -m puter ask "What broke?"  with text from a pipe
   python -m puter models --free                models that cost nothing
 """
+CONVERSATION_NAME = "conversation.json"
 IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
+AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -7723,19 +7724,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _info("")
         return 130
-    except BrokenPipeError:
-        _give_up_stdout()
-        return 141
     except UnicodeDecodeError:
         _error("Standard input is not UTF-8 text.")
-        return 1
-    except OSError as error:
-        _error(f"The output cannot be written ({error.strerror or error}).")
-        _give_up_stdout()
         return 1
     except PuterError as error:
         _error(str(error))
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            # nobody takes the output; the interpreter would complain of it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        _error(f"The output cannot be written ({error.strerror or error}).")
+        return 1
 
 
 def _prepare_streams() -> None:
@@ -7751,21 +7753,13 @@ def _prepare_streams() -> None:
                 stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _give_up_stdout() -> None:
-    """Nobody takes the output; without this the interpreter complains of it at its end."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _parsed(argv: Sequence[str] | None) -> Any:
     """The arguments; those of a program that is launched are behind `--`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments: list[str] = []
-    if words[:1] == ["launch"] and "--" in words:
-        at = words.index("--")
-        words, arguments = words[:at], words[at + 1 :]
-    args = build_parser().parse_args(words)
-    args.arguments = arguments
+    is_split = words[:1] == ["launch"] and "--" in words
+    end = words.index("--") if is_split else len(words)
+    args = build_parser().parse_args(words[:end])
+    args.arguments = words[end + 1 :]
     return args
 
 
@@ -7807,7 +7801,6 @@ def _add_flags(parser: Any, **texts: str) -> None:
 
 
 def _add_ask_and_chat(command: Callable[..., Any]) -> None:
-    text = "ask a model; a pipe's text joins the prompt"
     ask = command(
         cmd_ask,
         _EXAMPLES,
@@ -7844,7 +7837,6 @@ def _add_accounts(command: Callable[..., Any]) -> None:
     _add_flags(which, all="remove all accounts")
     switch = command(cmd_switch)
     switch.add_argument("name", help="the account's name")
-    text = "the accounts, and who is on cooldown for how long"
     command(
         cmd_status,
         json="one JSON object",
@@ -7909,19 +7901,18 @@ def _add_servers(command: Callable[..., Any]) -> None:
     _add_model_choice(config)
 
 
-def _number(kind: type[_T], low: float, high: float) -> Callable[[str], _T]:
+def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
     """A number between two limits, for argparse."""
 
-    def read(text: str) -> _T:
-        number: Any = kind(text)  # type: ignore[call-arg]
+    def read(text: str) -> Any:
+        number = kind(text)
         if not low <= number <= high:
             raise ValueError
-        return number  # type: ignore[no-any-return]
+        return number
 
     # What argparse puts into "invalid ... value: '-1'".
-    read.__name__ = (
-        f"number from {low:g} to {high:g}" if high < 1e9 else f"number, {low:g} or more,"
-    )
+    limits = f" from {low:g} to {high:g}" if high < math.inf else f", {low:g} or more,"
+    read.__name__ = f"number{limits}"
     return read
 
 
@@ -7930,10 +7921,10 @@ def _error(text: str) -> None:
     _info(f"error: {' '.join(line.strip() for line in text.splitlines())}")
 
 
-def _info(text: str, dim: bool = False) -> None:
+def _info(text: str, dim: bool = False, end: str = "\n") -> None:
     """A line for the person, on stderr; `dim` for what is beside the point."""
     with suppress(BrokenPipeError):  # nobody listens there
-        print(_shown(text, sys.stderr, dim), file=sys.stderr, flush=True)
+        print(_shown(text, sys.stderr, dim), end=end, file=sys.stderr, flush=True)
 
 
 def _shown(text: str, output: Any, dim: bool = False) -> str:
@@ -7945,9 +7936,9 @@ def _shown(text: str, output: Any, dim: bool = False) -> str:
     return f"\x1b[2m{text}\x1b[0m" if dim and not plain else text
 
 
-def _print(text: str) -> None:
+def _print(text: str, end: str = "\n") -> None:
     """A line of the result, on stdout."""
-    print(_shown(text, sys.stdout), flush=True)
+    print(_shown(text, sys.stdout), end=end, flush=True)
 
 
 def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
@@ -7959,22 +7950,12 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
         _print(line)
 
 
-def _load_config() -> Config:
-    """The settings of a command, with the log that they ask for on stderr."""
+def _client() -> Puter:
+    """The client of a command, with the log that the settings ask for on stderr."""
     config = Config.load()
     if config.debug or not config.quiet_mode:
         _show_log(_DEBUG if config.debug else _WARNING)
-    return config
-
-
-def _client() -> Puter:
-    """The client of a command."""
-    return Puter(config=_load_config())
-
-
-def _state(config: Config) -> State:
-    """Cooldowns, metrics and cached replies, for commands that need no client."""
-    return State(config.folder / STATE_NAME, config.api_base_url)
+    return Puter(config=config)
 
 
 def _is_interactive() -> bool:
@@ -7986,8 +7967,7 @@ def _read_line(prompt: str) -> str:
     """A line from the person; where stdout is redirected, the prompt goes to stderr."""
     if sys.stdout.isatty():
         return input(prompt)
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
+    _info(prompt, end="")
     return input("")
 
 
@@ -8004,7 +7984,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         answer = _read_line("Sign in with the browser now? [Y/n] ").strip().lower()
     if answer not in ("", "y", "yes"):
         raise AuthError("You are not signed in")
-    _info(_add_account(client.config, _login_with_browser(client.config)))
+    _info(_add_account(client, _login_with_browser(client.config)))
     return work()
 
 
@@ -8074,9 +8054,6 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     return messages_from("\n\n".join(texts), None, parts)[0]
 
 
-CONVERSATION_NAME = "conversation.json"
-
-
 def _conversation(args: Any, client: Puter) -> Conversation:
     """The conversation that a command is to go on with, or a new one; raises `StoreError`."""
     path = client.config.folder / CONVERSATION_NAME
@@ -8127,14 +8104,12 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             spinner.close()
             if chunk.type == "reasoning":
                 thinking = True
-                sys.stderr.write(_shown(chunk.text, sys.stderr, dim=True))
-                sys.stderr.flush()
+                _info(chunk.text, dim=True, end="")
             elif chunk.type == "text" and chunk.text:
                 if thinking:
                     thinking = False
                     _info("")
-                sys.stdout.write(_shown(chunk.text, sys.stdout))
-                sys.stdout.flush()
+                _print(chunk.text, end="")
                 last = chunk.text
     finally:
         chunks.close()  # type: ignore[attr-defined]  # the stream with it, whatever happened
@@ -8144,30 +8119,30 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
             print(flush=True)
 
 
-class _Spinner:
+class _Spinner(threading.Thread):
     """Shows on a terminal's stderr that something is waited for, and for how long."""
 
     def __init__(self, quiet: bool) -> None:
+        super().__init__(daemon=True)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            self._thread.start()
+            self.start()
 
     def close(self) -> None:
         """Wipe it off the line; more than once is fine."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.is_alive():
+            self.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Show the time that has gone by, until it is closed."""
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
-            line = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s"
-            print(
-                "\r\x1b[K" + _shown(line, sys.stderr, dim=True), end="", file=sys.stderr, flush=True
-            )
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            sys.stderr.write("\r\x1b[K")
+            _info(f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s", dim=True, end="")
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -8215,38 +8190,37 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 # chat
 
 
-class _Chat(cmd.Cmd):
+@dataclass(eq=False)
+class _Chat:
     """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
 
     The docstrings of the commands, in this order, are what /help shows.
     """
 
-    def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
-        super().__init__()
-        self.client = client
-        self.talk = talk
-        self.options = options
-        self.attached: list[str] = []
-        self.unanswered: JSON | None = None
-        self.failures = 0
-        self.used: list[Usage] = []
+    client: Puter
+    talk: Conversation
+    options: JSON
+    attached: list[str] = field(default_factory=list)
+    unanswered: JSON | None = None
+    asked: int = 0
+    used: list[Usage] = field(default_factory=list)
+    matches: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Read lines until there are no more."""
         while True:
             note = "(Ctrl-D leaves)"
             try:
-                try:
-                    text, is_block = _read_message()
-                except EOFError:
-                    return
+                text, is_block = _read_message()
                 note = "(stopped; the answer is not saved, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
+            except EOFError:
+                return
             except PuterError as error:
                 _error(str(error))
             except UnicodeDecodeError:
                 _error("Standard input is not UTF-8 text.")
-                self.failures += 1
+                self.asked += 1
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
@@ -8257,8 +8231,8 @@ class _Chat(cmd.Cmd):
             return
         if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
             self.say(line)
-        elif hasattr(self, f"do_{word[1:]}"):
-            getattr(self, f"do_{word[1:]}")(argument.strip())
+        elif word in self.commands():
+            self.commands()[word](argument.strip())
         else:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
@@ -8270,12 +8244,16 @@ class _Chat(cmd.Cmd):
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.failures += 1
+        self.asked += 1
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
-        self.failures -= 1
         self.used.append(reply.usage)
         _comment(self.client, self.talk.model, reply)
+
+    def commands(self) -> dict[str, Callable[[str], None]]:
+        """What each command does, by its name with the slash."""
+        names = [name for name in vars(_Chat) if name.startswith("do_")]
+        return {f"/{name[3:]}": getattr(self, name) for name in names}
 
     def do_model(self, name: str) -> None:
         """/model NAME    ask another model (alone: say which)"""
@@ -8299,13 +8277,11 @@ class _Chat(cmd.Cmd):
 
     def do_retry(self, _: str) -> None:
         """/retry         ask the last message again"""
-        before, asked = self._split()
-        if self.unanswered is not None:
-            before, asked = self.talk.messages, self.unanswered
+        everything = self.talk.messages
+        asked = self.unanswered or self._take_back()
         if asked is None:
             _info("Nothing was asked yet.")
             return
-        everything, self.talk.messages = self.talk.messages, before
         try:
             self.ask(asked)
         except BaseException:
@@ -8314,19 +8290,18 @@ class _Chat(cmd.Cmd):
 
     def do_undo(self, _: str) -> None:
         """/undo          forget the last message and its answer"""
-        before, asked = self._split()
-        if asked is None:
+        if self._take_back() is None:
             _info("There is nothing to undo.")
             return
-        self.talk.messages = before
         _save_conversation(self.client, self.talk)
         _info("The last message and its answer were removed.")
 
-    def _split(self) -> tuple[Messages, JSON | None]:
-        """(what came before the last message of the person, that message or None)."""
+    def _take_back(self) -> JSON | None:
+        """Cut the conversation before the last message of the person; that message, or None."""
         messages = self.talk.messages
         places = [i for i, m in enumerate(messages) if m.get("role") == "user"]
-        return (messages[: places[-1]], messages[places[-1]]) if places else (messages, None)
+        self.talk.messages = messages[: places[-1]] if places else messages
+        return messages[places[-1]] if places else None
 
     def do_save(self, name: str) -> None:
         """/save FILE     write the conversation (.json, else as text)"""
@@ -8352,32 +8327,27 @@ class _Chat(cmd.Cmd):
 
     def do_help(self, _: str) -> None:
         """/help          this list"""
-        commands = [one for name, one in vars(_Chat).items() if name.startswith("do_")]
-        _info("\n".join(str(one.__doc__) for one in commands))
+        _info("\n".join(str(command.__doc__) for command in self.commands().values()))
         _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
         _info("Ctrl-C stops an answer; Ctrl-D leaves.")
 
-    def parseline(self, line: str) -> tuple[str | None, str | None, str]:
-        """For completion: the command is the word without its slash."""
-        return super().parseline(line.removeprefix("/"))
-
-    def completenames(self, text: str, *_: Any) -> list[str]:
-        """The commands that begin so."""
-        return ["/" + name for name in super().completenames(text[1:])] if text[:1] == "/" else []
-
-    def complete_model(self, text: str, *_: Any) -> list[str]:
-        """The models that begin so; none without the list."""
-        with suppress(PuterError):
-            return [m.id for m in self.client.models() if m.id.startswith(text)]
-        return []
-
-    def complete_attach(self, text: str, *_: Any) -> list[str]:
-        """The files that begin so."""
+    def complete(self, text: str, state: int) -> str | None:
+        """For readline: the command, model or file number `state` that begins so."""
         import glob
+        import readline
 
-        return glob.glob(glob.escape(text) + "*")
-
-    complete_save = complete_attach
+        command, space, _ = readline.get_line_buffer().partition(" ")
+        if state == 0:
+            self.matches = []
+            if not space:
+                self.matches = [name for name in self.commands() if name.startswith(text)]
+            elif command in ("/attach", "/save"):
+                self.matches = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    models = self.client.models()
+                    self.matches = [m.id for m in models if m.id.startswith(text)]
+        return self.matches[state] if state < len(self.matches) else None
 
 
 def cmd_chat(args: Any) -> int:
@@ -8388,10 +8358,10 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, options)
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if chat.failures else 0
+            return 1 if chat.asked > len(chat.used) else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
-        with _line_editing(client, chat):
+        with _line_editing(chat):
             chat.run()
     return 0
 
@@ -8402,35 +8372,32 @@ def _read_message() -> tuple[str, bool]:
     At the end of a pipe, what was begun counts as it is.
     """
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
-    lines = [_read_line(prompt)]
-    is_block = lines[0].lstrip().startswith('"""')
-    if is_block:
-        lines[0] = lines[0].lstrip()[3:]
+    text = _read_line(prompt)
+    if not text.lstrip().startswith('"""'):
+        with suppress(EOFError):
+            while text.endswith("\\"):
+                text = f"{text[:-1]}\n{_read_line(more)}"
+        return text.removesuffix("\\"), False
+    text = text.lstrip()[3:]
     with suppress(EOFError):
-        while is_block and not lines[-1].rstrip().endswith('"""'):
-            lines.append(_read_line(more))
-        while not is_block and lines[-1].endswith("\\"):
-            lines[-1] = lines[-1][:-1]
-            lines.append(_read_line(more))
-    text = "\n".join(lines)
-    if is_block:
-        text = text.rstrip().removesuffix('"""').strip("\n")
-    return text, is_block
+        while not text.rstrip().endswith('"""'):
+            text += f"\n{_read_line(more)}"
+    return text.rstrip().removesuffix('"""').strip("\n"), True
 
 
 @contextmanager
-def _line_editing(client: Puter, chat: _Chat) -> Iterator[None]:
+def _line_editing(chat: _Chat) -> Iterator[None]:
     """History and completion where the system has readline."""
     try:
         import readline
     except ImportError:  # Windows
         yield
         return
-    path = client.config.folder / "chat-history"
+    path = chat.client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
     readline.set_completer_delims(" ")
-    readline.set_completer(chat.complete)  # type: ignore[arg-type]
+    readline.set_completer(chat.complete)
     readline.parse_and_bind("tab: complete")
     readline.set_history_length(1_000)
     try:
@@ -8446,18 +8413,18 @@ def _line_editing(client: Puter, chat: _Chat) -> Iterator[None]:
 
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
-    config = _load_config()
-    if args.file is not None:
-        return _import_accounts(AccountStore(config.folder), args.file)
-    if args.with_token:
-        token = _read_token()
-        if not token:
-            _error("No token came. Try: python -m puter login --with-token < FILE")
-            return 2
-        account = account_of(token, config)
-    else:
-        account = _login_with_browser(config, args.no_browser, args.port)
-    _print(_add_account(config, account))
+    with _client() as client:
+        if args.file is not None:
+            return _import_accounts(client.store, args.file)
+        if args.with_token:
+            token = _read_token()
+            if not token:
+                _error("No token came. Try: python -m puter login --with-token < FILE")
+                return 2
+            account = account_of(token, client.config)
+        else:
+            account = _login_with_browser(client.config, args.no_browser, args.port)
+        _print(_add_account(client, account))
     return 0
 
 
@@ -8484,15 +8451,14 @@ def _login_with_browser(
     return browser_login(config, show=show, open_browser=opener, port=port)
 
 
-def _add_account(config: Config, account: Account) -> str:
+def _add_account(client: Puter, account: Account) -> str:
     """Store an account, and end the cooldown of its old token; what was done, in words."""
-    store = AccountStore(config.folder)
-    is_new = store.add(account)
-    _state(config).clear_cooldowns(account.username)
+    is_new = client.store.add(account)
+    client.state.clear_cooldowns(account.username)
     _log.info("Auth: Account %s - %s", "added" if is_new else "renewed", account.username)
     kind = " (a temporary account)" if account.is_temporary else ""
-    count = _count(len(store.accounts()), "account")
-    return f"Signed in as {account.username}{kind}; {count} in {store.path}"
+    count = _count(len(client.store.accounts()), "account")
+    return f"Signed in as {account.username}{kind}; {count} in {client.store.path}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -8521,16 +8487,15 @@ def _import_accounts(store: AccountStore, name: str) -> int:
 
 def cmd_logout(args: Any) -> int:
     """Remove an account; the active one by default."""
-    config = _load_config()
-    store = AccountStore(config.folder)
-    active = store.active()
-    name = args.name or (active.username if active else None)
-    removed = store.clear() if args.all else [store.remove(name)] if name else []
-    for account in removed:
-        _state(config).clear_cooldowns(account.username)
+    with _client() as client:
+        active = client.store.active()
+        name = args.name or (active.username if active else None)
+        removed = client.store.clear() if args.all else [client.store.remove(name)] if name else []
+        for account in removed:
+            client.state.clear_cooldowns(account.username)
+        active = client.store.active()
     names = ", ".join(a.username for a in removed)
     _print(f"Removed {names}." if removed else "No account was removed: nobody is signed in.")
-    active = store.active()
     if active:
         _print(f"The active account is {active.username}.")
     if removed:
@@ -8540,7 +8505,7 @@ def cmd_logout(args: Any) -> int:
 
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
-    account = AccountStore(_load_config().folder).switch(args.name)
+    account = _client().store.switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     _print(f"The active account is {account.username}.")
     return 0
@@ -8548,32 +8513,30 @@ def cmd_switch(args: Any) -> int:
 
 def cmd_status(args: Any) -> int:
     """The accounts, and who is on cooldown for how long."""
-    config = _load_config()
-    if args.clear_cooldowns:
-        state = _state(config)
-        count = len(state.cooldowns(time.time()))
-        state.clear_cooldowns()
-        _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
-        return 0
-    if args.check:
-        checks = list(_checks(config))
-        lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
-        _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
-        return 0 if all(fine for fine, _ in checks) else 1
     from_environment = bool(os.environ.get("PUTER_AUTH_TOKEN"))
-    report = _status_report(config, time.time())
+    with _client() as client:
+        if args.clear_cooldowns:
+            count = len(client.state.cooldowns(time.time()))
+            client.state.clear_cooldowns()
+            _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
+            return 0
+        if args.check:
+            checks = list(_checks(client))
+            lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
+            _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
+            return 0 if all(fine for fine, _ in checks) else 1
+        report = _status_report(client, time.time())
     _report(args, report, _status_lines(report, from_environment))
     return 0 if report["accounts"] or from_environment else 1
 
 
-def _status_report(config: Config, now: float) -> JSON:
-    store, state = AccountStore(config.folder), _state(config)
-    accounts, active = store.accounts(), store.active()
-    cooldowns = state.cooldowns(now, accounts)
+def _status_report(client: Puter, now: float) -> JSON:
+    accounts, active = client.store.accounts(), client.store.active()
+    cooldowns = client.state.cooldowns(now, accounts)
     dead = {c.account for c in cooldowns if c.reason == "login"}
-    used = state.last_used_ms()
+    used = client.state.last_used_ms()
     return {
-        "config_dir": str(config.folder),
+        "config_dir": str(client.config.folder),
         "accounts": [
             {
                 "username": a.username,
@@ -8617,34 +8580,29 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
         yield _NOBODY
 
 
-def _checks(config: Config) -> Iterator[tuple[bool, str]]:
+def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
     """Everything that a call needs, as (is it fine, what to say), one after the other."""
+    from email.utils import parsedate_to_datetime
+
+    config, what = client.config, ""
     yield True, f"settings: {config.folder / CONFIG_NAME}"
-    for path in (AccountStore(config.folder).path, config.folder / STATE_NAME):
+    for path in (client.store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
             fine = mode & 0o077 == 0
             yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
-    with Puter(config=config) as client:
-        advice = "" if client.accounts else "; do: python -m puter login"
-        yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
-        anyone = replace(config, auto_create_temp_user=True)
-        for account in client.accounts:
-            what = f"the token of {account.username}"
-            try:
-                yield True, f"{what} works ({account_of(account.token, anyone).username})"
-            except PuterError as error:
-                yield False, f"{what}: {error}"
-        yield from _server_checks(client)
-
-
-def _server_checks(client: Puter) -> Iterator[tuple[bool, str]]:
-    from email.utils import parsedate_to_datetime
-
-    what = ""
+    advice = "" if client.accounts else "; do: python -m puter login"
+    yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
+    for account in client.accounts:
+        whose = f"the token of {account.username}"
+        try:
+            user = account_of(account.token, replace(config, auto_create_temp_user=True))
+            yield True, f"{whose} works ({user.username})"
+        except PuterError as error:
+            yield False, f"{whose}: {error}"
     try:
         date = client._server_date()
-        yield True, f"{client.config.api_base_url} answers"
+        yield True, f"{config.api_base_url} answers"
         with suppress(ValueError):  # a date that is none
             off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
             fine = abs(off_s) < 300
@@ -8830,8 +8788,7 @@ def cmd_serve(args: Any) -> int:
             server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
         except OSError as error:
             problem = f"Cannot listen on {args.host}:{args.port} ({error.strerror or error})"
-            _error(f"{problem}. Try another --port.")
-            return 1
+            raise NetworkError(problem, hint="Try another --port.") from error
         try:
             server.start()
             _announce(server, client, key)
@@ -8857,18 +8814,13 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
         _info(f"The model list is not available now: {error}")
 
 
-# config, and the settings of other programs
-
-# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
-# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
-# Desktop of August 2026 (read in their sources and manuals).
-_BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
+# config
 
 
 def cmd_config(args: Any) -> int:
     """Show the settings, or print those that another program needs."""
     if args.what == "show":
-        config = _load_config()
+        config = Config.load()
         rows = {name: getattr(config, name) for name in config.sources}
         if config.openai_api_key:
             rows["openai_api_key"] = "***"
@@ -8893,38 +8845,39 @@ def _setting_lines(settings: JSON) -> Iterator[str]:
 
 def _config_program(args: Any) -> int:
     """Print what goes into the files of a program; which files is said on stderr."""
-    program = PROGRAMS[args.what]
     models: list[Model] = []
     if args.what != "claude-desktop":
         with _client() as client:
-            models = client.models(args.provider, args.free or None)
-            models = matching_models(models, args.search)
+            models = matching_models(client.models(args.provider, args.free or None), args.search)
             first = _agent_model(models, client.config)
-            models = [first, *(m for m in models if m != first)] if first else models
+            models.sort(key=lambda m: m != first)
         if not models:
             _error("No models match, so there is nothing to set up.")
             return 1
-    texts = program.texts(models, args.base_url, os.environ.get("PUTER_SERVER_API_KEY"))
+    variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
+    files_of, note = PROGRAMS[args.what]
+    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
+    texts = {file: _file_text(file, content) for file, content in files.items()}
     if args.json:
-        pairs = zip(program.files, texts, strict=True)
-        _report(args, [{"file": file, "text": text} for file, text in pairs], ())
+        _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
         return 0
-    for file, text in zip(program.files, texts, strict=True):
+    for file, text in texts.items():
         _info(f"# {file}", dim=True)
-        _report(args, None, text.splitlines())
+        _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
-    _info(program.note)
+    _info(note)
     return 0
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
-    """What a coding agent gets unasked: the default model, else a free fallback that suits it."""
-    by_name = models_by_name(models)
-    if config.default_model and strip_puter_prefix(config.default_model).lower() in by_name:
-        return by_name[strip_puter_prefix(config.default_model).lower()]
-    fallbacks = (by_name.get(strip_puter_prefix(n).lower()) for n in config.fallback_models)
-    return next((m for m in fallbacks if m and m.free and _suits_agents(m)), None)
+    """What a coding agent gets unasked: the default model, else a free one that suits it."""
+    if config.default_model:
+        with suppress(ModelNotFoundError):
+            return find_model(config.default_model, models)
+    free = [m for m in models if m.free]
+    order = fallback_order("", free, (), listed=config.fallback_models)
+    return next(filter(_suits_agents, order), None)
 
 
 def _suits_agents(model: Model) -> bool:
@@ -8932,16 +8885,54 @@ def _suits_agents(model: Model) -> bool:
     return model.tools is not False and (model.context or 0) >= AGENT_CONTEXT
 
 
-AGENT_CONTEXT = 64_000
+# the settings of other programs, for `config` and `launch`
+
+# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
+# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
+# Desktop of August 2026 (read in their sources and manuals).
+_BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
 
 
-def _json_text(value: JSON) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+class Setup(NamedTuple):
+    """What a program is set up with: models, a gateway, and whether it gets the MCP server.
+
+    The first model is the one to ask, `small` the id of the one for small tasks ("": the same).
+    The gateway's key is in an environment variable, `key_variable`, or else any will do.
+    """
+
+    models: Sequence[Model]
+    small: str = ""
+    mcp: bool = True
+    url: str = _BASE_URL
+    key: str = "puter"
+    key_variable: str | None = None
+
+    def key_as(self, form: str) -> str:
+        """The key for a file: how the program names a variable, KEY in `form`, or the key."""
+        return form.replace("KEY", self.key_variable) if self.key_variable else self.key
+
+
+def _file_text(file: str, content: Any) -> str:
+    """The text of a file of settings: a list as YAML, a dict as TOML or JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return _yaml_items(content)
+    if file.endswith(".toml"):
+        return "".join(f"{name} = {_toml_value(value)}\n" for name, value in content.items())
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
     """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
     return "".join(f"{indent}- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
+
+
+def _toml_value(value: Any) -> str:
+    """A value on one line of TOML: tables in braces, all else as in JSON."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
 
 
 def mcp_command() -> list[str]:
@@ -8952,7 +8943,7 @@ def mcp_command() -> list[str]:
 
 
 def _mcp_server(**more: Any) -> JSON:
-    """The MCP server, as most programs want it written; it is told an unusual folder."""
+    """The MCP server, as most programs want it written, with the folder if that is unusual."""
     program, *args = mcp_command()
     folder = config_dir()
     environ = {} if folder == config_dir({}) else {"PUTER_CONFIG_DIR": str(folder.absolute())}
@@ -8963,25 +8954,22 @@ def _sees_images(model: Model) -> bool:
     return "image" in (model.inputs or ())
 
 
-def opencode_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def opencode_files(setup: Setup) -> JSON:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
-    shown_key = "{env:PUTER_SERVER_API_KEY}" if key else "puter"
-    settings = {
-        "$schema": "https://opencode.ai/config.json",
-        "provider": {"puter": opencode_provider(models, base_url, shown_key)},
-        "mcp": {"puter": opencode_mcp()},
-    }
-    return [_json_text(settings)]
-
-
-def opencode_provider(models: Sequence[Model], base_url: str, key: str) -> JSON:
-    """A provider as OpenCode's settings name it."""
-    return {
+    provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Puter.com",
-        "options": {"baseURL": base_url, "apiKey": key},
-        "models": {m.id: _opencode_model(m) for m in models},
+        "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
+        "models": {m.id: _opencode_model(m) for m in setup.models},
     }
+    command = {"type": "local", "command": mcp_command(), "enabled": True}
+    server = {**command, "environment": _mcp_server()["env"]}
+    settings = {
+        "$schema": "https://opencode.ai/config.json",
+        "provider": {"puter": provider},
+        **({"mcp": {"puter": server}} if setup.mcp else {}),
+    }
+    return {"~/.config/opencode/opencode.json": settings}
 
 
 def _opencode_model(model: Model) -> JSON:
@@ -9003,13 +8991,7 @@ def _opencode_model(model: Model) -> JSON:
     return settings
 
 
-def opencode_mcp() -> JSON:
-    """The MCP server as OpenCode's settings name it."""
-    server: JSON = {"type": "local", "command": mcp_command(), "enabled": True}
-    return {**server, "environment": _mcp_server()["env"]}
-
-
-def zed_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     available = [
         {
@@ -9025,37 +9007,26 @@ def zed_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[s
                 "prompt_cache_key": False,
             },
         }
-        for m in models
+        for m in setup.models
     ]
-    provider = {"api_url": base_url, "available_models": available}
+    provider = {"api_url": setup.url, "available_models": available}
     settings = {
         "language_models": {"openai_compatible": {"puter": provider}},
         "context_servers": {"puter": _mcp_server()},
     }
-    return [_json_text(settings)]
+    return {"settings.json (in Zed: open settings)": settings}
 
 
-def claude_code_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
-    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
-    import shlex
-
-    variables = claude_environ(base_url, "puter", models[0], models[0])
-    shown = {name: shlex.quote(value) for name, value in variables.items()}
-    if key:
-        shown["ANTHROPIC_AUTH_TOKEN"] = '"$PUTER_SERVER_API_KEY"'
-    exports = "".join(f"export {name}={value}\n" for name, value in shown.items())
-    return [exports, _json_text({"mcpServers": {"puter": _mcp_server(type="stdio")}})]
-
-
-def claude_environ(base_url: str, key: str, model: Model, small: Model) -> dict[str, str]:
+def claude_environ(setup: Setup) -> dict[str, str]:
     """The variables that send Claude Code to a gateway; its sub-agents ask the small model."""
+    model = setup.models[0]
     environ = {
-        "ANTHROPIC_BASE_URL": base_url.rstrip("/").removesuffix("/v1"),
-        "ANTHROPIC_AUTH_TOKEN": key,
+        "ANTHROPIC_BASE_URL": setup.url.rstrip("/").removesuffix("/v1"),
+        "ANTHROPIC_AUTH_TOKEN": setup.key,
         "ANTHROPIC_MODEL": model.id,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": small.id,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": setup.small or model.id,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if model.context:
@@ -9065,51 +9036,50 @@ def claude_environ(base_url: str, key: str, model: Model, small: Model) -> dict[
     return environ
 
 
-def codex_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def claude_code_files(setup: Setup) -> JSON:
+    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+    import shlex
+
+    variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
+    variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
+    exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
+    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
+    return {"a shell, before `claude`": exports, "~/.claude.json": server}
+
+
+def codex_files(setup: Setup) -> JSON:
     """Codex: a provider that speaks Responses, and the MCP server."""
-    context = models[0].context
-    settings: JSON = {
-        "model": models[0].id,
-        "model_provider": "puter",
-        **({"model_context_window": context} if context else {}),
-        "web_search": "disabled",
-        "model_providers.puter": codex_provider(base_url, "PUTER_SERVER_API_KEY" if key else None),
-        "mcp_servers.puter": _mcp_server(),
-    }
-    return ["".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())]
-
-
-def codex_provider(base_url: str, env_key: str | None) -> JSON:
-    """A provider as Codex's settings name it."""
-    return {
+    model = setup.models[0]
+    provider = {
         "name": "puter.py",
-        "base_url": base_url,
-        **({"env_key": env_key} if env_key else {}),
+        "base_url": setup.url,
+        **({"env_key": setup.key_variable} if setup.key_variable else {}),
         "wire_api": "responses",
         # By default thirty requests for one failure; the gateway retries what can be retried.
         "request_max_retries": 0,
         "stream_max_retries": 0,
         "stream_idle_timeout_ms": 600_000,
     }
+    settings = {
+        "model": model.id,
+        "model_provider": "puter",
+        **({"model_context_window": model.context} if model.context else {}),
+        "web_search": "disabled",
+        "model_providers.puter": provider,
+        **({"mcp_servers.puter": _mcp_server()} if setup.mcp else {}),
+    }
+    return {"~/.codex/config.toml": settings}
 
 
-def _toml_value(value: Any) -> str:
-    """A value on one line of TOML: tables in braces, all else as in JSON."""
-    if not isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
-    return "{" + ", ".join(f"{key} = {_toml_value(one)}" for key, one in value.items()) + "}"
-
-
-def continue_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    shown_key = "${{ secrets.PUTER_SERVER_API_KEY }}" if key else "puter"
-    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
-    text += _yaml_items((_continue_model(m, base_url, shown_key) for m in models), "  ")
-    server = {"name": "puter", **_mcp_server(type="stdio")}
-    return [f"{text}mcpServers:\n{_yaml_items([server], '  ')}"]
+    models = _yaml_items((_continue_model(m, setup) for m in setup.models), "  ")
+    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
+    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
+    return {"~/.continue/config.yaml": f"{head}models:\n{models}mcpServers:\n{server}"}
 
 
-def _continue_model(model: Model, base_url: str, key: str) -> JSON:
+def _continue_model(model: Model, setup: Setup) -> JSON:
     # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
     vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
     can = ["tool_use"] if model.tools is not False else []
@@ -9117,43 +9087,32 @@ def _continue_model(model: Model, base_url: str, key: str) -> JSON:
         "name": f"Puter: {model.name}",
         "provider": "openai",
         "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
-        "apiBase": base_url,
-        "apiKey": key,
+        "apiBase": setup.url,
+        "apiKey": setup.key_as("${{ secrets.KEY }}"),
         "roles": ["chat", "edit", "apply"],
         "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
     }
     if model.context and model.max_tokens:
         # It refuses an answer that leaves less room than this for the question.
         most = min(model.max_tokens, model.context // 4)
-        lengths = {"contextLength": model.context, "maxTokens": most}
-        settings["defaultCompletionOptions"] = lengths
+        settings["defaultCompletionOptions"] = {"contextLength": model.context, "maxTokens": most}
     return settings
 
 
-def aider_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def aider_files(setup: Setup) -> JSON:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
-    shown_key = "os.environ/PUTER_SERVER_API_KEY" if key else "puter"
-    extra = {"api_base": base_url, "api_key": shown_key}
-    return [_yaml_items(aider_models(models, extra)), _json_text(aider_metadata(models))]
-
-
-def aider_models(models: Sequence[Model], extra_params: JSON) -> list[JSON]:
-    """The models as aider's settings name them."""
-    return [
+    extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
+    models = [
         {
             "name": f"openai/{m.id}",
             "edit_format": "diff",
             "weak_model_name": f"openai/{m.id}",
             "use_repo_map": True,
-            "extra_params": extra_params,
+            "extra_params": extra,
         }
-        for m in models
+        for m in setup.models
     ]
-
-
-def aider_metadata(models: Sequence[Model]) -> JSON:
-    """What aider has to know of the models: lengths and prices."""
-    return {
+    metadata = {
         f"openai/{m.id}": {
             "max_tokens": m.max_tokens or 4_096,
             "max_input_tokens": m.context or 128_000,
@@ -9164,72 +9123,54 @@ def aider_metadata(models: Sequence[Model]) -> JSON:
             "mode": "chat",
             "supports_vision": _sees_images(m),
         }
-        for m in models
+        for m in setup.models
     }
+    return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
 
 
-def llm_texts(models: Sequence[Model], base_url: str, key: str | None) -> list[str]:
+def llm_files(setup: Setup) -> JSON:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
-    items = [
+    models = [
         {
             "model_id": f"puter/{m.id}",
             "model_name": m.id,
-            "api_base": base_url,
-            **({"api_key_name": "puter"} if key else {}),
+            "api_base": setup.url,
+            **({"api_key_name": "puter"} if setup.key_variable else {}),
             **({"vision": True} if _sees_images(m) else {}),
             **({"supports_tools": True} if m.tools is not False else {}),
             "supports_schema": True,
         }
-        for m in models
+        for m in setup.models
     ]
-    return [_yaml_items(items)]
+    file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
+    return {file: models}
 
 
-class Program(NamedTuple):
-    """A program that `config` prints settings for: its files, what goes into each, and a note."""
-
-    files: tuple[str, ...]
-    texts: Callable[[Sequence[Model], str, str | None], list[str]]
-    note: str
+def claude_desktop_files(_: Setup) -> JSON:
+    """Claude Desktop: the MCP server."""
+    file = "claude_desktop_config.json (Settings, Developer, Edit Config)"
+    return {file: {"mcpServers": {"puter": _mcp_server()}}}
 
 
-PROGRAMS = {
-    "opencode": Program(
-        ("~/.config/opencode/opencode.json",), opencode_texts, "Then: opencode --model puter/MODEL"
-    ),
-    "zed": Program(
-        ("settings.json (in Zed: open settings)",),
-        zed_texts,
+# What `config` prints for each: a function of what goes into its files, and a note.
+PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
+    "opencode": (opencode_files, "Then: opencode --model puter/MODEL"),
+    "zed": (
+        zed_files,
         "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
     ),
-    "claude-desktop": Program(
-        ("claude_desktop_config.json (Settings, Developer, Edit Config)",),
-        lambda *_: [_json_text({"mcpServers": {"puter": _mcp_server()}})],
+    "claude-desktop": (
+        claude_desktop_files,
         "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": Program(
-        ("a shell, before `claude`", "~/.claude.json"),
-        claude_code_texts,
+    "claude-code": (
+        claude_code_files,
         'The variables can also stand under "env" in ~/.claude/settings.json.',
     ),
-    "codex": Program(
-        ("~/.codex/config.toml",), codex_texts, "Then: codex. Another model: codex -m MODEL"
-    ),
-    "continue": Program(
-        ("~/.continue/config.yaml",),
-        continue_texts,
-        "Then choose a model whose name begins with Puter.",
-    ),
-    "aider": Program(
-        ("~/.aider.model.settings.yml", "~/.aider.model.metadata.json"),
-        aider_texts,
-        "Then: aider --model openai/MODEL",
-    ),
-    "llm": Program(
-        ("extra-openai-models.yaml, in the folder of the file that `llm logs path` names",),
-        llm_texts,
-        "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter",
-    ),
+    "codex": (codex_files, "Then: codex. Another model: codex -m MODEL"),
+    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
+    "aider": (aider_files, "Then: aider --model openai/MODEL"),
+    "llm": (llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"),
 }
 
 
@@ -9237,73 +9178,42 @@ PROGRAMS = {
 
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
-
-
-class LaunchSetup(NamedTuple):
-    """What a program is to be launched with: the gateway, the models, a folder of its own."""
-
-    url: str
-    key: str
-    folder: Path
-    model: Model
-    small: Model
-    models: Sequence[Model]
-    mcp: bool
-
-
 # What a program is started with: more arguments, more variables (None takes one out), and files
-# (name -> text) in the temporary folder. Nothing of the user's is written or changed.
-LaunchPlan = tuple[list[str], dict[str, str | None], dict[str, str]]
+# (name -> contents) in the temporary folder. Nothing of the user's is written or changed.
+LaunchPlan = tuple[list[str], dict[str, str | None], JSON]
 
 
-def _plan_opencode(setup: LaunchSetup) -> LaunchPlan:
+def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
     """OpenCode lays the settings of a variable over the user's own."""
-    provider = opencode_provider(setup.models, setup.url, f"{{env:{_KEY_VARIABLE}}}")
-    settings: JSON = {
-        "provider": {"puter": provider},
-        "model": f"puter/{setup.model.id}",
-        "small_model": f"puter/{setup.small.id}",
-        **({"mcp": {"puter": opencode_mcp()}} if setup.mcp else {}),
-    }
-    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings), _KEY_VARIABLE: setup.key}, {}
+    (settings,) = opencode_files(setup).values()
+    settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
+    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings)}, {}
 
 
-def _plan_claude(setup: LaunchSetup) -> LaunchPlan:
+def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     """Claude Code takes variables, and again as settings: those of the user's would win."""
-    variables = claude_environ(setup.url, setup.key, setup.model, setup.small)
+    variables = claude_environ(setup)
     # These would send it elsewhere.
     others = [f"CLAUDE_CODE_USE_{name}" for name in ("BEDROCK", "VERTEX", "FOUNDRY")]
     others.append("ANTHROPIC_API_KEY")
-    settings = {"env": {**variables, **dict.fromkeys(others, "")}}
-    files = {"settings.json": json.dumps(settings)}
-    words = ["--settings", str(setup.folder / "settings.json")]
+    files: JSON = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
+    words = ["--settings", str(folder / "settings.json")]
     if setup.mcp:
-        files["mcp.json"] = json.dumps({"mcpServers": {"puter": _mcp_server(type="stdio")}})
-        words.append(f"--mcp-config={setup.folder / 'mcp.json'}")
+        _, files["mcp.json"] = claude_code_files(setup).values()
+        words.append(f"--mcp-config={folder / 'mcp.json'}")
     return words, {**dict.fromkeys(others), **variables}, files
 
 
-def _plan_codex(setup: LaunchSetup) -> LaunchPlan:
+def _plan_codex(setup: Setup, folder: Path) -> LaunchPlan:
     """Codex takes settings as arguments; a catalogue tells it what the models can do."""
-    settings: JSON = {
-        "model": setup.model.id,
-        "model_provider": "puter",
-        "model_providers.puter": codex_provider(setup.url, _KEY_VARIABLE),
-        "model_catalog_json": str(setup.folder / "models.json"),
-        "web_search": "disabled",
-        **(
-            {
-                "mcp_servers.puter": _mcp_server(
-                    env_vars=[n for n in os.environ if n.startswith("PUTER_")]
-                )
-            }
-            if setup.mcp
-            else {}
-        ),
-    }
+    (settings,) = codex_files(setup).values()
+    settings.pop("model_context_window", None)  # the catalogue has each model's
+    settings["model_catalog_json"] = str(folder / "models.json")
+    if setup.mcp:  # Codex hides its variables from servers
+        names = [name for name in os.environ if name.startswith("PUTER_")]
+        settings["mcp_servers.puter"]["env_vars"] = names
     words = [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")]
-    catalogue = json.dumps({"models": [_codex_model(m) for m in setup.models]})
-    return words, {_KEY_VARIABLE: setup.key}, {"models.json": catalogue}
+    return words, {}, {"models.json": {"models": [_codex_model(m) for m in setup.models]}}
 
 
 # With a catalogue Codex uses these in place of its own prompt.
@@ -9344,35 +9254,29 @@ def _codex_model(model: Model) -> JSON:
     }
 
 
-def _plan_aider(setup: LaunchSetup) -> LaunchPlan:
+def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     """aider takes files with settings of models; a key in them may name a variable."""
-    extra = {"api_base": setup.url, "api_key": f"os.environ/{_KEY_VARIABLE}"}
-    models = list({m.id: m for m in (setup.model, setup.small)}.values())
-    files = {
-        "models.yml": _yaml_items(aider_models(models, extra)),
-        "metadata.json": json.dumps(aider_metadata(models)),
-    }
-    words = ["--model", f"openai/{setup.model.id}", "--weak-model", f"openai/{setup.small.id}"]
-    words += ["--model-settings-file", str(setup.folder / "models.yml")]
-    words += ["--model-metadata-file", str(setup.folder / "metadata.json")]
-    return words, dict.fromkeys((_KEY_VARIABLE, "OPENAI_API_KEY"), setup.key), files
+    files = dict(zip(("models.yml", "metadata.json"), aider_files(setup).values()))
+    words = ["--model", f"openai/{setup.models[0].id}", "--weak-model", f"openai/{setup.small}"]
+    words += ["--model-settings-file", str(folder / "models.yml")]
+    words += ["--model-metadata-file", str(folder / "metadata.json")]
+    return words, {"OPENAI_API_KEY": setup.key}, files
 
 
 class Launcher(NamedTuple):
-    """A program that can be launched."""
+    """A program that can be launched, by its command."""
 
-    command: str
     install: str
-    plan: Callable[[LaunchSetup], LaunchPlan]
-    needs_tools: bool = True
-    takes_mcp: bool = True
+    plan: Callable[[Setup, Path], LaunchPlan]
+    # whether it calls tools, and takes MCP servers
+    uses_tools: bool = True
 
 
 LAUNCHERS = {
-    "opencode": Launcher("opencode", "npm install -g opencode-ai", _plan_opencode),
-    "claude": Launcher("claude", "npm install -g @anthropic-ai/claude-code", _plan_claude),
-    "codex": Launcher("codex", "npm install -g @openai/codex", _plan_codex),
-    "aider": Launcher("aider", "python -m pip install aider-chat", _plan_aider, False, False),
+    "opencode": Launcher("npm install -g opencode-ai", _plan_opencode),
+    "claude": Launcher("npm install -g @anthropic-ai/claude-code", _plan_claude),
+    "codex": Launcher("npm install -g @openai/codex", _plan_codex),
+    "aider": Launcher("python -m pip install aider-chat", _plan_aider, uses_tools=False),
 }
 
 
@@ -9384,33 +9288,21 @@ def cmd_launch(args: Any) -> int:
         rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHERS)]
         _print("\n".join(_table(rows, "<<<")))
         return 0
-    launcher = LAUNCHERS[args.program]
-    path = shutil.which(launcher.command)
+    launcher, path = LAUNCHERS[args.program], shutil.which(args.program)
     if path is None:
-        _error(f"{launcher.command} is not installed. Install it with: {launcher.install}")
+        _error(f"{args.program} is not installed. Install it with: {launcher.install}")
         return 127
-    if args.mcp and not launcher.takes_mcp:
-        _error(f"{launcher.command} cannot use MCP servers. Leave out --mcp.")
+    if args.mcp and not launcher.uses_tools:
+        _error(f"{args.program} cannot use MCP servers. Leave out --mcp.")
         return 2
     config = Config.load()
-    level = _DEBUG if config.debug else _WARNING
-    config = replace(config, debug=False)  # a client would show its log on the terminal
-    with Puter(config=config) as client:
+    with _LaunchClient(config, args.free) as client:
         if not client.accounts:
             _signed_in(client, client.whoami)
-        models = client.models()
-    model, small = _launch_models(args, launcher, models, config)
-    if args.free:
-        models = [m for m in models if m.free]
-        free = models_by_name(models)
-        names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
-        config = replace(config, fallback_models=tuple(names))
-    # The newest that suit it: all together they would not fit into a variable of Windows.
-    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
-    offered = list({m.id: m for m in (model, small, *fit)}.values())[:60]
-    with _LaunchClient(config, models if args.free else ()) as client:
-        setup = partial(LaunchSetup, model=model, small=small, models=offered, mcp=args.mcp)
-        code = _run_with_gateway(client, launcher, setup, [path, *args.arguments], level, args.mcp)
+        setup = _launch_setup(args, client)
+        # until the program has the signals, so that nothing is left behind
+        with _launch_log(config), _signals(SIGTERM=lambda number, _: sys.exit(128 + number)):
+            code = _run_with_gateway(client, setup, launcher.plan, [path, *args.arguments])
         if not config.quiet_mode:
             _info(client.summary(), dim=True)
     return code
@@ -9421,7 +9313,7 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     import shutil
     import subprocess
 
-    path = shutil.which(LAUNCHERS[name].command)
+    path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHERS[name].install}")
     try:
@@ -9432,122 +9324,125 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     return (name, version[0].decode() if version else "?", path)
 
 
-def _launch_models(
-    args: Any, launcher: Launcher, models: Sequence[Model], config: Config
-) -> tuple[Model, Model]:
-    """The model and the small model; raises `PuterError` for what would not work."""
-    name = args.model or (None if args.free else config.default_model)
-    if name is None:
-        first = _agent_model([m for m in models if m.free or not args.free], config)
-        if first is None:
-            raise BadRequestError("No free fallback model suits agents", hint="Name one with -m.")
-        name = first.id
-        _info(f"Model: {name} (free). Another: -m MODEL; `python -m puter models` lists them.")
-    model = find_model(name, models)
-    small = find_model(args.small, models) if args.small else model
-    for one in (model, small):
-        if launcher.needs_tools and one.tools is False:
-            raise BadRequestError(
-                f"{one.id} cannot call tools, and {launcher.command} needs them",
-                hint="`python -m puter models --tools` lists those that can.",
-            )
-        if args.free and not one.free:
-            hint = "Leave out --free, or choose a free model."
-            raise BadRequestError(f"{one.id} is not free", hint=hint)
-    return model, small
-
-
 class _LaunchClient(Puter):
-    """A client that counts what it answers; with a list of models, it asks no others."""
+    """A client that counts what it answers, and may ask only models that are free."""
 
-    def __init__(self, config: Config, allowed: Sequence[Model] = ()) -> None:
-        super().__init__(config=config)
-        self._allowed = models_by_name(allowed)
-        self._requests = self._fallback_count = 0
-        self._answers: Counter[str] = Counter()
-        self._usages: list[Usage] = []
+    def __init__(self, config: Config, only_free: bool) -> None:
+        super().__init__(config=replace(config, debug=False))  # the terminal is the program's
+        self._only_free = only_free
+        if only_free:
+            free = models_by_name(self.models(free=True))
+            names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
+            self.config = replace(self.config, fallback_models=tuple(names))
+        self._requests = 0
+        # of each answer: its model, whether it fell back to that, and what it cost
+        self._answers: list[tuple[str, bool, Usage]] = []
         self._on_answer = self._note_answer
 
     def _build_request(self, *args: Any, **more: Any) -> _Request:
         request = super()._build_request(*args, **more)
-        if self._allowed and request.model.lower() not in self._allowed:
+        if self._only_free and not self.model(request.model).free:
             raise BadRequestError(f"{request.model} is not free, and --free was given")
         self._requests += 1
         return request
 
     def _note_answer(self, asked: str, reply: Reply) -> None:
-        self._answers[reply.model] += 1
-        self._usages.append(reply.usage)
-        self._fallback_count += reply.attempts[-1].model != asked
+        fell_back = reply.attempts[-1].model != asked
+        self._answers.append((reply.model, fell_back, reply.usage))
 
     def summary(self) -> str:
         """One line: who answered what, and what is left."""
         parts = [_count(self._requests, "request")]
         if self._answers:
-            answers = ", ".join(f"{n} by {m}" for m, n in self._answers.most_common())
-            parts += [f"answered: {answers}", _usage_words(self._usages)]
-        parts += [_count(self._fallback_count, "fallback")] if self._fallback_count else []
+            models, fallbacks, usages = zip(*self._answers)
+            counts = (f"{n} by {model}" for model, n in Counter(models).most_common())
+            parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
+            parts += [_count(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
         for row in credit_rows(self, [active] if active else []):
             parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
         return "; ".join(parts)
 
 
+def _launch_setup(args: Any, client: Puter) -> Setup:
+    """The models that the program gets; raises `PuterError` for what would not work."""
+    models = client.models(free=args.free or None)
+    name = args.model or ("" if args.free else client.config.default_model)
+    model = client.model(name) if name else _agent_model(models, client.config)
+    if model is None:
+        raise BadRequestError("No free model suits agents", hint="Name one with -m.")
+    if not name:
+        _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
+    small = client.model(args.small) if args.small else model
+    for one in (model, small):
+        if LAUNCHERS[args.program].uses_tools and one.tools is False:
+            raise BadRequestError(
+                f"{one.id} cannot call tools, and {args.program} needs them",
+                hint="`python -m puter models --tools` lists those that can.",
+            )
+        if args.free and not one.free:
+            hint = "Leave out --free, or choose a free model."
+            raise BadRequestError(f"{one.id} is not free", hint=hint)
+    # The newest that suit it: all together they would not fit into a variable of Windows.
+    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
+    offered = {m.id: m for m in (model, small, *fit)}
+    return Setup(list(offered.values())[:60], small.id, args.mcp)
+
+
+@contextmanager
+def _launch_log(config: Config) -> Iterator[None]:
+    """What is written to stderr meanwhile goes to a file, which is named if there was anything."""
+    from contextlib import redirect_stderr
+
+    path = config.folder / "launch.log"
+    os.makedirs(path.parent, 0o700, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        problem = f"{path} cannot be opened ({error.strerror})"
+        raise StoreError(problem, hint="Move it away.") from error
+    with open(descriptor, "a", 1, encoding="utf-8") as log:
+        size = log.tell()
+        with redirect_stderr(log):
+            _show_log(_DEBUG if config.debug else _WARNING)
+            yield
+        has_grown = log.tell() > size
+    if has_grown:
+        _info(f"What happened meanwhile is in {path}")
+
+
 def _run_with_gateway(
-    client: Puter,
-    launcher: Launcher,
-    setup: Callable[..., LaunchSetup],
-    command: Sequence[str],
-    log_level: int,
-    needs_token: bool,
+    client: Puter, setup: Setup, plan: Callable[[Setup, Path], LaunchPlan], command: Sequence[str]
 ) -> int:
     """The exit code of the program, which has a gateway of its own while it runs."""
     import secrets
-    import signal
-    from contextlib import redirect_stderr
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    # until the program has it, so that nothing is left behind
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    log_path = client.config.folder / "launch.log"
-    os.makedirs(log_path.parent, 0o700, exist_ok=True)
     key = secrets.token_urlsafe(32)
-    with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        try:
-            descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as error:
-            problem = f"{log_path} cannot be opened ({error.strerror})"
-            raise StoreError(problem, hint="Move it away.") from error
-        log = stack.enter_context(open(descriptor, "a", 1, encoding="utf-8"))
-        size = log.tell()
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="puter-")))
-        server = stack.enter_context(OpenAIServer(client, "127.0.0.1", 0, key))
-        words, variables, files = launcher.plan(setup(server.url, key, folder))
-        for name, text in files.items():
-            _write_private(folder / name, text.encode())
+    with (
+        TemporaryDirectory(prefix="puter-") as name,
+        OpenAIServer(client, port=0, api_key=key) as server,
+    ):
+        setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
+        words, variables, files = plan(setup, Path(name))
+        for file, content in files.items():
+            _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
         direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
-        if not needs_token:
-            # its commands could read it
-            merged.pop("PUTER_AUTH_TOKEN", None)
+        merged[_KEY_VARIABLE] = key
+        if not setup.mcp:  # its commands could read it
+            merged["PUTER_AUTH_TOKEN"] = None
         environ = {name: value for name, value in merged.items() if value is not None}
-        with redirect_stderr(log):  # the terminal is the program's
-            _show_log(log_level)
-            code = _run_program([command[0], *words, *command[1:]], environ)
-            server.stop()
-        has_grown = log.tell() > size
-    if has_grown:
-        _info(f"What happened meanwhile is in {log_path}")
+        code = _run_program([command[0], *words, *command[1:]], environ)
+        server.stop()  # the last answer may still be on its way into the summary
     return code
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
     """The exit code of a program that has the terminal and its signals to itself."""
-    import signal
     import subprocess
 
     process: Any = None
@@ -9559,19 +9454,26 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
     def leave(*_: Any) -> None:
         """The terminal sends it to the program as well."""
 
-    handlers = {"SIGINT": leave, "SIGQUIT": leave, "SIGTERM": forward, "SIGHUP": forward}
-    known = {getattr(signal, n): h for n, h in handlers.items() if hasattr(signal, n)}
-    before = {number: signal.signal(number, handler) for number, handler in known.items()}
-    try:
-        process = subprocess.Popen(command, env=environ)
+    with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
+        try:
+            process = subprocess.Popen(command, env=environ)
+        except OSError as error:
+            problem = f"{command[0]} cannot be started ({error.strerror or error})"
+            raise BadRequestError(problem, hint="") from error
         code: int = process.wait()
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadRequestError(f"{command[0]} cannot be started ({reason})", hint="") from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
+    """While inside, these signals go to these handlers; Windows has not all of them."""
+    import signal
+
+    with ExitStack() as stack:
+        for name, handler in handlers.items():
+            if number := getattr(signal, name, None):
+                stack.callback(signal.signal, number, signal.signal(number, handler))
+        yield
 
 
 if __name__ == "__main__":

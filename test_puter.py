@@ -12799,7 +12799,15 @@ def texts_of(
     program: str, models: list[puter.Model] | None = None, key: str | None = None
 ) -> list[str]:
     """What goes into the files of a program."""
-    return puter.PROGRAMS[program].texts(MODELS if models is None else models, URL, key)
+    variable = "PUTER_SERVER_API_KEY" if key else None
+    setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
+    make, _ = puter.PROGRAMS[program]
+    return [puter._file_text(*file) for file in make(setup).items()]
+
+
+def files_of(program: str) -> tuple[str, ...]:
+    """The names of the files of a program."""
+    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
 
 
 def settings_of(program: str, key: str | None = None) -> Any:
@@ -12858,7 +12866,7 @@ class TestConfigCommand:
     def test_the_text_goes_to_stdout_alone(self, config, program, own_home, capsys):
         assert config(program, "--search", "opus") == 0
         shown = capsys.readouterr()
-        for file in puter.PROGRAMS[program].files:
+        for file in files_of(program):
             assert f"# {file}\n" in shown.err
         has_models = program != "claude-desktop"
         assert ("python -m puter serve\n" in shown.err) is has_models
@@ -12867,7 +12875,7 @@ class TestConfigCommand:
         assert config(program, "--search", "opus", "--json") == 0
         files = json.loads(capsys.readouterr().out)
         assert "".join(one["text"] for one in files) == shown.out
-        assert tuple(one["file"] for one in files) == puter.PROGRAMS[program].files
+        assert tuple(one["file"] for one in files) == files_of(program)
 
     @pytest.mark.parametrize("program", ["continue", "llm", "codex", "claude-code"])
     def test_no_model_is_nothing_to_print(self, config, program, capsys):
@@ -15105,9 +15113,10 @@ class TestLaunch:
         assert settings["mcp"]["puter"]["command"] == puter.mcp_command()
 
     def test_settings_of_claude(self, agents):
-        argv = ("claude", "-m", OPUS, "--small", lab("text"), "--", "0")
+        argv = ("claude", "--mcp", "-m", OPUS, "--small", lab("text"), "--", "0")
         report, _ = launched(agents, *argv)
-        (settings,) = map(json.loads, report["files"].values())
+        settings, servers = map(json.loads, report["files"].values())
+        assert servers["mcpServers"]["puter"]["args"] == puter.mcp_command()[1:]
         for variables in (report["environ"], settings["env"]):
             assert variables["ANTHROPIC_BASE_URL"].startswith("http://127.0.0.1:")
             assert variables["ANTHROPIC_AUTH_TOKEN"] == report["key"]
@@ -15123,7 +15132,10 @@ class TestLaunch:
         settings = tomllib.loads("\n".join(pairs))
         assert settings["model"] == OPUS and settings["model_provider"] == "puter"
         assert settings["model_providers"]["puter"]["env_key"] == "PUTERPY_KEY"
-        assert settings["mcp_servers"]["puter"]["args"] == puter.mcp_command()[1:]
+        server = settings["mcp_servers"]["puter"]
+        assert server["args"] == puter.mcp_command()[1:]
+        assert "PUTER_API_BASE_URL" in server["env_vars"]
+        assert "model_context_window" not in settings  # of this model only
         (catalogue,) = report["files"].values()
         first, *_ = json.loads(catalogue)["models"]
         assert (first["slug"], first["context_window"]) == (OPUS, 200_000)
@@ -15174,6 +15186,11 @@ class TestLaunch:
         for how, model in (([], OPUS), (["--free"], FREE[0])):
             environ = launched(agents, "claude", *how, "--", "0")[0]["environ"]
             assert environ["ANTHROPIC_MODEL"] == model
+
+    def test_the_model_is_free_though_none_is_listed(self, agents, monkeypatch):
+        monkeypatch.setenv("PUTER_FALLBACK_MODELS", f"{OPUS},nosuch")
+        _, err = launched(agents, "claude", "--", "0")
+        assert re.match(r"Model: \S+:free \(free\)\. ", err)
 
     def test_free_is_free_for_whatever_it_asks(self, agents, monkeypatch):
         monkeypatch.setenv("PUTER_FALLBACK_MODELS", f"{OPUS},{FREE[1]}")
