@@ -14,7 +14,7 @@ release 26.07.
 
 The file from top to bottom; each section uses only those above it:
 
-     1 head        constants, the log, what begins anew after a fork
+     1 head        constants, the log, what is reset after a fork
      2 errors      `PuterError` and its kinds, and what a server's codes and texts stand for
      3 values      `Reply`, `Chunk`, `Model`…: what goes in and out
      4 config      one table of settings: types, ranges, defaults, documentation
@@ -216,7 +216,7 @@ _STDERR_HANDLER = "puter-stderr"
 # logging's levels
 _DEBUG, _WARNING = 10, 30
 _log = _Log()
-# What begins anew in a forked child, whoever held its locks in the parent.
+# What is reset in a forked child, whoever held its locks in the parent.
 _forkable: WeakSet[Any] = WeakSet()
 
 
@@ -239,12 +239,20 @@ JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
+def _any_size(digits: str) -> int | None:
+    """A whole number of JSON; None for one that is larger than any float."""
+    return int(digits) if len(digits) <= 300 else None
+
+
+_JSON = json.JSONDecoder(parse_int=_any_size)
+
+
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a number that can be counted with: no boolean, no NaN, not beyond belief."""
+    """Whether it is a number that can be counted with: no boolean, no NaN, below 2**53."""
     return type(value) in (int, float) and abs(value) < 2**53
 
 
@@ -263,7 +271,7 @@ def joined_halves(text: str) -> str:
 
 def _describe(value: Any) -> str:
     """A value for an error text: shortened, and of which kind."""
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a text"}
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
     try:
         shown = repr(value)
@@ -423,7 +431,7 @@ class RateLimitError(PuterError):
 
 
 class ModelRateLimitError(PuterError):
-    """The model's provider has had enough requests for now."""
+    """The model's provider is rate-limiting requests."""
 
     scope = "model"
     default_hint = "Use another model for a while, or leave `fallback_enabled` on."
@@ -506,7 +514,7 @@ class StreamError(PuterError):
 
     scope = "model"
     retryable = True
-    default_hint = "Ask again for a whole answer."
+    default_hint = "Send the request again to get the complete answer."
     http_status = 502
 
 
@@ -641,7 +649,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A model's wish to call a function: `arguments` is a dict.
+    """A function call that the model requests: `arguments` is a dict.
 
     `extra_content` is a provider's note (Gemini's thought signature) that must go back with
     the call in the history. `invalid` is the text of arguments that are not a JSON object.
@@ -810,9 +818,9 @@ class ModelStats:
 CONFIG_NAME = "puter.json"
 ACCOUNTS_NAME = "puter-accounts.json"
 STATE_NAME = "state.sqlite3"
-# Variables of the same prefix that are no settings.
+# Variables of the same prefix that are not settings.
 _OTHER_VARIABLES = ("PUTER_AUTH_TOKEN", "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
-# What people write for ours, and mean.
+# Common wrong names, and the right ones.
 _MISNAMED_VARIABLES = {
     "PUTER_TOKEN": "PUTER_AUTH_TOKEN",
     "PUTER_MODEL": "PUTER_DEFAULT_MODEL",
@@ -879,7 +887,7 @@ class Config:
         1_000, "first wait before sending again, in ms; doubles", 0, 600_000
     )
     cache_ttl_ms: int = _setting(
-        300_000, "how long the model list and cached replies count, in ms", 0, 10**12
+        300_000, "how long the model list and cached replies stay valid, in ms", 0, 10**12
     )
     cache_enabled: bool = _setting(False, "cache whole replies and answer the same request again")
     cache_max_entries: int = _setting(500, "cached replies at most", 1, 1_000_000)
@@ -903,7 +911,10 @@ class Config:
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
     account_rotation_cooldown_ms: int = _setting(
-        300_000, "cooldown of a limited account, in ms; 2x, 3x, 4x when it goes on", 0, 10**10
+        300_000,
+        "cooldown of a limited account, in ms; 2x, 3x, 4x when it is limited again",
+        0,
+        10**10,
     )
     default_model: str | None = _setting(
         None, f"model when none is asked for (null: {DEFAULT_MODEL})"
@@ -1071,7 +1082,10 @@ def _allowed(spec: Any, value: Any) -> Any:
         words = "a URL such as https://api.puter.com, without a user name or password"
     else:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        is_fine, words = isinstance(value, str) and value.strip() != "", "a text that is not empty"
+        is_fine, words = (
+            isinstance(value, str) and value.strip() != "",
+            "a string that is not empty",
+        )
     if not is_fine:
         raise ValueError(words)
     return value
@@ -1235,7 +1249,7 @@ def parse_accounts(raw: bytes, where: str) -> JSON:
         check(isinstance(record, dict), f"{place} is not an object")
         for key in ("username", "authToken"):
             is_text = isinstance(record.get(key), str) and record[key].strip() != ""
-            check(is_text, f"{place}.{key} is not a text, or empty")
+            check(is_text, f"{place}.{key} is not a string, or empty")
         for key in ("addedAt", "lastUsed"):
             check(_is_number(record.get(key) or 0), f"{place}.{key} is not a time in ms")
     active = data.setdefault("activeIndex", 0)
@@ -1314,7 +1328,7 @@ def _write_private(target: Path, data: bytes) -> None:
 
 _CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
 STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
-_TRIM_EVERY = 1_000  # samples of calls, as it looks at all of them
+_TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
 
 
 @lru_cache
@@ -1437,7 +1451,7 @@ class State:
     def cooldowns(self, now: float, accounts: Iterable[Account] = ()) -> list[Cooldown]:
         """Who is on cooldown now; a dead token stays so until its account has another one.
 
-        A clock that was set back ends the others.
+        If the clock was set back, the other cooldowns do not count.
         """
         tokens = {account.username: account.token for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
@@ -1622,7 +1636,7 @@ Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# What replies carry and providers refuse to take back.
+# What replies carry, and providers refuse in a history.
 _REPLY_ONLY_KEYS = (
     *("tool_calls", "reasoning", "reasoning_content", "reasoning_details", "refusal"),
     *("audio", "annotations", "function_call"),
@@ -1662,7 +1676,7 @@ def messages_from(
         messages: Messages = [{"role": "user", "content": prompt}]
     else:
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
-        hint = 'Pass a text, or a list such as [{"role": "user", "content": "Hi"}].'
+        hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
         _require(is_list, "The prompt", prompt, hint)
         messages = [_checked_message(m, f"messages[{i}]") for i, m in enumerate(prompt)]
     if extra_parts:
@@ -1682,7 +1696,7 @@ def _checked_message(message: Any, where: str) -> JSON:
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
     _require(role in _ROLES, f"{where}.role", role, f"Roles are {', '.join(_ROLES)}.")
     is_content = isinstance(content, (str, list, tuple, type(None)))
-    _require(is_content, f"{where}.content", content, "Give a text, a list of parts, or null.")
+    _require(is_content, f"{where}.content", content, "Give a string, a list of parts, or null.")
     is_list = isinstance(calls, (list, tuple, type(None)))
     _require(is_list, f"{where}.tool_calls", calls, "Give a list of calls.")
     for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
@@ -1702,9 +1716,9 @@ def _check_part(part: Any, where: str) -> None:
     _require(isinstance(part, Mapping), where, part, 'Write {"type": "text", "text": "…"}.')
     kind, text = part.get("type"), part.get("text")
     if kind == "input_audio":
-        raise BadRequestError(f"{where} is audio, which Puter's chat does not take")
+        raise BadRequestError(f"{where} is audio, which Puter's chat does not accept")
     is_fine = kind != "text" or isinstance(text, (str, type(None)))
-    _require(is_fine, f"{where}.text", text, "Write it as a text.")
+    _require(is_fine, f"{where}.text", text, "Write it as a string.")
     if kind == "tool_use":
         _check_call(part, part, where)
 
@@ -1777,7 +1791,10 @@ def _arranged(
         elif message["content"] is not None:
             groups.append([message])
     if not groups:
-        raise BadRequestError("There is nothing to send: no message has a content")
+        raise BadRequestError(
+            "There is nothing to send: no message has a content",
+            hint="Give a prompt that is not empty.",
+        )
     return [message for group in groups for message in group]
 
 
@@ -1892,12 +1909,14 @@ def image_part(image: Image) -> JSON:
     if isinstance(image, str) and re.match(r"https?://|data:", image, re.IGNORECASE):
         url = r"https?://.*|data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+"
         if not re.fullmatch(url, image, re.IGNORECASE | re.DOTALL):
-            raise BadRequestError(f"The image {image[:40]!r}… is no base64 data URL")
+            raise BadRequestError(f"The image {image[:40]!r}… is not a base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
     kind = image_kind(data)
     if kind is None:
-        raise BadRequestError(f"{name} is no image in PNG, JPEG, GIF or WebP ({len(data)} bytes)")
+        raise BadRequestError(
+            f"{name} is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
+        )
     return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
 
 
@@ -1962,7 +1981,7 @@ def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, byte
     try:
         content = base64.b64decode(encoded, validate=True)
     except ValueError as error:
-        raise BadRequestError(f"{where} has a file_data that is no base64 ({error})") from None
+        raise BadRequestError(f"{where} has a file_data that is not base64 ({error})") from None
     name = file.get("filename")
     name = "document.pdf" if name is None else _file_name(name)
     return name, content, kind.group(1) if kind else "application/octet-stream"
@@ -1973,12 +1992,15 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
-        path = source if os.path.exists(source) else os.path.expanduser(source)
+        path = os.fspath(source)
+        path = path if os.path.exists(path) else os.path.expanduser(path)
         with open(path, "rb") as file:
-            return file.read(), str(path)
+            return file.read(), path
     except (OSError, ValueError, TypeError) as error:
         reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
-        raise BadRequestError(f"The {what} {name!r} cannot be read ({reason})") from error
+        raise BadRequestError(
+            f"The {what} {name!r} cannot be read ({reason})", hint="Check the path."
+        ) from error
 
 
 def image_kind(data: bytes) -> str | None:
@@ -2056,7 +2078,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
-            problem = f"{where}: a model cannot give the parameter {one}"
+            problem = f"{where}: {one} cannot be a parameter of a tool"
             raise BadRequestError(problem, hint="Use ordinary parameters with hints: city: str.")
         schema, read = schema_and_reader(hints[one.name], f"{where}({one.name})", outer)
         notes: JSON = {"description": about[one.name]} if about.get(one.name) else {}
@@ -2069,7 +2091,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
 def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()) -> _Type:
     """A type hint as (its JSON schema, the reader of its values).
 
-    Of `Annotated`, a text is the description, and a dict goes into the schema: its `minimum`
+    Of `Annotated`, a string is the description, and a dict goes into the schema: its `minimum`
     and `maximum` are checked. Raises `BadRequestError` for what JSON cannot say; the reader
     raises TypeError for what does not fit.
     """
@@ -2095,14 +2117,14 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if kind in _LISTS:
         is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
         return _list_type(kind, [type_of(h) for h in inner if h is not Ellipsis], is_fixed)
-    # JSON knows texts alone as keys
+    # keys in JSON are strings
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
         return _dict_type(type_of(inner[1] if inner else Any))
     is_typed_dict = typing.is_typeddict(hint)
     if hint in outer or not (is_typed_dict or is_dataclass(hint)):
         allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
         problem = f"{where} is of type {hint!r}, which a model cannot give"
-        raise BadRequestError(problem, hint=f"Use {allowed} (not one that holds its like).")
+        raise BadRequestError(problem, hint=f"Use {allowed} (and no recursive type).")
     outer = (*outer, hint)
     if not is_typed_dict:
         return _call_type(hint, hint, where, outer)
@@ -2218,7 +2240,7 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
         if not isinstance(value, dict):
             raise _misfit(value, where, schema)
         if stray := [name for name in value if name not in types]:
-            problem = f"has no place for {stray}; it takes {list(types)}"
+            problem = f"has unexpected arguments {stray}; allowed are {list(types)}"
             raise TypeError(f"{where or 'the call'} {problem}")
         if lacking := [name for name in required if name not in value]:
             raise TypeError(f"{where or 'the call'} lacks {lacking}")
@@ -2519,7 +2541,7 @@ class LineDecoder(_Decoder):
     def _read(self, block: bytes, problem: str = "a line is not what Puter sends") -> list[Chunk]:
         """The chunks of whole lines, up to the first fault. The one loop where speed counts."""
         chunks: list[Chunk] = []
-        raw, add, decode = b"", self._text.add, json.JSONDecoder().raw_decode
+        raw, add, decode = b"", self._text.add, _JSON.raw_decode
         try:
             for raw in block.split(b"\n"):
                 line = raw.decode()
@@ -2540,7 +2562,7 @@ class LineDecoder(_Decoder):
 
     def finish(self) -> list[Chunk]:
         """A last line without its line end counts, if it is whole."""
-        chunks = [] if self.error else self._read(bytes(self._buffer), "the last line is cut")
+        chunks = [] if self.error else self._read(bytes(self._buffer), "the last line is cut off")
         return chunks + super().finish()
 
     def _other(self, kind: Any, event: JSON, chunks: list[Chunk]) -> None:
@@ -2552,7 +2574,7 @@ class LineDecoder(_Decoder):
             self.usage = usage_from(event.get("usage"))
             self._end(chunks)
         elif kind == "error":
-            self.fail(str(event.get("message") or "the server names no reason"))
+            self.fail(str(event.get("message") or "the server gave no reason"))
         else:
             # extra_content, compaction and what may come
             self._extra.append(event)
@@ -2576,7 +2598,7 @@ class EventDecoder(_Decoder):
                     self._add_call(tool_call_from(call), chunks)
                 self._end(chunks)
             else:
-                self._frame(json.loads(data), chunks)
+                self._frame(_JSON.decode(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
         return chunks
@@ -2639,7 +2661,7 @@ def models_from(body: Any) -> list[Model]:
     if not isinstance(entries, list) or not all(isinstance(e, (Mapping, str)) for e in entries):
         if isinstance(body, Mapping) and body.get("error"):
             raise _no_reply("", body)
-        raise ServerError("The model list is not in a form that we know")
+        raise ServerError("The model list has an unknown format")
     models = []
     for entry in entries:
         try:
@@ -2684,7 +2706,7 @@ def credit_from(body: Any) -> Credit:
     """
     info = body.get("allowanceInfo") if isinstance(body, Mapping) else None
     if not isinstance(info, Mapping) or "remaining" not in info:
-        raise ServerError("The usage report is not in a form that we know")
+        raise ServerError("The usage report has an unknown format")
     unit: Literal["usd", "credits"] = "credits" if info.get("unit") == "credits" else "usd"
     scale = 1.0 if unit == "credits" else 100_000_000.0
     usage: Any = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
@@ -2760,7 +2782,7 @@ def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> Next
     unknown name is looked up, and an account without credit gets one free model.
     """
     if isinstance(error, ReplyError) or error.may_be_billed:
-        # it was worked for, and may be billed: nobody asks for it again
+        # the work is done and may be billed, so it is not repeated
         return "raise"
     if isinstance(error, ModelNotFoundError):
         return "next_model"
@@ -2877,7 +2899,7 @@ def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> Model
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The smallest value that so many percent of all do not exceed; None of nothing."""
+    """The smallest value that so many percent of all do not exceed; None for an empty list."""
     if not values:
         return None
     rank = max(1, -int(-len(values) * percent // 100))
@@ -3200,7 +3222,7 @@ class _Transport:
 def without_token(text: str, token: str) -> str:
     """A server's text without the token: some show the request in their pages and errors.
 
-    A key of a few letters is no secret.
+    Short keys stay: replacing them would garble the text.
     """
     return text.replace(token, "<token>") if len(token) >= 10 else text
 
@@ -3362,7 +3384,7 @@ def _encoded(body: Any) -> bytes:
 
 def _json_or_none(text: str | bytes | bytearray) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_any_size)
     except (ValueError, RecursionError):
         return None
 
@@ -3381,7 +3403,7 @@ def body_of(response: requests.Response) -> JSON:
         raise ServerError(message, status=status, hint=hint)
     if not isinstance(data, dict):
         start, kind = " ".join(text[:200].split()), content_type(response) or "something"
-        message = f"{response.url} answered {kind} where a JSON object was due: {start!r}"
+        message = f"{response.url} answered {kind} instead of a JSON object: {start!r}"
         hint = "Check `api_base_url` and any proxy on the way."
         raise ReplyError(message, status=status, raw=text[:2_000], hint=hint)
     return data
@@ -3418,7 +3440,7 @@ def _seconds(retry_after: str | None) -> float | None:
 # 9. Puter · uses: everything above
 # ======================================================================================
 _OWN_ARGUMENTS = ("model", "system", "images", "files", "tools", "fallback", "timeout_ms")
-# Arguments that others use for ours, and what would be alike to none of them.
+# Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
     "image": "images",
     "file": "files",
@@ -3467,7 +3489,7 @@ class _Source(NamedTuple):
 
 
 class _BusyError(RateLimitError):
-    """This client itself has too much running: no fault of the account, nothing to walk from."""
+    """This client itself has too much running: no fault of the account, so no other is tried."""
 
     scope = "request"
     retryable = False
@@ -3616,7 +3638,7 @@ class _Accounts:
         dead = {name for name, c in cooldowns.items() if c.reason == "login"}
         alive = [a for a in accounts if a.username not in dead]
         if accounts and len(alive) <= 1:
-            # whoever has nobody else to go to is asked in any case
+            # the last usable account is asked during its cooldown, too
             cooldowns.pop((alive or [self.first()])[0].username, None)
         until = {
             name: c.until_s
@@ -4161,7 +4183,7 @@ class Puter:
         """Ask a model and wait for its whole answer.
 
         Args:
-            prompt: a text, or a list of messages in OpenAI's shape (it is not changed).
+            prompt: a string, or a list of messages in OpenAI's shape (it is not changed).
             model: an id or alias of the catalogue, or a `Model`; default `default_model`, else
                 a cheap one.
             system: a system text put in front.
@@ -4225,7 +4247,7 @@ class Puter:
             prompt: as for `chat`.
             tools: functions with type hints; a docstring tells the model what they do.
             max_rounds: how often the model may ask for functions.
-            on_tool: is shown each call first; False refuses it, and the model reads so.
+            on_tool: is shown each call first; False refuses it, and the model is told.
             options: as for `chat`; a `tool_choice` holds until the model has called.
 
         A function's exception goes to the model as its result, and to the log; so does a call
@@ -4472,7 +4494,7 @@ class Puter:
     def _other_name(self, name: str, attempts: list[Attempt]) -> str | None:
         """The id that the server knows an unknown name by; None, and near names for the error."""
         error = attempts[-1].error
-        models = self._catalogue.models_if_any("No other name")
+        models = self._catalogue.models_if_any("No similar name was looked up")
         try:
             model_id = find_model(name, models).id
         except ModelNotFoundError as unknown:
@@ -4481,7 +4503,7 @@ class Puter:
             return None
         if model_id == name:
             return None
-        # it was only misspelt: no attempt that anybody wants to hear of
+        # only a misspelling: not reported
         attempts.pop()
         return model_id
 
@@ -4561,7 +4583,7 @@ class Puter:
         """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
         if not needs.inputs:
             return
-        catalogue = self._catalogue.models_if_any("Not checked what the model takes")
+        catalogue = self._catalogue.models_if_any("The inputs were not checked")
         model = self._catalogue.known(name)
         if model is None or model.inputs is None or needs.inputs <= set(model.inputs):
             # the server says so if there is none, with what it knows
@@ -4570,7 +4592,7 @@ class Puter:
         able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
         takes, wanted = ", ".join(model.inputs), " and ".join(sorted(needs.inputs))
         hint = f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
-        message = f"{model.id} takes {takes}, but no {wanted}"
+        message = f"{model.id} accepts {takes}, but not {wanted}"
         raise BadRequestError(message, model=model.id, hint=hint)
 
     def _note_end(self, call: _Call, started: float, word: str, reply: Reply | None) -> None:
@@ -4695,7 +4717,7 @@ class Conversation:
         return {**self.__dict__, "_client": None}
 
     def say(self, message: Prompt | JSON, **options: Any) -> Reply:
-        """The model's answer to the next message: a text, or one or more in OpenAI's shape.
+        """The model's answer to the next message: a string, or one or more in OpenAI's shape.
 
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
@@ -4712,7 +4734,7 @@ class Conversation:
     def reply(self) -> Reply:
         """The latest answer; raises `BadRequestError` before the first."""
         if self._reply is None:
-            raise BadRequestError("Nothing was answered yet", hint="Say something first.")
+            raise BadRequestError("There is no reply yet", hint="Call `say` first.")
         return self._reply
 
     def to_json(self) -> JSON:
@@ -4762,7 +4784,7 @@ class Conversation:
                     for c in reply.tool_calls
                 ]
             if asked.get("tool_choice") not in (None, "none"):
-                # it has called: to be forced again would never end
+                # it has called: a choice that forces it would make it call for ever
                 asked["tool_choice"] = "auto"
         message = f"The model still calls functions after {max_rounds} rounds"
         hint = "Raise `max_rounds`, or say in the prompt when to stop."
@@ -4948,7 +4970,7 @@ class _Callback:
             self.error = error
             return 403, "Not signed in", html.escape(str(error))
         except BaseException:
-            self.error = AuthError("The sign-in failed")
+            self.error = AuthError("The sign-in failed", hint="Run `python -m puter login` again.")
             raise
         name = html.escape(self.account.username)
         return 200, f"Signed in as {name}", "You can close this page."
@@ -4997,7 +5019,9 @@ def browser_login(
         server.shutdown()
         server.server_close()
     if callback.account is None:
-        raise callback.error or AuthError("The sign-in failed")
+        raise callback.error or AuthError(
+            "The sign-in failed", hint="Run `python -m puter login` again."
+        )
     return callback.account
 
 
@@ -5209,7 +5233,7 @@ def _token_limit(limit: Any) -> int:
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) and stop else stop or []
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise _wrong("stop must be a text or a list of texts", "stop")
+        raise _wrong("stop must be a string or a list of strings", "stop")
     if len(stops) > MAX_STOPS:
         raise _wrong(f"stop may hold {MAX_STOPS} texts", "stop")
     return tuple(stops)
@@ -5661,7 +5685,7 @@ class _History:
 
 def _text_part(text: Any, param: str = "messages") -> JSON:
     if not isinstance(text, str):
-        raise _wrong(f"a text is {_describe(text)}", param)
+        raise _wrong(f"a text part is {_describe(text)}", param)
     return {"type": "text", "text": text}
 
 
@@ -7194,7 +7218,7 @@ _MCP_INSTRUCTIONS = (
     "Every answer says which model gave it."
 )
 _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __version__}
-_NOBODY = "Nobody is signed in. Sign in with: python -m puter login"
+_NOBODY = "You are not signed in. Sign in with: python -m puter login"
 
 
 # What the CLI shows of credit, too.
@@ -7500,8 +7524,8 @@ class McpServer:
             message: What to ask.
             model: A model's id or alias; without one the default model answers.
             system: A system text.
-            temperature: How freely it answers.
-            max_tokens: The longest answer.
+            temperature: The sampling temperature, 0 to 2.
+            max_tokens: The most tokens of the answer.
         """
         args: JSON = {"temperature": temperature, "max_tokens": max_tokens}
         return self._client()._build_request(message, model or None, system or None, **args)
@@ -7604,7 +7628,7 @@ def _check_envelope(request: JSON) -> bool:
     if key not in meta and request["method"] != "server/discover":
         return False
     if not isinstance(meta.get(key), str):
-        raise _RpcError(-32602, f"params._meta needs {key}, a text")
+        raise _RpcError(-32602, f"params._meta needs {key}, a string")
     if meta[key] != MCP_STATELESS_VERSION:
         versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
         raise _RpcError(-32022, "Unsupported protocol version", versions)
@@ -7616,7 +7640,7 @@ def _check_envelope(request: JSON) -> bool:
 def _is_request(message: Any) -> bool:
     """Whether a message wants an answer; raises `_RpcError` if it is no JSON-RPC 2.0."""
     if not isinstance(message, dict):
-        raise _RpcError(-32600, "A message must be an object; there are no batches")
+        raise _RpcError(-32600, "A message must be an object; batches are not supported")
     is_call = isinstance(message.get("method"), str)
     is_response = not is_call and ("result" in message or "error" in message)
     if is_response or (is_call and "id" not in message):
@@ -7624,7 +7648,7 @@ def _is_request(message: Any) -> bool:
     if not is_call or message.get("jsonrpc") != "2.0":
         raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
     if not _is_rpc_id(message["id"]):
-        raise _RpcError(-32600, "An id must be a text or a whole number")
+        raise _RpcError(-32600, "An id must be a string or a whole number")
     if not isinstance(message.get("params"), (dict, type(None))):
         raise _RpcError(-32600, "params must be an object")
     return True
@@ -8807,7 +8831,7 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
     shown = "the one you gave" if key else "anything, such as puter"
     _print(f"For your client: base URL {server.url}, API key {shown}.")
     if not client.accounts:
-        _print("Nobody is signed in yet: python -m puter login")
+        _print("You are not signed in yet: python -m puter login")
     try:
         _print(f"{len(client.models())} models; Ctrl-C stops.")
     except PuterError as error:
