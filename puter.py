@@ -5179,8 +5179,7 @@ _PASSED_ON = (
 # ---- what the dialects share: values ----
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(NamedTuple):
     """What a client of the gateway asks, whatever dialect it speaks.
 
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
@@ -5193,10 +5192,10 @@ class ChatRequest:
     messages: Messages
     tools: list[JSON]
     args: JSON
+    options: JSON
     streaming: bool = False
     stop: tuple[str, ...] = ()
     wants_json: bool = False
-    options: JSON = field(default_factory=dict)
     answer: str = ""
 
 
@@ -5259,14 +5258,16 @@ class Dialect(NamedTuple):
 
 
 def checked_request(
-    body: JSON, messages: Any, tools: Any, args: JSON, stop: Any = None, options: JSON | None = None
+    body: JSON, messages: Messages, tools: Any, args: JSON, stop: Any = None, **fields: Any
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
     Model and streaming are what the `body` says, the rest is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message, too.
+    a system message, too. `fields` are taken as they are.
     """
+    if not messages:
+        raise _wrong("messages must hold at least one", "messages")
     args = {k: v for k, v in args.items() if v is not None}
     if "max_tokens" in args:
         args["max_tokens"] = _token_limit(args["max_tokens"])
@@ -5274,13 +5275,13 @@ def checked_request(
     shape = _json_instruction(args.get("response_format"))
     return ChatRequest(
         model=_model_name(body.get("model")),
-        messages=_with_instructions(_safe_messages(messages), [t for t in (choice, shape) if t]),
+        messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
         tools=offered,
         args=args,
         streaming=body.get("stream") is True,
         stop=_stop_texts(stop),
         wants_json=bool(shape),
-        options=options or {},
+        **fields,
     )
 
 
@@ -5291,8 +5292,11 @@ def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) 
 def _objects(value: Any, name: str) -> list[JSON]:
     """A list of objects, as it should be; null is an empty one."""
     value = [] if value is None else value
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list):
         raise _wrong(f"{name} must be a list of objects", name)
+    for number, one in enumerate(value):
+        if not isinstance(one, dict):
+            raise _wrong(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
     return value
 
 
@@ -5320,52 +5324,29 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _safe_messages(messages: Any) -> Messages:
-    """The messages with their known keys only: callers may use models, not the owner's files."""
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages must be a list with at least one message", "messages")
-    keys = ("role", "content", "name", "tool_calls", "tool_call_id")
-    safe = [_only(message, *keys) for message in messages]
-    for number, message in enumerate(safe):
-        if isinstance(message.get("content"), list):
-            where, parts = f"messages[{number}].content", enumerate(message["content"])
-            message["content"] = [_safe_part(part, f"{where}[{i}]") for i, part in parts]
-    return safe
-
-
-def _safe_part(part: Any, where: str) -> JSON:
-    """A part of a message with its known keys; raises `BadRequestError` for other kinds."""
-    part = {"type": "text", "text": part} if isinstance(part, str) else part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "refusal"):
-        return {"type": "text", "text": part.get(kind)}
-    if kind == "file":
-        return {"type": kind, kind: _only(part.get(kind), "filename", "file_data")}
-    if kind != "image_url":
-        raise _wrong(f"{where} is of the kind {_describe(kind)}, which is not known", "messages")
-    image = part.get(kind)
-    image = {"url": image} if isinstance(image, str) else _only(image, "url", "detail")
-    if not re.match(r"(https?://|data:)", str(image.get("url")), re.IGNORECASE):
-        raise _wrong(f"{where} needs an http(s) or data URL", "messages")
-    return {"type": kind, kind: image}
-
-
 def _only(value: Any, *keys: str) -> JSON:
     """These keys of an object; of anything else, nothing."""
     return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
 
 
+def _at(value: Any, *path: str) -> Any:
+    """What nested objects hold at a path, None where that leads nowhere."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
     """(the tools to offer, an instruction for the model); `args` lose what needs tools."""
     choice = args.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools", choice)
-        names = allowed.get("tools") if isinstance(allowed, dict) else None
-        if not isinstance(names, list) or allowed.get("mode") not in ("auto", "required"):
+    if _at(choice, "type") == "allowed_tools":
+        allowed = _at(choice, "allowed_tools") or choice
+        names, choice = _at(allowed, "tools"), _at(allowed, "mode")
+        if not isinstance(names, list) or choice not in ("auto", "required"):
             text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
             raise _wrong(text, "tool_choice")
         tools = [_named_tool(tools, name) for name in names]
-        choice = args["tool_choice"] = allowed["mode"]
+        args["tool_choice"] = choice
     if not tools or choice == "none":
         args.pop("tool_choice", None)
         args.pop("parallel_tool_calls", None)
@@ -5380,8 +5361,7 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
 
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     """The tool that a choice names, in the shape of chat completions or of responses."""
-    function = choice.get("function", choice) if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
+    name = _at(choice, "function", "name") or _at(choice, "name")
     tool = next((t for t in tools if t["function"]["name"] == name), None)
     if tool is None:
         what = "names no tool" if name is None else f"names {name!r}, which is not among the tools"
@@ -5391,7 +5371,7 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
 
 def _json_instruction(response_format: Any) -> str:
     """What to say in the system text, since most providers know no response_format."""
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    kind = _at(response_format, "type")
     if kind in (None, "text"):
         return ""
     if kind not in ("json_object", "json_schema"):
@@ -5399,7 +5379,7 @@ def _json_instruction(response_format: Any) -> str:
     text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
     if kind == "json_object":
         return text.format("object")
-    schema = json.dumps(_only(response_format.get("json_schema"), "schema").get("schema"))
+    schema = json.dumps(_at(response_format, "json_schema", "schema"))
     return f"{text.format('value')} It must match this JSON schema: {schema}"
 
 
@@ -5410,6 +5390,98 @@ def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messa
     opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
     system = {"role": "system", "content": "\n".join(instructions)}
     return [*opening, system, *messages[len(opening) :]]
+
+
+# ---- what the dialects share: contents ----
+
+# A provider's own tools and thoughts, which are of no use to another model.
+_SKIPPED_PARTS = (
+    *("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"),
+    *("web_fetch_tool_result", "code_execution_tool_result", "container_upload"),
+)
+
+
+def read_parts(content: Any, where: str) -> list[JSON]:
+    """A content of any dialect as parts of chat completions; `where` is its place, for errors.
+
+    Of each part its known keys alone are taken: callers may use models, not the owner's files.
+    Raises `BadRequestError`.
+    """
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [_text_part(content, where)]
+    if not isinstance(content, list):
+        raise _wrong_part(where, f"has {_describe(content)} where a text or parts should be")
+    return [known for part in content for known in _read_part(part, where)]
+
+
+def _read_part(part: Any, where: str) -> list[JSON]:
+    """A part of any dialect: their kinds do not collide."""
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    kind = _at(part, "type")
+    if kind in ("text", "input_text", "output_text"):
+        return [_text_part(part.get("text"), where)]
+    if kind == "refusal":
+        return [_text_part(part.get("refusal"), where)]
+    if kind in ("image_url", "input_image", "image"):
+        return [_image_part(part, where)]
+    if kind in ("file", "input_file"):
+        return [_file_part(part.get("file", part), where)]
+    if kind == "document":
+        return _document_parts(part, where)
+    if kind == "search_result":
+        title = _text_part(f"{part.get('title')} ({part.get('source')})", where)
+        return [title, *read_parts(part.get("content"), where)]
+    if kind == "tool_reference":
+        return [_text_part(f"The tool {part.get('tool_name')} can be called.", where)]
+    if kind in _SKIPPED_PARTS:
+        return []
+    raise _wrong_part(where, f"has a part of the kind {_describe(kind)}, which is not known")
+
+
+def _wrong_part(where: str, what: str) -> BadRequestError:
+    return _wrong(f"{where} {what}", where.partition("[")[0])
+
+
+def _text_part(text: Any, where: str) -> JSON:
+    if not isinstance(text, (str, type(None))):
+        raise _wrong_part(where, f"has {_describe(text)} as a text")
+    return {"type": "text", "text": text or ""}
+
+
+def _image_part(part: JSON, where: str) -> JSON:
+    image = part.get("image_url") or _source_url(part)
+    image = {"url": image, **_only(part, "detail")} if isinstance(image, str) else image
+    if not re.match("(?i)https?://|data:", str(_at(image, "url"))):
+        raise _wrong_part(where, "has an image without an http(s) or data URL: no files are stored")
+    return {"type": "image_url", "image_url": _only(image, "url", "detail")}
+
+
+def _source_url(part: JSON) -> Any:
+    """The URL that Anthropic's clients name, or one that holds the data that they send."""
+    source = part.get("source")
+    if _at(source, "type") == "base64":
+        return f"data:{_at(source, 'media_type')};base64,{_at(source, 'data')}"
+    return _at(source, "url")
+
+
+def _file_part(file: Any, where: str) -> JSON:
+    file = _only(file, "filename", "file_data")
+    if not file.get("file_data"):
+        raise _wrong_part(where, "has a file without its data: no files are stored here")
+    return {"type": "file", "file": file}
+
+
+def _document_parts(part: JSON, where: str) -> list[JSON]:
+    kind, title = _at(part, "source", "type"), str(part.get("title") or "")
+    if kind == "content":
+        return read_parts(_at(part, "source", "content"), where)
+    if kind == "text":
+        parts = [_text_part(title, where), _text_part(_at(part, "source", "data"), where)]
+        return parts if title else parts[1:]
+    data = _source_url(part) if kind == "base64" else None
+    return [_file_part({"filename": title or "document.pdf", "file_data": data}, where)]
 
 
 # ---- what the dialects share: answers ----
@@ -5628,12 +5700,19 @@ def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
-    wishes = body.get("stream_options")
-    with_usage = isinstance(wishes, dict) and wishes.get("include_usage") is True
-    options = {"include_usage": with_usage}
-    return checked_request(
-        body, body.get("messages"), body.get("tools"), args, body.get("stop"), options
-    )
+    options = {"include_usage": _at(body, "stream_options", "include_usage") is True}
+    messages = _objects(body.get("messages"), "messages")
+    messages = [_safe_message(one, f"messages[{i}]") for i, one in enumerate(messages)]
+    stop = body.get("stop")
+    return checked_request(body, messages, body.get("tools"), args, stop, options=options)
+
+
+def _safe_message(message: JSON, where: str) -> JSON:
+    """A message with its known keys only."""
+    safe = _only(message, "role", "content", "name", "tool_calls", "tool_call_id")
+    if isinstance(safe.get("content"), list):
+        safe["content"] = read_parts(safe["content"], where)
+    return safe
 
 
 def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
@@ -5725,8 +5804,11 @@ class _History:
         self._memory = memory
         self._attached: list[JSON] = []
 
-    def say(self, role: str, parts: Sequence[JSON]) -> None:
+    def say(self, role: Any, parts: Sequence[JSON]) -> None:
         """Add a message, unless it is empty; only a user's holds more than text."""
+        role = "system" if role == "developer" else role
+        if role not in ("system", "user", "assistant"):
+            raise _wrong(f"a message has the role {_describe(role)}", "messages")
         if role == "user":
             parts, self._attached = [*self._attached, *parts], []
         else:
@@ -5753,7 +5835,7 @@ class _History:
         text = "\n".join(p["text"] for p in parts if p["type"] == "text" and p["text"])
         others = [p for p in parts if p["type"] != "text"]
         if others:
-            self._attached += [_text_part(f"From the result of {call_id}:"), *others]
+            self._attached += [_text_part(f"From the result of {call_id}:", ""), *others]
         text = text or ("(see the next message)" if others else "(no output)")
         content = f"Error: {text}" if failed else text
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
@@ -5764,16 +5846,18 @@ class _History:
             self.say("user", [])
 
 
-def _text_part(text: Any, param: str = "messages") -> JSON:
-    if not isinstance(text, str):
-        raise _wrong(f"a text is {_describe(text)}", param)
-    return {"type": "text", "text": text}
-
-
 def _tool_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise _wrong(f"a tool has the name {_describe(name)}", "tools")
     return name
+
+
+def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
+    """How agents word an effort and a form of JSON, as arguments of chat completions."""
+    if _at(form, "type") == "json_schema":
+        schema = {**defaults, **_only(form, "name", "schema", "strict", "description")}
+        form = {"type": "json_schema", "json_schema": schema}
+    return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
 
 def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
@@ -5854,7 +5938,7 @@ def with_served_model(request: ChatRequest, name: str, models: Sequence[Model]) 
     model = next((m for m in models if name == m.id or name in m.aliases), None)
     if model and model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
-    return replace(request, model=name, args=args)
+    return request._replace(model=name, args=args)
 
 
 # ---- responses ----
@@ -5896,8 +5980,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
             raise _wrong(f"{name} is not supported here", name, code="unsupported_parameter")
     items = _response_items(body, memory)
     history = _History(memory)
-    if body.get("instructions") is not None:
-        history.say("system", [_text_part(body["instructions"], "instructions")])
+    history.say("system", read_parts(body.get("instructions"), "instructions"))
     offered: dict[str, tuple[JSON, JSON]] = {}
     _offer(body.get("tools"), offered)
     for item in items:
@@ -5911,30 +5994,19 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         "tools": {name: back for name, (back, _) in offered.items()},
         "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
     }
-    schemas, args = [schema for _, schema in offered.values()], _response_args(body, offered)
-    asked = checked_request(body, history.messages, schemas, args, options=options)
     choice = body.get("tool_choice")
-    kind = choice.get("type") if isinstance(choice, dict) else choice
-    mode = choice.get("mode") if isinstance(choice, dict) else choice
-    # what must be called is a tool of the server's own
-    searches = str(kind).startswith("web_search") or (mode == "required" and not offered)
-    return replace(asked, answer=_NO_SEARCH) if searches else asked
-
-
-def _response_args(body: JSON, offered: Mapping[str, Any]) -> JSON:
-    text, reasoning = body.get("text"), body.get("reasoning")
-    form = text.get("format") if isinstance(text, dict) else None
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = _only(form, "name", "schema", "strict", "description")
-        form = {"type": "json_schema", "json_schema": schema}
-    effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
-    return {
+    args = {
         **_only(body, "temperature", "top_p", "parallel_tool_calls"),
+        **_agent_args(_at(body, "reasoning", "effort"), _at(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
-        "tool_choice": _response_choice(body.get("tool_choice"), offered),
-        "reasoning_effort": _EFFORTS.get(str(effort)),
-        "response_format": form,
+        "tool_choice": _response_choice(choice, offered),
     }
+    functions = [function for _, function in offered.values()]
+    # what must be called is a tool of the server's own
+    searches = str(_at(choice, "type") or choice).startswith("web_search")
+    searches = searches or (not offered and "required" in (choice, _at(choice, "mode")))
+    fields = {"options": options, "answer": _NO_SEARCH if searches else ""}
+    return checked_request(body, history.messages, functions, args, **fields)
 
 
 def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
@@ -5967,16 +6039,13 @@ def _add_item(history: _History, item: JSON) -> None:
     kind = item.get("type", "message")
     call_id = item.get("call_id")
     if kind == "message":
-        role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
-        if role not in ("user", "assistant", "system"):
-            raise _wrong(f"a message has the role {_describe(role)}", "input")
-        history.say(role, _response_parts(item.get("content")))
+        history.say(item.get("role"), read_parts(item.get("content"), "input"))
     elif kind == "tool_search_output":
         found: dict[str, Any] = {}
         _offer(item.get("tools"), found)
-        history.result(call_id, [_text_part(f"Tools to call now: {', '.join(found) or 'none'}")])
+        history.result(call_id, read_parts(f"Tools to call now: {', '.join(found) or 'none'}", ""))
     elif kind in ("function_call_output", "custom_tool_call_output"):
-        history.result(call_id, _response_parts(item.get("output")))
+        history.result(call_id, read_parts(item.get("output"), "input"))
     elif kind in ("function_call", "custom_tool_call"):
         arguments = item.get("arguments")
         if kind == "custom_tool_call":
@@ -5988,31 +6057,8 @@ def _add_item(history: _History, item: JSON) -> None:
         raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
 
 
-def _response_parts(content: Any) -> list[JSON]:
-    """A content or an output as parts of chat completions."""
-    if isinstance(content, str):
-        return [_text_part(content)]
-    return [_response_part(part) for part in _objects(content, "input")]
-
-
-def _response_part(part: JSON) -> JSON:
-    kind = part.get("type")
-    if kind in ("input_text", "output_text", "text"):
-        return _text_part(part.get("text"), "input")
-    if kind == "refusal":
-        return _text_part(part.get("refusal"), "input")
-    if kind == "input_image" and part.get("image_url"):
-        image = {"url": part["image_url"], **_only(part, "detail")}
-        return {"type": "image_url", "image_url": image}
-    if kind == "input_file" and part.get("file_data"):
-        return {"type": "file", "file": _only(part, "filename", "file_data")}
-    if kind in ("input_image", "input_file"):
-        raise _wrong(f"an {kind} must hold its data: this server keeps no files", "input")
-    raise _wrong(f"a part is of the kind {_describe(kind)}, which is not known", "input")
-
-
 def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
-    """Add tools by their flat names, each as (how its call goes back, the function's schema).
+    """Add tools by their flat names, each as (how its call goes back, its function).
 
     Tools that the provider would run itself are left out.
     """
@@ -6031,13 +6077,13 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
         function = {"name": flat, **_only(tool, "description", "parameters")}
         if kind == "custom":
             function |= _custom_function(tool)
-        offered.setdefault(flat, (back, {"type": "function", "function": function}))
+        offered.setdefault(flat, (back, function))
 
 
 def _custom_function(tool: JSON) -> JSON:
     """A tool that takes free text, as a function with one text."""
-    grammar = _only(tool.get("format"), "definition").get("definition")
-    described = [str(text) for text in (tool.get("description"), grammar) if text]
+    texts = tool.get("description"), _at(tool, "format", "definition")
+    described = [str(text) for text in texts if text]
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
     return {
         "description": "\n\n".join(described),
@@ -6059,7 +6105,7 @@ def _flat_name(namespace: Any, name: Any) -> str:
 
 def _response_choice(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
     """A tool_choice as chat completions word it; that of a provider's own tool is left open."""
-    kind = choice.get("type") if isinstance(choice, dict) else None
+    kind = _at(choice, "type")
     if kind is None:
         return choice
     if kind == "allowed_tools":
@@ -6286,11 +6332,6 @@ _MESSAGES_ERRORS = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-# Blocks of a provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_BLOCKS = (
-    *("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"),
-    *("web_fetch_tool_result", "code_execution_tool_result", "container_upload"),
-)
 _IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
 
 
@@ -6300,36 +6341,28 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         if body.get(name) is None:
             raise _wrong(f"{name}: Field required", name)
     history = _History(memory)
-    system = _parts_of(_blocks(body.get("system")))
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
-    billing = "x-anthropic-billing-header:"
+    billing, system = "x-anthropic-billing-header:", read_parts(body.get("system"), "system")
     history.say("system", [p for p in system if not str(p.get("text")).startswith(billing)])
-    for message in _objects(body["messages"], "messages"):
-        _add_message(history, message)
+    for number, message in enumerate(_objects(body["messages"], "messages")):
+        _add_message(history, message, f"messages[{number}]")
     history.flush()
-    tools, dropped = _messages_tools(body.get("tools"))
-    searches = not tools and any(name.startswith("web_search") for name in dropped.values())
+    functions, dropped = _messages_tools(body.get("tools"))
     args, stop = _messages_args(body, dropped), body.get("stop_sequences")
-    asked = checked_request(body, history.messages, tools, args, stop, {"memory": memory})
-    return replace(asked, answer=_NO_SEARCH) if searches else asked
+    searches = not functions and any(kind.startswith("web_search") for kind in dropped.values())
+    fields = {"options": {"memory": memory}, "answer": _NO_SEARCH if searches else ""}
+    return checked_request(body, history.messages, functions, args, stop, **fields)
 
 
 def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
-    config, thinking = body.get("output_config"), body.get("thinking")
-    config = config if isinstance(config, dict) else {}
-    form = config.get("format") or body.get("output_format")
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = {"name": "answer", "schema": form.get("schema"), "strict": True}
-        form = {"type": "json_schema", "json_schema": schema}
-    effort = config.get("effort")
-    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    effort, budget = _at(body, "output_config", "effort"), _at(body, "thinking", "budget_tokens")
+    form = _at(body, "output_config", "format") or body.get("output_format")
     if effort is None and _is_number(budget):
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
     return {
         **_only(body, "max_tokens", "temperature", "top_p"),
         **_messages_choice(body.get("tool_choice"), dropped),
-        "reasoning_effort": _EFFORTS.get(str(effort)),
-        "response_format": form,
+        **_agent_args(effort, form, name="answer", strict=True),
     }
 
 
@@ -6337,10 +6370,9 @@ def _messages_choice(choice: Any, dropped: Collection[str]) -> JSON:
     """The tool_choice as arguments of chat completions."""
     if choice is None:
         return {}
-    kind = choice.get("type") if isinstance(choice, dict) else None
+    kind, named = _at(choice, "type"), _at(choice, "name")
     if kind not in ("auto", "any", "tool", "none"):
         raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
-    named = choice.get("name")
     if kind == "tool" and named in tuple(dropped):
         text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
         raise _wrong(text, "tool_choice")
@@ -6350,90 +6382,32 @@ def _messages_choice(choice: Any, dropped: Collection[str]) -> JSON:
 
 
 def _messages_tools(tools: Any) -> tuple[list[JSON], dict[str, str]]:
-    """(schemas of the caller's functions, kinds of the tools that the provider would run)."""
-    schemas, dropped = [], {}
+    """(the caller's functions, kinds of the tools that the provider would run, by their names)"""
+    functions, dropped = [], {}
     for tool in _objects(tools, "tools"):
         name = _tool_name(tool.get("name"))
-        if tool.get("type") not in (None, "custom"):
+        if tool.get("type") in (None, "custom"):
+            parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+            functions.append({**_only(tool, "name", "description"), "parameters": parameters})
+        else:
             dropped[name] = str(tool["type"])
-            continue
-        parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
-        function = {"name": name, **_only(tool, "description"), "parameters": parameters}
-        schemas.append({"type": "function", "function": function})
-    return schemas, dropped
+    return functions, dropped
 
 
-def _add_message(history: _History, message: JSON) -> None:
-    """Add a message: its results first, then the rest."""
-    role, blocks = message.get("role"), _blocks(message.get("content"))
-    if role not in ("user", "assistant", "system"):
-        raise _wrong(f"a message has the role {_describe(role)}", "messages")
-    for block in blocks:
-        if block.get("type") == "tool_result":
-            parts = _parts_of(_blocks(block.get("content")))
-            history.result(block.get("tool_use_id"), parts, block.get("is_error") is True)
-    others = [b for b in blocks if b.get("type") not in ("tool_result", "tool_use")]
-    history.say(role, _parts_of(others))
-    for block in blocks:
-        if block.get("type") == "tool_use":
-            arguments = json.dumps(block.get("input") or {})
-            history.call(block.get("id"), str(block.get("name")), arguments)
-
-
-def _blocks(content: Any) -> list[JSON]:
-    """A content as a list of blocks."""
-    if isinstance(content, str):
-        return [_text_part(content)]
-    return _objects(content, "messages")
-
-
-def _parts_of(blocks: Sequence[JSON]) -> list[JSON]:
-    """Blocks as parts of chat completions."""
-    return [part for block in blocks for part in _block_parts(block)]
-
-
-def _block_parts(block: JSON) -> list[JSON]:
-    """A block as parts of chat completions; raises `BadRequestError` for an unknown kind."""
-    kind, source = block.get("type"), block.get("source")
-    if kind == "text":
-        return [_text_part(block.get("text"))]
-    if kind == "image":
-        return [{"type": "image_url", "image_url": {"url": _source_url(kind, source)}}]
-    if kind == "document":
-        return _document_parts(block, source)
-    if kind == "search_result":
-        title = _text_part(f"{block.get('title')} ({source})")
-        return [title, *_parts_of(_blocks(block.get("content")))]
-    if kind == "tool_reference":
-        return [_text_part(f"The tool {block.get('tool_name')} can be called.")]
-    if kind in _SKIPPED_BLOCKS:
-        return []
-    raise _wrong(f"a block is of the kind {_describe(kind)}, which is not known", "messages")
-
-
-def _source_url(kind: str, source: Any) -> str:
-    """The URL of an image or a document, with its data inside unless it is an image's own."""
-    where = source.get("type") if isinstance(source, dict) else None
-    if where == "url" and kind == "image":
-        return str(source.get("url"))
-    if where == "base64":
-        return f"data:{source.get('media_type')};base64,{source.get('data')}"
-    raise _wrong(
-        f"a source of the {kind} must hold its data: this server keeps no files", "messages"
-    )
-
-
-def _document_parts(block: JSON, source: Any) -> list[JSON]:
-    where = source.get("type") if isinstance(source, dict) else None
-    title = block.get("title")
-    if where == "text":
-        text = _text_part(source.get("data"))
-        return [_text_part(str(title)), text] if title else [text]
-    if where == "content":
-        return _parts_of(_blocks(source.get("content")))
-    name = str(title or "document.pdf")
-    data = _source_url("document", source)
-    return [{"type": "file", "file": {"filename": name, "file_data": data}}]
+def _add_message(history: _History, message: JSON, where: str) -> None:
+    """Add a message: its results first, its calls last."""
+    content = message.get("content")
+    blocks = content if isinstance(content, list) else []
+    calls = [block for block in blocks if _at(block, "type") == "tool_use"]
+    results = [block for block in blocks if _at(block, "type") == "tool_result"]
+    for result in results:
+        parts = read_parts(result.get("content"), where)
+        history.result(result.get("tool_use_id"), parts, result.get("is_error") is True)
+    if calls or results:
+        content = [b for b in blocks if _at(b, "type") not in ("tool_use", "tool_result")]
+    history.say(message.get("role"), read_parts(content, where))
+    for call in calls:
+        history.call(call.get("id"), str(call.get("name")), json.dumps(call.get("input") or {}))
 
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:

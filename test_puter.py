@@ -10538,7 +10538,7 @@ class TestServedModel:
     @pytest.mark.parametrize(("asked", "sent"), [(None, None), (9, 9), (64_000, 100)])
     def test_max_tokens_within_the_limit(self, asked, sent):
         request = messages_request()
-        request = replace(request, args={"max_tokens": asked} if asked else {})
+        request = request._replace(args={"max_tokens": asked} if asked else {})
         models = [model("m", max_tokens=100), model("n")]
         assert puter.with_served_model(request, "M", models).args.get("max_tokens") == sent
         assert puter.with_served_model(request, "n", models).args == request.args
