@@ -5209,8 +5209,8 @@ class Ending(NamedTuple):
 
 # None: nothing came for a while. An error: the answer broke off. It or the ending is the last.
 Event = Chunk | Ending | PuterError | None
-# (the event's name or "", its data); a text is sent as it is, and None is a comment.
-Frame = tuple[str, JSON | str | None]
+# The data of an event, which has the name that its "type" says; None is a comment.
+Frame = JSON | str | None
 
 
 class ResponseMemory:
@@ -5522,62 +5522,65 @@ class StopText:
 def answer_events(
     request: ChatRequest, batches: Iterable[Sequence[Chunk] | Reply | None]
 ) -> Iterator[Event]:
-    """What happens in an answer, for any dialect: cut at stop texts, its calls under our ids.
+    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts.
 
     The batches are chunks that came together, None for a while without any, and at last the
-    whole reply. Models may name the calls of every turn alike, which sends agents in circles.
+    whole reply.
     """
-    stop, usage, finish_reason = StopText(request.stop), Usage(), "stop"
-    reads_on = not request.streaming or request.options.get("include_usage", True)
+    stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure = None
     try:
         for batch in batches:
-            if isinstance(batch, Reply):
-                usage, finish_reason = batch.usage, batch.finish_reason
-            elif batch is None:
+            if batch is None:
                 yield None
+            elif isinstance(batch, Reply):
+                ending = Ending(batch.finish_reason, batch.usage)
             else:
                 for chunk in batch:
-                    if chunk.type == "usage":
-                        usage = chunk.usage or usage
-                    elif not stop.found:
-                        yield from _events_of(chunk, stop)
-            if stop.found and not reads_on:
+                    yield from _events_of(chunk, stop)
+            if stop.found and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
         failure = error
     if text := stop.flush():
         yield Chunk("text", text)
-    yield failure or Ending("stop" if stop.found else finish_reason, usage, stop.found)
+    yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
 
 
 def _events_of(chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
+    """What a chunk adds to the answer: nothing behind a stop text."""
     if chunk.type == "text":
         if text := stop.feed(chunk.text):
             yield Chunk("text", text)
-    elif chunk.tool_call is None:
-        yield chunk
-    else:
+    elif chunk.type == "tool_call":
         if text := stop.flush():
             yield Chunk("text", text)
-        if not stop.found:
-            call = replace(chunk.tool_call, id=f"call_{os.urandom(12).hex()}")
-            yield Chunk("tool_call", tool_call=call)
+        if chunk.tool_call and not stop.found:
+            yield Chunk("tool_call", tool_call=_with_new_id(chunk.tool_call))
+    elif chunk.type == "reasoning" and not stop.found:
+        yield chunk
+
+
+def _with_new_id(call: ToolCall) -> ToolCall:
+    """The call under an id of ours: models may name those of every turn alike.
+
+    That sends agents in circles.
+    """
+    return replace(call, id=_new_id("call"))
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{os.urandom(12).hex()}"
 
 
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
-    events = list(answer_events(request, [chunks_of(_with_json(request, reply)), reply]))
-    chunks = [event for event in events if isinstance(event, Chunk)]
-    (ending,) = [event for event in events if isinstance(event, Ending)]
-    answer = replace(
-        reply,
-        text="".join(c.text for c in chunks if c.type == "text"),
-        reasoning="".join(c.text for c in chunks if c.type == "reasoning"),
-        tool_calls=tuple(c.tool_call for c in chunks if c.tool_call),
-        finish_reason=ending.finish_reason,
-    )
-    return answer, ending
+    stop, text = StopText(request.stop), _with_json(request, reply).text
+    text = stop.feed(text) + stop.flush()
+    calls = () if stop.found else tuple(map(_with_new_id, reply.tool_calls))
+    reason = "stop" if stop.found else reply.finish_reason
+    answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
+    return answer, Ending(reason, reply.usage, stop.found)
 
 
 def _with_json(request: ChatRequest, reply: Reply) -> Reply:
@@ -5610,15 +5613,22 @@ def usage_object(usage: Usage) -> JSON | None:
     """The usage in OpenAI's names, or None when the provider reported nothing."""
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
-    # In OpenAI's shape cached tokens are part of the prompt; some providers count them beside.
-    prompt = max(usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0))
+    sent, answered, cached, total = _token_counts(usage)
     counts: JSON = {
-        "prompt_tokens": prompt,
-        "completion_tokens": usage.output_tokens or 0,
-        "total_tokens": usage.total_tokens or 0,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+        "prompt_tokens": sent,
+        "completion_tokens": answered,
+        "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
     return counts if usage.cost_usd is None else {**counts, "cost_usd": usage.cost_usd}
+
+
+def _token_counts(usage: Usage) -> tuple[int, int, int, int]:
+    """(tokens sent, answered, cached, all) as OpenAI counts: cached ones are among those sent."""
+    answered, total = usage.output_tokens or 0, usage.total_tokens or 0
+    # some providers count cached ones beside
+    sent = max(usage.input_tokens or 0, total - answered)
+    return sent, answered, usage.cached_tokens or 0, max(total, sent + answered)
 
 
 # ---- what the dialects share: errors ----
@@ -5740,24 +5750,24 @@ def chat_frames(
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
 
-    def frame(delta: JSON, finish_reason: str | None = None) -> Frame:
+    def frame(delta: JSON, finish_reason: str | None = None) -> JSON:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if with_usage else {}
-        return "", {**head, "model": model(), **usage, "choices": [choice]}
+        return {**head, "model": model(), **usage, "choices": [choice]}
 
     role: JSON = {"role": "assistant"}
     calls = 0
     for event in events:
         if event is None:
-            yield "", None
+            yield None
         elif isinstance(event, PuterError):
-            yield "", chat_error(event, error_status(event), "")
+            yield chat_error(event, error_status(event), "")
         elif isinstance(event, Ending):
             yield frame({**role, "content": ""} if role else {}, event.finish_reason)
             usage = usage_object(event.usage)
             if with_usage and usage:
-                yield "", {**head, "model": model(), "choices": [], "usage": usage}
-            yield "", "[DONE]"
+                yield {**head, "model": model(), "choices": [], "usage": usage}
+            yield "[DONE]"
         else:
             if event.tool_call:
                 delta: JSON = {"tool_calls": [{"index": calls, **openai_call(event.tool_call)}]}
@@ -5871,10 +5881,6 @@ def _is_too_long(error: PuterError) -> bool:
     return error.http_status == 400 and bool(_TOO_LONG.search(error.message))
 
 
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{os.urandom(12).hex()}"
-
-
 # ---- names of models ----
 
 
@@ -5967,8 +5973,8 @@ _SKIPPED_ITEMS = (
 )
 # A call's item: (prefix of its ids, its type, the field of its arguments, its events).
 _CALL_ITEMS = {
-    "function": ("fc", "function_call", "arguments", "response.function_call_arguments"),
-    "custom": ("ctc", "custom_tool_call", "input", "response.custom_tool_call_input"),
+    "function": ("fc", "function_call", "arguments", "function_call_arguments"),
+    "custom": ("ctc", "custom_tool_call", "input", "custom_tool_call_input"),
     "tool_search": ("tsc", "tool_search_call", "arguments", ""),
 }
 
@@ -6121,27 +6127,25 @@ def _response_choice(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> A
 
 def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `response`: the one that ends its stream."""
-    frames = responses_frames(request, lambda: reply.model, [*chunks_of(reply), ending])
-    response: JSON = [data for _, data in frames][-1]["response"]
+    *_, last = responses_frames(request, lambda: reply.model, [*chunks_of(reply), ending])
+    response: JSON = last["response"]
     return response
 
 
 def responses_frames(
     request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[tuple[str, JSON]]:
+) -> Iterator[JSON]:
     """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
-    yield writer.progress("response.created")
-    yield writer.progress("response.in_progress")
+    yield writer.state("created")
+    yield writer.state("in_progress")
     for event in events:
         if event is None:
-            yield writer.progress("response.in_progress")
+            yield writer.state("in_progress")
         elif isinstance(event, PuterError):
             yield writer.failure(_failure_code(event), str(event))
         elif isinstance(event, Ending):
-            is_cut = event.finish_reason in _UNFINISHED
-            yield from writer.close("incomplete" if is_cut else "completed")
-            yield writer.ending(event)
+            yield from writer.end(event)
         elif event.tool_call:
             yield from writer.close()
             yield from writer.call(event.tool_call)
@@ -6151,13 +6155,8 @@ def responses_frames(
 
 # Of each kind of text: the prefix of its item's id, its events, and the name of an index.
 _TEXT_ITEMS = {
-    "text": {"id": "msg", "part": "content_part", "text": "output_text", "index": "content_index"},
-    "reasoning": {
-        "id": "rs",
-        "part": "reasoning_summary_part",
-        "text": "reasoning_summary_text",
-        "index": "summary_index",
-    },
+    "text": ("msg", "content_part", "output_text", "content_index"),
+    "reasoning": ("rs", "reasoning_summary_part", "reasoning_summary_text", "summary_index"),
 }
 
 
@@ -6171,108 +6170,77 @@ class _ResponseWriter:
         self._output: list[JSON] = []
         # of the open item: "text", "reasoning", or none
         self._kind = ""
-        self._item_id = ""
+        self._place: JSON = {}
         self._pieces: list[str] = []
 
-    def progress(self, name: str) -> tuple[str, JSON]:
-        """The response so far."""
-        return self._frame(name, response=self._response("in_progress"))
-
-    def text(self, kind: str, text: str) -> Iterator[tuple[str, JSON]]:
+    def text(self, kind: str, text: str) -> Iterator[JSON]:
         """More of a text or of reasoning."""
+        id_prefix, part, events, index = _TEXT_ITEMS[kind]
         if kind != self._kind:
             yield from self.close()
-            self._kind, self._item_id, self._pieces = kind, _new_id(_TEXT_ITEMS[kind]["id"]), []
-            yield self._item_frame("added", self._text_item("in_progress"))
-            yield self._text_frame("part", "added", part=self._part(""))
+            self._kind, self._pieces = kind, []
+            self._place = {"item_id": _new_id(id_prefix), "output_index": len(self._output)}
+            self._place |= {index: 0, "logprobs": []}
+            yield self._item_event("added", self._text_item("in_progress"))
+            yield self._event(f"{part}.added", **self._place, part=self._part())
         self._pieces.append(text)
-        yield self._text_frame("text", "delta", delta=text)
+        yield self._event(f"{events}.delta", **self._place, delta=text)
 
-    def close(self, status: str = "completed") -> Iterator[tuple[str, JSON]]:
+    def close(self, status: str = "completed") -> Iterator[JSON]:
         """End the open item, if there is one."""
         if self._kind:
-            text = "".join(self._pieces)
-            yield self._text_frame("text", "done", text=text)
-            yield self._text_frame("part", "done", part=self._part(text))
-            yield self._item_frame("done", self._text_item(status))
+            _, part, events, _ = _TEXT_ITEMS[self._kind]
+            yield self._event(f"{events}.done", **self._place, text="".join(self._pieces))
+            yield self._event(f"{part}.done", **self._place, part=self._part())
+            yield self._item_event("done", self._text_item(status))
             self._kind = ""
 
-    def call(self, call: ToolCall) -> Iterator[tuple[str, JSON]]:
+    def call(self, call: ToolCall) -> Iterator[JSON]:
         """A call, in the form that its tool was offered in."""
         _remember_extra(self._request, call)
         default = {"type": "function", "name": call.name}
         back = {**self._request.options["tools"].get(call.name, default)}
-        prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
-        arguments = openai_call(call)["function"]["arguments"]
-        value: Any = arguments
+        id_prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
+        value: Any = openai_call(call)["function"]["arguments"]
         if kind == "tool_search_call":
             value, back = call.arguments, {"execution": "client"}
         elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
             value = call.arguments["input"]
-        item = {"type": kind, "id": _new_id(prefix), "call_id": call.id, **back}
+        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **back}
+        place = {"item_id": item["id"], "output_index": len(self._output)}
         empty: Any = "" if events else {}
-        yield self._item_frame("added", {**item, key: empty, "status": "in_progress"})
+        yield self._item_event("added", {**item, key: empty, "status": "in_progress"})
         if events:
-            place = {"item_id": item["id"], "output_index": len(self._output)}
-            yield self._frame(f"{events}.delta", **place, delta=value)
-            yield self._frame(f"{events}.done", **place, **{key: value})
-        yield self._item_frame("done", {**item, key: value, "status": "completed"})
+            yield self._event(f"{events}.delta", **place, delta=value)
+            yield self._event(f"{events}.done", **place, **{key: value})
+        yield self._item_event("done", {**item, key: value, "status": "completed"})
 
-    def ending(self, ending: Ending) -> tuple[str, JSON]:
-        """The response as it ended; kept for requests that refer to it."""
+    def end(self, ending: Ending) -> Iterator[JSON]:
+        """The response as it ended; remembered for requests that refer to it."""
         reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
+        status = "incomplete" if reason else "completed"
+        yield from self.close(status)
         if reason == "content_filter" and self._request.streaming:
             # Codex would ask five times more if this were an incomplete response.
-            return self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
-        status = "incomplete" if reason else "completed"
-        details = {"reason": reason} if reason else None
-        options = self._request.options
-        if options["items"] is not None:
+            yield self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
+            return
+        memory, items = (self._request.options[key] for key in ("memory", "items"))
+        if items is not None:
             for item in self._output:
-                options["memory"].put(f"item_{item['id']}", item)
-            history = [*options["items"], *self._output]
-            options["memory"].put(f"history_{self._head['id']}", history)
-        response = self._response(status, usage=usage, incomplete_details=details)
-        return self._frame(f"response.{status}", response=response)
+                memory.put(f"item_{item['id']}", item)
+            memory.put(f"history_{self._head['id']}", [*items, *self._output])
+        details = {"reason": reason} if reason else None
+        yield self.state(status, status, usage=usage, incomplete_details=details)
 
-    def failure(self, code: str, message: str, usage: JSON | None = None) -> tuple[str, JSON]:
+    def failure(self, code: str, message: str, usage: JSON | None = None) -> JSON:
         """It broke off; what came of the open item is shown as incomplete."""
         if self._kind:
             self._output.append(self._text_item("incomplete"))
-        error = {"code": code, "message": message}
-        response = self._response("failed", error=error, usage=usage)
-        return self._frame("response.failed", response=response)
+        return self.state("failed", "failed", error={"code": code, "message": message}, usage=usage)
 
-    def _frame(self, name: str, **more: Any) -> tuple[str, JSON]:
-        self._count += 1
-        return name, {"type": name, "sequence_number": self._count - 1, **more}
-
-    def _item_frame(self, what: str, item: JSON) -> tuple[str, JSON]:
-        index = len(self._output)
-        if what == "done":
-            self._output.append(item)
-        return self._frame(f"response.output_item.{what}", output_index=index, item=item)
-
-    def _text_frame(self, of: str, what: str, **more: Any) -> tuple[str, JSON]:
-        """An event of the open item's part, or of the text in it."""
-        names = _TEXT_ITEMS[self._kind]
-        place = {"item_id": self._item_id, "output_index": len(self._output), names["index"]: 0}
-        return self._frame(f"response.{names[of]}.{what}", **place, logprobs=[], **more)
-
-    def _part(self, text: str) -> JSON:
-        if self._kind == "reasoning":
-            return {"type": "summary_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def _text_item(self, status: str) -> JSON:
-        parts = [self._part("".join(self._pieces))] if self._pieces else []
-        if self._kind == "text":
-            item = {"type": "message", "id": self._item_id, "role": "assistant"}
-            return {**item, "status": status, "content": parts}
-        return {"type": "reasoning", "id": self._item_id, "summary": parts}
-
-    def _response(self, status: str, **more: Any) -> JSON:
-        return {
+    def state(self, event: str, status: str = "in_progress", **more: Any) -> JSON:
+        """An event with the response as it is by then."""
+        response = {
             **self._head,
             **dict.fromkeys(("error", "incomplete_details", "usage")),
             **self._request.options["echo"],
@@ -6283,18 +6251,40 @@ class _ResponseWriter:
             "tools": [],
             **more,
         }
+        return self._event(event, response=response)
+
+    def _event(self, name: str, **more: Any) -> JSON:
+        self._count += 1
+        return {"type": f"response.{name}", "sequence_number": self._count - 1, **more}
+
+    def _item_event(self, what: str, item: JSON) -> JSON:
+        index = len(self._output)
+        if what == "done":
+            self._output.append(item)
+        return self._event(f"output_item.{what}", output_index=index, item=item)
+
+    def _part(self) -> JSON:
+        text = "".join(self._pieces)
+        if self._kind == "reasoning":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _text_item(self, status: str) -> JSON:
+        parts, item_id = [self._part()] if self._pieces else [], self._place["item_id"]
+        if self._kind == "reasoning":
+            return {"type": "reasoning", "id": item_id, "summary": parts}
+        item = {"type": "message", "id": item_id, "role": "assistant"}
+        return {**item, "status": status, "content": parts}
 
 
 def _response_usage(usage: Usage) -> JSON:
-    counts = usage_object(usage) or usage_object(Usage(0, 0)) or {}
-    sent, answered = counts["prompt_tokens"], counts["completion_tokens"]
-    cached = counts["prompt_tokens_details"]["cached_tokens"]
+    sent, answered, cached, total = _token_counts(usage)
     return {
         "input_tokens": sent,
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": answered,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": max(counts["total_tokens"], sent + answered),
+        "total_tokens": total,
     }
 
 
@@ -6412,16 +6402,10 @@ def _add_message(history: _History, message: JSON, where: str) -> None:
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `message`."""
-    content: list[JSON] = []
-    if reply.reasoning:
-        thought = {"thinking": reply.reasoning, "signature": _new_id("sig")}
-        content.append({"type": "thinking", **thought})
-    if reply.text:
-        content.append({"type": "text", "text": reply.text})
-    content += [{**_tool_use_block(request, c), "input": _input_of(c)} for c in reply.tool_calls]
+    chunks = [chunk for chunk in chunks_of(reply) if chunk.type != "usage"]
     return {
         **_message_head(reply.model),
-        "content": content,
+        "content": [_block_and_delta(request, chunk)[0] for chunk in chunks],
         **_message_end(ending, bool(reply.tool_calls)),
         "usage": _messages_usage(ending.usage),
     }
@@ -6429,63 +6413,61 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 def messages_frames(
     request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[Frame]:
+) -> Iterator[JSON]:
     """The events of a message, as it comes: blocks that do not overlap."""
     index, kind, has_called = 0, "", False
 
-    def close() -> Iterator[Frame]:
-        if kind == "reasoning":
+    def close() -> Iterator[JSON]:
+        if kind == "thinking":
             signature = {"type": "signature_delta", "signature": _new_id("sig")}
-            yield _event("content_block_delta", index=index, delta=signature)
+            yield {"type": "content_block_delta", "index": index, "delta": signature}
         if kind:
-            yield _event("content_block_stop", index=index)
+            yield {"type": "content_block_stop", "index": index}
 
-    yield _event("message_start", message=_message_head(model()))
+    yield {"type": "message_start", "message": _message_head(model())}
     for event in events:
         if event is None:
-            yield _event("ping")
+            yield {"type": "ping"}
         elif isinstance(event, PuterError):
-            yield "error", messages_error(event, error_status(event), "")
+            yield messages_error(event, error_status(event), "")
         elif isinstance(event, Ending):
             yield from close()
             end, usage = _message_end(event, has_called), _messages_usage(event.usage)
-            yield _event("message_delta", delta=end, usage=usage)
-            yield _event("message_stop")
+            yield {"type": "message_delta", "delta": end, "usage": usage}
+            yield {"type": "message_stop"}
         elif event.tool_call or event.text:
             block, delta = _block_and_delta(request, event)
-            if event.tool_call or event.type != kind:
+            if event.tool_call or block["type"] != kind:
                 yield from close()
                 index += bool(kind)
-                kind, has_called = event.type, has_called or bool(event.tool_call)
-                yield _event("content_block_start", index=index, content_block=block)
-            yield _event("content_block_delta", index=index, delta=delta)
+                kind, has_called = block["type"], has_called or bool(event.tool_call)
+                block |= _EMPTY_BLOCKS[kind]
+                yield {"type": "content_block_start", "index": index, "content_block": block}
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
 
 
-def _event(name: str, **more: Any) -> Frame:
-    return name, {"type": name, **more}
+# What grows in each kind of block, as it is at first.
+_EMPTY_BLOCKS: dict[str, JSON] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+    "tool_use": {"input": {}},
+}
 
 
 def _block_and_delta(request: ChatRequest, chunk: Chunk) -> tuple[JSON, JSON]:
-    """(the empty block that a chunk would open, what the chunk adds to it)"""
-    if chunk.tool_call:
-        arguments = json.dumps(_input_of(chunk.tool_call))
-        block = {**_tool_use_block(request, chunk.tool_call), "input": {}}
-        return block, {"type": "input_json_delta", "partial_json": arguments}
+    """(a block of what a chunk holds, how a stream adds that to the block)"""
+    text, call = chunk.text, chunk.tool_call
+    if call:
+        call = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
+        _remember_extra(request, call)
+        # what cannot be read is named as that, so that no tool runs without it
+        given = {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
+        block = {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
+        return block, {"type": "input_json_delta", "partial_json": json.dumps(given)}
     if chunk.type == "text":
-        return {"type": "text", "text": ""}, {"type": "text_delta", "text": chunk.text}
-    block = {"type": "thinking", "thinking": "", "signature": ""}
-    return block, {"type": "thinking_delta", "thinking": chunk.text}
-
-
-def _input_of(call: ToolCall) -> JSON:
-    """A call's arguments; what cannot be read is named as that, so that no tool runs without it."""
-    return {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
-
-
-def _tool_use_block(request: ChatRequest, call: ToolCall) -> JSON:
-    named = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
-    _remember_extra(request, named)
-    return {"type": "tool_use", "id": named.id, "name": named.name}
+        return {"type": "text", "text": text}, {"type": "text_delta", "text": text}
+    block = {"type": "thinking", "thinking": text, "signature": _new_id("sig")}
+    return block, {"type": "thinking_delta", "thinking": text}
 
 
 def _message_head(model: str) -> JSON:
@@ -6504,13 +6486,12 @@ def _message_end(ending: Ending, has_called: bool) -> JSON:
 
 def _messages_usage(usage: Usage) -> JSON:
     """The usage in Anthropic's names: cached tokens are no part of `input_tokens`."""
-    counts = _response_usage(usage)
-    cached = counts["input_tokens_details"]["cached_tokens"]
+    sent, answered, cached, _ = _token_counts(usage)
     return {
-        "input_tokens": max(0, counts["input_tokens"] - cached),
+        "input_tokens": max(0, sent - cached),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
-        "output_tokens": counts["output_tokens"],
+        "output_tokens": answered,
     }
 
 
@@ -7093,7 +7074,7 @@ class _GatewayHandler(_HandlerBase):
             if not isinstance(answer, PuterError) and not self.sent:
                 self._begin_events(answer_headers(answer))
             for frame in frames:
-                self._write_frame(*frame)
+                self._write_frame(frame)
         if self.has_failed and dialect.cuts_broken_streams:
             self.close_connection = True
         elif self.is_chunked:
@@ -7105,7 +7086,7 @@ class _GatewayHandler(_HandlerBase):
         with suppress(ConnectionError, TimeoutError):
             if not self.sent:
                 self._begin_events({})
-            self._write_frame(*next(frames))
+            self._write_frame(next(frames))
             self.wfile.flush()
 
     def _batches(self, answer: Reply | Stream | PuterError) -> Iterator[Sequence[Chunk] | Reply]:
@@ -7137,7 +7118,7 @@ class _GatewayHandler(_HandlerBase):
         body = self.dialect.error(public, status, self.request_id)
         if self.sent:
             self.close_connection = True
-            self._write_frame(str(body.get("type", "")), body)
+            self._write_frame(body)
             self.wfile.flush()
         else:
             self._send(status, body, error_headers(error, status))
@@ -7190,13 +7171,15 @@ class _GatewayHandler(_HandlerBase):
         own = {"Content-Type": kind, "Cache-Control": "no-cache"}
         self._send_head(200, {**own, **framing, **headers})
 
-    def _write_frame(self, event: str, data: JSON | str | None) -> None:
-        if data is None:
-            text = ": keep-alive\n\n"
+    def _write_frame(self, frame: Frame) -> None:
+        if frame is None:
+            text = ": keep-alive"
+        elif isinstance(frame, str):
+            text = f"data: {frame}"
         else:
-            named = f"event: {event}\n" if event else ""
-            text = f"{named}data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
-        block = text.encode()
+            name = f"event: {frame['type']}\n" if "type" in frame else ""
+            text = f"{name}data: {json.dumps(frame)}"
+        block = f"{text}\n\n".encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _cors(self) -> dict[str, str]:

@@ -9126,8 +9126,8 @@ def frames_for(
     batches = [chunks, reply_of(finish_reason=finish, usage=usage)]
     events = puter.answer_events(wanted, batches)
     *frames, last = puter.chat_frames(wanted, lambda: "m", events)
-    assert last == ("", "[DONE]") and {name for name, _ in frames} == {""}
-    return [data for _, data in frames]
+    assert last == "[DONE]" and not any("type" in frame for frame in frames)  # no names
+    return frames
 
 
 def completion_of(reply: puter.Reply, **asked: Any) -> JSONObject:
@@ -9520,9 +9520,9 @@ class TestTranslation:
         asked = understood(stop="END", stream=True, stream_options={"include_usage": with_usage})
         events = puter.answer_events(asked, batches())
         frames = list(puter.chat_frames(asked, lambda: "m", events))
-        assert frames[0] == ("", None)  # a sign of life
-        assert joined([data for _, data in frames[1:-1]]) == "one EN"
-        assert frames[-1][1]["error"]["message"].startswith("It broke")
+        assert frames[0] is None  # a sign of life
+        assert joined(frames[1:-1]) == "one EN"
+        assert frames[-1]["error"]["message"].startswith("It broke")
 
     def test_a_stop_waits_for_the_usage(self):
         call = puter.ToolCall("c1", "f", {})
@@ -9824,11 +9824,11 @@ def image_block(**source: Any) -> JSONObject:
 
 
 def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSONObject]:
-    """The data of the frames for these events, which all have the name that they say."""
+    """The frames for these events, which all say their name."""
     request = responses_request(**asked) if dialect == "responses" else messages_request(**asked)
     frames = list(puter.DIALECTS[f"/v1/{dialect}"].frames(request, lambda: "m", events))
-    assert all(name == data["type"] for name, data in frames)
-    return [json.loads(json.dumps(data)) for _, data in frames]
+    assert all(frame["type"] for frame in frames)
+    return [json.loads(json.dumps(frame)) for frame in frames]
 
 
 def types_of(frames: Sequence[JSONObject]) -> list[str]:
@@ -10213,7 +10213,7 @@ class TestResponses:
         reply = reply_of(texts[0], reasoning=texts[1], tool_calls=calls, usage=OUR_USAGE)
         batches = [batch for chunk in chunks for batch in (None, [chunk])]
         events = puter.answer_events(request, [*batches, reply])
-        frames = [json.loads(json.dumps(f)) for _, f in row.frames(request, lambda: "m", events)]
+        frames = [json.loads(json.dumps(f)) for f in row.frames(request, lambda: "m", events)]
         final = essence(dialect, final_of(dialect, parsed_frames(dialect, frames)))
         whole = row.body(request, *puter.whole_answer(request, reply))
         (Response if dialect == "responses" else ClaudeMessage).model_validate(whole)
