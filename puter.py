@@ -4470,9 +4470,9 @@ class Puter:
         note_end = partial(self._note_end, call, outcome)
         return Stream(outcome.result, call.cancellation, who, outcome.stack, note_end, checked)
 
-    def _models_if_any(self, why: str) -> list[Model]:
-        """The model list; none, with a warning that begins with `why`, when there is none."""
-        return self._catalogue.models_if_any(why)
+    def _models_by_name(self, why: str) -> Mapping[str, Model]:
+        """The models by every name, in lower case; none, with a warning, when there is no list."""
+        return self._catalogue.by_name if self._catalogue.models_if_any(why) else {}
 
     def _download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL; raises `BadRequestError`, `NetworkError`…"""
@@ -5497,26 +5497,23 @@ class StopText:
         self.found: str | None = None
         """The stop text that ended the text."""
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, is_last: bool = False) -> str:
         """What may be shown now; an end in which a stop text may have begun is held back."""
-        text = self._held + text
-        return self._cut(text, max(0, len(text) - self._most_held))
-
-    def flush(self) -> str:
-        """What was held back and turned out to be text."""
-        return self._cut(self._held, len(self._held))
-
-    def _cut(self, text: str, limit: int) -> str:
-        """The text up to the first stop text, or up to the limit, before which no more can begin."""
-        self._held = ""
+        text, self._held = self._held + text, ""
         if self.found:
             return ""
+        limit = len(text) if is_last else max(0, len(text) - self._most_held)
         places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        # behind the limit, an earlier one may still be on its way
         if places and min(places)[0] <= limit:
             limit, self.found = min(places)
         else:
             self._held = text[limit:]
         return text[:limit]
+
+    def flush(self) -> str:
+        """What was held back and turned out to be text."""
+        return self.feed("", is_last=True)
 
 
 def answer_events(
@@ -5576,7 +5573,7 @@ def _new_id(prefix: str) -> str:
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
     stop, text = StopText(request.stop), _with_json(request, reply).text
-    text = stop.feed(text) + stop.flush()
+    text = stop.feed(text, is_last=True)
     calls = () if stop.found else tuple(map(_with_new_id, reply.tool_calls))
     reason = "stop" if stop.found else reply.finish_reason
     answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
@@ -5884,25 +5881,21 @@ def _is_too_long(error: PuterError) -> bool:
 # ---- names of models ----
 
 
-def served_model(name: str, models: Sequence[Model]) -> str:
-    """The catalogue's name for what a program asks for; any name if the catalogue is empty.
+def served_model(name: str, models: Mapping[str, Model]) -> tuple[str, Model | None]:
+    """(the name to ask for, its model) for what a program asks; any name if there are no models.
 
-    Agents ask for names of Claude and GPT by themselves, for titles and sub-agents: one that
-    the catalogue lacks means the nearest of its family. Raises `ModelNotFoundError`.
+    `models` are by every name. Agents ask for names of Claude and GPT by themselves, for titles
+    and sub-agents: one that the catalogue lacks means the nearest of its family. Raises
+    `ModelNotFoundError`.
     """
     wanted = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
-    if not models or any(wanted == m.id or wanted in m.aliases for m in models):
-        return wanted
-    try:
-        return find_model(wanted, models).id
-    except ModelNotFoundError:
-        near = _nearest_of_family(wanted, models)
-        if near is None:
-            raise
-        return near.id
+    known = models.get(wanted.lower())
+    if known is None and models:
+        known = _nearest_of_family(wanted, models) or find_model(wanted, [*models.values()][::-1])
+    return wanted if known is None or wanted in known.names() else known.id, known
 
 
-def _nearest_of_family(name: str, models: Sequence[Model]) -> Model | None:
+def _nearest_of_family(name: str, models: Mapping[str, Model]) -> Model | None:
     """The model of the same tier (haiku, mini…) whose version is nearest.
 
     Without one of the tier: the cheapest of those that share most of it.
@@ -5920,7 +5913,7 @@ def _nearest_of_family(name: str, models: Sequence[Model]) -> Model | None:
         return -len(its_tier & tier), len(its_tier - tier), cost, distance, -its_version, model.id
 
     candidates = []
-    for known, model in models_by_name(models).items():
+    for known, model in models.items():
         parts = _family_of(known)
         if "/" not in known and parts and parts[0] == family:
             candidates.append((parts[1], parts[2], model))
@@ -5938,10 +5931,9 @@ def _family_of(name: str) -> tuple[str, set[str], float] | None:
     return match[1], set(re.findall(r"[a-z]+", rest)) - {"latest"}, version
 
 
-def with_served_model(request: ChatRequest, name: str, models: Sequence[Model]) -> ChatRequest:
+def with_served_model(request: ChatRequest, name: str, models: Mapping[str, Model]) -> ChatRequest:
     """The request with a model of the catalogue, and no more `max_tokens` than that can do."""
-    name, args = served_model(name, models), request.args
-    model = next((m for m in models if name == m.id or name in m.aliases), None)
+    (name, model), args = served_model(name, models), request.args
     if model and model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
     return request._replace(model=name, args=args)
@@ -6615,37 +6607,6 @@ def _in_url(host: str) -> str:
 # ---- the server ----
 
 
-class _Running:
-    """A request that is being answered, as the thread of the server looks after it."""
-
-    def __init__(self) -> None:
-        self.cancellation = _Cancellation()
-        self._lock = threading.Lock()
-        self._show_life: Callable[[], None] | None = None
-        self._shown_at_s = 0.0
-
-    @contextmanager
-    def silent(self, show_life: Callable[[], None]) -> Iterator[None]:
-        """While inside, another thread shows signs of life when it takes long."""
-        self._show_life, self._shown_at_s = show_life, time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._show_life = None
-
-    def tick(self, now_s: float) -> None:
-        """Show a sign of life when it is due; a client that takes none holds up nobody else."""
-        if self._show_life is not None and now_s - self._shown_at_s >= KEEP_ALIVE_S:
-            self._shown_at_s = now_s
-            threading.Thread(target=self._show, daemon=True).start()
-
-    def _show(self) -> None:
-        with self._lock:
-            if self._show_life is not None:
-                self._show_life()
-
-
 def _hung_up(sockets: Iterable[Any]) -> list[Any]:
     """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
     import select
@@ -6713,7 +6674,7 @@ class OpenAIServer:
         self._reserved_bytes = 0
         self.stopping = threading.Event()
         self.connections: set[Any] = set()
-        self._running: dict[Any, _Running] = {}
+        self._running: dict[Any, _Cancellation] = {}
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -6745,8 +6706,8 @@ class OpenAIServer:
                 self._idle.wait_for(lambda: not self._running, drain_s)
         finally:
             self._hang_up(self.connections.copy())
-            for running in list(self._running.values()):
-                running.cancellation.cancel()
+            for cancellation in list(self._running.values()):
+                cancellation.cancel()
             self._server.server_close()
 
     def _hang_up(self, connections: Iterable[Any]) -> None:
@@ -6756,13 +6717,13 @@ class OpenAIServer:
                 connection.shutdown(_SHUT_RDWR)
 
     @contextmanager
-    def running(self, connection: Any) -> Iterator[_Running]:
-        """While inside, the request on this connection is looked after, and waited for at the end."""
-        running = _Running()
+    def running(self, connection: Any) -> Iterator[_Cancellation]:
+        """While inside, the request on this connection is waited for at the end, and can be cancelled."""
+        cancellation = _Cancellation()
         with self._idle:
-            self._running[connection] = running
+            self._running[connection] = cancellation
         try:
-            yield running
+            yield cancellation
         finally:
             with self._idle:
                 del self._running[connection]
@@ -6775,14 +6736,12 @@ class OpenAIServer:
                 raise _overloaded("Too many large requests at once")
             self._reserved_bytes += size
 
-    def look_after_running(self) -> None:
-        """Cancel what nobody waits for any more, and show life where an answer takes long."""
+    def cancel_abandoned(self) -> None:
+        """Cancel what nobody waits for any more."""
         with self._idle:
             running = dict(self._running)
         for connection in _hung_up(running):
-            running.pop(connection).cancellation.cancel()
-        for one in running.values():
-            one.tick(time.monotonic())
+            running[connection].cancel()
 
 
 if TYPE_CHECKING:
@@ -6825,7 +6784,7 @@ class _GatewayServer(_ServerBase):
     def service_actions(self) -> None:
         """Called by the base class all the time."""
         try:
-            self.app.look_after_running()
+            self.app.cancel_abandoned()
         except Exception:  # noqa: BLE001 (it is logged, and the server lives)
             _log.error("A running request could not be looked after", exc_info=True)
 
@@ -6846,7 +6805,7 @@ class _GatewayHandler(_HandlerBase):
     """
 
     app: OpenAIServer
-    running: _Running
+    cancellation: _Cancellation
     raw_requestline: bytes
     protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
@@ -6957,7 +6916,7 @@ class _GatewayHandler(_HandlerBase):
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
-        with self.app.running(self.connection) as self.running:
+        with self.app.running(self.connection) as self.cancellation:
             try:
                 self._answer(path)
             except PuterError as error:
@@ -6968,7 +6927,7 @@ class _GatewayHandler(_HandlerBase):
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
             finally:
-                if self.running.cancellation.cancelled.is_set():
+                if self.cancellation.cancelled.is_set():
                     # what else it has sent is not for anybody any more
                     self.close_connection = True
 
@@ -7021,7 +6980,7 @@ class _GatewayHandler(_HandlerBase):
         name = asked.model or client.config.default_model
         if not name:
             raise _wrong("you must name a model (or set default_model in puter.json)", "model")
-        models = client._models_if_any("The name of the model is passed on unchecked")
+        models = client._models_by_name("The name of the model is passed on unchecked")
         asked = with_served_model(asked, name, models)
         request = client._build_request(
             asked.messages, asked.model, tools=asked.tools, args=asked.args
@@ -7036,23 +6995,31 @@ class _GatewayHandler(_HandlerBase):
     def _complete(self, asked: ChatRequest, request: _Request) -> Reply:
         if asked.answer:
             return Reply(asked.answer, model=asked.model)
-        return self.app.client._complete(request, self.running.cancellation)
+        return self.app.client._complete(request, self.cancellation)
 
-    def _open(self, asked: ChatRequest, request: _Request) -> Reply | Stream:
-        """A stream, or a reply where all must be there before anything can be given."""
-        if asked.wants_json or asked.answer:
-            return _with_json(asked, self._complete(asked, request))
-        return self.app.client._open_stream(request, self.running.cancellation)
+    def _open(self, asked: ChatRequest, request: _Request) -> Stream:
+        """A stream; of a whole reply where all must be there before anything can be given."""
+        if not (asked.wants_json or asked.answer):
+            return self.app.client._open_stream(request, self.cancellation)
+        reply = _with_json(asked, self._complete(asked, request))
+        who = (reply.model, reply.account, reply.attempts)
+        return Stream(_source_of(reply), self.cancellation, who)
 
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: _Request) -> None:
         """Answer with Server-Sent Events, which begin with the first chunk, or with a sign of life."""
-        opened: list[Reply | Stream | PuterError] = []
+        opened: list[Stream | PuterError] = []
 
         def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+            while not opened:
+                yield None
             try:
-                while not opened:
-                    yield None
-                yield from self._batches(opened[0])
+                if isinstance(opened[0], PuterError):
+                    raise opened[0]
+                for batch in opened[0]._batches():
+                    yield batch
+                    # it may be long until the next one
+                    self.wfile.flush()
+                yield opened[0].reply
             except PuterError as error:
                 self.has_failed = True
                 raise self._public(error) from error
@@ -7061,9 +7028,9 @@ class _GatewayHandler(_HandlerBase):
             return (opened and opened[0].model) or request.model
 
         frames = dialect.frames(asked, model, answer_events(asked, batches()))
-        answer: Reply | Stream | PuterError
+        answer: Stream | PuterError
         try:
-            with self.running.silent(lambda: self._show_life(frames)):
+            with self._showing_life(frames):
                 answer = self._open(asked, request)
         except PuterError as error:
             if not self.sent:
@@ -7071,7 +7038,7 @@ class _GatewayHandler(_HandlerBase):
             answer = error
         opened.append(answer)
         with closing(answer) if isinstance(answer, Stream) else nullcontext():
-            if not isinstance(answer, PuterError) and not self.sent:
+            if isinstance(answer, Stream) and not self.sent:
                 self._begin_events(answer_headers(answer))
             for frame in frames:
                 self._write_frame(frame)
@@ -7081,26 +7048,27 @@ class _GatewayHandler(_HandlerBase):
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
 
-    def _show_life(self, frames: Iterator[Frame]) -> None:
-        """Write the frame that comes before the answer does. Who is gone needs none."""
-        with suppress(ConnectionError, TimeoutError):
-            if not self.sent:
-                self._begin_events({})
-            self._write_frame(next(frames))
-            self.wfile.flush()
+    @contextmanager
+    def _showing_life(self, frames: Iterator[Frame]) -> Iterator[None]:
+        """While inside, another thread writes what there is to say after each `KEEP_ALIVE_S`."""
+        is_over = threading.Event()
 
-    def _batches(self, answer: Reply | Stream | PuterError) -> Iterator[Sequence[Chunk] | Reply]:
-        """What `answer_events` takes; flushes whenever it has to wait for more."""
-        if isinstance(answer, PuterError):
-            raise answer
-        if isinstance(answer, Reply):
-            yield chunks_of(answer)
-            yield answer
-            return
-        for batch in answer._batches():
-            yield batch
-            self.wfile.flush()
-        yield answer.reply
+        def show() -> None:
+            # who is gone needs none
+            with suppress(ConnectionError, TimeoutError):
+                while not is_over.wait(KEEP_ALIVE_S):
+                    if not self.sent:
+                        self._begin_events({})
+                    self._write_frame(next(frames))
+                    self.wfile.flush()
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def _public(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""

@@ -10524,25 +10524,27 @@ class TestServedModel:
         models = real_catalogue()
         if want is None:
             with pytest.raises(puter.ModelNotFoundError):
-                puter.served_model(name, models)
+                puter.served_model(name, puter.models_by_name(models))
         else:
-            assert puter.served_model(name, models) == want
-            assert puter.served_model(name, models[::-1]) == want
+            for by_name in map(puter.models_by_name, (models, models[::-1])):
+                served, known = puter.served_model(name, by_name)
+                assert served == want and known and want in known.names()
 
     def test_no_catalogue_and_none_of_the_family(self):
-        assert puter.served_model("puter/claude-x[1m]", []) == "claude-x"
+        assert puter.served_model("puter/claude-x[1m]", {}) == ("claude-x", None)
         with pytest.raises(puter.ModelNotFoundError) as caught:
-            puter.served_model("claude-haiku-4-5", [model("gpt-5"), model("claud-haiku")])
+            models = [model("gpt-5"), model("claud-haiku")]
+            puter.served_model("claude-haiku-4-5", puter.models_by_name(models))
         assert caught.value.near == ("claud-haiku",)
 
     @pytest.mark.parametrize(("asked", "sent"), [(None, None), (9, 9), (64_000, 100)])
     def test_max_tokens_within_the_limit(self, asked, sent):
         request = messages_request()
         request = request._replace(args={"max_tokens": asked} if asked else {})
-        models = [model("m", max_tokens=100), model("n")]
+        models = puter.models_by_name([model("m", max_tokens=100), model("n")])
         assert puter.with_served_model(request, "M", models).args.get("max_tokens") == sent
         assert puter.with_served_model(request, "n", models).args == request.args
-        assert puter.with_served_model(request, "x", []).args == request.args
+        assert puter.with_served_model(request, "x", {}).args == request.args
 
 
 def agent_requests() -> list[Any]:
