@@ -5337,36 +5337,64 @@ def _at(value: Any, *path: str) -> Any:
 
 
 def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
-    """(the tools to offer, an instruction for the model); `args` lose what needs tools."""
-    choice = args.get("tool_choice")
-    if _at(choice, "type") == "allowed_tools":
+    """(the tools to offer, an instruction for the model) by the `tool_choice` of any dialect.
+
+    It stays in `args` as chat completions word it, and only if there are tools.
+    """
+    choice, order = args.pop("tool_choice", None), ""
+    kind = _at(choice, "type")
+    if kind == "allowed_tools":
         allowed = _at(choice, "allowed_tools") or choice
-        names, choice = _at(allowed, "tools"), _at(allowed, "mode")
-        if not isinstance(names, list) or choice not in ("auto", "required"):
+        chosen, choice = _at(allowed, "tools"), _at(allowed, "mode")
+        if not isinstance(chosen, list) or choice not in ("auto", "required"):
             text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
             raise _wrong(text, "tool_choice")
-        tools = [_named_tool(tools, name) for name in names]
-        args["tool_choice"] = choice
+        tools = [_named_tool(tools, one) for one in chosen if _at(one, "type") in _NAMING_KINDS]
+    elif kind not in _NAMING_KINDS:
+        # of a tool that the provider would run itself, nothing is left to choose
+        choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
-        args.pop("tool_choice", None)
         args.pop("parallel_tool_calls", None)
         return [], ""
-    if choice in (None, "auto"):
-        return tools, ""
     if choice == "required":
-        return tools, "Answer by calling at least one of the functions."
-    tool = _named_tool(tools, choice)
-    return [tool], f"Answer by calling the function {tool['function']['name']}."
+        order = "Answer by calling at least one of the functions."
+    elif choice not in (None, "auto"):
+        tools = [_named_tool(tools, choice)]
+        name = tools[0]["function"]["name"]
+        choice = {"type": "function", "function": {"name": name}}
+        order = f"Answer by calling the function {name}."
+    if choice:
+        args["tool_choice"] = choice
+    return tools, order
+
+
+# A choice of these kinds names a tool of the caller's.
+_NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 
 
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
-    """The tool that a choice names, in the shape of chat completions or of responses."""
-    name = _at(choice, "function", "name") or _at(choice, "name")
-    tool = next((t for t in tools if t["function"]["name"] == name), None)
-    if tool is None:
-        what = "names no tool" if name is None else f"names {name!r}, which is not among the tools"
-        raise _wrong(f"tool_choice {what}", "tool_choice")
-    return tool
+    """The tool that a choice names; that of a namespace also by its own name."""
+    name = _at(choice, "function", "name") or _at(choice, "name") or _at(choice, "type")
+    name = _flat_name(_at(choice, "namespace"), name)
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool
+    for tool in tools:
+        if tool["function"]["name"].endswith(f"__{name}"):
+            return tool
+    raise _wrong(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+
+
+def _flat_name(namespace: Any, name: Any) -> str:
+    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
+    if not namespace:
+        return str(name)
+    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
+    if len(flat) <= 64:
+        return flat
+    import hashlib
+
+    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
@@ -5394,10 +5422,12 @@ def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messa
 
 # ---- what the dialects share: contents ----
 
-# A provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_PARTS = (
-    *("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"),
-    *("web_fetch_tool_result", "code_execution_tool_result", "container_upload"),
+# Items and parts of a provider's own tools and thoughts, which are of no use to another model.
+_SKIPPED_KINDS = (
+    *("reasoning", "additional_tools", "web_search_call", "file_search_call", "mcp_call"),
+    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "thinking"),
+    *("redacted_thinking", "server_tool_use", "web_search_tool_result", "container_upload"),
+    *("web_fetch_tool_result", "code_execution_tool_result"),
 )
 
 
@@ -5435,7 +5465,7 @@ def _read_part(part: Any, where: str) -> list[JSON]:
         return [title, *read_parts(part.get("content"), where)]
     if kind == "tool_reference":
         return [_text_part(f"The tool {part.get('tool_name')} can be called.", where)]
-    if kind in _SKIPPED_PARTS:
+    if kind in _SKIPPED_KINDS:
         return []
     raise _wrong_part(where, f"has a part of the kind {_describe(kind)}, which is not known")
 
@@ -5657,10 +5687,9 @@ def error_headers(error: PuterError, status: int) -> dict[str, str]:
 
 
 # A URL, an IP address with its port, or the host that a failure of the network names.
-_ADDRESS = re.compile(
-    r"\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
-    r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+",
-    re.IGNORECASE,
+_ADDRESS = (
+    r"(?i)\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
+    r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+"
 )
 
 
@@ -5676,12 +5705,11 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
     elif isinstance(error, StreamError):
         public.hint = ""
     text = str(public)
-    for name in {*names, error.account, *(a.account for a in error.attempts)} - {None, ""}:
-        who = rf"(?i)(?<!\w){re.escape(str(name))}(?!\w)"
-        text = re.sub(who, _short_name(str(name)), text)
-    text = _ADDRESS.sub("Puter", text)
+    for name in filter(None, {*names, error.account, *(a.account for a in error.attempts)}):
+        named = rf"(?i)(?<!\w){re.escape(name)}(?!\w)"
+        text = re.sub(named, lambda found: _short_name(found[0]), text)
     host = re.escape(urlsplit(base_url).hostname or "")
-    text = re.sub(rf"(?<![\w.-])(?:https?://)?{host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
+    text = re.sub(rf"{_ADDRESS}|(?<![\w.-]){host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
     public.message, public.hint, public.attempts = text, "", ()
     return public
 
@@ -5797,9 +5825,8 @@ def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
 # Puter's models know no more than "high".
 _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
-_TOO_LONG = re.compile(
-    r"prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
-    re.IGNORECASE,
+_TOO_LONG = (
+    "(?i)prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context"
 )
 
 
@@ -5875,24 +5902,29 @@ def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
 
 def _is_too_long(error: PuterError) -> bool:
     """Whether the model's context is exceeded: agents then shorten their history."""
-    return error.http_status == 400 and bool(_TOO_LONG.search(error.message))
+    return error.http_status == 400 and bool(re.search(_TOO_LONG, error.message))
 
 
 # ---- names of models ----
 
 
-def served_model(name: str, models: Mapping[str, Model]) -> tuple[str, Model | None]:
-    """(the name to ask for, its model) for what a program asks; any name if there are no models.
+def with_served_model(request: ChatRequest, name: str, models: Mapping[str, Model]) -> ChatRequest:
+    """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
-    `models` are by every name. Agents ask for names of Claude and GPT by themselves, for titles
-    and sub-agents: one that the catalogue lacks means the nearest of its family. Raises
-    `ModelNotFoundError`.
+    `models` are by every name; without any, the name is taken as it is. Agents ask for names of
+    Claude and GPT by themselves, for titles and sub-agents: one that the catalogue lacks means
+    the nearest of its family. Raises `ModelNotFoundError`.
     """
-    wanted = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
-    known = models.get(wanted.lower())
-    if known is None and models:
-        known = _nearest_of_family(wanted, models) or find_model(wanted, [*models.values()][::-1])
-    return wanted if known is None or wanted in known.names() else known.id, known
+    name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
+    if not models:
+        return request._replace(model=name)
+    model = models.get(name.lower()) or _nearest_of_family(name, models)
+    # raises, since the name is not known
+    model = model or find_model(name, [*models.values()][::-1])
+    args = request.args
+    if model.max_tokens and "max_tokens" in args:
+        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
+    return request._replace(model=name if name in model.names() else model.id, args=args)
 
 
 def _nearest_of_family(name: str, models: Mapping[str, Model]) -> Model | None:
@@ -5912,11 +5944,10 @@ def _nearest_of_family(name: str, models: Mapping[str, Model]) -> Model | None:
         distance = abs(its_version - version) if version else -its_version
         return -len(its_tier & tier), len(its_tier - tier), cost, distance, -its_version, model.id
 
-    candidates = []
-    for known, model in models.items():
-        parts = _family_of(known)
-        if "/" not in known and parts and parts[0] == family:
-            candidates.append((parts[1], parts[2], model))
+    known = (
+        (_family_of(its_name), model) for its_name, model in models.items() if "/" not in its_name
+    )
+    candidates = [(its[1], its[2], model) for its, model in known if its and its[0] == family]
     return min(candidates, key=rank)[2] if candidates else None
 
 
@@ -5929,14 +5960,6 @@ def _family_of(name: str) -> tuple[str, set[str], float] | None:
     numbers = [int(n) for n in re.findall(r"\d+", rest)[:2]]
     version = sum(n / 100**i for i, n in enumerate(numbers))
     return match[1], set(re.findall(r"[a-z]+", rest)) - {"latest"}, version
-
-
-def with_served_model(request: ChatRequest, name: str, models: Mapping[str, Model]) -> ChatRequest:
-    """The request with a model of the catalogue, and no more `max_tokens` than that can do."""
-    (name, model), args = served_model(name, models), request.args
-    if model and model.max_tokens and "max_tokens" in args:
-        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
-    return request._replace(model=name, args=args)
 
 
 # ---- responses ----
@@ -5958,11 +5981,6 @@ _ECHOED: JSON = {
     "tool_choice": "auto",
 }
 _UNFINISHED = {"length": "max_output_tokens", "content_filter": "content_filter"}
-# Items of tools that a provider runs, which are of no use to another model.
-_SKIPPED_ITEMS = (
-    *("reasoning", "additional_tools", "web_search_call", "file_search_call"),
-    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call"),
-)
 # A call's item: (prefix of its ids, its type, the field of its arguments, its events).
 _CALL_ITEMS = {
     "function": ("fc", "function_call", "arguments", "function_call_arguments"),
@@ -5997,7 +6015,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         **_only(body, "temperature", "top_p", "parallel_tool_calls"),
         **_agent_args(_at(body, "reasoning", "effort"), _at(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
-        "tool_choice": _response_choice(choice, offered),
+        "tool_choice": choice,
     }
     functions = [function for _, function in offered.values()]
     # what must be called is a tool of the server's own
@@ -6051,7 +6069,7 @@ def _add_item(history: _History, item: JSON) -> None:
         history.call(call_id, _flat_name(item.get("namespace"), item.get("name")), str(arguments))
     elif kind == "tool_search_call":
         history.call(call_id, "tool_search", json.dumps(item.get("arguments")))
-    elif kind not in _SKIPPED_ITEMS:
+    elif kind not in _SKIPPED_KINDS:
         raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
 
 
@@ -6087,34 +6105,6 @@ def _custom_function(tool: JSON) -> JSON:
         "description": "\n\n".join(described),
         "parameters": {**parameters, "required": ["input"], "additionalProperties": False},
     }
-
-
-def _flat_name(namespace: Any, name: Any) -> str:
-    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
-    if not namespace:
-        return str(name)
-    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
-    if len(flat) <= 64:
-        return flat
-    import hashlib
-
-    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
-
-
-def _response_choice(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
-    """A tool_choice as chat completions word it; that of a provider's own tool is left open."""
-    kind = _at(choice, "type")
-    if kind is None:
-        return choice
-    if kind == "allowed_tools":
-        tools = _objects(choice.get("tools"), "tool_choice")
-        chosen = [_response_choice(tool, offered) for tool in tools]
-        return {**choice, "tools": [tool for tool in chosen if tool != "auto"]}
-    if kind not in tuple(_CALL_ITEMS):
-        return "auto"
-    name = _flat_name(choice.get("namespace"), choice.get("name", kind))
-    own = [flat for flat, (back, _) in offered.items() if name in (flat, back["name"])]
-    return {"type": "function", "function": {"name": own[0] if own else name}}
 
 
 def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
@@ -6341,26 +6331,18 @@ def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
     form = _at(body, "output_config", "format") or body.get("output_format")
     if effort is None and _is_number(budget):
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
-    return {
-        **_only(body, "max_tokens", "temperature", "top_p"),
-        **_messages_choice(body.get("tool_choice"), dropped),
-        **_agent_args(effort, form, name="answer", strict=True),
-    }
-
-
-def _messages_choice(choice: Any, dropped: Collection[str]) -> JSON:
-    """The tool_choice as arguments of chat completions."""
-    if choice is None:
-        return {}
-    kind, named = _at(choice, "type"), _at(choice, "name")
-    if kind not in ("auto", "any", "tool", "none"):
+    choice, named = body.get("tool_choice"), _at(body, "tool_choice", "name")
+    if choice is not None and _at(choice, "type") not in ("auto", "any", "tool", "none"):
         raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
-    if kind == "tool" and named in tuple(dropped):
+    if named in tuple(dropped):
         text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
         raise _wrong(text, "tool_choice")
-    by_kind = {"any": "required", "tool": {"type": "function", "function": {"name": named}}}
-    alone = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
-    return {"tool_choice": by_kind.get(kind, kind), **alone}
+    return {
+        **_only(body, "max_tokens", "temperature", "top_p"),
+        **_agent_args(effort, form, name="answer", strict=True),
+        "tool_choice": choice,
+        "parallel_tool_calls": False if _at(choice, "disable_parallel_tool_use") else None,
+    }
 
 
 def _messages_tools(tools: Any) -> tuple[list[JSON], dict[str, str]]:
@@ -6746,7 +6728,7 @@ class OpenAIServer:
 
 if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler as _HandlerBase
-    from http.server import ThreadingHTTPServer as _ServerBase
+    from socketserver import ThreadingTCPServer as _ServerBase
 else:
     # The real bases are mixed in by `_http_server`, so that only who serves imports them.
     _HandlerBase = _ServerBase = object
@@ -6755,31 +6737,26 @@ else:
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
     """The standard library's threading server, with our handler and limits."""
     import socket
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import ThreadingTCPServer
 
     handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = {"app": app, "address_family": family}
-    return type("Server", (_GatewayServer, ThreadingHTTPServer), server)(
+    return type("Server", (_GatewayServer, ThreadingTCPServer), server)(
         (host, port), type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), handler)
     )
 
 
 class _GatewayServer(_ServerBase):
-    """What the gateway adds to `ThreadingHTTPServer`."""
+    """What the gateway adds to `ThreadingTCPServer`."""
 
     app: OpenAIServer
+    daemon_threads = True
     block_on_close = False
     request_queue_size = 256
     # on Windows it would share a port that is in use
     allow_reuse_address = os.name != "nt"
-
-    def server_bind(self) -> None:
-        """As the base class, but without its look-up of the host's full name."""
-        import socketserver
-
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def service_actions(self) -> None:
         """Called by the base class all the time."""
@@ -6794,8 +6771,9 @@ class _GatewayServer(_ServerBase):
             _log.error("A connection failed", exc_info=True)
 
 
-_HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n")
-_SINGLE_HEADERS = ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "x-api-key")
+# The lines of a head: no blank before a colon, none at the begin of a line.
+_HEADER_LINES = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*"
+_SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
 class _GatewayHandler(_HandlerBase):
@@ -6806,6 +6784,7 @@ class _GatewayHandler(_HandlerBase):
 
     app: OpenAIServer
     cancellation: _Cancellation
+    dialect = DIALECTS["/v1/chat/completions"]
     raw_requestline: bytes
     protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
@@ -6828,10 +6807,9 @@ class _GatewayHandler(_HandlerBase):
 
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
-        self.sent = self.unread = self.has_failed = False
-        self.cors: dict[str, str] = {}
-        self.dialect = dialect_of("")
-        self.request_id = f"req_{os.urandom(12).hex()}"
+        self.sent = self.unread = False
+        self.request_id = _new_id("req")
+        self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
         self.request_version = self.protocol_version
         super().handle_one_request()
@@ -6846,15 +6824,15 @@ class _GatewayHandler(_HandlerBase):
             self.send_error(400, "The request line cannot be read")
             return False
         connection, read_line = self.rfile, partial(self.rfile.readline, 65_537)
-        head = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
+        lines = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
         # one more than the base class takes, so that it can say so
-        lines = list(islice(head, 101))
-        self.rfile = io.BytesIO(b"".join([*lines, b"\r\n"]))
+        head = b"".join(islice(lines, 101))
+        self.rfile = io.BytesIO(head + b"\r\n")
         try:
             is_fine = super().parse_request()
         finally:
             self.rfile = connection
-        if is_fine and not all(map(_HEADER_LINE.fullmatch, lines)):
+        if is_fine and not re.fullmatch(_HEADER_LINES, head):
             self.send_error(400, "A line of the head is no header")
             return False
         return is_fine
@@ -6873,10 +6851,9 @@ class _GatewayHandler(_HandlerBase):
                     raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
                 self.app.reserve(size)
                 reserved += size
-                piece = self.rfile.read(size)
-                if len(piece) < size:
+                body += self.rfile.read(size)
+                if len(body) < reserved:
                     raise ConnectionError("the client hung up in the middle of its request")
-                body += piece
         finally:
             self.app.reserve(-reserved)
         self.unread = False
@@ -6939,16 +6916,17 @@ class _GatewayHandler(_HandlerBase):
         if self.is_too_many:
             self.close_connection = True
             raise _overloaded(f"All {self.app.max_connections} connections are in use")
+        names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
-            if len(headers.get_all(name, ())) > 1:
+            if names.count(name) > 1:
                 raise _wrong(f"there are several {name} headers")
         is_preflight = self.command == "OPTIONS" and "Origin" in headers
         refused = refusal(self.app.rules, path, headers)
+        if "Origin" in headers and not isinstance(refused, AccessError):
+            self._allow_page(headers["Origin"])
         if refused and not (is_preflight and isinstance(refused, AuthError)):
-            self.cors = {} if isinstance(refused, AccessError) else self._cors()
             self.close_connection = True
             raise refused
-        self.cors = self._cors()
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
         if is_preflight:
             self._send(204, None)
@@ -6990,7 +6968,8 @@ class _GatewayHandler(_HandlerBase):
         else:
             reply = self._complete(asked, request)
             answer, ending = whole_answer(asked, reply)
-            self._send(200, dialect.body(asked, answer, ending), answer_headers(reply))
+            self.reply_headers |= answer_headers(reply)
+            self._send(200, dialect.body(asked, answer, ending))
 
     def _complete(self, asked: ChatRequest, request: _Request) -> Reply:
         if asked.answer:
@@ -7008,8 +6987,10 @@ class _GatewayHandler(_HandlerBase):
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: _Request) -> None:
         """Answer with Server-Sent Events, which begin with the first chunk, or with a sign of life."""
         opened: list[Stream | PuterError] = []
+        has_failed = False
 
         def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+            nonlocal has_failed
             while not opened:
                 yield None
             try:
@@ -7021,7 +7002,7 @@ class _GatewayHandler(_HandlerBase):
                     self.wfile.flush()
                 yield opened[0].reply
             except PuterError as error:
-                self.has_failed = True
+                has_failed = True
                 raise self._public(error) from error
 
         def model() -> str:
@@ -7039,10 +7020,11 @@ class _GatewayHandler(_HandlerBase):
         opened.append(answer)
         with closing(answer) if isinstance(answer, Stream) else nullcontext():
             if isinstance(answer, Stream) and not self.sent:
-                self._begin_events(answer_headers(answer))
+                self.reply_headers |= answer_headers(answer)
+                self._begin_events()
             for frame in frames:
                 self._write_frame(frame)
-        if self.has_failed and dialect.cuts_broken_streams:
+        if has_failed and dialect.cuts_broken_streams:
             self.close_connection = True
         elif self.is_chunked:
             self.wfile.write(b"0\r\n\r\n")
@@ -7058,7 +7040,7 @@ class _GatewayHandler(_HandlerBase):
             with suppress(ConnectionError, TimeoutError):
                 while not is_over.wait(KEEP_ALIVE_S):
                     if not self.sent:
-                        self._begin_events({})
+                        self._begin_events()
                     self._write_frame(next(frames))
                     self.wfile.flush()
 
@@ -7089,37 +7071,35 @@ class _GatewayHandler(_HandlerBase):
             self._write_frame(body)
             self.wfile.flush()
         else:
-            self._send(status, body, error_headers(error, status))
+            self.reply_headers |= error_headers(error, status)
+            self._send(status, body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a broken head), in the shape of the dialect."""
         self.close_connection = True
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
-    def _send(
-        self, status: int, body: JSON | None, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def _send(self, status: int, body: JSON | None) -> None:
         """A whole answer; None has no body."""
-        data, head = b"", dict(headers or {})
+        data = b""
         if body is not None:
             data = json.dumps(body).encode()
-            head |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
-        if self.unread:
-            self.close_connection = True
-        self._send_head(status, head)
+            length = str(len(data))
+            self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
+        self.close_connection |= self.unread
+        self._send_head(status)
         self.wfile.write(b"" if self.command == "HEAD" else data)
         self.wfile.flush()
         if self.unread:
             self._discard()
 
-    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    def _send_head(self, status: int) -> None:
         self.sent = True
         self.send_response(status)
-        ids = {"x-request-id": self.request_id, "request-id": self.request_id}
-        for name, value in {**headers, **ids, **self.cors}.items():
-            self.send_header(name, value)
         if self.close_connection or self.app.stopping.is_set():
-            self.send_header("Connection", "close")
+            self.reply_headers["Connection"] = "close"
+        for name, value in self.reply_headers.items():
+            self.send_header(name, value)
         self.end_headers()
 
     def _discard(self) -> None:
@@ -7131,13 +7111,14 @@ class _GatewayHandler(_HandlerBase):
             while time.monotonic() < until and self.connection.recv(64 * 1024):
                 pass
 
-    def _begin_events(self, headers: Mapping[str, str]) -> None:
+    def _begin_events(self) -> None:
         self.is_chunked = self.request_version != "HTTP/1.0"
         self.close_connection |= not self.is_chunked
-        framing = {"Transfer-Encoding": "chunked"} if self.is_chunked else {}
         kind = "text/event-stream; charset=utf-8"
-        own = {"Content-Type": kind, "Cache-Control": "no-cache"}
-        self._send_head(200, {**own, **framing, **headers})
+        self.reply_headers |= {"Content-Type": kind, "Cache-Control": "no-cache"}
+        if self.is_chunked:
+            self.reply_headers["Transfer-Encoding"] = "chunked"
+        self._send_head(200)
 
     def _write_frame(self, frame: Frame) -> None:
         if frame is None:
@@ -7150,16 +7131,14 @@ class _GatewayHandler(_HandlerBase):
         block = f"{text}\n\n".encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
-    def _cors(self) -> dict[str, str]:
-        """Headers for a page that may call."""
-        origin, asked = self.headers.get("Origin"), "Access-Control-Request-Headers"
-        if origin is None:
-            return {}
-        return {
+    def _allow_page(self, origin: str) -> None:
+        """Let a page that may call read the answer (CORS)."""
+        asked = self.headers.get("Access-Control-Request-Headers")
+        usual = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
+        self.reply_headers |= {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": self.headers.get(asked)
-            or "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+            "Access-Control-Allow-Headers": asked or usual,
             "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, x-puter-attempts, "
             "x-request-id, request-id, x-should-retry, retry-after",
             "Vary": "Origin",
