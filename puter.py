@@ -5376,13 +5376,11 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     """The tool that a choice names; that of a namespace also by its own name."""
     name = _at(choice, "function", "name") or _at(choice, "name") or _at(choice, "type")
     name = _flat_name(_at(choice, "namespace"), name)
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool
-    for tool in tools:
-        if tool["function"]["name"].endswith(f"__{name}"):
-            return tool
-    raise _wrong(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    found += [tool for tool in tools if tool["function"]["name"].endswith(f"__{name}")]
+    if not found:
+        raise _wrong(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+    return found[0]
 
 
 def _flat_name(namespace: Any, name: Any) -> str:
@@ -5450,10 +5448,8 @@ def _read_part(part: Any, where: str) -> list[JSON]:
     """A part of any dialect: their kinds do not collide."""
     part = {"type": "text", "text": part} if isinstance(part, str) else part
     kind = _at(part, "type")
-    if kind in ("text", "input_text", "output_text"):
-        return [_text_part(part.get("text"), where)]
-    if kind == "refusal":
-        return [_text_part(part.get("refusal"), where)]
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        return [_text_part(part.get("refusal" if kind == "refusal" else "text"), where)]
     if kind in ("image_url", "input_image", "image"):
         return [_image_part(part, where)]
     if kind in ("file", "input_file"):
@@ -5858,10 +5854,13 @@ class _History:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.flush()
             self.messages.append({"role": "assistant", "content": None})
-        call = {"id": call_id, "type": "function"}
-        extra = self._memory.get(f"extra_{call_id}")
-        signed = {"extra_content": extra} if extra else {}
-        call |= {"function": {"name": name, "arguments": arguments}, **signed}
+        call = {
+            "id": call_id,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        if extra := self._memory.get(f"extra_{call_id}"):
+            call["extra_content"] = extra
         self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def result(self, call_id: Any, parts: Sequence[JSON], failed: bool = False) -> None:
@@ -6720,18 +6719,20 @@ class OpenAIServer:
 
     def cancel_abandoned(self) -> None:
         """Cancel what nobody waits for any more."""
-        with self._idle:
-            running = dict(self._running)
-        for connection in _hung_up(running):
-            running[connection].cancel()
+        try:
+            with self._idle:
+                running = dict(self._running)
+            for connection in _hung_up(running):
+                running[connection].cancel()
+        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
+            _log.error("A running request could not be looked after", exc_info=True)
 
 
 if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler as _HandlerBase
-    from socketserver import ThreadingTCPServer as _ServerBase
 else:
-    # The real bases are mixed in by `_http_server`, so that only who serves imports them.
-    _HandlerBase = _ServerBase = object
+    # The real base is mixed in by `_http_server`, so that only who serves imports it.
+    _HandlerBase = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
@@ -6741,34 +6742,26 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
     from socketserver import ThreadingTCPServer
 
     handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = {"app": app, "address_family": family}
-    return type("Server", (_GatewayServer, ThreadingTCPServer), server)(
+    server = {
+        "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
+        # on Windows it would share a port that is in use
+        "allow_reuse_address": os.name != "nt",
+        "request_queue_size": 256,
+        "daemon_threads": True,
+        "block_on_close": False,
+        # the base class calls it all the time
+        "service_actions": lambda _: app.cancel_abandoned(),
+        "handle_error": lambda *_: _log_failure(),
+    }
+    return type("Server", (ThreadingTCPServer,), server)(
         (host, port), type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), handler)
     )
 
 
-class _GatewayServer(_ServerBase):
-    """What the gateway adds to `ThreadingTCPServer`."""
-
-    app: OpenAIServer
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 256
-    # on Windows it would share a port that is in use
-    allow_reuse_address = os.name != "nt"
-
-    def service_actions(self) -> None:
-        """Called by the base class all the time."""
-        try:
-            self.app.cancel_abandoned()
-        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
-            _log.error("A running request could not be looked after", exc_info=True)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            _log.error("A connection failed", exc_info=True)
+def _log_failure() -> None:
+    """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
+    if not isinstance(sys.exc_info()[1], ConnectionError):
+        _log.error("A connection failed", exc_info=True)
 
 
 # The lines of a head: no blank before a colon, none at the begin of a line.
