@@ -5435,18 +5435,16 @@ def read_parts(content: Any, where: str) -> list[JSON]:
     Of each part its known keys alone are taken: callers may use models, not the owner's files.
     Raises `BadRequestError`.
     """
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [_text_part(content, where)]
-    if not isinstance(content, list):
+    parts = [content] if isinstance(content, str) else [] if content is None else content
+    if not isinstance(parts, list):
         raise _wrong_part(where, f"has {_describe(content)} where a text or parts should be")
-    return [known for part in content for known in _read_part(part, where)]
+    return [known for part in parts for known in _read_part(part, where)]
 
 
 def _read_part(part: Any, where: str) -> list[JSON]:
     """A part of any dialect: their kinds do not collide."""
-    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
     kind = _at(part, "type")
     if kind in ("text", "input_text", "output_text", "refusal"):
         return [_text_part(part.get("refusal" if kind == "refusal" else "text"), where)]
@@ -5455,12 +5453,12 @@ def _read_part(part: Any, where: str) -> list[JSON]:
     if kind in ("file", "input_file"):
         return [_file_part(part.get("file", part), where)]
     if kind == "document":
-        return _document_parts(part, where)
+        return _document_parts(part, part.get("source"), where)
     if kind == "search_result":
-        title = _text_part(f"{part.get('title')} ({part.get('source')})", where)
-        return [title, *read_parts(part.get("content"), where)]
+        title = f"{part.get('title')} ({part.get('source')})"
+        return [*read_parts(title, where), *read_parts(part.get("content"), where)]
     if kind == "tool_reference":
-        return [_text_part(f"The tool {part.get('tool_name')} can be called.", where)]
+        return read_parts(f"The tool {part.get('tool_name')} can be called.", where)
     if kind in _SKIPPED_KINDS:
         return []
     raise _wrong_part(where, f"has a part of the kind {_describe(kind)}, which is not known")
@@ -5477,18 +5475,17 @@ def _text_part(text: Any, where: str) -> JSON:
 
 
 def _image_part(part: JSON, where: str) -> JSON:
-    image = part.get("image_url") or _source_url(part)
+    image = part.get("image_url") or _source_url(part.get("source"))
     image = {"url": image, **_only(part, "detail")} if isinstance(image, str) else image
     if not re.match("(?i)https?://|data:", str(_at(image, "url"))):
         raise _wrong_part(where, "has an image without an http(s) or data URL: no files are stored")
     return {"type": "image_url", "image_url": _only(image, "url", "detail")}
 
 
-def _source_url(part: JSON) -> Any:
+def _source_url(source: Any) -> Any:
     """The URL that Anthropic's clients name, or one that holds the data that they send."""
-    source = part.get("source")
     if _at(source, "type") == "base64":
-        return f"data:{_at(source, 'media_type')};base64,{_at(source, 'data')}"
+        return f"data:{source.get('media_type')};base64,{source.get('data')}"
     return _at(source, "url")
 
 
@@ -5499,14 +5496,13 @@ def _file_part(file: Any, where: str) -> JSON:
     return {"type": "file", "file": file}
 
 
-def _document_parts(part: JSON, where: str) -> list[JSON]:
-    kind, title = _at(part, "source", "type"), str(part.get("title") or "")
+def _document_parts(part: JSON, source: Any, where: str) -> list[JSON]:
+    kind, title = _at(source, "type"), str(part.get("title") or "")
     if kind == "content":
-        return read_parts(_at(part, "source", "content"), where)
+        return read_parts(source.get("content"), where)
     if kind == "text":
-        parts = [_text_part(title, where), _text_part(_at(part, "source", "data"), where)]
-        return parts if title else parts[1:]
-    data = _source_url(part) if kind == "base64" else None
+        return [*read_parts(title or None, where), _text_part(source.get("data"), where)]
+    data = _source_url(source) if kind == "base64" else None
     return [_file_part({"filename": title or "document.pdf", "file_data": data}, where)]
 
 
@@ -5868,7 +5864,7 @@ class _History:
         text = "\n".join(p["text"] for p in parts if p["type"] == "text" and p["text"])
         others = [p for p in parts if p["type"] != "text"]
         if others:
-            self._attached += [_text_part(f"From the result of {call_id}:", ""), *others]
+            self._attached += read_parts(f"From the result of {call_id}:", "") + others
         text = text or ("(see the next message)" if others else "(no output)")
         content = f"Error: {text}" if failed else text
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
@@ -6078,30 +6074,25 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
     Tools that the provider would run itself are left out.
     """
     for tool in _objects(tools, "tools"):
-        kind = tool.get("type")
-        if kind == "tool_search" and tool.get("execution") == "client":
-            tool = {**tool, "name": kind}
-        elif kind == "namespace" and not namespace:
-            _offer(tool.get("tools"), offered, _tool_name(tool.get("name")))
-            continue
-        elif kind not in ("function", "custom"):
-            continue
-        name = _tool_name(tool.get("name"))
-        flat = _flat_name(namespace, name)
-        back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
-        function = {"name": flat, **_only(tool, "description", "parameters")}
-        if kind == "custom":
-            function |= _custom_function(tool)
-        offered.setdefault(flat, (back, function))
+        kind, name = tool.get("type"), tool.get("name")
+        if kind == "namespace" and not namespace:
+            _offer(tool.get("tools"), offered, _tool_name(name))
+        elif kind == "tool_search" and tool.get("execution") == "client":
+            offered.setdefault(kind, ({"type": kind}, {"name": kind, **_described(tool)}))
+        elif kind in ("function", "custom"):
+            flat = _flat_name(namespace, _tool_name(name))
+            back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+            offered.setdefault(flat, (back, {"name": flat, **_described(tool)}))
 
 
-def _custom_function(tool: JSON) -> JSON:
-    """A tool that takes free text, as a function with one text."""
+def _described(tool: JSON) -> JSON:
+    """What a model is told of a tool; one that takes free text is a function with one text."""
+    if tool["type"] != "custom":
+        return _only(tool, "description", "parameters")
     texts = tool.get("description"), _at(tool, "format", "definition")
-    described = [str(text) for text in texts if text]
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
     return {
-        "description": "\n\n".join(described),
+        "description": "\n\n".join(str(text) for text in texts if text),
         "parameters": {**parameters, "required": ["input"], "additionalProperties": False},
     }
 
@@ -6318,14 +6309,23 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     for number, message in enumerate(_objects(body["messages"], "messages")):
         _add_message(history, message, f"messages[{number}]")
     history.flush()
-    functions, dropped = _messages_tools(body.get("tools"))
-    args, stop = _messages_args(body, dropped), body.get("stop_sequences")
-    searches = not functions and any(kind.startswith("web_search") for kind in dropped.values())
+    tools = _objects(body.get("tools"), "tools")
+    own = [_messages_function(tool) for tool in tools if tool.get("type") in (None, "custom")]
+    hosted = [tool for tool in tools if tool.get("type") not in (None, "custom")]
+    args = _messages_args(body, [tool.get("name") for tool in hosted])
+    searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
     fields = {"options": {"memory": memory}, "answer": _NO_SEARCH if searches else ""}
-    return checked_request(body, history.messages, functions, args, stop, **fields)
+    stop = body.get("stop_sequences")
+    return checked_request(body, history.messages, own, args, stop, **fields)
 
 
-def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
+def _messages_function(tool: JSON) -> JSON:
+    parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+    name = _tool_name(tool.get("name"))
+    return {"name": name, **_only(tool, "description"), "parameters": parameters}
+
+
+def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
     effort, budget = _at(body, "output_config", "effort"), _at(body, "thinking", "budget_tokens")
     form = _at(body, "output_config", "format") or body.get("output_format")
     if effort is None and _is_number(budget):
@@ -6333,7 +6333,7 @@ def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
     choice, named = body.get("tool_choice"), _at(body, "tool_choice", "name")
     if choice is not None and _at(choice, "type") not in ("auto", "any", "tool", "none"):
         raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
-    if named in tuple(dropped):
+    if named is not None and named in hosted:
         text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
         raise _wrong(text, "tool_choice")
     return {
@@ -6342,19 +6342,6 @@ def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
         "tool_choice": choice,
         "parallel_tool_calls": False if _at(choice, "disable_parallel_tool_use") else None,
     }
-
-
-def _messages_tools(tools: Any) -> tuple[list[JSON], dict[str, str]]:
-    """(the caller's functions, kinds of the tools that the provider would run, by their names)"""
-    functions, dropped = [], {}
-    for tool in _objects(tools, "tools"):
-        name = _tool_name(tool.get("name"))
-        if tool.get("type") in (None, "custom"):
-            parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
-            functions.append({**_only(tool, "name", "description"), "parameters": parameters})
-        else:
-            dropped[name] = str(tool["type"])
-    return functions, dropped
 
 
 def _add_message(history: _History, message: JSON, where: str) -> None:
@@ -6787,16 +6774,14 @@ class _GatewayHandler(_HandlerBase):
 
     # ---- reading ----
 
-    def setup(self) -> None:
-        """A connection begins."""
-        super().setup()
+    def handle(self) -> None:
+        """As the base class; while it runs, the server knows the connection."""
         self.app.connections.add(self.connection)
         self.is_too_many = len(self.app.connections) > self.app.max_connections
-
-    def finish(self) -> None:
-        """A connection is over."""
-        self.app.connections.discard(self.connection)
-        super().finish()
+        try:
+            super().handle()
+        finally:
+            self.app.connections.discard(self.connection)
 
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
