@@ -5268,13 +5268,19 @@ def checked_request(
     """
     if not messages:
         raise _wrong("messages must hold at least one", "messages")
+    # without a model the owner's default is meant
+    model = body.get("model") or ""
+    if model and not (isinstance(model, str) and strip_puter_prefix(model)):
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
     args = {k: v for k, v in args.items() if v is not None}
-    if "max_tokens" in args:
-        args["max_tokens"] = _token_limit(args["max_tokens"])
+    if (limit := args.get("max_tokens")) is not None:
+        if not _is_number(limit) or limit != int(limit) or limit < 1:
+            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+        args["max_tokens"] = int(limit)
     offered, choice = _choose_tools(tool_schemas(tools), args)
     shape = _json_instruction(args.get("response_format"))
     return ChatRequest(
-        model=_model_name(body.get("model")),
+        model=model,
         messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
         tools=offered,
         args=args,
@@ -5298,21 +5304,6 @@ def _objects(value: Any, name: str) -> list[JSON]:
         if not isinstance(one, dict):
             raise _wrong(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
     return value
-
-
-def _model_name(model: Any) -> str:
-    """The model that is asked for; "" leaves it to the owner's default."""
-    if model is None or model == "":
-        return ""
-    if not isinstance(model, str) or not strip_puter_prefix(model):
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
-    return model
-
-
-def _token_limit(limit: Any) -> int:
-    if not _is_number(limit) or limit != int(limit) or limit < 1:
-        raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
-    return int(limit)
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:

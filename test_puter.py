@@ -9242,6 +9242,28 @@ class TestTranslation:
     def test_known_keys_of_parts(self, part, want):
         assert understood(messages=[said(part)]).messages == [said(want)]
 
+    @pytest.mark.parametrize(
+        ("part", "want"),
+        [
+            ({"type": "input_text", "text": "Hi"}, {"type": "text", "text": "Hi"}),
+            ({"type": "input_image", "image_url": PNG_URL, "detail": "low"}, "image"),
+            (
+                {"type": "image", "source": {"type": "url", "url": PNG_URL}, "detail": "low"},
+                "image",
+            ),
+            ({"type": "input_file", "filename": "a", "file_data": "b"}, "file"),
+            ({"type": "file", "file": {"filename": "a", "file_data": "b", "x": 1}}, "file"),
+        ],
+    )
+    def test_any_part_in_any_dialect(self, part, want):
+        file = {"type": "file", "file": {"filename": "a", "file_data": "b"}}
+        want = {"image": image_of(PNG_URL, detail="low"), "file": file}.get(str(want), want)
+        message = said({**part, "path": "/alice/taxes.pdf", "x": 1}, "and")
+        body = {"model": "m", "max_tokens": 9, "messages": [message], "input": [message]}
+        for path in ("chat/completions", "responses", "messages"):
+            asked = puter.DIALECTS[f"/v1/{path}"].parse(body, MEMORY)
+            assert asked.messages == [said(want, {"type": "text", "text": "and"})], path
+
     def test_known_keys_of_messages(self):
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
         message = {"role": "assistant", "content": "x", "name": "n", "tool_calls": [call]}
@@ -9413,6 +9435,10 @@ class TestTranslation:
         counts = {"prompt_tokens": 0, "completion_tokens": 4, "total_tokens": 4}
         little = puter.usage_object(puter.Usage(None, 4, None, 4, None))
         assert little == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+        beside = puter.usage_object(
+            puter.Usage(5, 6, 2, 13)
+        )  # cached ones, in some providers' count
+        assert beside and (beside["prompt_tokens"], beside["total_tokens"]) == (7, 13)
 
     @pytest.mark.parametrize(
         ("text", "want"),
