@@ -5163,7 +5163,7 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
 IDLE_TIMEOUT_S = 75.0  # for the next bytes of a client, or until it takes ours
-DRAIN_TIMEOUT_S = 10.0  # for what runs when the server is told to stop
+DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
 KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
 MAX_STOPS = 4
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
@@ -5262,7 +5262,7 @@ def checked_request(
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
-    Model and streaming are what the `body` says, the rest is in OpenAI's shape. `args` may hold
+    Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
     a system message, too. `fields` are taken as they are.
     """
@@ -5370,7 +5370,7 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     found = [tool for tool in tools if tool["function"]["name"] == name]
     found += [tool for tool in tools if tool["function"]["name"].endswith(f"__{name}")]
     if not found:
-        raise _wrong(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+        raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
     return found[0]
 
 
@@ -5942,10 +5942,10 @@ def _family_of(name: str) -> tuple[str, set[str], float] | None:
     match = re.fullmatch(r"(?:anthropic/|openai/)?(claude|gpt-oss|gpt)-(.+)", name.lower())
     if match is None:
         return None
-    rest = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])  # dates
-    numbers = [int(n) for n in re.findall(r"\d+", rest)[:2]]
+    undated = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])
+    numbers = [int(n) for n in re.findall(r"\d+", undated)[:2]]
     version = sum(n / 100**i for i, n in enumerate(numbers))
-    return match[1], set(re.findall(r"[a-z]+", rest)) - {"latest"}, version
+    return match[1], set(re.findall(r"[a-z]+", undated)) - {"latest"}, version
 
 
 # ---- responses ----
@@ -6077,7 +6077,7 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
 
 
 def _described(tool: JSON) -> JSON:
-    """What a model is told of a tool; one that takes free text is a function with one text."""
+    """What a model learns of a tool; one that takes free text is a function with one text."""
     if tool["type"] != "custom":
         return _only(tool, "description", "parameters")
     texts = tool.get("description"), _at(tool, "format", "definition")
@@ -6916,7 +6916,7 @@ class _GatewayHandler(_HandlerBase):
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
         """Answer what a program asks in a dialect, as a whole or as a stream."""
         body = _json_body(data)
-        # unknown keys of messages are dropped; who tries this one may as well be told
+        # unknown keys of messages are dropped; who tries this one learns that
         if re.search(rb'"puter_path"\s*:', data):
             raise _wrong("puter_path is not for callers of this server", "messages")
         if dialect.answer is not None:
