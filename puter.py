@@ -2078,7 +2078,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
-            problem = f"{where}: {one} cannot be a parameter of a tool"
+            problem = f"{where}: {str(one).split(':')[0]} cannot be a parameter of a tool"
             raise BadRequestError(problem, hint="Use ordinary parameters with hints: city: str.")
         schema, read = schema_and_reader(hints[one.name], f"{where}({one.name})", outer)
         notes: JSON = {"description": about[one.name]} if about.get(one.name) else {}
@@ -4396,9 +4396,9 @@ class Puter:
         note_end = partial(self._note_end, call, source.started)
         return Stream(source, call.cancellation, who, stack, note_end)
 
-    def _models_if_any(self, why: str) -> list[Model]:
-        """The model list; none, with a warning that begins with `why`, when there is none."""
-        return self._catalogue.models_if_any(why)
+    def _models_by_name(self, why: str) -> Mapping[str, Model]:
+        """The models by every name, in lower case; none, with a warning, when there is no list."""
+        return self._catalogue.by_name if self._catalogue.models_if_any(why) else {}
 
     def _download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL; raises `BadRequestError`, `NetworkError`…"""
@@ -5082,7 +5082,7 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
 IDLE_TIMEOUT_S = 75.0  # for the next bytes of a client, or until it takes ours
-DRAIN_TIMEOUT_S = 10.0  # for what runs when the server is told to stop
+DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
 KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
 MAX_STOPS = 4
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
@@ -5098,8 +5098,7 @@ _PASSED_ON = (
 # ---- what the dialects share: values ----
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(NamedTuple):
     """What a client of the gateway asks, whatever dialect it speaks.
 
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
@@ -5112,10 +5111,10 @@ class ChatRequest:
     messages: Messages
     tools: list[JSON]
     args: JSON
+    options: JSON
     streaming: bool = False
     stop: tuple[str, ...] = ()
     wants_json: bool = False
-    options: JSON = field(default_factory=dict)
     answer: str = ""
 
 
@@ -5129,8 +5128,8 @@ class Ending(NamedTuple):
 
 # None: nothing came for a while. An error: the answer broke off. It or the ending is the last.
 Event = Chunk | Ending | PuterError | None
-# (the event's name or "", its data); a text is sent as it is, and None is a comment.
-Frame = tuple[str, JSON | str | None]
+# The data of an event, which has the name that its "type" says; None is a comment.
+Frame = JSON | str | None
 
 
 class ResponseMemory:
@@ -5178,28 +5177,36 @@ class Dialect(NamedTuple):
 
 
 def checked_request(
-    body: JSON, messages: Any, tools: Any, args: JSON, stop: Any = None, options: JSON | None = None
+    body: JSON, messages: Messages, tools: Any, args: JSON, stop: Any = None, **fields: Any
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
-    Model and streaming are what the `body` says, the rest is in OpenAI's shape. `args` may hold
+    Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message, too.
+    a system message, too. `fields` are taken as they are.
     """
+    if not messages:
+        raise _wrong("messages must hold at least one", "messages")
+    # without a model the owner's default is meant
+    model = body.get("model") or ""
+    if model and not (isinstance(model, str) and strip_puter_prefix(model)):
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
     args = {k: v for k, v in args.items() if v is not None}
-    if "max_tokens" in args:
-        args["max_tokens"] = _token_limit(args["max_tokens"])
+    if (limit := args.get("max_tokens")) is not None:
+        if not _is_number(limit) or limit != int(limit) or limit < 1:
+            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+        args["max_tokens"] = int(limit)
     offered, choice = _choose_tools(tool_schemas(tools), args)
     shape = _json_instruction(args.get("response_format"))
     return ChatRequest(
-        model=_model_name(body.get("model")),
-        messages=_with_instructions(_safe_messages(messages), [t for t in (choice, shape) if t]),
+        model=model,
+        messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
         tools=offered,
         args=args,
         streaming=body.get("stream") is True,
         stop=_stop_texts(stop),
         wants_json=bool(shape),
-        options=options or {},
+        **fields,
     )
 
 
@@ -5210,24 +5217,12 @@ def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) 
 def _objects(value: Any, name: str) -> list[JSON]:
     """A list of objects, as it should be; null is an empty one."""
     value = [] if value is None else value
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list):
         raise _wrong(f"{name} must be a list of objects", name)
+    for number, one in enumerate(value):
+        if not isinstance(one, dict):
+            raise _wrong(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
     return value
-
-
-def _model_name(model: Any) -> str:
-    """The model that is asked for; "" leaves it to the owner's default."""
-    if model is None or model == "":
-        return ""
-    if not isinstance(model, str) or not strip_puter_prefix(model):
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
-    return model
-
-
-def _token_limit(limit: Any) -> int:
-    if not _is_number(limit) or limit != int(limit) or limit < 1:
-        raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
-    return int(limit)
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
@@ -5239,78 +5234,80 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _safe_messages(messages: Any) -> Messages:
-    """The messages with their known keys only: callers may use models, not the owner's files."""
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages must be a list with at least one message", "messages")
-    keys = ("role", "content", "name", "tool_calls", "tool_call_id")
-    safe = [_only(message, *keys) for message in messages]
-    for number, message in enumerate(safe):
-        if isinstance(message.get("content"), list):
-            where, parts = f"messages[{number}].content", enumerate(message["content"])
-            message["content"] = [_safe_part(part, f"{where}[{i}]") for i, part in parts]
-    return safe
-
-
-def _safe_part(part: Any, where: str) -> JSON:
-    """A part of a message with its known keys; raises `BadRequestError` for other kinds."""
-    part = {"type": "text", "text": part} if isinstance(part, str) else part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "refusal"):
-        return {"type": "text", "text": part.get(kind)}
-    if kind == "file":
-        return {"type": kind, kind: _only(part.get(kind), "filename", "file_data")}
-    if kind != "image_url":
-        raise _wrong(f"{where} is of the kind {_describe(kind)}, which is not known", "messages")
-    image = part.get(kind)
-    image = {"url": image} if isinstance(image, str) else _only(image, "url", "detail")
-    if not re.match(r"(https?://|data:)", str(image.get("url")), re.IGNORECASE):
-        raise _wrong(f"{where} needs an http(s) or data URL", "messages")
-    return {"type": kind, kind: image}
-
-
 def _only(value: Any, *keys: str) -> JSON:
     """These keys of an object; of anything else, nothing."""
     return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
 
 
+def _at(value: Any, *path: str) -> Any:
+    """What nested objects hold at a path, None where that leads nowhere."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
-    """(the tools to offer, an instruction for the model); `args` lose what needs tools."""
-    choice = args.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools", choice)
-        names = allowed.get("tools") if isinstance(allowed, dict) else None
-        if not isinstance(names, list) or allowed.get("mode") not in ("auto", "required"):
+    """(the tools to offer, an instruction for the model) by the `tool_choice` of any dialect.
+
+    It stays in `args` as chat completions word it, and only if there are tools.
+    """
+    choice, order = args.pop("tool_choice", None), ""
+    kind = _at(choice, "type")
+    if kind == "allowed_tools":
+        allowed = _at(choice, "allowed_tools") or choice
+        chosen, choice = _at(allowed, "tools"), _at(allowed, "mode")
+        if not isinstance(chosen, list) or choice not in ("auto", "required"):
             text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
             raise _wrong(text, "tool_choice")
-        tools = [_named_tool(tools, name) for name in names]
-        choice = args["tool_choice"] = allowed["mode"]
+        tools = [_named_tool(tools, one) for one in chosen if _at(one, "type") in _NAMING_KINDS]
+    elif kind not in _NAMING_KINDS:
+        # of a tool that the provider would run itself, nothing is left to choose
+        choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
-        args.pop("tool_choice", None)
         args.pop("parallel_tool_calls", None)
         return [], ""
-    if choice in (None, "auto"):
-        return tools, ""
     if choice == "required":
-        return tools, "Answer by calling at least one of the functions."
-    tool = _named_tool(tools, choice)
-    return [tool], f"Answer by calling the function {tool['function']['name']}."
+        order = "Answer by calling at least one of the functions."
+    elif choice not in (None, "auto"):
+        tools = [_named_tool(tools, choice)]
+        name = tools[0]["function"]["name"]
+        choice = {"type": "function", "function": {"name": name}}
+        order = f"Answer by calling the function {name}."
+    if choice:
+        args["tool_choice"] = choice
+    return tools, order
+
+
+# A choice of these kinds names a tool of the caller's.
+_NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 
 
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
-    """The tool that a choice names, in the shape of chat completions or of responses."""
-    function = choice.get("function", choice) if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    tool = next((t for t in tools if t["function"]["name"] == name), None)
-    if tool is None:
-        what = "names no tool" if name is None else f"names {name!r}, which is not among the tools"
-        raise _wrong(f"tool_choice {what}", "tool_choice")
-    return tool
+    """The tool that a choice names; that of a namespace also by its own name."""
+    name = _at(choice, "function", "name") or _at(choice, "name") or _at(choice, "type")
+    name = _flat_name(_at(choice, "namespace"), name)
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    found += [tool for tool in tools if tool["function"]["name"].endswith(f"__{name}")]
+    if not found:
+        raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
+    return found[0]
+
+
+def _flat_name(namespace: Any, name: Any) -> str:
+    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
+    if not namespace:
+        return str(name)
+    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
+    if len(flat) <= 64:
+        return flat
+    import hashlib
+
+    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
     """What to say in the system text, since most providers know no response_format."""
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    kind = _at(response_format, "type")
     if kind in (None, "text"):
         return ""
     if kind not in ("json_object", "json_schema"):
@@ -5318,7 +5315,7 @@ def _json_instruction(response_format: Any) -> str:
     text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
     if kind == "json_object":
         return text.format("object")
-    schema = json.dumps(_only(response_format.get("json_schema"), "schema").get("schema"))
+    schema = json.dumps(_at(response_format, "json_schema", "schema"))
     return f"{text.format('value')} It must match this JSON schema: {schema}"
 
 
@@ -5329,6 +5326,94 @@ def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messa
     opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
     system = {"role": "system", "content": "\n".join(instructions)}
     return [*opening, system, *messages[len(opening) :]]
+
+
+# ---- what the dialects share: contents ----
+
+# Items and parts of a provider's own tools and thoughts, which are of no use to another model.
+_SKIPPED_KINDS = (
+    *("reasoning", "additional_tools", "web_search_call", "file_search_call", "mcp_call"),
+    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "thinking"),
+    *("redacted_thinking", "server_tool_use", "web_search_tool_result", "container_upload"),
+    *("web_fetch_tool_result", "code_execution_tool_result"),
+)
+
+
+def read_parts(content: Any, where: str) -> list[JSON]:
+    """A content of any dialect as parts of chat completions; `where` is its place, for errors.
+
+    Of each part its known keys alone are taken: callers may use models, not the owner's files.
+    Raises `BadRequestError`.
+    """
+    parts = [content] if isinstance(content, str) else [] if content is None else content
+    if not isinstance(parts, list):
+        raise _wrong_part(where, f"has {_describe(content)} where a text or parts should be")
+    return [known for part in parts for known in _read_part(part, where)]
+
+
+def _read_part(part: Any, where: str) -> list[JSON]:
+    """A part of any dialect: their kinds do not collide."""
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    kind = _at(part, "type")
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        return [_text_part(part.get("refusal" if kind == "refusal" else "text"), where)]
+    if kind in ("image_url", "input_image", "image"):
+        return [_image_part(part, where)]
+    if kind in ("file", "input_file"):
+        return [_file_part(part.get("file", part), where)]
+    if kind == "document":
+        return _document_parts(part, part.get("source"), where)
+    if kind == "search_result":
+        title = f"{part.get('title')} ({part.get('source')})"
+        return [*read_parts(title, where), *read_parts(part.get("content"), where)]
+    if kind == "tool_reference":
+        return read_parts(f"The tool {part.get('tool_name')} can be called.", where)
+    if kind in _SKIPPED_KINDS:
+        return []
+    raise _wrong_part(where, f"has a part of the kind {_describe(kind)}, which is not known")
+
+
+def _wrong_part(where: str, what: str) -> BadRequestError:
+    return _wrong(f"{where} {what}", where.partition("[")[0])
+
+
+def _text_part(text: Any, where: str) -> JSON:
+    if not isinstance(text, (str, type(None))):
+        raise _wrong_part(where, f"has {_describe(text)} as a text")
+    return {"type": "text", "text": text or ""}
+
+
+def _image_part(part: JSON, where: str) -> JSON:
+    image = part.get("image_url") or _source_url(part.get("source"))
+    image = {"url": image, **_only(part, "detail")} if isinstance(image, str) else image
+    if not re.match("(?i)https?://|data:", str(_at(image, "url"))):
+        raise _wrong_part(where, "has an image without an http(s) or data URL: no files are stored")
+    return {"type": "image_url", "image_url": _only(image, "url", "detail")}
+
+
+def _source_url(source: Any) -> Any:
+    """The URL that Anthropic's clients name, or one that holds the data that they send."""
+    if _at(source, "type") == "base64":
+        return f"data:{source.get('media_type')};base64,{source.get('data')}"
+    return _at(source, "url")
+
+
+def _file_part(file: Any, where: str) -> JSON:
+    file = _only(file, "filename", "file_data")
+    if not file.get("file_data"):
+        raise _wrong_part(where, "has a file without its data: no files are stored here")
+    return {"type": "file", "file": file}
+
+
+def _document_parts(part: JSON, source: Any, where: str) -> list[JSON]:
+    kind, title = _at(source, "type"), str(part.get("title") or "")
+    if kind == "content":
+        return read_parts(source.get("content"), where)
+    if kind == "text":
+        return [*read_parts(title or None, where), _text_part(source.get("data"), where)]
+    data = _source_url(source) if kind == "base64" else None
+    return [_file_part({"filename": title or "document.pdf", "file_data": data}, where)]
 
 
 # ---- what the dialects share: answers ----
@@ -5344,87 +5429,87 @@ class StopText:
         self.found: str | None = None
         """The stop text that ended the text."""
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, is_last: bool = False) -> str:
         """What may be shown now; an end in which a stop text may have begun is held back."""
-        text = self._held + text
-        return self._cut(text, max(0, len(text) - self._most_held))
-
-    def flush(self) -> str:
-        """What was held back and turned out to be text."""
-        return self._cut(self._held, len(self._held))
-
-    def _cut(self, text: str, limit: int) -> str:
-        """The text up to the first stop text, or up to the limit, before which no more can begin."""
-        self._held = ""
+        text, self._held = self._held + text, ""
         if self.found:
             return ""
+        limit = len(text) if is_last else max(0, len(text) - self._most_held)
         places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        # behind the limit, an earlier one may still be on its way
         if places and min(places)[0] <= limit:
             limit, self.found = min(places)
         else:
             self._held = text[limit:]
         return text[:limit]
 
+    def flush(self) -> str:
+        """What was held back and turned out to be text."""
+        return self.feed("", is_last=True)
+
 
 def answer_events(
     request: ChatRequest, batches: Iterable[Sequence[Chunk] | Reply | None]
 ) -> Iterator[Event]:
-    """What happens in an answer, for any dialect: cut at stop texts, its calls under our ids.
+    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts.
 
     The batches are chunks that came together, None for a while without any, and at last the
-    whole reply. Models may name the calls of every turn alike, which sends agents in circles.
+    whole reply.
     """
-    stop, usage, finish_reason = StopText(request.stop), Usage(), "stop"
-    reads_on = not request.streaming or request.options.get("include_usage", True)
+    stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure = None
     try:
         for batch in batches:
-            if isinstance(batch, Reply):
-                usage, finish_reason = batch.usage, batch.finish_reason
-            elif batch is None:
+            if batch is None:
                 yield None
+            elif isinstance(batch, Reply):
+                ending = Ending(batch.finish_reason, batch.usage)
             else:
                 for chunk in batch:
-                    if chunk.type == "usage":
-                        usage = chunk.usage or usage
-                    elif not stop.found:
-                        yield from _events_of(chunk, stop)
-            if stop.found and not reads_on:
+                    yield from _events_of(chunk, stop)
+            if stop.found and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
         failure = error
     if text := stop.flush():
         yield Chunk("text", text)
-    yield failure or Ending("stop" if stop.found else finish_reason, usage, stop.found)
+    yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
 
 
 def _events_of(chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
+    """What a chunk adds to the answer: nothing behind a stop text."""
     if chunk.type == "text":
         if text := stop.feed(chunk.text):
             yield Chunk("text", text)
-    elif chunk.tool_call is None:
-        yield chunk
-    else:
+    elif chunk.type == "tool_call":
         if text := stop.flush():
             yield Chunk("text", text)
-        if not stop.found:
-            call = replace(chunk.tool_call, id=f"call_{os.urandom(12).hex()}")
-            yield Chunk("tool_call", tool_call=call)
+        if chunk.tool_call and not stop.found:
+            yield Chunk("tool_call", tool_call=_with_new_id(chunk.tool_call))
+    elif chunk.type == "reasoning" and not stop.found:
+        yield chunk
+
+
+def _with_new_id(call: ToolCall) -> ToolCall:
+    """The call under an id of ours: models may name those of every turn alike.
+
+    That sends agents in circles.
+    """
+    return replace(call, id=_new_id("call"))
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{os.urandom(12).hex()}"
 
 
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
-    events = list(answer_events(request, [chunks_of(_with_json(request, reply)), reply]))
-    chunks = [event for event in events if isinstance(event, Chunk)]
-    (ending,) = [event for event in events if isinstance(event, Ending)]
-    answer = replace(
-        reply,
-        text="".join(c.text for c in chunks if c.type == "text"),
-        reasoning="".join(c.text for c in chunks if c.type == "reasoning"),
-        tool_calls=tuple(c.tool_call for c in chunks if c.tool_call),
-        finish_reason=ending.finish_reason,
-    )
-    return answer, ending
+    stop, text = StopText(request.stop), _with_json(request, reply).text
+    text = stop.feed(text, is_last=True)
+    calls = () if stop.found else tuple(map(_with_new_id, reply.tool_calls))
+    reason = "stop" if stop.found else reply.finish_reason
+    answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
+    return answer, Ending(reason, reply.usage, stop.found)
 
 
 def _with_json(request: ChatRequest, reply: Reply) -> Reply:
@@ -5457,15 +5542,22 @@ def usage_object(usage: Usage) -> JSON | None:
     """The usage in OpenAI's names, or None when the provider reported nothing."""
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
-    # In OpenAI's shape cached tokens are part of the prompt; some providers count them beside.
-    prompt = max(usage.input_tokens or 0, (usage.total_tokens or 0) - (usage.output_tokens or 0))
+    sent, answered, cached, total = _token_counts(usage)
     counts: JSON = {
-        "prompt_tokens": prompt,
-        "completion_tokens": usage.output_tokens or 0,
-        "total_tokens": usage.total_tokens or 0,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0},
+        "prompt_tokens": sent,
+        "completion_tokens": answered,
+        "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
     return counts if usage.cost_usd is None else {**counts, "cost_usd": usage.cost_usd}
+
+
+def _token_counts(usage: Usage) -> tuple[int, int, int, int]:
+    """(tokens sent, answered, cached, all) as OpenAI counts: cached ones are among those sent."""
+    answered, total = usage.output_tokens or 0, usage.total_tokens or 0
+    # some providers count cached ones beside
+    sent = max(usage.input_tokens or 0, total - answered)
+    return sent, answered, usage.cached_tokens or 0, max(total, sent + answered)
 
 
 # ---- what the dialects share: errors ----
@@ -5497,10 +5589,9 @@ def error_headers(error: PuterError, status: int) -> dict[str, str]:
 
 
 # A URL, an IP address with its port, or the host that a failure of the network names.
-_ADDRESS = re.compile(
-    r"\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
-    r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+",
-    re.IGNORECASE,
+_ADDRESS = (
+    r"(?i)\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
+    r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+"
 )
 
 
@@ -5516,12 +5607,11 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
     elif isinstance(error, StreamError):
         public.hint = ""
     text = str(public)
-    for name in {*names, error.account, *(a.account for a in error.attempts)} - {None, ""}:
-        who = rf"(?i)(?<!\w){re.escape(str(name))}(?!\w)"
-        text = re.sub(who, _short_name(str(name)), text)
-    text = _ADDRESS.sub("Puter", text)
+    for name in filter(None, {*names, error.account, *(a.account for a in error.attempts)}):
+        named = rf"(?i)(?<!\w){re.escape(name)}(?!\w)"
+        text = re.sub(named, lambda found: _short_name(found[0]), text)
     host = re.escape(urlsplit(base_url).hostname or "")
-    text = re.sub(rf"(?<![\w.-])(?:https?://)?{host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
+    text = re.sub(rf"{_ADDRESS}|(?<![\w.-]){host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
     public.message, public.hint, public.attempts = text, "", ()
     return public
 
@@ -5547,12 +5637,19 @@ def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
-    wishes = body.get("stream_options")
-    with_usage = isinstance(wishes, dict) and wishes.get("include_usage") is True
-    options = {"include_usage": with_usage}
-    return checked_request(
-        body, body.get("messages"), body.get("tools"), args, body.get("stop"), options
-    )
+    options = {"include_usage": _at(body, "stream_options", "include_usage") is True}
+    messages = _objects(body.get("messages"), "messages")
+    messages = [_safe_message(one, f"messages[{i}]") for i, one in enumerate(messages)]
+    stop = body.get("stop")
+    return checked_request(body, messages, body.get("tools"), args, stop, options=options)
+
+
+def _safe_message(message: JSON, where: str) -> JSON:
+    """A message with its known keys only."""
+    safe = _only(message, "role", "content", "name", "tool_calls", "tool_call_id")
+    if isinstance(safe.get("content"), list):
+        safe["content"] = read_parts(safe["content"], where)
+    return safe
 
 
 def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
@@ -5580,24 +5677,24 @@ def chat_frames(
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
 
-    def frame(delta: JSON, finish_reason: str | None = None) -> Frame:
+    def frame(delta: JSON, finish_reason: str | None = None) -> JSON:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if with_usage else {}
-        return "", {**head, "model": model(), **usage, "choices": [choice]}
+        return {**head, "model": model(), **usage, "choices": [choice]}
 
     role: JSON = {"role": "assistant"}
     calls = 0
     for event in events:
         if event is None:
-            yield "", None
+            yield None
         elif isinstance(event, PuterError):
-            yield "", chat_error(event, error_status(event), "")
+            yield chat_error(event, error_status(event), "")
         elif isinstance(event, Ending):
             yield frame({**role, "content": ""} if role else {}, event.finish_reason)
             usage = usage_object(event.usage)
             if with_usage and usage:
-                yield "", {**head, "model": model(), "choices": [], "usage": usage}
-            yield "", "[DONE]"
+                yield {**head, "model": model(), "choices": [], "usage": usage}
+            yield "[DONE]"
         else:
             if event.tool_call:
                 delta: JSON = {"tool_calls": [{"index": calls, **openai_call(event.tool_call)}]}
@@ -5630,9 +5727,8 @@ def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
 # Puter's models know no more than "high".
 _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
-_TOO_LONG = re.compile(
-    r"prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
-    re.IGNORECASE,
+_TOO_LONG = (
+    "(?i)prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context"
 )
 
 
@@ -5644,8 +5740,11 @@ class _History:
         self._memory = memory
         self._attached: list[JSON] = []
 
-    def say(self, role: str, parts: Sequence[JSON]) -> None:
+    def say(self, role: Any, parts: Sequence[JSON]) -> None:
         """Add a message, unless it is empty; only a user's holds more than text."""
+        role = "system" if role == "developer" else role
+        if role not in ("system", "user", "assistant"):
+            raise _wrong(f"a message has the role {_describe(role)}", "messages")
         if role == "user":
             parts, self._attached = [*self._attached, *parts], []
         else:
@@ -5661,10 +5760,13 @@ class _History:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.flush()
             self.messages.append({"role": "assistant", "content": None})
-        call = {"id": call_id, "type": "function"}
-        extra = self._memory.get(f"extra_{call_id}")
-        signed = {"extra_content": extra} if extra else {}
-        call |= {"function": {"name": name, "arguments": arguments}, **signed}
+        call = {
+            "id": call_id,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        if extra := self._memory.get(f"extra_{call_id}"):
+            call["extra_content"] = extra
         self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def result(self, call_id: Any, parts: Sequence[JSON], failed: bool = False) -> None:
@@ -5672,7 +5774,7 @@ class _History:
         text = "\n".join(p["text"] for p in parts if p["type"] == "text" and p["text"])
         others = [p for p in parts if p["type"] != "text"]
         if others:
-            self._attached += [_text_part(f"From the result of {call_id}:"), *others]
+            self._attached += read_parts(f"From the result of {call_id}:", "") + others
         text = text or ("(see the next message)" if others else "(no output)")
         content = f"Error: {text}" if failed else text
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
@@ -5683,16 +5785,18 @@ class _History:
             self.say("user", [])
 
 
-def _text_part(text: Any, param: str = "messages") -> JSON:
-    if not isinstance(text, str):
-        raise _wrong(f"a text part is {_describe(text)}", param)
-    return {"type": "text", "text": text}
-
-
 def _tool_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise _wrong(f"a tool has the name {_describe(name)}", "tools")
     return name
+
+
+def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
+    """How agents word an effort and a form of JSON, as arguments of chat completions."""
+    if _at(form, "type") == "json_schema":
+        schema = {**defaults, **_only(form, "name", "schema", "strict", "description")}
+        form = {"type": "json_schema", "json_schema": schema}
+    return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
 
 def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
@@ -5703,35 +5807,32 @@ def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
 
 def _is_too_long(error: PuterError) -> bool:
     """Whether the model's context is exceeded: agents then shorten their history."""
-    return error.http_status == 400 and bool(_TOO_LONG.search(error.message))
-
-
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{os.urandom(12).hex()}"
+    return error.http_status == 400 and bool(re.search(_TOO_LONG, error.message))
 
 
 # ---- names of models ----
 
 
-def served_model(name: str, models: Sequence[Model]) -> str:
-    """The catalogue's name for what a program asks for; any name if the catalogue is empty.
+def with_served_model(request: ChatRequest, name: str, models: Mapping[str, Model]) -> ChatRequest:
+    """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
-    Agents ask for names of Claude and GPT by themselves, for titles and sub-agents: one that
-    the catalogue lacks means the nearest of its family. Raises `ModelNotFoundError`.
+    `models` are by every name; without any, the name is taken as it is. Agents ask for names of
+    Claude and GPT by themselves, for titles and sub-agents: one that the catalogue lacks means
+    the nearest of its family. Raises `ModelNotFoundError`.
     """
-    wanted = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
-    if not models or any(wanted == m.id or wanted in m.aliases for m in models):
-        return wanted
-    try:
-        return find_model(wanted, models).id
-    except ModelNotFoundError:
-        near = _nearest_of_family(wanted, models)
-        if near is None:
-            raise
-        return near.id
+    name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
+    if not models:
+        return request._replace(model=name)
+    model = models.get(name.lower()) or _nearest_of_family(name, models)
+    # raises, since the name is not known
+    model = model or find_model(name, [*models.values()][::-1])
+    args = request.args
+    if model.max_tokens and "max_tokens" in args:
+        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
+    return request._replace(model=name if name in model.names() else model.id, args=args)
 
 
-def _nearest_of_family(name: str, models: Sequence[Model]) -> Model | None:
+def _nearest_of_family(name: str, models: Mapping[str, Model]) -> Model | None:
     """The model of the same tier (haiku, mini…) whose version is nearest.
 
     Without one of the tier: the cheapest of those that share most of it.
@@ -5748,11 +5849,10 @@ def _nearest_of_family(name: str, models: Sequence[Model]) -> Model | None:
         distance = abs(its_version - version) if version else -its_version
         return -len(its_tier & tier), len(its_tier - tier), cost, distance, -its_version, model.id
 
-    candidates = []
-    for known, model in models_by_name(models).items():
-        parts = _family_of(known)
-        if "/" not in known and parts and parts[0] == family:
-            candidates.append((parts[1], parts[2], model))
+    known = (
+        (_family_of(its_name), model) for its_name, model in models.items() if "/" not in its_name
+    )
+    candidates = [(its[1], its[2], model) for its, model in known if its and its[0] == family]
     return min(candidates, key=rank)[2] if candidates else None
 
 
@@ -5761,19 +5861,10 @@ def _family_of(name: str) -> tuple[str, set[str], float] | None:
     match = re.fullmatch(r"(?:anthropic/|openai/)?(claude|gpt-oss|gpt)-(.+)", name.lower())
     if match is None:
         return None
-    rest = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])  # dates
-    numbers = [int(n) for n in re.findall(r"\d+", rest)[:2]]
+    undated = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])
+    numbers = [int(n) for n in re.findall(r"\d+", undated)[:2]]
     version = sum(n / 100**i for i, n in enumerate(numbers))
-    return match[1], set(re.findall(r"[a-z]+", rest)) - {"latest"}, version
-
-
-def with_served_model(request: ChatRequest, name: str, models: Sequence[Model]) -> ChatRequest:
-    """The request with a model of the catalogue, and no more `max_tokens` than that can do."""
-    name, args = served_model(name, models), request.args
-    model = next((m for m in models if name == m.id or name in m.aliases), None)
-    if model and model.max_tokens and "max_tokens" in args:
-        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
-    return replace(request, model=name, args=args)
+    return match[1], set(re.findall(r"[a-z]+", undated)) - {"latest"}, version
 
 
 # ---- responses ----
@@ -5795,15 +5886,10 @@ _ECHOED: JSON = {
     "tool_choice": "auto",
 }
 _UNFINISHED = {"length": "max_output_tokens", "content_filter": "content_filter"}
-# Items of tools that a provider runs, which are of no use to another model.
-_SKIPPED_ITEMS = (
-    *("reasoning", "additional_tools", "web_search_call", "file_search_call"),
-    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call"),
-)
 # A call's item: (prefix of its ids, its type, the field of its arguments, its events).
 _CALL_ITEMS = {
-    "function": ("fc", "function_call", "arguments", "response.function_call_arguments"),
-    "custom": ("ctc", "custom_tool_call", "input", "response.custom_tool_call_input"),
+    "function": ("fc", "function_call", "arguments", "function_call_arguments"),
+    "custom": ("ctc", "custom_tool_call", "input", "custom_tool_call_input"),
     "tool_search": ("tsc", "tool_search_call", "arguments", ""),
 }
 
@@ -5815,8 +5901,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
             raise _wrong(f"{name} is not supported here", name, code="unsupported_parameter")
     items = _response_items(body, memory)
     history = _History(memory)
-    if body.get("instructions") is not None:
-        history.say("system", [_text_part(body["instructions"], "instructions")])
+    history.say("system", read_parts(body.get("instructions"), "instructions"))
     offered: dict[str, tuple[JSON, JSON]] = {}
     _offer(body.get("tools"), offered)
     for item in items:
@@ -5830,30 +5915,19 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         "tools": {name: back for name, (back, _) in offered.items()},
         "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
     }
-    schemas, args = [schema for _, schema in offered.values()], _response_args(body, offered)
-    asked = checked_request(body, history.messages, schemas, args, options=options)
     choice = body.get("tool_choice")
-    kind = choice.get("type") if isinstance(choice, dict) else choice
-    mode = choice.get("mode") if isinstance(choice, dict) else choice
-    # what must be called is a tool of the server's own
-    searches = str(kind).startswith("web_search") or (mode == "required" and not offered)
-    return replace(asked, answer=_NO_SEARCH) if searches else asked
-
-
-def _response_args(body: JSON, offered: Mapping[str, Any]) -> JSON:
-    text, reasoning = body.get("text"), body.get("reasoning")
-    form = text.get("format") if isinstance(text, dict) else None
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = _only(form, "name", "schema", "strict", "description")
-        form = {"type": "json_schema", "json_schema": schema}
-    effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
-    return {
+    args = {
         **_only(body, "temperature", "top_p", "parallel_tool_calls"),
+        **_agent_args(_at(body, "reasoning", "effort"), _at(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
-        "tool_choice": _response_choice(body.get("tool_choice"), offered),
-        "reasoning_effort": _EFFORTS.get(str(effort)),
-        "response_format": form,
+        "tool_choice": choice,
     }
+    functions = [function for _, function in offered.values()]
+    # what must be called is a tool of the server's own
+    searches = str(_at(choice, "type") or choice).startswith("web_search")
+    searches = searches or (not offered and "required" in (choice, _at(choice, "mode")))
+    fields = {"options": options, "answer": _NO_SEARCH if searches else ""}
+    return checked_request(body, history.messages, functions, args, **fields)
 
 
 def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
@@ -5886,16 +5960,13 @@ def _add_item(history: _History, item: JSON) -> None:
     kind = item.get("type", "message")
     call_id = item.get("call_id")
     if kind == "message":
-        role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
-        if role not in ("user", "assistant", "system"):
-            raise _wrong(f"a message has the role {_describe(role)}", "input")
-        history.say(role, _response_parts(item.get("content")))
+        history.say(item.get("role"), read_parts(item.get("content"), "input"))
     elif kind == "tool_search_output":
         found: dict[str, Any] = {}
         _offer(item.get("tools"), found)
-        history.result(call_id, [_text_part(f"Tools to call now: {', '.join(found) or 'none'}")])
+        history.result(call_id, read_parts(f"Tools to call now: {', '.join(found) or 'none'}", ""))
     elif kind in ("function_call_output", "custom_tool_call_output"):
-        history.result(call_id, _response_parts(item.get("output")))
+        history.result(call_id, read_parts(item.get("output"), "input"))
     elif kind in ("function_call", "custom_tool_call"):
         arguments = item.get("arguments")
         if kind == "custom_tool_call":
@@ -5903,118 +5974,60 @@ def _add_item(history: _History, item: JSON) -> None:
         history.call(call_id, _flat_name(item.get("namespace"), item.get("name")), str(arguments))
     elif kind == "tool_search_call":
         history.call(call_id, "tool_search", json.dumps(item.get("arguments")))
-    elif kind not in _SKIPPED_ITEMS:
+    elif kind not in _SKIPPED_KINDS:
         raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
 
 
-def _response_parts(content: Any) -> list[JSON]:
-    """A content or an output as parts of chat completions."""
-    if isinstance(content, str):
-        return [_text_part(content)]
-    return [_response_part(part) for part in _objects(content, "input")]
-
-
-def _response_part(part: JSON) -> JSON:
-    kind = part.get("type")
-    if kind in ("input_text", "output_text", "text"):
-        return _text_part(part.get("text"), "input")
-    if kind == "refusal":
-        return _text_part(part.get("refusal"), "input")
-    if kind == "input_image" and part.get("image_url"):
-        image = {"url": part["image_url"], **_only(part, "detail")}
-        return {"type": "image_url", "image_url": image}
-    if kind == "input_file" and part.get("file_data"):
-        return {"type": "file", "file": _only(part, "filename", "file_data")}
-    if kind in ("input_image", "input_file"):
-        raise _wrong(f"an {kind} must hold its data: this server keeps no files", "input")
-    raise _wrong(f"a part is of the kind {_describe(kind)}, which is not known", "input")
-
-
 def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
-    """Add tools by their flat names, each as (how its call goes back, the function's schema).
+    """Add tools by their flat names, each as (how its call goes back, its function).
 
     Tools that the provider would run itself are left out.
     """
     for tool in _objects(tools, "tools"):
-        kind = tool.get("type")
-        if kind == "tool_search" and tool.get("execution") == "client":
-            tool = {**tool, "name": kind}
-        elif kind == "namespace" and not namespace:
-            _offer(tool.get("tools"), offered, _tool_name(tool.get("name")))
-            continue
-        elif kind not in ("function", "custom"):
-            continue
-        name = _tool_name(tool.get("name"))
-        flat = _flat_name(namespace, name)
-        back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
-        function = {"name": flat, **_only(tool, "description", "parameters")}
-        if kind == "custom":
-            function |= _custom_function(tool)
-        offered.setdefault(flat, (back, {"type": "function", "function": function}))
+        kind, name = tool.get("type"), tool.get("name")
+        if kind == "namespace" and not namespace:
+            _offer(tool.get("tools"), offered, _tool_name(name))
+        elif kind == "tool_search" and tool.get("execution") == "client":
+            offered.setdefault(kind, ({"type": kind}, {"name": kind, **_described(tool)}))
+        elif kind in ("function", "custom"):
+            flat = _flat_name(namespace, _tool_name(name))
+            back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+            offered.setdefault(flat, (back, {"name": flat, **_described(tool)}))
 
 
-def _custom_function(tool: JSON) -> JSON:
-    """A tool that takes free text, as a function with one text."""
-    grammar = _only(tool.get("format"), "definition").get("definition")
-    described = [str(text) for text in (tool.get("description"), grammar) if text]
+def _described(tool: JSON) -> JSON:
+    """What a model learns of a tool; one that takes free text is a function with one text."""
+    if tool["type"] != "custom":
+        return _only(tool, "description", "parameters")
+    texts = tool.get("description"), _at(tool, "format", "definition")
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
     return {
-        "description": "\n\n".join(described),
+        "description": "\n\n".join(str(text) for text in texts if text),
         "parameters": {**parameters, "required": ["input"], "additionalProperties": False},
     }
 
 
-def _flat_name(namespace: Any, name: Any) -> str:
-    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
-    if not namespace:
-        return str(name)
-    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
-    if len(flat) <= 64:
-        return flat
-    import hashlib
-
-    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
-
-
-def _response_choice(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
-    """A tool_choice as chat completions word it; that of a provider's own tool is left open."""
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind is None:
-        return choice
-    if kind == "allowed_tools":
-        tools = _objects(choice.get("tools"), "tool_choice")
-        chosen = [_response_choice(tool, offered) for tool in tools]
-        return {**choice, "tools": [tool for tool in chosen if tool != "auto"]}
-    if kind not in tuple(_CALL_ITEMS):
-        return "auto"
-    name = _flat_name(choice.get("namespace"), choice.get("name", kind))
-    own = [flat for flat, (back, _) in offered.items() if name in (flat, back["name"])]
-    return {"type": "function", "function": {"name": own[0] if own else name}}
-
-
 def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `response`: the one that ends its stream."""
-    frames = responses_frames(request, lambda: reply.model, [*chunks_of(reply), ending])
-    response: JSON = [data for _, data in frames][-1]["response"]
+    *_, last = responses_frames(request, lambda: reply.model, [*chunks_of(reply), ending])
+    response: JSON = last["response"]
     return response
 
 
 def responses_frames(
     request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[tuple[str, JSON]]:
+) -> Iterator[JSON]:
     """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
-    yield writer.progress("response.created")
-    yield writer.progress("response.in_progress")
+    yield writer.state("created")
+    yield writer.state("in_progress")
     for event in events:
         if event is None:
-            yield writer.progress("response.in_progress")
+            yield writer.state("in_progress")
         elif isinstance(event, PuterError):
             yield writer.failure(_failure_code(event), str(event))
         elif isinstance(event, Ending):
-            is_cut = event.finish_reason in _UNFINISHED
-            yield from writer.close("incomplete" if is_cut else "completed")
-            yield writer.ending(event)
+            yield from writer.end(event)
         elif event.tool_call:
             yield from writer.close()
             yield from writer.call(event.tool_call)
@@ -6024,13 +6037,8 @@ def responses_frames(
 
 # Of each kind of text: the prefix of its item's id, its events, and the name of an index.
 _TEXT_ITEMS = {
-    "text": {"id": "msg", "part": "content_part", "text": "output_text", "index": "content_index"},
-    "reasoning": {
-        "id": "rs",
-        "part": "reasoning_summary_part",
-        "text": "reasoning_summary_text",
-        "index": "summary_index",
-    },
+    "text": ("msg", "content_part", "output_text", "content_index"),
+    "reasoning": ("rs", "reasoning_summary_part", "reasoning_summary_text", "summary_index"),
 }
 
 
@@ -6044,108 +6052,77 @@ class _ResponseWriter:
         self._output: list[JSON] = []
         # of the open item: "text", "reasoning", or none
         self._kind = ""
-        self._item_id = ""
+        self._place: JSON = {}
         self._pieces: list[str] = []
 
-    def progress(self, name: str) -> tuple[str, JSON]:
-        """The response so far."""
-        return self._frame(name, response=self._response("in_progress"))
-
-    def text(self, kind: str, text: str) -> Iterator[tuple[str, JSON]]:
+    def text(self, kind: str, text: str) -> Iterator[JSON]:
         """More of a text or of reasoning."""
+        id_prefix, part, events, index = _TEXT_ITEMS[kind]
         if kind != self._kind:
             yield from self.close()
-            self._kind, self._item_id, self._pieces = kind, _new_id(_TEXT_ITEMS[kind]["id"]), []
-            yield self._item_frame("added", self._text_item("in_progress"))
-            yield self._text_frame("part", "added", part=self._part(""))
+            self._kind, self._pieces = kind, []
+            self._place = {"item_id": _new_id(id_prefix), "output_index": len(self._output)}
+            self._place |= {index: 0, "logprobs": []}
+            yield self._item_event("added", self._text_item("in_progress"))
+            yield self._event(f"{part}.added", **self._place, part=self._part())
         self._pieces.append(text)
-        yield self._text_frame("text", "delta", delta=text)
+        yield self._event(f"{events}.delta", **self._place, delta=text)
 
-    def close(self, status: str = "completed") -> Iterator[tuple[str, JSON]]:
+    def close(self, status: str = "completed") -> Iterator[JSON]:
         """End the open item, if there is one."""
         if self._kind:
-            text = "".join(self._pieces)
-            yield self._text_frame("text", "done", text=text)
-            yield self._text_frame("part", "done", part=self._part(text))
-            yield self._item_frame("done", self._text_item(status))
+            _, part, events, _ = _TEXT_ITEMS[self._kind]
+            yield self._event(f"{events}.done", **self._place, text="".join(self._pieces))
+            yield self._event(f"{part}.done", **self._place, part=self._part())
+            yield self._item_event("done", self._text_item(status))
             self._kind = ""
 
-    def call(self, call: ToolCall) -> Iterator[tuple[str, JSON]]:
+    def call(self, call: ToolCall) -> Iterator[JSON]:
         """A call, in the form that its tool was offered in."""
         _remember_extra(self._request, call)
         default = {"type": "function", "name": call.name}
         back = {**self._request.options["tools"].get(call.name, default)}
-        prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
-        arguments = openai_call(call)["function"]["arguments"]
-        value: Any = arguments
+        id_prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
+        value: Any = openai_call(call)["function"]["arguments"]
         if kind == "tool_search_call":
             value, back = call.arguments, {"execution": "client"}
         elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
             value = call.arguments["input"]
-        item = {"type": kind, "id": _new_id(prefix), "call_id": call.id, **back}
+        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **back}
+        place = {"item_id": item["id"], "output_index": len(self._output)}
         empty: Any = "" if events else {}
-        yield self._item_frame("added", {**item, key: empty, "status": "in_progress"})
+        yield self._item_event("added", {**item, key: empty, "status": "in_progress"})
         if events:
-            place = {"item_id": item["id"], "output_index": len(self._output)}
-            yield self._frame(f"{events}.delta", **place, delta=value)
-            yield self._frame(f"{events}.done", **place, **{key: value})
-        yield self._item_frame("done", {**item, key: value, "status": "completed"})
+            yield self._event(f"{events}.delta", **place, delta=value)
+            yield self._event(f"{events}.done", **place, **{key: value})
+        yield self._item_event("done", {**item, key: value, "status": "completed"})
 
-    def ending(self, ending: Ending) -> tuple[str, JSON]:
-        """The response as it ended; kept for requests that refer to it."""
+    def end(self, ending: Ending) -> Iterator[JSON]:
+        """The response as it ended; remembered for requests that refer to it."""
         reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
+        status = "incomplete" if reason else "completed"
+        yield from self.close(status)
         if reason == "content_filter" and self._request.streaming:
             # Codex would ask five times more if this were an incomplete response.
-            return self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
-        status = "incomplete" if reason else "completed"
-        details = {"reason": reason} if reason else None
-        options = self._request.options
-        if options["items"] is not None:
+            yield self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
+            return
+        memory, items = (self._request.options[key] for key in ("memory", "items"))
+        if items is not None:
             for item in self._output:
-                options["memory"].put(f"item_{item['id']}", item)
-            history = [*options["items"], *self._output]
-            options["memory"].put(f"history_{self._head['id']}", history)
-        response = self._response(status, usage=usage, incomplete_details=details)
-        return self._frame(f"response.{status}", response=response)
+                memory.put(f"item_{item['id']}", item)
+            memory.put(f"history_{self._head['id']}", [*items, *self._output])
+        details = {"reason": reason} if reason else None
+        yield self.state(status, status, usage=usage, incomplete_details=details)
 
-    def failure(self, code: str, message: str, usage: JSON | None = None) -> tuple[str, JSON]:
+    def failure(self, code: str, message: str, usage: JSON | None = None) -> JSON:
         """It broke off; what came of the open item is shown as incomplete."""
         if self._kind:
             self._output.append(self._text_item("incomplete"))
-        error = {"code": code, "message": message}
-        response = self._response("failed", error=error, usage=usage)
-        return self._frame("response.failed", response=response)
+        return self.state("failed", "failed", error={"code": code, "message": message}, usage=usage)
 
-    def _frame(self, name: str, **more: Any) -> tuple[str, JSON]:
-        self._count += 1
-        return name, {"type": name, "sequence_number": self._count - 1, **more}
-
-    def _item_frame(self, what: str, item: JSON) -> tuple[str, JSON]:
-        index = len(self._output)
-        if what == "done":
-            self._output.append(item)
-        return self._frame(f"response.output_item.{what}", output_index=index, item=item)
-
-    def _text_frame(self, of: str, what: str, **more: Any) -> tuple[str, JSON]:
-        """An event of the open item's part, or of the text in it."""
-        names = _TEXT_ITEMS[self._kind]
-        place = {"item_id": self._item_id, "output_index": len(self._output), names["index"]: 0}
-        return self._frame(f"response.{names[of]}.{what}", **place, logprobs=[], **more)
-
-    def _part(self, text: str) -> JSON:
-        if self._kind == "reasoning":
-            return {"type": "summary_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def _text_item(self, status: str) -> JSON:
-        parts = [self._part("".join(self._pieces))] if self._pieces else []
-        if self._kind == "text":
-            item = {"type": "message", "id": self._item_id, "role": "assistant"}
-            return {**item, "status": status, "content": parts}
-        return {"type": "reasoning", "id": self._item_id, "summary": parts}
-
-    def _response(self, status: str, **more: Any) -> JSON:
-        return {
+    def state(self, event: str, status: str = "in_progress", **more: Any) -> JSON:
+        """An event with the response as it is by then."""
+        response = {
             **self._head,
             **dict.fromkeys(("error", "incomplete_details", "usage")),
             **self._request.options["echo"],
@@ -6156,18 +6133,40 @@ class _ResponseWriter:
             "tools": [],
             **more,
         }
+        return self._event(event, response=response)
+
+    def _event(self, name: str, **more: Any) -> JSON:
+        self._count += 1
+        return {"type": f"response.{name}", "sequence_number": self._count - 1, **more}
+
+    def _item_event(self, what: str, item: JSON) -> JSON:
+        index = len(self._output)
+        if what == "done":
+            self._output.append(item)
+        return self._event(f"output_item.{what}", output_index=index, item=item)
+
+    def _part(self) -> JSON:
+        text = "".join(self._pieces)
+        if self._kind == "reasoning":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _text_item(self, status: str) -> JSON:
+        parts, item_id = [self._part()] if self._pieces else [], self._place["item_id"]
+        if self._kind == "reasoning":
+            return {"type": "reasoning", "id": item_id, "summary": parts}
+        item = {"type": "message", "id": item_id, "role": "assistant"}
+        return {**item, "status": status, "content": parts}
 
 
 def _response_usage(usage: Usage) -> JSON:
-    counts = usage_object(usage) or usage_object(Usage(0, 0)) or {}
-    sent, answered = counts["prompt_tokens"], counts["completion_tokens"]
-    cached = counts["prompt_tokens_details"]["cached_tokens"]
+    sent, answered, cached, total = _token_counts(usage)
     return {
         "input_tokens": sent,
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": answered,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": max(counts["total_tokens"], sent + answered),
+        "total_tokens": total,
     }
 
 
@@ -6205,11 +6204,6 @@ _MESSAGES_ERRORS = {
     429: "rate_limit_error",
     504: "timeout_error",
 }
-# Blocks of a provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_BLOCKS = (
-    *("thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"),
-    *("web_fetch_tool_result", "code_execution_tool_result", "container_upload"),
-)
 _IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
 
 
@@ -6219,154 +6213,69 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         if body.get(name) is None:
             raise _wrong(f"{name}: Field required", name)
     history = _History(memory)
-    system = _parts_of(_blocks(body.get("system")))
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
-    billing = "x-anthropic-billing-header:"
+    billing, system = "x-anthropic-billing-header:", read_parts(body.get("system"), "system")
     history.say("system", [p for p in system if not str(p.get("text")).startswith(billing)])
-    for message in _objects(body["messages"], "messages"):
-        _add_message(history, message)
+    for number, message in enumerate(_objects(body["messages"], "messages")):
+        _add_message(history, message, f"messages[{number}]")
     history.flush()
-    tools, dropped = _messages_tools(body.get("tools"))
-    searches = not tools and any(name.startswith("web_search") for name in dropped.values())
-    args, stop = _messages_args(body, dropped), body.get("stop_sequences")
-    asked = checked_request(body, history.messages, tools, args, stop, {"memory": memory})
-    return replace(asked, answer=_NO_SEARCH) if searches else asked
+    tools = _objects(body.get("tools"), "tools")
+    own = [_messages_function(tool) for tool in tools if tool.get("type") in (None, "custom")]
+    hosted = [tool for tool in tools if tool.get("type") not in (None, "custom")]
+    args = _messages_args(body, [tool.get("name") for tool in hosted])
+    searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
+    fields = {"options": {"memory": memory}, "answer": _NO_SEARCH if searches else ""}
+    stop = body.get("stop_sequences")
+    return checked_request(body, history.messages, own, args, stop, **fields)
 
 
-def _messages_args(body: JSON, dropped: Collection[str]) -> JSON:
-    config, thinking = body.get("output_config"), body.get("thinking")
-    config = config if isinstance(config, dict) else {}
-    form = config.get("format") or body.get("output_format")
-    if isinstance(form, dict) and form.get("type") == "json_schema":
-        schema = {"name": "answer", "schema": form.get("schema"), "strict": True}
-        form = {"type": "json_schema", "json_schema": schema}
-    effort = config.get("effort")
-    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+def _messages_function(tool: JSON) -> JSON:
+    parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+    name = _tool_name(tool.get("name"))
+    return {"name": name, **_only(tool, "description"), "parameters": parameters}
+
+
+def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
+    effort, budget = _at(body, "output_config", "effort"), _at(body, "thinking", "budget_tokens")
+    form = _at(body, "output_config", "format") or body.get("output_format")
     if effort is None and _is_number(budget):
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
+    choice, named = body.get("tool_choice"), _at(body, "tool_choice", "name")
+    if choice is not None and _at(choice, "type") not in ("auto", "any", "tool", "none"):
+        raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
+    if named is not None and named in hosted:
+        text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
+        raise _wrong(text, "tool_choice")
     return {
         **_only(body, "max_tokens", "temperature", "top_p"),
-        **_messages_choice(body.get("tool_choice"), dropped),
-        "reasoning_effort": _EFFORTS.get(str(effort)),
-        "response_format": form,
+        **_agent_args(effort, form, name="answer", strict=True),
+        "tool_choice": choice,
+        "parallel_tool_calls": False if _at(choice, "disable_parallel_tool_use") else None,
     }
 
 
-def _messages_choice(choice: Any, dropped: Collection[str]) -> JSON:
-    """The tool_choice as arguments of chat completions."""
-    if choice is None:
-        return {}
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind not in ("auto", "any", "tool", "none"):
-        raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
-    named = choice.get("name")
-    if kind == "tool" and named in tuple(dropped):
-        text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
-        raise _wrong(text, "tool_choice")
-    by_kind = {"any": "required", "tool": {"type": "function", "function": {"name": named}}}
-    alone = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
-    return {"tool_choice": by_kind.get(kind, kind), **alone}
-
-
-def _messages_tools(tools: Any) -> tuple[list[JSON], dict[str, str]]:
-    """(schemas of the caller's functions, kinds of the tools that the provider would run)."""
-    schemas, dropped = [], {}
-    for tool in _objects(tools, "tools"):
-        name = _tool_name(tool.get("name"))
-        if tool.get("type") not in (None, "custom"):
-            dropped[name] = str(tool["type"])
-            continue
-        parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
-        function = {"name": name, **_only(tool, "description"), "parameters": parameters}
-        schemas.append({"type": "function", "function": function})
-    return schemas, dropped
-
-
-def _add_message(history: _History, message: JSON) -> None:
-    """Add a message: its results first, then the rest."""
-    role, blocks = message.get("role"), _blocks(message.get("content"))
-    if role not in ("user", "assistant", "system"):
-        raise _wrong(f"a message has the role {_describe(role)}", "messages")
-    for block in blocks:
-        if block.get("type") == "tool_result":
-            parts = _parts_of(_blocks(block.get("content")))
-            history.result(block.get("tool_use_id"), parts, block.get("is_error") is True)
-    others = [b for b in blocks if b.get("type") not in ("tool_result", "tool_use")]
-    history.say(role, _parts_of(others))
-    for block in blocks:
-        if block.get("type") == "tool_use":
-            arguments = json.dumps(block.get("input") or {})
-            history.call(block.get("id"), str(block.get("name")), arguments)
-
-
-def _blocks(content: Any) -> list[JSON]:
-    """A content as a list of blocks."""
-    if isinstance(content, str):
-        return [_text_part(content)]
-    return _objects(content, "messages")
-
-
-def _parts_of(blocks: Sequence[JSON]) -> list[JSON]:
-    """Blocks as parts of chat completions."""
-    return [part for block in blocks for part in _block_parts(block)]
-
-
-def _block_parts(block: JSON) -> list[JSON]:
-    """A block as parts of chat completions; raises `BadRequestError` for an unknown kind."""
-    kind, source = block.get("type"), block.get("source")
-    if kind == "text":
-        return [_text_part(block.get("text"))]
-    if kind == "image":
-        return [{"type": "image_url", "image_url": {"url": _source_url(kind, source)}}]
-    if kind == "document":
-        return _document_parts(block, source)
-    if kind == "search_result":
-        title = _text_part(f"{block.get('title')} ({source})")
-        return [title, *_parts_of(_blocks(block.get("content")))]
-    if kind == "tool_reference":
-        return [_text_part(f"The tool {block.get('tool_name')} can be called.")]
-    if kind in _SKIPPED_BLOCKS:
-        return []
-    raise _wrong(f"a block is of the kind {_describe(kind)}, which is not known", "messages")
-
-
-def _source_url(kind: str, source: Any) -> str:
-    """The URL of an image or a document, with its data inside unless it is an image's own."""
-    where = source.get("type") if isinstance(source, dict) else None
-    if where == "url" and kind == "image":
-        return str(source.get("url"))
-    if where == "base64":
-        return f"data:{source.get('media_type')};base64,{source.get('data')}"
-    raise _wrong(
-        f"a source of the {kind} must hold its data: this server keeps no files", "messages"
-    )
-
-
-def _document_parts(block: JSON, source: Any) -> list[JSON]:
-    where = source.get("type") if isinstance(source, dict) else None
-    title = block.get("title")
-    if where == "text":
-        text = _text_part(source.get("data"))
-        return [_text_part(str(title)), text] if title else [text]
-    if where == "content":
-        return _parts_of(_blocks(source.get("content")))
-    name = str(title or "document.pdf")
-    data = _source_url("document", source)
-    return [{"type": "file", "file": {"filename": name, "file_data": data}}]
+def _add_message(history: _History, message: JSON, where: str) -> None:
+    """Add a message: its results first, its calls last."""
+    content = message.get("content")
+    blocks = content if isinstance(content, list) else []
+    calls = [block for block in blocks if _at(block, "type") == "tool_use"]
+    results = [block for block in blocks if _at(block, "type") == "tool_result"]
+    for result in results:
+        parts = read_parts(result.get("content"), where)
+        history.result(result.get("tool_use_id"), parts, result.get("is_error") is True)
+    if calls or results:
+        content = [b for b in blocks if _at(b, "type") not in ("tool_use", "tool_result")]
+    history.say(message.get("role"), read_parts(content, where))
+    for call in calls:
+        history.call(call.get("id"), str(call.get("name")), json.dumps(call.get("input") or {}))
 
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `message`."""
-    content: list[JSON] = []
-    if reply.reasoning:
-        thought = {"thinking": reply.reasoning, "signature": _new_id("sig")}
-        content.append({"type": "thinking", **thought})
-    if reply.text:
-        content.append({"type": "text", "text": reply.text})
-    content += [{**_tool_use_block(request, c), "input": _input_of(c)} for c in reply.tool_calls]
+    chunks = [chunk for chunk in chunks_of(reply) if chunk.type != "usage"]
     return {
         **_message_head(reply.model),
-        "content": content,
+        "content": [_block_and_delta(request, chunk)[0] for chunk in chunks],
         **_message_end(ending, bool(reply.tool_calls)),
         "usage": _messages_usage(ending.usage),
     }
@@ -6374,63 +6283,61 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 def messages_frames(
     request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[Frame]:
+) -> Iterator[JSON]:
     """The events of a message, as it comes: blocks that do not overlap."""
     index, kind, has_called = 0, "", False
 
-    def close() -> Iterator[Frame]:
-        if kind == "reasoning":
+    def close() -> Iterator[JSON]:
+        if kind == "thinking":
             signature = {"type": "signature_delta", "signature": _new_id("sig")}
-            yield _event("content_block_delta", index=index, delta=signature)
+            yield {"type": "content_block_delta", "index": index, "delta": signature}
         if kind:
-            yield _event("content_block_stop", index=index)
+            yield {"type": "content_block_stop", "index": index}
 
-    yield _event("message_start", message=_message_head(model()))
+    yield {"type": "message_start", "message": _message_head(model())}
     for event in events:
         if event is None:
-            yield _event("ping")
+            yield {"type": "ping"}
         elif isinstance(event, PuterError):
-            yield "error", messages_error(event, error_status(event), "")
+            yield messages_error(event, error_status(event), "")
         elif isinstance(event, Ending):
             yield from close()
             end, usage = _message_end(event, has_called), _messages_usage(event.usage)
-            yield _event("message_delta", delta=end, usage=usage)
-            yield _event("message_stop")
+            yield {"type": "message_delta", "delta": end, "usage": usage}
+            yield {"type": "message_stop"}
         elif event.tool_call or event.text:
             block, delta = _block_and_delta(request, event)
-            if event.tool_call or event.type != kind:
+            if event.tool_call or block["type"] != kind:
                 yield from close()
                 index += bool(kind)
-                kind, has_called = event.type, has_called or bool(event.tool_call)
-                yield _event("content_block_start", index=index, content_block=block)
-            yield _event("content_block_delta", index=index, delta=delta)
+                kind, has_called = block["type"], has_called or bool(event.tool_call)
+                block |= _EMPTY_BLOCKS[kind]
+                yield {"type": "content_block_start", "index": index, "content_block": block}
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
 
 
-def _event(name: str, **more: Any) -> Frame:
-    return name, {"type": name, **more}
+# What grows in each kind of block, as it is at first.
+_EMPTY_BLOCKS: dict[str, JSON] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+    "tool_use": {"input": {}},
+}
 
 
 def _block_and_delta(request: ChatRequest, chunk: Chunk) -> tuple[JSON, JSON]:
-    """(the empty block that a chunk would open, what the chunk adds to it)"""
-    if chunk.tool_call:
-        arguments = json.dumps(_input_of(chunk.tool_call))
-        block = {**_tool_use_block(request, chunk.tool_call), "input": {}}
-        return block, {"type": "input_json_delta", "partial_json": arguments}
+    """(a block of what a chunk holds, how a stream adds that to the block)"""
+    text, call = chunk.text, chunk.tool_call
+    if call:
+        call = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
+        _remember_extra(request, call)
+        # what cannot be read is named as that, so that no tool runs without it
+        given = {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
+        block = {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
+        return block, {"type": "input_json_delta", "partial_json": json.dumps(given)}
     if chunk.type == "text":
-        return {"type": "text", "text": ""}, {"type": "text_delta", "text": chunk.text}
-    block = {"type": "thinking", "thinking": "", "signature": ""}
-    return block, {"type": "thinking_delta", "thinking": chunk.text}
-
-
-def _input_of(call: ToolCall) -> JSON:
-    """A call's arguments; what cannot be read is named as that, so that no tool runs without it."""
-    return {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
-
-
-def _tool_use_block(request: ChatRequest, call: ToolCall) -> JSON:
-    named = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
-    _remember_extra(request, named)
-    return {"type": "tool_use", "id": named.id, "name": named.name}
+        return {"type": "text", "text": text}, {"type": "text_delta", "text": text}
+    block = {"type": "thinking", "thinking": text, "signature": _new_id("sig")}
+    return block, {"type": "thinking_delta", "thinking": text}
 
 
 def _message_head(model: str) -> JSON:
@@ -6449,13 +6356,12 @@ def _message_end(ending: Ending, has_called: bool) -> JSON:
 
 def _messages_usage(usage: Usage) -> JSON:
     """The usage in Anthropic's names: cached tokens are no part of `input_tokens`."""
-    counts = _response_usage(usage)
-    cached = counts["input_tokens_details"]["cached_tokens"]
+    sent, answered, cached, _ = _token_counts(usage)
     return {
-        "input_tokens": max(0, counts["input_tokens"] - cached),
+        "input_tokens": max(0, sent - cached),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
-        "output_tokens": counts["output_tokens"],
+        "output_tokens": answered,
     }
 
 
@@ -6579,37 +6485,6 @@ def _in_url(host: str) -> str:
 # ---- the server ----
 
 
-class _Running:
-    """A request that is being answered, as the thread of the server looks after it."""
-
-    def __init__(self) -> None:
-        self.cancellation = _Cancellation()
-        self._lock = threading.Lock()
-        self._show_life: Callable[[], None] | None = None
-        self._shown_at_s = 0.0
-
-    @contextmanager
-    def silent(self, show_life: Callable[[], None]) -> Iterator[None]:
-        """While inside, another thread shows signs of life when it takes long."""
-        self._show_life, self._shown_at_s = show_life, time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._show_life = None
-
-    def tick(self, now_s: float) -> None:
-        """Show a sign of life when it is due; a client that takes none holds up nobody else."""
-        if self._show_life is not None and now_s - self._shown_at_s >= KEEP_ALIVE_S:
-            self._shown_at_s = now_s
-            threading.Thread(target=self._show, daemon=True).start()
-
-    def _show(self) -> None:
-        with self._lock:
-            if self._show_life is not None:
-                self._show_life()
-
-
 def _hung_up(sockets: Iterable[Any]) -> list[Any]:
     """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
     import select
@@ -6677,7 +6552,7 @@ class OpenAIServer:
         self._reserved_bytes = 0
         self.stopping = threading.Event()
         self.connections: set[Any] = set()
-        self._running: dict[Any, _Running] = {}
+        self._running: dict[Any, _Cancellation] = {}
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -6709,8 +6584,8 @@ class OpenAIServer:
                 self._idle.wait_for(lambda: not self._running, drain_s)
         finally:
             self._hang_up(self.connections.copy())
-            for running in list(self._running.values()):
-                running.cancellation.cancel()
+            for cancellation in list(self._running.values()):
+                cancellation.cancel()
             self._server.server_close()
 
     def _hang_up(self, connections: Iterable[Any]) -> None:
@@ -6720,13 +6595,13 @@ class OpenAIServer:
                 connection.shutdown(_SHUT_RDWR)
 
     @contextmanager
-    def running(self, connection: Any) -> Iterator[_Running]:
-        """While inside, the request on this connection is looked after, and waited for at the end."""
-        running = _Running()
+    def running(self, connection: Any) -> Iterator[_Cancellation]:
+        """While inside, the request on this connection is waited for at the end, and can be cancelled."""
+        cancellation = _Cancellation()
         with self._idle:
-            self._running[connection] = running
+            self._running[connection] = cancellation
         try:
-            yield running
+            yield cancellation
         finally:
             with self._idle:
                 del self._running[connection]
@@ -6739,68 +6614,56 @@ class OpenAIServer:
                 raise _overloaded("Too many large requests at once")
             self._reserved_bytes += size
 
-    def look_after_running(self) -> None:
-        """Cancel what nobody waits for any more, and show life where an answer takes long."""
-        with self._idle:
-            running = dict(self._running)
-        for connection in _hung_up(running):
-            running.pop(connection).cancellation.cancel()
-        for one in running.values():
-            one.tick(time.monotonic())
+    def cancel_abandoned(self) -> None:
+        """Cancel what nobody waits for any more."""
+        try:
+            with self._idle:
+                running = dict(self._running)
+            for connection in _hung_up(running):
+                running[connection].cancel()
+        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
+            _log.error("A running request could not be looked after", exc_info=True)
 
 
 if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler as _HandlerBase
-    from http.server import ThreadingHTTPServer as _ServerBase
 else:
-    # The real bases are mixed in by `_http_server`, so that only who serves imports them.
-    _HandlerBase = _ServerBase = object
+    # The real base is mixed in by `_http_server`, so that only who serves imports it.
+    _HandlerBase = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
     """The standard library's threading server, with our handler and limits."""
     import socket
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import ThreadingTCPServer
 
     handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = {"app": app, "address_family": family}
-    return type("Server", (_GatewayServer, ThreadingHTTPServer), server)(
+    server = {
+        "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
+        # on Windows it would share a port that is in use
+        "allow_reuse_address": os.name != "nt",
+        "request_queue_size": 256,
+        "daemon_threads": True,
+        "block_on_close": False,
+        # the base class calls it all the time
+        "service_actions": lambda _: app.cancel_abandoned(),
+        "handle_error": lambda *_: _log_failure(),
+    }
+    return type("Server", (ThreadingTCPServer,), server)(
         (host, port), type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), handler)
     )
 
 
-class _GatewayServer(_ServerBase):
-    """What the gateway adds to `ThreadingHTTPServer`."""
-
-    app: OpenAIServer
-    block_on_close = False
-    request_queue_size = 256
-    # on Windows it would share a port that is in use
-    allow_reuse_address = os.name != "nt"
-
-    def server_bind(self) -> None:
-        """As the base class, but without its look-up of the host's full name."""
-        import socketserver
-
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
-    def service_actions(self) -> None:
-        """Called by the base class all the time."""
-        try:
-            self.app.look_after_running()
-        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
-            _log.error("A running request could not be looked after", exc_info=True)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            _log.error("A connection failed", exc_info=True)
+def _log_failure() -> None:
+    """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
+    if not isinstance(sys.exc_info()[1], ConnectionError):
+        _log.error("A connection failed", exc_info=True)
 
 
-_HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n")
-_SINGLE_HEADERS = ("Content-Length", "Transfer-Encoding", "Host", "Authorization", "x-api-key")
+# The lines of a head: no blank before a colon, none at the begin of a line.
+_HEADER_LINES = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*"
+_SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
 class _GatewayHandler(_HandlerBase):
@@ -6810,7 +6673,8 @@ class _GatewayHandler(_HandlerBase):
     """
 
     app: OpenAIServer
-    running: _Running
+    cancellation: _Cancellation
+    dialect = DIALECTS["/v1/chat/completions"]
     raw_requestline: bytes
     protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
@@ -6820,23 +6684,20 @@ class _GatewayHandler(_HandlerBase):
 
     # ---- reading ----
 
-    def setup(self) -> None:
-        """A connection begins."""
-        super().setup()
+    def handle(self) -> None:
+        """As the base class; while it runs, the server knows the connection."""
         self.app.connections.add(self.connection)
         self.is_too_many = len(self.app.connections) > self.app.max_connections
-
-    def finish(self) -> None:
-        """A connection is over."""
-        self.app.connections.discard(self.connection)
-        super().finish()
+        try:
+            super().handle()
+        finally:
+            self.app.connections.discard(self.connection)
 
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
-        self.sent = self.unread = self.has_failed = False
-        self.cors: dict[str, str] = {}
-        self.dialect = dialect_of("")
-        self.request_id = f"req_{os.urandom(12).hex()}"
+        self.sent = self.unread = False
+        self.request_id = _new_id("req")
+        self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
         self.request_version = self.protocol_version
         super().handle_one_request()
@@ -6851,15 +6712,15 @@ class _GatewayHandler(_HandlerBase):
             self.send_error(400, "The request line cannot be read")
             return False
         connection, read_line = self.rfile, partial(self.rfile.readline, 65_537)
-        head = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
+        lines = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
         # one more than the base class takes, so that it can say so
-        lines = list(islice(head, 101))
-        self.rfile = io.BytesIO(b"".join([*lines, b"\r\n"]))
+        head = b"".join(islice(lines, 101))
+        self.rfile = io.BytesIO(head + b"\r\n")
         try:
             is_fine = super().parse_request()
         finally:
             self.rfile = connection
-        if is_fine and not all(map(_HEADER_LINE.fullmatch, lines)):
+        if is_fine and not re.fullmatch(_HEADER_LINES, head):
             self.send_error(400, "A line of the head is no header")
             return False
         return is_fine
@@ -6878,10 +6739,9 @@ class _GatewayHandler(_HandlerBase):
                     raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
                 self.app.reserve(size)
                 reserved += size
-                piece = self.rfile.read(size)
-                if len(piece) < size:
+                body += self.rfile.read(size)
+                if len(body) < reserved:
                     raise ConnectionError("the client hung up in the middle of its request")
-                body += piece
         finally:
             self.app.reserve(-reserved)
         self.unread = False
@@ -6921,7 +6781,7 @@ class _GatewayHandler(_HandlerBase):
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
-        with self.app.running(self.connection) as self.running:
+        with self.app.running(self.connection) as self.cancellation:
             try:
                 self._answer(path)
             except PuterError as error:
@@ -6932,7 +6792,7 @@ class _GatewayHandler(_HandlerBase):
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
             finally:
-                if self.running.cancellation.cancelled.is_set():
+                if self.cancellation.cancelled.is_set():
                     # what else it has sent is not for anybody any more
                     self.close_connection = True
 
@@ -6944,16 +6804,17 @@ class _GatewayHandler(_HandlerBase):
         if self.is_too_many:
             self.close_connection = True
             raise _overloaded(f"All {self.app.max_connections} connections are in use")
+        names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
-            if len(headers.get_all(name, ())) > 1:
+            if names.count(name) > 1:
                 raise _wrong(f"there are several {name} headers")
         is_preflight = self.command == "OPTIONS" and "Origin" in headers
         refused = refusal(self.app.rules, path, headers)
+        if "Origin" in headers and not isinstance(refused, AccessError):
+            self._allow_page(headers["Origin"])
         if refused and not (is_preflight and isinstance(refused, AuthError)):
-            self.cors = {} if isinstance(refused, AccessError) else self._cors()
             self.close_connection = True
             raise refused
-        self.cors = self._cors()
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
         if is_preflight:
             self._send(204, None)
@@ -6974,7 +6835,7 @@ class _GatewayHandler(_HandlerBase):
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
         """Answer what a program asks in a dialect, as a whole or as a stream."""
         body = _json_body(data)
-        # unknown keys of messages are dropped; who tries this one may as well be told
+        # unknown keys of messages are dropped; who tries this one learns that
         if re.search(rb'"puter_path"\s*:', data):
             raise _wrong("puter_path is not for callers of this server", "messages")
         if dialect.answer is not None:
@@ -6985,7 +6846,7 @@ class _GatewayHandler(_HandlerBase):
         name = asked.model or client.config.default_model
         if not name:
             raise _wrong("you must name a model (or set default_model in puter.json)", "model")
-        models = client._models_if_any("The name of the model is passed on unchecked")
+        models = client._models_by_name("The name of the model is passed on unchecked")
         asked = with_served_model(asked, name, models)
         request = client._build_request(
             asked.messages, asked.model, tools=asked.tools, **asked.args
@@ -6995,39 +6856,50 @@ class _GatewayHandler(_HandlerBase):
         else:
             reply = self._complete(asked, request)
             answer, ending = whole_answer(asked, reply)
-            self._send(200, dialect.body(asked, answer, ending), answer_headers(reply))
+            self.reply_headers |= answer_headers(reply)
+            self._send(200, dialect.body(asked, answer, ending))
 
     def _complete(self, asked: ChatRequest, request: _Request) -> Reply:
         if asked.answer:
             return Reply(asked.answer, model=asked.model)
-        return self.app.client._complete(request, self.running.cancellation)
+        return self.app.client._complete(request, self.cancellation)
 
-    def _open(self, asked: ChatRequest, request: _Request) -> Reply | Stream:
-        """A stream, or a reply where all must be there before anything can be given."""
-        if asked.wants_json or asked.answer:
-            return _with_json(asked, self._complete(asked, request))
-        return self.app.client._open_stream(request, self.running.cancellation)
+    def _open(self, asked: ChatRequest, request: _Request) -> Stream:
+        """A stream; of a whole reply where all must be there before anything can be given."""
+        if not (asked.wants_json or asked.answer):
+            return self.app.client._open_stream(request, self.cancellation)
+        reply = _with_json(asked, self._complete(asked, request))
+        who = (reply.model, reply.account, reply.attempts)
+        return Stream(_Source.of(reply), self.cancellation, who)
 
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: _Request) -> None:
         """Answer with Server-Sent Events, which begin with the first chunk, or with a sign of life."""
-        opened: list[Reply | Stream | PuterError] = []
+        opened: list[Stream | PuterError] = []
+        has_failed = False
 
         def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+            nonlocal has_failed
+            while not opened:
+                yield None
             try:
-                while not opened:
-                    yield None
-                yield from self._batches(opened[0])
+                if isinstance(opened[0], PuterError):
+                    raise opened[0]
+                for batch in iter(opened[0]._next_batch, None):
+                    yield batch
+                    # it may be long until the next one
+                    self.wfile.flush()
+                yield opened[0].reply
             except PuterError as error:
-                self.has_failed = True
+                has_failed = True
                 raise self._public(error) from error
 
         def model() -> str:
             return (opened and opened[0].model) or request.model
 
         frames = dialect.frames(asked, model, answer_events(asked, batches()))
-        answer: Reply | Stream | PuterError
+        answer: Stream | PuterError
         try:
-            with self.running.silent(lambda: self._show_life(frames)):
+            with self._showing_life(frames):
                 answer = self._open(asked, request)
         except PuterError as error:
             if not self.sent:
@@ -7035,36 +6907,38 @@ class _GatewayHandler(_HandlerBase):
             answer = error
         opened.append(answer)
         with closing(answer) if isinstance(answer, Stream) else nullcontext():
-            if not isinstance(answer, PuterError) and not self.sent:
-                self._begin_events(answer_headers(answer))
+            if isinstance(answer, Stream) and not self.sent:
+                self.reply_headers |= answer_headers(answer)
+                self._begin_events()
             for frame in frames:
-                self._write_frame(*frame)
-        if self.has_failed and dialect.cuts_broken_streams:
+                self._write_frame(frame)
+        if has_failed and dialect.cuts_broken_streams:
             self.close_connection = True
         elif self.is_chunked:
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
 
-    def _show_life(self, frames: Iterator[Frame]) -> None:
-        """Write the frame that comes before the answer does. Who is gone needs none."""
-        with suppress(ConnectionError, TimeoutError):
-            if not self.sent:
-                self._begin_events({})
-            self._write_frame(*next(frames))
-            self.wfile.flush()
+    @contextmanager
+    def _showing_life(self, frames: Iterator[Frame]) -> Iterator[None]:
+        """While inside, another thread writes what there is to say after each `KEEP_ALIVE_S`."""
+        is_over = threading.Event()
 
-    def _batches(self, answer: Reply | Stream | PuterError) -> Iterator[Sequence[Chunk] | Reply]:
-        """What `answer_events` takes; flushes whenever it has to wait for more."""
-        if isinstance(answer, PuterError):
-            raise answer
-        if isinstance(answer, Reply):
-            yield chunks_of(answer)
-            yield answer
-            return
-        for batch in iter(answer._next_batch, None):
-            yield batch
-            self.wfile.flush()
-        yield answer.reply
+        def show() -> None:
+            # who is gone needs none
+            with suppress(ConnectionError, TimeoutError):
+                while not is_over.wait(KEEP_ALIVE_S):
+                    if not self.sent:
+                        self._begin_events()
+                    self._write_frame(next(frames))
+                    self.wfile.flush()
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def _public(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""
@@ -7082,40 +6956,38 @@ class _GatewayHandler(_HandlerBase):
         body = self.dialect.error(public, status, self.request_id)
         if self.sent:
             self.close_connection = True
-            self._write_frame(str(body.get("type", "")), body)
+            self._write_frame(body)
             self.wfile.flush()
         else:
-            self._send(status, body, error_headers(error, status))
+            self.reply_headers |= error_headers(error, status)
+            self._send(status, body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a broken head), in the shape of the dialect."""
         self.close_connection = True
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
-    def _send(
-        self, status: int, body: JSON | None, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def _send(self, status: int, body: JSON | None) -> None:
         """A whole answer; None has no body."""
-        data, head = b"", dict(headers or {})
+        data = b""
         if body is not None:
             data = json.dumps(body).encode()
-            head |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
-        if self.unread:
-            self.close_connection = True
-        self._send_head(status, head)
+            length = str(len(data))
+            self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
+        self.close_connection |= self.unread
+        self._send_head(status)
         self.wfile.write(b"" if self.command == "HEAD" else data)
         self.wfile.flush()
         if self.unread:
             self._discard()
 
-    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+    def _send_head(self, status: int) -> None:
         self.sent = True
         self.send_response(status)
-        ids = {"x-request-id": self.request_id, "request-id": self.request_id}
-        for name, value in {**headers, **ids, **self.cors}.items():
-            self.send_header(name, value)
         if self.close_connection or self.app.stopping.is_set():
-            self.send_header("Connection", "close")
+            self.reply_headers["Connection"] = "close"
+        for name, value in self.reply_headers.items():
+            self.send_header(name, value)
         self.end_headers()
 
     def _discard(self) -> None:
@@ -7127,33 +6999,34 @@ class _GatewayHandler(_HandlerBase):
             while time.monotonic() < until and self.connection.recv(64 * 1024):
                 pass
 
-    def _begin_events(self, headers: Mapping[str, str]) -> None:
+    def _begin_events(self) -> None:
         self.is_chunked = self.request_version != "HTTP/1.0"
         self.close_connection |= not self.is_chunked
-        framing = {"Transfer-Encoding": "chunked"} if self.is_chunked else {}
         kind = "text/event-stream; charset=utf-8"
-        own = {"Content-Type": kind, "Cache-Control": "no-cache"}
-        self._send_head(200, {**own, **framing, **headers})
+        self.reply_headers |= {"Content-Type": kind, "Cache-Control": "no-cache"}
+        if self.is_chunked:
+            self.reply_headers["Transfer-Encoding"] = "chunked"
+        self._send_head(200)
 
-    def _write_frame(self, event: str, data: JSON | str | None) -> None:
-        if data is None:
-            text = ": keep-alive\n\n"
+    def _write_frame(self, frame: Frame) -> None:
+        if frame is None:
+            text = ": keep-alive"
+        elif isinstance(frame, str):
+            text = f"data: {frame}"
         else:
-            named = f"event: {event}\n" if event else ""
-            text = f"{named}data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
-        block = text.encode()
+            name = f"event: {frame['type']}\n" if "type" in frame else ""
+            text = f"{name}data: {json.dumps(frame)}"
+        block = f"{text}\n\n".encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
-    def _cors(self) -> dict[str, str]:
-        """Headers for a page that may call."""
-        origin, asked = self.headers.get("Origin"), "Access-Control-Request-Headers"
-        if origin is None:
-            return {}
-        return {
+    def _allow_page(self, origin: str) -> None:
+        """Let a page that may call read the answer (CORS)."""
+        asked = self.headers.get("Access-Control-Request-Headers")
+        usual = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
+        self.reply_headers |= {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-            "Access-Control-Allow-Headers": self.headers.get(asked)
-            or "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+            "Access-Control-Allow-Headers": asked or usual,
             "Access-Control-Expose-Headers": "x-puter-model, x-puter-account, x-puter-attempts, "
             "x-request-id, request-id, x-should-retry, retry-after",
             "Vary": "Origin",
