@@ -6661,7 +6661,7 @@ def _log_failure() -> None:
         _log.error("A connection failed", exc_info=True)
 
 
-# The lines of a head: no blank before a colon, none at the begin of a line.
+# The lines of a head: no blank before a colon, or at the beginning of a line.
 _HEADER_LINES = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*"
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
