@@ -3554,7 +3554,7 @@ class _Accounts:
         self.token, self.pinned = token, pinned
         # who answered last, and is asked first
         self.current: str | None = None
-        self._read: tuple[Any, list[Account], str | None] | None = None
+        self._last_read: tuple[Any, list[Account], str | None] | None = None
 
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
@@ -3663,7 +3663,7 @@ class _Accounts:
 
     def _stored(self) -> tuple[list[Account], str | None]:
         """The stored accounts and the active one's name; read again when the file changed."""
-        stamp, last = self.store.stamp(), self._read
+        stamp, last = self.store.stamp(), self._last_read
         if last is not None and last[0] == stamp:
             return last[1:]
         accounts, active = self.store.read()
@@ -3671,7 +3671,7 @@ class _Accounts:
         if last is not None and last[2] != name:
             # somebody has switched, or signed in
             self.current = None
-        self._read = (stamp, accounts, name)
+        self._last_read = (stamp, accounts, name)
         return accounts, name
 
 
@@ -4165,6 +4165,18 @@ class Puter:
         for state in (self.state, self._metrics, self._reply_cache):
             state.close()
 
+    def _state_in(self, place: str | None, *name: str) -> State:
+        """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
+        if place is None:
+            return self.state
+        return State(os.path.join(os.path.expanduser(place), *name))
+
+    def _after_fork(self) -> None:
+        """A forked child begins without connections, and with nothing running."""
+        self._transport.after_fork()
+        self._catalogue.after_fork()
+        self._limits = {}
+
     # ---- asking ----
 
     def chat(
@@ -4409,6 +4421,42 @@ class Puter:
         url = f"{_api_origin(self.config)}/puterai/chat/models"
         return self._transport.send("GET", url).headers.get("Date")
 
+    # ---- before anybody is asked ----
+
+    def _check_inputs(self, name: str, needs: Needs) -> None:
+        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
+        if not needs.inputs:
+            return
+        catalogue = self._catalogue.models_if_any("The inputs were not checked")
+        model = self._catalogue.known(name)
+        if model is None or model.inputs is None or needs.inputs <= set(model.inputs):
+            # the server says so if there is none, with what it knows
+            return
+        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
+        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
+        takes, wanted = ", ".join(model.inputs), " and ".join(sorted(needs.inputs))
+        hint = f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
+        message = f"{model.id} accepts {takes}, but not {wanted}"
+        raise BadRequestError(message, model=model.id, hint=hint)
+
+    def _cached(self, request: _Request) -> Reply | None:
+        """The cached reply to the same request, if replies are cached and it is fresh."""
+        if not self.config.cache_enabled:
+            return None
+        ttl_s = self.config.cache_ttl_ms / 1000
+        body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
+        if body is None:
+            return None
+        _log.info("Response: from the cache")
+        return reply_from_json(json.loads(body))
+
+    def _cache_key(self, request: _Request) -> str:
+        """What tells one request from another: all of it, and the server."""
+        import hashlib
+
+        server = [self.config.api_base_url, self.config.api_style]
+        return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
+
     # ---- the walk over models and accounts ----
 
     def _walk(self, call: _Call) -> tuple[_Source, ExitStack]:
@@ -4577,23 +4625,7 @@ class Puter:
         self.state.add_cooldown(name, model_id, ms / 1000, _code_of(error), time.time())
         _log.info("%s, adding to cooldown", _log_words(error))
 
-    # ---- one question, from the caller's arguments to the reply ----
-
-    def _check_inputs(self, name: str, needs: Needs) -> None:
-        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
-        if not needs.inputs:
-            return
-        catalogue = self._catalogue.models_if_any("The inputs were not checked")
-        model = self._catalogue.known(name)
-        if model is None or model.inputs is None or needs.inputs <= set(model.inputs):
-            # the server says so if there is none, with what it knows
-            return
-        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
-        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        takes, wanted = ", ".join(model.inputs), " and ".join(sorted(needs.inputs))
-        hint = f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
-        message = f"{model.id} accepts {takes}, but not {wanted}"
-        raise BadRequestError(message, model=model.id, hint=hint)
+    # ---- what is noted of an answer ----
 
     def _note_end(self, call: _Call, started: float, word: str, reply: Reply | None) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
@@ -4607,11 +4639,10 @@ class Puter:
         is_fallback = self._catalogue.id_of(model) != self._catalogue.id_of(request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
-        is_whole = not (
-            call.is_stream and request.needs.tools and self.config.stream_tools == "live"
-        )
-        is_fine = is_whole and not any(c.invalid for c in reply.tool_calls)
-        if self.config.cache_enabled and is_fine and not is_fallback:
+        may_lack_calls = call.is_stream and request.needs.tools
+        may_lack_calls = may_lack_calls and self.config.stream_tools == "live"
+        is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
+        if self.config.cache_enabled and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
         if self._on_answer is not None:
@@ -4629,36 +4660,6 @@ class Puter:
         if self.config.metrics_enabled:
             model_id, samples = self._catalogue.id_of(model), self.config.metrics_max_samples
             self._metrics.record(model_id, outcome, seconds, first_s, usage, samples)
-
-    def _cached(self, request: _Request) -> Reply | None:
-        """The cached reply to the same request, if replies are cached and it is fresh."""
-        if not self.config.cache_enabled:
-            return None
-        ttl_s = self.config.cache_ttl_ms / 1000
-        body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
-        if body is None:
-            return None
-        _log.info("Response: from the cache")
-        return reply_from_json(json.loads(body))
-
-    def _cache_key(self, request: _Request) -> str:
-        """What tells one request from another: all of it, and the server."""
-        import hashlib
-
-        server = [self.config.api_base_url, self.config.api_style]
-        return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
-
-    def _state_in(self, place: str | None, *name: str) -> State:
-        """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
-        if place is None:
-            return self.state
-        return State(os.path.join(os.path.expanduser(place), *name))
-
-    def _after_fork(self) -> None:
-        """A forked child begins without connections, and with nothing running."""
-        self._transport.after_fork()
-        self._catalogue.after_fork()
-        self._limits = {}
 
 
 def raise_first(attempts: Sequence[Attempt]) -> NoReturn:
