@@ -6554,6 +6554,8 @@ class OpenAIServer:
         self.stopping = threading.Event()
         self.connections: set[Any] = set()
         self._running: dict[Any, _Cancellation] = {}
+        # threads that show signs of life, and when they are due to start
+        self.silent: dict[threading.Thread, float] = {}
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -6615,13 +6617,16 @@ class OpenAIServer:
                 raise _overloaded("Too many large requests at once")
             self._reserved_bytes += size
 
-    def cancel_abandoned(self) -> None:
-        """Cancel what nobody waits for any more."""
+    def look_after_running(self) -> None:
+        """Cancel what nobody waits for any more, and show life where an answer takes long."""
         try:
             with self._idle:
                 running = dict(self._running)
             for connection in _hung_up(running):
                 running[connection].cancel()
+            for thread, due_s in list(self.silent.items()):
+                if due_s <= time.monotonic() and self.silent.pop(thread, 0.0):
+                    thread.start()
         except Exception:  # noqa: BLE001 (it is logged, and the server lives)
             _log.error("A running request could not be looked after", exc_info=True)
 
@@ -6648,7 +6653,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
         "daemon_threads": True,
         "block_on_close": False,
         # the base class calls it all the time
-        "service_actions": lambda _: app.cancel_abandoned(),
+        "service_actions": lambda _: app.look_after_running(),
         "handle_error": lambda *_: _log_failure(),
     }
     return type("Server", (ThreadingTCPServer,), server)(
@@ -6927,19 +6932,24 @@ class _GatewayHandler(_HandlerBase):
         def show() -> None:
             # who is gone needs none
             with suppress(ConnectionError, TimeoutError):
-                while not is_over.wait(KEEP_ALIVE_S):
+                while not is_over.is_set():
                     if not self.sent:
                         self._begin_events()
                     self._write_frame(next(frames))
                     self.wfile.flush()
+                    is_over.wait(KEEP_ALIVE_S)
 
         thread = threading.Thread(target=show, daemon=True)
-        thread.start()
+        # most answers come sooner, and need no thread
+        self.app.silent[thread] = time.monotonic() + KEEP_ALIVE_S
         try:
             yield
         finally:
             is_over.set()
-            thread.join()
+            self.app.silent.pop(thread, None)
+            # one that starts only now writes nothing
+            if thread.is_alive():
+                thread.join()
 
     def _public(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""
