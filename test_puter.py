@@ -68,6 +68,7 @@ from pathlib import Path
 from socketserver import TCPServer
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, Union
+from unittest import mock
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
 import requests
@@ -1807,13 +1808,15 @@ SET_UPS: dict[str, dict[str, Any]] = {
 }
 
 
+def recordings(name: str) -> Any:
+    """What a recorded file holds; an empty list, which skips its tests, where there is none."""
+    path = WIRE / name
+    return json.loads(path.read_text("utf-8")) if path.is_file() else []
+
+
 def recorded_exchanges() -> list[Any]:
-    """The recorded exchanges as test parameters, or one that is skipped and says why."""
-    path = WIRE / "exchanges.json"
-    if not path.is_file():
-        skip = pytest.mark.skip(reason=f"there are no recordings at {path}")
-        return [pytest.param({}, marks=skip, id="recordings")]
-    exchanges = json.loads(path.read_text("utf-8"))
+    """The recorded exchanges as test parameters."""
+    exchanges = recordings("exchanges.json")
     return [pytest.param(e, id=e["name"]) for e in exchanges if e["request"]["path"] not in UNUSED]
 
 
@@ -1878,12 +1881,20 @@ def freeze_modules() -> None:
 TOKENS = re.compile(r"token-(alice|bob|carol|dave|temp_bob|given)\b|Bearer (?!<token>)[!-~]{8}")
 
 
+def begin_log() -> None:
+    """No command of before shows its log any more."""
+    puter._log.shown_from = None
+    logging.getLogger("puter").handlers.clear()
+    logging.getLogger("puter").setLevel(logging.NOTSET)
+
+
 @pytest.fixture(autouse=True)
 def no_token_gets_out(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """In every test: no token in a log, a new error, what is printed, a header, or the state."""
     leaks: list[str] = []
+    begin_log()
 
     def look(where: str, *told: Any) -> None:
         texts = [t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in told]
@@ -2091,10 +2102,7 @@ def table(*rows: Any) -> list[Any]:
 
 def recorded(name: str) -> Any:
     """One recorded file, or a skipped test."""
-    path = WIRE / name
-    if not path.is_file():
-        pytest.skip("there are no recordings beside the repository")
-    return json.loads(path.read_text("utf-8"))
+    return recordings(name) or pytest.skip("there are no recordings beside the repository")
 
 
 def recorded_answer(name: str) -> JSON:
@@ -5656,29 +5664,18 @@ def run_here(
 ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command in this process, whose input is a pipe."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    streams = {
-        name: io.TextIOWrapper(io.BytesIO(content), "ascii")
-        for name, content in (("stdin", data), ("stdout", b""), ("stderr", b""))
-    }
-    logger = logging.getLogger("puter")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stream in streams.items():
+    streams = [io.TextIOWrapper(io.BytesIO(given), "ascii") for given in (data, b"", b"")]
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environ, clear=True):
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
             patch.setattr(sys, name, stream)
-        for name in os.environ.keys() - environ.keys():
-            patch.delenv(name)
-        for name, value in environ.items():
-            patch.setenv(name, value)
-        patch.setattr(puter._log, "shown_from", None)
+        begin_log()
         try:
             code: Any = puter.main(list(argv))
         except SystemExit as ended:
             code = ended.code or 0
-        finally:
-            logger.handlers.clear()
-            logger.setLevel(logging.NOTSET)
-    for stream in streams.values():
+    for stream in streams:
         stream.flush()
-    out, err = (streams[name].buffer.getvalue().decode() for name in ("stdout", "stderr"))
+    out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
     return code, out, err
 
 
@@ -5689,7 +5686,7 @@ def run_apart(
     data = stdin.encode() if isinstance(stdin, str) else stdin
     command = [sys.executable, "-m", "puter", *argv]
     done = subprocess.run(
-        command, check=False, input=data, capture_output=True, env=environ, timeout=20
+        command, check=False, input=data, capture_output=True, env=environ, timeout=50
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -5699,17 +5696,8 @@ class Shell:
 
     def __init__(self, fake: FakePuter, folder: Path) -> None:
         self.fake, self.folder = fake, folder
-        self.environ = clean_environ(
-            folder, PUTER_API_BASE_URL=fake.url, PUTER_GUI_BASE_URL=fake.url
-        )
-
-    def start(self, *args: str, **more: Any) -> subprocess.Popen[bytes]:
-        """Start a command; `more` is for Popen, and `environ` adds variables."""
-        environ = {**self.environ, **more.pop("environ", {})}
-        more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **more}
-        return subprocess.Popen(
-            [sys.executable, "-m", "puter", *args], env=environ, stderr=subprocess.PIPE, **more
-        )
+        urls = dict.fromkeys(("PUTER_API_BASE_URL", "PUTER_GUI_BASE_URL"), fake.url)
+        self.environ = clean_environ(folder, **urls)
 
     def run(
         self, *args: str, stdin: str | bytes = "", apart: bool = False, **environ: str
@@ -5726,10 +5714,10 @@ class Shell:
         assert (code, err) == (0, "")
         return out
 
-    def refused(self, *args: str, stdin: str = "", code: int = 1) -> str:
+    def refused(self, *args: str, stdin: str = "") -> str:
         """The one line on standard error of a command that must fail."""
-        found, out, err = self.run(*args, stdin=stdin)
-        assert (found, out) == (code, "")
+        code, out, err = self.run(*args, stdin=stdin)
+        assert (code, out) == (1, "")
         assert err.startswith("error: ") and err.count("\n") == 1
         return err
 
@@ -5818,11 +5806,14 @@ class TestAccountCommands:
             ("login --no-browser --port 99999", {}, "port"),
             ("login --no-browser --port -1", {}, "port"),
             ("logout alice --all", {}, "not allowed with"),
-            *((argv, {}, "usage:") for argv in ("", "switch", "logout a b", "login --port x")),
+            *(
+                (argv, {}, "usage:")
+                for argv in ("", "aks", "switch", "logout a b", "login --port x")
+            ),
         ],
     )
     def test_wrong_usage(self, two, argv, more, words):
-        code, out, err = two.run(*argv.split(), **more)
+        code, out, err = two.run(*argv.split(), apart=words == "usage:", **more)
         assert (code, out) == (2, "") and words in err
         assert len(two.store.accounts()) == 2
 
@@ -5836,7 +5827,8 @@ class TestAccountCommands:
 
     def test_login_with_a_browser_elsewhere(self, shell):
         shell.fake.login_token = shell.fake.add_account("carol", SECRET).token
-        with shell.start("login", "--no-browser", "--port", "0") as process:
+        argv = ("login", "--no-browser", "--port", "0")
+        with running_cli(shell.fake, *argv, env=shell.environ) as process:
             status, page = shell.fake.approve(self.shown_address(process))
             out, err = process.communicate(timeout=10)
         assert (process.returncode, status) == (0, 200)
@@ -5862,7 +5854,8 @@ class TestAccountCommands:
 
     @posix_only
     def test_ctrl_c_ends_a_waiting_login_at_once(self, shell):
-        with shell.start("login", "--no-browser", "--port", "0") as process:
+        argv = ("login", "--no-browser", "--port", "0")
+        with running_cli(shell.fake, *argv, env=shell.environ) as process:
             self.shown_address(process)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=5)
@@ -8617,12 +8610,12 @@ def run_cli(
 
 
 @contextmanager
-def running_cli(fake: FakePuter, *argv: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def running_cli(fake: FakePuter, *argv: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A command that runs while the test does something to it."""
     command = [sys.executable, "-m", "puter", *argv]
     pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    pipes = {"stdin": subprocess.DEVNULL, **pipes, **options}
-    with subprocess.Popen(command, env=cli_env(fake), **pipes) as process:
+    options = {"stdin": subprocess.DEVNULL, **pipes, "env": cli_env(fake), **options}
+    with subprocess.Popen(command, **options) as process:
         try:
             yield process
         finally:
@@ -8649,13 +8642,7 @@ class TestAskCommand:
         assert sent.args.get("stream", False) is not bool(how)
 
     def test_it_is_printed_as_it_comes(self, signed_in):
-        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            handler.begin_stream()
-            handler.chunk(line("text", text="first"))
-            handler.pause(30.0)
-            return None
-
-        signed_in.script[lab("text")] = send
+        signed_in.script[lab("text")] = stalls(line("text", text="first"))
         with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
             assert process.stdout and process.stdout.read(5) == b"first"
 
@@ -8681,6 +8668,8 @@ class TestAskCommand:
             (["-"], "a question", "a question"),
             (["hi"], "", "hi"),
             (["hi"], "é🦊", "hi\n\né🦊"),
+            (["Why", "so?", "-m", lab("echo")], "", "Why so?"),
+            (["--", "-5", "is?"], "", "-5 is?"),
         ],
     )
     def test_a_pipe_joins_the_prompt(self, signed_in, argv, stdin, want):
@@ -8880,12 +8869,6 @@ class TestCatalogueCommands:
             for word in ("ask", "models", "whoami", "exit codes:", "examples:"):
                 assert word in done.stdout
 
-    @pytest.mark.parametrize("argv", [[], ["aks"], ["ask", "--max-tokens", "x", "hi"]])
-    def test_wrong_usage(self, fake, home, argv):
-        done = run_cli(fake, *argv, apart=True)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "usage:" in done.stderr
-
 
 # =============================================================================
 # Helpers of the server's tests
@@ -8895,9 +8878,6 @@ JSONObject = dict[str, Any]
 Serve = Callable[..., puter.OpenAIServer]
 
 HI: list[JSONObject] = [{"role": "user", "content": "hi"}]
-CLIENT_REQUESTS = (
-    Path(__file__).resolve().parent.parent / "shared" / "wire" / "client-requests.json"
-)
 A_PDF_URL = "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.4 x").decode()
 PNG_URL = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 KEY = "the-key-of-the-server"
@@ -9091,12 +9071,13 @@ def server(serve: Serve) -> puter.OpenAIServer:
     return serve()
 
 
+AT_ONCE: Any = {"max_retries": 0, "timeout": 10}
+
+
 def sdk(server: puter.OpenAIServer, key: str = "any") -> openai.OpenAI:
     """The real SDK, which does not try again."""
     web = openai.DefaultHttpxClient(verify=False)  # it need not load certificates
-    return openai.OpenAI(
-        base_url=server.url, api_key=key, max_retries=0, timeout=10, http_client=web
-    )
+    return openai.OpenAI(base_url=server.url, api_key=key, http_client=web, **AT_ONCE)
 
 
 # =============================================================================
@@ -9840,8 +9821,6 @@ class TestTranslation:
 # Gateway: responses, messages, names of models
 # =============================================================================
 
-AGENT_RECORDINGS = CLIENT_REQUESTS.with_name("responses-and-messages.json")
-WIRE_CATALOGUE = CLIENT_REQUESTS.with_name("catalogue.json")
 # The HTTP library of the SDKs, under the name that their version has for it.
 HTTPX: Any = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.split(".")[0])
 RESPONSE_EVENT: Any = TypeAdapter(ResponseStreamEvent)
@@ -10542,9 +10521,7 @@ class TestMessagesDialect:
 
 def real_catalogue() -> list[puter.Model]:
     """The models of a real server."""
-    if not WIRE_CATALOGUE.is_file():
-        pytest.skip(f"there is no catalogue at {WIRE_CATALOGUE}")
-    return puter.models_from(json.loads(WIRE_CATALOGUE.read_text("utf-8")))
+    return puter.models_from(recorded("catalogue.json"))
 
 
 class TestServedModel:
@@ -10615,15 +10592,11 @@ class TestServedModel:
 
 def agent_requests() -> list[Any]:
     """What real agents and SDKs sent to the two dialects, as test parameters."""
-    if not AGENT_RECORDINGS.is_file():
-        skip = pytest.mark.skip(reason=f"there are no recordings at {AGENT_RECORDINGS}")
-        return [pytest.param({}, marks=skip, id="recordings")]
-    recordings = json.loads(AGENT_RECORDINGS.read_text("utf-8"))["recordings"]
-    first = recordings[0]["request"]["body"]
-    for one in recordings:
+    found = dict(recordings("responses-and-messages.json")).get("recordings", [])
+    for one in found:
         if "…" in (one["request"]["body"] or {}):  # "as in: plain text"
-            one["request"]["body"] = first
-    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(recordings)]
+            one["request"]["body"] = found[0]["request"]["body"]
+    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
 
 
 def as_recorded(value: Any) -> Any:
@@ -10725,9 +10698,7 @@ def claude(server: puter.OpenAIServer, key: str = "any") -> anthropic.Anthropic:
     """Anthropic's SDK, which does not try again."""
     base = server.url.removesuffix("/v1")
     web = anthropic.DefaultHttpxClient(verify=False)
-    return anthropic.Anthropic(
-        base_url=base, api_key=key, max_retries=0, timeout=10, http_client=web
-    )
+    return anthropic.Anthropic(base_url=base, api_key=key, http_client=web, **AT_ONCE)
 
 
 def event_data(reply: requests.Response) -> list[JSONObject]:
@@ -10876,15 +10847,9 @@ class TestDialectsOfAgents:
 
 
 def client_requests() -> list[Any]:
-    """What real clients sent, as test parameters, or one that is skipped and says why."""
-    if not CLIENT_REQUESTS.is_file():
-        skip = pytest.mark.skip(reason=f"there are no requests at {CLIENT_REQUESTS}")
-        return [pytest.param({}, marks=skip, id="requests")]
-    requests_sent = json.loads(CLIENT_REQUESTS.read_text("utf-8"))
-    return [
-        pytest.param(one, id=f"{number}-{one['client']}")
-        for number, one in enumerate(requests_sent)
-    ]
+    """What real clients sent, as test parameters."""
+    found = recordings("client-requests.json")
+    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
 
 
 def two_tools(handler: FakeHandler, args: JSONObject) -> Answer:
@@ -11825,25 +11790,15 @@ class TestOpenAIServer:
 @contextmanager
 def serving(
     fake: FakePuter, *argv: str, **env: str
-) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+) -> Iterator[tuple[subprocess.Popen[Any], str, list[str]]]:
     """A server as a process: the process, its base URL, and the lines that it printed."""
-    command = [sys.executable, "-m", "puter", "serve", *argv]
-    with subprocess.Popen(
-        command,
-        env=cli_env(fake, **env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout
-            lines = [process.stdout.readline().rstrip("\n") for _ in range(2)]
-            found = re.search(r"http://\S+/v1", lines[0])
-            assert found, process.stderr and process.stderr.read()
-            yield process, found[0], lines
-        finally:
-            process.kill()
+    environ = cli_env(fake, **env)
+    with running_cli(fake, "serve", *argv, env=environ, text=True) as process:
+        assert process.stdout
+        lines = [process.stdout.readline().rstrip("\n") for _ in range(2)]
+        found = re.search(r"http://\S+/v1", lines[0])
+        assert found, process.stderr and process.stderr.read()
+        yield process, found[0], lines
 
 
 class TestServeCommand:
@@ -12612,10 +12567,8 @@ def start_mcp(mcp_env: dict[str, str]) -> Iterator[Callable[..., McpProcess]]:
         one.process.kill()
         one.process.wait()
         for stream in (one.stdin, one.stdout, one.stderr):
-            try:
+            with suppress(OSError):
                 stream.close()
-            except OSError:
-                pass
 
 
 def mutated(rand: random.Random) -> Any:
@@ -12725,8 +12678,7 @@ class TestMcpCommand:
         ("closed", "code", "says"), [("<&-", 0, b""), (">&-", 1, b"closed"), ("2>&-", 0, b"")]
     )
     def test_closed_streams_are_a_clear_end(self, mcp_env, closed, code, says):
-        command = [sys.executable, str(Path(puter.__file__).resolve()), "serve", "--mcp"]
-        shell = ["sh", "-c", f"{shlex.join(command)} {closed}"]
+        shell = ["sh", "-c", f"{shlex.join(mcp_argv())} {closed}"]
         ping = as_line(rpc("ping"))
         done = subprocess.run(shell, check=False, env=mcp_env, input=ping, capture_output=True)
         assert done.returncode == code and says in done.stderr and b"Traceback" not in done.stderr
@@ -14256,7 +14208,6 @@ class Terminal:
     ) -> None:
         import fcntl
         import pty
-        import struct
         import termios
 
         self.master, tty = pty.openpty()
@@ -14264,15 +14215,8 @@ class Terminal:
         fcntl.ioctl(tty, termios.TIOCSWINSZ, size)
         self.shown, self.read_to, self.piped_out = "", 0, b""
         unset = ("NO_COLOR", "COLUMNS", "LINES", "CI")
-        settings = {
-            **{n: v for n, v in os.environ.items() if n not in unset},
-            "PYTHONPATH": str(Path(puter.__file__).parent),
-            "PUTER_API_BASE_URL": fake.url,
-            "PUTER_RETRY_DELAY_MS": "1",
-            "TERM": "xterm-256color",
-            "INPUTRC": os.devnull,
-            **env,
-        }
+        own = {"TERM": "xterm-256color", "INPUTRC": os.devnull, **env}
+        settings = {n: v for n, v in cli_env(fake).items() if n not in unset} | own
         self.process = subprocess.Popen(
             [sys.executable, "-c", AT_TERMINAL, *argv],
             stdin=tty,
@@ -14398,7 +14342,7 @@ class TestAsk:
             (".", "cannot be read"),
             ("http://127.0.0.1:9/x", "127.0.0.1:9"),
             ("MISSING", "404"),
-            pytest.param("empty.pdf", "empty.pdf"),
+            ("empty.pdf", "empty.pdf"),
         ],
     )
     def test_an_attachment_that_cannot_be_had(self, desk, source, words):
@@ -14478,7 +14422,7 @@ class TestAsk:
             ({"NO_COLOR": "1"}, False, True),
             ({"TERM": "dumb"}, False, False),
             ({"PUTER_QUIET_MODE": "1"}, True, False),
-            pytest.param({"NO_COLOR": ""}, True, True),
+            ({"NO_COLOR": ""}, True, True),
         ],
     )
     def test_plain_terminals(self, desk, env, colour, spinner):
@@ -14571,16 +14515,6 @@ class TestAsk:
             assert terminal.end() == code
         assert terminal.piped_out == out
 
-    @pytest.mark.parametrize(
-        ("argv", "want"),
-        [
-            (["Why", "so?", "-m", lab("echo")], "Why so?"),
-            (["-m", lab("echo"), "--", "-5", "is?"], "-5 is?"),
-        ],
-    )
-    def test_where_the_prompt_stands(self, desk, argv, want):
-        assert run_cli(desk, "ask", *argv).stdout == want + "\n"
-
 
 class TestChatCommand:
     """`chat`, at a terminal and on a pipe."""
@@ -14606,9 +14540,9 @@ class TestChatCommand:
             (['"""', "one", "", "two", '"""'], "one\n\ntwo"),
             (['"""one', 'two"""'], "one\ntwo"),
             (['"""one two"""'], "one two"),
-            pytest.param(['"""', "/etc/hosts is what?", '"""'], "/etc/hosts is what?"),
-            pytest.param(['"""', "one"], "one"),
-            pytest.param(["one\\"], "one"),
+            (['"""', "/etc/hosts is what?", '"""'], "/etc/hosts is what?"),
+            (['"""', "one"], "one"),
+            (["one\\"], "one"),
         ],
     )
     def test_longer_texts(self, desk, lines, want):
@@ -15273,16 +15207,8 @@ class TestLaunch:
         monkeypatch.setenv("PWD", str(work))
         desk.script[OPUS] = agent_at_work
         how = ["--mcp"] * (program != "aider")
-        command = [sys.executable, "-m", "puter", "launch", program, "-m", OPUS, *how, "--"]
-        done = subprocess.run(
-            [*command, *AGENT_ARGUMENTS[program]],
-            check=False,
-            env=cli_env(desk),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        argv = ("launch", program, "-m", OPUS, *how, "--", *AGENT_ARGUMENTS[program])
+        done = run_cli(desk, *argv, apart=True)
         assert done.returncode == 0, done.stderr
         assert (work / "out.txt").read_text().strip() == "written", done.stdout + done.stderr
         assert f" by {OPUS}; tokens: " in done.stderr
