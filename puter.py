@@ -3184,7 +3184,7 @@ class _Transport:
             _read_into(data, response, timeout_s, MAX_BODY_BYTES)
         except PuterError as error:
             # a whole JSON without its frame's end is an answer
-            if _json_or_none(data) is None:
+            if _json_or_none(data.decode("utf-8", "replace")) is None:
                 if response.status_code == 200:
                     # it was worked for, and billed: nobody asks for it again
                     raise ReplyError(f"The answer broke off: {error.message}") from error
@@ -3382,9 +3382,9 @@ def _encoded(body: Any) -> bytes:
         raise BadRequestError(message, hint=hint) from error
 
 
-def _json_or_none(text: str | bytes | bytearray) -> Any:
+def _json_or_none(text: str) -> Any:
     try:
-        return json.loads(text, parse_int=_any_size)
+        return _JSON.decode(text)
     except (ValueError, RecursionError):
         return None
 
