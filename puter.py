@@ -8098,21 +8098,19 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 # chat
 
 
-@dataclass(eq=False)
 class _Chat:
     """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
 
     The docstrings of the commands, in this order, are what /help shows.
     """
 
-    client: Puter
-    talk: Conversation
-    options: JSON
-    attached: list[str] = field(default_factory=list)
-    unanswered: JSON | None = None
-    asked: int = 0
-    used: list[Usage] = field(default_factory=list)
-    matches: list[str] = field(default_factory=list)
+    def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
+        self.client, self.talk, self.options = client, talk, options
+        self.attached: list[str] = []
+        self.unanswered: JSON | None = None
+        self.asked = 0
+        self.used: list[Usage] = []
+        self.matches: list[str] = []
 
     def run(self) -> None:
         """Read lines until there are no more."""
