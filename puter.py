@@ -2471,7 +2471,7 @@ class _Decoder:
         self._text = _GrowingText()
         self._reasoning = _GrowingText()
         self._calls: list[ToolCall] = []
-        self._finish: str | None = None
+        self._finish_word: str | None = None
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
@@ -2485,7 +2485,7 @@ class _Decoder:
             text=str(self._text),
             reasoning=str(self._reasoning),
             tool_calls=tuple(calls),
-            finish_reason=_finish_reason(self._finish, self._calls),
+            finish_reason=_finish_reason(self._finish_word, self._calls),
             usage=self.usage,
             model=self.model,
             raw={"extra": self._extra} if self._extra else {},
@@ -2507,7 +2507,7 @@ class _Decoder:
         self._calls.append(_with_own_id(call, self._calls))
         chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
-    def _end(self, chunks: list[Chunk]) -> None:
+    def _complete(self, chunks: list[Chunk]) -> None:
         """The stream says that it was whole."""
         self.whole = True
         if half := self._reasoning.add("", is_last=True):
@@ -2572,7 +2572,7 @@ class LineDecoder(_Decoder):
             self._add_call(tool_call_from(event), chunks)
         elif kind == "usage":
             self.usage = usage_from(event.get("usage"))
-            self._end(chunks)
+            self._complete(chunks)
         elif kind == "error":
             self.fail(str(event.get("message") or "the server gave no reason"))
         else:
@@ -2596,7 +2596,7 @@ class EventDecoder(_Decoder):
             if data.strip() == "[DONE]":
                 for call in self._open_calls:
                     self._add_call(tool_call_from(call), chunks)
-                self._end(chunks)
+                self._complete(chunks)
             else:
                 self._frame(_JSON.decode(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
@@ -2617,7 +2617,7 @@ class EventDecoder(_Decoder):
                 # `n` asked for several, and one is read
                 continue
             delta = choice.get("delta") or {}
-            self._finish = choice.get("finish_reason") or self._finish
+            self._finish_word = choice.get("finish_reason") or self._finish_word
             if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
                 chunks.append(Chunk("reasoning", self._reasoning.add(reasoning)))
             for text in filter(None, (delta.get("content"), delta.get("refusal"))):
@@ -4013,7 +4013,7 @@ class Stream:
 
     def __del__(self) -> None:
         self._note_end = None
-        self._finish("closed")
+        self._release("closed")
 
     def __repr__(self) -> str:
         state = {"ok": "ended", "": "open"}.get(self._end_word, "closed")
@@ -4030,7 +4030,7 @@ class Stream:
     def close(self) -> None:
         """End the stream now, from any thread; what is on its way is not waited for."""
         self._closed_by = threading.current_thread()
-        self._finish("closed")
+        self._release("closed")
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
@@ -4045,7 +4045,7 @@ class Stream:
         except PuterError as error:
             if self._end_word == "closed":
                 raise self._broken(_CLOSED, "closed") from error
-            self._finish(_code_of(error))
+            self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
             if isinstance(error, StreamError):
@@ -4053,7 +4053,7 @@ class Stream:
             message = f"The reply of {self.model} broke off: {error.message}"
             raise self._broken(message, error.code) from error
         if batch is None:
-            self._finish("ok")
+            self._release("ok")
         self._batch = iter(batch or ())
         return batch
 
@@ -4062,7 +4062,7 @@ class Stream:
         hint = "" if code == "closed" else None
         return StreamError(message, hint=hint, reply=self._partial(), code=code, **who)
 
-    def _finish(self, word: str) -> None:
+    def _release(self, word: str) -> None:
         """Give back the connection and the place, and note how it ended; once."""
         with self._lock:
             if self._end_word:
@@ -7301,7 +7301,7 @@ class McpServer:
         with self._calls_changed:
             calls = [c for c in self._calls if c.request["id"] == params.get("requestId")]
         for call in calls:
-            self._end(call, None)
+            self._answer_once(call, None)
             call.cancellation.cancel()
 
     # ---- calls of tools ----
@@ -7322,7 +7322,7 @@ class McpServer:
             limit.start()
         answer = _rpc_answer(call.request, lambda: self._tool_result(call))
         limit.cancel()
-        self._end(call, answer)
+        self._answer_once(call, answer)
 
     def _tool_result(self, call: _McpCall) -> JSON:
         """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
@@ -7362,10 +7362,10 @@ class McpServer:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
             output = _tool_output(text, _chat_output(reply, partial=True))
-        self._end(call, _rpc_answer(call.request, lambda: output))
+        self._answer_once(call, _rpc_answer(call.request, lambda: output))
         call.cancellation.cancel()
 
-    def _end(self, call: _McpCall, answer: JSON | None) -> None:
+    def _answer_once(self, call: _McpCall, answer: JSON | None) -> None:
         """Write the answer of a call unless it ended before; nothing of it is written later."""
         with self._calls_changed:
             if call in self._calls:
