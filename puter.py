@@ -1609,11 +1609,11 @@ class State:
             self.path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False
         )
         try:
+            # disposable: it need not survive a power cut
+            db.execute("PRAGMA synchronous=OFF")
             # it fails while another process makes the file; then that one sets it
             with suppress(sqlite3.OperationalError):
                 db.execute("PRAGMA journal_mode=WAL")
-            # disposable: it need not survive a power cut
-            db.execute("PRAGMA synchronous=OFF")
             db.executescript(self._TABLES)
         except BaseException:
             db.close()

@@ -1907,10 +1907,6 @@ def no_token_gets_out(
 
         return said
 
-    def hurry(db: sqlite3.Connection, *_: Any) -> None:
-        with suppress(sqlite3.Error):  # it is no database
-            db.execute("PRAGMA synchronous=OFF")
-
     def header(_: Any, handler: Any, name: str, value: str) -> None:
         if not isinstance(handler, FakeHandler):
             look(f"header {name}", value)
@@ -1929,7 +1925,6 @@ def no_token_gets_out(
         watch(sys.modules[__name__], name, lambda told, *_: look("output", *told))
     # Only a power cut could tell the difference, and a disk is slow.
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    watch(sqlite3, "connect", hurry)
     yield
     folder: Path | None = request.node.funcargs.get("tmp_path")
     for path in folder.rglob("*.sqlite3*") if folder else ():
