@@ -1684,6 +1684,7 @@ def messages_from(
         if question is None:
             messages.append(question := {"role": "user"})
         question["content"] = [*_parts(question.get("content")), *extra_parts]
+    _require(isinstance(system, (str, type(None))), "system", system, "Give a string.")
     if system:
         messages.insert(0, {"role": "system", "content": system})
     return messages
@@ -3196,8 +3197,13 @@ class _Transport:
     def download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        with self._open("GET", url, {"auth": _bearer("")}, timeout_s, _Cancellation()) as response:
-            _read_into(data, response, timeout_s, MAX_FILE_BYTES)
+        options = {"auth": _bearer("")}
+        try:
+            with self._open("GET", url, options, timeout_s, _Cancellation()) as response:
+                _read_into(data, response, timeout_s, MAX_FILE_BYTES)
+        except NetworkError as error:
+            error.hint = "Check the URL and the network."
+            raise
         if response.status_code != 200:
             raise BadRequestError(f"{url} answered {response.status_code}", hint="Check the URL.")
         return bytes(data), content_type(response)
@@ -4120,6 +4126,7 @@ class Puter:
         for name in settings:
             if name not in _SETTINGS:
                 raise _unknown_key(name, "argument")
+        _require(isinstance(token, (str, type(None))), "token", token, "Give a string.")
         if token is not None and account is not None:
             hint = "A token is an account of its own."
             raise ConfigError("token and account are both given", hint=hint)
@@ -4133,6 +4140,9 @@ class Puter:
             self.config = replace(config, sources=sources, **settings)
         if is_foreign(self.config):
             token = token or self.config.openai_api_key or ""
+        elif token == "":
+            hint = "Leave it out to use the stored accounts."
+            raise ConfigError("The token is empty", hint=hint)
         elif token is None and account is None:
             token = os.environ.get("PUTER_AUTH_TOKEN") or None
         self.store = AccountStore(self.config.folder)
@@ -4363,6 +4373,7 @@ class Puter:
             # all others are passed on to the server
             if hint := what_is_meant(argument):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
+        _require(isinstance(fallback, bool), "fallback", fallback, "Give True or False.")
         is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
         _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
         name = model.id if isinstance(model, Model) else model
@@ -4411,6 +4422,10 @@ class Puter:
     def _models_by_name(self, why: str) -> Mapping[str, Model]:
         """The models by every name, in lower case; none, with a warning, when there is no list."""
         return self._catalogue.by_name if self._catalogue.models_if_any(why) else {}
+
+    def _is_same_model(self, name: str, other: str) -> bool:
+        """Whether two names are of one model, as far as is known without asking anybody."""
+        return self._catalogue.id_of(name) == self._catalogue.id_of(other)
 
     def _download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL; raises `BadRequestError`, `NetworkError`…"""
@@ -4582,7 +4597,7 @@ class Puter:
             call.attempts.append(Attempt(model, name, failure, seconds))
             self._count(model, _code_of(failure), seconds)
             failure.model, failure.account = failure.model or model, name
-            if model not in failure.message:
+            if model not in failure.message and not isinstance(failure, ConfigError):
                 failure.message = f"{model}: {failure.message}"
             if failure.scope == "account":
                 failure.message += f" (account {name})"
@@ -4636,7 +4651,7 @@ class Puter:
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
-        is_fallback = self._catalogue.id_of(model) != self._catalogue.id_of(request.model)
+        is_fallback = not self._is_same_model(model, request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
         may_lack_calls = call.is_stream and request.needs.tools
@@ -4746,7 +4761,9 @@ class Conversation:
 
     @classmethod
     def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
-        """The conversation that `to_json` gave."""
+        """The conversation that `to_json` gave; raises `BadRequestError` for anything else."""
+        is_one = isinstance(data, Mapping) and isinstance(data.get("messages", []), list)
+        _require(is_one, "The conversation", data, "Pass what `to_json` gave.")
         own: JSON = {name: data[name] for name in ("system", "model", "messages") if data.get(name)}
         return cls(client=client, **own, **(data.get("options") or {}))
 
@@ -6454,7 +6471,8 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
         return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
     is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
     if origin is not None and not is_own and rules.allowed_origins.isdisjoint((origin, "*")):
-        text = f"Pages of {origin[:100]} may not call"
+        # a whole URL would be masked for callers
+        text = f"Pages of {origin[:100].rpartition('/')[2]} may not call"
         return AccessError(text, code="forbidden_origin", hint="`--allow-origin URL` lets them.")
     if rules.api_key is not None and path not in ("/", "/health"):
         scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
@@ -8089,7 +8107,8 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
         _info("the answer was cut at its longest length (--max-tokens)", dim=True)
     attempts, active = reply.attempts, client.active_account
     is_other = active is not None and active.username != reply.account
-    if attempts and (is_other or attempts[-1].model != client.config.model_name(asked)):
+    wanted = client.config.model_name(asked)
+    if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
         errors = (a.error.message for a in attempts if a.error)
         why = next(errors, "the model that was asked is on cooldown")
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
@@ -8628,13 +8647,13 @@ def cmd_stats(args: Any) -> int:
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return 0
         stats = client.stats(args.model)
-    _report(args, [asdict(s) for s in stats], _stats_lines(stats))
+    _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model))
     return 0
 
 
-def _stats_lines(stats: Sequence[ModelStats]) -> Iterator[str]:
+def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str]:
     if not stats:
-        yield "There are no statistics yet."
+        yield f"There are no statistics{f' of {model}' if model else ''} yet."
         return
     head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
     yield from _table([head, *map(_stats_row, stats)], "<>>>>>>>", (4, 5, 6, 3, 2))
@@ -9253,7 +9272,7 @@ class _LaunchClient(Puter):
         return request
 
     def _note_answer(self, asked: str, reply: Reply) -> None:
-        fell_back = reply.attempts[-1].model != asked
+        fell_back = not self._is_same_model(reply.attempts[-1].model, asked)
         self._answers.append((reply.model, fell_back, reply.usage))
 
     def summary(self) -> str:

@@ -2828,6 +2828,17 @@ class TestMessages:
         assert words in caught.value.message
         assert caught.value.hint
 
+    def test_what_is_no_system_text_token_or_conversation_is_named(self, make):
+        for call, words in (
+            (lambda: make().chat("hi", system=5), "system is 5"),
+            (lambda: make().chat("hi", fallback="no"), "fallback is 'no'"),
+            (lambda: puter.Puter(5), "token is 5"),
+            (lambda: puter.Puter(""), "The token is empty"),
+            (lambda: puter.Conversation.from_json(5), "The conversation is 5"),
+        ):
+            with pytest.raises(puter.PuterError, match=words):
+                call()
+
     # ---- histories ----
 
     @pytest.mark.parametrize(
@@ -8676,6 +8687,10 @@ class TestAskCommand:
         assert "Traceback" not in done.stderr
         assert len(signed_in.chat_calls()) == 1
 
+    def test_a_name_in_another_case_is_the_same_model(self, signed_in):
+        done = run_cli(signed_in, "ask", "-m", "Claude-Opus-4-5", "hi")
+        assert (done.returncode, done.stdout, done.stderr) == (0, SENTENCE + "\n", "")
+
     @pytest.mark.parametrize(
         ("scenario", "words"), [("badargs", "arguments"), ("html", "502"), ("text", "one two")]
     )
@@ -11311,6 +11326,7 @@ class TestOpenAIServer:
         headers = {"Origin": origin, "Content-Type": kind}
         reply = post_to(server, body_for(), **headers)
         assert (reply.status_code, error_of(reply)["code"]) == (403, "forbidden_origin")
+        assert f"Pages of {origin.rpartition('/')[2]} may not" in error_of(reply)["message"]
         assert get_from(server, "/v1/models", Origin=origin).status_code == 403
         asked = {"Access-Control-Request-Method": "POST"}
         preflight = get_from(server, "/v1/models", "OPTIONS", Origin=origin, **asked)
