@@ -1271,7 +1271,10 @@ LOCK_PATIENCE_S = 30.0
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    target = path.resolve()
+    from pathlib import Path
+
+    # `resolve` raises no OSError for links in a circle
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     until = time.monotonic() + LOCK_PATIENCE_S
@@ -3149,7 +3152,7 @@ class _Transport:
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
         options: JSON = {"files": form} if body is None else {"data": _encoded(body)}
         # the token must not follow to another host
-        options |= {"auth": _bearer(token), "allow_redirects": False}
+        options |= {"auth": _bearer(token, body is not None), "allow_redirects": False}
         response = self._open(method, url, options, timeout_s, cancellation)
         if streaming and response.status_code == 200 and is_stream(response):
             return response
@@ -3161,9 +3164,15 @@ class _Transport:
         return response
 
     def _open(
-        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
+        self,
+        method: str,
+        url: str,
+        options: JSON,
+        timeout_s: float,
+        cancellation: _Cancellation,
+        may_be_stale: bool = True,
     ) -> requests.Response:
-        """The response's head; an idle connection that was closed meanwhile is no failure."""
+        """The response's head; an idle connection that was closed meanwhile is no failure, once."""
         times, started = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s), time.monotonic()
         try:
             with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
@@ -3172,9 +3181,9 @@ class _Transport:
                 )
         except NetworkError:
             is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
-            if cancellation.cancelled.is_set() or not is_stale:
+            if cancellation.cancelled.is_set() or not (may_be_stale and is_stale):
                 raise
-            return self._open(method, url, options, timeout_s, cancellation)
+            return self._open(method, url, options, timeout_s, cancellation, False)
         cancellation.follow(response=response.raw)
         return response
 
@@ -3359,7 +3368,7 @@ def _reason(cause: BaseException) -> str:
     return words[:200] or type(cause).__name__
 
 
-def _bearer(token: str) -> Callable[[Any], Any]:
+def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
     """Puts our headers on a request; given as `auth`, so that no ~/.netrc overrides the token."""
     if not re.fullmatch(r"[!-~]*", token):
         hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
@@ -3368,10 +3377,10 @@ def _bearer(token: str) -> Callable[[Any], Any]:
     def sign(request: Any) -> Any:
         if token:
             request.headers["Authorization"] = f"Bearer {token}"
-        if isinstance(request.body, bytes):
-            # `files` have said what they are
-            request.headers.setdefault("Content-Type", "application/json")
-        if request.headers.get("User-Agent", "").startswith("python-requests"):
+        if is_json:
+            request.headers["Content-Type"] = "application/json"
+        if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
+            # a session of the caller's may have one of its own
             request.headers["User-Agent"] = _USER_AGENT
         return request
 
@@ -3452,6 +3461,7 @@ _OTHER_NAMES = {
     "file": "files",
     "timeout": "timeout_ms",
     "messages": "the prompt itself",
+    "prompt": "the first argument",
     "stream": "the method `stream`",
     "max_rounds": "`run`, which takes it",
     "on_tool": "`run`, which takes it",
@@ -3502,39 +3512,41 @@ class _BusyError(RateLimitError):
     default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
-_GIVEN_UP = "The call was given up before it was sent"
-
-
 class _ConcurrencyLimit:
     """Lets so many calls at once through to one account."""
 
     def __init__(self, places: int) -> None:
         self._places = places
-        self._free = threading.Semaphore(places)
+        self._running = 0
         # when a place was last given back
         self._released_at = 0.0
         self._paused_until = 0.0
+        # re-entrant: a stream may be dropped, and so give back its place, at any time
+        self._change = threading.Condition(threading.RLock())
 
     @contextmanager
     def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
         arrived = time.monotonic()
-        while not self._free.acquire(timeout=0.1):
-            if cancellation.cancelled.is_set():
-                raise _BusyError(_GIVEN_UP)
-            if time.monotonic() > max(arrived, self._released_at, self._paused_until) + patience_s:
-                raise _BusyError(
-                    f"All {self._places} requests that may run at once on the account have been "
-                    f"running for {patience_s:g} s"
-                )
+        with self._change:
+            while self._running >= self._places or time.monotonic() < self._paused_until:
+                since = max(arrived, self._released_at, self._paused_until)
+                if cancellation.cancelled.is_set():
+                    raise _BusyError("The call was given up before it was sent")
+                if time.monotonic() > since + patience_s:
+                    raise _BusyError(
+                        f"All {self._places} requests that may run at once on the account have "
+                        f"been running for {patience_s:g} s"
+                    )
+                self._change.wait(0.1)
+            self._running += 1
         try:
-            while (pause_s := self._paused_until - time.monotonic()) > 0:
-                if cancellation.cancelled.wait(pause_s):
-                    raise _BusyError(_GIVEN_UP)
             yield
         finally:
-            self._released_at = time.monotonic()
-            self._free.release()
+            with self._change:
+                self._running -= 1
+                self._released_at = time.monotonic()
+                self._change.notify()
 
     def pause(self, seconds: float) -> None:
         """The server refused for too many requests: nobody goes for a while."""
@@ -3918,14 +3930,8 @@ class _Api(NamedTuple):
             ("file", (name, data, mime)),
         ]
         url = f"{_api_origin(self.config)}/batch"
-        response = self.transport.send(
-            "POST",
-            url,
-            token=account.token,
-            form=form,
-            timeout_s=call.request.timeout_s,
-            cancellation=call.cancellation,
-        )
+        # not to be cancelled: only its answer says what is to be deleted
+        response = self.transport.send("POST", url, token=account.token, form=form)
         results = body_of(response).get("results")
         path = results[0].get("path") if isinstance(results, list) and results else None
         stored_as = path.removeprefix(f"{folder}/") if isinstance(path, str) else ""
@@ -4004,9 +4010,12 @@ class Stream:
         self._reply: Reply | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
-        yield from self._batch
-        while self._next_batch() is not None:
-            yield from self._batch
+        while True:
+            batch = self._batch
+            yield from batch
+            # `next` may have begun another one meanwhile
+            if batch is self._batch and self._next_batch() is None:
+                return
 
     def __next__(self) -> Chunk:
         return next(iter(self))
@@ -4358,6 +4367,7 @@ class Puter:
     def _build_request(
         self,
         prompt: Prompt,
+        /,
         model: str | Model | None = None,
         system: str | None = None,
         images: Sequence[Image] = (),
