@@ -1108,7 +1108,7 @@ class AccountStore:
     `path` is the file, or the folder that holds `puter-accounts.json`. Reading never writes.
     Every change is read-modify-write under a lock between processes; the new file (mode 0600
     from its first byte) is written beside the old one and renamed over it, so that a crash
-    leaves one or the other whole. Keys that this module does not know are kept. A file that
+    leaves one or the other whole. Keys that this module does not know survive. A file that
     cannot be read as this format is never overwritten: `StoreError` says what to do.
     """
 
@@ -1368,7 +1368,7 @@ class State:
     """What processes share: cooldowns, last uses, the model list, metrics, cached replies.
 
     An SQLite file that may be deleted at any time. When it is damaged or cannot be written,
-    a warning says so once and the state is kept in memory. Safe between threads, and opened
+    a warning says so once and the state stays in memory. Safe between threads, and opened
     anew after a fork. Cooldowns belong to a `server` (its URL).
     """
 
@@ -1590,7 +1590,7 @@ class State:
         if self.path == ":memory:":
             raise error
         _log.warning(
-            "%s cannot be used (%s): cooldowns and metrics are kept in memory. "
+            "%s cannot be used (%s): cooldowns and metrics stay in memory. "
             "Deleting the file is safe.",
             self.path,
             error,
@@ -1863,7 +1863,7 @@ def openai_call(call: ToolCall) -> JSON:
 def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
     """One of OpenAI's `tool_calls`, or a `tool_use` part, as a `ToolCall`.
 
-    Arguments that are no JSON object are kept in `invalid` as they came. Raises KeyError or
+    Arguments that are no JSON object stand in `invalid` as they came. Raises KeyError or
     TypeError for what is no call.
     """
     function = call.get("function", call)
@@ -7592,7 +7592,7 @@ def _rpc_failure(request_id: str | int | None, error: _RpcError) -> JSON:
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     """Speak MCP on stdin and stdout until stdin ends, and end the process then.
 
-    Nothing else may reach stdout, so the process's own is kept for messages, and whatever
+    Nothing else may reach stdout, so the process's own is for messages, and whatever
     prints goes to stderr. Messages are written by a thread of their own, so that a client
     that does not read is no reason not to see the end of stdin.
     """
