@@ -3532,13 +3532,15 @@ class _ConcurrencyLimit:
             while self._running >= self._places or time.monotonic() < self._paused_until:
                 since = max(arrived, self._released_at, self._paused_until)
                 if cancellation.cancelled.is_set():
-                    raise _BusyError("The call was given up before it was sent")
+                    break
                 if time.monotonic() > since + patience_s:
                     raise _BusyError(
                         f"All {self._places} requests that may run at once on the account have "
                         f"been running for {patience_s:g} s"
                     )
                 self._change.wait(0.1)
+            if cancellation.cancelled.is_set():
+                raise _BusyError("The call was given up before it was sent")
             self._running += 1
         try:
             yield
@@ -5289,6 +5291,9 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
             raise _wrong(text, "tool_choice")
         tools = [_named_tool(tools, one) for one in chosen if _at(one, "type") in _NAMING_KINDS]
     elif kind not in _NAMING_KINDS:
+        hosted = r"(web_|file_|image_|code_|computer|mcp|shell|local_shell|apply_patch|auto$)"
+        if kind not in ("any", "none") and not re.match(hosted, str(kind)):
+            raise _wrong(f"tool_choice is {_describe(choice)}, which is not known", "tool_choice")
         # of a tool that the provider would run itself, nothing is left to choose
         choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
@@ -5311,11 +5316,10 @@ _NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 
 
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
-    """The tool that a choice names; that of a namespace also by its own name."""
+    """The tool that a choice names; that of a namespace together with it."""
     name = _at(choice, "function", "name") or _at(choice, "name") or _at(choice, "type")
     name = _flat_name(_at(choice, "namespace"), name)
     found = [tool for tool in tools if tool["function"]["name"] == name]
-    found += [tool for tool in tools if tool["function"]["name"].endswith(f"__{name}")]
     if not found:
         raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
     return found[0]
@@ -5948,7 +5952,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         **_only(body, "temperature", "top_p", "parallel_tool_calls"),
         **_agent_args(_at(body, "reasoning", "effort"), _at(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
-        "tool_choice": choice,
+        "tool_choice": _with_namespace(choice, offered),
     }
     functions = [function for _, function in offered.values()]
     # what must be called is a tool of the server's own
@@ -5956,6 +5960,16 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     searches = searches or (not offered and "required" in (choice, _at(choice, "mode")))
     fields = {"options": options, "answer": _NO_SEARCH if searches else ""}
     return checked_request(body, history.messages, functions, args, **fields)
+
+
+def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
+    """A choice with the namespace of a tool that it names by the tool's own name."""
+    allowed, name = _at(choice, "tools"), _at(choice, "name")
+    if isinstance(allowed, list):
+        return {**choice, "tools": [_with_namespace(one, offered) for one in allowed]}
+    backs = [back for back, _ in offered.values() if "namespace" in back]
+    spaces = [back["namespace"] for back in backs if back["name"] == name]
+    return {"namespace": spaces[0], **choice} if spaces and name not in offered else choice
 
 
 def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
@@ -6788,7 +6802,7 @@ class _GatewayHandler(_HandlerBase):
             yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
         elif length is not None:
             raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
-        elif coding.strip().lower() != "chunked":
+        elif coding.strip(" \t").lower() != "chunked":
             raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
         else:
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
@@ -6841,6 +6855,8 @@ class _GatewayHandler(_HandlerBase):
         names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
             if names.count(name) > 1:
+                # where the body ends is anybody's guess
+                self.close_connection = True
                 raise _wrong(f"there are several {name} headers")
         is_preflight = self.command == "OPTIONS" and "Origin" in headers
         refused = refusal(self.app.rules, path, headers)
@@ -7081,7 +7097,7 @@ def _overloaded(text: str) -> ServerError:
 
 
 def _body_size(digits: str, pattern: str, base: int) -> int:
-    if not re.fullmatch(pattern, digits.strip()):
+    if not re.fullmatch(pattern, digits.strip(" \t")):
         raise _wrong("the length of the body is no number")
     return int(digits, base)
 

@@ -8369,6 +8369,8 @@ class TestGate:
         call.cancel()
         waiter.join(2)
         assert isinstance(outcome[0], puter.PuterError)
+        with pytest.raises(puter.PuterError, match="given up"):
+            puter._ConcurrencyLimit(1).place(call, 30).__enter__()
 
     def test_queueing_is_not_failing(self, make, fake):
         # Each answer comes within the time-out; the last one waits for its turn much longer.
@@ -9113,6 +9115,7 @@ WRONG_PARTS = (
 WRONG_CHOICES = (
     *("sometimes", {"type": "function"}, {"type": "allowed_tools"}, allowing("maybe", NAMED)),
     *({"function": function} for function in ("get_time", {"name": "nope"})),
+    {"type": "required"},
 )
 
 
@@ -9302,6 +9305,10 @@ class TestTranslation:
         assert len(system) == bool(order)
         assert not order or order in system[0]
         assert all(tool in TOOLS for tool in asked.tools)  # schemas as they were
+
+    def test_a_choice_is_no_tool_whose_name_only_ends_so(self):
+        with pytest.raises(puter.BadRequestError, match="names no tool"):
+            understood(tools=[function_tool("srv__get_time")], tool_choice=NAMED)
 
     def test_tool_choice_without_tools(self):
         for choice in ("auto", "none", "required", NAMED):
@@ -11574,6 +11581,8 @@ class TestOpenAIServer:
             ("Content-Length: 99999999999", 413),
             (f"Content-Length: {'9' * 5000}", 400),
             ("Content-Length: 2\r\nContent-Length: 3", 400),
+            ("Content-Length: 0\r\nContent-Length: 2", 400),
+            *((f"Transfer-Encoding: {blank}chunked", 501) for blank in "\x0b\x85"),
             ("Host: evil.example", 400),
             # large heads
             (f"X: {'a' * 70_000}", 431),
@@ -11581,7 +11590,7 @@ class TestOpenAIServer:
         ],
     )
     def test_broken_heads(self, server, more, status):
-        head = head_of("POST", "/v1/chat/completions", Connection="close")
+        head = head_of("POST", "/v1/chat/completions")
         answer = said_to(server, head[:-2] + f"{more}\r\n\r\n{{}}".encode())
         assert status_of(answer) == status and answer.count(b"HTTP/1.1") == 1
         assert b"invalid_request_error" in answer
