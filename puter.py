@@ -3527,19 +3527,17 @@ class _ConcurrencyLimit:
     @contextmanager
     def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
-        arrived = time.monotonic()
+        arrived, given_up = time.monotonic(), cancellation.cancelled.is_set
         with self._change:
-            while self._running >= self._places or time.monotonic() < self._paused_until:
+            while not given_up() and not self._is_free():
                 since = max(arrived, self._released_at, self._paused_until)
-                if cancellation.cancelled.is_set():
-                    break
                 if time.monotonic() > since + patience_s:
                     raise _BusyError(
                         f"All {self._places} requests that may run at once on the account have "
                         f"been running for {patience_s:g} s"
                     )
                 self._change.wait(0.1)
-            if cancellation.cancelled.is_set():
+            if given_up():
                 raise _BusyError("The call was given up before it was sent")
             self._running += 1
         try:
@@ -3553,6 +3551,9 @@ class _ConcurrencyLimit:
     def pause(self, seconds: float) -> None:
         """The server refused for too many requests: nobody goes for a while."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+    def _is_free(self) -> bool:
+        return self._running < self._places and time.monotonic() >= self._paused_until
 
 
 class _Accounts:
