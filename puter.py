@@ -19,38 +19,69 @@ The file from top to bottom; each section uses only those above it:
      3 values      `Reply`, `Chunk`, `Model`…: what goes in and out
      4 config      one table of settings: types, ranges, defaults, documentation
      5 store       the accounts file, and the state that processes share
-     6 messages    prompts, replies, streams, functions: bytes and dicts in, values out
-     7 policies    plain functions that decide: retry, fallback, which account is next
+     6 messages    history (any vendor's parts in, each provider's form out), files, tools, replies
+     7 policies    plain functions that decide: retry, whom to ask next, what a model can take
      8 transport   HTTP by `requests` and `sseclient`, and their failures
-     9 Puter       the client: the loop over accounts and models, streams, conversations
+     9 Puter       the client: the loop that asks until somebody answers, streams, conversations
     10 login       sign in with the browser
     11 gateway     the server for other programs: three dialects, one handler
     12 mcp         the Model Context Protocol on stdin and stdout
     13 cli         the command line, and `launch` for coding agents
+
+Begin to read at `class Puter`. A call's way: `Puter.chat` checks its arguments
+(`_build_request`), `_ask_until_answered` asks whom `next_target` names, `_send_with_retries`
+keeps at one of them, `_Api.open` writes the provider's form (`arguments_for`), `_Transport.send`
+sends it, and `reply_from_driver`, or a decoder, reads what comes.
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (people copy this file anywhere)
+    raise SystemExit("puter.py needs Python 3.10 or newer; this is " + sys.version.split()[0])
+
+import base64
 import copy
+import difflib
 import enum
 import errno
+import glob
+import hashlib
+import hmac
+import html
 import inspect
 import io
+import itertools
 import json
+import logging
 import math
 import os
+import queue
+import random
 import re
-import sys
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
 import threading
 import time
 import types
 import typing
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import lru_cache, partial, wraps
-from itertools import chain, groupby, islice, takewhile
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
+from datetime import date, datetime
+from decimal import Decimal
+from functools import cached_property, lru_cache, partial, wraps
+from itertools import chain, groupby, takewhile
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -62,11 +93,12 @@ from typing import (
     NoReturn,
     TypeVar,
 )
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from uuid import UUID
 from weakref import WeakSet
 
 if TYPE_CHECKING:
     import sqlite3
-    from pathlib import Path
     from typing import TypeGuard
 
     import requests
@@ -74,109 +106,47 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "AccessError",
-    "Account",
-    "AccountStore",
-    "AllAccountsOnCooldownError",
-    "Attempt",
-    "AuthError",
-    "BadRequestError",
-    "Chunk",
-    "Config",
-    "ConfigError",
-    "Conversation",
-    "Cooldown",
-    "Credit",
-    "CreditError",
-    "Model",
-    "ModelAccessError",
-    "ModelNotFoundError",
-    "ModelRateLimitError",
-    "ModelStats",
-    "ModelUnavailableError",
-    "NetworkError",
-    "OpenAIServer",
-    "ProviderAuthError",
-    "Puter",
-    "PuterError",
-    "RateLimitError",
-    "Reply",
-    "ReplyError",
-    "RequestTimeoutError",
-    "ServerError",
-    "State",
-    "StoreError",
-    "Stream",
-    "StreamError",
-    "SubscriptionError",
-    "ToolCall",
-    "Usage",
-    "chat",
-    "stream",
-]
+    "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt",
+    "AuthError", "BadRequestError", "BusyError", "Chunk", "Config", "ConfigError",
+    "ContextLengthError", "Conversation", "Cooldown", "Credit", "CreditError", "Model",
+    "ModelAccessError", "ModelNotFoundError", "ModelRateLimitError", "ModelStats",
+    "ModelUnavailableError", "NetworkError", "OpenAIServer", "Picture", "ProviderAuthError",
+    "Puter", "PuterError", "RateLimitError", "Reply", "ReplyError", "RequestTimeoutError",
+    "ServerError", "State", "StoreError", "Stream", "StreamError", "SubscriptionError",
+    "ToolCall", "Usage", "chat", "stream",
+]  # fmt: skip
 
 # Puter's own default: cheap, so that a forgotten `model=` costs little.
 DEFAULT_MODEL = "gpt-5-nano"
-DEFAULT_FALLBACK_MODELS = (
-    "openrouter:xiaomi/mimo-v2-flash:free",
-    "openrouter:deepseek/deepseek-r1-0528:free",
-    "openrouter:mistralai/devstral-2512:free",
-    "openrouter:qwen/qwen3-coder:free",
-    "openrouter:mistralai/devstral-small-2505:free",
-    "openrouter:qwen/qwen2.5-coder-32b-instruct:free",
-    "openrouter:google/gemini-2.0-flash-exp:free",
-    "openrouter:meta-llama/llama-4-maverick:free",
-    "openrouter:meta-llama/llama-4-scout:free",
-    "openrouter:meta-llama/llama-3.3-70b-instruct:free",
-    "openrouter:qwen/qwen3-235b-a22b:free",
-    "openrouter:qwen/qwen3-30b-a3b:free",
-    "openrouter:deepseek/deepseek-chat-v3.1:free",
-    "openrouter:nvidia/llama-3.1-nemotron-ultra-253b-v1:free",
-    "openrouter:openai/gpt-oss-120b:free",
-    "openrouter:openai/gpt-oss-20b:free",
-    "openrouter:google/gemma-3-27b-it:free",
-    "openrouter:mistralai/mistral-small-3.2-24b-instruct:free",
+DEFAULT_FALLBACK_MODELS = tuple(
+    f"openrouter:{name}:free"
+    for name in """
+    xiaomi/mimo-v2-flash deepseek/deepseek-r1-0528 mistralai/devstral-2512 qwen/qwen3-coder
+    mistralai/devstral-small-2505 qwen/qwen2.5-coder-32b-instruct google/gemini-2.0-flash-exp
+    meta-llama/llama-4-maverick meta-llama/llama-4-scout meta-llama/llama-3.3-70b-instruct
+    qwen/qwen3-235b-a22b qwen/qwen3-30b-a3b deepseek/deepseek-chat-v3.1
+    nvidia/llama-3.1-nemotron-ultra-253b-v1 openai/gpt-oss-120b openai/gpt-oss-20b
+    google/gemma-3-27b-it mistralai/mistral-small-3.2-24b-instruct
+""".split()
 )
 CONNECT_TIMEOUT_S = 10.0
 # A whole reply with tools may take minutes before its first byte.
-EXACT_TOOLS_TIMEOUT_S = 600.0
+WHOLE_REPLY_TIMEOUT_S = 600.0
 RETRY_CAP_S = 30.0
 RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
+RATE_CAP_S = 1.5  # the longest wait for a limit of requests whose end is not told
 RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
 RATE_PATIENCE_S = 30.0  # how long a limit of requests is waited for, when nobody else can be asked
 FALLBACKS_PER_CALL = 5
-SUMMARY_ATTEMPTS = 8
-FALLBACK_TIME_S = 120.0  # no further fallback is begun after so long
-PROVIDER_REFUSALS = 2
+MAX_ATTEMPTS_SHOWN = 8
+FALLBACK_BUDGET_S = 120.0  # no further fallback is begun after so long
+MAX_REFUSALS_PER_PROVIDER = 2
 MODELS_TIMEOUT_S = 10.0
-DELETE_TIMEOUT_S = 5.0  # of an uploaded file, while the caller waits
 MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
+MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
-
-
-class _Log:
-    """The logger `puter`: imports `logging` at the first message that can be seen.
-
-    It can when the program has imported `logging` itself, or wants messages on stderr.
-    """
-
-    shown_from: int | None = None
-    _LEVELS: ClassVar = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-
-    def __getattr__(self, name: str) -> Any:
-        is_shown = self.shown_from is not None and self._LEVELS[name] >= self.shown_from
-        if not is_shown and "logging" not in sys.modules:
-            return lambda *_, **__: None
-        import logging
-
-        logger = logging.getLogger("puter")
-        if not logger.handlers:
-            logger.addHandler(logging.NullHandler())
-        if self.shown_from is not None:
-            _show_on_stderr(logger, self.shown_from)
-        return getattr(logger, name)
 
 
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
@@ -189,33 +159,24 @@ def visible(text: str) -> str:
     return text.translate(_CONTROL_MARKS)
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what is stderr at the time, as ``[puter-auth] 15:30:45 …``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            print(visible(self.format(record)), file=sys.stderr, flush=True)
+
+
 def _show_log(level: int) -> None:
-    """Show messages from this level on on stderr, as ``[puter-auth] 15:30:45 …``."""
-    _log.shown_from = level
+    _log.setLevel(level)
+    if not any(isinstance(handler, _StderrHandler) for handler in _log.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("[puter-auth] %(asctime)s %(message)s", "%H:%M:%S"))
+        _log.addHandler(handler)
 
 
-def _show_on_stderr(logger: Any, level: int) -> None:
-    """Give the logger a handler for what is stderr at the time, once."""
-    import logging
-
-    class Handler(logging.Handler):
-        def emit(self, record: Any) -> None:
-            if sys.stderr is not None:
-                print(visible(self.format(record)), file=sys.stderr, flush=True)
-
-    logger.setLevel(level)
-    if all(handler.name != _STDERR_HANDLER for handler in logger.handlers):
-        handler = Handler()
-        handler.name = _STDERR_HANDLER
-        form = "[puter-auth] %(asctime)s %(message)s"
-        handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
-        logger.addHandler(handler)
-
-
-_STDERR_HANDLER = "puter-stderr"
-# logging's levels
-_DEBUG, _WARNING = 10, 30
-_log = _Log()
+_log = logging.getLogger("puter")
+_log.addHandler(logging.NullHandler())
 # What is reset in a forked child, whoever held its locks in the parent.
 _forkable: WeakSet[Any] = WeakSet()
 
@@ -239,12 +200,8 @@ JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 
 
-def _any_size(digits: str) -> int | None:
-    """A whole number of JSON; None for one that is larger than any float."""
-    return int(digits) if len(digits) <= 300 else None
-
-
-_JSON = json.JSONDecoder(parse_int=_any_size)
+# A whole number that is larger than any float is read as None.
+_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
 
 
 def _no_constant(name: str) -> Any:
@@ -274,7 +231,7 @@ def _describe(value: Any) -> str:
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
     try:
-        shown = repr(value)
+        shown = repr(value[:60] if isinstance(value, (str, bytes)) else value)
     except ValueError:
         # Python does not write integers of thousands of digits
         shown = "a huge value"
@@ -282,18 +239,9 @@ def _describe(value: Any) -> str:
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
-def _close_matches(
-    name: str, names: Iterable[str], cutoff: float = 0.6, most: int = 3
-) -> list[str]:
-    """The names that look like this one, best first."""
-    import difflib
-
-    return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
-
-
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question for the hint of an unknown name, with a blank behind it; "" if none is near."""
-    near = _close_matches(name, names)
+    near = difflib.get_close_matches(name, list(names))
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
@@ -326,9 +274,9 @@ class PuterError(Exception):
     `str()` of the error holds message, attempts and hint; no attribute ever holds a token.
     """
 
-    scope: ClassVar[Scope] = "request"
+    scope: Scope = "request"
     """Whose fault it is, and so what can help: another model, account, time, or nothing."""
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     """Whether the very same request may work a moment later."""
     default_hint: ClassVar[str] = ""
     http_status: ClassVar[int] = 500
@@ -342,6 +290,8 @@ class PuterError(Exception):
     retry_after_s: float | None = None
     may_be_billed: bool = False
     """Whether the server may have worked for the request that failed."""
+    is_final: bool = False
+    """Whether the server says that nobody should ask again (`x-should-retry: false`)."""
     near: Sequence[str] = ()
     raw: str = ""
     reply: Reply | None = None
@@ -374,8 +324,8 @@ class PuterError(Exception):
 def _summarize(attempts: Sequence[Attempt]) -> str:
     """Attempts in a few words; the same one several times in a row is named once."""
     runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in attempts)]
-    words = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:SUMMARY_ATTEMPTS]]
-    more = sum(n for _, n in runs[SUMMARY_ATTEMPTS:])
+    words = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:MAX_ATTEMPTS_SHOWN]]
+    more = sum(n for _, n in runs[MAX_ATTEMPTS_SHOWN:])
     return "; ".join(words) + (f"; and {more} more" if more else "")
 
 
@@ -388,20 +338,20 @@ class AuthError(PuterError):
 
 
 class CreditError(PuterError):
-    """The account's credit is used up (requests in flight reserve some of it)."""
+    """The account's credit is used up; then free models are refused as well (recorded).
 
-    scope = "account"
-    default_hint = (
-        "Use a free model (`python -m puter models --free`), add another account with "
-        "`python -m puter login`, or add credit on puter.com."
-    )
+    Its `scope` is "model" where something is left, but less than the answer could cost.
+    """
+
+    scope: Scope = "account"
+    default_hint = "Add another account with `python -m puter login`, or credit on puter.com."
     http_status = 402
 
 
 class AccessError(PuterError):
     """The account may not do this: it is suspended, not verified, or forbidden to."""
 
-    scope: ClassVar[Scope] = "account"
+    scope: Scope = "account"
     default_hint = "See the account on puter.com, or use another: `python -m puter switch NAME`."
     http_status: ClassVar[int] = 403
 
@@ -424,7 +374,7 @@ class SubscriptionError(AccessError):
 class RateLimitError(PuterError):
     """The account sent too many requests; another model does not help."""
 
-    scope: ClassVar[Scope] = "account"
+    scope: Scope = "account"
     retryable = True
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
     http_status = 429
@@ -434,7 +384,7 @@ class ModelRateLimitError(PuterError):
     """The model's provider is rate-limiting requests."""
 
     scope = "model"
-    default_hint = "Use another model for a while, or leave `fallback_enabled` on."
+    default_hint = "Use another model for a while."
     http_status = 429
 
 
@@ -470,6 +420,18 @@ class BadRequestError(PuterError):
 
     default_hint = "Change the request as the message says; sending it again will not help."
     http_status = 400
+
+
+class ContextLengthError(BadRequestError):
+    """The prompt is too long for the model; for one that costs money, Puter's own limit counts.
+
+    That limit is the model's `max_tokens`, not its context (recorded): then `tokens` is the
+    estimate of the prompt, and `limit` what it must stay below.
+    """
+
+    tokens: int | None = None
+    limit: int | None = None
+    default_hint = "Shorten the prompt, or use a model that takes more."
 
 
 class ServerError(PuterError):
@@ -576,6 +538,28 @@ _HINT_BY_CODE = {
     "not_found": "The server does not know this call: check `api_base_url`.",
     "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
 }
+# What a provider's own status would have been called, had it come before a stream (recorded).
+_UPSTREAM_CODES = {
+    **dict.fromkeys((400, 404, 413, 422), "upstream_bad_request"),
+    **dict.fromkeys((401, 402, 403), "upstream_auth_failed"),
+    429: "upstream_rate_limited",
+}
+# The status behind Anthropic's names of errors: https://platform.claude.com/docs/en/api/errors
+_STATUS_BY_TYPE = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "overloaded_error": 529,
+}
+_TOO_LONG = re.compile(
+    "prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
+    re.IGNORECASE,
+)
 
 
 def error_from(status: int, body: Any, **details: Any) -> PuterError:
@@ -592,7 +576,11 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
     if kind is None:
-        kind = _KIND_BY_STATUS.get(status, ServerError if status >= 500 else BadRequestError)
+        # a failure under a good status, without a code, is a fault of the server
+        is_servers = status >= 500 or status < 400
+        kind = _KIND_BY_STATUS.get(status, ServerError if is_servers else BadRequestError)
+    if kind is BadRequestError and _TOO_LONG.search(message):
+        kind, code = ContextLengthError, "context_length_exceeded"
     text = message or f"The server answered {status} without saying why"
     if provider_words not in text:
         text = f"{text} (the provider said: {provider_words})"
@@ -603,9 +591,7 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
 def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     """(message, code, status, the provider's own words) of any shape of error body."""
     if not isinstance(body, Mapping):
-        import html
-
-        page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or ""))
+        page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or "")[:10_000])
         return " ".join(html.unescape(page).split())[:300], None, None, ""
     nested, attempts = body.get("error"), body.get("attempts")
     error = nested if isinstance(nested, Mapping) else body
@@ -613,19 +599,51 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     code, status = error.get("code"), error.get("status")
     words = ""
     if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
-        words = str(attempts[-1].get("error") or "")
+        words = provider_error(attempts[-1].get("error"))[1]
     code = code if isinstance(code, str) else None
-    return str(message)[:2_000], code, status if isinstance(status, int) else None, words[:500]
+    message = provider_error(message)[1]
+    return message[:2_000], code, status if isinstance(status, int) else None, words[:500]
+
+
+def provider_error(text: Any) -> tuple[int | None, str]:
+    """(status, message) of a provider's failure such as ``429 {"error": {"message": …}}``.
+
+    So they arrive in a stream's error line, and in the message of a whole reply (recorded).
+    """
+    text = str(text or "")
+    number, space, rest = text.partition(" ")
+    has_status = len(number) == 3 and number.isdigit() and space != ""
+    status = int(number) if has_status else None
+    words = rest if has_status and rest.startswith("{") else text
+    try:
+        body = json.loads(words) if words.startswith("{") else None
+    except (ValueError, RecursionError):
+        body = None
+    error = body.get("error") if isinstance(body, dict) else None
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        return status or _STATUS_BY_TYPE.get(str(error.get("type"))), error["message"] or text
+    return status, text
+
+
+def upstream_error(text: str, model: str) -> PuterError | None:
+    """The error that the first line of a stream stands for, as before any stream (recorded).
+
+    None when it does not say of which kind it is.
+    """
+    status, message = provider_error(text)
+    if status is None or status < 400:
+        return None
+    code = _UPSTREAM_CODES.get(status, "upstream_provider_unavailable")
+    return error_from(status, {"message": message, "code": code}, model=model)
 
 
 # ======================================================================================
 # 3. values · uses: errors
 # ======================================================================================
-ChunkType = Literal["text", "reasoning", "tool_call", "usage"]
+ChunkType = Literal["text", "reasoning", "tool_call", "image", "usage"]
 
 
 def _code_of(error: PuterError) -> str:
-    """An error in a word: the server's, else the name of its kind."""
     return error.code or type(error).__name__
 
 
@@ -633,8 +651,10 @@ def _code_of(error: PuterError) -> str:
 class Usage:
     """Tokens and price of one reply, whatever the provider calls them; None means "not reported".
 
-    `input_tokens` is as the provider counts it: OpenRouter and Claude leave cached tokens
-    out of it. `cost_usd` is in US dollars. An empty usage is false.
+    Puter leaves tokens that were read from the provider's cache (`cached_tokens`), or written
+    to it (`written_tokens`), out of `input_tokens`; `total_tokens` is the sum of all. An
+    OpenAI-compatible server counts cached ones among the input. `cost_usd` is in US dollars.
+    An empty usage is false.
     """
 
     input_tokens: int | None = None
@@ -642,9 +662,15 @@ class Usage:
     cached_tokens: int | None = None
     total_tokens: int | None = None
     cost_usd: float | None = None
+    written_tokens: int | None = None
 
     def __bool__(self) -> bool:
         return any(v is not None for v in (self.input_tokens, self.output_tokens, self.cost_usd))
+
+    def __add__(self, other: Usage) -> Usage:
+        """The sum; what neither reported stays None."""
+        pairs = zip(astuple(self), astuple(other))
+        return Usage(*(b if a is None else a if b is None else a + b for a, b in pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -662,17 +688,41 @@ class ToolCall:
     invalid: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
+
+    data: bytes = field(default=b"", repr=False)
+    mime: str = "image/png"
+    url: str = ""
+
+    def as_url(self) -> str:
+        """The picture as a URL: its own, or a data URL."""
+        return self.url or f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture to a new file; raises OSError, and `BadRequestError` without data."""
+        if not self.data:
+            raise BadRequestError("The picture is only a URL", hint=f"Load it from {self.url}.")
+        with open(path, "xb") as file:
+            file.write(self.data)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        return {self.mime: self.data} if self.data else {"text/markdown": f"![]({self.url})"}
+
+
 @dataclass(slots=True)
 class Chunk:
     """A piece of a streamed reply; `str()` of any but a text chunk is empty.
 
-    `type` is "text", "reasoning" (both carry `text`), "tool_call" or "usage".
+    `type` is "text", "reasoning" (both carry `text`), "tool_call", "image" or "usage".
     """
 
     type: ChunkType
     text: str = ""
     tool_call: ToolCall | None = None
     usage: Usage | None = None
+    image: Picture | None = None
 
     def __str__(self) -> str:
         return self.text if self.type == "text" else ""
@@ -699,8 +749,10 @@ class Reply:
     """A whole answer; `str()` is its text.
 
     `model` and `account` are the ones that answered, `attempts` everything that was tried.
-    `finish_reason` is "stop", "tool_calls", "length" or the provider's own word. `raw` is
-    what the server said (for a stream: its extra lines).
+    `finish_reason` is "stop", "tool_calls", "length", "content_filter" or the provider's own
+    word. `images` are pictures that the model drew. `raw` is what the server said (for a
+    stream: its extra lines). `extra` holds what must go back with the history: a content with
+    `thinking` that Claude signed, `reasoning_details` of OpenRouter.
     """
 
     text: str = ""
@@ -712,6 +764,8 @@ class Reply:
     account: str = ""
     attempts: tuple[Attempt, ...] = ()
     raw: JSON = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
+    extra: JSON = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.text
@@ -721,7 +775,6 @@ class Reply:
         return f"<{self.model}, {self.finish_reason}>\n{self.text}{calls}"
 
     def _repr_markdown_(self) -> str:
-        """How Jupyter shows it."""
         return self.text or f"```\n{self!r}\n```"
 
 
@@ -745,6 +798,12 @@ class Model:
     input_usd_per_million: float | None = None
     output_usd_per_million: float | None = None
     released: str | None = None
+
+    @property
+    def window(self) -> int | None:
+        """The longest prompt, in tokens: Puter lets no paid one reach `max_tokens` (recorded)."""
+        limits = (self.context, self.max_tokens if self.output_usd_per_million else None)
+        return min(filter(None, limits), default=None)
 
     def names(self) -> tuple[str, ...]:
         """Every name the server knows this model by, its id first."""
@@ -793,6 +852,11 @@ class Credit:
     raw: JSON = field(default_factory=dict, repr=False)
 
 
+def money(amount: float, unit: str) -> str:
+    """An amount as people write it."""
+    return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStats:
     """How a model has done here: counts of all calls, times of the latest ones.
@@ -819,14 +883,29 @@ CONFIG_NAME = "puter.json"
 ACCOUNTS_NAME = "puter-accounts.json"
 STATE_NAME = "state.sqlite3"
 # Variables of the same prefix that are not settings.
-_OTHER_VARIABLES = ("PUTER_AUTH_TOKEN", "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
+TOKEN_VARIABLE = "PUTER_AUTH_TOKEN"
+_OTHER_VARIABLES = (TOKEN_VARIABLE, "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
 # Common wrong names, and the right ones.
 _MISNAMED_VARIABLES = {
     "PUTER_TOKEN": "PUTER_AUTH_TOKEN",
+    "PUTER_ACCOUNT": "PUTER_AUTH_TOKEN (or `python -m puter switch NAME`)",
     "PUTER_MODEL": "PUTER_DEFAULT_MODEL",
-    "PUTER_API_URL": "PUTER_API_BASE_URL",
+    **dict.fromkeys(("PUTER_API_URL", "PUTER_URL", "PUTER_BASE_URL"), "PUTER_API_BASE_URL"),
     "PUTER_API_KEY": "PUTER_SERVER_API_KEY, PUTER_OPENAI_API_KEY or PUTER_AUTH_TOKEN",
+    **dict.fromkeys(
+        ("PUTER_FALLBACK", "PUTER_NO_FALLBACK"), "PUTER_FALLBACK_ENABLED or PUTER_FALLBACK_MODELS"
+    ),
+    "PUTER_TIMEOUT": "PUTER_API_TIMEOUT_MS",
+    "PUTER_CACHE": "PUTER_CACHE_ENABLED",
+    "PUTER_CACHE_DIR": "PUTER_CACHE_DIRECTORY",
+    "PUTER_CONCURRENCY": "PUTER_MAX_CONCURRENT",
+    "PUTER_ROTATION": "PUTER_ACCOUNT_ROTATION_ENABLED",
+    "PUTER_QUIET": "PUTER_QUIET_MODE",
+    "PUTER_LOG": "PUTER_DEBUG",
+    "PUTER_HOME": "PUTER_CONFIG_DIR",
 }
+# Settings of the plugin that mean nothing here; `config show` says so.
+IGNORED_SETTINGS = ("log_enabled", "log_dir", "auto_update", "stream_buffer_size")
 
 
 def config_dir(
@@ -836,8 +915,6 @@ def config_dir(
 
     An absolute path; raises `ConfigError` when there is no home folder to begin from.
     """
-    from pathlib import Path
-
     env = os.environ if environ is None else environ
     own = env.get("PUTER_CONFIG_DIR")
     shared = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
@@ -930,10 +1007,10 @@ class Config:
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
+    ignored: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The plugin's settings in the file that mean nothing here."""
 
     def __post_init__(self) -> None:
-        from pathlib import Path
-
         for spec in _SETTINGS.values():
             where = self.sources.get(spec.name, "argument")
             value = _checked(spec.name, getattr(self, spec.name), where)
@@ -958,29 +1035,38 @@ class Config:
         found and what is allowed.
         """
         env = os.environ if environ is None else environ
-        folder = folder or config_dir(env)
+        try:
+            folder = folder or config_dir(env)
+        except ConfigError:
+            # a token alone needs no stored accounts
+            if not env.get(TOKEN_VARIABLE):
+                raise
+            folder = Path(os.devnull)
         path = os.path.join(folder, CONFIG_NAME)
         values: JSON = {"folder": folder}
         sources = dict.fromkeys(_SETTINGS, "default")
+        ignored: list[str] = []
         for where, settings in (
             (path, _read_config(path)),
             ("", _from_environment(env)),
             ("argument", overrides),
         ):
             for name, value in settings.items():
+                if name in IGNORED_SETTINGS and where == path:
+                    ignored.append(name)
+                    continue
                 if name not in _SETTINGS:
                     raise _unknown_key(name, where)
                 values[name] = value
                 sources[name] = where or f"PUTER_{name.upper()}"
-        return cls(**values, sources=sources)
+        return cls(**values, sources=sources, ignored=tuple(ignored))
 
 
 def _read_config(path: str) -> JSON:
-    """puter.json as a dict ({} when there is none); raises `ConfigError`."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             data = _strict_json(file.read())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         problem = f"{path}: cannot be read as JSON in UTF-8 ({error})"
@@ -1020,7 +1106,7 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
             settings[ours[variable]] = _from_text(ours[variable], text)
             continue
         # what is less alike may be another program's
-        near = _close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
+        near = difflib.get_close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
         if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
             problem = f"{variable}: there is no such setting"
             raise ConfigError(problem, hint=f"Did you mean {meant}?")
@@ -1028,7 +1114,6 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
 
 
 def _from_text(name: str, text: str) -> Any:
-    """The value that an environment variable's text stands for (checked by the caller)."""
     kind = _SETTINGS[name].type
     if kind == "bool":
         words = {"1": True, "true": True, "yes": True, "on": True}
@@ -1046,7 +1131,6 @@ def _from_text(name: str, text: str) -> Any:
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
-    """The value as `Config` holds it; None is the default. Raises `ConfigError`."""
     spec = _SETTINGS[name]
     if value is None:
         return spec.default
@@ -1115,8 +1199,6 @@ class AccountStore:
     VERSION = 1
 
     def __init__(self, path: str | Path | None = None) -> None:
-        from pathlib import Path
-
         place = Path(path) if path is not None else config_dir()
         is_file = path is not None and place.suffix == ".json"
         self.path = place if is_file else place / ACCOUNTS_NAME
@@ -1221,6 +1303,8 @@ class AccountStore:
 
     def _failed(self, error: OSError) -> StoreError:
         hint = "Make the file and its folder writable, free some space, or set PUTER_CONFIG_DIR."
+        if error.errno == errno.ENOLCK:
+            hint = "Its file system has no locks: set PUTER_CONFIG_DIR to a folder on a local disk."
         problem = f"{self.path}: could not be read or written ({error.strerror or error})"
         return StoreError(f"{problem}; the file is unchanged", hint=hint)
 
@@ -1271,8 +1355,6 @@ LOCK_PATIENCE_S = 30.0
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    from pathlib import Path
-
     # `resolve` raises no OSError for links in a circle
     target = Path(os.path.realpath(path))
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1331,14 +1413,13 @@ def _write_private(target: Path, data: bytes) -> None:
 
 _CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
 STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
+STATE_RETRY_S = 60.0  # a file that failed is tried again after so long
 _TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
 
 
 @lru_cache
 def token_mark(token: str) -> str:
     """What tells a token from another, and does not give it away."""
-    import hashlib
-
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -1355,6 +1436,7 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
         import sqlite3
 
         with self._lock:
+            self._look_at_file()
             try:
                 return method(self, *args, **kwargs)
             except (sqlite3.Error, OSError) as error:
@@ -1383,6 +1465,7 @@ class State:
             PRIMARY KEY (model, outcome));
         CREATE TABLE IF NOT EXISTS samples (
             id INTEGER PRIMARY KEY, model TEXT, seconds REAL, first_s REAL, tokens INTEGER);
+        CREATE INDEX IF NOT EXISTS samples_by_model ON samples (model, id);
         CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, at_s REAL, body TEXT);
         CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, count INTEGER);
     """
@@ -1393,6 +1476,10 @@ class State:
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
         self._inherited: list[Any] = []
+        self._inode: int | None = None
+        # when the file is tried again after a failure, and whether one was logged
+        self._retry_at: float | None = None
+        self._has_warned = False
         self._uses: dict[str, float] = {}
         _forkable.add(self)
 
@@ -1470,22 +1557,17 @@ class State:
                 cooldowns.append(one)
         return cooldowns
 
-    @_or_in_memory
     def clear_cooldowns(self, account: str | None = None) -> int:
         """End the cooldowns of one account or of all, and forget strikes; how many there were."""
-        with self._open() as db:
-            sql = "DELETE FROM cooldowns WHERE ? IN (account, '')"
-            return db.execute(sql, (account or "",)).rowcount
+        return self._write("DELETE FROM cooldowns WHERE ? IN (account, '')", account or "")
 
     def last_used_ms(self) -> dict[str, int]:
         """When each account last answered, in ms since 1970."""
         return dict(self._rows("SELECT account, at_ms FROM last_used"))
 
-    @_or_in_memory
     def put_catalogue(self, base_url: str, body: str, now: float) -> None:
         """Store the model list of a server, as JSON text."""
-        with self._open() as db:
-            db.execute("INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", (base_url, body, now))
+        self._write("INSERT OR REPLACE INTO catalogues VALUES (?,?,?)", base_url, body, now)
 
     def catalogue(self, base_url: str) -> tuple[str, float] | None:
         """The stored model list of a server and when it was fetched (s since 1970), or None."""
@@ -1522,42 +1604,38 @@ class State:
                     extra = f"SELECT id FROM ({ranks} FROM samples) WHERE n > ?"
                     db.execute(f"DELETE FROM samples WHERE id IN ({extra})", (keep,))
 
-    def metrics(self, model: str, keep: int = 1_000) -> tuple[list[Any], list[Any]]:
-        """What `record` counted of a model: (outcome, count, cost in USD) of each outcome, and
-        (seconds, seconds to the first chunk, tokens) of calls, the latest first.
+    def metrics(self, names: Sequence[str], keep: int = 1_000) -> tuple[list[Any], list[Any]]:
+        """What `record` counted of a model, by its names: (outcome, count, cost in USD) of each
+        outcome, and (seconds, seconds to the first chunk, tokens) of calls, the latest first.
         """
-        totals = "SELECT outcome, count, cost_usd FROM totals WHERE model=?"
-        sql = "SELECT seconds, first_s, tokens FROM samples WHERE model=? ORDER BY id DESC LIMIT ?"
-        return self._rows(totals, model), self._rows(sql, model, keep)
+        among = f"model IN ({','.join('?' * len(names))})"
+        totals = "SELECT outcome, SUM(count), SUM(cost_usd) FROM totals"
+        sql = f"SELECT seconds, first_s, tokens FROM samples WHERE {among} ORDER BY id DESC LIMIT ?"
+        rows = self._rows(f"{totals} WHERE {among} GROUP BY outcome", *names)
+        return rows, self._rows(sql, *names, keep)
 
     def models(self) -> list[str]:
         """The models that `record` counted."""
         return [model for (model,) in self._rows("SELECT DISTINCT model FROM totals")]
 
-    @_or_in_memory
     def reset_metrics(self, models: Sequence[str] | None = None) -> None:
         """Forget what `record` counted, of some models or of all."""
         where = "" if models is None else f" WHERE model IN ({','.join('?' * len(models))})"
-        with self._open() as db:
-            for table in ("totals", "samples"):
-                db.execute(f"DELETE FROM {table}{where}", tuple(models or ()))
+        for table in ("totals", "samples"):
+            self._write(f"DELETE FROM {table}{where}", *(models or ()))
 
-    @_or_in_memory
-    def cache_put(self, key: str, body: str, now: float, most: int) -> None:
-        """Cache a reply as JSON text; the oldest go when there are more than `most`."""
+    def cache_put(self, key: str, body: str, now: float, limit: int) -> None:
+        """Cache a reply as JSON text; the oldest go when there are more than `limit`."""
         oldest = "SELECT key FROM replies ORDER BY at_s DESC LIMIT -1 OFFSET ?"
-        with self._open() as db:
-            db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?)", (key, now, body))
-            db.execute(f"DELETE FROM replies WHERE key IN ({oldest})", (most,))
+        self._write("INSERT OR REPLACE INTO replies VALUES (?,?,?)", key, now, body)
+        self._write(f"DELETE FROM replies WHERE key IN ({oldest})", limit)
 
-    @_or_in_memory
     def cache_get(self, key: str, now: float, ttl_s: float) -> str | None:
         """The cached reply, if it is not too old; counts whether there was one."""
         sql = "SELECT body FROM replies WHERE key=? AND at_s BETWEEN ? AND ?"
         rows = self._rows(sql, key, now - ttl_s, now)
         count = "INSERT INTO counters VALUES (?,1) ON CONFLICT DO UPDATE SET count = count + 1"
-        with self._open() as db:
-            db.execute(count, ("hits" if rows else "misses",))
+        self._write(count, "hits" if rows else "misses")
         return rows[0][0] if rows else None
 
     def cache_stats(self, now: float, ttl_s: float) -> dict[str, int]:
@@ -1567,12 +1645,10 @@ class State:
         fresh, sizes = (sum(column) for column in zip(*rows)) if rows else (0, 0)
         return {"entries": len(rows), "fresh": fresh, "bytes": sizes, **counts}
 
-    @_or_in_memory
     def cache_clear(self) -> int:
         """Forget all cached replies and their counts; how many replies there were."""
-        with self._open() as db:
-            db.execute("DELETE FROM counters")
-            return db.execute("DELETE FROM replies").rowcount
+        self._write("DELETE FROM counters")
+        return self._write("DELETE FROM replies")
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -1585,18 +1661,41 @@ class State:
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         return self._open().execute(sql, values).fetchall()
 
+    @_or_in_memory
+    def _write(self, sql: str, *values: Any) -> int:
+        with self._open() as db:
+            return db.execute(sql, values).rowcount
+
     def _use_memory(self, error: Exception) -> None:
-        """Go on without the file, which just failed."""
-        if self.path == ":memory:":
+        if self._retry_at is not None or self.path == ":memory:":
             raise error
-        _log.warning(
-            "%s cannot be used (%s): cooldowns and metrics stay in memory. "
-            "Deleting the file is safe.",
-            self.path,
-            error,
-        )
+        words = str(error).lower()
+        # what another process has locked, or a disk without room, is no reason to delete anything
+        is_damaged = "malformed" in words or "not a database" in words or "disk i/o" in words
+        advice = f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
+        if not self._has_warned:
+            _log.warning(
+                "%s cannot be used (%s): cooldowns and metrics stay in memory.%s",
+                self.path,
+                error,
+                advice if is_damaged else "",
+            )
+        self._has_warned = True
         self.close()
-        self.path = ":memory:"
+        self._retry_at = time.monotonic() + STATE_RETRY_S
+
+    def _look_at_file(self) -> None:
+        """Open the file anew once it was deleted, or some time after it failed."""
+        if self._retry_at is not None and time.monotonic() > self._retry_at:
+            self.close()
+            self._retry_at = None
+        elif self._db is not None and self._retry_at is None and self.path != ":memory:":
+            try:
+                is_gone = os.stat(self.path).st_ino != self._inode
+            except OSError:
+                is_gone = True
+            if is_gone:
+                self.close()
 
     def _open(self) -> sqlite3.Connection:
         """The file's connection; ``with`` it, all changes are one transaction."""
@@ -1604,13 +1703,14 @@ class State:
 
         if self._db is not None:
             return self._db
-        if self.path != ":memory:":
+        path = self.path if self._retry_at is None else ":memory:"
+        if path != ":memory:":
             os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
-            # else the umask would decide on its mode
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        db = sqlite3.connect(
-            self.path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False
-        )
+            # else the umask would decide on its mode; a file that is there must not be opened
+            # beside SQLite: closing it would drop the locks of this process (POSIX)
+            with suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
         try:
             # disposable: it need not survive a power cut
             db.execute("PRAGMA synchronous=OFF")
@@ -1622,6 +1722,7 @@ class State:
             db.close()
             raise
         self._db = db
+        self._inode = os.stat(path).st_ino if path != ":memory:" else None
         return db
 
     def _after_fork(self) -> None:
@@ -1631,27 +1732,41 @@ class State:
 
 
 # ======================================================================================
-# 6. messages · uses: errors, values. No I/O: bytes and dicts in, values out
+# 6. messages · uses: errors, values. Reads files, and nothing else of the outside
 # ======================================================================================
 Messages = list[JSON]
 Prompt = str | Sequence[Mapping[str, Any]]
 Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
+# ---- history: any vendor's parts in, one canonical shape ----
+#
+# The shape is OpenAI's for chat completions. Beside it stands what other vendors need: marks of
+# `cache_control` on parts, `thinking` that Claude signed among an assistant's parts, a message's
+# `reasoning_details` and `images`, and results (role "tool") that hold pictures or `is_error`.
+
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# What replies carry, and providers refuse in a history.
-_REPLY_ONLY_KEYS = (
-    *("tool_calls", "reasoning", "reasoning_content", "reasoning_details", "refusal"),
-    *("audio", "annotations", "function_call"),
+_TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+# Parts and items of a provider's own tools and thoughts, which are of no use to another model.
+_SKIPPED_KINDS = frozenset(
+    """reasoning additional_tools web_search_call file_search_call mcp_call mcp_list_tools
+    mcp_approval_request mcp_approval_response code_interpreter_call image_generation_call
+    compaction compaction_trigger configuration_update program program_output item_reference
+    server_tool_use web_search_tool_result web_fetch_tool_result code_execution_tool_result
+    bash_code_execution_tool_result text_editor_code_execution_tool_result
+    tool_search_tool_result advisor_tool_result mcp_tool_use mcp_tool_result mcp_tool_listing
+    container_upload fallback tool_addition tool_removal""".split()
 )
+# Calls and results of tools that a client runs by a provider's rules: told in words.
+_TOLD_KINDS = frozenset(
+    """local_shell_call local_shell_call_output shell_call shell_call_output apply_patch_call
+    apply_patch_call_output computer_call computer_call_output""".split()
+)
+# The beginning of a signature that this module made up, for clients that want one.
+_OWN_SIGNATURE = "unsigned"
 # A tool's result may be empty, but Puter refuses an empty content.
 _NO_OUTPUT = "(no output)"
-_IMAGE_KINDS = {
-    "image/png": rb"\x89PNG\r\n\x1a\n",
-    "image/jpeg": rb"\xff\xd8\xff",
-    "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"RIFF....WEBP",
-}
+_NOT_ANSWERED = "(this call was not answered)"
 
 
 class Needs(NamedTuple):
@@ -1662,16 +1777,21 @@ class Needs(NamedTuple):
     context: int = 0
 
 
-def _require(is_fine: object, where: str, value: Any, hint: str) -> None:
+def _require(ok: object, where: str, value: Any, hint: str) -> None:
     """Raise `BadRequestError` for a value that cannot stand in its place."""
-    if not is_fine:
-        raise BadRequestError(f"{where} is {_describe(value)}", hint=hint)
+    if not ok:
+        raise _misplaced(where, f"is {_describe(value)}", hint)
+
+
+def _misplaced(where: str, problem: str, hint: str | None = None) -> BadRequestError:
+    """The error of something in a request; its first word is the field of the request."""
+    return BadRequestError(f"{where} {problem}", hint=hint, param=re.split(r"[.\[]", where)[0])
 
 
 def messages_from(
     prompt: Prompt, system: str | None = None, extra_parts: Sequence[JSON] = ()
 ) -> Messages:
-    """A prompt as new messages in OpenAI's shape; the caller's own list is never changed.
+    """A prompt as new messages in the canonical shape; the caller's own list is never changed.
 
     `extra_parts` (images, files) join the last user message. Raises `BadRequestError`.
     """
@@ -1681,7 +1801,8 @@ def messages_from(
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
         hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
         _require(is_list, "The prompt", prompt, hint)
-        messages = [_checked_message(m, f"messages[{i}]") for i, m in enumerate(prompt)]
+        places = ((message, f"messages[{i}]") for i, message in enumerate(prompt))
+        messages = [one for message, where in places for one in read_message(message, where)]
     if extra_parts:
         question = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if question is None:
@@ -1693,8 +1814,11 @@ def messages_from(
     return messages
 
 
-def _checked_message(message: Any, where: str) -> JSON:
-    """A shallow copy of one message; raises `BadRequestError` that names its place."""
+def read_message(message: Any, where: str) -> Messages:
+    """A message in any vendor's shape as canonical ones: its results first, then the rest.
+
+    Raises `BadRequestError` that names its place.
+    """
     is_message = isinstance(message, Mapping)
     _require(is_message, where, message, 'Write {"role": "user", "content": "…"}.')
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
@@ -1703,28 +1827,126 @@ def _checked_message(message: Any, where: str) -> JSON:
     _require(is_content, f"{where}.content", content, "Give a string, a list of parts, or null.")
     is_list = isinstance(calls, (list, tuple, type(None)))
     _require(is_list, f"{where}.tool_calls", calls, "Give a list of calls.")
-    for number, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
-        _check_part(part, f"{where}.content[{number}]")
     for number, call in enumerate(calls or ()):
         function = call.get("function") if isinstance(call, Mapping) else None
         _check_call(call, function, f"{where}.tool_calls[{number}]")
     call_id, hint = message.get("tool_call_id"), "Say which call this is the result of."
     _require(role != "tool" or _is_text(call_id), f"{where}.tool_call_id", call_id, hint)
-    return dict(message)
+    rest = {key: value for key, value in message.items() if value is not None}
+    if content is None or isinstance(content, str):
+        return [rest]
+    results, own_calls, parts = [], list(calls or ()), []
+    for number, part in enumerate(content):
+        place = f"{where}.content[{number}]"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "tool_result":
+            results.append(_read_result(part, place))
+        elif kind == "tool_use":
+            _check_call(part, part, place)
+            own_calls.append(openai_call(tool_call_from(part)))
+        else:
+            parts += read_part(part, place)
+    if own_calls:
+        rest["tool_calls"] = own_calls
+    is_empty = not parts and bool(results or own_calls)
+    rest["content"] = None if is_empty else parts
+    return results if is_empty and not own_calls else [*results, rest]
 
 
-def _check_part(part: Any, where: str) -> None:
-    """Raise `BadRequestError` for a part of a message that nobody can read."""
+def _read_result(part: Mapping[str, Any], where: str) -> JSON:
+    call_id, content = part.get("tool_use_id"), part.get("content")
+    _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
+    if not isinstance(content, (str, type(None))):
+        content = read_parts(content, f"{where}.content")
+    kept = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **kept}
+
+
+def read_parts(content: Any, where: str) -> list[JSON]:
+    """A content in any vendor's shape as canonical parts; raises `BadRequestError`."""
+    parts = [content] if isinstance(content, str) else [] if content is None else content
+    _require(isinstance(parts, (list, tuple)), where, parts, "Give a text or a list of parts.")
+    return [known for part in parts for known in read_part(part, where)]
+
+
+def read_part(part: Any, where: str) -> list[JSON]:
+    """A part in any vendor's shape as canonical ones: their kinds do not collide.
+
+    Of each its known keys are taken. Raises `BadRequestError` for what nobody can read.
+    """
     if isinstance(part, str):
-        return
+        return [{"type": "text", "text": part}]
     _require(isinstance(part, Mapping), where, part, 'Write {"type": "text", "text": "…"}.')
-    kind, text = part.get("type"), part.get("text")
+    kind, source = part.get("type"), part.get("source")
+    mark = {"cache_control": part["cache_control"]} if part.get("cache_control") else {}
+    if kind in _TEXT_KINDS:
+        text = part.get(_TEXT_KINDS[kind])
+        _require(isinstance(text, (str, type(None))), f"{where}.text", text, "Write a string.")
+        return [{"type": "text", "text": text or "", **mark}]
+    if kind in ("image_url", "input_image", "image"):
+        return [{**_read_image(part, where), **mark}]
+    if kind in ("file", "input_file"):
+        return [{**_read_file(part, where), **mark}]
+    if kind == "document" and _dig(source, "type") in ("text", "content"):
+        title, content = part.get("title"), _dig(source, "data") or _dig(source, "content")
+        return [*read_parts(title, where), *read_parts(content, where)]
+    if kind == "document":
+        name, url = part.get("title"), _source_url(source)
+        return [{**_read_file({"filename": name, "file_data": url}, where), **mark}]
+    if kind in ("thinking", "redacted_thinking"):
+        is_own = str(part.get("signature") or _OWN_SIGNATURE).startswith(_OWN_SIGNATURE)
+        return [] if kind == "thinking" and is_own else [dict(part)]
+    if kind == "search_result":
+        title = f"{part.get('title')} ({part.get('source')})"
+        return [*read_parts(title, where), *read_parts(part.get("content"), where)]
+    if kind == "tool_reference":
+        return read_parts(f"The tool {part.get('tool_name')} can be called.", where)
+    if kind == "compaction" and _is_text(part.get("content")):
+        return read_parts(part["content"], where)
     if kind == "input_audio":
-        raise BadRequestError(f"{where} is audio, which Puter's chat does not accept")
-    is_fine = kind != "text" or isinstance(text, (str, type(None)))
-    _require(is_fine, f"{where}.text", text, "Write it as a string.")
-    if kind == "tool_use":
-        _check_call(part, part, where)
+        raise _misplaced(where, "is audio, which Puter's chat does not accept")
+    if kind not in _SKIPPED_KINDS:
+        raise _misplaced(where, f"is of the kind {_describe(kind)}, which is not known")
+    return []
+
+
+def _dig(value: Any, *path: str) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _read_image(part: Mapping[str, Any], where: str) -> JSON:
+    image = part.get("image_url") or _source_url(part.get("source"))
+    url = image if isinstance(image, str) else _dig(image, "url")
+    if not re.match("(?i)https?://|data:", str(url)[:10]):
+        raise _misplaced(where, "is an image without an http(s) or data URL")
+    detail = part.get("detail") or _dig(image, "detail")
+    return {
+        "type": "image_url",
+        "image_url": {"url": url, **({"detail": detail} if detail else {})},
+    }
+
+
+def _source_url(source: Any) -> Any:
+    """The URL that Anthropic's clients name, or one that holds the data that they send."""
+    if _dig(source, "type") == "base64":
+        return f"data:{_dig(source, 'media_type')};base64,{_dig(source, 'data')}"
+    return _dig(source, "url")
+
+
+def _read_file(part: Mapping[str, Any], where: str) -> JSON:
+    if _is_text(part.get("puter_path")):
+        return {"type": "file", "puter_path": part["puter_path"]}
+    file = part.get("file", part)
+    data, name = _dig(file, "file_data"), _dig(file, "filename")
+    if not isinstance(data, str) or re.match("(?i)https?://", data[:10]):
+        raise _misplaced(where, "has a file without its data (data:application/pdf;base64,…)")
+    try:
+        content = base64.b64decode(data.rpartition(",")[2], validate=True)
+    except ValueError as error:
+        raise _misplaced(where, f"has a file_data that is not base64 ({error})") from None
+    return file_part(("document.pdf" if name is None else name, content))
 
 
 def _check_call(call: Any, function: Any, where: str) -> None:
@@ -1735,10 +1957,10 @@ def _check_call(call: Any, function: Any, where: str) -> None:
     hint = "Give the call as the model made it: with its id, name and arguments."
     is_call = isinstance(call, Mapping) and isinstance(function, Mapping)
     if not is_call or not _is_text(call.get("id")) or not _is_text(function.get("name")):
-        raise BadRequestError(f"{where} lacks an id or a function name", hint=hint)
+        raise _misplaced(where, "lacks an id or a function name", hint)
     arguments = function.get("arguments", function.get("input"))
-    is_fine = isinstance(arguments, (str, Mapping, type(None))) or arguments == []
-    _require(is_fine, f"The arguments of {where}", arguments, hint)
+    ok = isinstance(arguments, (str, Mapping, type(None))) or arguments == []
+    _require(ok, f"The arguments of {where}", arguments, hint)
 
 
 def _parts(content: Any) -> list[JSON]:
@@ -1747,109 +1969,15 @@ def _parts(content: Any) -> list[JSON]:
         return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    parts = [{"type": "text", "text": p} if isinstance(p, str) else dict(p) for p in content]
-    return [p for p in parts if p.get("type") != "text" or p.get("text")]
+    return [p for p in content if p.get("type") != "text" or p.get("text")]
 
 
-def joined_text(content: Any, kind: str = "text", key: str = "text") -> str:
+def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
     """The texts of a content's parts of one kind, joined."""
     if isinstance(content, str):
         return content if kind == "text" else ""
     parts = content if isinstance(content, (list, tuple)) else ()
-    return "".join(str(p.get(key) or "") for p in parts if p.get("type") == kind)
-
-
-# What a turn with calls becomes: messages, and the calls whose results follow each.
-_Turn = list[tuple[JSON, list[ToolCall]]]
-
-
-def puter_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """Messages in Puter's form: the one that arrives right at every provider (recorded).
-
-    A text is a message of its own; then each call is an assistant message of one `tool_use`
-    part, followed at once by its result. Messages without content are left out. Takes what
-    `messages_from` gives; raises `BadRequestError` when nothing is left.
-    """
-    return _arranged(messages, _puter_turn)
-
-
-def openai_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """Messages, of Puter's form or mixed, in OpenAI's; otherwise as `puter_messages`."""
-    return _arranged(messages, _openai_turn)
-
-
-def _arranged(
-    messages: Sequence[Mapping[str, Any]], turn_of: Callable[[JSON, list[ToolCall]], _Turn]
-) -> Messages:
-    """The messages with each result behind its call, however late it comes."""
-    groups: list[Messages] = []
-    waiting: dict[str, Messages] = {}
-    for message, calls in map(_cleaned, messages):
-        if calls:
-            for one, its_calls in turn_of(message, calls):
-                groups.append([one])
-                # an id used again belongs to the newest turn
-                waiting |= dict.fromkeys((call.id for call in its_calls), groups[-1])
-        elif message["role"] == "tool" and message["tool_call_id"] in waiting:
-            waiting.pop(message["tool_call_id"]).append(message)
-        elif message["content"] is not None:
-            groups.append([message])
-    if not groups:
-        raise BadRequestError(
-            "There is nothing to send: no message has a content",
-            hint="Give a prompt that is not empty.",
-        )
-    return [message for group in groups for message in group]
-
-
-def _cleaned(message: Mapping[str, Any]) -> tuple[JSON, list[ToolCall]]:
-    """(the message without what only replies carry, its content None if it is empty; its calls)"""
-    clean = {k: v for k, v in message.items() if k not in _REPLY_ONLY_KEYS and v is not None}
-    content, parts = message.get("content"), _parts(message.get("content"))
-    calls: list[JSON] = []
-    if message["role"] == "developer":
-        clean["role"] = "system"
-    elif message["role"] == "assistant":
-        calls = [p for p in parts if p.get("type") == "tool_use"]
-        calls += message.get("tool_calls") or ()
-        parts = [p for p in parts if p.get("type") != "tool_use"]
-    is_text = all(p.get("type") == "text" for p in parts)
-    is_blank = is_text and not joined_text(parts).strip()
-    if message["role"] == "tool" and is_text:
-        content = _NO_OUTPUT if is_blank else "\n".join(p["text"] for p in parts)
-    elif not isinstance(content, str):
-        content = parts
-    clean["content"] = None if is_blank and calls else content or None
-    # Arguments that could not be read are sent as none; the result says what was wrong.
-    return clean, [replace(tool_call_from(call), invalid="") for call in calls]
-
-
-def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
-    """All calls in one message, beside its text."""
-    return [({**message, "tool_calls": [openai_call(call) for call in calls]}, calls)]
-
-
-def _puter_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
-    """The text alone, then each call alone, unless they carry a provider's signature.
-
-    Signed calls must stay together in one message. With text beside them OpenAI's own shape
-    arrives right; without, parts arrive reversed (recorded), so they are sent in reverse.
-    """
-    parts = _parts(message["content"])
-    text = "\n".join(p["text"] for p in parts if p.get("type") == "text")
-    is_signed = any(call.extra_content for call in calls)
-    if is_signed and text.strip():
-        return _openai_turn({**message, "content": text}, calls)
-    turn: _Turn = [(message, [])] if parts else []
-    for some in [calls] if is_signed else [[call] for call in calls]:
-        turn.append(({"role": "assistant", "content": [*map(_tool_use, reversed(some))]}, some))
-    return turn
-
-
-def _tool_use(call: ToolCall) -> JSON:
-    """A call as a part of a message in Puter's form."""
-    part = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
-    return {**part, "extra_content": call.extra_content} if call.extra_content else part
+    return glue.join(str(p.get(key) or "") for p in parts if p.get("type") == kind)
 
 
 def openai_call(call: ToolCall) -> JSON:
@@ -1883,6 +2011,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
         value = joined_halves(value)
         try:
             read = json.loads(value, parse_constant=_no_constant) if value.strip() else None
+            json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
         except (ValueError, RecursionError):
             return {}, value
     if read is None or read == []:
@@ -1892,17 +2021,363 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     return {}, value if isinstance(value, str) else json.dumps(value)
 
 
-def needs_of(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Needs:
-    """What a request asks of a model; the context is a low guess of four characters a token."""
-    kinds, characters = set(), 0
+# ---- history: the canonical shape out, in the form of each kind of provider (recorded) ----
+
+# What a turn with calls becomes: messages, and the calls whose results follow each.
+_Turn = list[tuple[JSON, list[ToolCall]]]
+
+
+class Form(NamedTuple):
+    """How the messages for one kind of provider are written: pure functions of canonical ones.
+
+    `part` writes a picture or a PDF, `turn` a message with calls, and `results` the results of
+    one, which hold pictures themselves if `has_rich_results`. `keeps` names the keys and kinds
+    of parts beyond the usual ones that the provider takes.
+    """
+
+    part: Callable[[JSON], JSON]
+    turn: Callable[[JSON, list[ToolCall]], _Turn]
+    results: Callable[[Messages], Messages]
+    keeps: frozenset[str] = frozenset()
+    has_rich_results: bool = False
+    loses_later_systems: bool = False
+    refuses_blank: bool = False
+    streams_all_calls: bool = False
+
+
+def form_of(model: Model | str) -> str:
+    """The name of the form for a model: by its provider, else by the name that it is asked by."""
+    if isinstance(model, Model):
+        form = "responses" if model.provider.endswith("-responses") else model.provider
+        return form if form in ("claude", "responses", "openrouter") else "chat"
+    name = strip_puter_prefix(model).lower()
+    is_claude = re.match(r"(anthropic[:/]){0,2}claude", name) is not None
+    return "claude" if is_claude else "openrouter" if name.startswith("openrouter:") else "chat"
+
+
+def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
+    """Canonical messages as a kind of provider takes them; raises `BadRequestError` for none."""
+    form, is_opening = FORMS[form_name], True
+    sent: Messages = []
+    for message, calls, results in _with_results(messages):
+        one = _written(message, form, bool(calls))
+        is_opening = is_opening and one["role"] == "system"
+        if form.loses_later_systems and one["role"] == "system":
+            one["role"] = "system" if is_opening and len(messages) > 1 else "user"
+        turn = [*_written_turn(form, one, calls, results)]
+        if turn and "tool_calls" in turn[0] and form.turn is _chat_turn and sent:
+            # Puter would make one message of it and of a text before, and lose the calls
+            before = _parts(sent[-1]["content"])
+            if sent[-1]["role"] == "assistant" and all(part["type"] == "text" for part in before):
+                turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
+        sent += turn
+        if drawn := message.get("images"):
+            text = {"type": "text", "text": "The picture that you drew:"}
+            sent.append({"role": "user", "content": [text, *map(form.part, drawn)]})
+    if not sent:
+        raise BadRequestError(
+            "There is nothing to send: no message has a content",
+            hint="Give a prompt that is not empty.",
+        )
+    if form.loses_later_systems and all(one["role"] == "system" for one in sent):
+        sent[-1]["role"] = "user"
+    return sent
+
+
+def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], Messages]]:
+    """Each message with its calls and their results, however late these come.
+
+    A call without a result gets one, a result without its call is told in words, and an id
+    that is used again is made another one: else providers refuse the history for ever.
+    """
+    turns: list[tuple[JSON, list[ToolCall], Messages]] = []
+    waiting: dict[str, Messages] = {}
+    uses: Counter[str] = Counter()
     for message in messages:
-        for part in _parts(message.get("content")):
-            characters += len(str(part.get("text") or ""))
-            if part.get("type") == "image_url":
+        if message["role"] == "tool":
+            if slots := waiting.get(message["tool_call_id"]):
+                slot = slots.pop(0)
+                slot |= {**message, "tool_call_id": slot["tool_call_id"]}
+                continue
+            told = {"type": "text", "text": f"The result of the call {message['tool_call_id']}:"}
+            message = {"role": "user", "content": [told, *_parts(message.get("content"))]}
+        calls: list[ToolCall] = []
+        results: Messages = []
+        opened: dict[str, Messages] = {}
+        for call in map(tool_call_from, message.get("tool_calls") or ()):
+            uses[call.id] += 1
+            sent_id = re.sub(r"[^A-Za-z0-9_-]", "_", call.id)[-56:]
+            sent_id += f"_{uses[call.id]}" if uses[call.id] > 1 else ""
+            # arguments that could not be read are sent as none; the result says what was wrong
+            calls.append(replace(call, id=sent_id, invalid=""))
+            results.append({"role": "tool", "tool_call_id": sent_id, "content": _NOT_ANSWERED})
+            opened.setdefault(call.id, []).append(results[-1])
+        waiting |= opened
+        turns.append((message, calls, results))
+    return turns
+
+
+def _written_turn(
+    form: Form, message: JSON, calls: list[ToolCall], results: Messages
+) -> Iterator[JSON]:
+    if not calls:
+        yield from [message] if message["content"] else []
+        return
+    for one, its_calls in form.turn(message, calls):
+        yield one
+        ids = {call.id for call in its_calls}
+        answered = [r for r in results if r["tool_call_id"] in ids]
+        yield from form.results([_written(r, form) for r in answered]) if answered else ()
+    pictures = [p for r in results for p in _parts(r["content"]) if p["type"] != "text"]
+    if pictures and not form.has_rich_results:
+        yield {"role": "user", "content": [form.part(p) for p in pictures]}
+
+
+def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
+    """A message with the parts and keys that the provider takes; its content None if empty."""
+    role, content = message["role"], message.get("content")
+    if not isinstance(content, str):
+        content = [one for part in _parts(content) for one in _written_part(part, form)]
+    is_text = isinstance(content, str) or all(part["type"] == "text" for part in content)
+    if is_text and (form.refuses_blank or has_calls) and not text_of(content).strip():
+        content = None
+    kept = ("tool_call_id", "is_error", *form.keeps)
+    clean = {key: message[key] for key in kept if message.get(key)}
+    return {"role": "system" if role == "developer" else role, "content": content or None, **clean}
+
+
+def _written_part(part: JSON, form: Form) -> list[JSON]:
+    kind = part["type"]
+    if kind in ("thinking", "redacted_thinking"):
+        return [part] if "thinking" in form.keeps else []
+    if kind == "text" and form.refuses_blank and not part["text"].strip():
+        return []
+    bare = {key: value for key, value in part.items() if key != "cache_control"}
+    written = bare if kind == "text" else form.part(bare)
+    mark = {"cache_control": part["cache_control"]} if "cache_control" in part else {}
+    return [{**written, **(mark if "cache_control" in form.keeps else {})}]
+
+
+def _claude_part(part: JSON) -> JSON:
+    if "puter_path" in part:
+        return part
+    file = part.get("file") or {}
+    url: str = file.get("file_data") or part["image_url"]["url"]
+    head, _, data = url.partition(",")
+    source = {"type": "url", "url": url}
+    if head.lower().endswith(";base64"):
+        kind = head[5:].partition(";")[0].lower()
+        source = {"type": "base64", "media_type": kind, "data": "".join(data.split())}
+    if file:
+        return {"type": "document", "title": file["filename"], "source": source}
+    return {"type": "image", "source": source}
+
+
+def _claude_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
+    uses = [_tool_use(replace(call, extra_content=None)) for call in calls]
+    return [({"role": "assistant", "content": [*_parts(message["content"]), *uses]}, calls)]
+
+
+def _result_block(result: JSON) -> JSON:
+    block: JSON = {"type": "tool_result", "tool_use_id": result["tool_call_id"]}
+    kept: JSON = {key: result[key] for key in ("is_error", "cache_control") if key in result}
+    return {**block, "content": result["content"] or _NO_OUTPUT, **kept}
+
+
+def _responses_part(part: JSON) -> JSON:
+    if "file" in part:
+        return {"type": "input_file", **part["file"]}
+    image = part.get("image_url", {})
+    kept = {"detail": image["detail"]} if "detail" in image else {}
+    return {"type": "input_image", "image_url": image.get("url"), **kept}
+
+
+def _responses_results(results: Messages) -> Messages:
+    """Results as texts, one that holds more in Anthropic's wrapper, which arrives whole."""
+    written: Messages = []
+    for result in results:
+        parts = _parts(result["content"])
+        if all(part["type"] == "text" for part in parts):
+            written += _chat_results([result])
+            continue
+        texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in parts]
+        written.append({"role": "user", "content": [{**_result_block(result), "content": texts}]})
+    return written
+
+
+def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
+    """The text alone, then each call alone, unless they carry a provider's signature.
+
+    Signed calls must stay together in one message. With text beside them OpenAI's own shape
+    arrives right; without, parts arrive reversed (recorded), so they are sent in reverse.
+    """
+    content, text = message["content"], text_of(message["content"], glue="\n")
+    beside = {key: value for key, value in message.items() if key not in ("role", "content")}
+    is_signed = any(call.extra_content for call in calls)
+    if is_signed and text.strip():
+        return _openai_turn({**message, "content": text}, calls)
+    turn: _Turn = [({"role": "assistant", "content": content}, [])] if content else []
+    for some in [calls] if is_signed else [[call] for call in calls]:
+        parts = [_tool_use(call) for call in reversed(some)]
+        turn.append(({"role": "assistant", "content": parts, **beside}, some))
+        beside = {}
+    return turn
+
+
+def _chat_results(results: Messages) -> Messages:
+    written = []
+    for result in results:
+        parts = _parts(result["content"])
+        is_text = all(part["type"] == "text" for part in parts)
+        text = text_of(parts, glue="\n")
+        text = text if text.strip() else _NO_OUTPUT if is_text else "(see the picture below)"
+        text = f"Error: {text}" if result.get("is_error") else text
+        one = {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
+        written.append(one)
+    return written
+
+
+def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
+    return [({**message, "tool_calls": [openai_call(call) for call in calls]}, calls)]
+
+
+def _tool_use(call: ToolCall) -> JSON:
+    part = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
+    return {**part, "extra_content": call.extra_content} if call.extra_content else part
+
+
+_CHAT = Form(dict, _chat_turn, _chat_results, frozenset({"name"}))
+FORMS = {
+    "claude": Form(
+        _claude_part,
+        _claude_turn,
+        lambda results: [{"role": "user", "content": [*map(_result_block, results)]}],
+        keeps=frozenset({"cache_control", "thinking"}),
+        has_rich_results=True,
+        loses_later_systems=True,
+        refuses_blank=True,
+        streams_all_calls=True,
+    ),
+    "responses": Form(
+        _responses_part,
+        lambda message, calls: _chat_turn(message, [replace(c, extra_content=None) for c in calls]),
+        _responses_results,
+        has_rich_results=True,
+        streams_all_calls=True,
+    ),
+    "chat": _CHAT,
+    "openrouter": _CHAT._replace(
+        keeps=frozenset({"name", "cache_control", "reasoning", "reasoning_details"})
+    ),
+    # an OpenAI-compatible base
+    "openai": _CHAT._replace(turn=_openai_turn, streams_all_calls=True),
+}
+# What Puter makes of an effort for Claude: so many tokens of the answer's are for thinking.
+_EFFORT_TOKENS = {"high": 8192, "medium": 4096, "low": 1024}
+_LEAST_ANSWER_TOKENS = 256
+
+
+# What only the Responses API knows.
+RESPONSES_ARGUMENTS = (
+    "service_tier metadata store prompt_cache_key truncation include safety_identifier".split()
+)
+
+
+def arguments_for(form_name: str, model: str, args: JSON) -> JSON:
+    """A request's arguments as a kind of provider takes them, messages included (recorded)."""
+    sent = {**args, "messages": messages_for(form_name, args["messages"])}
+    if form_name != "responses":
+        sent = {key: value for key, value in sent.items() if key not in RESPONSES_ARGUMENTS}
+    effort = args.get("reasoning_effort") or _dig(args.get("reasoning"), "effort")
+    if form_name == "claude":
+        # Puter would send 0; Anthropic's own default is 1
+        sent.setdefault("temperature", 1)
+        sent.pop("reasoning", None)
+        sent.pop("reasoning_effort", None)
+        if effort := _claude_effort(effort, args):
+            sent["reasoning_effort"] = effort
+    elif form_name == "responses":
+        sent.pop("reasoning_effort", None)
+        if effort and not model.startswith("o3-pro"):
+            sent["reasoning"] = {**(args.get("reasoning") or {}), "effort": effort}
+        schema: Any = _dig(args.get("response_format"), "json_schema")
+        text = {"verbosity": sent.pop("verbosity", None)}
+        text["format"] = {"type": "json_schema", **schema} if schema else None
+        if text := {key: value for key, value in text.items() if value}:
+            sent["text"] = {**text, **(args.get("text") or {})}
+        if name := _dig(args.get("tool_choice"), "function", "name"):
+            sent["tool_choice"] = {"type": "function", "name": name}
+    return sent
+
+
+def _claude_effort(effort: Any, args: JSON) -> Any:
+    """The highest effort, up to the asked one, that leaves room for an answer; None for none.
+
+    With thinking Anthropic refuses a running turn whose calls do not begin with signed thinking.
+    """
+    for message in reversed(args["messages"]):
+        if message["role"] == "user":
+            break
+        kinds = {part["type"] for part in _parts(message.get("content"))}
+        if message.get("tool_calls") and kinds.isdisjoint(("thinking", "redacted_thinking")):
+            return None
+    limit = args.get("max_tokens")
+    if limit is None or effort not in _EFFORT_TOKENS:
+        return effort
+    names = list(_EFFORT_TOKENS)[list(_EFFORT_TOKENS).index(effort) :]
+    fit = (n for n in names if _EFFORT_TOKENS[n] + _LEAST_ANSWER_TOKENS <= limit)
+    return next(fit, None)
+
+
+def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
+    """What a request asks of a model."""
+    kinds = {"web search" for tool in tools if is_web_search(tool)}
+    for message in messages:
+        for part in (*_parts(message.get("content")), *message.get("images", ())):
+            if part["type"] == "image_url":
                 kinds.add("image")
-            elif part.get("type") == "file" and _is_pdf(part):
-                kinds.add("pdf")
-    return Needs(bool(tools), frozenset(kinds), characters // 4)
+            elif part["type"] == "file":
+                kinds.add("pdf" if "file" in part else "puter_path")
+    has_functions = any(not is_web_search(tool) for tool in tools)
+    return Needs(has_functions, frozenset(kinds), estimated_tokens(messages))
+
+
+def estimated_tokens(messages: Sequence[JSON]) -> int:
+    """The server's own estimate of a prompt in tokens, by which it lets a request pass (recorded).
+
+    Takes canonical messages, or those of any form.
+    """
+    total = 0
+    for message in messages:
+        parts = [*_parts(message.get("content")), *(message.get("tool_calls") or ())]
+        total += sum(map(_part_tokens, parts))
+    return total
+
+
+def _part_tokens(part: JSON) -> int:
+    kind, url = part.get("type"), str(_dig(part, "image_url", "url") or part.get("image_url") or "")
+    if kind in ("image_url", "input_image") and url.startswith("data:"):
+        return math.ceil(len(url.partition(",")[2]) * 3 // 4 / 150)
+    if data := _dig(part, "source", "data"):
+        return max(1_500, math.ceil(len(data) * 3 // 4 / 150))
+    if kind in ("text", "thinking"):
+        text = part[kind]
+    elif kind in ("tool_use", "tool_result", "function"):
+        value = part.get("input") or part.get("content") or part.get("function")
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    else:
+        return 1_500
+    return int((len(text) / 4 + len(text.split()) * 4 / 3) / 2)
+
+
+# ---- files: the only reader of the disk here ----
+
+_IMAGE_KINDS = {
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+    "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"RIFF....WEBP",
+}
 
 
 def image_part(image: Image) -> JSON:
@@ -1925,27 +2400,48 @@ def image_part(image: Image) -> JSON:
 
 
 def file_part(file: File) -> JSON:
-    """A document as a part of a message, in OpenAI's shape: its name and a data URL.
+    """A file as a part of a message, by what it holds: a text, an image, or a PDF.
 
     `file` is a path, bytes, or (name, bytes). Raises `BadRequestError` when it cannot be
-    read, is empty, is larger than `MAX_FILE_BYTES`, or has a name that no file may have.
+    read, is empty or too large, has a name that no file may have, or is of another kind.
     """
-    import mimetypes
-
     if isinstance(file, tuple):
         name, data = file
     else:
         data, name = _bytes_of(file, "file")
-        name = "document.pdf" if isinstance(file, (bytes, bytearray)) else name
+        name = "document" if isinstance(file, (bytes, bytearray)) else name
     name = _file_name(name)
     is_data = isinstance(data, (bytes, bytearray))
     _require(is_data, f"The content of {name!r}", data, "Give a file as (name, bytes).")
     if not data or len(data) > MAX_FILE_BYTES:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
-    kind = "application/pdf" if data[:5] == b"%PDF-" else mimetypes.guess_type(name)[0]
-    url = _data_url(kind or "application/octet-stream", data)
-    return {"type": "file", "file": {"filename": name, "file_data": url}}
+    if kind := image_kind(data):
+        return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
+    if data[:5] == b"%PDF-":
+        name = name if "." in name else f"{name}.pdf"
+        file_data = _data_url("application/pdf", data)
+        return {"type": "file", "file": {"filename": name, "file_data": file_data}}
+    text = decoded_text(data)
+    if text is None:
+        raise BadRequestError(
+            f"The file {name!r} is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF",
+            hint="Convert it to one of these.",
+        )
+    return {"type": "text", "text": f"{name}:\n```\n{text.rstrip()}\n```"}
+
+
+def decoded_text(data: bytes) -> str | None:
+    """A file's text: UTF-8, UTF-16 with its mark, else Latin-1; None for what is no text."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    if re.search(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]", data):
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        # of Windows, whose letters are those of Latin-1, and which has more of them
+        return data.decode("cp1252", "replace")
 
 
 def _file_name(name: Any) -> str:
@@ -1957,38 +2453,7 @@ def _file_name(name: Any) -> str:
 
 
 def _data_url(kind: str, data: bytes) -> str:
-    import base64
-
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _is_pdf(part: Mapping[str, Any]) -> bool:
-    file = part.get("file")
-    if isinstance(file, Mapping):
-        return "pdf" in str(file.get("file_data"))[:30]
-    return str(part.get("puter_path")).lower().endswith(".pdf")
-
-
-def file_of(part: Mapping[str, Any], where: str = "the file") -> tuple[str, bytes, str]:
-    """(name, bytes, MIME type) of a part made by `file_part` or an OpenAI client.
-
-    Raises `BadRequestError` when it holds no file.
-    """
-    import base64
-
-    file = part.get("file")
-    data = file.get("file_data") if isinstance(file, Mapping) else None
-    if not isinstance(file, Mapping) or not isinstance(data, str):
-        raise BadRequestError(f"{where} has no file_data (data:application/pdf;base64,…)")
-    head, _, encoded = data.rpartition(",")
-    kind = re.match(r"data:([\w.+/-]+)", head)
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except ValueError as error:
-        raise BadRequestError(f"{where} has a file_data that is not base64 ({error})") from None
-    name = file.get("filename")
-    name = "document.pdf" if name is None else _file_name(name)
-    return name, content, kind.group(1) if kind else "application/octet-stream"
 
 
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
@@ -1999,7 +2464,7 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         path = os.fspath(source)
         path = path if os.path.exists(path) else os.path.expanduser(path)
         with open(path, "rb") as file:
-            return file.read(), path
+            return file.read(MAX_SENT_BYTES + 1), path
     except (OSError, ValueError, TypeError) as error:
         reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
         raise BadRequestError(
@@ -2013,6 +2478,14 @@ def image_kind(data: bytes) -> str | None:
     return next((kind for kind, start in kinds if re.match(start, data, re.DOTALL)), None)
 
 
+# ---- tools: functions to schemas, a model's arguments to Python values ----
+
+
+def is_web_search(tool: Any) -> bool:
+    """Whether a tool is the search that OpenAI's models run themselves."""
+    return str(_dig(tool, "type")).startswith("web_search")
+
+
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
     is_list = isinstance(tools, (list, tuple, type(None)))
@@ -2021,6 +2494,8 @@ def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
 
 
 def _tool_schema(tool: Any, index: int) -> JSON:
+    if is_web_search(tool):
+        return dict(tool)
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
         # the function alone, under OpenAI's, Anthropic's or MCP's names
@@ -2040,13 +2515,14 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     """A Python function as OpenAI's schema, from its signature, type hints and docstring.
 
     Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
-    for what has no name or must be awaited.
+    for what has no name.
     """
-    name = str(getattr(function, "__name__", ""))
-    if not name.isidentifier() or inspect.iscoroutinefunction(function):
-        problem = f"{_describe(function)} has no name, or is a coroutine function"
+    inner = function.func if isinstance(function, partial) else function
+    name = str(getattr(inner, "__name__", "") or type(inner).__name__)
+    if not name.isidentifier() or isinstance(function, type):
+        problem = f"{_describe(function)} has no name, or is a class"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
-    text, _ = _docstring_parts(inspect.getdoc(function) or "")
+    text, _ = _docstring_parts(_doc_of(function))
     described = {"name": name, **({"description": text} if text else {})}
     parameters, _ = _call_type(function, dict, name)
     return {"type": "function", "function": {**described, "parameters": parameters}}
@@ -2065,6 +2541,14 @@ def read_arguments(function: Callable[..., Any], arguments: JSON) -> JSON:
 _Reader = Callable[[Any, str], Any]
 _Type = tuple[JSON, _Reader]  # with its JSON schema
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+# Types that are texts in JSON, with what a schema may say of them.
+_TEXT_TYPES: dict[type, JSON] = {
+    datetime: {"format": "date-time"},
+    date: {"format": "date"},
+    Decimal: {},
+    Path: {},
+    UUID: {"format": "uuid"},
+}
 _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
 
@@ -2074,11 +2558,11 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
     Raises `BadRequestError` for what a model cannot give.
     """
     try:
-        hints = typing.get_type_hints(call, include_extras=True)
+        hints = _hints_of(call)
         parameters = inspect.signature(call).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
-    _, about = _docstring_parts(inspect.getdoc(call) or "")
+    _, about = _docstring_parts(_doc_of(call))
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
@@ -2086,10 +2570,31 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
             raise BadRequestError(problem, hint="Use ordinary parameters with hints: city: str.")
         schema, read = schema_and_reader(hints[one.name], f"{where}({one.name})", outer)
         notes: JSON = {"description": about[one.name]} if about.get(one.name) else {}
-        if isinstance(one.default, (str, int, float, bool)):
+        is_number = isinstance(one.default, (int, float)) and math.isfinite(one.default)
+        if is_number or isinstance(one.default, str):
             notes["default"] = one.default
         types[one.name] = ({**notes, **schema}, read)
     return _object_type(kind, types, [one.name for one in parameters if one.default is one.empty])
+
+
+def _doc_of(call: Any) -> str:
+    inner = call.func if isinstance(call, partial) else call
+    is_object = not isinstance(inner, type) and not inspect.isroutine(inner)
+    own = inspect.getdoc(type(inner).__call__) if is_object else None
+    return own or inspect.getdoc(inner) or ""
+
+
+def _hints_of(call: Any) -> dict[str, Any]:
+    """The type hints of what is called; Python 3.10 would add None to those with that default."""
+    inner = call.func if isinstance(call, partial) else call
+    if not isinstance(inner, type) and not inspect.isroutine(inner):
+        inner = type(inner).__call__
+    inner = inspect.unwrap(getattr(inner, "__func__", inner))
+    if sys.version_info < (3, 11) and isinstance(inner, types.FunctionType):
+        hints = inner.__annotations__
+        inner = types.FunctionType(inner.__code__, inner.__globals__, closure=inner.__closure__)
+        inner.__annotations__ = hints
+    return typing.get_type_hints(inner, include_extras=True)
 
 
 def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...] = ()) -> _Type:
@@ -2107,6 +2612,13 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     # Required and NotRequired, of typing since 3.11 or of its extensions
     if getattr(origin, "_name", "") in ("Required", "NotRequired"):
         return type_of(inner[0])
+    # NewType, and `type X = …` of Python 3.12
+    if other := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
+        return type_of(other)
+    if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
+        return hint.model_json_schema(), partial(_read_model, hint)
+    if isinstance(hint, type) and hint in _TEXT_TYPES:
+        return {"type": "string", **_TEXT_TYPES[hint]}, partial(_read_text_type, hint)
     if hint is Any:
         return _union_type([])
     if hint is None or (isinstance(hint, type) and hint in _SCALARS):
@@ -2137,6 +2649,22 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     return _object_type(dict, made, [name for name in hints if name in hint.__required_keys__])
 
 
+def _read_model(model: Any, value: Any, where: str) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValueError as error:
+        raise TypeError(f"{where} does not fit: {str(error)[:500]}") from None
+
+
+def _read_text_type(kind: Any, value: Any, where: str) -> Any:
+    try:
+        if isinstance(value, str):
+            return kind.fromisoformat(value) if hasattr(kind, "fromisoformat") else kind(value)
+    except (ValueError, ArithmeticError):
+        pass  # what is wrong is said below
+    raise _misfit(value, where, {"type": "string", **_TEXT_TYPES[kind]})
+
+
 def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
     return TypeError(f"{where} is {_describe(value)}, but must be {json.dumps(schema)}")
 
@@ -2157,7 +2685,6 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
 
 
 def _scalar_type(kind: type) -> _Type:
-    """A text, number, boolean or null; JSON has one kind of number, so 2.0 is a whole one."""
     schema = {"type": _SCALARS[kind]}
 
     def read(value: Any, where: str) -> Any:
@@ -2173,7 +2700,6 @@ def _scalar_type(kind: type) -> _Type:
 
 
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
-    """One of several values, as (value in JSON, value in Python)."""
     by_kind: dict[str, list[Any]] = {}
     for value, _ in choices:
         by_kind.setdefault(_SCALARS[type(value)], []).append(value)
@@ -2208,7 +2734,6 @@ def _union_type(types: Sequence[_Type]) -> _Type:
 
 
 def _list_type(kind: Any, types: Sequence[_Type], is_fixed: bool) -> _Type:
-    """A list, set or tuple; `is_fixed` is a tuple of so many values, each of its own type."""
     item = types[0] if len(types) == 1 else _union_type(types)
     length = {"minItems": len(types), "maxItems": len(types)} if is_fixed else {}
     schema: JSON = {"type": "array", "items": item[0], **length}
@@ -2235,7 +2760,6 @@ def _dict_type(item: _Type) -> _Type:
 
 
 def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str]) -> _Type:
-    """An object of such members, read as a dict or a dataclass."""
     properties = {name: schema for name, (schema, _) in types.items()}
     schema: JSON = {"type": "object", "properties": properties, "required": list(required)}
     schema["additionalProperties"] = False
@@ -2255,12 +2779,15 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
 
 
 def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
-    """(what stands before the parameters, text of each) of a Google- or Sphinx-style docstring."""
+    """(what stands before the parameters, text of each) of a Google-, NumPy- or Sphinx-style docstring."""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
     # before a section such as "Returns:", or a field such as ":raises"
     end = r"(?=^\w+:\s*$|^:\w|\Z)"
     head = find(rf"\A(.*?){end}", doc)[0]
     about = find(r"^:param\b[^:]*?(\w+): *(.*?)(?=^:|\Z)", doc)
+    for rows in find(r"^Parameters\n-{3,}\n(.*?)(?=^\w[\w ]*\n-{3,}|\Z)", doc):
+        about += find(r"^(\w+)(?: *:[^\n]*)?\n((?:[ \t]+[^\n]*\n?|\n)+)", rows + "\n")
+        head = head.partition("\nParameters\n")[0]
     for indent, rows in find(rf"^(?:Args|Arguments|Parameters):\s*?\n( *)(.*?){end}", doc):
         entry = rf"^{indent}(\w+)(?: *\([^)]*\))?:"
         about += find(rf"{entry} *(.*?)(?={entry[:-1]}:|\Z)", indent + rows)
@@ -2272,32 +2799,47 @@ def tool_result_text(value: Any) -> str:
     if value is None:
         return _NO_OUTPUT
     if not isinstance(value, str):
-        return json.dumps(value, default=_json_value, ensure_ascii=False)
+        return json.dumps(_with_text_keys(value), default=_json_value, ensure_ascii=False)
     return value if value.strip() else _NO_OUTPUT
 
 
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        names = {k: k.value if isinstance(k, enum.Enum) else k for k in value}
+        plain = (str, int, float, bool, type(None))
+        return {
+            (n if isinstance(n, plain) else str(n)): _with_text_keys(value[k])
+            for k, n in names.items()
+        }
+    return [*map(_with_text_keys, value)] if isinstance(value, (list, tuple)) else value
+
+
 def _json_value(value: Any) -> Any:
-    """What JSON does not know, in terms that it does."""
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return _with_text_keys(asdict(value))
     if isinstance(value, enum.Enum):
         return value.value
+    # pydantic's models, NumPy's arrays, pandas' frames
+    for name in ("model_dump", "tolist", "to_dict"):
+        if callable(getattr(value, name, None)):
+            return _with_text_keys(getattr(value, name)())
     return list(value) if isinstance(value, (set, frozenset, Iterator)) else str(value)
 
 
-# Input, output, cached, all, and tokens put into the cache, in the words of most, of Claude, of
-# OpenRouter (recorded).
+# ---- replies: bytes and dicts to values ----
+
+# Input, output, cached, written to the cache, all: the names that most use, Claude's and
+# OpenRouter's (recorded).
 _USAGE_KEYS = (
     ("prompt_tokens", "input_tokens", "prompt"),
     ("completion_tokens", "output_tokens", "completion"),
     ("cached_tokens", "cache_read_input_tokens", "input_cache_read"),
+    ("cache_creation_input_tokens", "cache_write_tokens"),
     ("total_tokens",),
-    ("cache_creation_input_tokens",),
 )
 
 
 def _amount(source: Mapping[str, Any], *keys: str) -> int | float | None:
-    """The first of these keys' values that is a number."""
     return next(filter(_is_number, map(source.get, keys)), None)
 
 
@@ -2305,24 +2847,38 @@ def usage_from(body: Any) -> Usage:
     """A provider's usage object, under any of the three families of names, as a `Usage`."""
     if not isinstance(body, Mapping):
         return Usage()
-    details = body.get("prompt_tokens_details")
-    body = {**details, **body} if isinstance(details, Mapping) else body
+    details: Any = body.get("prompt_tokens_details")
+    # OpenAI's own shape counts cached tokens within the input; Puter beside it (recorded)
+    is_within = isinstance(details, Mapping)
+    body = {**details, **body} if is_within else body
     amounts = (_amount(body, *keys) for keys in _USAGE_KEYS)
-    inputs, outputs, cached, total, written = (None if n is None else int(n) for n in amounts)
+    inputs, outputs, cached, written, total = (None if n is None else int(n) for n in amounts)
+    marks = [
+        n for minutes in ("5m", "1h") if (n := _amount(body, f"ephemeral_{minutes}_input_tokens"))
+    ]
+    written = int(sum(marks)) if marks else written
     if total is None and (inputs is not None or outputs is not None):
-        # OpenRouter and Claude count cached tokens beside the input, the others within it.
-        beside = 0 if "prompt_tokens" in body else cached
-        total = sum(n or 0 for n in (inputs, outputs, beside, written))
+        beside = () if is_within else (cached, written)
+        total = sum(n or 0 for n in (inputs, outputs, *beside))
     cents, cost = _amount(body, "usd_cents"), _amount(body, "cost_usd")
-    return Usage(inputs, outputs, cached, total, cost if cents is None else round(cents / 100, 12))
+    cost = cost if cents is None else round(cents / 100, 12)
+    return Usage(inputs, outputs, cached, total, cost, written)
 
 
 _FINISH_REASONS = {
     **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token", "stop"), "stop"),
     **dict.fromkeys(("tool_use", "function_call", "tool_calls"), "tool_calls"),
-    **dict.fromkeys(("max_tokens", "max_output_tokens", "length"), "length"),
-    **dict.fromkeys(("safety", "content_filter", "recitation"), "content_filter"),
+    **dict.fromkeys("max_tokens max_output_tokens length".split(), "length"),
+    "model_context_window_exceeded": "length",
+    **dict.fromkeys("safety content_filter recitation refusal".split(), "content_filter"),
 }
+
+
+# The upstream failed while it wrote: what there is, is no answer.
+_FAILED_ENDS = frozenset(
+    """error network_error malformed_function_call abort aborted incomplete failed
+    unexpected_tool_call other_error""".split()
+)
 
 
 def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
@@ -2358,20 +2914,22 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     if not isinstance(message, Mapping):
         raise _no_reply("The reply has no message", body)
     content = message.get("content")
-    end = choice.get("finish_reason") or message.get("stop_reason")
+    # Claude's own word; beside it Puter always says "stop" (recorded)
+    end = message.get("stop_reason") or choice.get("finish_reason")
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     calls: list[ToolCall] = []
     try:
-        text = joined_text(content) or message.get("refusal") or ""
-        text = text or joined_text(content, "refusal", "refusal")
-        thinking = joined_text(content, "thinking", "thinking")
+        text = text_of(content) or message.get("refusal") or ""
+        text = text or text_of(content, "refusal", "refusal")
+        thinking = text_of(content, "thinking", "thinking")
         parts = content if isinstance(content, list) else ()
         uses = (part for part in parts if part.get("type") == "tool_use")
         for call in (*(message.get("tool_calls") or ()), *uses):
             calls.append(_with_own_id(tool_call_from(call), calls))
-    except (TypeError, AttributeError, KeyError) as error:
+        images = tuple(map(picture_from, message.get("images") or ()))
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise _no_reply(f"The reply has an unknown format ({error})", body) from error
-    return Reply(
+    reply = Reply(
         text=joined_halves(str(text)),
         reasoning=joined_halves(reasoning if isinstance(reasoning, str) else thinking),
         tool_calls=tuple(calls),
@@ -2379,7 +2937,46 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         usage=usage_from(usage),
         model=model,
         raw=body,
+        images=images,
+        extra=_extra_of(message),
     )
+    if reply.finish_reason.lower() in _FAILED_ENDS:
+        problem = f"The provider of {model} failed while it wrote ({reply.finish_reason})"
+        raise ReplyError(problem, raw=reply.text[:2_000], reply=reply, model=model)
+    return reply
+
+
+def _extra_of(message: Mapping[str, Any]) -> JSON:
+    """What of a reply's message must go back with the history, beside its text and calls."""
+    extra = {k: message[k] for k in ("reasoning_details",) if message.get(k)}
+    if extra and _is_text(message.get("reasoning")):
+        extra["reasoning"] = message["reasoning"]
+    kinds = ("text", "thinking", "redacted_thinking")
+    content = message.get("content")
+    parts = [p for p in content if p.get("type") in kinds] if isinstance(content, list) else []
+    if any(part["type"] != "text" for part in parts):
+        extra["content"] = parts
+    return extra
+
+
+def picture_from(image: Any) -> Picture:
+    """A picture of a reply, in whatever shape it comes; raises ValueError for what is none."""
+    url = image if isinstance(image, str) else _dig(image, "image_url")
+    url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
+    data = _dig(image, "data") or _dig(image, "b64_json")
+    if data and not url:
+        url = f"data:{_dig(image, 'mime_type') or 'image/png'};base64,{data}"
+    if not isinstance(url, str) or not re.match("(?i)https?://|data:", url[:10]):
+        raise ValueError(f"a picture is {_describe(image)}")
+    if url[:5].lower() != "data:":
+        return Picture(url=url)
+    head, _, encoded = url.partition(",")
+    contents = base64.b64decode(encoded)
+    return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
+
+
+# Puter's own, for trying things
+_FAKE_MODELS = ("fake", "costly", "abuse")
 
 
 def reply_from_driver(body: JSON, model: str) -> Reply:
@@ -2392,8 +2989,7 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     if not isinstance(result, Mapping) or not isinstance(metadata, Mapping):
         raise _no_reply("The reply has no result", body)
     is_fake = metadata.get("service_used") == "fake-chat"
-    # some are there for trying things
-    if is_fake and model not in ("fake", "costly", "abuse"):
+    if is_fake and model not in _FAKE_MODELS:
         problem = f"Puter blocked this prompt to {model}: it answered with made-up text"
         raise BadRequestError(problem, code="prompt_blocked")
     answered = metadata.get("providerUsed") or model
@@ -2414,6 +3010,7 @@ def chunks_of(reply: Reply) -> list[Chunk]:
     """A whole reply as the chunks that a stream of it would have had."""
     chunks = [Chunk("reasoning", reply.reasoning)] if reply.reasoning else []
     chunks += [Chunk("text", reply.text)] if reply.text else []
+    chunks += [Chunk("image", image=image) for image in reply.images]
     chunks += [Chunk("tool_call", tool_call=call) for call in reply.tool_calls]
     return [*chunks, Chunk("usage", usage=reply.usage)]
 
@@ -2423,19 +3020,27 @@ def message_from(reply: Reply) -> JSON:
     calls = [openai_call(call) for call in reply.tool_calls]
     has_text = reply.text.strip() if calls else reply.text
     message: JSON = {"role": "assistant", "content": reply.text if has_text else None}
-    return {**message, "tool_calls": calls} if calls else message
+    if calls:
+        message["tool_calls"] = calls
+    if reply.images:
+        urls = ({"url": image.as_url()} for image in reply.images)
+        message["images"] = [{"type": "image_url", "image_url": url} for url in urls]
+    return message | reply.extra
 
 
 def reply_to_json(reply: Reply) -> JSON:
     """A reply as plain values, without its attempts."""
-    plain = asdict(replace(reply, attempts=(), raw={}))
+    plain = asdict(replace(reply, attempts=(), raw={}, images=()))
+    plain["images"] = [image.as_url() for image in reply.images]
     return {name: value for name, value in plain.items() if name not in ("attempts", "raw")}
 
 
 def reply_from_json(data: JSON) -> Reply:
     """The reply that `reply_to_json` wrote."""
     calls = tuple(ToolCall(**call) for call in data["tool_calls"])
-    return Reply(**{**data, "tool_calls": calls, "usage": Usage(**data["usage"])})
+    images = tuple(map(picture_from, data.get("images", ())))
+    usage = Usage(**data["usage"])
+    return Reply(**{**data, "tool_calls": calls, "usage": usage, "images": images})
 
 
 class _GrowingText:
@@ -2475,6 +3080,7 @@ class _Decoder:
         self._text = _GrowingText()
         self._reasoning = _GrowingText()
         self._calls: list[ToolCall] = []
+        self._images: list[Picture] = []
         self._finish_word: str | None = None
         self._extra: list[JSON] = []
 
@@ -2493,6 +3099,7 @@ class _Decoder:
             usage=self.usage,
             model=self.model,
             raw={"extra": self._extra} if self._extra else {},
+            images=tuple(self._images),
         )
 
     def finish(self) -> list[Chunk]:
@@ -2507,12 +3114,23 @@ class _Decoder:
             problem = f"The reply of {self.model} broke off: {what}"
             self.error = StreamError(problem, code=code, model=self.model)
 
+    def _has_begun(self) -> bool:
+        reply = self.reply()
+        return bool(reply.text or reply.reasoning or reply.tool_calls or reply.images)
+
+    def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
+        self._images.append(picture_from(image))
+        chunks.append(Chunk("image", image=self._images[-1]))
+
     def _add_call(self, call: ToolCall, chunks: list[Chunk]) -> None:
         self._calls.append(_with_own_id(call, self._calls))
         chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
     def _complete(self, chunks: list[Chunk]) -> None:
         """The stream says that it was whole."""
+        if str(self._finish_word).lower() in _FAILED_ENDS:
+            self.fail(f"its provider failed while it wrote ({self._finish_word})")
+            return
         self.whole = True
         if half := self._reasoning.add("", is_last=True):
             chunks.append(Chunk("reasoning", half))
@@ -2522,10 +3140,14 @@ class _Decoder:
 
 
 class LineDecoder(_Decoder):
-    """Puter's stream: bytes in, one JSON object a line, split on `\\n` alone (recorded)."""
+    """Puter's stream: bytes in, one JSON object a line, split on `\\n` alone (recorded).
 
-    def __init__(self, model: str) -> None:
+    `needs_usage` says whether an end without usage means that the answer was cut.
+    """
+
+    def __init__(self, model: str, needs_usage: Callable[[], bool] = lambda: False) -> None:
         super().__init__(model)
+        self._needs_usage = needs_usage
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Chunk]:
@@ -2554,6 +3176,8 @@ class LineDecoder(_Decoder):
                 event, end = decode(line)
                 if end != len(line) and not line[end:].isspace():
                     raise ValueError("there is something behind the object")
+                if self.whole and event["type"] != "usage":
+                    continue  # behind the end of the answer
                 if event["type"] == "text":
                     chunks.append(Chunk("text", add(event["text"] or "")))
                 else:
@@ -2574,14 +3198,30 @@ class LineDecoder(_Decoder):
             chunks.append(Chunk("reasoning", self._reasoning.add(event["reasoning"] or "")))
         elif kind == "tool_use":
             self._add_call(tool_call_from(event), chunks)
+        elif kind == "image":
+            self._add_image(event, chunks)
         elif kind == "usage":
-            self.usage = usage_from(event.get("usage"))
-            self._complete(chunks)
+            self._end(event, chunks)
         elif kind == "error":
-            self.fail(str(event.get("message") or "the server gave no reason"))
+            text = str(event.get("message") or "the server gave no reason")
+            if not self._has_begun():
+                self.error = upstream_error(text, self.model)
+            self.fail(provider_error(text)[1])
         else:
             # extra_content, compaction and what may come
             self._extra.append(event)
+
+    def _end(self, event: JSON, chunks: list[Chunk]) -> None:
+        """The line that ends a whole stream; without usage it may not be one (recorded)."""
+        usage = event.get("usage")
+        if not usage and self._needs_usage():
+            self.fail("the model stopped before its answer was whole (its limit of tokens?)")
+        elif usage == {"usd_cents": None} and self.model not in _FAKE_MODELS:
+            self.fail("Puter blocked the prompt and sent made-up text", code="prompt_blocked")
+        else:
+            self.usage = usage_from(usage)
+            self._finish_word = event.get("finish_reason") or self._finish_word
+            self._complete(chunks)
 
 
 class EventDecoder(_Decoder):
@@ -2590,6 +3230,7 @@ class EventDecoder(_Decoder):
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self._open_calls: list[JSON] = []
+        self._has_choice = False
 
     def feed(self, data: str) -> list[Chunk]:
         """The chunks of one event."""
@@ -2597,7 +3238,9 @@ class EventDecoder(_Decoder):
         if self.error is not None or self.whole:
             return chunks
         try:
-            if data.strip() == "[DONE]":
+            if data.strip() == "[DONE]" and not self._has_choice:
+                self.fail("it holds no answer")
+            elif data.strip() == "[DONE]":
                 for call in self._open_calls:
                     self._add_call(tool_call_from(call), chunks)
                 self._complete(chunks)
@@ -2620,12 +3263,15 @@ class EventDecoder(_Decoder):
             if choice.get("index") not in (0, None):
                 # `n` asked for several, and one is read
                 continue
+            self._has_choice = True
             delta = choice.get("delta") or {}
             self._finish_word = choice.get("finish_reason") or self._finish_word
             if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
                 chunks.append(Chunk("reasoning", self._reasoning.add(reasoning)))
             for text in filter(None, (delta.get("content"), delta.get("refusal"))):
                 chunks.append(Chunk("text", self._text.add(text)))
+            for image in delta.get("images") or ():
+                self._add_image(image, chunks)
             for part in delta.get("tool_calls") or ():
                 self._call_delta(part)
         if frame.get("usage"):
@@ -2656,7 +3302,47 @@ def _is_another(call: JSON, call_id: Any, function: Mapping[str, Any]) -> bool:
     return bool(arguments.strip()) and not _arguments_from(arguments)[1]
 
 
-def models_from(body: Any) -> list[Model]:
+class ModelList(tuple[Model, ...]):
+    """The catalogue; a model by any of its names, in any case, with or without `puter/`."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, Model]:
+        """An id counts before an alias, then who is first."""
+        ids = {m.id.lower(): m for m in reversed(self)}
+        return {n.lower(): m for m in reversed(self) for n in m.aliases} | ids
+
+    def get(self, name: str) -> Model | None:
+        """The model of this name, or None."""
+        return self._by_name.get(strip_puter_prefix(name).lower())
+
+    def id_of(self, name: str) -> str:
+        """The id behind a name; a name that is not known stays."""
+        model = self.get(name)
+        return model.id if model else name
+
+    def find(self, name: str) -> Model:
+        """The model of this name.
+
+        Raises `ModelNotFoundError` with near matches; a `:free` name that is gone does not
+        become its paid twin, but the hint names it.
+        """
+        if model := self.get(name):
+            return model
+        wanted = strip_puter_prefix(name).lower()[:200]
+        paid = self.get(wanted.removesuffix(":free"))
+        near = [self._by_name[n].id for n in difflib.get_close_matches(wanted, self._by_name, n=6)]
+        tail = wanted.rpartition("/")[2]
+        near += [m.id for m in self if tail and tail in m.id.lower()]
+        near = list(dict.fromkeys([*([paid.id] if paid else []), *near]))[:3]
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        if paid:
+            hint = f"The model is not free any more: {paid.id} costs credit. "
+        details = {"near": near, "model": name[:200], "code": "model_not_found"}
+        hint += ModelNotFoundError.default_hint
+        raise ModelNotFoundError(f"No model is called {name[:200]!r}", hint=hint, **details)
+
+
+def models_from(body: Any) -> ModelList:
     """The catalogue of `/puterai/chat/models/details`, or OpenAI's list, as `Model`s.
 
     Raises `ServerError` when it is neither, and the error that the body is instead.
@@ -2672,7 +3358,7 @@ def models_from(body: Any) -> list[Model]:
             models.append(_model_from({"id": entry} if isinstance(entry, str) else entry))
         except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
             _log.warning("An entry of the model list cannot be read: %r", error)
-    return models
+    return ModelList(models)
 
 
 def _model_from(entry: Mapping[str, Any]) -> Model:
@@ -2741,12 +3427,12 @@ def retry_delay_s(
     a quarter (by `rand`, from 0 to 1) so that clients do not come back in step. A server's
     `Retry-After` wins; `may_retry` has seen that it is not too long.
     """
-    import random
-
     delay_s = error.retry_after_s
     if delay_s is None:
         jitter = 1.0 - (rand or random.random)() / 4
-        delay_s = min(RETRY_CAP_S, base_s * 2.0 ** (retry - 1)) * jitter
+        # a place among the requests of a window is free in under a second
+        cap_s = RATE_CAP_S if isinstance(error, RateLimitError) else RETRY_CAP_S
+        delay_s = min(cap_s, base_s * 2.0 ** (retry - 1)) * jitter
     return max(delay_s, RATE_PAUSE_S) if isinstance(error, RateLimitError) else delay_s
 
 
@@ -2757,21 +3443,24 @@ def may_retry(
     patient: bool,
     waited_s: float,
     streaming: bool = False,
+    waiting: int = 0,
 ) -> bool:
     """Whether to send the same request to the same account once more.
 
     `retries` have been made already. A broken server gets `max_retries` more, a model's
     provider one. What the server may have worked for, and billed, is sent again only for a
     stream, and once. A rate limit is waited for only by who is `patient` (has no other account
-    to go to), and for longer than Puter's window. What asks for a longer wait than we ever
+    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What asks for a longer wait than we ever
     wait is not sent again.
     """
-    if not error.retryable or max_retries == 0 or (error.retry_after_s or 0) > RETRY_CAP_S:
+    is_over = error.is_final or (error.retry_after_s or 0) > RETRY_CAP_S
+    if not error.retryable or max_retries == 0 or is_over:
         return False
     if error.may_be_billed:
         return streaming and retries < 1
     if isinstance(error, RateLimitError):
-        within = waited_s < RATE_PATIENCE_S and retries < RATE_PATIENCE_S / RATE_PAUSE_S
+        patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
+        within = waited_s < patience_s and retries < patience_s / RATE_PAUSE_S
         return patient and (retries < max_retries or within)
     return retries < (1 if error.scope == "model" else max_retries)
 
@@ -2783,15 +3472,17 @@ def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> Next
     """Where to go when an account cannot answer with a model, after its retries.
 
     A fallback that refuses the request says nothing of the asked model: on to the next. An
-    unknown name is looked up, and an account without credit gets one free model.
+    unknown name is looked up. A prompt too long for Puter's limit may fit another model.
     """
+    if error.is_final:
+        return "raise"
     if isinstance(error, ReplyError) or error.may_be_billed:
         # the work is done and may be billed, so it is not repeated
         return "raise"
     if isinstance(error, ModelNotFoundError):
         return "next_model"
-    if isinstance(error, CreditError):
-        return "next_account" if is_fallback or not may_fall_back else "next_model"
+    if isinstance(error, ContextLengthError) and error.tokens and may_fall_back:
+        return "next_model"
     if error.scope == "account":
         return "next_account"
     if error.scope == "model" or (error.scope == "request" and is_fallback):
@@ -2804,75 +3495,100 @@ def depends_on_account(error: PuterError | None) -> bool:
     return error is not None and (error.scope == "account" or isinstance(error, ModelAccessError))
 
 
-def is_worth_trying(
-    model: Model, attempts: Sequence[Attempt], by_name: Mapping[str, Model]
-) -> bool:
+def is_worth_trying(model: Model, attempts: Sequence[Attempt], models: ModelList) -> bool:
     """Whether a fallback may help after these attempts of one call.
 
     Not one that failed by its own fault, whatever the account; nor one of a provider whose
-    limit was met `PROVIDER_REFUSALS` times.
+    limit was met `MAX_REFUSALS_PER_PROVIDER` times.
     """
     if any(a.model == model.id and a.error and not depends_on_account(a.error) for a in attempts):
         return False
-    limited = [a.model.lower() for a in attempts if isinstance(a.error, ModelRateLimitError)]
-    providers = [by_name[name].provider for name in limited if name in by_name]
-    return providers.count(model.provider) < PROVIDER_REFUSALS
+    limited = [models.get(a.model) for a in attempts if isinstance(a.error, ModelRateLimitError)]
+    refusals = sum(one is not None and one.provider == model.provider for one in limited)
+    return refusals < MAX_REFUSALS_PER_PROVIDER
 
 
 def fallback_order(
     model: str,
-    candidates: Sequence[Model],
+    candidates: ModelList,
     cooled: Collection[str],
     needs: Needs | None = None,
     listed: Sequence[str] = DEFAULT_FALLBACK_MODELS,
+    is_stale: bool = False,
 ) -> list[Model]:
     """The models to try when `model` fails, best first.
 
     `candidates` is the live catalogue. First the `listed` ones that it knows, then its other
     free models; none that is on cooldown (`cooled`), none that cannot do what the request
     `needs`. A model that costs money is here only if the user listed it: of the built-in list
-    only what is still free counts.
+    only what is still free counts. What an `is_stale` list calls free may cost by now, but for
+    names that say it.
     """
-    by_name = models_by_name(candidates)
     is_own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
-    names = [strip_puter_prefix(name).lower() for name in listed]
-    wanted = [by_name[name] for name in names if name in by_name]
-    wanted = [m for m in wanted if is_own_list or m.free]
+    wanted = [m for m in map(candidates.get, listed) if m and (is_own_list or m.free)]
     wanted += [m for m in candidates if m.free]
-    skipped = {by_name[n.lower()].id for n in (model, *cooled) if n.lower() in by_name}
+    if is_stale:
+        own = {candidates.id_of(name) for name in listed} if is_own_list else set()
+        wanted = [m for m in wanted if m.id.endswith(":free") or m.id in own]
+    skipped = {candidates.id_of(name) for name in (model, *cooled)}
     unique = {m.id: m for m in wanted}.values()
     return [m for m in unique if m.id not in skipped and can_do(m, needs or Needs())]
-
-
-def models_by_name(models: Sequence[Model]) -> dict[str, Model]:
-    """Every name's model, in lower case; an id counts before an alias, then who is first."""
-    ids = {m.id.lower(): m for m in reversed(models)}
-    return {n.lower(): m for m in reversed(models) for n in m.aliases} | ids
 
 
 def can_do(model: Model, needs: Needs) -> bool:
     """Whether a model can take the request; what the catalogue does not say may be so."""
     if needs.tools and model.tools is False:
         return False
-    if model.inputs is not None and not needs.inputs <= set(model.inputs):
-        return False
-    return not (model.context and needs.context > model.context)
+    return fits(model, needs.context) and not lacking(model, needs)
+
+
+def fits(model: Model, tokens: int) -> bool:
+    """Whether Puter lets a model be asked with a prompt of so many (estimated) tokens."""
+    return model.window is None or tokens < model.window
+
+
+def answer_limit(model: Model | None, args: JSON) -> float:
+    """The most tokens that an answer may have: what was asked, and what Puter lets it (recorded)."""
+    limits = [args["max_tokens"]] if _is_number(args.get("max_tokens")) else []
+    if model and model.max_tokens and model.output_usd_per_million:
+        limits.append(model.max_tokens - estimated_tokens(args["messages"]))
+    return min(limits, default=math.inf)
+
+
+def with_true_end(reply: Reply, limit: float) -> Reply:
+    """The reply, ended by "length" if it has all the tokens that it might: few providers say so."""
+    is_cut = reply.finish_reason == "stop" and (reply.usage.output_tokens or 0) >= limit
+    return replace(reply, finish_reason="length") if is_cut else reply
+
+
+# Whose models read a PDF, and search the web; of the others nothing is known (recorded).
+_PDF_PROVIDERS = frozenset(
+    "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
+)
+_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
+
+
+def lacking(model: Model, needs: Needs) -> list[str]:
+    """What the request holds and the model does not take; nothing for an unknown provider."""
+    inputs = needs.inputs if model.provider else frozenset[str]()
+    takes = {
+        "image": model.inputs is None or "image" in model.inputs,
+        "pdf": model.provider in _PDF_PROVIDERS,
+        "puter_path": model.provider == "claude",
+        "web search": model.provider in _SEARCH_PROVIDERS,
+    }
+    return sorted(kind for kind in inputs if not takes[kind])
 
 
 def next_account(
-    accounts: Sequence[Account],
-    cooldowns: Mapping[str, float],
-    strategy: str,
-    current: str | None,
-    now: float,
+    accounts: Sequence[Account], cooled: Collection[str], strategy: str, current: str | None
 ) -> Account | None:
-    """The account to use, or None when all are on cooldown.
+    """The account to use, or None when all are on cooldown (`cooled`).
 
-    `cooldowns` maps names to the end of their cooldown (s since 1970). `current` stays while it
-    may be used; else "round-robin" takes the next in order and "least-recently-used" the one
-    whose last use is longest ago.
+    `current` stays while it may be used; else "round-robin" takes the next in order and
+    "least-recently-used" the one whose last use is longest ago.
     """
-    free = [a for a in accounts if cooldowns.get(a.username, 0.0) <= now]
+    free = [a for a in accounts if a.username not in cooled]
     same = next((a for a in free if a.username == current), None)
     if same or not free:
         return same
@@ -2882,6 +3598,144 @@ def next_account(
     start = names.index(current) + 1 if current in names else 0
     order = [*accounts[start:], *accounts[:start]]
     return next(a for a in order if a in free)
+
+
+class Asked(NamedTuple):
+    """One request as the caller made it, checked; `args` is what the server gets."""
+
+    model: str
+    args: JSON
+    needs: Needs
+    fallback: bool
+    # whether every provider takes it in the same shape
+    is_plain: bool = True
+    # as the caller asked; None is the setting's
+    timeout_s: float | None = None
+
+
+class World(NamedTuple):
+    """What decides who is asked, read once a decision: nothing of it is looked up behind it."""
+
+    accounts: Sequence[Account]
+    cooldowns: Sequence[Cooldown]
+    models: ModelList
+    config: Config
+    current: str | None = None
+    now: float = 0.0
+    elapsed_s: float = 0.0
+    is_stale: bool = False
+
+    def without_login(self) -> set[str]:
+        """The accounts whose token is dead until the next sign-in."""
+        return {c.account for c in self.cooldowns if c.reason == "login"}
+
+    def has_substitute(self, account: Account) -> bool:
+        """Whether another account could take its place, now or later."""
+        others = {a.username for a in self.accounts} - {account.username}
+        return not others <= self.without_login()
+
+
+class Target(NamedTuple):
+    """Whom to ask, and when: `waits_out_limits` if no other account could take its place."""
+
+    model: str
+    account: Account
+    is_fallback: bool = False
+    waits_out_limits: bool = False
+    not_before_s: float = 0.0
+
+
+def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Target | None:
+    """Whom to ask next, after all that was tried; None when nobody could help any more.
+
+    First the asked model on the current account, then its fallbacks there; when the account
+    itself is limited, the next account, beginning again with the asked model. When nobody is
+    left but accounts whose limit lasts seconds, the one whose window ends first, once.
+    """
+    visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
+    tried = {name for name, _ in visits}
+    is_second_round = len(visits) > len(tried)
+    name, visit = visits[-1] if visits else ("", [])
+    same = next((a for a in world.accounts if a.username == name), None)
+    if same is not None and not _leaves_account(visit[-1], asked, world):
+        model = _next_model(asked, visit, attempts, same, world)
+        if model is not None:
+            waits = is_second_round or not world.has_substitute(same)
+            return Target(*model, waits_out_limits=waits)
+        if not any(depends_on_account(a.error) for a in visit):
+            # the models failed by themselves: another account would meet the same
+            return None
+    account = None if is_second_round else _next_account(tried, world)
+    if account is not None:
+        model = _next_model(asked, [], attempts, account, world)
+        waits = not world.has_substitute(account)
+        return model and Target(*model, waits_out_limits=waits)
+    ends = {} if is_second_round else _ends_of_windows(attempts, world)
+    limited = [a for a in world.accounts if a.username in ends and world.has_substitute(a)]
+    if not limited or not world.config.max_retries:
+        return None
+    account = min(limited, key=lambda a: ends[a.username])
+    return Target(asked.model, account, False, True, ends[account.username])
+
+
+def _leaves_account(attempt: Attempt, asked: Asked, world: World) -> bool:
+    names = (asked.model, world.models.id_of(asked.model))
+    is_fallback = attempt.model not in names
+    error = attempt.error
+    return error is not None and next_step(error, is_fallback, asked.fallback) == "next_account"
+
+
+def _next_account(tried: Collection[str], world: World) -> Account | None:
+    dead = world.without_login()
+    cooled = {c.account for c in world.cooldowns if not c.model}
+    alive = [a for a in world.accounts if a.username not in dead]
+    if len(alive) <= 1:
+        # the last usable account is asked during its cooldown as well
+        current = [a for a in world.accounts if a.username == world.current]
+        cooled -= {a.username for a in (alive or current or world.accounts)[:1]}
+    strategy = world.config.account_rotation_strategy
+    return next_account(world.accounts, cooled | {*tried}, strategy, world.current)
+
+
+def _next_model(
+    asked: Asked,
+    visit: Sequence[Attempt],
+    attempts: Sequence[Attempt],
+    account: Account,
+    world: World,
+) -> tuple[str, Account, bool] | None:
+    """The model to ask on this account after this visit to it, and whether it is a fallback."""
+    names = {asked.model, world.models.id_of(asked.model)}
+    cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
+    fallbacks: list[Model] = []
+    if asked.fallback:
+        listed = world.config.fallback_models
+        fallbacks = fallback_order(
+            asked.model, world.models, cooled, asked.needs, listed, world.is_stale
+        )
+    if not visit and (names.isdisjoint(cooled) or not fallbacks):
+        # without any fallback, despite its cooldown
+        return asked.model, account, False
+    if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
+        return None
+    tried = {a.model for a in attempts} - names
+    is_late = world.elapsed_s > FALLBACK_BUDGET_S
+    if is_late or len(tried) >= FALLBACKS_PER_CALL:
+        return None
+    here = {a.model for a in visit}
+    for model in fallbacks:
+        if model.id not in here and is_worth_trying(model, attempts, world.models):
+            return model.id, account, True
+    return None
+
+
+def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, float]:
+    limited = [a.account for a in attempts if isinstance(a.error, RateLimitError)]
+    ends = dict.fromkeys(limited, world.now + RATE_PAUSE_S)
+    for cooldown in world.cooldowns:
+        if cooldown.reason == "too_many_requests" and not cooldown.model:
+            ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
+    return ends
 
 
 def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> ModelStats:
@@ -2910,28 +3764,6 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[rank - 1]
 
 
-def find_model(name: str, models: Sequence[Model]) -> Model:
-    """The model of this id or alias, in any case, with or without `puter/` in front.
-
-    Raises `ModelNotFoundError` with near matches; a `:free` name that is gone does not become
-    its paid twin, but the hint names it.
-    """
-    wanted, by_name = strip_puter_prefix(name).lower(), models_by_name(models)
-    if wanted in by_name:
-        return by_name[wanted]
-    paid = by_name.get(wanted.removesuffix(":free"))
-    near = [by_name[n].id for n in _close_matches(wanted, by_name, most=6)]
-    tail = wanted.rpartition("/")[2]
-    near += [m.id for m in models if tail and tail in m.id.lower()]
-    near = list(dict.fromkeys([*([paid.id] if paid else []), *near]))[:3]
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    if paid:
-        hint = f"The model is not free any more: {paid.id} costs credit. "
-    details = {"near": near, "model": name, "code": "model_not_found"}
-    hint += ModelNotFoundError.default_hint
-    raise ModelNotFoundError(f"No model is called {name!r}", hint=hint, **details)
-
-
 def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
     """The models that have the text in one of their names, in any case."""
     wanted = (text or "").lower()
@@ -2949,21 +3781,12 @@ def is_from(model: Model, provider: str) -> bool:
 # 8. transport · uses: errors, config. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
-# socket's constant, needed when modules cannot be imported any more
-_SHUT_WR, _SHUT_RDWR = 1, 2
 _USER_AGENT = f"puter.py/{__version__}"
-# What requests takes from the environment, which is slow to read as a whole for each call.
-_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
-_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
-# A connection used again that fails within this time had been closed while it was idle.
-_STALE_S = 0.3
 
 
 def _origin_and_path(url: str) -> tuple[tuple[str, str, int | None], str]:
     """((scheme, host, port) of a URL, as one compares them; its path without a slash at its end)"""
-    from urllib.parse import urlsplit
-
     parts = urlsplit(url)
     port = {"http": 80, "https": 443}.get(parts.scheme)
     return (parts.scheme, parts.hostname or "", parts.port or port), parts.path.rstrip("/")
@@ -2996,7 +3819,6 @@ def is_foreign(config: Config) -> bool:
 
 
 def _api_origin(config: Config) -> str:
-    """Where Puter's own calls are, whatever the style of the chat."""
     return config.api_base_url.removesuffix(_OPENAI_PATH)
 
 
@@ -3010,29 +3832,34 @@ class _Cancellation:
         # re-entrant: a stream may be dropped, and so closed, at any time
         self._lock = threading.RLock()
         self.cancelled = threading.Event()
+        # wakes the thread that waits for its turn
+        self.waker: threading.Event | None = None
         self.timeout_s: float | None = None
-        self.is_reused = False
+        self.has_sent = False
+        self._pid = os.getpid()
         self._connection: Any = None
         self._response: Any = None
 
     def cancel(self) -> None:
         """End the call: a thread that waits for its bytes wakes up."""
         self.cancelled.set()
+        if self.waker is not None:
+            self.waker.set()
         with self._lock:
             # http.client takes a socket from its connection when the body ends with it, and
             # gives it back after the last byte: another call may use the connection then
             reader = getattr(getattr(self._response, "_fp", None), "fp", None)
             sock = getattr(getattr(reader, "raw", None), "_sock", None)
             sock = sock or getattr(self._connection, "sock", None)
-            if sock is not None:
-                # it may be closed already
+            if sock is not None and self._pid == os.getpid():
+                # it may be closed already; a forked child would end the parent's answer
                 with suppress(OSError):
-                    sock.shutdown(_SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def in_flight(self, timeout_s: float) -> Iterator[None]:
         """While inside, the connections that this thread uses work for this call."""
-        self.of_thread.call, self.timeout_s, self.is_reused = self, timeout_s, False
+        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, False
         try:
             yield
         finally:
@@ -3052,28 +3879,22 @@ def _cancellable(connection_class: type[Any]) -> type[Any]:
 
     class Cancellable(connection_class):  # type: ignore[misc]
         timeout: Any
-        is_used = False
-
-        def connect(self) -> None:
-            super().connect()
-            self.is_used = False
 
         def request(self, *args: Any, **kwargs: Any) -> None:
             call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
             if call is not None:
                 if self.sock is None:
                     self.connect()
-                call.is_reused, self.is_used = self.is_used, True
                 call.follow(connection=self)
                 # urllib3 would leave the (short) time for connecting on the socket
                 self.timeout = call.timeout_s
+                call.has_sent = True
             super().request(*args, **kwargs)
 
     return Cancellable
 
 
 def _new_session() -> requests.Session:
-    """A session whose calls a `_Cancellation` can end, and that keeps no cookies."""
     from http.cookiejar import DefaultCookiePolicy
 
     try:
@@ -3101,17 +3922,7 @@ def _new_session() -> requests.Session:
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    class Session(requests.Session):
-        """Reads proxies and certificates from the environment again when that has changed."""
-
-        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
-            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
-            if proxies or self.proxies or key not in settings:
-                settings[key] = super().merge_environment_settings(url, proxies, *more)
-            return dict(settings[key])
-
-    settings: dict[Any, Any] = {}
-    session = Session()
+    session = requests.Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -3138,19 +3949,18 @@ class _Transport:
         *,
         token: str = "",
         body: Any = None,
-        form: Sequence[tuple[str, Any]] | None = None,
         timeout_s: float | None = None,
         cancellation: _Cancellation | None = None,
         streaming: bool = False,
     ) -> requests.Response:
-        """Send one request: `body` as JSON, or `form` as multipart.
+        """Send one request with `body` as JSON.
 
         The response's content is read, bounded, and without the token, unless it is the 200 of
         a stream and was asked for with `streaming`: that one is the caller's to read and close.
         """
         cancellation = cancellation or _Cancellation()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
-        options: JSON = {"files": form} if body is None else {"data": _encoded(body)}
+        options: JSON = {} if body is None else {"data": _encoded(body)}
         # the token must not follow to another host
         options |= {"auth": _bearer(token, body is not None), "allow_redirects": False}
         response = self._open(method, url, options, timeout_s, cancellation)
@@ -3164,26 +3974,12 @@ class _Transport:
         return response
 
     def _open(
-        self,
-        method: str,
-        url: str,
-        options: JSON,
-        timeout_s: float,
-        cancellation: _Cancellation,
-        may_be_stale: bool = True,
+        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
-        """The response's head; an idle connection that was closed meanwhile is no failure, once."""
-        times, started = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s), time.monotonic()
-        try:
-            with _our_errors(url, timeout_s), cancellation.in_flight(timeout_s):
-                response = self._session().request(
-                    method, url, timeout=times, stream=True, **options
-                )
-        except NetworkError:
-            is_stale = cancellation.is_reused and time.monotonic() - started < _STALE_S
-            if cancellation.cancelled.is_set() or not (may_be_stale and is_stale):
-                raise
-            return self._open(method, url, options, timeout_s, cancellation, False)
+        """The response's head."""
+        times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
+        with _our_errors(url, timeout_s, cancellation), cancellation.in_flight(timeout_s):
+            response = self._session().request(method, url, timeout=times, stream=True, **options)
         cancellation.follow(response=response.raw)
         return response
 
@@ -3243,12 +4039,19 @@ def without_token(text: str, token: str) -> str:
 
 
 @contextmanager
-def _our_errors(url: str, timeout_s: float) -> Iterator[None]:
-    """Turns what requests, urllib3 and the socket raise into our errors."""
+def _our_errors(
+    url: str, timeout_s: float, cancellation: _Cancellation | None = None
+) -> Iterator[None]:
+    """Turns what requests, urllib3 and the socket raise into our errors.
+
+    What fails before a byte of the request was sent cannot have been billed.
+    """
     try:
         yield
     except Exception as error:
         failure = _network_error(error, url, timeout_s)
+        if isinstance(failure, PuterError) and cancellation and not cancellation.has_sent:
+            failure.may_be_billed = False
         if failure is error:
             raise
         # somebody else's error is its own cause
@@ -3256,7 +4059,6 @@ def _our_errors(url: str, timeout_s: float) -> Iterator[None]:
 
 
 def _read_into(data: bytearray, response: requests.Response, timeout_s: float, most: int) -> None:
-    """Read a body to its end, which must come in so many seconds and bytes."""
     until = time.monotonic() + timeout_s
     for piece in stream_pieces(response, timeout_s):
         data += piece
@@ -3348,21 +4150,23 @@ def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
     ours = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
     # A socket closed by another thread shows as an attribute or value error inside urllib3.
     if isinstance(error, (*ours, AttributeError, ValueError)):
-        begun = not ("Failed to establish" in str(error) or "resolve" in str(error))
+        is_unknown = "resolve" in str(error)
+        begun = not ("Failed to establish" in str(error) or is_unknown)
         message = f"The connection to {host} failed ({reason})"
-        return NetworkError(message, may_be_billed=begun)
+        name = urlsplit(url).hostname or ""
+        hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
+        hint = hint if is_unknown and name.endswith(".localhost") else NetworkError.default_hint
+        return NetworkError(message, may_be_billed=begun, hint=hint)
     return error
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The innermost error in a chain of wrapped ones."""
     wrapped = [getattr(error, "reason", None), *error.args[::-1], error.__cause__]
     inner = next((e for e in wrapped if isinstance(e, BaseException)), None)
     return error if inner is None else _root_cause(inner)
 
 
 def _reason(cause: BaseException) -> str:
-    """An error of a library in a few words."""
     words = str(cause).split("Failed to establish a new connection: ")[-1]
     words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
     return words[:200] or type(cause).__name__
@@ -3388,13 +4192,21 @@ def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
 
 
 def _encoded(body: Any) -> bytes:
-    """A request's JSON; raises `BadRequestError` for what JSON cannot hold."""
+    """A request's JSON in UTF-8; raises `BadRequestError` for what it cannot hold, or take.
+
+    A half of a surrogate pair becomes U+FFFD: no provider takes it.
+    """
     try:
-        return json.dumps(body, allow_nan=False).encode("ascii")
+        text = json.dumps(body, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"The request cannot be written as JSON ({error})"
         hint = "Pass texts, numbers, booleans, lists and dicts."
         raise BadRequestError(message, hint=hint) from error
+    data = joined_halves(text).encode()
+    if len(data) > MAX_SENT_BYTES:
+        message = f"The request has {len(data):,} bytes, but Puter takes {MAX_SENT_BYTES:,}"
+        raise BadRequestError(message, hint="Send fewer or smaller files.", status=413)
+    return data
 
 
 def _json_or_none(text: str) -> Any:
@@ -3410,8 +4222,9 @@ def body_of(response: requests.Response) -> JSON:
     data = _json_or_none(text)
     status = response.status_code
     if status >= 400 or (isinstance(data, dict) and data.get("success") is False):
-        retry_after_s = _seconds(response.headers.get("Retry-After"))
-        raise error_from(status, text if data is None else data, retry_after_s=retry_after_s)
+        details = {"retry_after_s": _seconds(response.headers.get("Retry-After"))}
+        details["is_final"] = response.headers.get("x-should-retry") == "false"
+        raise error_from(status, text if data is None else data, **details)
     if status >= 300:
         message = f"The server redirects to {response.headers.get('Location')}"
         hint = "Nothing was sent there. Set `api_base_url` to the right URL."
@@ -3455,6 +4268,12 @@ def _seconds(retry_after: str | None) -> float | None:
 # 9. Puter · uses: everything above
 # ======================================================================================
 _OWN_ARGUMENTS = ("model", "system", "images", "files", "tools", "fallback", "timeout_ms")
+_LACKING_WORDS = {
+    "image": "does not see images",
+    "pdf": "does not read PDFs",
+    "puter_path": "does not read files that are stored at Puter",
+    "web search": "does not search the web",
+}
 # Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
     "image": "images",
@@ -3468,30 +4287,19 @@ _OTHER_NAMES = {
 }
 
 
-class _Request(NamedTuple):
-    """One request as the caller made it, checked; `args` is what the server gets."""
-
-    model: str
-    args: JSON
-    needs: Needs
-    fallback: bool
-    # as the caller asked; None is the setting's
-    timeout_s: float | None
-
-
-class _Call:
+class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
     def __init__(
-        self, request: _Request, is_stream: bool, cancellation: _Cancellation | None = None
+        self, asked: Asked, is_stream: bool, cancellation: _Cancellation | None = None
     ) -> None:
-        self.request, self.is_stream = request, is_stream
+        self.asked, self.is_stream = asked, is_stream
         self.cancellation = cancellation or _Cancellation()
         self.attempts: list[Attempt] = []
         self.began = time.monotonic()
 
 
-class _Source(NamedTuple):
+class _Incoming(NamedTuple):
     """A reply as it arrives: its chunks, what has come of it so far, and when it was asked for."""
 
     batches: Iterator[list[Chunk]]
@@ -3499,12 +4307,12 @@ class _Source(NamedTuple):
     started: float = 0.0
 
     @classmethod
-    def of(cls, reply: Reply, started: float = 0.0) -> _Source:
+    def of(cls, reply: Reply, started: float = 0.0) -> _Incoming:
         """A whole reply, given out as a stream."""
         return cls(map(chunks_of, [reply]), lambda: reply, started)
 
 
-class _BusyError(RateLimitError):
+class BusyError(RateLimitError):
     """This client itself has too much running: no fault of the account, so no other is tried."""
 
     scope = "request"
@@ -3513,47 +4321,83 @@ class _BusyError(RateLimitError):
 
 
 class _ConcurrencyLimit:
-    """Lets so many calls at once through to one account."""
+    """Lets so many calls at once through to one account, in the order in which they came."""
 
     def __init__(self, places: int) -> None:
         self._places = places
         self._running = 0
-        # when a place was last given back
-        self._released_at = 0.0
         self._paused_until = 0.0
+        # when a call last ended
+        self._released_at = 0.0
+        self._queue: deque[threading.Event] = deque()
         # re-entrant: a stream may be dropped, and so give back its place, at any time
-        self._change = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a place."""
+        return len(self._queue)
 
     @contextmanager
     def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
-        """Wait for a place and hold it; `_BusyError` when none was given back for so long."""
-        arrived, given_up = time.monotonic(), cancellation.cancelled.is_set
-        with self._change:
-            while not given_up() and not self._is_free():
-                since = max(arrived, self._released_at, self._paused_until)
-                if time.monotonic() > since + patience_s:
-                    raise _BusyError(
+        """Wait for a place and hold it; `BusyError` when none was given back for so long."""
+        arrived, turn = time.monotonic(), threading.Event()
+        cancellation.waker = turn
+        with self._lock:
+            self._queue.append(turn)
+        try:
+            while not cancellation.cancelled.is_set():
+                turn.clear()
+                with self._lock:
+                    now = time.monotonic()
+                    if self._is_next(turn) and now >= self._paused_until:
+                        self._running += 1
+                        break
+                    since = max(arrived, self._released_at, self._paused_until)
+                    wait_s = since + patience_s - now
+                    if self._is_next(turn):
+                        wait_s = min(wait_s, self._paused_until - now)
+                if wait_s <= 0:
+                    raise BusyError(
                         f"All {self._places} requests that may run at once on the account have "
                         f"been running for {patience_s:g} s"
                     )
-                self._change.wait(0.1)
-            if given_up():
-                raise _BusyError("The call was given up before it was sent")
-            self._running += 1
+                turn.wait(wait_s)
+            else:
+                raise BusyError("The call was given up before it was sent")
+        finally:
+            cancellation.waker = None
+            with self._lock:
+                self._queue.remove(turn)
+                self._wake_next()
         try:
             yield
         finally:
-            with self._change:
+            with self._lock:
                 self._running -= 1
                 self._released_at = time.monotonic()
-                self._change.notify()
+                self._wake_next()
+
+    def wait_for_end(self, cancellation: _Cancellation, patience_s: float) -> bool:
+        """Wait until one of the running calls ends; False if none runs, or for so long."""
+        began = time.monotonic()
+        while self._running and time.monotonic() < began + patience_s:
+            if self._released_at > began:
+                return True
+            if cancellation.cancelled.wait(0.05):
+                break
+        return self._released_at > began
 
     def pause(self, seconds: float) -> None:
         """The server refused for too many requests: nobody goes for a while."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    def _is_free(self) -> bool:
-        return self._running < self._places and time.monotonic() >= self._paused_until
+    def _is_next(self, turn: threading.Event) -> bool:
+        return self._running < self._places and self._queue[0] is turn
+
+    def _wake_next(self) -> None:
+        if self._queue:
+            self._queue[0].set()
 
 
 class _Accounts:
@@ -3604,37 +4448,9 @@ class _Accounts:
         """The name of the active stored account; None if something else is in use."""
         return None if self.token is not None or self.pinned else self._stored()[1]
 
-    def in_turn(self, call: _Call, is_free: bool) -> Iterator[tuple[Account, bool]]:
-        """Each account to ask, by the policy, and whether it must be patient with a limit.
-
-        When nobody is left but accounts whose limit lasts seconds, the one whose window ends
-        first, once it has. For a model that `is_free`, an account without credit is as good as
-        any.
-        """
-        tried: set[str] = set()
-        patient = False
-        while (account := self._next(tried, is_free)) is not None:
-            tried.add(account.username)
-            is_alone = self.is_alone(account)
-            patient = patient or is_alone
-            yield account, is_alone
-        if patient or not self.config.max_retries:
-            return
-        ends = self._ends_of_windows(call.attempts)
-        limited = [a for a in self.usable() if a.username in ends]
-        if limited:
-            account = min(limited, key=lambda a: ends[a.username])
-            call.cancellation.cancelled.wait(max(0.0, ends[account.username] - time.time()))
-            yield account, True
-
     def cooldowns(self) -> list[Cooldown]:
         """Who is on cooldown now."""
         return self.state.cooldowns(time.time(), self.usable())
-
-    def is_alone(self, account: Account) -> bool:
-        """Whether no other account could take its place, now or later."""
-        others = {a.username for a in self.usable()} - {account.username}
-        return not others or others <= {c.account for c in self.cooldowns() if c.reason == "login"}
 
     def no_account_error(self) -> PuterError:
         """Why there is no account to ask."""
@@ -3647,43 +4463,7 @@ class _Accounts:
         message = f"All {count} accounts are on cooldown; the first is free in {wait_s:.0f} s"
         return AllAccountsOnCooldownError(message, retry_after_s=wait_s, statuses=cooldowns)
 
-    def _next(self, tried: Collection[str], is_free: bool) -> Account | None:
-        """The account to ask now; None when all were tried or are on cooldown."""
-        accounts, strategy = self.usable(), self.config.account_rotation_strategy
-        if strategy == "least-recently-used":
-            used = self.state.last_used_ms()
-            accounts = [
-                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
-            ]
-        cooldowns = {c.account: c for c in self.cooldowns() if not c.model}
-        dead = {name for name, c in cooldowns.items() if c.reason == "login"}
-        alive = [a for a in accounts if a.username not in dead]
-        if accounts and len(alive) <= 1:
-            # the last usable account is asked during its cooldown, too
-            cooldowns.pop((alive or [self.first()])[0].username, None)
-        until = {
-            name: c.until_s
-            for name, c in cooldowns.items()
-            if not (is_free and c.reason == "insufficient_funds")
-        }
-        until |= dict.fromkeys(tried, math.inf)
-        current = self.current or self.active_name
-        account = next_account(accounts, until, strategy, current, time.time())
-        if account is not None and current is not None and account.username != current:
-            _log.info("Auth: Switched account - %s", account.username)
-        return account
-
-    def _ends_of_windows(self, attempts: Sequence[Attempt]) -> dict[str, float]:
-        """When the window ends, of accounts whose only reason is a limit of requests."""
-        limited = [a.account for a in attempts if isinstance(a.error, RateLimitError)]
-        ends = dict.fromkeys(limited, time.time() + RATE_PAUSE_S)
-        for cooldown in self.cooldowns():
-            if cooldown.reason == "too_many_requests" and not cooldown.model:
-                ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
-        return ends
-
     def _stored(self) -> tuple[list[Account], str | None]:
-        """The stored accounts and the active one's name; read again when the file changed."""
         stamp, last = self.store.stamp(), self._last_read
         if last is not None and last[0] == stamp:
             return last[1:]
@@ -3713,79 +4493,64 @@ class _Catalogue:
 
     def __init__(self, config: Config, state: State, transport: _Transport, key: str) -> None:
         self.config, self.state, self.transport, self.key = config, state, transport, key
-        # every known name's model, in lower case
-        self.by_name: dict[str, Model] = {}
-        self._models: list[Model] = []
-        self._fetched_at: float | None = None
-        # the latest one, and when
+        self._models: ModelList | None = None
+        self._fetched_at = 0.0
+        # the latest one, and when by the monotonic clock
         self._failure: tuple[PuterError, float] | None = None
         self._lock = threading.RLock()
 
-    def models(self, refresh: bool = False) -> list[Model]:
+    def models(self, refresh: bool = False) -> ModelList:
         """The list; an old one with a warning when the server cannot be reached.
 
-        Who waits while another thread asks the server shares its list, or its failure, which
-        is remembered for `MODELS_RETRY_S`.
+        Threads that come while another one asks the server share its list, or its failure,
+        which is remembered for `MODELS_RETRY_S`.
         """
         with self._lock:
-            if self._is_fresh() and not refresh:
-                return self._models
+            models, age_s = self.known(), time.time() - self._fetched_at
+            if self.is_fresh() and not refresh:
+                return models
             try:
-                self._fetch(refresh)
+                return self._fetch(refresh)
             except PuterError as error:
-                if self._fetched_at is None or refresh:
+                if not self._fetched_at or refresh:
                     raise
-                age_min = (time.time() - self._fetched_at) / 60
-                _log.warning("Using a model list that is %.0f minutes old: %s", age_min, error)
-            return self._models
+                _log.warning("Using a model list that is %.0f minutes old: %s", age_s / 60, error)
+            return models
 
-    def models_if_any(self, why: str) -> list[Model]:
+    def models_if_any(self, why: str) -> ModelList:
         """The list, or none with a warning, for what can do without it."""
         try:
             return self.models()
         except PuterError as error:
             _log.warning("%s, since the model list could not be fetched: %s", why, error)
-            return []
+            return ModelList()
 
-    def find(self, name: str) -> Model:
-        """The model of this name; raises `ModelNotFoundError` with near matches."""
-        models = self.models()
-        return self.known(strip_puter_prefix(name)) or find_model(name, models)
+    def known(self) -> ModelList:
+        """The list as far as is known without asking anybody; read from the disk once."""
+        if self._models is None:
+            self._models = ModelList()
+            stored = self.state.catalogue(self.config.api_base_url)
+            # one that cannot be read is as good as none
+            with suppress(PuterError, ValueError):
+                if stored:
+                    self._models, self._fetched_at = models_from(json.loads(stored[0])), stored[1]
+        return self._models
 
-    def known(self, name: str) -> Model | None:
-        """The model of this name as far as is known without asking anybody."""
-        self._is_fresh()
-        return self.by_name.get(name.lower())
-
-    def id_of(self, name: str) -> str:
-        """The id behind a name as far as is known without asking anybody."""
-        model = self.known(name)
-        return model.id if model else name
+    def is_fresh(self) -> bool:
+        """Whether what is known is as new as the settings ask."""
+        age_s = time.time() - self._fetched_at
+        return bool(self._fetched_at) and 0 <= age_s < self.config.cache_ttl_ms / 1000
 
     def after_fork(self) -> None:
         """The lock may be held by a thread that does not exist in the child."""
         self._lock = threading.RLock()
 
-    def _is_fresh(self) -> bool:
-        """Whether the list in memory counts; reads the one on disk when there is none."""
-        if self._fetched_at is None:
-            stored = self.state.catalogue(self.config.api_base_url)
-            # one that cannot be read is as good as none
-            with suppress(PuterError, ValueError):
-                if stored:
-                    self._set(models_from(json.loads(stored[0])), stored[1])
-        ttl_s = self.config.cache_ttl_ms / 1000
-        return self._fetched_at is not None and 0 <= time.time() - self._fetched_at < ttl_s
-
-    def _set(self, models: list[Model], fetched_at: float) -> None:
-        self.by_name, self._models = models_by_name(models), models
-        self._fetched_at = fetched_at
-
-    def _fetch(self, refresh: bool) -> None:
-        """Ask the server, unless it failed a moment ago."""
-        now = time.time()
-        if self._failure and not refresh and now - self._failure[1] < MODELS_RETRY_S:
-            raise self._failure[0]
+    def _fetch(self, refresh: bool) -> ModelList:
+        if self._failure and not refresh:
+            error, failed_at = self._failure
+            if time.monotonic() - failed_at < MODELS_RETRY_S:
+                # a copy: each raise would add its frames to the one that is remembered
+                raise copy.copy(error).with_traceback(None)
         url, key = f"{self.config.api_base_url}/models", self.key
         if not is_foreign(self.config):
             url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
@@ -3794,11 +4559,11 @@ class _Catalogue:
             body = body_of(self.transport.send("GET", url, token=key, timeout_s=timeout_s))
             models = models_from(body)
         except PuterError as error:
-            self._failure = (error, time.time())
+            self._failure = (copy.copy(error), time.monotonic())
             raise
-        self._failure = None
-        self._set(models, now)
-        self.state.put_catalogue(self.config.api_base_url, json.dumps(body), now)
+        self._models, self._fetched_at, self._failure = models, time.time(), None
+        self.state.put_catalogue(self.config.api_base_url, json.dumps(body), self._fetched_at)
+        return models
 
 
 class _Api(NamedTuple):
@@ -3809,68 +4574,76 @@ class _Api(NamedTuple):
     catalogue: _Catalogue
     accounts: _Accounts
 
-    def open(self, call: _Call, model: str, account: Account, stack: ExitStack) -> _Source:
+    def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
 
-        The stack gives back what the answer needs: its connection, and its uploaded files.
+        The stack gives back the connection that the answer needs.
         """
-        streaming = call.is_stream and not self.must_be_whole(call.request, model)
-        timeout_s = self._timeout_s(call.request, is_whole=not streaming)
+        streaming = call.is_stream and not self.must_be_whole(call.asked, model)
+        timeout_s = self._timeout_s(call.asked, is_whole=not streaming)
         started = time.monotonic()
-        response = self._send(call, model, account, stack, timeout_s, streaming)
+        form, known = self.form(call.asked, model), self.catalogue.known().get(model)
+        args = arguments_for(form, known.id if known else model, call.asked.args)
+        limit = answer_limit(known, args)
+        response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
         if not streaming or response.status_code != 200 or not is_stream(response):
             body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return _Source.of(read(body, model), started)
+            return _Incoming.of(with_true_end(read(body, model), limit), started)
         stack.callback(call.cancellation.follow)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
-        decoder: LineDecoder | EventDecoder = LineDecoder(model)
+        # the list, which tells, is asked for only where it matters
+        needs_usage = partial(self._is_cut_without_usage, model)
+        decoder: LineDecoder | EventDecoder = LineDecoder(model, needs_usage)
         parts: Iterator[Any] = stream_pieces(response, timeout_s)
         if content_type(response) == "text/event-stream":
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
-        return _Source(chain([next(batches, [])], batches), decoder.reply, started)
+        first = next(batches, [])
+        return _Incoming(
+            chain([first], batches), lambda: with_true_end(decoder.reply(), limit), started
+        )
+
+    def form(self, request: Asked, model: str) -> str:
+        """The form for a model; the list is asked for where more than plain text is sent."""
+        if self.config.api_style == "openai":
+            return "openai"
+        models = self.catalogue.known()
+        if not request.is_plain and models.get(model) is None:
+            models = self.catalogue.models_if_any("The model's own form is guessed")
+        return form_of(models.get(model) or model)
 
     def data(self, path: str, account: Account) -> JSON:
         """The answer to a question about the account."""
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
-    def must_be_whole(self, request: _Request, model: str) -> bool:
-        """Whether a stream could lose all but the last of several calls in a turn (recorded).
+    def _is_cut_without_usage(self, model: str) -> bool:
+        known = self.catalogue.models_if_any("The stream's end is taken for whole").get(model)
+        return known is not None and form_of(known) == "responses"
 
-        So it is with every provider that speaks OpenAI's dialect; Puter's own Claude loses none,
-        and one that is not known may.
-        """
+    def must_be_whole(self, request: Asked, model: str) -> bool:
+        """Whether a stream could lose all but the last of several calls in a turn (recorded)."""
         if self.config.stream_tools == "live" or not request.needs.tools or is_foreign(self.config):
             return False
         if request.args.get("parallel_tool_calls") is False:
             return False
-        with suppress(PuterError):
-            return self.catalogue.find(model).provider != "claude"
-        return True
+        form = self.form(request, model)
+        # Puter's own OpenAI endpoint loses the same calls
+        return form == "openai" or not FORMS[form].streams_all_calls
 
-    def _timeout_s(self, request: _Request, is_whole: bool) -> float:
+    def _timeout_s(self, request: Asked, is_whole: bool) -> float:
         """The longest silence; a whole reply with tools may take minutes before its first byte."""
         usual_s = self.config.api_timeout_ms / 1000
         if is_whole and request.needs.tools:
-            usual_s = max(usual_s, EXACT_TOOLS_TIMEOUT_S)
+            usual_s = max(usual_s, WHOLE_REPLY_TIMEOUT_S)
         return usual_s if request.timeout_s is None else request.timeout_s
 
     def _send(
-        self,
-        call: _Call,
-        model: str,
-        account: Account,
-        stack: ExitStack,
-        timeout_s: float,
-        streaming: bool,
+        self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
     ) -> requests.Response:
-        """Send one request in the dialect of the `api_style`, its files uploaded before."""
-        base = self.config.api_base_url
-        messages = self._uploaded(call, account, stack)
-        body = {**call.request.args, "messages": messages, "model": model}
+        base, body = self.config.api_base_url, dict(args)
         if streaming:
             body["stream"] = True
         if self.config.api_style == "openai":
@@ -3882,7 +4655,8 @@ class _Api(NamedTuple):
             url = f"{base}/drivers/call"
             driver = {"interface": "puter-chat-completion", "driver": "ai-chat"}
             body = {**driver, "method": "complete", "args": body}
-        words = (_origin_and_path(url)[1], model, str(streaming).lower(), len(messages))
+        path, count = _origin_and_path(url)[1], len(args["messages"])
+        words = (path, args["model"], str(streaming).lower(), count)
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
         return self.transport.send(
             "POST",
@@ -3893,67 +4667,6 @@ class _Api(NamedTuple):
             cancellation=call.cancellation,
             streaming=streaming,
         )
-
-    def _uploaded(self, call: _Call, account: Account, stack: ExitStack) -> Messages:
-        """The messages with their files put into the account's storage, until the stack ends."""
-        messages: Messages = call.request.args["messages"]
-        if is_foreign(self.config):
-            return messages
-        return [
-            {**m, "content": [self._upload(call, part, account, stack) for part in m["content"]]}
-            if isinstance(m.get("content"), list)
-            else m
-            for m in messages
-        ]
-
-    def _upload(self, call: _Call, part: JSON, account: Account, stack: ExitStack) -> JSON:
-        """Put a part's file into `AppData/puter.py` of the account (recorded); a part for it."""
-        if part.get("type") != "file" or "file" not in part:
-            return part
-        name, data, mime = file_of(part)
-        owner = account.username
-        if self.accounts.token is not None:
-            owner = str(self.data("/whoami", account).get("username"))
-        folder = f"/{owner}/AppData/puter.py"
-        operation = {
-            "op": "write",
-            "dedupe_name": True,
-            "overwrite": False,
-            "create_missing_ancestors": True,
-            "path": folder,
-            "name": name,
-            "item_upload_id": 0,
-        }
-        info = {"name": name, "type": mime, "size": len(data)}
-        _log.info("Request: POST /batch name=%s bytes=%d", name, len(data))
-        # the order of the fields counts (recorded)
-        form = [
-            ("fileinfo", (None, json.dumps(info))),
-            ("operation", (None, json.dumps(operation))),
-            ("file", (name, data, mime)),
-        ]
-        url = f"{_api_origin(self.config)}/batch"
-        # not to be cancelled: only its answer says what is to be deleted
-        response = self.transport.send("POST", url, token=account.token, form=form)
-        results = body_of(response).get("results")
-        path = results[0].get("path") if isinstance(results, list) and results else None
-        stored_as = path.removeprefix(f"{folder}/") if isinstance(path, str) else ""
-        if stored_as in ("", ".", "..") or re.search(r"[/\0]", stored_as):
-            raise ServerError(f"The server took {name!r}, but stored it as {path!r}")
-        stack.callback(self._delete, f"{folder}/{stored_as}", account)
-        return {"type": "file", "puter_path": f"{folder}/{stored_as}"}
-
-    def _delete(self, path: str, account: Account) -> None:
-        """Remove an uploaded file; the answer matters more, so a failure is only logged."""
-        url, body = f"{_api_origin(self.config)}/delete", {"paths": [path]}
-        try:
-            response = self.transport.send(
-                "POST", url, token=account.token, body=body, timeout_s=DELETE_TIMEOUT_S
-            )
-            if response.status_code >= 400:
-                body_of(response)
-        except PuterError as error:
-            _log.warning("%s could not be deleted from Puter: %s", path, error)
 
 
 def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chunk]]:
@@ -3992,7 +4705,7 @@ class Stream:
 
     def __init__(
         self,
-        source: _Source,
+        source: _Incoming,
         cancellation: _Cancellation,
         who: tuple[str, str, tuple[Attempt, ...]],
         stack: ExitStack | None = None,
@@ -4008,7 +4721,6 @@ class Stream:
         self._batch: Iterator[Chunk] = iter(())
         # "ok", "closed" or an error's code
         self._end_word = ""
-        self._closed_by: threading.Thread | None = None
         self._lock = threading.RLock()
         self._reply: Reply | None = None
 
@@ -4047,12 +4759,11 @@ class Stream:
 
     def close(self) -> None:
         """End the stream now, from any thread; what is on its way is not waited for."""
-        self._closed_by = threading.current_thread()
         self._release("closed")
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
-        if self._end_word == "ok" or self._closed_by is threading.current_thread():
+        if self._end_word == "ok":
             return None
         if self._end_word == "closed":
             raise self._broken(_CLOSED, "closed")
@@ -4097,7 +4808,6 @@ class Stream:
             self._note_end(word, self._reply)
 
     def _partial(self) -> Reply:
-        """What has come so far."""
         return replace(self._source.reply(), account=self.account, attempts=self.attempts)
 
 
@@ -4156,7 +4866,7 @@ class Puter:
             hint = "Leave it out to use the stored accounts."
             raise ConfigError("The token is empty", hint=hint)
         elif token is None and account is None:
-            token = os.environ.get("PUTER_AUTH_TOKEN") or None
+            token = os.environ.get(TOKEN_VARIABLE) or None
         self.store = AccountStore(self.config.folder)
         self.state = State(self.config.folder / STATE_NAME, self.config.api_base_url)
         self._metrics = self._state_in(self.config.metrics_file)
@@ -4167,9 +4877,10 @@ class Puter:
         self._api = _Api(self.config, self._transport, self._catalogue, self._accounts)
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._on_answer: Callable[[str, Reply], None] | None = None
+        self._on_wait: Callable[[str], None] | None = None
         _forkable.add(self)
         if self.config.debug:
-            _show_log(_DEBUG)
+            _show_log(logging.DEBUG)
 
     def __repr__(self) -> str:
         who = "a given token" if self._accounts.token else self._accounts.current
@@ -4188,9 +4899,10 @@ class Puter:
             state.close()
 
     def _state_in(self, place: str | None, *name: str) -> State:
-        """The state itself, or one in a file (or, with a name, a folder) of the user's choice."""
         if place is None:
             return self.state
+        # the plugin's own statistics are JSON: ours stand beside them
+        place = f"{place}.sqlite3" if place.endswith(".json") else place
         return State(os.path.join(os.path.expanduser(place), *name))
 
     def _after_fork(self) -> None:
@@ -4203,7 +4915,8 @@ class Puter:
 
     def chat(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
+        /,
         *,
         model: str | Model | None = None,
         system: str | None = None,
@@ -4217,13 +4930,13 @@ class Puter:
         """Ask a model and wait for its whole answer.
 
         Args:
-            prompt: a string, or a list of messages in OpenAI's shape (it is not changed).
+            prompt: a string, or a list of messages in OpenAI's shape (it is not changed);
+                Anthropic's and the Responses API's parts are understood as well.
             model: an id or alias of the catalogue, or a `Model`; default `default_model`, else
                 a cheap one.
             system: a system text put in front.
             images: paths, bytes or URLs, shown with the last user message.
-            files: PDFs and other documents, as paths, bytes or (name, bytes): uploaded to
-                the account's storage, used, and deleted again.
+            files: texts, PDFs and images, as paths, bytes or (name, bytes).
             tools: Python functions (their schema comes from signature, type hints and
                 docstring), or JSON schemas in OpenAI's shape.
             fallback: whether free models may answer when the asked one cannot.
@@ -4243,7 +4956,8 @@ class Puter:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
+        /,
         *,
         model: str | Model | None = None,
         system: str | None = None,
@@ -4262,7 +4976,7 @@ class Puter:
         request = self._build_request(
             prompt, model, system, images, files, tools, fallback, timeout_ms, **args
         )
-        opened = self._open_stream(request)
+        opened = self._open(request)
         opened._checked = True
         return opened
 
@@ -4309,7 +5023,7 @@ class Puter:
         `free` keeps only free (True) or paid (False) models. When the server cannot be
         reached, an older list is used and a warning logged.
         """
-        models = self._catalogue.models(refresh)
+        models: Iterable[Model] = self._catalogue.models(refresh)
         if provider:
             models = [m for m in models if is_from(m, provider)]
         if free is not None:
@@ -4318,7 +5032,7 @@ class Puter:
 
     def model(self, name: str) -> Model:
         """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
-        return self._catalogue.find(name)
+        return self._catalogue.models().find(name)
 
     def whoami(self) -> JSON:
         """The account in use as the server describes it: username, uuid, email, is_temp…"""
@@ -4336,18 +5050,22 @@ class Puter:
 
     def stats(self, model: str | None = None) -> list[ModelStats]:
         """How the models have done in all calls from this computer, most asked first."""
-        state, most = self._metrics, self.config.metrics_max_samples
-        stats = [stats_of(name, *state.metrics(name, most)) for name in state.models()]
-        stats.sort(key=lambda s: (-s.requests, s.model))
-        if model is None:
-            return stats
-        self._catalogue.models_if_any("Aliases are not known")
-        wanted = (model, self._catalogue.id_of(strip_puter_prefix(model)))
-        return [s for s in stats if s.model in wanted]
+        limit, known = self.config.metrics_max_samples, self._catalogue.known()
+        # a model may have been asked by an alias before the list was known
+        names: dict[str, list[str]] = {}
+        for name in self._metrics.models():
+            names.setdefault(known.id_of(name), []).append(name)
+        if model is not None:
+            known = self._catalogue.models_if_any("Aliases are not known")
+            wanted = known.id_of(strip_puter_prefix(model))
+            names = {one: its for one, its in names.items() if wanted in (one, *its)}
+        stats = [stats_of(one, *self._metrics.metrics(its, limit)) for one, its in names.items()]
+        return sorted(stats, key=lambda s: (-s.requests, s.model))
 
     def reset_stats(self, model: str | None = None) -> None:
         """Forget the statistics of a model, or of all."""
-        names = [model, self._catalogue.id_of(strip_puter_prefix(model))] if model else None
+        models = self._catalogue.known()
+        names = [model, models.id_of(strip_puter_prefix(model))] if model else None
         self._metrics.reset_metrics(names)
 
     @property
@@ -4365,11 +5083,12 @@ class Puter:
         return self._accounts.cooldowns()
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
-    # `_on_answer` is called with the asked model's name and each reply that ended well.
+    # `_on_answer` is called with the asked model's name and each reply that ended well, `_on_wait`
+    # with why a call waits before it is sent again.
 
     def _build_request(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         /,
         model: str | Model | None = None,
         system: str | None = None,
@@ -4379,9 +5098,10 @@ class Puter:
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
-    ) -> _Request:
+    ) -> Asked:
         """Check the caller's arguments, and ask no model; raises `BadRequestError`."""
         args = {k: v for k, v in args.items() if v is not None}
+        prompt = args.pop("prompt", None) if prompt is None else prompt
         for argument in args:
             # all others are passed on to the server
             if hint := what_is_meant(argument):
@@ -4393,81 +5113,81 @@ class Puter:
         is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
         _require(is_name, "model", model, "Give an id or alias, or a Model.")
         name = self.config.model_name(name)
-        arranged = openai_messages if self.config.api_style == "openai" else puter_messages
-        messages = arranged(messages_from(prompt, system, _input_parts(images, files)))
+        messages = messages_from(prompt, system, _input_parts(images, files))
         schemas = tool_schemas(tools)
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
-        return _Request(
+        is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
+        for message in messages:
+            is_text = isinstance(message.get("content"), str)
+            is_plain = is_plain and is_text and message.keys() == {"role", "content"}
+        return Asked(
             model=name,
             args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
+            is_plain=is_plain,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
 
-    def _complete(self, request: _Request, cancellation: _Cancellation | None = None) -> Reply:
+    def _complete(self, asked: Asked, cancellation: _Cancellation | None = None) -> Reply:
         """The whole reply to a request; another thread may cancel it."""
-        cached = self._cached(request)
-        if cached is not None:
-            return cached
-        call = _Call(request, False, cancellation)
-        source, stack = self._walk(call)
-        stack.close()
-        attempts = tuple(call.attempts)
-        reply = replace(source.reply(), account=attempts[-1].account, attempts=attempts)
-        self._note_end(call, source.started, "ok", reply)
-        return reply
+        with self._open(asked, cancellation, is_stream=False) as stream:
+            for _ in iter(stream._next_batch, None):
+                pass
+            return stream.reply
 
-    def _open_stream(self, request: _Request, cancellation: _Cancellation | None = None) -> Stream:
-        """The reply to a request as it comes; returns once its first chunk is there."""
-        call = _Call(request, True, cancellation)
-        cached = self._cached(request)
+    def _open(
+        self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
+    ) -> Stream:
+        """The reply to a request as it comes; returns once its first chunk, or all, is there."""
+        call = _Exchange(asked, is_stream, cancellation)
+        cached = self._cached(asked)
         if cached is not None:
-            who: Any = (cached.model, cached.account, ())
-            return Stream(_Source.of(cached), call.cancellation, who)
-        source, stack = self._walk(call)
-        answered = call.attempts[-1]
-        who = (self._catalogue.id_of(answered.model), answered.account, tuple(call.attempts))
-        note_end = partial(self._note_end, call, source.started)
-        return Stream(source, call.cancellation, who, stack, note_end)
+            return Stream(
+                _Incoming.of(cached), call.cancellation, (cached.model, cached.account, ())
+            )
+        incoming, stack = self._ask_until_answered(call)
+        model = self._catalogue.known().id_of(incoming.reply().model)
+        who = (model, call.attempts[-1].account, tuple(call.attempts))
+        note_end = partial(self._note_end, call, incoming.started)
+        return Stream(incoming, call.cancellation, who, stack, note_end)
 
-    def _models_by_name(self, why: str) -> Mapping[str, Model]:
-        """The models by every name, in lower case; none, with a warning, when there is no list."""
-        return self._catalogue.by_name if self._catalogue.models_if_any(why) else {}
+    def _models_if_any(self, why: str) -> ModelList:
+        return self._catalogue.models_if_any(why)
 
     def _is_same_model(self, name: str, other: str) -> bool:
-        """Whether two names are of one model, as far as is known without asking anybody."""
-        return self._catalogue.id_of(name) == self._catalogue.id_of(other)
+        models = self._catalogue.known()
+        return models.id_of(name) == models.id_of(other)
 
     def _download(self, url: str) -> tuple[bytes, str]:
-        """(contents, MIME type) of a public URL; raises `BadRequestError`, `NetworkError`…"""
         return self._transport.download(url)
 
     def _server_date(self) -> str | None:
-        """The Date header of Puter's API; raises `PuterError` when it does not answer."""
         url = f"{_api_origin(self.config)}/puterai/chat/models"
         return self._transport.send("GET", url).headers.get("Date")
 
     # ---- before anybody is asked ----
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
-        """Raise `BadRequestError` when the catalogue says that the model cannot see this."""
-        if not needs.inputs:
+        """Raise `BadRequestError` for what the model is known not to take, naming some that do."""
+        if not needs.inputs or is_foreign(self.config):
             return
-        catalogue = self._catalogue.models_if_any("The inputs were not checked")
-        model = self._catalogue.known(name)
-        if model is None or model.inputs is None or needs.inputs <= set(model.inputs):
-            # the server says so if there is none, with what it knows
-            return
-        able = [m for m in catalogue if m.inputs and needs.inputs <= set(m.inputs)]
-        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        takes, wanted = ", ".join(model.inputs), " and ".join(sorted(needs.inputs))
-        hint = f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
-        message = f"{model.id} accepts {takes}, but not {wanted}"
-        raise BadRequestError(message, model=model.id, hint=hint)
+        model = self._catalogue.models_if_any("What the model takes was not checked").get(name)
+        if model is not None and (missing := lacking(model, needs)):
+            problem = " and ".join(_LACKING_WORDS[kind] for kind in missing)
+            hint = self._able_hint(needs)
+            raise BadRequestError(f"{model.id} {problem}", model=model.id, hint=hint)
 
-    def _cached(self, request: _Request) -> Reply | None:
+    def _able_hint(self, needs: Needs) -> str:
+        able = [m for m in self._catalogue.models_if_any("No model is named") if can_do(m, needs)]
+        is_unsure = "image" in needs.inputs
+        able.sort(
+            key=lambda m: (is_unsure and not m.inputs, not m.free, m.input_usd_per_million or 0)
+        )
+        return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
+
+    def _cached(self, request: Asked) -> Reply | None:
         """The cached reply to the same request, if replies are cached and it is fresh."""
         if not self.config.cache_enabled:
             return None
@@ -4475,123 +5195,81 @@ class Puter:
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
         if body is None:
             return None
+        try:
+            reply = reply_from_json(json.loads(body))
+        except (ValueError, TypeError, KeyError):
+            return None  # a damaged row is none
         _log.info("Response: from the cache")
-        return reply_from_json(json.loads(body))
+        return replace(reply, usage=replace(reply.usage, cost_usd=0.0))
 
-    def _cache_key(self, request: _Request) -> str:
-        """What tells one request from another: all of it, and the server."""
-        import hashlib
-
+    def _cache_key(self, request: Asked) -> str:
         server = [self.config.api_base_url, self.config.api_style]
         return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
 
     # ---- the walk over models and accounts ----
 
-    def _walk(self, call: _Call) -> tuple[_Source, ExitStack]:
-        """Ask until somebody answers, in the order that the policies give.
+    def _ask_until_answered(self, call: _Exchange) -> tuple[_Incoming, ExitStack]:
+        """Ask whom the policies name next, until somebody answers.
 
-        First the asked model on the current account, then its fallbacks there; when the
-        account itself is limited, the next account, beginning again with the asked model.
-        When nobody answers, the first error is raised with all that was tried. The stack gives
+        When nobody does, the first error is raised with all that was tried. The stack gives
         back what the answer still needs.
         """
-        asked = self._catalogue.known(call.request.model)
-        is_free = asked is not None and asked.free
-        for account, patient in self._accounts.in_turn(call, is_free):
-            for model, is_fallback in self._models_in_turn(call, account):
-                try:
-                    answer = self._send_with_retries(call, model, account, patient)
-                except PuterError as error:
-                    if call.cancellation.cancelled.is_set() or isinstance(error, _BusyError):
-                        # its owner gave up, or has too much open: no account's fault
-                        raise
-                    if call.request.fallback and error.scope == "model":
-                        # cooldowns are of ids, which the list knows
-                        self._catalogue.models_if_any("No fallback")
-                    self._note_failure(error, model, account)
-                    step = next_step(error, is_fallback, call.request.fallback)
-                    if step == "raise":
-                        raise_first(call.attempts)
-                    if step == "next_account":
-                        break
-                else:
-                    self._accounts.current = account.username
-                    return answer
-            failures = [a.error for a in call.attempts if a.account == account.username]
-            unpaid = next((e for e in failures if isinstance(e, CreditError)), None)
-            if unpaid is not None:
-                # its free models could not help either
-                self._cool(unpaid, account)
-            if failures and not any(map(depends_on_account, failures)):
-                # the models failed by themselves: another account would meet the same
+        while target := next_target(call.asked, call.attempts, self._world(call)):
+            wait_s = target.not_before_s - time.time()
+            if wait_s > 0 and self._on_wait is not None:
+                self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
+            if wait_s > 0 and call.cancellation.cancelled.wait(wait_s):
                 break
+            if target.is_fallback:
+                _log.info("Fallback: trying %s", target.model)
+            elif self._accounts.current not in (None, target.account.username):
+                _log.info("Auth: Switched account - %s", target.account.username)
+            try:
+                answer = self._send_with_retries(call, target)
+            except PuterError as error:
+                if call.cancellation.cancelled.is_set() or isinstance(error, BusyError):
+                    # its owner gave up, or has too much open: no account's fault
+                    raise
+                self._note_failure(error, call, target)
+                may_fall_back = call.asked.fallback
+                if next_step(error, target.is_fallback, may_fall_back) == "raise":
+                    raise_first(call.attempts)
+            else:
+                self._accounts.current = target.account.username
+                return answer
         if not call.attempts:
             raise self._accounts.no_account_error()
         raise_first(call.attempts)
 
-    def _models_in_turn(self, call: _Call, account: Account) -> Iterator[tuple[str, bool]]:
-        """The asked model, unless it is on cooldown on this account; then its fallbacks.
+    def _world(self, call: _Exchange) -> World:
+        accounts, now = self._accounts.usable(), time.time()
+        cooldowns = self.state.cooldowns(now, accounts)
+        needs_list = call.asked.fallback and (call.attempts or any(c.model for c in cooldowns))
+        models = self._catalogue.models_if_any("No fallback") if needs_list else None
+        if self.config.account_rotation_strategy == "least-recently-used":
+            used = self.state.last_used_ms()
+            accounts = [
+                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
+            ]
+        return World(
+            accounts,
+            cooldowns,
+            self._catalogue.known() if models is None else models,
+            self.config,
+            self._accounts.current or self._accounts.active_name,
+            now,
+            time.monotonic() - call.began,
+            not self._catalogue.is_fresh(),
+        )
 
-        As (name, is it a fallback). Looks at what the attempts have come to before it goes on.
-        """
-        asked, attempts = call.request.model, call.attempts
-        cooled = {c.model for c in self.cooldowns() if c.account == account.username and c.model}
-        is_cooled = not cooled.isdisjoint((asked, self._catalogue.id_of(asked)))
-        if not is_cooled or not call.request.fallback:
-            yield asked, False
-            if isinstance(attempts[-1].error, ModelNotFoundError):
-                model_id = self._other_name(asked, attempts)
-                if model_id is None:
-                    return
-                yield model_id, False
-        if not call.request.fallback:
-            return
-        models, listed = self._catalogue.models_if_any("No fallback"), self.config.fallback_models
-        fallbacks = fallback_order(asked, models, cooled, call.request.needs, listed)
-        if is_cooled and not fallbacks:
-            # no fallback available: ask it despite its cooldown
-            yield asked, False
-        mine = [a.error for a in attempts if a.account == account.username]
-        is_unpaid = any(isinstance(error, CreditError) for error in mine)
-        for model in fallbacks:
-            tried = {a.model for a in attempts} - {asked, self._catalogue.id_of(asked)}
-            is_late = time.monotonic() > call.began + FALLBACK_TIME_S
-            if is_late or len(tried) >= FALLBACKS_PER_CALL:
-                return
-            if is_unpaid and not model.free:
-                continue
-            if is_worth_trying(model, attempts, self._catalogue.by_name):
-                _log.info("Fallback: trying %s", model.id)
-                yield model.id, True
-                if is_unpaid:
-                    # one is enough to see whether free models help
-                    return
-
-    def _other_name(self, name: str, attempts: list[Attempt]) -> str | None:
-        """The id that the server knows an unknown name by; None, and near names for the error."""
-        error = attempts[-1].error
-        models = self._catalogue.models_if_any("No similar name was looked up")
-        try:
-            model_id = find_model(name, models).id
-        except ModelNotFoundError as unknown:
-            if error is not None and models:
-                error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
-            return None
-        if model_id == name:
-            return None
-        # only a misspelling: not reported
-        attempts.pop()
-        return model_id
-
-    def _send_with_retries(
-        self, call: _Call, model: str, account: Account, patient: bool
-    ) -> tuple[_Source, ExitStack]:
+    def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
+        model, account, patient = target.model, target.account, target.waits_out_limits
         name, most = account.username, self.config.max_retries
         new_limit = partial(_ConcurrencyLimit, self.config.max_concurrent)
         limit = self._limits.get(name) or self._limits.setdefault(name, new_limit())
-        patience_s = call.request.timeout_s or self.config.api_timeout_ms / 1000
-        retries, waited_s = 0, 0.0
+        patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
+        retries, waited_s, has_waited_for_others = 0, 0.0, False
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
@@ -4603,10 +5281,16 @@ class Puter:
                 else:
                     seconds = time.monotonic() - started
                     call.attempts.append(Attempt(model, name, None, seconds))
-                    names, now = (model, self._catalogue.id_of(model)), time.time()
+                    names, now = (model, self._catalogue.known().id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
                     return source, stack.pop_all()
             seconds = time.monotonic() - started
+            if isinstance(failure, CreditError):
+                # what runs beside it holds the most that it may cost until it ends (recorded)
+                if not has_waited_for_others and limit.wait_for_end(call.cancellation, patience_s):
+                    has_waited_for_others = True
+                    continue
+                failure = self._explained(failure, call.asked, model, account)
             call.attempts.append(Attempt(model, name, failure, seconds))
             self._count(model, _code_of(failure), seconds)
             failure.model, failure.account = failure.model or model, name
@@ -4614,8 +5298,11 @@ class Puter:
                 failure.message = f"{model}: {failure.message}"
             if failure.scope == "account":
                 failure.message += f" (account {name})"
-            is_stream = call.is_stream and not self._api.must_be_whole(call.request, model)
-            if not may_retry(failure, retries, most, patient, waited_s, is_stream):
+            if isinstance(failure, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
+                failure.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+            is_stream = call.is_stream and not self._api.must_be_whole(call.asked, model)
+            waiting = limit.waiting
+            if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
                 raise failure
             retries += 1
             delay_s = retry_delay_s(failure, retries, self.config.retry_delay_ms / 1000)
@@ -4623,31 +5310,84 @@ class Puter:
                 limit.pause(delay_s)
             words = (retries, max(most, retries), _log_words(failure), delay_s * 1000)
             _log.info("Retry %d/%d: %s, waiting %.0fms", *words)
+            if self._on_wait is not None:
+                self._on_wait(f"{_log_words(failure)}, next try in {delay_s:.0f} s")
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
 
-    def _note_failure(self, error: PuterError, model: str, account: Account) -> None:
+    def _explained(
+        self, error: CreditError, request: Asked, model: str, account: Account
+    ) -> PuterError:
+        """What a 402 means: a prompt too long for Puter's limit, or how much credit is left."""
+        if is_foreign(self.config) or error.code != "insufficient_funds":
+            return error
+        known = self._catalogue.models_if_any("The limits of the model are not known").get(model)
+        sent = messages_for(self._api.form(request, model), request.args["messages"])
+        tokens = estimated_tokens(sent)
+        if known and not fits(known, tokens):
+            limits = f"Puter lets {known.id} be asked with fewer than {known.window:,}"
+            problem = f"The prompt has about {tokens:,} tokens, but {limits}"
+            hint = self._able_hint(request.needs._replace(context=tokens))
+            limit = {"tokens": tokens, "limit": known.window, "code": "context_length_exceeded"}
+            return ContextLengthError(
+                problem, hint=f"Shorten it. {hint}", param="messages", **limit
+            )
+        try:
+            left = self.usage(account.username)
+        except PuterError as failure:
+            problem = f"Its answer could cost more than is left ({failure.message})"
+        else:
+            if left.remaining <= 0:
+                return error
+            problem = f"Its answer could cost more than the {money(left.remaining, left.unit)} left"
+        hint = "Set `max_tokens` to ask for a shorter answer, or use a cheaper model."
+        details = {"status": error.status, "code": error.code, "scope": "model"}
+        return CreditError(f"{model}: {problem}", hint=hint, **details)
+
+    def _note_failure(self, error: PuterError, call: _Exchange, target: Target) -> None:
         """Note in the state who is on cooldown, so that nobody runs into the same again.
 
-        An account without credit is only once its free models could not help; one with too
-        many requests at once never is.
+        A misspelt name is only put right. An account with too many requests at once, or that
+        has no substitute, is never on cooldown.
         """
-        code = _code_of(error)
-        if isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
+        code, account = _code_of(error), target.account
+        if isinstance(error, ModelNotFoundError):
+            if not target.is_fallback:
+                self._correct_name(error, call)
+        elif isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
             name, token = account.username, account.token
             self.state.add_cooldown(name, "", math.inf, "login", time.time(), token)
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
-        elif error.scope == "model" or isinstance(error, CreditError):
-            self._cool(error, account, self._catalogue.id_of(model))
-        elif error.scope == "account" and not isinstance(error, AuthError):
-            self._cool(error, account)
+        elif error.scope == "model" and not isinstance(error, CreditError):
+            # cooldowns are of ids, which the list knows
+            models = self._catalogue.known()
+            if call.asked.fallback:
+                models = self._catalogue.models_if_any("No fallback")
+            self._cool(error, account, models.id_of(target.model))
+        elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
+            # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
+            is_busy = "concurrent" in error.message
+            if not is_busy and self._world(call).has_substitute(account):
+                self._cool(error, account)
+
+    def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
+        """Ask by the id that the list has for an unknown name; else give near names."""
+        models = self._catalogue.models_if_any("No similar name was looked up")
+        try:
+            model_id = models.find(call.asked.model).id
+        except ModelNotFoundError as unknown:
+            if models:
+                error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
+            if call.asked.model == self.config.default_model:
+                error.message += f" (default_model of {self.config.sources['default_model']})"
+            return
+        if model_id != call.attempts[-1].model:
+            # only a misspelling: not reported
+            call.attempts.pop()
+            call.asked = call.asked._replace(model=model_id)
 
     def _cool(self, error: PuterError, account: Account, model_id: str = "") -> None:
-        """Put a model on cooldown, or the whole account, unless it is alone or merely busy."""
-        is_busy = "concurrent" in error.message
-        if not model_id and (is_busy or self._accounts.is_alone(account)):
-            return
         config, name = self.config, account.username
         ms = config.fallback_cooldown_ms if model_id else config.account_rotation_cooldown_ms
         self.state.add_cooldown(name, model_id, ms / 1000, _code_of(error), time.time())
@@ -4655,9 +5395,9 @@ class Puter:
 
     # ---- what is noted of an answer ----
 
-    def _note_end(self, call: _Call, started: float, word: str, reply: Reply | None) -> None:
+    def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply | None) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
-        request, now, model = call.request, time.monotonic(), call.attempts[-1].model
+        request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
         usage = reply.usage if reply else None
         self._count(model, word, now - started, first_s, usage)
@@ -4684,9 +5424,11 @@ class Puter:
         first_s: float | None = None,
         usage: Usage | None = None,
     ) -> None:
-        """Record how one request ended: "ok", "closed" or an error's code."""
-        if self.config.metrics_enabled:
-            model_id, samples = self._catalogue.id_of(model), self.config.metrics_max_samples
+        if self.config.metrics_enabled and outcome != "model_not_found":
+            model_id, samples = (
+                self._catalogue.known().id_of(model),
+                self.config.metrics_max_samples,
+            )
             self._metrics.record(model_id, outcome, seconds, first_s, usage, samples)
 
 
@@ -4703,13 +5445,14 @@ def what_is_meant(name: str) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    near = _close_matches(name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), 0.8)
+    near = difflib.get_close_matches(
+        name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), cutoff=0.8
+    )
     meant = _OTHER_NAMES.get(name) or "".join(near[:1])
     return f"Did you mean {meant}?" if meant else ""
 
 
 def _log_words(error: PuterError) -> str:
-    """An error in the words of the log."""
     if isinstance(error, (RateLimitError, ModelRateLimitError)):
         return f"Rate limited ({error.status or 429})"
     return f"{_code_of(error)} ({error.status or '-'})"
@@ -4735,7 +5478,7 @@ class Conversation:
         self.system = system
         self.model = model
         self.messages: Messages = list(messages)
-        self.options = options
+        self.options = _checked_options(options)
         self._client = client
         self._reply: Reply | None = None
 
@@ -4757,7 +5500,7 @@ class Conversation:
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
         """The answer as it comes, otherwise as `say`; remembered once it has come whole."""
-        return self._turns(self._with(message, options), options, streaming=True)
+        return self._turns(self._with(message, _checked_options(options)), options, streaming=True)
 
     @property
     def reply(self) -> Reply:
@@ -4769,8 +5512,11 @@ class Conversation:
     def to_json(self) -> JSON:
         """The conversation as plain values; functions among the options are left out."""
         options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
-        own = {"system": self.system, "model": self.model, "messages": self.messages}
-        return {**own, "options": options}
+        model = self.model.id if isinstance(self.model, Model) else self.model
+        whole: JSON = {"system": self.system, "model": model, "messages": self.messages}
+        whole["options"] = options
+        _encoded(whole)  # raises for what JSON cannot hold
+        return whole
 
     @classmethod
     def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
@@ -4778,17 +5524,17 @@ class Conversation:
         is_one = isinstance(data, Mapping) and isinstance(data.get("messages", []), list)
         _require(is_one, "The conversation", data, "Pass what `to_json` gave.")
         own: JSON = {name: data[name] for name in ("system", "model", "messages") if data.get(name)}
-        return cls(client=client, **own, **(data.get("options") or {}))
+        options = data.get("options") or {}
+        _require(isinstance(options, Mapping), "options", options, "Pass what `to_json` gave.")
+        return cls(client=client, **own, **_checked_options(options))
 
     def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
-        """The history with the next message; images and files become part of it."""
         asked = {**self.options, **options}
         parts = _input_parts(asked.get("images", ()), asked.get("files", ()))
         prompt = [message] if isinstance(message, Mapping) else message
         return [*self.messages, *messages_from(prompt, None, parts)]
 
     def _turns(self, messages: Messages, options: JSON, streaming: bool) -> Iterator[Chunk]:
-        """Ask until there is an answer, calling functions between; then remember it all."""
         asked = {"model": self.model, "system": self.system, **self.options, **options}
         asked |= {"images": (), "files": ()}
         max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
@@ -4797,8 +5543,11 @@ class Conversation:
         tools = asked.get("tools")
         is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
+        used = Usage()
         for rounds_left in range(max_rounds, -1, -1):
             reply = yield from self._one_turn(messages, asked, streaming)
+            used += reply.usage
+            reply = replace(reply, usage=used)
             if not functions:
                 raise_for_invalid(reply)
             messages = [*messages, message_from(reply)]
@@ -4829,13 +5578,21 @@ class Conversation:
         request = client._build_request(messages, **asked)
         if not streaming:
             return client._complete(request)
-        with client._open_stream(request) as stream:
+        with client._open(request) as stream:
             yield from stream
             return stream.reply
 
 
+def _checked_options(options: Mapping[str, Any]) -> JSON:
+    for name in options:
+        is_known = name in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)
+        if not is_known and (name == "client" or what_is_meant(name)):
+            hint = what_is_meant(name) or "It is given when the conversation is made."
+            raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
+    return dict(options)
+
+
 def _input_parts(images: Any, files: Any) -> list[JSON]:
-    """Images and files as parts of a message."""
     images, files = _as_list(images, "images"), _as_list(files, "files")
     return [*map(image_part, images), *map(file_part, files)]
 
@@ -4851,7 +5608,6 @@ def _as_list(value: Any, name: str) -> Any:
 
 
 def _functions_by_name(tools: Any) -> dict[str, Callable[..., Any]]:
-    """Functions for a model by their names; raises `BadRequestError` for anything else."""
     functions: dict[str, Callable[..., Any]] = {}
     for tool in _as_list(tools, "tools"):
         _require(callable(tool), "A tool", tool, "`run` needs functions; with schemas use `chat`.")
@@ -4873,28 +5629,40 @@ def _called(call: ToolCall, functions: Mapping[str, Any], on_tool: Any) -> str:
     if function is None:
         return f"Error: there is no function {call.name!r}; there are {sorted(functions)}."
     try:
-        return tool_result_text(function(**read_arguments(function, call.arguments)))
+        result = function(**read_arguments(function, call.arguments))
+        if inspect.iscoroutine(result):
+            import asyncio
+
+            result = asyncio.run(result)  # fails in a thread whose loop is running, and says so
+        return tool_result_text(result)
     except Exception as error:  # noqa: BLE001 (any error of a tool is the model's to read)
         _log.warning("The function %s failed", call.name, exc_info=True)
         return f"Error: {type(error).__name__}: {error}"
 
 
-# By the environment's settings; threads that come at once share one.
-_defaults: dict[Any, Puter] = {}
+# The default client and the environment's settings that it was made by.
+_default: tuple[Any, Puter] | None = None
+_default_lock = threading.Lock()
 
 
 def _default_client() -> Puter:
     """The client of `chat` and `stream`; made anew when the environment has changed."""
+    global _default
     environment = frozenset(item for item in os.environ.items() if item[0].startswith("PUTER_"))
-    return _defaults.get(environment) or _defaults.setdefault(environment, Puter())
+    with _default_lock:
+        if _default is None or _default[0] != environment:
+            old, _default = _default, (environment, Puter())
+            if old is not None:
+                old[1].close()
+        return _default[1]
 
 
-def chat(prompt: Prompt, **arguments: Any) -> Reply:
+def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
     """See `Puter.chat`."""
     return _default_client().chat(prompt, **arguments)
 
 
-def stream(prompt: Prompt, **arguments: Any) -> Stream:
+def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
     """See `Puter.stream`."""
     return _default_client().stream(prompt, **arguments)
 
@@ -4916,6 +5684,7 @@ _show_signature(stream, Puter.stream)
 # ======================================================================================
 LOGIN_PORT = 19847  # the port that the plugin's users know
 LOGIN_TIMEOUT_S = 300.0
+SIGN_IN_TRIES = 3
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>puter.py</title>
 <style>body{{font:18px/1.5 system-ui,sans-serif;max-width:34rem;margin:4rem auto;padding:0 1rem}}
 </style><script>history.replaceState(null, "", "/")</script></head>
@@ -4938,7 +5707,15 @@ def account_of(token: str, config: Config) -> Account:
     """
     check_sign_in(config)
     with Puter(token, config=config) as client:
-        user = client.whoami()
+        for retry in range(1, SIGN_IN_TRIES + 1):
+            try:
+                user = client.whoami()
+                break
+            except PuterError as error:
+                # an approved sign-in is not thrown away for a moment's failure
+                if not error.retryable or retry == SIGN_IN_TRIES:
+                    raise
+                time.sleep(retry_delay_s(error, retry, config.retry_delay_ms / 1000))
     username, is_temporary = user.get("username"), bool(user.get("is_temp"))
     if not isinstance(username, str) or not username:
         raise ServerError("The server does not say whose token this is")
@@ -4956,8 +5733,6 @@ class _Callback:
     def __init__(
         self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
     ) -> None:
-        from urllib.parse import quote
-
         self.path = f"/callback/{nonce}"
         callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
         self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
@@ -4970,9 +5745,6 @@ class _Callback:
 
     def handle(self, method: str, target: str, host: str) -> tuple[int, str, str]:
         """(status, title, text) of the page for a request."""
-        import hmac
-        from urllib.parse import parse_qs, urlsplit
-
         if re.sub(r":\d+$", "", host.lower()) not in _LOOPBACK_NAMES:
             return 403, "Forbidden", "This page is only for this computer."
         if method != "GET":
@@ -4993,8 +5765,6 @@ class _Callback:
         return self._finish(token)
 
     def _finish(self, token: str) -> tuple[int, str, str]:
-        import html
-
         try:
             self.account = self._check(token)
         except PuterError as error:
@@ -5112,10 +5882,15 @@ SERVER_PORT = 11480
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
-IDLE_TIMEOUT_S = 75.0  # for the next bytes of a client, or until it takes ours
+IDLE_TIMEOUT_S = 75.0  # for the next request of a client, or until it takes our bytes
+HEAD_TIMEOUT_S = 20.0  # for a whole head, from its first line
+BODY_TIMEOUT_S = 300.0
+MAX_HEAD_BYTES = 64 * 1024
+MAX_VALUES = 1_000_000  # in the JSON of a body: each takes far more memory than bytes
+LINGER_S = 1.0  # so that who is turned away can read why
 DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
 KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
-MAX_STOPS = 4
+MAX_STOPS = 16
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
@@ -5129,13 +5904,39 @@ _PASSED_ON = (
 # ---- what the dialects share: values ----
 
 
+class ResponseMemory:
+    """Values of recent answers by their ids, bounded in bytes: the oldest go first."""
+
+    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
+        self._most_bytes = most_bytes
+        self._texts: dict[str, str] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def put(self, key: str, value: Any) -> None:
+        """Remember a JSON value."""
+        text = json.dumps(value)
+        if len(text) > self._most_bytes:
+            return  # else all others would go for it
+        with self._lock:
+            self._bytes += len(text) - len(self._texts.pop(key, ""))
+            self._texts[key] = text
+            while self._bytes > self._most_bytes:
+                self._bytes -= len(self._texts.pop(next(iter(self._texts))))
+
+    def get(self, key: str) -> Any:
+        """A copy of the value, None when it is not there (any more)."""
+        text = self._texts.get(key)
+        return None if text is None else json.loads(text)
+
+
 class ChatRequest(NamedTuple):
     """What a client of the gateway asks, whatever dialect it speaks.
 
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
-    `MAX_STOPS` texts. `options` is what only its dialect needs to word the answer;
-    `include_usage` false there ends the reading of a stream at a stop text. An `answer` is
-    ours already: no model is asked.
+    `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is what only its dialect needs to word the answer;
+    `include_usage` false there ends the reading of a stream at a stop text. `memory` holds what
+    providers want back with calls. An `answer` is ours already: no model is asked.
     """
 
     model: str
@@ -5143,6 +5944,8 @@ class ChatRequest(NamedTuple):
     tools: list[JSON]
     args: JSON
     options: JSON
+    memory: ResponseMemory
+    names: Mapping[str, str] = types.MappingProxyType({})
     streaming: bool = False
     stop: tuple[str, ...] = ()
     wants_json: bool = False
@@ -5161,30 +5964,6 @@ class Ending(NamedTuple):
 Event = Chunk | Ending | PuterError | None
 # The data of an event, which has the name that its "type" says; None is a comment.
 Frame = JSON | str | None
-
-
-class ResponseMemory:
-    """Values of recent answers by their ids, bounded in bytes: the oldest go first."""
-
-    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
-        self._most_bytes = most_bytes
-        self._texts: dict[str, str] = {}
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def put(self, key: str, value: Any) -> None:
-        """Remember a JSON value."""
-        text = json.dumps(value)
-        with self._lock:
-            self._bytes += len(text) - len(self._texts.pop(key, ""))
-            self._texts[key] = text
-            while self._bytes > self._most_bytes:
-                self._bytes -= len(self._texts.pop(next(iter(self._texts))))
-
-    def get(self, key: str) -> Any:
-        """A copy of the value, None when it is not there (any more)."""
-        text = self._texts.get(key)
-        return None if text is None else json.loads(text)
 
 
 class Dialect(NamedTuple):
@@ -5208,7 +5987,13 @@ class Dialect(NamedTuple):
 
 
 def checked_request(
-    body: JSON, messages: Messages, tools: Any, args: JSON, stop: Any = None, **fields: Any
+    body: JSON,
+    memory: ResponseMemory,
+    messages: Messages,
+    tools: Any,
+    args: JSON,
+    stop: Any = None,
+    **fields: Any,
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
@@ -5216,24 +6001,19 @@ def checked_request(
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
     a system message, too. `fields` are taken as they are.
     """
-    if not messages:
-        raise _wrong("messages must hold at least one", "messages")
-    # without a model the owner's default is meant
-    model = body.get("model") or ""
-    if model and not (isinstance(model, str) and strip_puter_prefix(model)):
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
     args = {k: v for k, v in args.items() if v is not None}
-    if (limit := args.get("max_tokens")) is not None:
-        if not _is_number(limit) or limit != int(limit) or limit < 1:
-            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
-        args["max_tokens"] = int(limit)
-    offered, choice = _choose_tools(tool_schemas(tools), args)
+    _check_limit(args)
+    schemas, names = _short_names(tool_schemas(tools))
+    offered, choice = _choose_tools(schemas, args)
     shape = _json_instruction(args.get("response_format"))
+    messages = _callers_messages(messages, memory)
     return ChatRequest(
-        model=model,
+        model=_callers_model(body),
         messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
         tools=offered,
         args=args,
+        memory=memory,
+        names=names,
         streaming=body.get("stream") is True,
         stop=_stop_texts(stop),
         wants_json=bool(shape),
@@ -5241,12 +6021,51 @@ def checked_request(
     )
 
 
+def _callers_messages(messages: Messages, memory: ResponseMemory) -> Messages:
+    """The messages with what their providers want back, and without files of the owner's."""
+    if not messages:
+        raise _wrong("messages must hold at least one", "messages")
+    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
+        raise _wrong("puter_path is not for callers of this server", "messages")
+    return [_with_extra(message, memory) for message in map(_simplified, messages)]
+
+
+def _callers_model(body: JSON) -> str:
+    """The model's name; without one the owner's default is meant."""
+    model = body.get("model") or ""
+    is_name = isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)
+    if model and not is_name:
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
+    return str(model)
+
+
+def _check_limit(args: JSON) -> None:
+    """Make `max_tokens` a whole number; -1 is how some say that there is no limit."""
+    limit = args.get("max_tokens")
+    if limit == -1:
+        del args["max_tokens"]
+    elif limit is not None:
+        if not _is_number(limit) or limit != int(limit) or limit < 1:
+            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+        args["max_tokens"] = int(limit)
+
+
+def _short_names(schemas: list[JSON]) -> tuple[list[JSON], dict[str, str]]:
+    """(the tools under names that every model takes, the callers' names by these)"""
+    names: dict[str, str] = {}
+    for tool in schemas:
+        if function := tool.get("function"):
+            short = _flat_name("", function["name"])
+            names[short] = function["name"]
+            function["name"] = short
+    return schemas, names
+
+
 def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
     return BadRequestError(f"Bad request: {what}", hint="", param=param, status=status, **more)
 
 
 def _objects(value: Any, name: str) -> list[JSON]:
-    """A list of objects, as it should be; null is an empty one."""
     value = [] if value is None else value
     if not isinstance(value, list):
         raise _wrong(f"{name} must be a list of objects", name)
@@ -5266,15 +6085,7 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
 
 
 def _only(value: Any, *keys: str) -> JSON:
-    """These keys of an object; of anything else, nothing."""
     return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
-
-
-def _at(value: Any, *path: str) -> Any:
-    """What nested objects hold at a path, None where that leads nowhere."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
@@ -5283,14 +6094,14 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
     It stays in `args` as chat completions word it, and only if there are tools.
     """
     choice, order = args.pop("tool_choice", None), ""
-    kind = _at(choice, "type")
+    kind = _dig(choice, "type")
     if kind == "allowed_tools":
-        allowed = _at(choice, "allowed_tools") or choice
-        chosen, choice = _at(allowed, "tools"), _at(allowed, "mode")
+        allowed = _dig(choice, "allowed_tools") or choice
+        chosen, choice = _dig(allowed, "tools"), _dig(allowed, "mode")
         if not isinstance(chosen, list) or choice not in ("auto", "required"):
             text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
             raise _wrong(text, "tool_choice")
-        tools = [_named_tool(tools, one) for one in chosen if _at(one, "type") in _NAMING_KINDS]
+        tools = [_named_tool(tools, one) for one in chosen if _dig(one, "type") in _NAMING_KINDS]
     elif kind not in _NAMING_KINDS:
         hosted = r"(web_|file_|image_|code_|computer|mcp|shell|local_shell|apply_patch|auto$)"
         if kind not in ("any", "none") and not re.match(hosted, str(kind)):
@@ -5317,9 +6128,8 @@ _NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 
 
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
-    """The tool that a choice names; that of a namespace together with it."""
-    name = _at(choice, "function", "name") or _at(choice, "name") or _at(choice, "type")
-    name = _flat_name(_at(choice, "namespace"), name)
+    name = _dig(choice, "function", "name") or _dig(choice, "name") or _dig(choice, "type")
+    name = _flat_name(_dig(choice, "namespace"), name)
     found = [tool for tool in tools if tool["function"]["name"] == name]
     if not found:
         raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
@@ -5327,33 +6137,32 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
 
 
 def _flat_name(namespace: Any, name: Any) -> str:
-    """The name of a namespace's tool as a model may have it: one word of at most 64 letters."""
-    if not namespace:
+    """The name of a tool as a model may have it: one word of at most 64 letters."""
+    if not namespace and len(str(name)) <= 64:
         return str(name)
-    flat = re.sub(r"[^\w-]", "_", f"{namespace}__{name}", flags=re.ASCII)
+    flat = str(name) if not namespace else f"{namespace}__{name}"
+    flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
     if len(flat) <= 64:
         return flat
-    import hashlib
 
     return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
     """What to say in the system text, since most providers know no response_format."""
-    kind = _at(response_format, "type")
+    kind = _dig(response_format, "type")
     if kind in (None, "text"):
         return ""
     if kind not in ("json_object", "json_schema"):
-        raise _wrong(f"response_format of type {kind!r} is not known", "response_format")
+        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
     text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
     if kind == "json_object":
         return text.format("object")
-    schema = json.dumps(_at(response_format, "json_schema", "schema"))
+    schema = json.dumps(_dig(response_format, "json_schema", "schema"))
     return f"{text.format('value')} It must match this JSON schema: {schema}"
 
 
 def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messages:
-    """The messages with a system message behind those that open the history."""
     if not instructions:
         return messages
     opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
@@ -5363,90 +6172,47 @@ def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messa
 
 # ---- what the dialects share: contents ----
 
-# Items and parts of a provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_KINDS = (
-    *("reasoning", "additional_tools", "web_search_call", "file_search_call", "mcp_call"),
-    *("code_interpreter_call", "image_generation_call", "mcp_list_tools", "thinking"),
-    *("redacted_thinking", "server_tool_use", "web_search_tool_result", "container_upload"),
-    *("web_fetch_tool_result", "code_execution_tool_result"),
+# A picture in a text of ours, as `_shown_image` writes it.
+_SHOWN_IMAGE = re.compile(
+    r"!\[image\]\((data:image/[\w.+-]{1,20};base64,[A-Za-z0-9+/=]+|https?://[^\s()]+)\)"
 )
 
 
-def read_parts(content: Any, where: str) -> list[JSON]:
-    """A content of any dialect as parts of chat completions; `where` is its place, for errors.
-
-    Of each part its known keys alone are taken: callers may use models, not the owner's files.
-    Raises `BadRequestError`.
-    """
-    parts = [content] if isinstance(content, str) else [] if content is None else content
-    if not isinstance(parts, list):
-        raise _wrong_part(where, f"has {_describe(content)} where a text or parts should be")
-    return [known for part in parts for known in _read_part(part, where)]
+def _shown_image(image: Picture) -> str:
+    """A picture for a dialect that has only texts for answers."""
+    return f"![image]({image.as_url()})"
 
 
-def _read_part(part: Any, where: str) -> list[JSON]:
-    """A part of any dialect: their kinds do not collide."""
-    if isinstance(part, str):
-        return [{"type": "text", "text": part}]
-    kind = _at(part, "type")
-    if kind in ("text", "input_text", "output_text", "refusal"):
-        return [_text_part(part.get("refusal" if kind == "refusal" else "text"), where)]
-    if kind in ("image_url", "input_image", "image"):
-        return [_image_part(part, where)]
-    if kind in ("file", "input_file"):
-        return [_file_part(part.get("file", part), where)]
-    if kind == "document":
-        return _document_parts(part, part.get("source"), where)
-    if kind == "search_result":
-        title = f"{part.get('title')} ({part.get('source')})"
-        return [*read_parts(title, where), *read_parts(part.get("content"), where)]
-    if kind == "tool_reference":
-        return read_parts(f"The tool {part.get('tool_name')} can be called.", where)
-    if kind in _SKIPPED_KINDS:
-        return []
-    raise _wrong_part(where, f"has a part of the kind {_describe(kind)}, which is not known")
+def _simplified(message: JSON) -> JSON:
+    """A message whose texts are one, and whose pictures are none of its text."""
+    content = message.get("content")
+    if isinstance(content, list) and all({*part} == {"type", "text"} for part in content):
+        content = "\n\n".join(part["text"] for part in content if part["text"]) or None
+    simple = {**message, "content": content}
+    if message["role"] == "assistant" and isinstance(content, str) and "![image](" in content:
+        urls = [{"url": found} for found in _SHOWN_IMAGE.findall(content)]
+        simple["images"] = [{"type": "image_url", "image_url": url} for url in urls]
+        simple["content"] = _SHOWN_IMAGE.sub("", content) or None
+    return simple
 
 
-def _wrong_part(where: str, what: str) -> BadRequestError:
-    return _wrong(f"{where} {what}", where.partition("[")[0])
+def _extra_key(call_id: str) -> str:
+    """What is the same in the ids that all dialects have for a call of ours."""
+    return f"extra_{call_id.rpartition('_')[2]}"
 
 
-def _text_part(text: Any, where: str) -> JSON:
-    if not isinstance(text, (str, type(None))):
-        raise _wrong_part(where, f"has {_describe(text)} as a text")
-    return {"type": "text", "text": text or ""}
-
-
-def _image_part(part: JSON, where: str) -> JSON:
-    image = part.get("image_url") or _source_url(part.get("source"))
-    image = {"url": image, **_only(part, "detail")} if isinstance(image, str) else image
-    if not re.match("(?i)https?://|data:", str(_at(image, "url"))):
-        raise _wrong_part(where, "has an image without an http(s) or data URL: no files are stored")
-    return {"type": "image_url", "image_url": _only(image, "url", "detail")}
-
-
-def _source_url(source: Any) -> Any:
-    """The URL that Anthropic's clients name, or one that holds the data that they send."""
-    if _at(source, "type") == "base64":
-        return f"data:{source.get('media_type')};base64,{source.get('data')}"
-    return _at(source, "url")
-
-
-def _file_part(file: Any, where: str) -> JSON:
-    file = _only(file, "filename", "file_data")
-    if not file.get("file_data"):
-        raise _wrong_part(where, "has a file without its data: no files are stored here")
-    return {"type": "file", "file": file}
-
-
-def _document_parts(part: JSON, source: Any, where: str) -> list[JSON]:
-    kind, title = _at(source, "type"), str(part.get("title") or "")
-    if kind == "content":
-        return read_parts(source.get("content"), where)
-    if kind == "text":
-        return [*read_parts(title or None, where), _text_part(source.get("data"), where)]
-    data = _source_url(source) if kind == "base64" else None
-    return [_file_part({"filename": title or "document.pdf", "file_data": data}, where)]
+def _with_extra(message: JSON, memory: ResponseMemory) -> JSON:
+    """The message with what its provider wants back with it, which the dialect has no field for."""
+    calls = [dict(call) for call in message.get("tool_calls") or []]
+    for call in calls:
+        function = call["function"]
+        call["function"] = {**function, "name": _flat_name("", function["name"])}
+        kept = memory.get(_extra_key(call["id"])) or {}
+        if kept.get("call"):
+            call["extra_content"] = kept["call"]
+        if kept.get("message"):
+            message = {**message, **kept["message"]}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 # ---- what the dialects share: answers ----
@@ -5490,16 +6256,23 @@ def answer_events(
     whole reply.
     """
     stop, ending = StopText(request.stop), Ending("stop", Usage())
-    failure = None
+    failure, first_id = None, ""
     try:
         for batch in batches:
             if batch is None:
                 yield None
             elif isinstance(batch, Reply):
                 ending = Ending(batch.finish_reason, batch.usage)
+                _remember(request, first_id, message=batch.extra)
             else:
                 for chunk in batch:
-                    yield from _events_of(chunk, stop)
+                    for event in _events_of(request, chunk, stop):
+                        if event.tool_call:
+                            first_id = first_id or event.tool_call.id
+                            _remember(
+                                request, event.tool_call.id, call=event.tool_call.extra_content
+                            )
+                        yield event
             if stop.found and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
@@ -5509,7 +6282,7 @@ def answer_events(
     yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
 
 
-def _events_of(chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
+def _events_of(request: ChatRequest, chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
     """What a chunk adds to the answer: nothing behind a stop text."""
     if chunk.type == "text":
         if text := stop.feed(chunk.text):
@@ -5518,17 +6291,24 @@ def _events_of(chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
         if text := stop.flush():
             yield Chunk("text", text)
         if chunk.tool_call and not stop.found:
-            yield Chunk("tool_call", tool_call=_with_new_id(chunk.tool_call))
-    elif chunk.type == "reasoning" and not stop.found:
+            yield Chunk("tool_call", tool_call=_callers_call(request, chunk.tool_call))
+    elif chunk.type in ("reasoning", "image") and not stop.found:
         yield chunk
 
 
-def _with_new_id(call: ToolCall) -> ToolCall:
-    """The call under an id of ours: models may name those of every turn alike.
+def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
+    """Keep what a provider wants back with a call, until the call is back."""
+    if call_id and any(extra.values()):
+        key = _extra_key(call_id)
+        request.memory.put(key, {**(request.memory.get(key) or {}), **extra})
+
+
+def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
+    """The call by the caller's name, under an id of ours: models may name those of all turns alike.
 
     That sends agents in circles.
     """
-    return replace(call, id=_new_id("call"))
+    return replace(call, id=_new_id("call"), name=request.names.get(call.name, call.name))
 
 
 def _new_id(prefix: str) -> str:
@@ -5539,7 +6319,10 @@ def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
     stop, text = StopText(request.stop), _with_json(request, reply).text
     text = stop.feed(text, is_last=True)
-    calls = () if stop.found else tuple(map(_with_new_id, reply.tool_calls))
+    calls = () if stop.found else tuple(_callers_call(request, call) for call in reply.tool_calls)
+    for call in calls:
+        _remember(request, call.id, call=call.extra_content)
+        _remember(request, calls[0].id, message=reply.extra)
     reason = "stop" if stop.found else reply.finish_reason
     answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
     return answer, Ending(reason, reply.usage, stop.found)
@@ -5623,15 +6406,13 @@ def error_headers(error: PuterError, status: int) -> dict[str, str]:
 
 # A URL, an IP address with its port, or the host that a failure of the network names.
 _ADDRESS = (
-    r"(?i)\b[a-z][a-z0-9+.-]*://[^\s,;()'\"<>]*[^\s,;()'\"<>.]|\[[0-9a-f]*:[0-9a-f:]+\](:\d+)?"
+    r"(?i)\b[a-z][a-z0-9+.-]{0,19}://[^\s,;()'\"<>]*(?<!\.)|\[[0-9a-f]{0,4}:[0-9a-f:]{1,45}\](:\d+)?"
     r"|\b\d{1,3}(\.\d{1,3}){3}(:\d+)?|(?<=ENOTFOUND )\S+|(?<=ECONNREFUSED )\S+"
 )
 
 
 def public_error(error: PuterError, names: Iterable[str], base_url: str) -> PuterError:
     """The error as callers may see it: no account's name in full, and no URL of the server."""
-    from urllib.parse import urlsplit
-
     public = copy.copy(error)
     if isinstance(error, AllAccountsOnCooldownError):
         public.message = "Every account of this gateway is on cooldown"
@@ -5639,7 +6420,7 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
         public.message = "The account of this gateway must be signed in again"
     elif isinstance(error, StreamError):
         public.hint = ""
-    text = str(public)
+    text = str(public)[:4_000]
     for name in filter(None, {*names, error.account, *(a.account for a in error.attempts)}):
         named = rf"(?i)(?<!\w){re.escape(name)}(?!\w)"
         text = re.sub(named, lambda found: _short_name(found[0]), text)
@@ -5650,7 +6431,6 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
 
 
 def _short_name(name: str) -> str:
-    """An account's name for those who need not know it: its first letters."""
     return _header_text(f"{name[: min(3, max(1, len(name) // 2))]}...")
 
 
@@ -5670,24 +6450,25 @@ def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
-    options = {"include_usage": _at(body, "stream_options", "include_usage") is True}
-    messages = _objects(body.get("messages"), "messages")
-    messages = [_safe_message(one, f"messages[{i}]") for i, one in enumerate(messages)]
+    options = {"include_usage": _dig(body, "stream_options", "include_usage") is True}
+    if "messages" not in body and "input" in body:  # Cursor's, which asks in Responses' words
+        messages = _item_messages(_response_items(body, memory))
+    else:
+        messages = _read_messages(body.get("messages"))
     stop = body.get("stop")
-    return checked_request(body, messages, body.get("tools"), args, stop, options=options)
+    return checked_request(body, memory, messages, body.get("tools"), args, stop, options=options)
 
 
-def _safe_message(message: JSON, where: str) -> JSON:
-    """A message with its known keys only."""
-    safe = _only(message, "role", "content", "name", "tool_calls", "tool_call_id")
-    if isinstance(safe.get("content"), list):
-        safe["content"] = read_parts(safe["content"], where)
-    return safe
+def _read_messages(messages: Any) -> Messages:
+    keys = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_details")
+    known = [_only(message, *keys) for message in _objects(messages, "messages")]
+    return [one for i, m in enumerate(known) for one in read_message(m, f"messages[{i}]")]
 
 
 def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `chat.completion`."""
-    content = reply.text or (None if reply.tool_calls else "")
+    content: Any = "\n\n".join(filter(None, [reply.text, *map(_shown_image, reply.images)]))
+    content = content or (None if reply.tool_calls else "")
     message: JSON = {"role": "assistant", "content": content, "refusal": None}
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
@@ -5733,14 +6514,13 @@ def chat_frames(
                 delta: JSON = {"tool_calls": [{"index": calls, **openai_call(event.tool_call)}]}
                 calls += 1
             else:
-                key = "content" if event.type == "text" else "reasoning_content"
-                delta = {key: event.text}
+                key = "reasoning_content" if event.type == "reasoning" else "content"
+                delta = {key: _shown_image(event.image) if event.image else event.text}
             yield frame({**role, **delta})
             role = {}
 
 
 def _chat_head(kind: str) -> JSON:
-    """What every object of one answer begins with."""
     return {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time())}
 
 
@@ -5760,62 +6540,19 @@ def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
 # Puter's models know no more than "high".
 _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
-_TOO_LONG = (
-    "(?i)prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context"
+
+
+# Tools that a client runs by a provider's rules, which other models do not know.
+_CLIENT_TOOLS = re.compile(
+    r"(bash_|text_editor_|memory_|browser_|computer|shell$|local_shell|apply_patch)[\w.]*"
 )
 
 
-class _History:
-    """A history in the shape of chat completions, built from what other dialects call it."""
-
-    def __init__(self, memory: ResponseMemory) -> None:
-        self.messages: Messages = []
-        self._memory = memory
-        self._attached: list[JSON] = []
-
-    def say(self, role: Any, parts: Sequence[JSON]) -> None:
-        """Add a message, unless it is empty; only a user's holds more than text."""
-        role = "system" if role == "developer" else role
-        if role not in ("system", "user", "assistant"):
-            raise _wrong(f"a message has the role {_describe(role)}", "messages")
-        if role == "user":
-            parts, self._attached = [*self._attached, *parts], []
-        else:
-            self.flush()
-        parts = [p for p in parts if p["type"] != "text" or p["text"]]
-        texts = [p["text"] for p in parts if p["type"] == "text"]
-        content: Any = parts if role == "user" and len(parts) > 1 else "\n\n".join(texts) or parts
-        if content and (texts or role == "user"):
-            self.messages.append({"role": role, "content": content})
-
-    def call(self, call_id: Any, name: str, arguments: str) -> None:
-        """Add a call to the assistant's message that stands last, else to a new one."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.flush()
-            self.messages.append({"role": "assistant", "content": None})
-        call = {
-            "id": call_id,
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
-        if extra := self._memory.get(f"extra_{call_id}"):
-            call["extra_content"] = extra
-        self.messages[-1].setdefault("tool_calls", []).append(call)
-
-    def result(self, call_id: Any, parts: Sequence[JSON], failed: bool = False) -> None:
-        """Add a result; images and files in it follow in a user message, after the last result."""
-        text = "\n".join(p["text"] for p in parts if p["type"] == "text" and p["text"])
-        others = [p for p in parts if p["type"] != "text"]
-        if others:
-            self._attached += read_parts(f"From the result of {call_id}:", "") + others
-        text = text or ("(see the next message)" if others else "(no output)")
-        content = f"Error: {text}" if failed else text
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
-
-    def flush(self) -> None:
-        """Add what came with results and still waits for its message."""
-        if self._attached:
-            self.say("user", [])
+def _refuse_client_tool(kind: Any) -> None:
+    """Raise `BadRequestError` for a tool that would be missed if it were left out."""
+    if isinstance(kind, str) and _CLIENT_TOOLS.fullmatch(kind[:100]):
+        problem = f"the tool {_describe(kind)} is for its provider's own models"
+        raise _wrong(f"{problem}: offer it as a function", "tools")
 
 
 def _tool_name(name: Any) -> str:
@@ -5826,78 +6563,30 @@ def _tool_name(name: Any) -> str:
 
 def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
     """How agents word an effort and a form of JSON, as arguments of chat completions."""
-    if _at(form, "type") == "json_schema":
+    if _dig(form, "type") == "json_schema":
         schema = {**defaults, **_only(form, "name", "schema", "strict", "description")}
         form = {"type": "json_schema", "json_schema": schema}
     return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
 
-def _remember_extra(request: ChatRequest, call: ToolCall) -> None:
-    """Keep a provider's note on a call, for which the dialect has no field, until it is back."""
-    if call.extra_content:
-        request.options["memory"].put(f"extra_{call.id}", call.extra_content)
-
-
-def _is_too_long(error: PuterError) -> bool:
-    """Whether the model's context is exceeded: agents then shorten their history."""
-    return error.http_status == 400 and bool(re.search(_TOO_LONG, error.message))
-
-
 # ---- names of models ----
 
 
-def with_served_model(request: ChatRequest, name: str, models: Mapping[str, Model]) -> ChatRequest:
+def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
     """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
-    `models` are by every name; without any, the name is taken as it is. Agents ask for names of
-    Claude and GPT by themselves, for titles and sub-agents: one that the catalogue lacks means
-    the nearest of its family. Raises `ModelNotFoundError`.
+    `models` are by every name; without any, the name is taken as it is. Raises
+    `ModelNotFoundError`.
     """
     name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
     if not models:
         return request._replace(model=name)
-    model = models.get(name.lower()) or _nearest_of_family(name, models)
-    # raises, since the name is not known
-    model = model or find_model(name, [*models.values()][::-1])
+    # raises where the name is not known
+    model = models.find(name)
     args = request.args
     if model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
     return request._replace(model=name if name in model.names() else model.id, args=args)
-
-
-def _nearest_of_family(name: str, models: Mapping[str, Model]) -> Model | None:
-    """The model of the same tier (haiku, mini…) whose version is nearest.
-
-    Without one of the tier: the cheapest of those that share most of it.
-    """
-    asked = _family_of(name)
-    if asked is None:
-        return None
-    family, tier, version = asked
-
-    def rank(known: tuple[set[str], float, Model]) -> tuple[Any, ...]:
-        its_tier, its_version, model = known
-        price = model.input_usd_per_million
-        cost = 0.0 if its_tier == tier else math.inf if price is None else price
-        distance = abs(its_version - version) if version else -its_version
-        return -len(its_tier & tier), len(its_tier - tier), cost, distance, -its_version, model.id
-
-    known = (
-        (_family_of(its_name), model) for its_name, model in models.items() if "/" not in its_name
-    )
-    candidates = [(its[1], its[2], model) for its, model in known if its and its[0] == family]
-    return min(candidates, key=rank)[2] if candidates else None
-
-
-def _family_of(name: str) -> tuple[str, set[str], float] | None:
-    """(family, tier, version) of a name of Claude or GPT; the version is 0 if there is none."""
-    match = re.fullmatch(r"(?:anthropic/|openai/)?(claude|gpt-oss|gpt)-(.+)", name.lower())
-    if match is None:
-        return None
-    undated = re.sub(r"\d{4}-\d\d-\d\d|\d{4,}", "", match[2])
-    numbers = [int(n) for n in re.findall(r"\d+", undated)[:2]]
-    version = sum(n / 100**i for i, n in enumerate(numbers))
-    return match[1], set(re.findall(r"[a-z]+", undated)) - {"latest"}, version
 
 
 # ---- responses ----
@@ -5933,39 +6622,38 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         if body.get(name):
             raise _wrong(f"{name} is not supported here", name, code="unsupported_parameter")
     items = _response_items(body, memory)
-    history = _History(memory)
-    history.say("system", read_parts(body.get("instructions"), "instructions"))
+    instructions = read_parts(body.get("instructions"), "instructions")
+    opening = [{"role": "system", "content": instructions}] if instructions else []
+    messages = [*opening, *_item_messages(items)]
     offered: dict[str, tuple[JSON, JSON]] = {}
     _offer(body.get("tools"), offered)
     for item in items:
         if item.get("type") in ("additional_tools", "tool_search_output"):
             _offer(item.get("tools"), offered)
-        _add_item(history, item)
-    history.flush()
     options = {
-        "memory": memory,
         "items": None if body.get("store") is False else items,
         "tools": {name: back for name, (back, _) in offered.items()},
         "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
     }
     choice = body.get("tool_choice")
     args = {
-        **_only(body, "temperature", "top_p", "parallel_tool_calls"),
-        **_agent_args(_at(body, "reasoning", "effort"), _at(body, "text", "format")),
+        **_only(body, "temperature", "top_p", "parallel_tool_calls", *RESPONSES_ARGUMENTS),
+        "verbosity": _dig(body, "text", "verbosity"),
+        **_agent_args(_dig(body, "reasoning", "effort"), _dig(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
         "tool_choice": _with_namespace(choice, offered),
     }
     functions = [function for _, function in offered.values()]
     # what must be called is a tool of the server's own
-    searches = str(_at(choice, "type") or choice).startswith("web_search")
-    searches = searches or (not offered and "required" in (choice, _at(choice, "mode")))
+    searches = str(_dig(choice, "type") or choice).startswith("web_search")
+    searches = searches or (not offered and "required" in (choice, _dig(choice, "mode")))
     fields = {"options": options, "answer": _NO_SEARCH if searches else ""}
-    return checked_request(body, history.messages, functions, args, **fields)
+    return checked_request(body, memory, messages, functions, args, **fields)
 
 
 def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
     """A choice with the namespace of a tool that it names by the tool's own name."""
-    allowed, name = _at(choice, "tools"), _at(choice, "name")
+    allowed, name = _dig(choice, "tools"), _dig(choice, "name")
     if isinstance(allowed, list):
         return {**choice, "tools": [_with_namespace(one, offered) for one in allowed]}
     backs = [back for back, _ in offered.values() if "namespace" in back]
@@ -5974,14 +6662,13 @@ def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> An
 
 
 def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
-    """The items of a request, with those before that it refers to."""
     items, previous = body.get("input"), body.get("previous_response_id")
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     items = [_referred(item, memory) for item in _objects(items, "input")]
     before = [] if previous is None else memory.get(f"history_{previous}")
     if before is None:
-        text = f"Previous response with id {previous!r} not found"
+        text = f"Previous response with id {str(previous)[:200]!r} not found"
         raise _wrong(text, "previous_response_id", code="previous_response_not_found")
     return [*before, *items]
 
@@ -5993,32 +6680,60 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
     name = str(item.get("id"))
     remembered: JSON | None = memory.get(f"item_{name}")
     if remembered is None and not name.startswith("rs_"):
-        text = f"Item with id '{name}' not found. Items are not persisted when store is false."
+        text = (
+            f"Item with id '{name[:200]}' not found. Items are not persisted when store is false."
+        )
         raise _wrong(text, "input", status=404)
     return remembered or {"type": "reasoning"}
 
 
-def _add_item(history: _History, item: JSON) -> None:
-    """Add an item of the input to the history; raises `BadRequestError` for an unknown kind."""
-    kind = item.get("type", "message")
-    call_id = item.get("call_id")
+def _item_messages(items: Sequence[JSON]) -> Messages:
+    """The items of a request as canonical messages; raises `BadRequestError` for unknown kinds."""
+    messages: Messages = []
+    for number, item in enumerate(items):
+        one = _item_message(item, f"input[{number}]")
+        if one is None:
+            continue
+        # a call joins the assistant's message that stands last
+        if "tool_calls" in one and messages and messages[-1]["role"] == "assistant":
+            last = messages[-1]
+            messages[-1] = {**last, "tool_calls": [*last.get("tool_calls", ()), *one["tool_calls"]]}
+        else:
+            messages += read_message(one, f"input[{number}]")
+    return messages
+
+
+def _item_message(item: JSON, where: str) -> JSON | None:
+    """An item as a message; None for one that says nothing to a model."""
+    kind, call_id = item.get("type", "message"), item.get("call_id")
     if kind == "message":
-        history.say(item.get("role"), read_parts(item.get("content"), "input"))
-    elif kind == "tool_search_output":
-        found: dict[str, Any] = {}
-        _offer(item.get("tools"), found)
-        history.result(call_id, read_parts(f"Tools to call now: {', '.join(found) or 'none'}", ""))
-    elif kind in ("function_call_output", "custom_tool_call_output"):
-        history.result(call_id, read_parts(item.get("output"), "input"))
-    elif kind in ("function_call", "custom_tool_call"):
-        arguments = item.get("arguments")
+        return _only(item, "role", "content")
+    if kind in ("function_call_output", "custom_tool_call_output", "tool_search_output"):
+        output = item.get("output")
+        if kind == "tool_search_output":
+            found: dict[str, Any] = {}
+            _offer(item.get("tools"), found)
+            output = f"Tools to call now: {', '.join(found) or 'none'}"
+        return {"role": "tool", "tool_call_id": call_id, "content": output}
+    if kind in ("function_call", "custom_tool_call", "tool_search_call"):
+        name, arguments = item.get("name"), item.get("arguments")
         if kind == "custom_tool_call":
-            arguments = json.dumps({"input": item.get("input")})
-        history.call(call_id, _flat_name(item.get("namespace"), item.get("name")), str(arguments))
-    elif kind == "tool_search_call":
-        history.call(call_id, "tool_search", json.dumps(item.get("arguments")))
-    elif kind not in _SKIPPED_KINDS:
+            arguments = {"input": item.get("input")}
+        elif kind == "tool_search_call":
+            name = "tool_search"
+        function = {"name": _flat_name(item.get("namespace"), name), "arguments": arguments}
+        call = {"id": call_id, "type": "function", "function": function}
+        _check_call(call, function, where)
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if kind == "image_generation_call" and item.get("result"):
+        url = {"url": f"data:image/png;base64,{item['result']}"}
+        return {"role": "assistant", "images": [{"type": "image_url", "image_url": url}]}
+    if kind in _TOLD_KINDS:
+        role = "user" if kind.endswith("_output") else "assistant"
+        return {"role": role, "content": f"[{kind}: {json.dumps(item)[:4_000]}]"}
+    if kind not in _SKIPPED_KINDS:
         raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
+    return None
 
 
 def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
@@ -6036,13 +6751,14 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
             flat = _flat_name(namespace, _tool_name(name))
             back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
             offered.setdefault(flat, (back, {"name": flat, **_described(tool)}))
+        else:
+            _refuse_client_tool(kind)
 
 
 def _described(tool: JSON) -> JSON:
-    """What a model learns of a tool; one that takes free text is a function with one text."""
     if tool["type"] != "custom":
         return _only(tool, "description", "parameters")
-    texts = tool.get("description"), _at(tool, "format", "definition")
+    texts = tool.get("description"), _dig(tool, "format", "definition")
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
     return {
         "description": "\n\n".join(str(text) for text in texts if text),
@@ -6074,6 +6790,9 @@ def responses_frames(
         elif event.tool_call:
             yield from writer.close()
             yield from writer.call(event.tool_call)
+        elif event.image:
+            yield from writer.close()
+            yield from writer.image(event.image)
         elif event.text:
             yield from writer.text(event.type, event.text)
 
@@ -6122,7 +6841,6 @@ class _ResponseWriter:
 
     def call(self, call: ToolCall) -> Iterator[JSON]:
         """A call, in the form that its tool was offered in."""
-        _remember_extra(self._request, call)
         default = {"type": "function", "name": call.name}
         back = {**self._request.options["tools"].get(call.name, default)}
         id_prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
@@ -6140,6 +6858,16 @@ class _ResponseWriter:
             yield self._event(f"{events}.done", **place, **{key: value})
         yield self._item_event("done", {**item, key: value, "status": "completed"})
 
+    def image(self, image: Picture) -> Iterator[JSON]:
+        """A picture; one that is only a URL is a text."""
+        if not image.data:
+            yield from self.text("text", _shown_image(image))
+            return
+        item = {"type": "image_generation_call", "id": _new_id("ig"), "status": "completed"}
+        yield self._item_event("added", {**item, "status": "in_progress", "result": None})
+        result = base64.b64encode(image.data).decode()
+        yield self._item_event("done", {**item, "result": result})
+
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
         reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
@@ -6149,7 +6877,7 @@ class _ResponseWriter:
             # Codex would ask five times more if this were an incomplete response.
             yield self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
             return
-        memory, items = (self._request.options[key] for key in ("memory", "items"))
+        memory, items = self._request.memory, self._request.options["items"]
         if items is not None:
             for item in self._output:
                 memory.put(f"item_{item['id']}", item)
@@ -6204,9 +6932,10 @@ class _ResponseWriter:
 
 def _response_usage(usage: Usage) -> JSON:
     sent, answered, cached, total = _token_counts(usage)
+    written = usage.written_tokens or 0
     return {
         "input_tokens": sent,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         "output_tokens": answered,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": total,
@@ -6215,7 +6944,7 @@ def _response_usage(usage: Usage) -> JSON:
 
 def _failure_code(error: PuterError) -> str:
     """Why a response failed, by the codes that tell Codex whether to ask again."""
-    if _is_too_long(error):
+    if isinstance(error, ContextLengthError):
         return "context_length_exceeded"
     if error.openai_type in ("insufficient_quota", "rate_limit_error"):
         return error.openai_type.replace("limit_error", "limit_exceeded")
@@ -6225,9 +6954,7 @@ def _failure_code(error: PuterError) -> str:
 def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
     """An error in OpenAI's shape, with this dialect's names of fields and codes."""
     error = copy.copy(error)
-    if isinstance(error, BadRequestError):
-        error.param = _RESPONSE_PARAMS.get(error.param or "", error.param)
-        error.code = "context_length_exceeded" if _is_too_long(error) else error.code
+    error.param = _RESPONSE_PARAMS.get(error.param or "", error.param)
     return chat_error(error, status, request_id)
 
 
@@ -6255,70 +6982,58 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     for name in ("model", "messages", "max_tokens"):
         if body.get(name) is None:
             raise _wrong(f"{name}: Field required", name)
-    history = _History(memory)
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
     billing, system = "x-anthropic-billing-header:", read_parts(body.get("system"), "system")
-    history.say("system", [p for p in system if not str(p.get("text")).startswith(billing)])
-    for number, message in enumerate(_objects(body["messages"], "messages")):
-        _add_message(history, message, f"messages[{number}]")
-    history.flush()
+    system = [part for part in system if not str(part.get("text")).startswith(billing)]
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = [*opening, *_read_messages(body["messages"])]
     tools = _objects(body.get("tools"), "tools")
-    own = [_messages_function(tool) for tool in tools if tool.get("type") in (None, "custom")]
+    own = [
+        {
+            "name": _tool_name(tool.get("name")),
+            **_only(tool, "description"),
+            "parameters": tool.get("input_schema") or {"type": "object", "properties": {}},
+        }
+        for tool in tools
+        if tool.get("type") in (None, "custom")
+    ]
     hosted = [tool for tool in tools if tool.get("type") not in (None, "custom")]
+    for tool in hosted:
+        _refuse_client_tool(tool.get("type"))
     args = _messages_args(body, [tool.get("name") for tool in hosted])
     searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
-    fields = {"options": {"memory": memory}, "answer": _NO_SEARCH if searches else ""}
+    fields = {"options": {}, "answer": _NO_SEARCH if searches else ""}
     stop = body.get("stop_sequences")
-    return checked_request(body, history.messages, own, args, stop, **fields)
-
-
-def _messages_function(tool: JSON) -> JSON:
-    parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
-    name = _tool_name(tool.get("name"))
-    return {"name": name, **_only(tool, "description"), "parameters": parameters}
+    return checked_request(body, memory, messages, own, args, stop, **fields)
 
 
 def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
-    effort, budget = _at(body, "output_config", "effort"), _at(body, "thinking", "budget_tokens")
-    form = _at(body, "output_config", "format") or body.get("output_format")
+    effort, budget = _dig(body, "output_config", "effort"), _dig(body, "thinking", "budget_tokens")
+    form = _dig(body, "output_config", "format") or body.get("output_format")
     if effort is None and _is_number(budget):
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
-    choice, named = body.get("tool_choice"), _at(body, "tool_choice", "name")
-    if choice is not None and _at(choice, "type") not in ("auto", "any", "tool", "none"):
+    choice, named = body.get("tool_choice"), _dig(body, "tool_choice", "name")
+    if choice is not None and _dig(choice, "type") not in ("auto", "any", "tool", "none"):
         raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
     if named is not None and named in hosted:
-        text = f"the tool {named!r} is not available here: it runs on Anthropic's servers"
+        text = f"the tool {_describe(named)} is not available here: it runs on Anthropic's servers"
         raise _wrong(text, "tool_choice")
     return {
         **_only(body, "max_tokens", "temperature", "top_p"),
         **_agent_args(effort, form, name="answer", strict=True),
         "tool_choice": choice,
-        "parallel_tool_calls": False if _at(choice, "disable_parallel_tool_use") else None,
+        "parallel_tool_calls": False if _dig(choice, "disable_parallel_tool_use") else None,
     }
-
-
-def _add_message(history: _History, message: JSON, where: str) -> None:
-    """Add a message: its results first, its calls last."""
-    content = message.get("content")
-    blocks = content if isinstance(content, list) else []
-    calls = [block for block in blocks if _at(block, "type") == "tool_use"]
-    results = [block for block in blocks if _at(block, "type") == "tool_result"]
-    for result in results:
-        parts = read_parts(result.get("content"), where)
-        history.result(result.get("tool_use_id"), parts, result.get("is_error") is True)
-    if calls or results:
-        content = [b for b in blocks if _at(b, "type") not in ("tool_use", "tool_result")]
-    history.say(message.get("role"), read_parts(content, where))
-    for call in calls:
-        history.call(call.get("id"), str(call.get("name")), json.dumps(call.get("input") or {}))
 
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     """A whole `message`."""
-    chunks = [chunk for chunk in chunks_of(reply) if chunk.type != "usage"]
+    signed = [p for p in reply.extra.get("content", ()) if p["type"] != "text"]
+    skipped = ("usage", "reasoning") if signed else ("usage",)
+    chunks = [chunk for chunk in chunks_of(reply) if chunk.type not in skipped]
     return {
         **_message_head(reply.model),
-        "content": [_block_and_delta(request, chunk)[0] for chunk in chunks],
+        "content": [*signed, *(_block_and_delta(chunk)[0] for chunk in chunks)],
         **_message_end(ending, bool(reply.tool_calls)),
         "usage": _messages_usage(ending.usage),
     }
@@ -6332,7 +7047,7 @@ def messages_frames(
 
     def close() -> Iterator[JSON]:
         if kind == "thinking":
-            signature = {"type": "signature_delta", "signature": _new_id("sig")}
+            signature = {"type": "signature_delta", "signature": _new_id(_OWN_SIGNATURE)}
             yield {"type": "content_block_delta", "index": index, "delta": signature}
         if kind:
             yield {"type": "content_block_stop", "index": index}
@@ -6348,8 +7063,8 @@ def messages_frames(
             end, usage = _message_end(event, has_called), _messages_usage(event.usage)
             yield {"type": "message_delta", "delta": end, "usage": usage}
             yield {"type": "message_stop"}
-        elif event.tool_call or event.text:
-            block, delta = _block_and_delta(request, event)
+        elif event.tool_call or event.text or event.image:
+            block, delta = _block_and_delta(event)
             if event.tool_call or block["type"] != kind:
                 yield from close()
                 index += bool(kind)
@@ -6367,24 +7082,22 @@ _EMPTY_BLOCKS: dict[str, JSON] = {
 }
 
 
-def _block_and_delta(request: ChatRequest, chunk: Chunk) -> tuple[JSON, JSON]:
+def _block_and_delta(chunk: Chunk) -> tuple[JSON, JSON]:
     """(a block of what a chunk holds, how a stream adds that to the block)"""
-    text, call = chunk.text, chunk.tool_call
+    text, call = _shown_image(chunk.image) if chunk.image else chunk.text, chunk.tool_call
     if call:
         call = replace(call, id=f"toolu_{call.id.removeprefix('call_')}")
-        _remember_extra(request, call)
         # what cannot be read is named as that, so that no tool runs without it
         given = {"unreadable_arguments": call.invalid} if call.invalid else call.arguments
         block = {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
         return block, {"type": "input_json_delta", "partial_json": json.dumps(given)}
-    if chunk.type == "text":
+    if chunk.type != "reasoning":
         return {"type": "text", "text": text}, {"type": "text_delta", "text": text}
-    block = {"type": "thinking", "thinking": text, "signature": _new_id("sig")}
+    block = {"type": "thinking", "thinking": text, "signature": _new_id(_OWN_SIGNATURE)}
     return block, {"type": "thinking_delta", "thinking": text}
 
 
 def _message_head(model: str) -> JSON:
-    """A message before its first block."""
     head = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
     none: JSON = {"content": [], "stop_reason": None, "stop_sequence": None}
     return {**head, **none, "usage": _messages_usage(Usage())}
@@ -6398,11 +7111,11 @@ def _message_end(ending: Ending, has_called: bool) -> JSON:
 
 
 def _messages_usage(usage: Usage) -> JSON:
-    """The usage in Anthropic's names: cached tokens are no part of `input_tokens`."""
     sent, answered, cached, _ = _token_counts(usage)
+    written = usage.written_tokens or 0
     return {
-        "input_tokens": max(0, sent - cached),
-        "cache_creation_input_tokens": 0,
+        "input_tokens": max(0, sent - cached - written),
+        "cache_creation_input_tokens": written,
         "cache_read_input_tokens": cached,
         "output_tokens": answered,
     }
@@ -6414,8 +7127,12 @@ def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
     kind = _MESSAGES_ERRORS.get(status, default)
     if error.code == "overloaded":
         kind = "overloaded_error"
+    message = str(error)
     # Claude Code shortens its history when it reads these words.
-    message = f"prompt is too long: {error}" if _is_too_long(error) else str(error)
+    if isinstance(error, ContextLengthError) and error.tokens:
+        message = f"prompt is too long: {error.tokens} tokens > {error.limit} maximum"
+    elif isinstance(error, ContextLengthError):
+        message = f"prompt is too long: {message}"
     body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
     return {**body, "request_id": request_id} if request_id else body
 
@@ -6449,8 +7166,6 @@ def dialect_of(path: str, headers: Any = ()) -> Dialect:
 
 def model_object(model: Model) -> JSON:
     """A model in OpenAI's shape and Anthropic's at once, with what else is known of it."""
-    from datetime import date
-
     released = first = date(1970, 1, 1)
     with suppress(ValueError):  # a date in a form of its own is no reason to fail
         released = date.fromisoformat((model.released or "")[:10])
@@ -6464,7 +7179,7 @@ def model_object(model: Model) -> JSON:
         "created_at": f"{released}T00:00:00Z",
         "name": model.name,
         "aliases": list(model.aliases),
-        "context_length": model.context,
+        "context_length": model.window,
         "max_completion_tokens": model.max_tokens,
         "free": model.free,
     }
@@ -6488,10 +7203,13 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     The key is the guard where there is one. Without, a foreign Host is refused, since pages of
     other sites could reach this server under a name of theirs (DNS rebinding).
     """
-    import hmac
-
     host, origin = headers.get("Host"), headers.get("Origin")
-    if rules.api_key is None and not _knows_host(rules, host):
+    name = re.sub(r":\d+$", "", (host or "").lower())
+    is_known = _is_this_computer(name) or name in (
+        _in_url(rules.host).lower(),
+        *rules.allowed_hosts,
+    )
+    if rules.api_key is None and not is_known:
         text = f"This server does not answer to the name {str(host)[:100]!r}"
         return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
     is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
@@ -6502,19 +7220,13 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     if rules.api_key is not None and path not in ("/", "/health"):
         scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
-        own, *sent = (
-            key.encode("utf-8", "replace")
-            for key in (rules.api_key, bearer, headers.get("x-api-key", ""))
-        )
-        if not any(hmac.compare_digest(key, own) for key in sent):
+        # http.server reads a head as Latin-1, whatever it was
+        sent = [key.encode("latin-1", "replace") for key in (bearer, headers.get("x-api-key", ""))]
+        own = [rules.api_key.encode(coding, "replace") for coding in ("utf-8", "latin-1")]
+        if not any(hmac.compare_digest(key, one) for key in sent for one in own):
             text = "The API key is wrong or missing"
             return AuthError(text, code="invalid_api_key", hint="")
     return None
-
-
-def _knows_host(rules: AccessRules, host: str | None) -> bool:
-    name = re.sub(r":\d+$", "", (host or "").lower())
-    return _is_this_computer(name) or name in (_in_url(rules.host).lower(), *rules.allowed_hosts)
 
 
 def _is_this_computer(host: str) -> bool:
@@ -6522,7 +7234,6 @@ def _is_this_computer(host: str) -> bool:
 
 
 def _in_url(host: str) -> str:
-    """A host as it stands in a URL: an IPv6 one in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
@@ -6531,9 +7242,6 @@ def _in_url(host: str) -> str:
 
 def _hung_up(sockets: Iterable[Any]) -> list[Any]:
     """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
-    import select
-    import socket
-
     by_number = {s.fileno(): s for s in sockets if s.fileno() >= 0}
     if hasattr(select, "POLLRDHUP"):
         poller = select.poll()
@@ -6558,8 +7266,9 @@ class OpenAIServer:
             needs an `api_key`, else `ConfigError`.
         api_key: what callers must send as a bearer token or `x-api-key`; None takes anything.
         allowed_origins: web origins whose pages may call ("*" for all).
-        max_connections: more at once are turned away with 503.
+        max_connections: more at once are turned away with 503, once no idle one can go.
         allowed_hosts: names besides its own that callers may know this computer by.
+        models: ids of the only models to serve; who asks for another one gets the first.
 
     Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
     """
@@ -6573,6 +7282,7 @@ class OpenAIServer:
         allowed_origins: Iterable[str] = (),
         max_connections: int = MAX_CONNECTIONS,
         allowed_hosts: Iterable[str] = (),
+        models: Sequence[str] = (),
     ) -> None:
         if not _is_this_computer(host) and not api_key:
             raise ConfigError(
@@ -6592,13 +7302,15 @@ class OpenAIServer:
             frozenset(name.lower() for name in allowed_hosts),
         )
         self.max_connections = max_connections
+        self.models = list(models)
         self.memory = ResponseMemory()
         self._reserved_bytes = 0
         self.stopping = threading.Event()
         self.connections: set[Any] = set()
+        # of those that wait for a request, or read one: when it must be there
+        self.deadlines: dict[Any, float] = {}
+        self._turned_away: deque[tuple[float, Any]] = deque()
         self._running: dict[Any, _Cancellation] = {}
-        # threads that show signs of life, and when they are due to start
-        self.silent: dict[threading.Thread, float] = {}
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -6633,12 +7345,14 @@ class OpenAIServer:
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
+            for _, connection in self._turned_away:
+                connection.close()
 
     def _hang_up(self, connections: Iterable[Any]) -> None:
         for connection in connections:
             # it may be closed already
             with suppress(OSError):
-                connection.shutdown(_SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def running(self, connection: Any) -> Iterator[_Cancellation]:
@@ -6660,16 +7374,48 @@ class OpenAIServer:
                 raise _overloaded("Too many large requests at once")
             self._reserved_bytes += size
 
-    def look_after_running(self) -> None:
-        """Cancel what nobody waits for any more, and show life where an answer takes long."""
+    def admit(self, connection: Any) -> bool:
+        """Whether there is room for a connection, if need be in place of the longest idle one."""
+        with self._idle:
+            idle = [c for c in self.deadlines if c not in self._running]
+            if len(self.connections) >= self.max_connections and idle:
+                oldest = min(idle, key=lambda c: self.deadlines[c])
+                self.forget(oldest)
+                self._hang_up([oldest])
+            has_room = len(self.connections) < self.max_connections
+            if has_room:
+                self.connections.add(connection)
+                self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
+        return has_room
+
+    def turn_away(self, connection: Any) -> None:
+        """Say that there is no room, without waiting for anything."""
+        error = _overloaded(f"All {self.max_connections} connections are in use")
+        body = json.dumps(chat_error(error, 503, "")).encode()
+        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n"
+        head += "Content-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n\r\n"
+        with suppress(OSError):
+            connection.setblocking(False)
+            connection.send(head.encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+        self._turned_away.append((time.monotonic() + LINGER_S, connection))
+
+    def forget(self, connection: Any) -> None:
+        """The connection counts no more."""
+        self.connections.discard(connection)
+        self.deadlines.pop(connection, None)
+
+    def look_after_connections(self) -> None:
+        """Hang up on who is too slow, and cancel the requests of clients that have hung up."""
+        now = time.monotonic()
+        while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
+            self._turned_away.popleft()[1].close()
+        self._hang_up([c for c, due in list(self.deadlines.items()) if due < now])
         try:
             with self._idle:
                 running = dict(self._running)
             for connection in _hung_up(running):
                 running[connection].cancel()
-            for thread, due_s in list(self.silent.items()):
-                if due_s <= time.monotonic() and self.silent.pop(thread, 0.0):
-                    thread.start()
         except Exception:  # noqa: BLE001 (it is logged, and the server lives)
             _log.error("A running request could not be looked after", exc_info=True)
 
@@ -6682,36 +7428,46 @@ else:
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
-    """The standard library's threading server, with our handler and limits."""
-    import socket
     from http.server import BaseHTTPRequestHandler
     from socketserver import ThreadingTCPServer
 
-    handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
-    server = {
-        "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET,
+    class Server(ThreadingTCPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # on Windows it would share a port that is in use
-        "allow_reuse_address": os.name != "nt",
-        "request_queue_size": 256,
-        "daemon_threads": True,
-        "block_on_close": False,
-        # the base class calls it all the time
-        "service_actions": lambda _: app.look_after_running(),
-        "handle_error": lambda *_: _log_failure(),
-    }
-    return type("Server", (ThreadingTCPServer,), server)(
-        (host, port), type("Handler", (_GatewayHandler, BaseHTTPRequestHandler), handler)
-    )
+        allow_reuse_address = os.name != "nt"
+        request_queue_size = 256
+        daemon_threads = True
+        block_on_close = False
+
+        def get_request(self) -> tuple[Any, Any]:
+            try:
+                return super().get_request()
+            except OSError as error:
+                # it would be tried again at once, and for ever
+                _log.error("No connection can be accepted: %s", error.strerror or error)
+                time.sleep(0.1)
+                raise
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if app.admit(request):
+                super().process_request(request, client_address)
+            else:
+                app.turn_away(request)
+
+        def service_actions(self) -> None:
+            """The base class calls it all the time."""
+            app.look_after_connections()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A fault of ours is logged with its traceback; that somebody hangs up is no news."""
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                _log.error("A connection failed", exc_info=True)
+
+    handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
+    bases = (_GatewayHandler, BaseHTTPRequestHandler)
+    return Server((host, port), type("Handler", bases, handler))
 
 
-def _log_failure() -> None:
-    """A fault of ours: into the log, with its traceback. Who hangs up is no news."""
-    if not isinstance(sys.exc_info()[1], ConnectionError):
-        _log.error("A connection failed", exc_info=True)
-
-
-# The lines of a head: no blank before a colon, or at the beginning of a line.
-_HEADER_LINES = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*"
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
@@ -6734,13 +7490,11 @@ class _GatewayHandler(_HandlerBase):
     # ---- reading ----
 
     def handle(self) -> None:
-        """As the base class; while it runs, the server knows the connection."""
-        self.app.connections.add(self.connection)
-        self.is_too_many = len(self.app.connections) > self.app.max_connections
+        """As the base class; then the server forgets the connection."""
         try:
             super().handle()
         finally:
-            self.app.connections.discard(self.connection)
+            self.app.forget(self.connection)
 
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
@@ -6749,52 +7503,61 @@ class _GatewayHandler(_HandlerBase):
         self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
         self.request_version = self.protocol_version
+        self._must_arrive_in(IDLE_TIMEOUT_S)
         super().handle_one_request()
 
+    def _must_arrive_in(self, seconds: float) -> None:
+        if self.connection in self.app.connections:
+            self.app.deadlines[self.connection] = time.monotonic() + seconds
+
     def parse_request(self) -> bool:
-        """As the base class, but what is no header line is an error, and not guessed at."""
+        """As the base class, but the head as a whole is bounded in bytes and time."""
         if self.raw_requestline in (b"\r\n", b"\n"):
             # blank lines between requests are skipped
             self.close_connection = False
             return False
-        if not re.fullmatch(rb"[^\r\n\0]+\r?\n", self.raw_requestline):
-            self.send_error(400, "The request line cannot be read")
-            return False
-        connection, read_line = self.rfile, partial(self.rfile.readline, 65_537)
-        lines = takewhile(lambda line: line.strip(b"\r\n"), iter(read_line, b""))
-        # one more than the base class takes, so that it can say so
-        head = b"".join(islice(lines, 101))
-        self.rfile = io.BytesIO(head + b"\r\n")
+        self._must_arrive_in(HEAD_TIMEOUT_S)
+        connection, left, head = self.rfile, MAX_HEAD_BYTES - len(self.raw_requestline), b""
+        while not head.endswith((b"\n\r\n", b"\n\n")) and head not in (b"\r\n", b"\n"):
+            line = connection.readline(left - len(head) + 1)
+            head += line
+            if len(head) > left:
+                self.send_error(431, "The head of the request is too large")
+                return False
+            if not line:
+                break
+        self.rfile = io.BytesIO(head)
         try:
-            is_fine = super().parse_request()
+            return super().parse_request()
         finally:
             self.rfile = connection
-        if is_fine and not re.fullmatch(_HEADER_LINES, head):
-            self.send_error(400, "A line of the head is no header")
-            return False
-        return is_fine
 
     def handle_expect_100(self) -> bool:
-        """As the base class, but at once."""
-        super().handle_expect_100()
-        self.wfile.flush()
+        """It is answered once key and size are known to be right."""
         return True
 
     def _read_body(self) -> bytes:
         body, reserved = bytearray(), 0
+        self._must_arrive_in(BODY_TIMEOUT_S)
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
         try:
             for size in self._sizes():
                 if len(body) + size > MAX_REQUEST_BYTES:
                     raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-                self.app.reserve(size)
-                reserved += size
-                body += self.rfile.read(size)
-                if len(body) < reserved:
-                    raise ConnectionError("the client hung up in the middle of its request")
+                while size:
+                    piece = self.rfile.read1(min(size, 64 * 1024))
+                    if not piece:
+                        raise ConnectionError("the client hung up in the middle of its request")
+                    self.app.reserve(len(piece))
+                    reserved, size = reserved + len(piece), size - len(piece)
+                    body += piece
+            self.unread = False
+            return _unpacked(bytes(body), self.headers.get("Content-Encoding", "identity"))
         finally:
             self.app.reserve(-reserved)
-        self.unread = False
-        return bytes(body)
+            self.app.deadlines.pop(self.connection, None)
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
@@ -6824,9 +7587,9 @@ class _GatewayHandler(_HandlerBase):
 
     def _route(self) -> None:
         """Answer one request; a failure before the first byte has a status of its own."""
-        from urllib.parse import unquote
-
-        path = unquote(self.path.partition("?")[0])
+        self.app.deadlines.pop(self.connection, None)
+        # a slash too many is forgiven
+        path = re.sub("/{2,}", "/", unquote(self.path.partition("?")[0])).rstrip("/") or "/"
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
@@ -6848,11 +7611,7 @@ class _GatewayHandler(_HandlerBase):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
     def _answer(self, path: str) -> None:
-        """Judge the caller by the head of the request, then answer what the path is for."""
         headers, client = self.headers, self.app.client
-        if self.is_too_many:
-            self.close_connection = True
-            raise _overloaded(f"All {self.app.max_connections} connections are in use")
         names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
             if names.count(name) > 1:
@@ -6870,34 +7629,37 @@ class _GatewayHandler(_HandlerBase):
         if is_preflight:
             self._send(204, None)
         elif not (is_models or path in DIALECTS or path in ("/", "/health")):
-            raise _wrong(f"there is no {path[:200]} here; the base is /v1", status=404)
-        elif self.command not in (("POST",) if path in DIALECTS else ("GET", "HEAD")):
+            advice = "leave /v1 out of the URL" if path.startswith("/v1/v1/") else "the base is /v1"
+            raise _wrong(f"there is no {path[:200]} here; {advice}", status=404)
+        elif self.command not in (allowed := ("POST",) if path in DIALECTS else ("GET", "HEAD")):
+            self.reply_headers["Allow"] = ", ".join(allowed)
             raise _wrong(f"{self.command} is not for {path[:200]}", status=405)
         elif path in DIALECTS:
             self._answer_dialect(DIALECTS[path], self._read_body())
         elif path == "/v1/models":
-            self._send(200, models_object(client.models()))
+            served = self.app.models
+            listed = [m for m in client.models() if not served or m.id in served]
+            self._send(200, models_object(listed))
         elif is_models:
             self._send(200, model_object(client.model(path.removeprefix("/v1/models/"))))
         else:
-            status = {"status": "ok", "version": __version__, "base_url": self.app.url}
-            self._send(200, status)
+            self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
         """Answer what a program asks in a dialect, as a whole or as a stream."""
         body = _json_body(data)
-        # unknown keys of messages are dropped; who tries this one learns that
-        if re.search(rb'"puter_path"\s*:', data):
-            raise _wrong("puter_path is not for callers of this server", "messages")
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
             return
         client = self.app.client
         asked = dialect.parse(body, self.app.memory)
+        models = client._models_if_any("The name of the model is passed on unchecked")
         name = asked.model or client.config.default_model
+        served = self.app.models
+        if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
+            name = served[0]
         if not name:
             raise _wrong("you must name a model (or set default_model in puter.json)", "model")
-        models = client._models_by_name("The name of the model is passed on unchecked")
         asked = with_served_model(asked, name, models)
         request = client._build_request(
             asked.messages, asked.model, tools=asked.tools, **asked.args
@@ -6910,91 +7672,66 @@ class _GatewayHandler(_HandlerBase):
             self.reply_headers |= answer_headers(reply)
             self._send(200, dialect.body(asked, answer, ending))
 
-    def _complete(self, asked: ChatRequest, request: _Request) -> Reply:
+    def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.answer:
             return Reply(asked.answer, model=asked.model)
         return self.app.client._complete(request, self.cancellation)
 
-    def _open(self, asked: ChatRequest, request: _Request) -> Stream:
+    def _open(self, asked: ChatRequest, request: Asked) -> Stream:
         """A stream; of a whole reply where all must be there before anything can be given."""
         if not (asked.wants_json or asked.answer):
-            return self.app.client._open_stream(request, self.cancellation)
+            return self.app.client._open(request, self.cancellation)
         reply = _with_json(asked, self._complete(asked, request))
         who = (reply.model, reply.account, reply.attempts)
-        return Stream(_Source.of(reply), self.cancellation, who)
+        return Stream(_Incoming.of(reply), self.cancellation, who)
 
-    def _stream(self, dialect: Dialect, asked: ChatRequest, request: _Request) -> None:
-        """Answer with Server-Sent Events, which begin with the first chunk, or with a sign of life."""
-        opened: list[Stream | PuterError] = []
+    def _stream(self, dialect: Dialect, asked: ChatRequest, request: Asked) -> None:
+        """Answer with Server-Sent Events; while the answer is waited for, with signs of life."""
+        opened: Future[Stream] = Future()
         has_failed = False
+
+        def open_it() -> None:
+            try:
+                opened.set_result(self._open(asked, request))
+            except BaseException as error:  # noqa: BLE001 (the handler raises it)
+                opened.set_exception(error)
 
         def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
             nonlocal has_failed
-            while not opened:
+            while not wait([opened], KEEP_ALIVE_S).done:
                 yield None
             try:
-                if isinstance(opened[0], PuterError):
-                    raise opened[0]
-                for batch in iter(opened[0]._next_batch, None):
+                for batch in iter(opened.result()._next_batch, None):
                     yield batch
                     # it may be long until the next one
                     self.wfile.flush()
-                yield opened[0].reply
+                yield opened.result().reply
             except PuterError as error:
                 has_failed = True
                 raise self._public(error) from error
 
         def model() -> str:
-            return (opened and opened[0].model) or request.model
+            is_known = opened.done() and not opened.exception()
+            return (is_known and opened.result().model) or request.model
 
-        frames = dialect.frames(asked, model, answer_events(asked, batches()))
-        answer: Stream | PuterError
+        threading.Thread(target=open_it, daemon=True).start()
         try:
-            with self._showing_life(frames):
-                answer = self._open(asked, request)
-        except PuterError as error:
-            if not self.sent:
-                raise
-            answer = error
-        opened.append(answer)
-        with closing(answer) if isinstance(answer, Stream) else nullcontext():
-            if isinstance(answer, Stream) and not self.sent:
-                self.reply_headers |= answer_headers(answer)
-                self._begin_events()
-            for frame in frames:
+            if wait([opened], KEEP_ALIVE_S).done:
+                # what failed in time has a status of its own
+                self.reply_headers |= answer_headers(opened.result())
+            self._begin_events()
+            for frame in dialect.frames(asked, model, answer_events(asked, batches())):
                 self._write_frame(frame)
+                if frame is None or not opened.done():
+                    self.wfile.flush()
+        finally:
+            # a stream that comes too late is nobody's
+            opened.add_done_callback(_close_opened)
         if has_failed and dialect.cuts_broken_streams:
             self.close_connection = True
         elif self.is_chunked:
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
-
-    @contextmanager
-    def _showing_life(self, frames: Iterator[Frame]) -> Iterator[None]:
-        """While inside, another thread writes what there is to say after each `KEEP_ALIVE_S`."""
-        is_over = threading.Event()
-
-        def show() -> None:
-            # who is gone needs none
-            with suppress(ConnectionError, TimeoutError):
-                while not is_over.is_set():
-                    if not self.sent:
-                        self._begin_events()
-                    self._write_frame(next(frames))
-                    self.wfile.flush()
-                    is_over.wait(KEEP_ALIVE_S)
-
-        thread = threading.Thread(target=show, daemon=True)
-        # most answers come sooner, and need no thread
-        self.app.silent[thread] = time.monotonic() + KEEP_ALIVE_S
-        try:
-            yield
-        finally:
-            is_over.set()
-            self.app.silent.pop(thread, None)
-            # one that starts only now writes nothing
-            if thread.is_alive():
-                thread.join()
 
     def _public(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""
@@ -7006,7 +7743,6 @@ class _GatewayHandler(_HandlerBase):
     # ---- writing ----
 
     def _fail(self, error: PuterError) -> None:
-        """A status of its own; once bytes are out, an error and no proper end."""
         status, public = error_status(error), self._public(error)
         _log.info("Gateway: %d %s", status, error.message)
         body = self.dialect.error(public, status, self.request_id)
@@ -7016,6 +7752,8 @@ class _GatewayHandler(_HandlerBase):
             self.wfile.flush()
         else:
             self.reply_headers |= error_headers(error, status)
+            if status == 401:
+                self.reply_headers["WWW-Authenticate"] = "Bearer"
             self._send(status, body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -7024,7 +7762,6 @@ class _GatewayHandler(_HandlerBase):
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | None) -> None:
-        """A whole answer; None has no body."""
         data = b""
         if body is not None:
             data = json.dumps(body).encode()
@@ -7050,7 +7787,7 @@ class _GatewayHandler(_HandlerBase):
         """Take what a refused client still sends, for a moment: else it may not see the answer."""
         until = time.monotonic() + 1.0
         with suppress(OSError):
-            self.connection.shutdown(_SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1.0)
             while time.monotonic() < until and self.connection.recv(64 * 1024):
                 pass
@@ -7060,6 +7797,7 @@ class _GatewayHandler(_HandlerBase):
         self.close_connection |= not self.is_chunked
         kind = "text/event-stream; charset=utf-8"
         self.reply_headers |= {"Content-Type": kind, "Cache-Control": "no-cache"}
+        self.reply_headers["X-Accel-Buffering"] = "no"  # else nginx would gather the stream
         if self.is_chunked:
             self.reply_headers["Transfer-Encoding"] = "chunked"
         self._send_head(200)
@@ -7089,8 +7827,13 @@ class _GatewayHandler(_HandlerBase):
         }
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Into our log, and only for who debugs."""
-        _log.debug("Gateway: %s", format % args)
+        """Into our log, which `serve --log` shows."""
+        _log.info("Gateway: %s", format % args)
+
+
+def _close_opened(opened: Future[Stream]) -> None:
+    if opened.exception() is None:
+        opened.result().close()
 
 
 def _overloaded(text: str) -> ServerError:
@@ -7103,14 +7846,33 @@ def _body_size(digits: str, pattern: str, base: int) -> int:
     return int(digits, base)
 
 
+def _unpacked(data: bytes, coding: str) -> bytes:
+    coding = coding.strip().lower()
+    if coding in ("", "identity"):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
+    unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
+    try:
+        unpacked = unpacker.decompress(data, MAX_REQUEST_BYTES + 1)
+    except zlib.error as error:
+        raise _wrong(f"the body is not {coding} ({error})") from None
+    if len(unpacked) > MAX_REQUEST_BYTES:
+        raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+    return unpacked
+
+
 def _json_body(data: bytes) -> JSON:
-    """The JSON of a request; raises `BadRequestError` for what is none, or nested too deeply."""
+    if data.count(b",") > MAX_VALUES:
+        outside_of_texts = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL)
+        if outside_of_texts.count(b",") > MAX_VALUES:
+            raise _wrong(f"the body holds more than {MAX_VALUES} values", status=413)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _wrong(f"the body is not valid JSON ({error})") from None
     if not isinstance(body, dict):
-        raise _wrong("the body is no JSON object")
+        raise _wrong("the body is not a JSON object")
     return body
 
 
@@ -7139,6 +7901,7 @@ MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-06-18", "2025-11-25")
 MCP_STATELESS_VERSION = "2026-07-28"
 _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest first
 MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives up a call after 60 s without progress
+MCP_MAX_LETTERS = 1_000_000
 _MCP_TICK_S = 1.0  # between two progress notifications
 _MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
@@ -7177,11 +7940,6 @@ def credit_text(row: JSON) -> str:
         return str(row["error"])
     left, whole = (money(row[key], row["unit"]) for key in ("remaining", "allowance"))
     return f"{left} of {whole} left this month"
-
-
-def money(amount: float, unit: str) -> str:
-    """An amount as people write it."""
-    return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
 # The tools are methods of `McpServer`: section 6 makes their input schemas and checks their
@@ -7344,7 +8102,8 @@ class McpServer:
         if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
             return
         with self._calls_changed:
-            calls = [c for c in self._calls if c.request["id"] == params.get("requestId")]
+            asked = params.get("requestId")
+            calls = [c for c in self._calls if _is_rpc_id(asked) and c.request["id"] == asked]
         for call in calls:
             self._answer_once(call, None)
             call.cancellation.cancel()
@@ -7352,7 +8111,6 @@ class McpServer:
     # ---- calls of tools ----
 
     def _start_call(self, message: JSON) -> None:
-        """Run a tool on a thread of its own; the call is known before its cancellation comes."""
         token = _meta_of(message).get("progressToken")
         call = _McpCall(message, token if _is_rpc_id(token) else None)
         with self._calls_changed:
@@ -7385,14 +8143,14 @@ class McpServer:
             return _tool_output(f"{name}: {error}")
         try:
             result = tool(**arguments)
-            text, structured = self._ask(result, call) if isinstance(result, _Request) else result
+            text, structured = self._ask(result, call) if isinstance(result, Asked) else result
         except PuterError as error:
             return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
         return _tool_output(text, structured)
 
-    def _ask(self, request: _Request, call: _McpCall) -> tuple[str, JSON]:
+    def _ask(self, request: Asked, call: _McpCall) -> tuple[str, JSON]:
         """The whole answer of a model; `call` holds what there is of it meanwhile."""
-        with self._client()._open_stream(request, call.cancellation) as stream:
+        with self._client()._open(request, call.cancellation) as stream:
             call.stream = stream
             for chunk in stream:
                 call.text.append(str(chunk))
@@ -7445,7 +8203,7 @@ class McpServer:
         system: str = "",
         temperature: Annotated[float | None, {"minimum": 0, "maximum": 2}] = None,
         max_tokens: Annotated[int | None, {"minimum": 1}] = None,
-    ) -> _Request:
+    ) -> Asked:
         """Ask one of the 500+ AI models of Puter.com (Claude, GPT, Gemini, DeepSeek, ...) and
         get its answer. puter-models lists them.
 
@@ -7514,7 +8272,9 @@ def _chat_output(reply: Reply, partial: bool) -> JSON:
 
 
 def _tool_output(text: str, structured: JSON | None = None) -> JSON:
-    """The result of a tool; one without structure is a failure."""
+    if len(text) > MCP_MAX_LETTERS:
+        text = f"{text[:MCP_MAX_LETTERS]}\n\n[cut off here]"
+        structured = structured and {**structured, "text": text, "partial": True}
     output: JSON = {"content": [{"type": "text", "text": text}], "isError": structured is None}
     return output if structured is None else {**output, "structuredContent": structured}
 
@@ -7533,7 +8293,6 @@ class _RpcError(Exception):
 
 
 def _handshake(params: JSON) -> JSON:
-    """The result of `initialize`; raises `_RpcError`."""
     asked = params.get("protocolVersion")
     if not isinstance(asked, str):
         raise _RpcError(-32602, "initialize needs a protocolVersion")
@@ -7567,7 +8326,6 @@ def _check_envelope(request: JSON) -> bool:
 
 
 def _is_request(message: Any) -> bool:
-    """Whether a message wants an answer; raises `_RpcError` if it is no JSON-RPC 2.0."""
     if not isinstance(message, dict):
         raise _RpcError(-32600, "A message must be an object; batches are not supported")
     is_call = isinstance(message.get("method"), str)
@@ -7613,9 +8371,8 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     prints goes to stderr. Messages are written by a thread of their own, so that a client
     that does not read is no reason not to see the end of stdin.
     """
-    import queue
-    import signal
-
+    if sys.stdin.isatty():
+        _log.warning("Waiting for an MCP client on standard input; Ctrl-C ends it")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, whatever it does
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
@@ -7633,7 +8390,6 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
 
 
 def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
-    """Write messages as lines until one is None; when nobody reads any more, end the process."""
     while (message := get()) is not None:
         try:
             output.write(json.dumps(message).encode("ascii") + b"\n")
@@ -7677,9 +8433,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _info("")
         return 130
-    except UnicodeDecodeError:
-        _error("Standard input is not UTF-8 text.")
-        return 1
     except PuterError as error:
         _error(str(error))
         return 2 if isinstance(error, ConfigError) else 1
@@ -7702,18 +8455,54 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             with suppress(OSError):  # it has been read from already
-                errors = "strict" if name == "stdin" else "replace"
-                stream.reconfigure(encoding="utf-8", errors=errors)
+                stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def _parsed(argv: Sequence[str] | None) -> Any:
-    """The arguments; those of a program that is launched are behind `--`."""
     words = list(sys.argv[1:] if argv is None else argv)
     is_split = words[:1] == ["launch"] and "--" in words
     end = words.index("--") if is_split else len(words)
-    args = build_parser().parse_args(words[:end])
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(words[:end])
+    if unknown:
+        options = [name for names, _ in _options_of(args.run) for name in names]
+        meant = _did_you_mean(unknown[0], options) if unknown[0].startswith("-") else ""
+        if not meant and args.run is cmd_ask:
+            meant = "Put the question into quotes, behind the options."
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
     args.arguments = words[end + 1 :]
     return args
+
+
+# The arguments of each command, by its name: words and keywords for argparse's `add_argument`;
+# a list of them excludes one another.
+_Option = tuple[tuple[str, ...], JSON]
+_COMMANDS: dict[str, tuple[Callable[[Any], int], tuple[_Option | list[_Option], ...], str]] = {}
+
+
+def _opt(*names: str, **keywords: Any) -> _Option:
+    if names[0].startswith("-") and keywords.keys() == {"help"}:
+        keywords["action"] = "store_true"
+    elif names != ("prompt",) and not keywords.keys() & {"action", "choices", "type"}:
+        keywords["type"] = _text
+    return names, keywords
+
+
+def _command(
+    *options: _Option | list[_Option], epilog: str = ""
+) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+    """Makes a function `cmd_x` the command `x`; its docstring is the help."""
+
+    def add(run: Callable[[Any], int]) -> Callable[[Any], int]:
+        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
+        return run
+
+    return add
+
+
+def _options_of(run: Callable[[Any], int]) -> Iterator[_Option]:
+    for option in _COMMANDS[run.__name__.removeprefix("cmd_")][1]:
+        yield from option if isinstance(option, list) else [option]
 
 
 def build_parser() -> Any:
@@ -7722,141 +8511,27 @@ def build_parser() -> Any:
 
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m puter",
+        prog="puter" if os.path.basename(sys.argv[0]) == "puter" else "python -m puter",
         description="Ask the AI models of a Puter.com account.",
         epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
         formatter_class=shape,
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(run: Callable[[Any], int], epilog: str = "", **flags: str) -> Any:
-        """A command by its function, whose docstring is the help."""
-        name, whole = run.__name__.removeprefix("cmd_"), run.__doc__ or " "
-        text = whole[0].lower() + whole[1:].removesuffix(".")
-        texts: Any = {"help": text, "description": whole, "epilog": epilog}
-        added = commands.add_parser(name, formatter_class=shape, **texts)
-        added.set_defaults(run=run)
-        _add_flags(added, **flags)
-        return added
-
-    _add_ask_and_chat(command)
-    _add_accounts(command)
-    _add_reports(command)
-    _add_servers(command)
+    for name, (run, options, epilog) in _COMMANDS.items():
+        whole = run.__doc__ or " "
+        texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
+        command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
+        command.set_defaults(run=run)
+        for option in options:
+            alone = isinstance(option, list)
+            group = command.add_mutually_exclusive_group() if alone else command
+            for names, keywords in option if isinstance(option, list) else [option]:
+                group.add_argument(*names, **keywords)
     return parser
 
 
-def _add_flags(parser: Any, **texts: str) -> None:
-    """Options that are on or off, each with its help."""
-    for name, text in texts.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-
-
-def _add_ask_and_chat(command: Callable[..., Any]) -> None:
-    ask = command(
-        cmd_ask,
-        _EXAMPLES,
-        no_stream="print the answer when it is whole",
-        no_fallback="only the model that was asked",
-        json="one JSON object with everything",
-        usage="tokens and cost, on stderr",
-    )
-    ask.add_argument("prompt", nargs="*", help="the question; - reads standard input")
-    text = "a text, image, PDF or URL to send along, - for stdin; several times"
-    ask.add_argument("-a", "--attach", action="append", default=[], metavar="FILE", help=text)
-    tokens, temperature = _number(int, 1, math.inf), _number(float, 0, 2)
-    for parser in (ask, command(cmd_chat)):
-        opt = parser.add_argument
-        opt("-m", "--model", help="a model's id or alias")
-        opt("-s", "--system", help="a system text")
-        opt("--max-tokens", type=tokens, metavar="N", help="longest answer, in tokens")
-        opt("--temperature", type=temperature, metavar="T", help="0 (sober) to 2")
-        which = partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
-        which("-c", "--continue", dest="continue_", help="go on with the last conversation")
-        which("-n", "--new", help="begin a new one (the default)")
-
-
-def _add_accounts(command: Callable[..., Any]) -> None:
-    login = command(cmd_login)
-    how = login.add_mutually_exclusive_group()
-    _add_flags(how, with_token="read a token from stdin", no_browser="only print the URL")
-    how.add_argument("--import", dest="file", metavar="FILE", help="take the accounts of a file")
-    text = f"where to wait, and only there (default {LOGIN_PORT}, or any that is free)"
-    login.add_argument("--port", type=_number(int, 0, 65_535), metavar="PORT", help=text)
-    logout = command(cmd_logout)
-    which = logout.add_mutually_exclusive_group()
-    which.add_argument("name", nargs="?", help="the account's name")
-    _add_flags(which, all="remove all accounts")
-    switch = command(cmd_switch)
-    switch.add_argument("name", help="the account's name")
-    command(
-        cmd_status,
-        json="one JSON object",
-        check="try everything a call needs",
-        clear_cooldowns="end all cooldowns",
-    )
-    command(cmd_whoami, json="all that the server says")
-
-
-def _add_reports(command: Callable[..., Any]) -> None:
-    models = command(cmd_models)
-    _add_model_choice(models)
-    _add_flags(models, tools="only those that call functions", vision="only those that see images")
-    models.add_argument("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)")
-    _add_flags(models, refresh="ask the server even if cached", json="a JSON list")
-    command(cmd_usage, all="of all accounts", json="a JSON list")
-    stats = command(cmd_stats, reset="delete the statistics", json="a JSON list")
-    stats.add_argument("model", nargs="?", help="only this one")
-    command(cmd_cache, clear="delete them", json="a JSON object")
-
-
-def _add_model_choice(parser: Any) -> None:
-    """The options that choose models of the catalogue."""
-    _add_flags(parser, free="only models that cost nothing")
-    parser.add_argument("--provider", metavar="NAME", help="only models of a provider")
-    parser.add_argument("--search", metavar="TEXT", help="only models with this in a name")
-
-
-def _add_servers(command: Callable[..., Any]) -> None:
-    serve = command(cmd_serve)
-    _add_flags(
-        serve.add_mutually_exclusive_group(),
-        openai="the gateway: OpenAI's and Anthropic's protocols (the default)",
-        mcp="an MCP server on stdin and stdout",
-    )
-    opt, several = serve.add_argument, partial(serve.add_argument, action="append", default=[])
-    port, count = _number(int, 0, 65_535), _number(int, 1, math.inf)
-    opt("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    opt("--port", type=port, default=SERVER_PORT, metavar="PORT", help="(%(default)s)")
-    opt("--api-key", metavar="K", help="what callers must send")
-    text = "a web origin whose pages may call; several times"
-    several("--allow-origin", metavar="ORIGIN", help=text)
-    text = "a name that callers may give this host, as behind a proxy; several times"
-    several("--allow-host", metavar="NAME", help=text)
-    text = "more at once are turned away (%(default)s)"
-    opt("--max-connections", type=count, default=MAX_CONNECTIONS, metavar="N", help=text)
-    launch = command(
-        cmd_launch,
-        "Arguments of the program go behind --.",
-        free="only models that cost nothing",
-        mcp="give it our MCP server as well",
-    )
-    launch.add_argument("program", nargs="?", choices=list(LAUNCHERS), help="the agent")
-    launch.add_argument("-m", "--model", help="a model's id or alias")
-    launch.add_argument("--small", metavar="MODEL", help="for small tasks (default: the same)")
-    config = command(cmd_config)
-    text = "show: every setting; path: where they stand; else the program to print settings for"
-    config.add_argument("what", choices=["show", "path", *PROGRAMS], help=text)
-    _add_flags(config, json="as JSON")
-    text = "of the server (%(default)s)"
-    config.add_argument("--base-url", default=_BASE_URL, metavar="URL", help=text)
-    _add_model_choice(config)
-
-
 def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
-    """A number between two limits, for argparse."""
-
     def read(text: str) -> Any:
         number = kind(text)
         if not low <= number <= high:
@@ -7869,8 +8544,47 @@ def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[st
     return read
 
 
+def _text(text: str) -> str:
+    """A text that says something, for argparse: an unset variable of a script is a mistake."""
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+_text.__name__ = "empty text"
+_PORT = _number(int, 0, 65_535)
+_JSON_FLAG = _opt("--json", help="as JSON")
+# What `ask` and `chat` share.
+_TALK_OPTIONS = (
+    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
+    _opt("-s", "--system", metavar="TEXT", help="a system text"),
+    _opt(
+        "--max-tokens",
+        type=_number(int, 1, math.inf),
+        metavar="N",
+        help="longest answer, in tokens",
+    ),
+    _opt("--temperature", type=_number(float, 0, 2), metavar="T", help="0 (sober) to 2"),
+    [
+        _opt(
+            "-c",
+            "--continue",
+            dest="continue_",
+            action="store_true",
+            help="go on with the last conversation",
+        ),
+        _opt("-n", "--new", help="begin a new one (the default)"),
+    ],
+)
+# The options that choose models of the catalogue.
+_MODEL_CHOICE = (
+    _opt("--free", help="only models that cost nothing"),
+    _opt("--provider", metavar="NAME", help="only models of a provider"),
+    _opt("--search", metavar="TEXT", help="only models with this in a name"),
+)
+
+
 def _error(text: str) -> None:
-    """The one line that says what failed."""
     _info(f"error: {' '.join(line.strip() for line in text.splitlines())}")
 
 
@@ -7890,7 +8604,6 @@ def _shown(text: str, output: Any, dim: bool = False) -> str:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """A line of the result, on stdout."""
     print(_shown(text, sys.stdout), end=end, flush=True)
 
 
@@ -7904,20 +8617,17 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
 
 
 def _client() -> Puter:
-    """The client of a command, with the log that the settings ask for on stderr."""
     config = Config.load()
     if config.debug or not config.quiet_mode:
-        _show_log(_DEBUG if config.debug else _WARNING)
+        _show_log(logging.DEBUG if config.debug else logging.WARNING)
     return Puter(config=config)
 
 
 def _is_interactive() -> bool:
-    """Whether somebody sits at a terminal who could answer."""
     return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
 
 
 def _read_line(prompt: str) -> str:
-    """A line from the person; where stdout is redirected, the prompt goes to stderr."""
     if sys.stdout.isatty():
         return input(prompt)
     _info(prompt, end="")
@@ -7925,7 +8635,6 @@ def _read_line(prompt: str) -> str:
 
 
 def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
-    """Do the work; offer a login to a person who is not signed in."""
     try:
         return work()
     except AuthError:
@@ -7944,11 +8653,29 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
 # ask
 
 
+@_command(
+    _opt("prompt", nargs="*", help="the question; - reads standard input"),
+    _opt(
+        "-a",
+        "--attach",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text, image, PDF or URL to send along, - for stdin; several times",
+    ),
+    _opt("-o", "--output", metavar="FILE", help="where a picture of the answer goes"),
+    *_TALK_OPTIONS,
+    _opt("--no-stream", help="print the answer when it is whole"),
+    _opt("--no-fallback", help="only the model that was asked"),
+    _opt("--json", help="one JSON object with everything"),
+    _opt("--usage", help="tokens and cost, on stderr"),
+    epilog=_EXAMPLES,
+)
 def cmd_ask(args: Any) -> int:
     """Ask a model; a pipe's text joins the prompt."""
     prompt = " ".join(args.prompt)
     wants_stdin = "-" not in args.attach and (prompt == "-" or not sys.stdin.isatty())
-    piped = _read_stdin().decode("utf-8-sig").strip() if wants_stdin else ""
+    piped = _text_of_pipe(_read_stdin()).strip() if wants_stdin else ""
     text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
     with _client() as client:
         message = message_with(text, args.attach, client)
@@ -7961,10 +8688,29 @@ def cmd_ask(args: Any) -> int:
         reply = _answer(client, talk, message, options, whole)
         if whole:
             _report(args, _reply_report(reply), [str(reply)] if reply.text else [])
+        _save_images(reply, args.output)
         _comment(client, talk.model, reply)
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
     return 0
+
+
+def _save_images(reply: Reply, output: str | None = None) -> None:
+    kinds = {"image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
+    for image in reply.images:
+        if not image.data:
+            _info(f"picture: {image.url}")
+            continue
+        stem, ending = os.path.splitext(output or "picture")
+        ending = ending or kinds.get(image.mime, ".png")
+        names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
+        path = next(name for name in names if not os.path.exists(name))
+        try:
+            image.save(path)
+        except OSError as error:
+            problem = f"{path} cannot be written ({error.strerror or error})"
+            raise StoreError(problem, hint="Choose another place with -o.") from error
+        _info(f"picture: {path}")
 
 
 def _read_stdin() -> bytes:
@@ -7980,12 +8726,22 @@ def _read_stdin() -> bytes:
     return first + sys.stdin.buffer.read()
 
 
+def _text_of_pipe(data: bytes) -> str:
+    """The text of standard input; what cannot be decoded becomes U+FFFD, and is mentioned."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    text = data.decode("utf-8-sig", "replace")
+    if "\ufffd" in text:
+        _info("Standard input is not all UTF-8; what could not be read is marked.", dim=True)
+    return text
+
+
 def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     """A person's message with files, URLs and "-" (stdin), each sorted by what it holds.
 
     Texts join the text, images and files stand beside it. Raises `BadRequestError`.
     """
-    texts, parts = [text] if text else [], []
+    parts: list[JSON] = []
     for source in sources:
         name = os.path.basename(source)
         if re.match(r"https?://", source):
@@ -7997,24 +8753,21 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
             data = _bytes_of(source, "file")[0]
         if not data:
             raise BadRequestError(f"{source} is empty", hint="Attach something else.")
-        attached = data.decode("utf-8", "replace")
-        if image_kind(data):
-            parts.append(image_part(data))
-        elif data.startswith(b"%PDF-") or re.search("[\0\ufffd]", attached):
-            parts.append(file_part((name, data)))
-        else:
-            texts.append(f"{name}:\n```\n{attached.rstrip()}\n```")
-    return messages_from("\n\n".join(texts), None, parts)[0]
+        parts.append(file_part((name, data)))
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    others = [part for part in parts if part["type"] != "text"]
+    return messages_from("\n\n".join([*([text] if text else []), *texts]), None, others)[0]
 
 
 def _conversation(args: Any, client: Puter) -> Conversation:
-    """The conversation that a command is to go on with, or a new one; raises `StoreError`."""
     path = client.config.folder / CONVERSATION_NAME
     talk = Conversation(client=client)
     try:
-        if args.continue_ and path.exists():
+        if args.continue_ and not path.exists():
+            _info("There is no conversation yet: this begins one.", dim=True)
+        elif args.continue_:
             talk = Conversation.from_json(json.loads(path.read_text(encoding="utf-8")), client)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{path}: the last conversation cannot be read ({error})"
         hint = "Move the file away, or ask without --continue."
         raise StoreError(problem, hint=hint) from error
@@ -8035,10 +8788,9 @@ def _save_conversation(client: Puter, talk: Conversation) -> None:
 def _answer(
     client: Puter, talk: Conversation, message: JSON, options: JSON, whole: bool = False
 ) -> Reply:
-    """One turn, printed as it comes unless it is wanted whole; saved for `--continue`."""
-
     def ask() -> Reply:
         with closing(_Spinner(client.config.quiet_mode)) as spinner:
+            client._on_wait = partial(setattr, spinner, "reason")
             if whole:
                 return talk.say(message, **options)
             _print_stream(talk.stream(message, **options), spinner)
@@ -8050,7 +8802,6 @@ def _answer(
 
 
 def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
-    """Print the text as it comes, the reasoning dimmed on stderr."""
     last, thinking = "", False
     try:
         for chunk in chunks:
@@ -8077,6 +8828,7 @@ class _Spinner(threading.Thread):
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(daemon=True)
+        self.reason = ""
         self._over = threading.Event()
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self.start()
@@ -8093,13 +8845,14 @@ class _Spinner(threading.Thread):
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
             sys.stderr.write("\r\x1b[K")
-            _info(f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s", dim=True, end="")
+            reason = self.reason or ("no answer yet" if seconds > 10 else "")
+            words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
+            _info(words.rstrip(), dim=True, end="")
         sys.stderr.write("\r\x1b[K")
         sys.stderr.flush()
 
 
 def _reply_report(reply: Reply) -> JSON:
-    """A reply as `--json` prints it."""
     attempts: list[JSON] = [
         {
             "model": a.model,
@@ -8113,31 +8866,33 @@ def _reply_report(reply: Reply) -> JSON:
 
 
 def _usage_words(usages: Iterable[Usage]) -> str:
-    """Tokens and cost in a few words."""
     reported = [u for u in usages if u]
     if not reported:
         return "tokens: not reported"
-    costs = [u.cost_usd for u in reported if u.cost_usd is not None]
-    cost = f"${sum(costs):.6f}" if costs else "not reported"
-    tokens_in = sum(u.input_tokens or 0 for u in reported)
-    return f"tokens: {tokens_in} in, {sum(u.output_tokens or 0 for u in reported)} out; cost {cost}"
+    used = sum(reported, Usage())
+    words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
+    if used.cost_usd is None:
+        return f"{words}; cost not reported"
+    return f"{words}; cost ${used.cost_usd:.6f}" if used.cost_usd else words
 
 
 def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
     """Say what is special about an answer: nothing in it, cut, or from another model or account."""
     if client.config.quiet_mode:
         return
-    if not reply.text:
+    if not reply.text and not reply.images:
         calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
         _info(f"the answer is only a call of {calls}" if calls else "the answer is empty", dim=True)
     if reply.finish_reason == "length":
         _info("the answer was cut at its longest length (--max-tokens)", dim=True)
-    attempts, active = reply.attempts, client.active_account
-    is_other = active is not None and active.username != reply.account
+    if reply.finish_reason == "content_filter":
+        _info("the provider's filter ended the answer", dim=True)
+    attempts, active = reply.attempts, client._accounts.active_name
+    is_other = active not in (None, reply.account)
     wanted = client.config.model_name(asked)
     if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
         errors = (a.error.message for a in attempts if a.error)
-        why = next(errors, "the model that was asked is on cooldown")
+        why = next(errors, "what was asked is on cooldown")
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
@@ -8154,7 +8909,7 @@ class _Chat:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        self.asked = 0
+        self.asked = self.answered = 0
         self.used: list[Usage] = []
         self.matches: list[str] = []
 
@@ -8167,12 +8922,11 @@ class _Chat:
                 note = "(stopped; the answer is not saved, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
             except EOFError:
+                if sys.stdin.isatty():
+                    _info("")  # the shell's prompt begins a line of its own
                 return
             except PuterError as error:
                 _error(str(error))
-            except UnicodeDecodeError:
-                _error("Standard input is not UTF-8 text.")
-                self.asked += 1
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
@@ -8181,6 +8935,8 @@ class _Chat:
         word, _, argument = line.rstrip().partition(" ")
         if not line.strip():
             return
+        if line.strip() in ("exit", "quit", "/exit", "/quit"):
+            raise EOFError
         if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
             self.say(line)
         elif word in self.commands():
@@ -8197,9 +8953,12 @@ class _Chat:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
         self.asked += 1
+        self.used.append(Usage())  # one that is stopped counts
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
-        self.used.append(reply.usage)
+        self.answered += 1
+        self.used[-1] = reply.usage
+        _save_images(reply)
         _comment(self.client, self.talk.model, reply)
 
     def commands(self) -> dict[str, Callable[[str], None]]:
@@ -8249,7 +9008,6 @@ class _Chat:
         _info("The last message and its answer were removed.")
 
     def _take_back(self) -> JSON | None:
-        """Cut the conversation before the last message of the person; that message, or None."""
         messages = self.talk.messages
         places = [i for i, m in enumerate(messages) if m.get("role") == "user"]
         self.talk.messages = messages[: places[-1]] if places else messages
@@ -8263,7 +9021,7 @@ class _Chat:
         if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
-            said = [(m["role"], joined_text(m.get("content"))) for m in self.talk.messages]
+            said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
             text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
         try:
             with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
@@ -8275,7 +9033,7 @@ class _Chat:
 
     def do_usage(self, _: str) -> None:
         """/usage         tokens and cost of this session"""
-        _info(f"{len(self.used)} answers; {_usage_words(self.used)}")
+        _info(f"{_plural(len(self.used), 'answer')}; {_usage_words(self.used)}")
 
     def do_help(self, _: str) -> None:
         """/help          this list"""
@@ -8285,7 +9043,6 @@ class _Chat:
 
     def complete(self, text: str, state: int) -> str | None:
         """For readline: the command, model or file number `state` that begins so."""
-        import glob
         import readline
 
         command, space, _ = readline.get_line_buffer().partition(" ")
@@ -8302,6 +9059,7 @@ class _Chat:
         return self.matches[state] if state < len(self.matches) else None
 
 
+@_command(*_TALK_OPTIONS)
 def cmd_chat(args: Any) -> int:
     """Talk with a model; /help lists its commands."""
     with _client() as client:
@@ -8310,7 +9068,7 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, options)
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if chat.asked > len(chat.used) else 0
+            return 1 if chat.asked > chat.answered else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
         with _line_editing(chat):
@@ -8339,7 +9097,6 @@ def _read_message() -> tuple[str, bool]:
 
 @contextmanager
 def _line_editing(chat: _Chat) -> Iterator[None]:
-    """History and completion where the system has readline."""
     try:
         import readline
     except ImportError:  # Windows
@@ -8351,29 +9108,50 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
     readline.set_completer_delims(" ")
     readline.set_completer(chat.complete)
     readline.parse_and_bind("tab: complete")
+    # several pasted lines are one message
+    readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(1_000)
+    known = readline.get_current_history_length()
     try:
         yield
     finally:
         with suppress(OSError):  # a history that cannot be saved is no reason to fail
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-            readline.write_history_file(path)
+            # what another chat has added meanwhile stays
+            readline.append_history_file(readline.get_current_history_length() - known, path)
 
 
 # accounts
 
 
+@_command(
+    [
+        _opt("--with-token", help="read a token from stdin"),
+        _opt("--no-browser", help="only print the URL"),
+        _opt("--import", dest="file", metavar="FILE", help="take the accounts of a file"),
+    ],
+    _opt(
+        "--port",
+        type=_PORT,
+        metavar="PORT",
+        help=f"where to wait, and only there (default {LOGIN_PORT}, or any that is free)",
+    ),
+)
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
     with _client() as client:
         if args.file is not None:
-            return _import_accounts(client.store, args.file)
+            return _import_accounts(client, args.file)
         if args.with_token:
             token = _read_token()
             if not token:
                 _error("No token came. Try: python -m puter login --with-token < FILE")
                 return 2
-            account = account_of(token, client.config)
+            try:
+                account = account_of(token, client.config)
+            except AuthError as error:
+                error.hint = "This token was refused: copy it again, whole."
+                raise
         else:
             account = _login_with_browser(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
@@ -8381,11 +9159,13 @@ def cmd_login(args: Any) -> int:
 
 
 def _read_token() -> str:
-    """A token from the terminal, unseen, or from standard input; "" if none comes."""
     import getpass
 
     if not sys.stdin.isatty():
-        return sys.stdin.buffer.readline().decode("utf-8-sig").strip()
+        line = sys.stdin.buffer.readline()
+        # a UTF-16 line ends one byte later
+        line += sys.stdin.buffer.read(1) if line.startswith(b"\xff\xfe") else b""
+        return _text_of_pipe(line).strip()
     with suppress(EOFError):
         return getpass.getpass("Token (it is not shown): ").strip()
     return ""
@@ -8404,39 +9184,52 @@ def _login_with_browser(
 
 
 def _add_account(client: Puter, account: Account) -> str:
-    """Store an account, and end the cooldown of its old token; what was done, in words."""
     is_new = client.store.add(account)
     client.state.clear_cooldowns(account.username)
     _log.info("Auth: Account %s - %s", "added" if is_new else "renewed", account.username)
     kind = " (a temporary account)" if account.is_temporary else ""
-    count = _count(len(client.store.accounts()), "account")
+    count = _plural(len(client.store.accounts()), "account")
+    _note_variable()
     return f"Signed in as {account.username}{kind}; {count} in {client.store.path}"
 
 
-def _count(number: int, noun: str) -> str:
+def _note_variable() -> None:
+    if os.environ.get(TOKEN_VARIABLE):
+        _info(f"note: {TOKEN_VARIABLE} is set, and comes before the stored accounts.")
+
+
+def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _import_accounts(store: AccountStore, name: str) -> int:
-    """Merge another accounts file into ours, without the network."""
+def _import_accounts(client: Puter, name: str) -> int:
+    store = client.store
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
     stored = {a.username: a for a in store.accounts()}
     imported = [_account_from(record) for record in data["accounts"]]
     for account in imported:
         own = stored.get(account.username)
-        is_newer = own is not None and (own.added_at_ms or 0) > (account.added_at_ms or 0)
-        if own is not None and (is_newer or own.token == account.token):
-            _print(f"Kept {account.username}, whose token here is as new")
+        if own is not None and own.token == account.token:
+            _print(f"Kept {account.username}, whose token is the same")
             continue
+        if own is not None:
+            try:
+                account_of(account.token, replace(client.config, auto_create_temp_user=True))
+            except PuterError as error:
+                _print(f"Kept {account.username}: the other token was refused ({error.message})")
+                continue
         is_new = store.add(account, activate=False)
         _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
-    _print(f"{_count(len(imported), 'account')} from {path}")
+    _print(f"{_plural(len(imported), 'account')} from {path}")
     return 0
 
 
+@_command(
+    [_opt("name", nargs="?", help="the account's name"), _opt("--all", help="remove all accounts")]
+)
 def cmd_logout(args: Any) -> int:
     """Remove an account; the active one by default."""
     with _client() as client:
@@ -8455,22 +9248,29 @@ def cmd_logout(args: Any) -> int:
     return 0
 
 
+@_command(_opt("name", help="the account's name"))
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
     account = _client().store.switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     _print(f"The active account is {account.username}.")
+    _note_variable()
     return 0
 
 
+@_command(
+    _JSON_FLAG,
+    _opt("--check", help="try everything a call needs"),
+    _opt("--clear-cooldowns", help="end all cooldowns"),
+)
 def cmd_status(args: Any) -> int:
     """The accounts, and who is on cooldown for how long."""
-    from_environment = bool(os.environ.get("PUTER_AUTH_TOKEN"))
+    from_environment = bool(os.environ.get(TOKEN_VARIABLE))
     with _client() as client:
         if args.clear_cooldowns:
             count = len(client.state.cooldowns(time.time()))
             client.state.clear_cooldowns()
-            _report(args, {"cleared": count}, [f"Ended {_count(count, 'cooldown')}."])
+            _report(args, {"cleared": count}, [f"Ended {_plural(count, 'cooldown')}."])
             return 0
         if args.check:
             checks = list(_checks(client))
@@ -8533,18 +9333,22 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
 
 
 def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
-    """Everything that a call needs, as (is it fine, what to say), one after the other."""
     from email.utils import parsedate_to_datetime
+    from importlib.metadata import packages_distributions
 
     config, what = client.config, ""
-    yield True, f"settings: {config.folder / CONFIG_NAME}"
+    settings = config.folder / CONFIG_NAME
+    yield True, f"settings: {settings if settings.exists() else 'no settings file'}"
+    rivals = {*packages_distributions().get("puter", ())} - {"puter-py"}
+    for rival in sorted(rivals):
+        yield False, f"the package {rival} hides this one; do: pip uninstall {rival}"
     for path in (client.store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
             mode = path.stat().st_mode & 0o777
             fine = mode & 0o077 == 0
             yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
     advice = "" if client.accounts else "; do: python -m puter login"
-    yield bool(client.accounts), f"{_count(len(client.accounts), 'account')}{advice}"
+    yield bool(client.accounts), f"{_plural(len(client.accounts), 'account')}{advice}"
     for account in client.accounts:
         whose = f"the token of {account.username}"
         try:
@@ -8565,6 +9369,7 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
         yield False, f"{what}{error}"
 
 
+@_command(_JSON_FLAG)
 def cmd_whoami(args: Any) -> int:
     """Ask the server whose token is in use."""
     with _client() as client:
@@ -8589,11 +9394,20 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
 }
 
 
+@_command(
+    _opt("text", nargs="?", help="only models with this in a name"),
+    *_MODEL_CHOICE,
+    _opt("--tools", help="only those that call functions"),
+    _opt("--vision", help="only those that see images"),
+    _opt("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"),
+    _opt("--refresh", help="ask the server even if cached"),
+    _JSON_FLAG,
+)
 def cmd_models(args: Any) -> int:
     """List the models."""
     with _client() as client:
         models = client.models(args.provider, args.free or None, args.refresh)
-    models = matching_models(models, args.search)
+    models = matching_models(matching_models(models, args.search), args.text)
     models = [m for m in models if m.tools is not False or not args.tools]
     models = [m for m in models if _sees_images(m) or not args.vision]
     models.sort(key=MODEL_SORTS[args.sort])
@@ -8621,8 +9435,6 @@ def _table(
 
     On a terminal that is too narrow the `optional` columns are left out, in that order.
     """
-    import shutil
-
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     columns = list(range(len(widths)))
     for column in optional if sys.stdout.isatty() else ():
@@ -8632,6 +9444,7 @@ def _table(
         yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in columns).rstrip()
 
 
+@_command(_opt("--all", help="of all accounts"), _JSON_FLAG)
 def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
@@ -8645,7 +9458,6 @@ def cmd_usage(args: Any) -> int:
 
 
 def _credit_lines(row: JSON) -> Iterator[str]:
-    """An account's credit with a bar, and what it went to."""
     yield f"{row['username']}: {credit_text(row)}"
     if row["error"]:
         return
@@ -8655,16 +9467,28 @@ def _credit_lines(row: JSON) -> Iterator[str]:
     word = next((word for least, word in words if share > least), "used up")
     full = round(20 * share)
     yield f"  [{'#' * full}{'.' * (20 - full)}] {100 * share:.0f}% ({word})"
-    costs = sorted(row["by_api"].items(), key=lambda used: -used[1]["cost"])
+    # each kind of token has a row of its own (recorded)
+    sums: dict[str, tuple[float, int]] = {}
+    for name, used in row["by_api"].items():
+        parts = name.split(":")
+        model = ":".join(parts[1:-1] if len(parts) > 2 else parts[:1])
+        cost, calls = sums.get(model, (0.0, 0))
+        sums[model] = (cost + used["cost"], max(calls, used["count"]))
+    costs = sorted(
+        ((cost, name, calls) for name, (cost, calls) in sums.items() if cost), reverse=True
+    )
     if costs:
-        head = ("  USED FOR", "COST", "UNITS", "CALLS")
-        rows = [
-            (f"  {name}", money(c["cost"], unit), f"{c['units']:,.0f}", f"{c['count']:,}")
-            for name, c in costs
-        ]
-        yield from _table([head, *rows], "<>>>")
+        rows = [(f"  {name}", money(cost, unit), f"{calls:,}") for cost, name, calls in costs[:10]]
+        yield from _table([("  USED FOR", "COST", "CALLS"), *rows], "<>>")
+    if rest := len(sums) - min(len(costs), 10):
+        yield f"  and {rest} more"
 
 
+@_command(
+    _opt("model", nargs="?", help="only this one"),
+    _opt("--reset", help="delete the statistics"),
+    _JSON_FLAG,
+)
 def cmd_stats(args: Any) -> int:
     """How the models have done."""
     with _client() as client:
@@ -8698,6 +9522,7 @@ def _stats_row(stats: ModelStats) -> tuple[str, ...]:
     return (stats.model, *counts, *seconds, speed, f"${stats.cost_usd:.4f}")
 
 
+@_command(_opt("--clear", help="delete them"), _JSON_FLAG)
 def cmd_cache(args: Any) -> int:
     """The cached replies."""
     with _client() as client:
@@ -8725,16 +9550,47 @@ def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
 # serve
 
 
+@_command(
+    [
+        _opt("--openai", help="the gateway: OpenAI's and Anthropic's protocols (the default)"),
+        _opt("--mcp", help="an MCP server on stdin and stdout"),
+    ],
+    _opt("--host", default="127.0.0.1", help="where to listen (%(default)s)"),
+    _opt("--port", type=_PORT, default=SERVER_PORT, metavar="PORT", help="(%(default)s)"),
+    _opt("--api-key", metavar="K", help="what callers must send"),
+    _opt("--log", help="a line for each request, on stderr"),
+    _opt(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web origin whose pages may call; several times",
+    ),
+    _opt(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that callers may give this host, as behind a proxy; several times",
+    ),
+    _opt(
+        "--max-connections",
+        type=_number(int, 1, math.inf),
+        default=MAX_CONNECTIONS,
+        metavar="N",
+        help="more at once are turned away (%(default)s)",
+    ),
+)
 def cmd_serve(args: Any) -> int:
     """Serve other programs with your account."""
-    import signal
-
     if args.mcp:
         serve_mcp(_client)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     key = args.api_key or os.environ.get("PUTER_SERVER_API_KEY") or None
     with _client() as client:
+        if args.log:
+            _show_log(logging.INFO)
         try:
             more = {"max_connections": args.max_connections, "allowed_hosts": args.allow_host}
             server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
@@ -8753,7 +9609,6 @@ def cmd_serve(args: Any) -> int:
 
 
 def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
-    """Say where the server is and how a client is set up for it."""
     root = server.url.removesuffix("/v1")
     _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
     shown = "the one you gave" if key else "anything, such as puter"
@@ -8764,77 +9619,6 @@ def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
         _print(f"{len(client.models())} models; Ctrl-C stops.")
     except PuterError as error:
         _info(f"The model list is not available now: {error}")
-
-
-# config
-
-
-def cmd_config(args: Any) -> int:
-    """Show the settings, or print those that another program needs."""
-    if args.what == "show":
-        config = Config.load()
-        rows = {name: getattr(config, name) for name in config.sources}
-        if config.openai_api_key:
-            rows["openai_api_key"] = "***"
-        data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
-        _report(args, data, _setting_lines(data))
-    elif args.what == "path":
-        path = str(config_dir() / CONFIG_NAME)
-        _report(args, {"path": path}, [path])
-    else:
-        return _config_program(args)
-    return 0
-
-
-def _setting_lines(settings: JSON) -> Iterator[str]:
-    rows = [("SETTING", "VALUE", "FROM")]
-    for name, setting in settings.items():
-        value = json.dumps(setting["value"], ensure_ascii=False)
-        value = value if len(value) <= 60 else f"{value[:57]}..."
-        rows.append((name, value, setting["source"]))
-    yield from _table(rows, "<<<")
-
-
-def _config_program(args: Any) -> int:
-    """Print what goes into the files of a program; which files is said on stderr."""
-    models: list[Model] = []
-    if args.what != "claude-desktop":
-        with _client() as client:
-            models = matching_models(client.models(args.provider, args.free or None), args.search)
-            first = _agent_model(models, client.config)
-            models.sort(key=lambda m: m != first)
-        if not models:
-            _error("No models match, so there is nothing to set up.")
-            return 1
-    variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
-    files_of, note = PROGRAMS[args.what]
-    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
-    texts = {file: _file_text(file, content) for file, content in files.items()}
-    if args.json:
-        _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
-        return 0
-    for file, text in texts.items():
-        _info(f"# {file}", dim=True)
-        _print(text, end="")
-    if models:
-        _info("The server must run: python -m puter serve")
-    _info(note)
-    return 0
-
-
-def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
-    """What a coding agent gets unasked: the default model, else a free one that suits it."""
-    if config.default_model:
-        with suppress(ModelNotFoundError):
-            return find_model(config.default_model, models)
-    free = [m for m in models if m.free]
-    order = fallback_order("", free, (), listed=config.fallback_models)
-    return next(filter(_suits_agents, order), None)
-
-
-def _suits_agents(model: Model) -> bool:
-    """Whether a coding agent can work with a model: it calls tools, and reads enough."""
-    return model.tools is not False and (model.context or 0) >= AGENT_CONTEXT
 
 
 # the settings of other programs, for `config` and `launch`
@@ -8865,7 +9649,6 @@ class Setup(NamedTuple):
 
 
 def _file_text(file: str, content: Any) -> str:
-    """The text of a file of settings: a list as YAML, a dict as TOML or JSON."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -8938,30 +9721,18 @@ def _opencode_model(model: Model) -> JSON:
         "tool_call": model.tools is not False,
         "modalities": {"input": inputs, "output": ["text"]},
     }
-    if model.context and model.max_tokens:  # it takes both or none
-        settings["limit"] = {"context": model.context, "output": model.max_tokens}
+    if model.window and model.max_tokens:  # it takes both or none
+        settings["limit"] = {"context": model.window, "output": model.max_tokens}
     return settings
 
 
 def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    available = [
-        {
-            "name": m.id,
-            "display_name": m.name,
-            "max_tokens": m.context or 128_000,
-            **({"max_output_tokens": m.max_tokens} if m.max_tokens else {}),
-            # It wants all four, or fails the whole map.
-            "capabilities": {
-                "tools": m.tools is not False,
-                "images": _sees_images(m),
-                "parallel_tool_calls": False,
-                "prompt_cache_key": False,
-            },
-        }
+    models = [
+        {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
     ]
-    provider = {"api_url": setup.url, "available_models": available}
+    provider = {"api_url": setup.url, "available_models": models}
     settings = {
         "language_models": {"openai_compatible": {"puter": provider}},
         "context_servers": {"puter": _mcp_server()},
@@ -8978,11 +9749,13 @@ def claude_environ(setup: Setup) -> dict[str, str]:
         "ANTHROPIC_MODEL": model.id,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
         "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
+        "ANTHROPIC_DEFAULT_FABLE_MODEL": model.id,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": setup.small or model.id,
+        "ANTHROPIC_SMALL_FAST_MODEL": setup.small or model.id,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
-    if model.context:
-        environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(model.context)
+    if model.window:
+        environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(model.window)
     if model.max_tokens:
         environ["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(min(model.max_tokens, 32_000))
     return environ
@@ -8990,8 +9763,6 @@ def claude_environ(setup: Setup) -> dict[str, str]:
 
 def claude_code_files(setup: Setup) -> JSON:
     """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
-    import shlex
-
     variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
     variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
     exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
@@ -9015,7 +9786,7 @@ def codex_files(setup: Setup) -> JSON:
     settings = {
         "model": model.id,
         "model_provider": "puter",
-        **({"model_context_window": model.context} if model.context else {}),
+        **({"model_context_window": model.window} if model.window else {}),
         "web_search": "disabled",
         "model_providers.puter": provider,
         **({"mcp_servers.puter": _mcp_server()} if setup.mcp else {}),
@@ -9035,20 +9806,14 @@ def _continue_model(model: Model, setup: Setup) -> JSON:
     # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
     vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
     can = ["tool_use"] if model.tools is not False else []
-    settings: JSON = {
+    return {
         "name": f"Puter: {model.name}",
         "provider": "openai",
         "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
         "apiBase": setup.url,
         "apiKey": setup.key_as("${{ secrets.KEY }}"),
-        "roles": ["chat", "edit", "apply"],
         "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
     }
-    if model.context and model.max_tokens:
-        # It refuses an answer that leaves less room than this for the question.
-        most = min(model.max_tokens, model.context // 4)
-        settings["defaultCompletionOptions"] = {"contextLength": model.context, "maxTokens": most}
-    return settings
 
 
 def aider_files(setup: Setup) -> JSON:
@@ -9067,7 +9832,7 @@ def aider_files(setup: Setup) -> JSON:
     metadata = {
         f"openai/{m.id}": {
             "max_tokens": m.max_tokens or 4_096,
-            "max_input_tokens": m.context or 128_000,
+            "max_input_tokens": m.window or 128_000,
             "max_output_tokens": m.max_tokens or 4_096,
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
@@ -9088,8 +9853,8 @@ def llm_files(setup: Setup) -> JSON:
             "model_name": m.id,
             "api_base": setup.url,
             **({"api_key_name": "puter"} if setup.key_variable else {}),
-            **({"vision": True} if _sees_images(m) else {}),
-            **({"supports_tools": True} if m.tools is not False else {}),
+            "vision": _sees_images(m),
+            "supports_tools": m.tools is not False,
             "supports_schema": True,
         }
         for m in setup.models
@@ -9104,30 +9869,7 @@ def claude_desktop_files(_: Setup) -> JSON:
     return {file: {"mcpServers": {"puter": _mcp_server()}}}
 
 
-# What `config` prints for each: a function of what goes into its files, and a note.
-PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
-    "opencode": (opencode_files, "Then: opencode --model puter/MODEL"),
-    "zed": (
-        zed_files,
-        "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
-    ),
-    "claude-desktop": (
-        claude_desktop_files,
-        "Quit Claude Desktop before you change its file: it rewrites it.",
-    ),
-    "claude-code": (
-        claude_code_files,
-        'The variables can also stand under "env" in ~/.claude/settings.json.',
-    ),
-    "codex": (codex_files, "Then: codex. Another model: codex -m MODEL"),
-    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
-    "aider": (aider_files, "Then: aider --model openai/MODEL"),
-    "llm": (llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"),
-}
-
-
-# launch
-
+PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
 # What a program is started with: more arguments, more variables (None takes one out), and files
@@ -9139,6 +9881,7 @@ def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
     """OpenCode lays the settings of a variable over the user's own."""
     (settings,) = opencode_files(setup).values()
     settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
+    settings |= {"enabled_providers": ["puter"], "disabled_providers": []}
     return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings)}, {}
 
 
@@ -9146,8 +9889,10 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     """Claude Code takes variables, and again as settings: those of the user's would win."""
     variables = claude_environ(setup)
     # These would send it elsewhere.
-    others = [f"CLAUDE_CODE_USE_{name}" for name in ("BEDROCK", "VERTEX", "FOUNDRY")]
-    others.append("ANTHROPIC_API_KEY")
+    clouds = "BEDROCK VERTEX FOUNDRY MANTLE ANTHROPIC_AWS ANTHROPIC_GOOGLE_CLOUD".split()
+    others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
+    others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
+    others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
     files: JSON = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
     words = ["--settings", str(folder / "settings.json")]
     if setup.mcp:
@@ -9200,7 +9945,7 @@ def _codex_model(model: Model) -> JSON:
         "truncation_policy": {"mode": "tokens", "limit": 10_000},
         "experimental_supported_tools": [],
         "apply_patch_tool_type": "freeform",
-        "context_window": model.context or AGENT_CONTEXT,
+        "context_window": model.window or AGENT_CONTEXT,
         "supports_parallel_tool_calls": True,
         "input_modalities": ["text", "image"] if _sees_images(model) else ["text"],
     }
@@ -9209,42 +9954,176 @@ def _codex_model(model: Model) -> JSON:
 def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     """aider takes files with settings of models; a key in them may name a variable."""
     files = dict(zip(("models.yml", "metadata.json"), aider_files(setup).values()))
-    words = ["--model", f"openai/{setup.models[0].id}", "--weak-model", f"openai/{setup.small}"]
+    model = f"openai/{setup.models[0].id}"
+    words = ["--model", model, "--editor-model", model, "--weak-model", f"openai/{setup.small}"]
     words += ["--model-settings-file", str(folder / "models.yml")]
     words += ["--model-metadata-file", str(folder / "metadata.json")]
     return words, {"OPENAI_API_KEY": setup.key}, files
 
 
-class Launcher(NamedTuple):
-    """A program that can be launched, by its command."""
+class Program(NamedTuple):
+    """Another program: its settings for `config`, and how `launch` starts it, if it can.
 
-    install: str
-    plan: Callable[[Setup, Path], LaunchPlan]
+    `files` gives what goes into each of its files; `install` installs its `command`.
+    """
+
+    files: Callable[[Setup], JSON]
+    note: str
+    command: str = ""
+    install: str = ""
+    plan: Callable[[Setup, Path], LaunchPlan] | None = None
     # whether it calls tools, and takes MCP servers
     uses_tools: bool = True
 
 
-LAUNCHERS = {
-    "opencode": Launcher("npm install -g opencode-ai", _plan_opencode),
-    "claude": Launcher("npm install -g @anthropic-ai/claude-code", _plan_claude),
-    "codex": Launcher("npm install -g @openai/codex", _plan_codex),
-    "aider": Launcher("python -m pip install aider-chat", _plan_aider, uses_tools=False),
+PROGRAMS = {
+    "opencode": Program(
+        opencode_files,
+        "Then: opencode --model puter/MODEL",
+        "opencode",
+        "npm install -g opencode-ai",
+        _plan_opencode,
+    ),
+    "zed": Program(
+        zed_files,
+        "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
+    ),
+    "claude-desktop": Program(
+        claude_desktop_files, "Quit Claude Desktop before you change its file: it rewrites it."
+    ),
+    "claude-code": Program(
+        claude_code_files,
+        'The variables can also stand under "env" in ~/.claude/settings.json.',
+        "claude",
+        "npm install -g @anthropic-ai/claude-code",
+        _plan_claude,
+    ),
+    "codex": Program(
+        codex_files,
+        "Then: codex. Another model: codex -m MODEL",
+        "codex",
+        "npm install -g @openai/codex",
+        _plan_codex,
+    ),
+    "continue": Program(continue_files, "Then choose a model whose name begins with Puter."),
+    "aider": Program(
+        aider_files,
+        "Then: aider --model openai/MODEL",
+        "aider",
+        "python -m pip install aider-chat",
+        _plan_aider,
+        uses_tools=False,
+    ),
+    "llm": Program(
+        llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"
+    ),
 }
+LAUNCHED = {program.command: program for program in PROGRAMS.values() if program.command}
 
 
+# config
+
+
+@_command(
+    _opt(
+        "what",
+        choices=["show", "path", *PROGRAMS],
+        help="show: every setting; path: where they stand; else the program to print settings for",
+    ),
+    _JSON_FLAG,
+    _opt("--base-url", default=_BASE_URL, metavar="URL", help="of the server (%(default)s)"),
+    *_MODEL_CHOICE,
+)
+def cmd_config(args: Any) -> int:
+    """Show the settings, or print those that another program needs."""
+    if args.what == "show":
+        config = Config.load()
+        rows = {name: getattr(config, name) for name in config.sources}
+        if config.openai_api_key:
+            rows["openai_api_key"] = "***"
+        data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
+        _report(args, data, _setting_lines(data))
+        if config.ignored:
+            _info(f"Settings of the plugin that mean nothing here: {', '.join(config.ignored)}")
+    elif args.what == "path":
+        path = str(config_dir() / CONFIG_NAME)
+        _report(args, {"path": path}, [path])
+    else:
+        return _config_program(args)
+    return 0
+
+
+def _setting_lines(settings: JSON) -> Iterator[str]:
+    rows = [("SETTING", "VALUE", "FROM")]
+    for name, setting in settings.items():
+        value = json.dumps(setting["value"], ensure_ascii=False)
+        value = value if len(value) <= 60 else f"{value[:57]}..."
+        rows.append((name, value, setting["source"]))
+    yield from _table(rows, "<<<")
+
+
+def _config_program(args: Any) -> int:
+    models: list[Model] = []
+    if args.what != "claude-desktop":
+        with _client() as client:
+            models = matching_models(client.models(args.provider, args.free or None), args.search)
+            first = _agent_model(models, client.config)
+            models.sort(key=lambda m: m != first)
+        if not models:
+            _error("No models match, so there is nothing to set up.")
+            return 1
+    variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
+    program = PROGRAMS[args.what]
+    files = program.files(Setup(models, url=args.base_url, key_variable=variable))
+    texts = {file: _file_text(file, content) for file, content in files.items()}
+    if args.json:
+        _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
+        return 0
+    for file, text in texts.items():
+        _info(f"# {file}", dim=True)
+        _print(text, end="")
+    if models:
+        _info("The server must run: python -m puter serve")
+    _info(program.note)
+    return 0
+
+
+def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
+    """What a coding agent gets unasked: the default model, else a free one that suits it."""
+    if config.default_model:
+        with suppress(ModelNotFoundError):
+            return ModelList(models).find(config.default_model)
+    free = [m for m in models if m.free]
+    order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
+    return next(filter(_suits_agents, order), None)
+
+
+def _suits_agents(model: Model) -> bool:
+    return model.tools is not False and (model.window or 0) >= AGENT_CONTEXT
+
+
+# launch
+
+
+@_command(
+    _opt("program", nargs="?", choices=list(LAUNCHED), help="the agent"),
+    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
+    _opt("--small", metavar="MODEL", help="for small tasks (default: the same)"),
+    _opt("--free", help="only models that cost nothing"),
+    _opt("--mcp", help="give it our MCP server as well"),
+    epilog="Arguments of the program go behind --.",
+)
 def cmd_launch(args: Any) -> int:
     """Run a coding agent on this account; its exit code is ours."""
-    import shutil
-
     if args.program is None:
-        rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHERS)]
+        rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHED)]
         _print("\n".join(_table(rows, "<<<")))
         return 0
-    launcher, path = LAUNCHERS[args.program], shutil.which(args.program)
+    program, path = LAUNCHED[args.program], shutil.which(args.program)
     if path is None:
-        _error(f"{args.program} is not installed. Install it with: {launcher.install}")
+        _error(f"{args.program} is not installed. Install it with: {program.install}")
         return 127
-    if args.mcp and not launcher.uses_tools:
+    if args.mcp and not program.uses_tools:
         _error(f"{args.program} cannot use MCP servers. Leave out --mcp.")
         return 2
     config = Config.load()
@@ -9254,20 +10133,16 @@ def cmd_launch(args: Any) -> int:
         setup = _launch_setup(args, client)
         # until the program has the signals, so that nothing is left behind
         with _launch_log(config), _signals(SIGTERM=lambda number, _: sys.exit(128 + number)):
-            code = _run_with_gateway(client, setup, launcher.plan, [path, *args.arguments])
+            code = _run_with_gateway(client, setup, program, [path, *args.arguments])
         if not config.quiet_mode:
             _info(client.summary(), dim=True)
     return code
 
 
 def _launcher_row(name: str) -> tuple[str, str, str]:
-    """A program, its version and its path; or how to install it."""
-    import shutil
-    import subprocess
-
     path = shutil.which(name)
     if path is None:
-        return (name, "-", f"not installed; {LAUNCHERS[name].install}")
+        return (name, "-", f"not installed; {LAUNCHED[name].install}")
     try:
         shown = subprocess.run([path, "--version"], capture_output=True, timeout=20, check=False)
         version = re.search(rb"\d+(\.\d+)+", shown.stdout)
@@ -9283,15 +10158,15 @@ class _LaunchClient(Puter):
         super().__init__(config=replace(config, debug=False))  # the terminal is the program's
         self._only_free = only_free
         if only_free:
-            free = models_by_name(self.models(free=True))
-            names = (n for n in config.fallback_models if strip_puter_prefix(n).lower() in free)
+            free = ModelList(self.models(free=True))
+            names = filter(free.get, config.fallback_models)
             self.config = replace(self.config, fallback_models=tuple(names))
         self._requests = 0
         # of each answer: its model, whether it fell back to that, and what it cost
         self._answers: list[tuple[str, bool, Usage]] = []
         self._on_answer = self._note_answer
 
-    def _build_request(self, *args: Any, **more: Any) -> _Request:
+    def _build_request(self, *args: Any, **more: Any) -> Asked:
         request = super()._build_request(*args, **more)
         if self._only_free and not self.model(request.model).free:
             raise BadRequestError(f"{request.model} is not free, and --free was given")
@@ -9304,12 +10179,12 @@ class _LaunchClient(Puter):
 
     def summary(self) -> str:
         """One line: who answered what, and what is left."""
-        parts = [_count(self._requests, "request")]
+        parts = [_plural(self._requests, "request")]
         if self._answers:
             models, fallbacks, usages = zip(*self._answers)
             counts = (f"{n} by {model}" for model, n in Counter(models).most_common())
             parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
-            parts += [_count(sum(fallbacks), "fallback")] if any(fallbacks) else []
+            parts += [_plural(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
         for row in credit_rows(self, [active] if active else []):
             parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
@@ -9317,7 +10192,6 @@ class _LaunchClient(Puter):
 
 
 def _launch_setup(args: Any, client: Puter) -> Setup:
-    """The models that the program gets; raises `PuterError` for what would not work."""
     models = client.models(free=args.free or None)
     name = args.model or ("" if args.free else client.config.default_model)
     model = client.model(name) if name else _agent_model(models, client.config)
@@ -9327,7 +10201,7 @@ def _launch_setup(args: Any, client: Puter) -> Setup:
         _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
-        if LAUNCHERS[args.program].uses_tools and one.tools is False:
+        if LAUNCHED[args.program].uses_tools and one.tools is False:
             raise BadRequestError(
                 f"{one.id} cannot call tools, and {args.program} needs them",
                 hint="`python -m puter models --tools` lists those that can.",
@@ -9335,17 +10209,12 @@ def _launch_setup(args: Any, client: Puter) -> Setup:
         if args.free and not one.free:
             hint = "Leave out --free, or choose a free model."
             raise BadRequestError(f"{one.id} is not free", hint=hint)
-    # The newest that suit it: all together they would not fit into a variable of Windows.
-    fit = sorted(filter(_suits_agents, models), key=MODEL_SORTS["released"])
-    offered = {m.id: m for m in (model, small, *fit)}
-    return Setup(list(offered.values())[:60], small.id, args.mcp)
+    return Setup([model, *([small] if small != model else [])], small.id, args.mcp)
 
 
 @contextmanager
 def _launch_log(config: Config) -> Iterator[None]:
     """What is written to stderr meanwhile goes to a file, which is named if there was anything."""
-    from contextlib import redirect_stderr
-
     path = config.folder / "launch.log"
     os.makedirs(path.parent, 0o700, exist_ok=True)
     try:
@@ -9356,28 +10225,25 @@ def _launch_log(config: Config) -> Iterator[None]:
     with open(descriptor, "a", 1, encoding="utf-8") as log:
         size = log.tell()
         with redirect_stderr(log):
-            _show_log(_DEBUG if config.debug else _WARNING)
+            _show_log(logging.DEBUG if config.debug else logging.WARNING)
             yield
         has_grown = log.tell() > size
     if has_grown:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(
-    client: Puter, setup: Setup, plan: Callable[[Setup, Path], LaunchPlan], command: Sequence[str]
-) -> int:
-    """The exit code of the program, which has a gateway of its own while it runs."""
-    import secrets
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
+def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Sequence[str]) -> int:
+    from tempfile import TemporaryDirectory, gettempdir
 
-    key = secrets.token_urlsafe(32)
-    with (
-        TemporaryDirectory(prefix="puter-") as name,
-        OpenAIServer(client, port=0, api_key=key) as server,
-    ):
+    key, models = secrets.token_urlsafe(32), [m.id for m in setup.models]
+    _clear_left_folders(Path(gettempdir()))
+    with ExitStack() as stack:
+        name = stack.enter_context(TemporaryDirectory(prefix=f"puter-{os.getpid()}-"))
+        server = OpenAIServer(client, port=0, api_key=key, models=models)
+        stack.enter_context(server)
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        words, variables, files = plan(setup, Path(name))
+        assert program.plan is not None  # it has a command
+        words, variables, files = program.plan(setup, Path(name))
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
@@ -9393,18 +10259,32 @@ def _run_with_gateway(
     return code
 
 
-def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
-    """The exit code of a program that has the terminal and its signals to itself."""
-    import subprocess
+def _clear_left_folders(place: Path) -> None:
+    """Remove the folders, which hold keys, of launches that were killed."""
+    for folder in place.glob("puter-[0-9]*-*"):
+        try:
+            os.kill(int(folder.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # somebody else's
 
+
+def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
     process: Any = None
 
     def forward(number: int, _: Any) -> None:
         if process is not None:
             process.send_signal(number)
+            if number != signal.SIGINT:
+                killer = threading.Timer(PROGRAM_PATIENCE_S, process.kill)
+                killer.daemon = True
+                killer.start()
 
-    def leave(*_: Any) -> None:
-        """The terminal sends it to the program as well."""
+    def leave(number: int, frame: Any) -> None:
+        """A terminal sends it to the program as well."""
+        if not sys.stdin.isatty():
+            forward(number, frame)
 
     with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
         try:
@@ -9419,8 +10299,6 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
 @contextmanager
 def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
     """While inside, these signals go to these handlers; Windows has not all of them."""
-    import signal
-
     with ExitStack() as stack:
         for name, handler in handlers.items():
             if number := getattr(signal, name, None):
