@@ -47,9 +47,6 @@ import difflib
 import enum
 import errno
 import glob
-import hashlib
-import hmac
-import html
 import inspect
 import io
 import itertools
@@ -60,13 +57,10 @@ import os
 import queue
 import random
 import re
-import secrets
 import select
 import shlex
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 import types
@@ -77,8 +71,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
-from datetime import date, datetime
-from decimal import Decimal
+from datetime import date
 from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -94,7 +87,6 @@ from typing import (
     TypeVar,
 )
 from urllib.parse import parse_qs, quote, unquote, urlsplit
-from uuid import UUID
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -591,6 +583,8 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
 def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     """(message, code, status, the provider's own words) of any shape of error body."""
     if not isinstance(body, Mapping):
+        import html
+
         page = re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(body or "")[:10_000])
         return " ".join(html.unescape(page).split())[:300], None, None, ""
     nested, attempts = body.get("error"), body.get("attempts")
@@ -1420,6 +1414,8 @@ _TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
 @lru_cache
 def token_mark(token: str) -> str:
     """What tells a token from another, and does not give it away."""
+    import hashlib
+
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -1437,10 +1433,14 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
 
         with self._lock:
             self._look_at_file()
-            try:
-                return method(self, *args, **kwargs)
-            except (sqlite3.Error, OSError) as error:
-                self._use_memory(error)
+            for is_last in (False, True):
+                try:
+                    return method(self, *args, **kwargs)
+                except (sqlite3.Error, OSError) as error:
+                    # deleted meanwhile, it is made anew
+                    if is_last or not self._look_at_file():
+                        self._use_memory(error)
+                        break
             return method(self, *args, **kwargs)
 
     return run
@@ -1684,7 +1684,7 @@ class State:
         self.close()
         self._retry_at = time.monotonic() + STATE_RETRY_S
 
-    def _look_at_file(self) -> None:
+    def _look_at_file(self) -> bool:
         """Open the file anew once it was deleted, or some time after it failed."""
         if self._retry_at is not None and time.monotonic() > self._retry_at:
             self.close()
@@ -1696,6 +1696,8 @@ class State:
                 is_gone = True
             if is_gone:
                 self.close()
+                return True
+        return False
 
     def _open(self) -> sqlite3.Connection:
         """The file's connection; ``with`` it, all changes are one transaction."""
@@ -1833,6 +1835,9 @@ def read_message(message: Any, where: str) -> Messages:
     call_id, hint = message.get("tool_call_id"), "Say which call this is the result of."
     _require(role != "tool" or _is_text(call_id), f"{where}.tool_call_id", call_id, hint)
     rest = {key: value for key, value in message.items() if value is not None}
+    if "images" in rest:
+        images = read_parts(rest["images"], f"{where}.images")
+        rest["images"] = [part for part in images if part["type"] == "image_url"]
     if content is None or isinstance(content, str):
         return [rest]
     results, own_calls, parts = [], list(calls or ()), []
@@ -1878,6 +1883,7 @@ def read_part(part: Any, where: str) -> list[JSON]:
         return [{"type": "text", "text": part}]
     _require(isinstance(part, Mapping), where, part, 'Write {"type": "text", "text": "…"}.')
     kind, source = part.get("type"), part.get("source")
+    _require(isinstance(kind, (str, type(None))), f"{where}.type", kind, "Write a string.")
     mark = {"cache_control": part["cache_control"]} if part.get("cache_control") else {}
     if kind in _TEXT_KINDS:
         text = part.get(_TEXT_KINDS[kind])
@@ -1894,6 +1900,8 @@ def read_part(part: Any, where: str) -> list[JSON]:
         name, url = part.get("title"), _source_url(source)
         return [{**_read_file({"filename": name, "file_data": url}, where), **mark}]
     if kind in ("thinking", "redacted_thinking"):
+        text = part.get("thinking", "")
+        _require(isinstance(text, str), f"{where}.thinking", text, "Write a string.")
         is_own = str(part.get("signature") or _OWN_SIGNATURE).startswith(_OWN_SIGNATURE)
         return [] if kind == "thinking" and is_own else [dict(part)]
     if kind == "search_result":
@@ -2105,9 +2113,11 @@ def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], 
         results: Messages = []
         opened: dict[str, Messages] = {}
         for call in map(tool_call_from, message.get("tool_calls") or ()):
-            uses[call.id] += 1
-            sent_id = re.sub(r"[^A-Za-z0-9_-]", "_", call.id)[-56:]
-            sent_id += f"_{uses[call.id]}" if uses[call.id] > 1 else ""
+            base = sent_id = re.sub(r"[^A-Za-z0-9_-]", "_", call.id)[-56:]
+            while uses[sent_id]:
+                uses[base] += 1
+                sent_id = f"{base}_{uses[base]}"
+            uses[sent_id] += 1
             # arguments that could not be read are sent as none; the result says what was wrong
             calls.append(replace(call, id=sent_id, invalid=""))
             results.append({"role": "tool", "tool_call_id": sent_id, "content": _NOT_ANSWERED})
@@ -2322,7 +2332,7 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
         if message.get("tool_calls") and kinds.isdisjoint(("thinking", "redacted_thinking")):
             return None
     limit = args.get("max_tokens")
-    if limit is None or effort not in _EFFORT_TOKENS:
+    if limit is None or not isinstance(effort, str) or effort not in _EFFORT_TOKENS:
         return effort
     names = list(_EFFORT_TOKENS)[list(_EFFORT_TOKENS).index(effort) :]
     fit = (n for n in names if _EFFORT_TOKENS[n] + _LEAST_ANSWER_TOKENS <= limit)
@@ -2361,7 +2371,7 @@ def _part_tokens(part: JSON) -> int:
     if data := _dig(part, "source", "data"):
         return max(1_500, math.ceil(len(data) * 3 // 4 / 150))
     if kind in ("text", "thinking"):
-        text = part[kind]
+        text = part.get(kind) or ""
     elif kind in ("tool_use", "tool_result", "function"):
         value = part.get("input") or part.get("content") or part.get("function")
         text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
@@ -2542,12 +2552,12 @@ _Reader = Callable[[Any, str], Any]
 _Type = tuple[JSON, _Reader]  # with its JSON schema
 _SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 # Types that are texts in JSON, with what a schema may say of them.
-_TEXT_TYPES: dict[type, JSON] = {
-    datetime: {"format": "date-time"},
-    date: {"format": "date"},
-    Decimal: {},
-    Path: {},
-    UUID: {"format": "uuid"},
+_TEXT_TYPES: dict[str, JSON] = {
+    "datetime.datetime": {"format": "date-time"},
+    "datetime.date": {"format": "date"},
+    "decimal.Decimal": {},
+    "pathlib.Path": {},
+    "uuid.UUID": {"format": "uuid"},
 }
 _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
@@ -2617,8 +2627,8 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return type_of(other)
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return hint.model_json_schema(), partial(_read_model, hint)
-    if isinstance(hint, type) and hint in _TEXT_TYPES:
-        return {"type": "string", **_TEXT_TYPES[hint]}, partial(_read_text_type, hint)
+    if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
+        return {"type": "string", **text_type}, partial(_read_text_type, hint)
     if hint is Any:
         return _union_type([])
     if hint is None or (isinstance(hint, type) and hint in _SCALARS):
@@ -2656,13 +2666,18 @@ def _read_model(model: Any, value: Any, where: str) -> Any:
         raise TypeError(f"{where} does not fit: {str(error)[:500]}") from None
 
 
+def _full_name(kind: type) -> str:
+    """Such as "pathlib.Path", whichever of its modules Python keeps it in."""
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
 def _read_text_type(kind: Any, value: Any, where: str) -> Any:
     try:
         if isinstance(value, str):
             return kind.fromisoformat(value) if hasattr(kind, "fromisoformat") else kind(value)
     except (ValueError, ArithmeticError):
         pass  # what is wrong is said below
-    raise _misfit(value, where, {"type": "string", **_TEXT_TYPES[kind]})
+    raise _misfit(value, where, {"type": "string", **_TEXT_TYPES[_full_name(kind)]})
 
 
 def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
@@ -2869,15 +2884,19 @@ _FINISH_REASONS = {
     **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token", "stop"), "stop"),
     **dict.fromkeys(("tool_use", "function_call", "tool_calls"), "tool_calls"),
     **dict.fromkeys("max_tokens max_output_tokens length".split(), "length"),
-    "model_context_window_exceeded": "length",
-    **dict.fromkeys("safety content_filter recitation refusal".split(), "content_filter"),
+    **dict.fromkeys("model_context_window_exceeded model_length".split(), "length"),
+    **dict.fromkeys(
+        """safety content_filter recitation refusal blocklist prohibited_content spii
+        image_safety""".split(),
+        "content_filter",
+    ),
 }
 
 
 # The upstream failed while it wrote: what there is, is no answer.
 _FAILED_ENDS = frozenset(
-    """error network_error malformed_function_call abort aborted incomplete failed
-    unexpected_tool_call other_error""".split()
+    """error network_error server_error malformed_function_call abort aborted canceled cancelled
+    incomplete failed timeout rate_limit insufficient_system_resource other unknown""".split()
 )
 
 
@@ -3707,14 +3726,16 @@ def _next_model(
     """The model to ask on this account after this visit to it, and whether it is a fallback."""
     names = {asked.model, world.models.id_of(asked.model)}
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
+    if not visit and (names.isdisjoint(cooled) or not asked.fallback):
+        return asked.model, account, False
     fallbacks: list[Model] = []
     if asked.fallback:
         listed = world.config.fallback_models
         fallbacks = fallback_order(
             asked.model, world.models, cooled, asked.needs, listed, world.is_stale
         )
-    if not visit and (names.isdisjoint(cooled) or not fallbacks):
-        # without any fallback, despite its cooldown
+    if not visit and not fallbacks:
+        # despite its cooldown
         return asked.model, account, False
     if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
         return None
@@ -3782,6 +3803,9 @@ def is_from(model: Model, provider: str) -> bool:
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _USER_AGENT = f"puter.py/{__version__}"
+# What requests takes from the environment, which is slow to read as a whole for each call.
+_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
+_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
 
 
@@ -3835,7 +3859,8 @@ class _Cancellation:
         # wakes the thread that waits for its turn
         self.waker: threading.Event | None = None
         self.timeout_s: float | None = None
-        self.has_sent = False
+        # of our own connections: whether a byte of the request was sent; else None
+        self.has_sent: bool | None = None
         self._pid = os.getpid()
         self._connection: Any = None
         self._response: Any = None
@@ -3859,7 +3884,7 @@ class _Cancellation:
     @contextmanager
     def in_flight(self, timeout_s: float) -> Iterator[None]:
         """While inside, the connections that this thread uses work for this call."""
-        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, False
+        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, None
         try:
             yield
         finally:
@@ -3883,6 +3908,7 @@ def _cancellable(connection_class: type[Any]) -> type[Any]:
         def request(self, *args: Any, **kwargs: Any) -> None:
             call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
             if call is not None:
+                call.has_sent = False
                 if self.sock is None:
                     self.connect()
                 call.follow(connection=self)
@@ -3922,7 +3948,17 @@ def _new_session() -> requests.Session:
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    session = requests.Session()
+    class Session(requests.Session):
+        """Reads proxies and certificates from the environment again when that has changed."""
+
+        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
+            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
+            if proxies or self.proxies or key not in settings:
+                settings[key] = super().merge_environment_settings(url, proxies, *more)
+            return dict(settings[key])
+
+    settings: dict[Any, Any] = {}
+    session = Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -4049,8 +4085,9 @@ def _our_errors(
     try:
         yield
     except Exception as error:
-        failure = _network_error(error, url, timeout_s)
-        if isinstance(failure, PuterError) and cancellation and not cancellation.has_sent:
+        is_unsent = cancellation is not None and cancellation.has_sent is False
+        failure = _network_error(error, url, timeout_s, is_unsent)
+        if isinstance(failure, PuterError) and is_unsent:
             failure.may_be_billed = False
         if failure is error:
             raise
@@ -4113,7 +4150,9 @@ def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
+def _network_error(
+    error: Exception, url: str, timeout_s: float, is_unsent: bool = False
+) -> Exception:
     """What a failure of requests, urllib3 or the socket means, as one of our errors."""
     if isinstance(error, PuterError):
         return error
@@ -4130,12 +4169,13 @@ def _network_error(error: Exception, url: str, timeout_s: float) -> Exception:
     if isinstance(cause, TimeoutError) and cause.errno is None and "timed out" not in str(cause):
         # somebody else's, such as a signal handler's
         return cause
-    if isinstance(error, rq.ConnectTimeout):
+    is_timeout = isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError))
+    if isinstance(error, rq.ConnectTimeout) or (is_timeout and is_unsent):
         return RequestTimeoutError(
             f"{host} did not accept a connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s",
             hint=NetworkError.default_hint,
         )
-    if isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError)):
+    if is_timeout:
         return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
     if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
         hint = "Check the clock, the certificates (REQUESTS_CA_BUNDLE) and `api_base_url`."
@@ -4324,7 +4364,7 @@ class _ConcurrencyLimit:
     """Lets so many calls at once through to one account, in the order in which they came."""
 
     def __init__(self, places: int) -> None:
-        self._places = places
+        self._places = self._allowed = places
         self._running = 0
         self._paused_until = 0.0
         # when a call last ended
@@ -4389,11 +4429,18 @@ class _ConcurrencyLimit:
         return self._released_at > began
 
     def pause(self, seconds: float) -> None:
-        """The server refused for too many requests: nobody goes for a while."""
+        """The server refused for too many requests: nobody goes for a while, then one."""
+        self._allowed = min(self._running + 1, self._places)
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
+    def passed(self) -> None:
+        """The server took a request: one more may go beside it."""
+        with self._lock:
+            self._allowed = min(self._allowed + 1, self._places)
+            self._wake_next()
+
     def _is_next(self, turn: threading.Event) -> bool:
-        return self._running < self._places and self._queue[0] is turn
+        return self._running < self._allowed and self._queue[0] is turn
 
     def _wake_next(self) -> None:
         if self._queue:
@@ -4722,6 +4769,7 @@ class Stream:
         # "ok", "closed" or an error's code
         self._end_word = ""
         self._lock = threading.RLock()
+        self._reading = threading.Lock()
         self._reply: Reply | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -4768,7 +4816,8 @@ class Stream:
         if self._end_word == "closed":
             raise self._broken(_CLOSED, "closed")
         try:
-            batch = next(self._source.batches, None)
+            with self._reading:  # by one thread at a time
+                batch = next(self._source.batches, None)
             if self._checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
                 raise_for_invalid(self._partial())
         except PuterError as error:
@@ -5197,12 +5246,15 @@ class Puter:
             return None
         try:
             reply = reply_from_json(json.loads(body))
-        except (ValueError, TypeError, KeyError):
+            reply.text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None  # a damaged row is none
         _log.info("Response: from the cache")
         return replace(reply, usage=replace(reply.usage, cost_usd=0.0))
 
     def _cache_key(self, request: Asked) -> str:
+        import hashlib
+
         server = [self.config.api_base_url, self.config.api_style]
         return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
 
@@ -5283,6 +5335,7 @@ class Puter:
                     call.attempts.append(Attempt(model, name, None, seconds))
                     names, now = (model, self._catalogue.known().id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
+                    limit.passed()
                     return source, stack.pop_all()
             seconds = time.monotonic() - started
             if isinstance(failure, CreditError):
@@ -5390,6 +5443,8 @@ class Puter:
     def _cool(self, error: PuterError, account: Account, model_id: str = "") -> None:
         config, name = self.config, account.username
         ms = config.fallback_cooldown_ms if model_id else config.account_rotation_cooldown_ms
+        if isinstance(error, RateLimitError) and not config.max_retries:
+            ms = min(ms, int(RATE_WINDOW_S * 1000))  # nobody waits for it
         self.state.add_cooldown(name, model_id, ms / 1000, _code_of(error), time.time())
         _log.info("%s, adding to cooldown", _log_words(error))
 
@@ -5526,7 +5581,7 @@ class Conversation:
         own: JSON = {name: data[name] for name in ("system", "model", "messages") if data.get(name)}
         options = data.get("options") or {}
         _require(isinstance(options, Mapping), "options", options, "Pass what `to_json` gave.")
-        return cls(client=client, **own, **_checked_options(options))
+        return cls(client=client, **{**_checked_options(options), **own})
 
     def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
         asked = {**self.options, **options}
@@ -5753,6 +5808,8 @@ class _Callback:
         if url.path == "/":
             # Not the URL itself: others on this computer could sign the person in with it.
             return 200, "Sign in", "Open the URL that the terminal shows."
+        import hmac
+
         if not hmac.compare_digest(url.path.encode(), self.path.encode()):
             return 404, "Not found", "There is nothing here."
         token = parse_qs(url.query).get("token", [""])[0]
@@ -5765,6 +5822,8 @@ class _Callback:
         return self._finish(token)
 
     def _finish(self, token: str) -> tuple[int, str, str]:
+        import html
+
         try:
             self.account = self._check(token)
         except PuterError as error:
@@ -5912,6 +5971,11 @@ class ResponseMemory:
         self._texts: dict[str, str] = {}
         self._bytes = 0
         self._lock = threading.Lock()
+
+    @cached_property
+    def extras(self) -> ResponseMemory:
+        """What providers want back with calls: apart, so that no response takes its place."""
+        return ResponseMemory(self._most_bytes // 4)
 
     def put(self, key: str, value: Any) -> None:
         """Remember a JSON value."""
@@ -6145,7 +6209,7 @@ def _flat_name(namespace: Any, name: Any) -> str:
     if len(flat) <= 64:
         return flat
 
-    return f"{flat[:55]}_{hashlib.sha256(flat.encode()).hexdigest()[:8]}"
+    return f"{flat[:55]}_{token_mark(flat)[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
@@ -6207,7 +6271,7 @@ def _with_extra(message: JSON, memory: ResponseMemory) -> JSON:
     for call in calls:
         function = call["function"]
         call["function"] = {**function, "name": _flat_name("", function["name"])}
-        kept = memory.get(_extra_key(call["id"])) or {}
+        kept = memory.extras.get(_extra_key(call["id"])) or {}
         if kept.get("call"):
             call["extra_content"] = kept["call"]
         if kept.get("message"):
@@ -6299,8 +6363,8 @@ def _events_of(request: ChatRequest, chunk: Chunk, stop: StopText) -> Iterator[C
 def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
     """Keep what a provider wants back with a call, until the call is back."""
     if call_id and any(extra.values()):
-        key = _extra_key(call_id)
-        request.memory.put(key, {**(request.memory.get(key) or {}), **extra})
+        key, memory = _extra_key(call_id), request.memory.extras
+        memory.put(key, {**(memory.get(key) or {}), **extra})
 
 
 def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
@@ -6706,6 +6770,7 @@ def _item_messages(items: Sequence[JSON]) -> Messages:
 def _item_message(item: JSON, where: str) -> JSON | None:
     """An item as a message; None for one that says nothing to a model."""
     kind, call_id = item.get("type", "message"), item.get("call_id")
+    _require(isinstance(kind, str), f"{where}.type", kind, "Write a string.")
     if kind == "message":
         return _only(item, "role", "content")
     if kind in ("function_call_output", "custom_tool_call_output", "tool_search_output"):
@@ -7220,6 +7285,8 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     if rules.api_key is not None and path not in ("/", "/health"):
         scheme, _, token = headers.get("Authorization", "").strip().partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
+        import hmac
+
         # http.server reads a head as Latin-1, whatever it was
         sent = [key.encode("latin-1", "replace") for key in (bearer, headers.get("x-api-key", ""))]
         own = [rules.api_key.encode(coding, "replace") for coding in ("utf-8", "latin-1")]
@@ -7367,6 +7434,15 @@ class OpenAIServer:
                 del self._running[connection]
                 self._idle.notify_all()
 
+    @cached_property
+    def token_owner(self) -> str:
+        """The real name behind a token of its own, which errors must not show; "" for none."""
+        client = self.client
+        if client._accounts.token and not is_foreign(client.config):
+            with suppress(PuterError):
+                return str(client.whoami().get("username") or "")
+        return ""
+
     def reserve(self, size: int) -> None:
         """Make room for so many bytes of a body; all bodies at once may hold `MAX_READ_BYTES`."""
         with self._idle:
@@ -7377,16 +7453,23 @@ class OpenAIServer:
     def admit(self, connection: Any) -> bool:
         """Whether there is room for a connection, if need be in place of the longest idle one."""
         with self._idle:
-            idle = [c for c in self.deadlines if c not in self._running]
-            if len(self.connections) >= self.max_connections and idle:
-                oldest = min(idle, key=lambda c: self.deadlines[c])
-                self.forget(oldest)
-                self._hang_up([oldest])
+            if len(self.connections) >= self.max_connections:
+                self.make_room()
             has_room = len(self.connections) < self.max_connections
             if has_room:
                 self.connections.add(connection)
                 self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
         return has_room
+
+    def make_room(self) -> None:
+        """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
+        due = dict(self.deadlines)
+        if due:
+            oldest = min(due, key=lambda c: (c in self._running, due[c]))
+            self.forget(oldest)
+            self._hang_up([oldest])
+        while self._turned_away:
+            self._turned_away.popleft()[1].close()
 
     def turn_away(self, connection: Any) -> None:
         """Say that there is no room, without waiting for anything."""
@@ -7439,14 +7522,20 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
         daemon_threads = True
         block_on_close = False
 
+        is_full = False
+
         def get_request(self) -> tuple[Any, Any]:
             try:
-                return super().get_request()
+                accepted = super().get_request()
             except OSError as error:
-                # it would be tried again at once, and for ever
-                _log.error("No connection can be accepted: %s", error.strerror or error)
-                time.sleep(0.1)
+                if not self.is_full:
+                    _log.error("No connection can be accepted: %s", error.strerror or error)
+                self.is_full = True
+                app.make_room()
+                time.sleep(0.1)  # it is tried again at once
                 raise
+            self.is_full = False
+            return accepted
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if app.admit(request):
@@ -7499,6 +7588,7 @@ class _GatewayHandler(_HandlerBase):
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
         self.sent = self.unread = False
+        self.reserved = 0
         self.request_id = _new_id("req")
         self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
@@ -7537,40 +7627,59 @@ class _GatewayHandler(_HandlerBase):
         return True
 
     def _read_body(self) -> bytes:
-        body, reserved = bytearray(), 0
+        """The body; memory for it is reserved as it arrives, until the request is answered."""
+        body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
+        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
         self._must_arrive_in(BODY_TIMEOUT_S)
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
-        try:
-            for size in self._sizes():
-                if len(body) + size > MAX_REQUEST_BYTES:
-                    raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-                while size:
-                    piece = self.rfile.read1(min(size, 64 * 1024))
-                    if not piece:
-                        raise ConnectionError("the client hung up in the middle of its request")
-                    self.app.reserve(len(piece))
-                    reserved, size = reserved + len(piece), size - len(piece)
-                    body += piece
-            self.unread = False
-            return _unpacked(bytes(body), self.headers.get("Content-Encoding", "identity"))
-        finally:
-            self.app.reserve(-reserved)
-            self.app.deadlines.pop(self.connection, None)
+        is_expected = self.headers.get("Expect", "").lower() == "100-continue"
+        for size in self._sizes(is_expected):
+            while size:
+                piece = self.rfile.read1(min(size, 64 * 1024))
+                if not piece:
+                    raise ConnectionError("the client hung up in the middle of its request")
+                self._reserve(len(piece))
+                size -= len(piece)
+                body += piece
+        self.unread = False
+        self.app.deadlines.pop(self.connection, None)
+        if coding in ("", "identity"):
+            return bytes(body)
+        unpacked = _unpacked(bytes(body), coding)
+        self._reserve(len(unpacked))
+        return unpacked
 
-    def _sizes(self) -> Iterator[int]:
-        """How many bytes of the body come next, piece by piece."""
+    def _reserve(self, size: int) -> None:
+        self.app.reserve(size)
+        self.reserved += size
+
+    def _sizes(self, is_expected: bool) -> Iterator[int]:
+        """How many bytes of the body come next, piece by piece; a client may wait for our word."""
+
+        total = 0
+
+        def checked(size: int) -> int:
+            nonlocal total, is_expected
+            total += size
+            if total > MAX_REQUEST_BYTES:
+                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+            if is_expected:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.wfile.flush()
+                is_expected = False
+            return size
+
         coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length")
         if coding is None:
-            yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
+            yield checked(_body_size("0" if length is None else length, "[0-9]{1,18}", 10))
         elif length is not None:
             raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
         elif coding.strip(" \t").lower() != "chunked":
             raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
         else:
+            checked(0)
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
-                yield size
+                yield checked(size)
                 if self._line():
                     raise _wrong("a chunk is longer than it says")
             # trailers say nothing to us
@@ -7593,6 +7702,7 @@ class _GatewayHandler(_HandlerBase):
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
+        self.is_abandoned = False
         with self.app.running(self.connection) as self.cancellation:
             try:
                 self._answer(path)
@@ -7604,7 +7714,9 @@ class _GatewayHandler(_HandlerBase):
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
             finally:
-                if self.cancellation.cancelled.is_set():
+                self.app.reserve(-self.reserved)
+                self.reserved = 0
+                if self.is_abandoned:
                     # what else it has sent is not for anybody any more
                     self.close_connection = True
 
@@ -7725,6 +7837,7 @@ class _GatewayHandler(_HandlerBase):
                 if frame is None or not opened.done():
                     self.wfile.flush()
         finally:
+            self.is_abandoned = self.cancellation.cancelled.is_set()
             # a stream that comes too late is nobody's
             opened.add_done_callback(_close_opened)
         if has_failed and dialect.cuts_broken_streams:
@@ -7735,9 +7848,9 @@ class _GatewayHandler(_HandlerBase):
 
     def _public(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""
-        names: list[str] = []
+        names: list[str] = [self.app.token_owner]
         with suppress(PuterError):
-            names = [account.username for account in self.app.client.accounts]
+            names += [account.username for account in self.app.client.accounts]
         return public_error(error, names, self.app.client.config.api_base_url)
 
     # ---- writing ----
@@ -7847,11 +7960,6 @@ def _body_size(digits: str, pattern: str, base: int) -> int:
 
 
 def _unpacked(data: bytes, coding: str) -> bytes:
-    coding = coding.strip().lower()
-    if coding in ("", "identity"):
-        return data
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
     unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
     try:
         unpacked = unpacker.decompress(data, MAX_REQUEST_BYTES + 1)
@@ -7862,11 +7970,19 @@ def _unpacked(data: bytes, coding: str) -> bytes:
     return unpacked
 
 
+def _commas_outside_texts(data: bytes) -> int:
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    count, is_inside = 0, False
+    for start in range(0, len(plain), 64 * 1024):
+        pieces = plain[start : start + 64 * 1024].split(b'"')
+        count += sum(piece.count(b",") for piece in pieces[is_inside::2])
+        is_inside ^= len(pieces) % 2 == 0
+    return count
+
+
 def _json_body(data: bytes) -> JSON:
-    if data.count(b",") > MAX_VALUES:
-        outside_of_texts = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL)
-        if outside_of_texts.count(b",") > MAX_VALUES:
-            raise _wrong(f"the body holds more than {MAX_VALUES} values", status=413)
+    if data.count(b",") > MAX_VALUES and _commas_outside_texts(data) > MAX_VALUES:
+        raise _wrong(f"the body holds more than {MAX_VALUES} values", status=413)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -8483,7 +8599,8 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], tuple[_Option | list[_Option], 
 def _opt(*names: str, **keywords: Any) -> _Option:
     if names[0].startswith("-") and keywords.keys() == {"help"}:
         keywords["action"] = "store_true"
-    elif names != ("prompt",) and not keywords.keys() & {"action", "choices", "type"}:
+    is_text = keywords.get("action", "append") == "append" and names != ("prompt",)
+    if is_text and not keywords.keys() & {"choices", "type"}:
         keywords["type"] = _text
     return names, keywords
 
@@ -9115,7 +9232,8 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # a history that cannot be saved is no reason to fail
+        # a history that cannot be saved is no reason to fail; libedit cannot append
+        with suppress(OSError, AttributeError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
             # what another chat has added meanwhile stays
             readline.append_history_file(readline.get_current_history_length() - known, path)
@@ -9215,9 +9333,14 @@ def _import_accounts(client: Puter, name: str) -> int:
             continue
         if own is not None:
             try:
-                account_of(account.token, replace(client.config, auto_create_temp_user=True))
+                found = account_of(
+                    account.token, replace(client.config, auto_create_temp_user=True)
+                )
             except PuterError as error:
                 _print(f"Kept {account.username}: the other token was refused ({error.message})")
+                continue
+            if found.username != account.username:
+                _print(f"Kept {account.username}: the other token is of {found.username}")
                 continue
         is_new = store.add(account, activate=False)
         _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
@@ -9435,6 +9558,8 @@ def _table(
 
     On a terminal that is too narrow the `optional` columns are left out, in that order.
     """
+    import shutil
+
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     columns = list(range(len(widths)))
     for column in optional if sys.stdout.isatty() else ():
@@ -10119,6 +10244,8 @@ def cmd_launch(args: Any) -> int:
         rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHED)]
         _print("\n".join(_table(rows, "<<<")))
         return 0
+    import shutil
+
     program, path = LAUNCHED[args.program], shutil.which(args.program)
     if path is None:
         _error(f"{args.program} is not installed. Install it with: {program.install}")
@@ -10140,6 +10267,9 @@ def cmd_launch(args: Any) -> int:
 
 
 def _launcher_row(name: str) -> tuple[str, str, str]:
+    import shutil
+    import subprocess
+
     path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
@@ -10235,7 +10365,7 @@ def _launch_log(config: Config) -> Iterator[None]:
 def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Sequence[str]) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
-    key, models = secrets.token_urlsafe(32), [m.id for m in setup.models]
+    key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
     with ExitStack() as stack:
         name = stack.enter_context(TemporaryDirectory(prefix=f"puter-{os.getpid()}-"))
@@ -10261,25 +10391,28 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
 
 def _clear_left_folders(place: Path) -> None:
     """Remove the folders, which hold keys, of launches that were killed."""
+    import shutil
+
     for folder in place.glob("puter-[0-9]*-*"):
         try:
             os.kill(int(folder.name.split("-")[1]), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, OverflowError):
             continue  # somebody else's
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    import subprocess
+
     process: Any = None
 
     def forward(number: int, _: Any) -> None:
         if process is not None:
             process.send_signal(number)
-            if number != signal.SIGINT:
-                killer = threading.Timer(PROGRAM_PATIENCE_S, process.kill)
-                killer.daemon = True
-                killer.start()
+            killer = threading.Timer(PROGRAM_PATIENCE_S, process.kill)
+            killer.daemon = True
+            killer.start()
 
     def leave(number: int, frame: Any) -> None:
         """A terminal sends it to the program as well."""
