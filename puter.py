@@ -154,9 +154,14 @@ def visible(text: str) -> str:
 class _StderrHandler(logging.Handler):
     """Writes to what is stderr at the time, as ``[puter-auth] 15:30:45 …``."""
 
+    # Whether a reply is being printed and has not ended its line.
+    is_line_open = False
+
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
-            print(visible(self.format(record)), file=sys.stderr, flush=True)
+            start = "\n" if self.is_line_open else ""
+            _StderrHandler.is_line_open = False
+            print(start + visible(self.format(record)), file=sys.stderr, flush=True)
 
 
 def _show_log(level: int) -> None:
@@ -3673,7 +3678,8 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     """
     visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
     tried = {name for name, _ in visits}
-    is_second_round = len(visits) > len(tried)
+    begins = Counter(a.account for a in attempts if not _is_fallback(a, asked, world))
+    is_second_round = len(visits) > len(tried) or max(begins.values(), default=0) > 1
     name, visit = visits[-1] if visits else ("", [])
     same = next((a for a in world.accounts if a.username == name), None)
     if same is not None and not _leaves_account(visit[-1], asked, world):
@@ -3697,9 +3703,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     return Target(asked.model, account, False, True, ends[account.username])
 
 
+def _is_fallback(attempt: Attempt, asked: Asked, world: World) -> bool:
+    return attempt.model not in (asked.model, world.models.id_of(asked.model))
+
+
 def _leaves_account(attempt: Attempt, asked: Asked, world: World) -> bool:
-    names = (asked.model, world.models.id_of(asked.model))
-    is_fallback = attempt.model not in names
+    is_fallback = _is_fallback(attempt, asked, world)
     error = attempt.error
     return error is not None and next_step(error, is_fallback, asked.fallback) == "next_account"
 
@@ -3904,6 +3913,12 @@ def _cancellable(connection_class: type[Any]) -> type[Any]:
 
     class Cancellable(connection_class):  # type: ignore[misc]
         timeout: Any
+
+        def connect(self) -> None:
+            # for https before `request`
+            if call := getattr(_Cancellation.of_thread, "call", None):
+                call.has_sent = False
+            super().connect()
 
         def request(self, *args: Any, **kwargs: Any) -> None:
             call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
@@ -4542,6 +4557,8 @@ class _Catalogue:
         self.config, self.state, self.transport, self.key = config, state, transport, key
         self._models: ModelList | None = None
         self._fetched_at = 0.0
+        # whether it is older than asked for, since the server could not be reached
+        self.is_stale = False
         # the latest one, and when by the monotonic clock
         self._failure: tuple[PuterError, float] | None = None
         self._lock = threading.RLock()
@@ -4554,7 +4571,8 @@ class _Catalogue:
         """
         with self._lock:
             models, age_s = self.known(), time.time() - self._fetched_at
-            if self.is_fresh() and not refresh:
+            self.is_stale = False
+            if 0 <= age_s < self.config.cache_ttl_ms / 1000 and not refresh:
                 return models
             try:
                 return self._fetch(refresh)
@@ -4562,6 +4580,7 @@ class _Catalogue:
                 if not self._fetched_at or refresh:
                     raise
                 _log.warning("Using a model list that is %.0f minutes old: %s", age_s / 60, error)
+            self.is_stale = True
             return models
 
     def models_if_any(self, why: str) -> ModelList:
@@ -4582,11 +4601,6 @@ class _Catalogue:
                 if stored:
                     self._models, self._fetched_at = models_from(json.loads(stored[0])), stored[1]
         return self._models
-
-    def is_fresh(self) -> bool:
-        """Whether what is known is as new as the settings ask."""
-        age_s = time.time() - self._fetched_at
-        return bool(self._fetched_at) and 0 <= age_s < self.config.cache_ttl_ms / 1000
 
     def after_fork(self) -> None:
         """The lock may be held by a thread that does not exist in the child."""
@@ -4857,7 +4871,8 @@ class Stream:
             self._note_end(word, self._reply)
 
     def _partial(self) -> Reply:
-        return replace(self._source.reply(), account=self.account, attempts=self.attempts)
+        who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
+        return replace(self._source.reply(), **who)
 
 
 def raise_for_invalid(reply: Reply) -> None:
@@ -5311,7 +5326,7 @@ class Puter:
             self._accounts.current or self._accounts.active_name,
             now,
             time.monotonic() - call.began,
-            not self._catalogue.is_fresh(),
+            self._catalogue.is_stale,
         )
 
     def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
@@ -5345,7 +5360,8 @@ class Puter:
                     continue
                 failure = self._explained(failure, call.asked, model, account)
             call.attempts.append(Attempt(model, name, failure, seconds))
-            self._count(model, _code_of(failure), seconds)
+            if not isinstance(failure, ModelNotFoundError):  # there is nothing of that name
+                self._count(model, _code_of(failure), seconds)
             failure.model, failure.account = failure.model or model, name
             if model not in failure.message and not isinstance(failure, ConfigError):
                 failure.message = f"{model}: {failure.message}"
@@ -8488,7 +8504,7 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     that does not read is no reason not to see the end of stdin.
     """
     if sys.stdin.isatty():
-        _log.warning("Waiting for an MCP client on standard input; Ctrl-C ends it")
+        print("Waiting for an MCP client on standard input; Ctrl-C ends it", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, whatever it does
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
@@ -8664,11 +8680,12 @@ def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[st
 def _text(text: str) -> str:
     """A text that says something, for argparse: an unset variable of a script is a mistake."""
     if not text.strip():
-        raise ValueError
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError("must not be empty")
     return text
 
 
-_text.__name__ = "empty text"
 _PORT = _number(int, 0, 65_535)
 _JSON_FLAG = _opt("--json", help="as JSON")
 # What `ask` and `chat` share.
@@ -8709,6 +8726,7 @@ def _info(text: str, dim: bool = False, end: str = "\n") -> None:
     """A line for the person, on stderr; `dim` for what is beside the point."""
     with suppress(BrokenPipeError):  # nobody listens there
         print(_shown(text, sys.stderr, dim), end=end, file=sys.stderr, flush=True)
+    _StderrHandler.is_line_open = not (text + end).endswith("\n")
 
 
 def _shown(text: str, output: Any, dim: bool = False) -> str:
@@ -8722,6 +8740,7 @@ def _shown(text: str, output: Any, dim: bool = False) -> str:
 
 def _print(text: str, end: str = "\n") -> None:
     print(_shown(text, sys.stdout), end=end, flush=True)
+    _StderrHandler.is_line_open = not (text + end).endswith("\n")
 
 
 def _report(args: Any, data: Any, lines: Iterable[str]) -> None:

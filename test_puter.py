@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import builtins
+import codeop
 import contextlib
 import copy
 import dataclasses
@@ -63,12 +64,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime
+from decimal import Decimal
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Optional, TypedDict, Union
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NewType,
+    NoReturn,
+    Optional,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from unittest import mock
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -5141,6 +5157,128 @@ SMALL_CATALOGUE = puter.ModelList(
 )
 
 
+# ---- whom to ask next: the specification of fallback and rotation ----
+#
+# The models: `ask` costs money, f1 to f6 are free and say so in their names, s is free by the
+# list alone. f1 to f3 are of one provider, all others of others.
+TARGET_MODELS = puter.ModelList(
+    [
+        model("ask", "ask-alias", provider="x"),
+        *(model(f"f{n}:free", free=True, provider="pppqqq"[n - 1]) for n in range(1, 7)),
+        model("s", free=True, provider="s"),
+    ]
+)
+TARGET_FAULTS: dict[str, Callable[[], puter.PuterError]] = {
+    "down": lambda: puter.ModelUnavailableError(""),
+    "limit": lambda: puter.ModelRateLimitError(""),
+    "denied": lambda: puter.ModelAccessError(""),
+    "key": lambda: puter.ProviderAuthError(""),
+    "busy": lambda: puter.RateLimitError(""),
+    "dead": lambda: puter.AuthError(""),
+    "credit": lambda: puter.CreditError(""),
+    "dear": lambda: puter.CreditError("", scope="model"),
+    "long": lambda: puter.ContextLengthError("", tokens=9),
+    "unknown": lambda: puter.ModelNotFoundError(""),
+}
+FIVE_FAIL = "a/f1:key a/f2:key a/f3:key a/f4:key a/f5:key"
+# Accounts, who is on cooldown since second 90 (an account, or a model on it, and why), what was
+# tried, and whom to ask at second 100: "waits" out limits, and not before second "@". More: the
+# asked name, `fallback`, and fields of the world or its settings.
+TARGETS = table(
+    ["nobody is there", "", "", "", None, {}],
+    ["the asked model, on the first account", "ab", "", "", "a/ask", {}],
+    ["on the current one", "ab", "", "", "b/ask", {"current": "b"}],
+    ["the only one waits out limits", "a", "", "", "a/ask waits", {}],
+    # the model is at fault
+    ["its first fallback, on the same account", "ab", "", "a/ask:down", "a/f1", {}],
+    ["its limit", "ab", "", "a/ask:limit", "a/f1", {}],
+    ["not for this account", "ab", "", "a/ask:denied", "a/f1", {}],
+    ["its answer costs more than is left", "ab", "", "a/ask:dear", "a/f1", {}],
+    ["a prompt too long for Puter's limit of it", "ab", "", "a/ask:long", "a/f1", {}],
+    ["the next fallback", "a", "", "a/ask:down a/f1:key", "a/f2 waits", {}],
+    ["a fallback that nobody knows", "ab", "", "a/ask:down a/f1:unknown", "a/f2", {}],
+    ["a provider that refused twice is skipped", "ab", "", "a/ask:limit a/f1:limit a/f2:limit", "a/f4", {}],
+    ["not more than five", "ab", "", f"a/ask:down {FIVE_FAIL}", None, {}],
+    ["late, none is begun", "ab", "", "a/ask:down", None, {"elapsed_s": 121.0}],
+    ["without fallback", "ab", "", "a/ask:down", None, {"fallback": False}],
+    ["an unknown name", "ab", "", "a/ask:unknown", None, {}],
+    ["the user's own list comes first", "ab", "", "a/ask:down", "a/s", {"fallback_models": ("s",)}],
+    # a list that could not be fetched: what it calls free may cost by now
+    ["stale: names that say free", "ab", "", "a/ask:down a/f1:key a/f2:key a/f3:key a/f4:key", "a/f5", {"is_stale": True}],
+    ["stale: no other", "ab", "", "a/ask:down", None, {"is_stale": True, "models": TARGET_MODELS[7:]}],
+    ["fresh: that, too", "ab", "", "a/ask:down", "a/s", {"models": TARGET_MODELS[7:]}],
+    ["stale: the user's own", "ab", "", "a/ask:down", "a/s", {"is_stale": True, "fallback_models": ("s",)}],
+    # the account is at fault
+    ["the next account, asked model first", "ab", "", "a/ask:busy", "b/ask", {}],
+    ["no credit", "ab", "", "a/ask:credit", "b/ask", {}],
+    ["a dead token: the last one waits out limits", "ab", "a:login", "a/ask:dead", "b/ask waits", {}],
+    ["found out at a fallback", "ab", "", "a/ask:down a/f1:busy", "b/ask", {}],
+    ["in order, round the end", "abc", "", "c/ask:busy", "a/ask", {"current": "c"}],
+    ["late: the next account all the same", "ab", "", "a/ask:busy", "b/ask", {"elapsed_s": 121.0}],
+    ["one on cooldown is passed over", "abc", "b:busy", "a/ask:busy", "c/ask", {}],
+    ["nobody has credit", "ab", "", "a/ask:credit b/ask:credit", None, {}],
+    ["one that is gone by now", "ab", "", "z/ask:busy", "a/ask", {}],
+    # from the model to the next account
+    ["another account may use it", "ab", "", f"a/ask:denied {FIVE_FAIL}", "b/ask", {}],
+    ["without fallback, at once", "ab", "", "a/ask:denied", "b/ask", {"fallback": False}],
+    ["what failed by itself is not asked again", "ab", "", "a/ask:denied a/f1:down a/f2:busy b/ask:denied", "b/f2", {}],
+    ["five fallbacks on all accounts together", "ab", "", f"a/ask:denied {FIVE_FAIL} b/ask:denied", None, {}],
+    # cooldowns
+    ["alone, it is asked all the same", "a", "a:busy", "", "a/ask waits", {}],
+    ["so is the last one alive", "ab", "a:busy b:login", "", "a/ask waits", {}],
+    ["nobody is alive: the current one says so", "ab", "a:login b:login", "", "b/ask waits", {"current": "b"}],
+    ["on cooldown for long", "ab", "a:forbidden b:forbidden", "", None, {}],
+    ["the asked model rests: its fallback first", "ab", "a/ask:down", "", "a/f1", {}],
+    ["known by another name", "ab", "a/ask:down", "", "a/f1", {"model": "ask-alias"}],
+    ["on this account only", "ab", "b/ask:down", "", "a/ask", {}],
+    ["without any fallback, despite its rest", "ab", "a/ask:down", "", "a/ask", {"fallback": False}],
+    ["a fallback that rests is skipped", "ab", "a/f1:down", "a/ask:down", "a/f2", {}],
+    # everybody is limited, for seconds
+    ["the first whose window ends, once more", "ab", "a:busy b:busy", "a/ask:busy b/ask:busy", "a/ask waits @100", {}],
+    ["before anybody was asked", "ab", "a:busy b:busy", "", "a/ask waits @100", {}],
+    ["of what was not noted", "ab", "", "a/ask:busy b/ask:busy", "a/ask waits @100.25", {}],
+    ["one that has a fault of its own is not", "ab", "", "a/ask:credit b/ask:busy", "b/ask waits @100.25", {}],
+    ["its fallbacks then", "ab", "", "a/ask:busy b/ask:busy a/ask:down", "a/f1 waits", {}],
+    ["never a third time", "ab", "", "a/ask:busy b/ask:busy a/ask:busy", None, {}],
+    ["nor where it alone was asked", "ab", "b:forbidden", "a/ask:busy a/ask:busy", None, {}],
+    ["nor the last one twice", "ab", "", "a/ask:credit b/ask:busy b/ask:busy", None, {}],
+    ["nor without retries", "ab", "", "a/ask:busy b/ask:busy", None, {"max_retries": 0}],
+)  # fmt: skip
+
+
+def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
+    """What `next_target` says, in the words of the table."""
+    given = {"model": "ask", "fallback": True, "models": TARGET_MODELS, **given}
+    full = {"busy": "too_many_requests"}
+    cooldowns = []
+    for where, _, why in (word.partition(":") for word in cooled.split()):
+        who, _, name = where.partition("/")
+        name = f"{name}:free" if name.startswith("f") else name
+        cooldowns.append(puter.Cooldown(who, name, 400.0, 1, full.get(why, why), 90.0))
+    attempts = []
+    for where, _, why in (word.partition(":") for word in tried.split()):
+        who, _, name = where.partition("/")
+        name = f"{name}:free" if name.startswith("f") else name
+        attempts.append(attempt(name, who, TARGET_FAULTS[why]()))
+    asked = puter.Asked(given.pop("model"), {}, puter.Needs(), given.pop("fallback"))
+    settings = {k: given.pop(k) for k in ("fallback_models", "max_retries") if k in given}
+    world = puter.World(
+        accounts=[account(name) for name in names],
+        cooldowns=cooldowns,
+        models=puter.ModelList(given.pop("models")),
+        config=puter.Config(folder="/", **settings),
+        now=100.0,
+        **given,
+    )
+    target = puter.next_target(asked, attempts, world)
+    if target is None:
+        return None
+    assert target.is_fallback is (target.model != asked.model)
+    words = f"{target.account.username}/{target.model.removesuffix(':free')}"
+    words += " waits" if target.waits_out_limits else ""
+    return f"{words} @{target.not_before_s:g}" if target.not_before_s else words
+
+
 class TestPolicies:
     # ---- what an error means ----
 
@@ -5482,6 +5620,24 @@ class TestPolicies:
         for strategy, name in (("round-robin", in_turn), ("least-recently-used", least_used)):
             one = puter.next_account(accounts, cooled, strategy, current)
             assert (one and one.username) == name
+
+    @pytest.mark.parametrize(("names", "cooled", "tried", "target", "given"), TARGETS)
+    def test_next_target(self, names, cooled, tried, target, given):
+        assert next_of(names, cooled, tried, given) == target
+
+    def test_a_call_ends_whatever_fails(self):
+        """However it goes, everybody together is asked some twenty times, never for ever."""
+        rand = random.Random(5)
+        for _ in range(300):
+            names = "abc"[: rand.randint(1, 3)]
+            kinds = ["busy", "forbidden", "login"]
+            cooled = " ".join(f"{n}:{rand.choice(kinds)}" for n in names if rand.random() < 0.4)
+            tried: list[str] = []
+            while (found := next_of(names, cooled, " ".join(tried), {})) is not None:
+                tried.append(
+                    f"{found.split()[0]}:{rand.choice([*set(TARGET_FAULTS) - {'unknown'}])}"
+                )
+                assert len(tried) < 30, (names, cooled, tried)
 
     @pytest.mark.parametrize(
         ("strikes", "times"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (99, 4)]
@@ -13041,6 +13197,459 @@ class TestOpenAIServer:
 
 
 # =============================================================================
+# The gateway under attack, and what odd clients send
+# =============================================================================
+LONG_NAME = "a." * 200_000
+CHAT_PATH = "/v1/chat/completions"
+SILENT = b""
+
+
+def cpu_of(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What the work gives, and how long all threads of this process have computed for it."""
+    began = time.process_time()
+    return work(), time.process_time() - began
+
+
+def raw_post(server: puter.OpenAIServer, path: str, data: bytes, **headers: str) -> Any:
+    """A request whose body is sent as it is."""
+    url = server.url.removesuffix("/v1") + path
+    return requests.post(url, data=data, headers=headers, timeout=20)
+
+
+class TestGatewayUnderAttack:
+    """One request freezes nobody, many fill nothing, and who is too slow goes."""
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            (CHAT_PATH, {"model": LONG_NAME}),
+            (CHAT_PATH, {"model": "x" * 30_000_000}),
+            (CHAT_PATH, {"response_format": {"type": LONG_NAME}}),
+            (CHAT_PATH, {"tools": [function_tool()], "tool_choice": {"type": "function", "function": {"name": LONG_NAME}}}),
+            (CHAT_PATH, {"messages": [{"role": LONG_NAME, "content": "hi"}]}),
+            (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": LONG_NAME}]}]}),
+            ("/v1/responses", {"model": LONG_NAME, "input": "hi"}),
+            ("/v1/responses", {"input": "hi", "previous_response_id": LONG_NAME}),
+            ("/v1/responses", {"input": [{"type": "item_reference", "id": LONG_NAME}]}),
+            ("/v1/responses", {"input": [{"type": LONG_NAME}]}),
+            ("/v1/messages", {"model": LONG_NAME, "max_tokens": 9}),
+            ("/v1/messages", {"max_tokens": 9, "tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": LONG_NAME}}),
+            ("/v1/messages", {"max_tokens": 9, "tools": [{"name": "f", "type": LONG_NAME[:60_000]}], "tool_choice": {"type": LONG_NAME}}),
+            (f"/v1/models/{'a.' * 30_000}", None),
+        ],
+    )  # fmt: skip
+    def test_a_long_word_freezes_nobody(self, server, path, body):
+        server.client.models()
+        data = (
+            b""
+            if body is None
+            else json.dumps({"model": lab("text"), "messages": HI, **body}).encode()
+        )
+        method = "GET" if body is None else "POST"
+        url = server.url.removesuffix("/v1") + path
+        work = lambda: requests.request(method, url, data=data, timeout=20)
+        (running, outcome), cpu_s = cpu_of(lambda: in_background(work))
+        began = time.monotonic()
+        assert get_from(server, "/health").ok and time.monotonic() - began < 1.0
+        _, more_s = cpu_of(lambda: running.join(20))
+        assert 400 <= outcome[0].status_code < 500 and len(outcome[0].content) < 5_000
+        assert cpu_s + more_s < 1.0
+
+    @pytest.mark.parametrize(
+        ("data", "status"),
+        [
+            (b'{"a":[' + b'"a",' * 1_100_000 + b"1]}", 413),
+            (json.dumps({"a": "a," * 1_100_000}).encode(), 400),
+            (b"," * 1_000_001 + b'"' + rb"\"" * 20_000, 413),
+            (gzip.compress(b"[" * 34_000_000), 413),
+        ],
+        ids=["many values", "a text of commas", "a text without end", "packed"],
+    )
+    def test_a_body_of_too_many_values(self, server, data, status):
+        coding = {"Content-Encoding": "gzip"} if data[:2] == b"\x1f\x8b" else {}
+        reply, cpu_s = cpu_of(lambda: raw_post(server, CHAT_PATH, data, **coding))
+        assert reply.status_code == status and cpu_s < 2.0
+
+    def test_what_is_announced_takes_no_memory(self, server):
+        with ExitStack() as stack:
+            for _ in range(12):
+                sock = stack.enter_context(connected(server))
+                sock.sendall(head_of("POST", CHAT_PATH, Content_Length=str(30 << 20)))
+            assert eventually(lambda: len(server._running) == 12)
+            assert server._reserved_bytes == 0
+            assert answer_of(server, body_for())[0] == SENTENCE
+
+    @pytest.mark.parametrize(
+        "sent", [SILENT, b"GET / HT", head_of()], ids=["silent", "half", "idle"]
+    )
+    def test_who_waits_makes_room(self, serve, sent):
+        server = serve(max_connections=4)
+        before = threading.active_count()
+        with ExitStack() as stack:
+            for _ in range(40):
+                sock = stack.enter_context(connected(server))
+                sock.sendall(sent)
+                if sent == head_of():
+                    until_seen(sock, b"}")
+            assert answer_of(server, body_for())[0] == SENTENCE
+            assert len(server.connections) <= 4 and len(server.deadlines) <= 4
+            assert eventually(lambda: threading.active_count() <= before + 6)
+
+    def test_above_the_limit_no_thread_begins(self, serve, fake):
+        fake.script[lab("text")] = "hang"
+        server = serve(max_connections=2)
+        with ExitStack() as stack:
+            for number in (1, 2):
+                sock = stack.enter_context(connected(server))
+                sock.sendall(chat_request(body_for()))
+                assert eventually(lambda n=number: len(server._running) == n)
+            threads = threading.active_count()
+            late = [stack.enter_context(connected(server)) for _ in range(30)]
+            for sock in late:
+                answer = until_end(sock)
+                assert status_of(answer) == 503 and b"overloaded" in answer
+                assert b"Retry-After" in answer
+            assert threading.active_count() <= threads + 1
+
+    @pytest.mark.parametrize("slow", ["head", "body"])
+    def test_slow_bytes_end(self, serve, monkeypatch, slow):
+        monkeypatch.setattr(puter, "HEAD_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(puter, "BODY_TIMEOUT_S", 0.3)
+        server = serve()
+        with connected(server) as sock:
+            sock.sendall(
+                head_of("POST", CHAT_PATH, Content_Length="999")
+                if slow == "body"
+                else b"GET / HTTP/1.1\r\n"
+            )
+            began = time.monotonic()
+            with suppress(ConnectionError):
+                while time.monotonic() < began + 5 and not select.select([sock], [], [], 0.05)[0]:
+                    sock.sendall(b"X: y\r\n")
+            assert time.monotonic() - began < 2.0
+
+    def test_without_descriptors_it_says_so_and_goes_on(self, server, monkeypatch, caplog):
+        real, failures = socket.socket.accept, [errno.EMFILE] * 2
+
+        def accept(self: socket.socket) -> Any:
+            if failures and self.fileno() == server._server.fileno():
+                raise OSError(failures.pop(), "Too many open files")
+            return real(self)
+
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        assert get_from(server, "/health").ok and not failures
+        assert "No connection can be accepted: Too many open files" in caplog.text
+
+    def test_no_100_continue_before_key_and_size(self, serve):
+        server = serve(api_key=KEY)
+        expecting = {"Expect": "100-continue", "Content_Length": "2"}
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": f"Bearer {KEY}", "Content_Length": "99999999999"}, 413),
+            ({"Authorization": f"Bearer {KEY}"}, 100),
+        ):
+            with connected(server) as sock:
+                sock.sendall(head_of("POST", CHAT_PATH, **{**expecting, **headers}))
+                assert status_of(until_seen(sock, b"\r\n\r\n")) == status
+
+    def test_one_large_history_drives_out_no_other(self, server):
+        def post(**body: Any) -> Any:
+            return requests.post(
+                f"{server.url}/responses", json={"model": lab("text"), **body}, timeout=20
+            ).json()
+
+        first = post(input="hi")["id"]
+        post(input="x" * 17_000_000)
+        assert post(input="and?", previous_response_id=first)["status"] == "completed"
+
+    def test_signatures_outlive_large_histories(self, server):
+        memory = server.memory
+        asked = understood()._replace(memory=memory)
+        puter._remember(asked, "call_1", call={"google": "signature"})
+        for number in range(3):
+            memory.put(f"history_{number}", "x" * 7_000_000)
+        message = assistant(None, called("call_1"))
+        assert puter._with_extra(message, memory)["tool_calls"][0]["extra_content"]
+
+    def test_the_owners_name_is_not_told(self, serve, fake):
+        fake.script[lab("text")] = lambda *_: refusing(403, "forbidden", "alice may not do this")
+        for client in (None, puter.Puter("token-alice", api_base_url=fake.url, max_retries=0)):
+            reply = post_to(serve(client), body_for())
+            assert reply.status_code == 403 and "alice" not in reply.text
+            if client is not None:
+                client.close()
+
+
+class TestOddClients:
+    """What clients send besides what is documented."""
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions?x=1"],
+    )  # fmt: skip
+    def test_a_slash_too_many(self, server, path):
+        assert raw_post(server, path, json.dumps(body_for()).encode()).ok
+
+    def test_a_doubled_base_is_explained(self, server):
+        reply = raw_post(server, "/v1/v1/messages", b"{}", **{"anthropic-version": "2023-06-01"})
+        assert reply.status_code == 404 and reply.json()["type"] == "error"
+        assert "leave /v1 out" in reply.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("coding", "pack", "status"),
+        [
+            ("gzip", gzip.compress, 200),
+            ("deflate", zlib.compress, 200),
+            ("identity", bytes, 200),
+            ("gzip", bytes, 400),
+            ("br", bytes, 415),
+            ("zstd", bytes, 415),
+        ],
+    )
+    def test_packed_bodies(self, server, coding, pack, status):
+        data = pack(json.dumps(body_for()).encode())
+        reply = raw_post(server, CHAT_PATH, data, **{"Content-Encoding": coding})
+        assert reply.status_code == status
+
+    def test_heads_of_refusals_and_streams(self, serve, fake):
+        server = serve(api_key="schlüssel")
+        for key in ("schlüssel".encode(), "schlüssel".encode("latin-1")):
+            assert get_from(server, "/v1/models", Authorization=b"Bearer " + key).ok
+        refused = get_from(server, "/v1/models")
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+        for path, allowed in ((CHAT_PATH, "POST"), ("/v1/models", "GET, HEAD")):
+            wrong = get_from(server, path, "DELETE", **{"x-api-key": b"schl\xfcssel"})
+            assert (wrong.status_code, wrong.headers["Allow"]) == (405, allowed)
+        head = {"Authorization": b"Bearer schl\xfcssel"}
+        with post_to(server, body_for(stream=True), stream=True, **head) as streamed:
+            assert streamed.headers["X-Accel-Buffering"] == "no"
+
+    def test_long_names_of_tools_are_restored(self, server, fake):
+        name = "mcp__server__" + "a_long_name_" * 6
+        fake.script[lab("text")] = lambda _, args: Turn(
+            calls=(tool_call("1", args["tools"][0]["function"]["name"]),), finish="tool_calls"
+        )
+        for stream in (False, True):
+            reply = post_to(server, body_for(tools=[function_tool(name)], stream=stream))
+            assert name in reply.text
+            sent_name = sent_to(fake)["tools"][0]["function"]["name"]
+            assert len(sent_name) <= 64 and sent_name != name
+        history = [*HI, assistant(None, called("1", name)), result("1")]
+        assert post_to(server, body_for(tools=[function_tool(name)], messages=history)).ok
+        assert sent_name in json.dumps(sent_to(fake)["messages"]) and name not in json.dumps(
+            sent_to(fake)
+        )
+
+    def test_stop_texts_and_no_limit_of_messages(self, server, fake):
+        body = {"model": lab("text"), "messages": HI, "max_tokens": -1}
+        body["stop_sequences"] = ["a1", "a2", "a3", "a4", "jumps"]
+        answer = requests.post(f"{server.url}/messages", json=body, timeout=10).json()
+        assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "jumps")
+        assert "max_tokens" not in sent_to(fake)
+
+    def test_what_cursor_sends(self, server, fake):
+        flat = {"type": "function", "name": "get_weather", "parameters": {"type": "object"}}
+        body = {"model": lab("text"), "input": [{"role": "user", "content": "hi"}], "tools": [flat]}
+        assert post_to(server, body).json()["choices"][0]["message"]["content"] == SENTENCE
+        blocks = [
+            user("hi"),
+            assistant([text_part("so"), used("1", "get_weather", {"city": "Rome"})]),
+            user([{"type": "tool_result", "tool_use_id": "1", "content": "sunny"}]),
+        ]
+        assert post_to(server, body_for(messages=blocks)).ok
+        seen = sent_to(fake)["messages"]
+        assert [m["role"] for m in seen] == ["user", "assistant", "assistant", "tool"]
+        assert seen[-1]["content"] == "sunny"
+
+    def test_only_the_given_models_are_served(self, serve, fake):
+        server = serve(models=[lab("echo"), lab("text")])
+        for name, served in (
+            ("claude-fable-5", "echo"),
+            ("", "echo"),
+            ("lab/text", "text"),
+            (f"{lab('text')}[1m]", "text"),
+        ):
+            assert post_to(server, {**body_for(), "model": name}).ok
+            assert sent_to(fake)["model"].endswith(f"lab/{served}")
+        assert [m["id"] for m in get_from(server, "/v1/models").json()["data"]] == [
+            lab("echo"),
+            lab("text"),
+        ]
+
+
+def kinds_in(union: Any) -> list[str]:
+    """What the members of a union of typed dicts have as their type."""
+    if get_origin(union) is Annotated:
+        return kinds_in(get_args(union)[0])
+    if get_args(union) and get_origin(union) is not Literal:
+        members = [m for m in get_args(union) if m not in (str, type(None))]
+        return sorted({kind for member in members for kind in kinds_in(member)})
+    if hasattr(union, "model_fields"):  # what an answer held, given back as it is
+        return [*get_args(union.model_fields["type"].annotation)]
+    hint = get_type_hints(union, include_extras=True).get("type")
+    while get_origin(hint) not in (None, Literal):
+        hint = get_args(hint)[0]
+    return [kind for kind in get_args(hint) if isinstance(kind, str)]
+
+
+class TestArguments:
+    """What a request's arguments become for each kind of provider."""
+
+    @pytest.mark.parametrize(
+        ("effort", "limit", "sent_effort"),
+        [
+            ("high", None, "high"),
+            ("high", 8_448, "high"),
+            ("high", 8_447, "medium"),
+            ("high", 4_352, "medium"),
+            ("high", 1_500, "low"),
+            ("high", 1_280, "low"),
+            ("high", 1_279, None),
+            ("medium", 9_999, "medium"),
+            ("low", 1_279, None),
+            ("none", 10, "none"),
+        ],
+    )
+    def test_an_effort_leaves_room_for_the_answer(self, effort, limit, sent_effort):
+        args = {"messages": [user("hi")], "reasoning_effort": effort}
+        args |= {"max_tokens": limit} if limit else {}
+        assert (
+            puter.arguments_for("claude", "claude-x", args).get("reasoning_effort") == sent_effort
+        )
+
+    @pytest.mark.parametrize(
+        ("form", "name", "given", "want"),
+        [
+            ("responses", "o3-pro", {"reasoning_effort": "high"}, {}),
+            ("responses", "gpt-5", {"reasoning_effort": "high"}, {"reasoning": {"effort": "high"}}),
+            ("responses", "gpt-5", {"verbosity": "low"}, {"text": {"verbosity": "low"}}),
+            ("chat", "gpt-5", {"verbosity": "low"}, {"verbosity": "low"}),
+            (
+                "responses",
+                "gpt-5",
+                {"tool_choice": NAMED},
+                {"tool_choice": {"type": "function", "name": "get_time"}},
+            ),
+            ("chat", "gpt-5", {"tool_choice": NAMED}, {"tool_choice": NAMED}),
+            *(
+                (form, "m", {name: "x"}, {name: "x"} if form == "responses" else {})
+                for form in ("responses", "chat", "openrouter")
+                for name in puter.RESPONSES_ARGUMENTS
+            ),
+            ("claude", "claude-x", {}, {"temperature": 1}),
+            ("claude", "claude-x", {"temperature": 0}, {"temperature": 0}),
+            ("chat", "m", {}, {}),
+        ],
+    )
+    def test_by_form(self, form, name, given, want):
+        sent = puter.arguments_for(form, name, {"messages": [user("hi")], **given})
+        assert {key: value for key, value in sent.items() if key != "messages"} == want
+
+    @pytest.mark.parametrize("form", puter.FORMS)
+    def test_a_name_goes_to_chat_providers_only(self, form):
+        (message,) = sent_as(form, [user("hi", name="bob")])
+        assert ("name" in message) is (form in ("chat", "openrouter", "openai"))
+
+    @pytest.mark.parametrize("form", puter.FORMS)
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [{"role": "system", "content": "Be brief."}],
+            [user("hi"), assistant(" \n"), user("so?")],
+            [
+                user("hi"),
+                assistant(None, called("c", "f", '{"x": 1e400}')),
+                result("c"),
+                user("so?"),
+            ],
+            [
+                user("hi"),
+                assistant(None, called("c"), called("c")),
+                result("c"),
+                result("c"),
+                user("so?"),
+            ],
+        ],
+        ids=["systems alone", "a blank text", "infinity", "one id twice"],
+    )
+    def test_a_history_never_ends_for_good(self, form, messages):
+        sent = sent_as(form, messages)
+        json.dumps(sent, allow_nan=False)
+        if form in MODEL_OF:
+            assert vendor_fault(form, sent) == ""
+
+
+class TestEveryKind:
+    """Every block, item and tool that the vendors' packages define is read, skipped, or named."""
+
+    def test_blocks_of_anthropic(self):
+        beta = anthropic.types.beta
+        kinds = kinds_in(anthropic.types.ContentBlockParam) + kinds_in(beta.BetaContentBlockParam)
+        assert len(kinds) > 20 and {"text", "tool_use", "mcp_tool_use"} <= set(kinds)
+        for kind in kinds:
+            try:
+                puter.read_message(user([{"type": kind}]), "messages[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_items_of_openai(self):
+        kinds = kinds_in(openai.types.responses.ResponseInputItemParam)
+        assert len(kinds) > 20 and {"function_call", "shell_call"} <= set(kinds)
+        for kind in kinds:
+            item = {
+                "type": kind,
+                "call_id": "c",
+                "name": "f",
+                "role": "user",
+                "id": "rs_1",
+                "content": "x",
+            }
+            try:
+                puter._item_message(item, "input[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_parts_of_openai(self):
+        kinds = kinds_in(openai.types.chat.ChatCompletionContentPartParam)
+        kinds += kinds_in(openai.types.responses.ResponseInputContentParam)
+        for kind in kinds:
+            try:
+                puter.read_part({"type": kind}, "messages[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_tools(self):
+        """A tool that a client runs is a function, or refused by its name: never dropped."""
+        run_by_clients = re.compile("bash|text_editor|memory|computer|shell|apply_patch|browser")
+        beta = anthropic.types.beta.BetaToolUnionParam
+        for kind in {*kinds_in(anthropic.types.ToolUnionParam), *kinds_in(beta)}:
+            body = {"tools": [{"type": kind, "name": "own_name"}]}
+            if run_by_clients.search(kind):
+                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
+                    messages_request(user("hi"), **body)
+            else:
+                offered = [
+                    t["function"]["name"] for t in messages_request(user("hi"), **body).tools
+                ]
+                assert offered == (["own_name"] if kind == "custom" else []), kind
+        for kind in kinds_in(openai.types.responses.ToolParam):
+            body = {"input": "hi", "tools": [{"type": kind, "name": "own_name", "tools": []}]}
+            # the container of code_interpreter and the hosted shell are the provider's
+            if run_by_clients.search(kind):
+                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
+                    responses_request(**body)
+            else:
+                offered = [t["function"]["name"] for t in responses_request(**body).tools]
+                assert offered == (["own_name"] if kind in ("function", "custom") else []), kind
+
+    def test_what_was_told_and_what_stays(self):
+        call = {"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}}
+        assert "ls" in str(puter._item_message(call, "input[0]"))
+        (kept,) = puter.read_message(user([{"type": "compaction", "content": "so far"}]), "m")
+        assert kept["content"] == [text_part("so far")]
+
+
+# =============================================================================
 # Commands: serve --openai
 # =============================================================================
 @contextmanager
@@ -13665,6 +14274,30 @@ class TestMcpMessages:
         assert not server.result(lab_chat("text", request_id))["isError"]
         server.send(cancelled(request_id))
         assert server.result(rpc("ping", None, "after")) == {}
+
+    def test_a_cancel_of_true_is_none_of_number_one(self, talk, fake):
+        server = talk("alice")
+        server.send(lab_chat("hang", 1))
+        assert eventually(lambda: fake.open_streams == 1)
+        server.send(cancelled(True))
+        time.sleep(0.05)
+        assert fake.open_streams == 1
+        server.send(cancelled(1))
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_a_long_answer_is_cut_and_says_so(self, talk, fake):
+        fake.script[lab("text")] = says("x" * 1_200_000)
+        answer = talk("alice").result(lab_chat("text"))
+        (content,) = answer["content"]
+        assert len(content["text"]) < 1_000_100 and content["text"].endswith("[cut off here]")
+        assert answer["structuredContent"]["partial"] is True
+
+    @posix_only
+    def test_at_a_terminal_it_says_what_it_waits_for(self, desk):
+        with at_terminal(desk, "serve", "--mcp") as terminal:
+            terminal.expect("Waiting for an MCP client", 3.0)
+            terminal.send("\x03")
+            terminal.end()
 
     def test_a_call_that_waits_for_headers_is_cancelled(self, talk, fake):
         gone = threading.Event()
@@ -16585,6 +17218,913 @@ class TestReports:
 
 
 # =============================================================================
+# The client under attack
+# =============================================================================
+FAILED_WORDS = ("error", "ERROR", "network_error", "malformed_function_call", "abort", "incomplete")
+DOUBTFUL = table(
+    ["a firewall's page", 403, b"<h1>Blocked by the firewall</h1>"],
+    ["a proxy's limit", 429, b"Slow down"],
+    ["a limit without a code", 429, {"message": "too many"}],
+    ["a misread 402", 402, {"message": "pay"}],
+    ["another's code", 403, {"code": "nope", "message": "no"}],
+)
+
+
+def open_files() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+class TestClientUnderAttack:
+    """Failures that look like success, bills that come twice, and what grows for ever."""
+
+    @pytest.mark.parametrize("word", FAILED_WORDS)
+    def test_what_its_provider_gave_up_is_no_answer(self, make, fake, word):
+        fake.script[lab("text")] = lambda *_: Turn("half of", finish=word)
+        with pytest.raises(puter.ReplyError, match="failed while it wrote") as caught:
+            make(fallback_enabled=False).chat("hi", model=lab("text"))
+        assert caught.value.reply.text == "half of" and len(chats(fake)) == 1
+        ended = json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": word}]})
+        _, error, reply = heard(delta(content="half of"), ended, "[DONE]")
+        assert isinstance(error, puter.StreamError) and reply.text == "half of"
+
+    def test_an_end_alone_is_no_answer(self):
+        _, error, _ = heard("[DONE]")
+        assert isinstance(error, puter.StreamError) and "no answer" in error.message
+
+    @pytest.mark.parametrize(
+        ("finish", "words"), [("length", "cut at its longest"), ("content_filter", "filter ended")]
+    )
+    def test_a_cut_is_said(self, signed_in, finish, words):
+        signed_in.script[lab("text")] = lambda *_: Turn("half", finish=finish)
+        done = run_cli(signed_in, "ask", "-m", lab("text"), "--no-stream", "hi")
+        assert (done.returncode, done.stdout) == (0, "half\n") and words in done.stderr
+
+    def test_what_comes_behind_the_end_is_nothing(self):
+        decoder = puter.LineDecoder("m")
+        decoder.feed(
+            line("text", text="all") + line("usage", usage=USAGE) + line("text", text="no")
+        )
+        decoder.finish()
+        assert decoder.error is None and decoder.reply().text == "all"
+
+    def test_a_task_that_closes_is_seen_by_the_task_that_reads(self, make):
+        async def both(stream: puter.Stream) -> None:
+            loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
+
+            async def read() -> None:
+                while await loop.run_in_executor(pool, next, stream, None):
+                    pass
+
+            reading = asyncio.ensure_future(read())
+            await asyncio.sleep(0.1)
+            await loop.run_in_executor(pool, stream.close)
+            with pytest.raises(puter.StreamError, match="closed"):
+                await reading
+            pool.shutdown()
+
+        asyncio.run(both(make().stream("hi", model=lab("slow"))))
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("way", ["leave", "close", "drop", "client"])
+    def test_a_forked_child_ends_only_its_own(self, make, way):
+        client = make()
+        with client.stream("hi", model=lab("slow")) as stream:
+            said = str(next(stream))
+            child = os.fork()
+            if child == 0:
+                with suppress(BaseException):
+                    {
+                        "leave": lambda: stream.__exit__(None, None, None),
+                        "close": stream.close,
+                        "drop": stream.__del__,
+                        "client": client.close,
+                    }[way]()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert said + text_of_chunks(list(stream)) == SENTENCE
+
+    @pytest.mark.parametrize(("how", "asked"), [("chat", 1), ("stream", 2)])
+    def test_a_kept_connection_that_breaks_at_work_is_not_stale(self, how, asked):
+        seen: list[bytes] = []
+        answer = driver_reply(Turn(WIRE_TEXT), openrouter_model("m"))
+        body = compact(answer).encode()
+        head = (
+            f"HTTP/1.1 200 OK\r\nContent-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+
+        def serve(connection: socket.socket) -> None:
+            with suppress(ConnectionAbortedError):
+                while request := read_request(connection):
+                    seen.append(request)
+                    if len(seen) > 1:
+                        time.sleep(0.1)  # at work, and then it fails
+                        hang_up(connection, "closed")
+                    connection.sendall(head.encode() + body)
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter("t", api_base_url=url, retry_delay_ms=1, fallback_enabled=False) as client,
+        ):
+            client.chat("hi", model="m")
+            with pytest.raises(puter.NetworkError) as caught:
+                ask(client, how, "m")
+        assert caught.value.may_be_billed and len(seen) == 1 + asked
+
+    def test_a_connection_that_was_closed_while_idle_is_seen_before(self, make, fake):
+        client = make(max_retries=0)
+        client.chat("hi", model=lab("text"))
+        fake.stop()
+        fake.start()
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    @pytest.mark.parametrize(
+        ("name", "ttl_ms", "is_down", "is_asked"),
+        [
+            ("gift", 20, True, False),
+            ("gift:free", 20, True, True),
+            ("gift", 20, False, True),
+            ("gift", 0, False, True),
+            ("gift", 60_000, True, True),
+        ],
+    )
+    def test_what_an_old_list_calls_free(self, make, fake, name, ttl_ms, is_down, is_asked):
+        fake.catalogue = [openrouter_model("lab/text"), openrouter_model(f"lab/{name}", (0, 0))]
+        fake.script |= {lab("text"): "err429", lab(name): "echo"}
+        client = make(cache_ttl_ms=ttl_ms)
+        client.models()
+        if is_down:
+            fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        time.sleep(0.03)
+        with suppress(puter.ModelRateLimitError):
+            client.chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text", *([f"alice {name}"] if is_asked else [])]
+
+    def test_usage_is_the_sum(self, make, fake):
+        one = {"usage": None}
+        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
+        client = make()
+        one = client.chat("hi", model=lab("text"), tools=[get_weather]).usage
+        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
+        talk = client.conversation(model=lab("text"))
+        for reply in (talk.say("hi", tools=[get_weather]), talk.reply):
+            assert reply.usage == one + one and reply.usage.cost_usd == 2 * one.cost_usd
+        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
+        with pytest.raises(puter.ReplyError) as caught:
+            client.run("hi", [get_weather], model=lab("text"), max_rounds=2)
+        assert caught.value.reply.usage == one + one + one
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+    def test_one_default_client_at_a_time(self, fake, home, monkeypatch):
+        monkeypatch.setattr(puter, "_default", None)
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        counts = []
+        for number in range(30):
+            fake.add_account(f"user{number}", f"key-{number}")
+            monkeypatch.setenv("PUTER_AUTH_TOKEN", f"key-{number}")
+            assert puter.chat("hi", model=lab("echo")).text == "hi"
+            counts.append(open_files())
+        puter._default_client().close()
+        assert max(counts[2:]) <= counts[1] + 2
+
+    def test_a_remembered_failure_does_not_grow(self, make, fake):
+        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        client, depths = make(max_retries=0), set()
+        for _ in range(4):
+            with pytest.raises(puter.ServerError) as caught:
+                client.models()
+            depths.add(len(list(traceback.walk_tb(caught.value.__traceback__))))
+        assert client._catalogue._failure[0].__traceback__ is None
+        assert len(depths) <= 2 and len(fake.requests) == 1
+
+    def test_a_clock_that_is_set_back(self, make, fake, move_clock, monkeypatch):
+        monkeypatch.setattr(puter, "MODELS_RETRY_S", 0.05)
+        route = fake.routes["GET", DETAILS]
+        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        client = make(max_retries=0)
+        with pytest.raises(puter.ServerError):
+            client.models()
+        move_clock(-7_200.0)
+        fake.routes["GET", DETAILS] = route
+        time.sleep(0.06)
+        assert client.models()
+
+    @pytest.mark.parametrize(("status", "body"), DOUBTFUL)
+    def test_only_puters_own_codes_lock_an_account(self, make, fake, short_window, status, body):
+        fake.script[lab("text")] = lambda *_: Raw(body, status, JSON_TYPE)
+        client = make("alice", "bob")
+        for _ in range(2):
+            with pytest.raises(puter.PuterError) as caught:
+                client.chat("hi", model=lab("text"), fallback=False)
+            assert not isinstance(caught.value, puter.AllAccountsOnCooldownError)
+        assert client.cooldowns() == []
+        fake.script[lab("text")] = "text"
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    def test_a_call_ends_though_the_others_are_locked(self, make, fake, short_window):
+        fake.add_account("alice", error=(429, {"code": "too_many_requests", "message": "Slow"}))
+        client = make("alice", "bob", max_retries=1)
+        client.state.add_cooldown("bob", "", 300.0, "forbidden", time.time())
+        thread, outcome = in_background(lambda: client.chat("hi", model=lab("text")))
+        thread.join(2)
+        is_over = not thread.is_alive()
+        fake.accounts["token-alice"].error = None  # else it would go on
+        thread.join(5)
+        assert is_over and isinstance(outcome[0], puter.RateLimitError)
+
+    @pytest.mark.parametrize(
+        ("error", "retries", "waited_s", "waiting", "again"),
+        [
+            (puter.RateLimitError(""), 25, 29.9, 0, True),
+            (puter.RateLimitError(""), 25, 30.0, 0, False),
+            (puter.RateLimitError(""), 25, 39.9, 1, True),
+            (puter.RateLimitError(""), 25, 40.0, 1, False),
+            (puter.RateLimitError(""), 25, 100.0, 8, True),
+            (puter.ServerError(""), 3, 0.0, 8, False),
+        ],
+    )
+    def test_patience_grows_with_who_waits(self, error, retries, waited_s, waiting, again):
+        assert puter.may_retry(error, retries, 3, True, waited_s, waiting=waiting) is again
+
+    @pytest.mark.parametrize(
+        ("retry", "rand", "delay_s"), [(1, 0.0, 1.0), (2, 0.0, 1.5), (9, 0.0, 1.5), (9, 1.0, 1.125)]
+    )
+    def test_the_wait_for_a_limit_is_short(self, retry, rand, delay_s):
+        error = puter.RateLimitError("")
+        assert puter.retry_delay_s(error, retry, 1.0, rand=lambda: rand) == delay_s
+
+    def test_a_reset_before_anything_was_sent_is_sent_again(self):
+        seen: list[int] = []
+
+        def serve(connection: socket.socket) -> None:
+            seen.append(1)
+            connection.recv(1)  # the greeting of TLS
+            hang_up(connection, "reset")
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter(
+                "t", api_base_url=url.replace("http:", "https:"), retry_delay_ms=1
+            ) as client,
+            pytest.raises(puter.NetworkError) as caught,
+        ):
+            client.chat("hi", model="m", fallback=False)
+        assert not caught.value.may_be_billed and len(seen) == 4
+
+    def test_a_silent_greeting_is_a_failure_to_connect(self, monkeypatch):
+        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
+        seen: list[int] = []
+
+        def serve(connection: socket.socket) -> None:
+            seen.append(1)
+            connection.recv(99)
+            time.sleep(0.5)
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter(
+                "t", api_base_url=url.replace("http:", "https:"), max_retries=1, retry_delay_ms=1
+            ) as client,
+            pytest.raises((puter.RequestTimeoutError, puter.NetworkError)) as caught,
+        ):
+            client.chat("hi", model="m", fallback=False)
+        assert not caught.value.may_be_billed and len(seen) == 2
+
+    def test_the_servers_own_slip_is_its_fault(self):
+        body = {"success": False, "error": "Cannot read properties of undefined"}
+        error = puter.error_from(200, body)
+        assert isinstance(error, puter.ServerError) and error.retryable
+
+    def test_a_damaged_cached_reply_is_a_miss(self, make, fake):
+        client = make(cache_enabled=True)
+        for damage in ("{", "[]", '{"text": 5}', '{"tool_calls": [{}], "usage": {}}'):
+            client.chat("hi", model=lab("text"))
+            with client.state._open() as db:
+                db.execute("UPDATE replies SET body=?", (damage,))
+        assert client.chat("hi", model=lab("text")).text == SENTENCE and len(chats(fake)) == 5
+
+    def test_a_model_has_one_name(self, make, fake):
+        client = make()
+        client.models()
+        alias, name = "claude-opus-4-5", "claude-opus-4-5-20251101"
+        asked = [
+            client.chat("hi", model=alias),
+            ask(client, "stream", alias),
+            client.chat("hi", model=name),
+        ]
+        assert {reply.model for reply in asked} == {name}
+        with pytest.raises(puter.ModelNotFoundError):
+            client.chat("hi", model="nobody-knows-it")
+        assert [(s.model, s.requests) for s in client.stats()] == [(name, 3)]
+
+    def test_a_token_needs_no_home(self, fake):
+        environ = {
+            n: v for n, v in os.environ.items() if n not in ("PUTER_CONFIG_DIR", "XDG_CONFIG_HOME")
+        }
+        environ |= {"HOME": "", "PUTER_AUTH_TOKEN": "token-alice", "PUTER_API_BASE_URL": fake.url}
+        code, out, err = run_apart(
+            ["ask", "-m", lab("echo"), "hi"],
+            {**environ, "PYTHONPATH": str(Path(puter.__file__).parent)},
+        )
+        assert (code, out) == (0, "hi\n") and "Traceback" not in err
+
+
+# Calls that fail before anything is sent, and words of their advice.
+RAW_FAILURES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a misspelt option": (lambda p: p.conversation(temprature=1, modell="m"), "model"),
+    "a client among options": (
+        lambda p: puter.Conversation.from_json({"options": {"client": 5}}),
+        "client",
+    ),
+    "bytes in a conversation": (lambda p: p.conversation(extra=b"x").to_json(), "JSON"),
+    "no conversation": (lambda p: puter.Conversation.from_json([1]), "to_json"),
+    "a misspelt option of a stream": (lambda p: p.conversation().stream("hi", modell="m"), "model"),
+    "no prompt": (lambda p: p.chat(), "prompt"),
+    "a prompt twice": (lambda p: p.chat("a", prompt="b"), "prompt"),
+}
+
+
+class TestRawFailures:
+    """Each a `PuterError` with advice, and told at once."""
+
+    @pytest.mark.parametrize(("work", "words"), RAW_FAILURES.values(), ids=RAW_FAILURES)
+    def test_is_ours(self, make, fake, work, words):
+        with pytest.raises(puter.PuterError) as caught:
+            work(make())
+        assert words in str(caught.value) and not chats(fake)
+
+    def test_a_prompt_by_name_and_a_model_as_option(self, make, fake):
+        client = make()
+        assert client.chat(prompt="hi", model=lab("echo")).text == "hi"
+        talk = client.conversation(model=client.model(lab("echo")))
+        assert talk.to_json()["model"] == lab("echo")
+
+    def test_infinity(self):
+        def far(distance: float = math.inf) -> str:
+            """How far."""
+            return "far"
+
+        assert "default" not in json.dumps(puter.function_schema(far))
+        call = puter.tool_call_from({"id": "1", "name": "far", "input": '{"distance": 1e400}'})
+        assert call.invalid == '{"distance": 1e400}'
+
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("PUTER_FALLBACK", "PUTER_FALLBACK_ENABLED"),
+            ("PUTER_NO_FALLBACK", "PUTER_FALLBACK_ENABLED"),
+            ("PUTER_TIMEOUT", "PUTER_API_TIMEOUT_MS"),
+            ("PUTER_CACHE", "PUTER_CACHE_ENABLED"),
+            ("PUTER_CACHE_DIR", "PUTER_CACHE_DIRECTORY"),
+            ("PUTER_URL", "PUTER_API_BASE_URL"),
+            ("PUTER_BASE_URL", "PUTER_API_BASE_URL"),
+            ("PUTER_CONCURRENCY", "PUTER_MAX_CONCURRENT"),
+            ("PUTER_ROTATION", "PUTER_ACCOUNT_ROTATION_ENABLED"),
+            ("PUTER_ACCOUNT", "PUTER_AUTH_TOKEN"),
+            ("PUTER_QUIET", "PUTER_QUIET_MODE"),
+            ("PUTER_LOG", "PUTER_DEBUG"),
+            ("PUTER_HOME", "PUTER_CONFIG_DIR"),
+        ],
+    )
+    def test_plausible_wrong_variables(self, tmp_path, variable, meant):
+        told = config_fault(tmp_path, {variable: "0"})
+        assert variable in told and f"Did you mean {meant}" in told
+
+
+STATE_WRITER = """
+import sys, threading, puter
+def work(number):
+    for _ in range(25):
+        state = puter.State(sys.argv[1], "s")  # a client for each request
+        state.record(f"m{number % 2}", "ok", 1.0)
+        state.record_success("alice", ("m",), 1.0, 2.0)
+        state.close()
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+class TestStateUnderAttack:
+    """The state that processes share: locked, deleted, and written by many."""
+
+    def test_many_clients_in_many_processes_lose_nothing(self, folder):
+        path = folder / STATE
+        run_at_once(STATE_WRITER.replace("sys.argv[1]", repr(str(path))), folder, 3)
+        state = puter.State(path)
+        assert (
+            sum(count for name in state.models() for _, count, _ in state.metrics([name])[0]) == 300
+        )
+        assert state._rows("PRAGMA integrity_check") == [("ok",)]
+        plan = str(
+            state._rows(
+                "EXPLAIN QUERY PLAN SELECT seconds FROM samples WHERE model IN ('m') ORDER BY id DESC LIMIT 9"
+            )
+        )
+        assert "samples_by_model" in plan
+        state.close()
+
+    def test_a_lock_of_another_is_waited_for_in_memory(self, state, folder, monkeypatch, caplog):
+        state.record("m", "before", 1.0)
+        state.close()
+        real = sqlite3.connect
+        monkeypatch.setattr(
+            sqlite3, "connect", lambda path, **more: real(path, **{**more, "timeout": 0.05})
+        )
+        other = real(folder / STATE, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        state.record("m", "meanwhile", 1.0)
+        assert caplog.text.count("cannot be used") == 1 and "safe" not in caplog.text
+        other.execute("ROLLBACK")
+        other.close()
+        monkeypatch.setattr(state, "_retry_at", 0.0)
+        state.record("m", "after", 1.0)
+        assert {outcome for outcome, *_ in puter.State(folder / STATE).metrics(["m"])[0]} == {
+            "before",
+            "after",
+        }
+
+    @pytest.mark.parametrize("endings", [("",), ("", "-wal", "-shm")])
+    def test_it_may_be_deleted_while_it_is_open(self, state, folder, endings, caplog):
+        state.record("m", "ok", 1.0)
+        for ending in endings:
+            os.unlink(f"{folder / STATE}{ending}")
+        state.record("n", "ok", 1.0)
+        other = puter.State(folder / STATE)
+        assert other.models() == ["n"] and other._rows("PRAGMA integrity_check") == [("ok",)]
+        other.close()
+        assert caplog.text == ""
+
+    def test_a_full_disk_is_said_once_without_bad_advice(self, folder, caplog):
+        state = puter.State(folder / STATE)
+        state._use_memory(sqlite3.OperationalError("database or disk is full"))
+        state._retry_at = None
+        state._use_memory(sqlite3.OperationalError("database or disk is full"))
+        assert len(caplog.records) == 1 and "elet" not in caplog.text
+
+    def test_a_damaged_one_names_all_three_files(self, folder, caplog):
+        puter.State(folder / STATE)._use_memory(sqlite3.DatabaseError("disk I/O error"))
+        assert "-wal and -shm" in caplog.text
+
+    def test_a_file_system_without_locks(self, store, monkeypatch):
+        fcntl = pytest.importorskip("fcntl")
+
+        def flock(handle: int, how: int) -> None:
+            if how != fcntl.LOCK_UN:
+                raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        began = time.monotonic()
+        with pytest.raises(puter.StoreError, match="local disk"):
+            store.add(puter.Account("alice", "t"))
+        assert time.monotonic() - began < 1.0
+
+
+# =============================================================================
+# Everyday use: what people type, paste, and have lying about
+# =============================================================================
+# The plugin's own settings, as its manual shows them.
+PLUGIN_SETTINGS: JSON = {
+    "quiet_mode": False,
+    "debug": False,
+    "api_timeout_ms": 120_000,
+    "auto_create_temp_user": True,
+    "max_retries": 3,
+    "retry_delay_ms": 1_000,
+    "stream_buffer_size": 1_024,
+    "cache_ttl_ms": 300_000,
+    "cache_enabled": True,
+    "cache_max_entries": 100,
+    "metrics_enabled": True,
+    "metrics_max_samples": 500,
+    "fallback_enabled": True,
+    "fallback_cooldown_ms": 60_000,
+    "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free"],
+    "account_rotation_enabled": True,
+    "account_rotation_strategy": "round-robin",
+    "account_rotation_cooldown_ms": 300_000,
+    "log_enabled": True,
+    "log_dir": "~/logs",
+    "auto_update": True,
+}
+SEED = WIRE.parent / "seed"
+
+
+def example_settings() -> list[Any]:
+    """The settings that the plugin's manual shows, where it stands beside the repository."""
+    texts = [path.read_text("utf-8") for path in sorted(SEED.glob("*"))] if SEED.is_dir() else []
+    found = [one for text in texts for one in re.findall(r"(?m)^\{\n(?:  .*\n)+?\}$", text)]
+    known = []
+    for one in found:
+        with suppress(ValueError):
+            data = json.loads(one)
+            if data.keys() & set(puter._SETTINGS):
+                known.append(pytest.param(data, id=", ".join([*data][:2])))
+    return [pytest.param(PLUGIN_SETTINGS, id="all"), *known]
+
+
+class TestPluginsFiles:
+    """What a user of the plugin brings along."""
+
+    @pytest.mark.parametrize("settings", example_settings())
+    def test_its_settings_are_read(self, tmp_path, settings):
+        write_settings(tmp_path, json.dumps(settings))
+        config = load(tmp_path)
+        for name, value in settings.items():
+            if name in puter.IGNORED_SETTINGS:
+                assert name in config.ignored
+            else:
+                given = getattr(config, name)
+                assert (list(given) if isinstance(given, tuple) else given) == value
+
+    def test_config_show_says_which_mean_nothing(self, desk, home):
+        write_settings(home, json.dumps(PLUGIN_SETTINGS))
+        done = run_cli(desk, "config", "show")
+        assert done.returncode == 0 and done.stderr.count("\n") == 1
+        assert all(name in done.stderr for name in puter.IGNORED_SETTINGS)
+        assert "log_dir" not in done.stdout
+
+    def test_its_statistics_are_left_alone(self, make, home, tmp_path):
+        path = tmp_path / "metrics.json"
+        path.write_text('{"models": {}}')
+        client = make(metrics_file=str(path))
+        client.chat("hi", model=lab("text"))
+        assert path.read_text() == '{"models": {}}' and [s.requests for s in client.stats()] == [1]
+
+
+class TestEveryday:
+    """Waits with a reason, variables that win, wrong words, and pipes of any kind."""
+
+    def test_who_answered_instead_is_said(self, desk, home):
+        sign_in(desk, home, "alice", "bob")
+        desk.accounts["token-alice"].credit_microcents = 0
+        for how in ([], ["--no-stream"]):
+            done = run_cli(desk, "ask", "-m", lab("text"), *how, "hi")
+            assert re.search(r"answered by \S+ on bob \(", done.stderr)
+
+    @posix_only
+    def test_a_wait_has_a_reason(self, desk, home):
+        fail = refusing(429, "too_many_requests")
+        desk.script[lab("text")] = [*[lambda *_: fail] * 2, "text"]
+        with at_terminal(
+            desk, "ask", "-m", lab("text"), "hi", PUTER_RETRY_DELAY_MS="600"
+        ) as terminal:
+            terminal.expect("Rate limited (429), next try in")
+            assert terminal.end() == 0
+
+    @posix_only
+    def test_pasted_lines_are_one_message(self, desk):
+        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+            terminal.expect("> ")
+            terminal.send("\x1b[200~one\rtwo\rthree\x1b[201~")
+            terminal.send("\r")
+            terminal.expect("three")
+            terminal.say("exit")
+            assert terminal.end() == 0
+        assert [one["messages"][-1]["content"] for one in chats(desk)] == ["one\ntwo\nthree"]
+
+    @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " exit "])
+    def test_words_that_leave(self, desk, word):
+        done = run_cli(desk, "chat", "-m", lab("echo"), stdin=f"hi\n{word}\nmore\n")
+        assert (done.returncode, done.stdout) == (0, "hi\n")
+
+    @posix_only
+    def test_ctrl_d_leaves_the_line_to_the_shell(self, desk):
+        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+            assert terminal.shown.endswith("\n")
+
+    @posix_only
+    def test_a_stopped_answer_counts(self, desk):
+        desk.script[lab("text")] = "hang"
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.say("hi")
+            assert eventually(lambda: chats(desk))
+            time.sleep(0.2)
+            terminal.send("\x03")
+            terminal.expect("stopped")
+            terminal.say("/usage")
+            terminal.expect("1 answer;")
+            terminal.say("quit")
+            assert terminal.end() == 0
+
+    @pytest.mark.parametrize(
+        ("data", "want", "note"),
+        [
+            (b"caf\xe9", "caf\ufffd", True),
+            ("é🦊".encode("utf-16"), "é🦊", False),
+            (b"\xfe\xff" + "é🦊".encode("utf-16-be"), "é🦊", False),
+            (b"\xef\xbb\xbfmark", "mark", False),
+        ],
+    )
+    def test_a_pipe_of_any_bytes(self, desk, data, want, note):
+        done = run_cli(desk, "ask", "-m", lab("echo"), stdin=data)
+        assert (done.returncode, done.stdout) == (0, want + "\n")
+        assert ("not all UTF-8" in done.stderr) is note
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["logout", ""],
+            ["switch", ""],
+            ["stats", "--reset", ""],
+            ["ask", "-m", "", "hi"],
+            ["ask", "-s", " ", "hi"],
+            ["ask", "-a", "", "hi"],
+            ["login", "--import", ""],
+            ["models", "--provider", ""],
+            ["launch", "claude", "-m", ""],
+            ["serve", "--api-key", ""],
+            ["chat", "-m", ""],
+        ],
+    )
+    def test_an_empty_argument_is_wrong_usage(self, desk, home, argv):
+        done = run_cli(desk, *argv, stdin="hi")
+        assert done.returncode == 2 and "must not be empty" in done.stderr
+        assert len(puter.AccountStore(home).accounts()) == 1 and not desk.requests
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["ask", "--modle", "m", "hi"], "--model"),
+            (["ask", "hello", "-m", "x", "there"], "quotes"),
+            (["models", "--fre"], ""),
+        ],
+    )
+    def test_misspelt_options(self, desk, argv, words):
+        done = run_cli(desk, *argv)
+        assert words in done.stderr and not chats(desk)
+
+    def test_models_by_a_word(self, desk):
+        done = run_cli(desk, "models", "claude-opus")
+        assert (
+            done.returncode == 0
+            and "claude-opus-4-5" in done.stdout
+            and "gemini" not in done.stdout
+        )
+
+    def test_the_variable_wins_and_says_so(self, desk, home):
+        sign_in(desk, home, "bob")
+        desk.accounts["token-given"] = FakeAccount("carol", "token-given", dead=True)
+        env = {"PUTER_AUTH_TOKEN": "token-given"}
+        done = run_cli(desk, "ask", "-m", lab("text"), "hi", **env)
+        assert done.returncode == 1 and "PUTER_AUTH_TOKEN is set" in done.stderr
+        assert "PUTER_AUTH_TOKEN is set" in run_cli(desk, "switch", "bob", **env).stderr
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url, **env
+        )
+        assert done.returncode == 0 and "PUTER_AUTH_TOKEN is set" in done.stderr
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-given\n", PUTER_GUI_BASE_URL=desk.url
+        )
+        assert done.returncode == 1 and "This token was refused" in done.stderr
+
+    def test_a_moment_s_failure_loses_no_sign_in(self, desk):
+        route, failures = desk.routes["GET", "/whoami"], [1]
+
+        def whoami(handler: FakeHandler) -> None:
+            handler.send(Raw(b"", 503)) if failures and failures.pop() else route(handler)
+
+        desk.routes["GET", "/whoami"] = whoami
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url
+        )
+        assert done.returncode == 0 and done.stdout.startswith("Signed in as bob")
+
+    def test_a_wrong_default_model_names_file_and_key(self, desk, home):
+        path = write_settings(home, '{"default_model": "nobody-knows-it"}')
+        done = run_cli(desk, "ask", "hi")
+        assert done.returncode == 1 and f"default_model of {path}" in done.stderr
+
+    def test_without_fallback_none_is_advised(self, desk):
+        desk.script[lab("text")] = "err429"
+        done = run_cli(desk, "ask", "--no-fallback", "-m", lab("text"), "hi")
+        assert done.returncode == 1 and "fallback" not in done.stderr
+
+    def test_a_failed_import_keeps_the_working_token(self, desk, home, tmp_path):
+        dead = {"username": "alice", "authToken": "token-old", "addedAt": 9_000_000_000_000}
+        path = tmp_path / "plugin.json"
+        path.write_text(json.dumps({"version": 1, "accounts": [dead], "activeIndex": 0}))
+        done = run_cli(desk, "login", "--import", str(path), PUTER_GUI_BASE_URL=desk.url)
+        assert "Kept alice" in done.stdout
+        assert puter.AccountStore(home).accounts()[0].token == "token-alice"
+
+    def test_another_package_of_this_name(self, desk, monkeypatch):
+        import importlib.metadata
+
+        rivals = {"puter": ["putergenai", "puter-py"]}
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: rivals)
+        done = run_cli(desk, "status", "--check", PUTER_GUI_BASE_URL=desk.url)
+        assert "FAIL  the package putergenai hides this one" in done.stdout
+        assert (
+            "no settings file" in done.stdout and "hides this one; do: pip uninstall" in done.stdout
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [(None, "no conversation yet"), ("[" * 100_000, "cannot be read"), ("{}", "")],
+    )
+    def test_the_last_conversation(self, desk, home, content, words):
+        if content is not None:
+            (home / puter.CONVERSATION_NAME).write_text(content)
+        done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "hi")
+        assert words in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == (1 if "read" in words else 0)
+
+    def test_nothing_is_said_of_the_cost_of_what_is_free(self, desk):
+        desk.script[FREE[0]] = says("free")
+        done = run_cli(desk, "ask", "--usage", "-m", FREE[0], "hi")
+        assert "tokens:" in done.stderr and "cost" not in done.stderr
+
+    @posix_only
+    def test_the_log_begins_on_a_line_of_its_own(self, desk):
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", PUTER_DEBUG="1") as terminal:
+            assert terminal.end() == 0
+        text = plain(terminal.shown)
+        assert all(
+            before in ("\n", "\r", "") for before in re.findall(r"(.|\n|^)\[puter-auth\]", text)
+        )
+
+    def test_serve_logs_requests(self, desk):
+        with serving(desk, "--log") as (process, url, _):
+            assert requests.get(f"{url}/models", timeout=10).ok
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+        assert "GET /v1/models" in err
+
+    def test_hosts_that_the_system_does_not_know(self):
+        error = requests.ConnectionError("Failed to resolve 'api.puter.localhost'")
+        ours = puter._network_error(error, "http://api.puter.localhost:4100/x", 1.0)
+        assert "127.0.0.1 api.puter.localhost" in str(ours)
+
+
+class TestToolsOfEveryKind:
+    """Functions, and what they take and return, as people write them."""
+
+    def test_what_can_be_a_tool(self):
+        class Weather:
+            """Knows the weather."""
+
+            def __call__(self, city: str) -> str:
+                """The weather."""
+                return f"sunny in {city}"
+
+            def method(self, city: str) -> str:
+                """Of a method."""
+                return city
+
+        def both(city: str, days: int) -> str:
+            """Of a partial."""
+            return f"{city} {days}"
+
+        for tool, name, text in (
+            (Weather(), "Weather", "The weather"),
+            (Weather().method, "method", "Of a method"),
+            (functools.partial(both, days=2), "both", "Of a partial"),
+        ):
+            function = puter.function_schema(tool)["function"]
+            assert (function["name"], function["description"].startswith(text)) == (name, True)
+            assert "city" in function["parameters"]["properties"]
+            assert tool(**puter.read_arguments(tool, {"city": "Rome"}))
+
+    @pytest.mark.parametrize(
+        ("hint", "given", "want"),
+        [
+            (datetime, "2026-01-02T03:04:05", datetime(2026, 1, 2, 3, 4, 5)),
+            (date, "2026-01-02", date(2026, 1, 2)),
+            (Path, "a/b", Path("a/b")),
+            (Decimal, "1.50", Decimal("1.50")),
+            (uuid.UUID, "12345678123456781234567812345678", uuid.UUID("12345678123456781234567812345678")),
+            (NewType("City", str), "Rome", "Rome"),
+            (date | None, None, None),
+        ],
+    )  # fmt: skip
+    def test_texts_that_mean_more(self, hint, given, want):
+        assert read_as(given, hint, "x") == want
+        if want is not None and hint is not str and not hasattr(hint, "__supertype__"):
+            for wrong in ("no such thing" if hint is not Path else 5, 5, ["x"]):
+                with pytest.raises(TypeError):
+                    read_as(wrong, hint, "x")
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new syntax")
+    def test_a_type_statement(self):
+        names: JSON = {}
+        exec("type City = str\ndef f(city: City) -> str: return city", names)  # noqa: S102
+        assert puter.function_schema(names["f"])["function"]["parameters"]["properties"] == {
+            "city": {"type": "string"}
+        }
+
+    def test_pydantic_s_models(self):
+        from pydantic import BaseModel
+
+        class Trip(BaseModel):
+            city: str
+            days: int = 1
+
+        assert schema_of(Trip)["properties"]["city"] == {"title": "City", "type": "string"}
+        assert read_as({"city": "Rome"}, Trip, "x") == Trip(city="Rome")
+        with pytest.raises(TypeError, match="does not fit"):
+            read_as({"days": 1}, Trip, "trip")
+        assert json.loads(puter.tool_result_text(Trip(city="Rome"))) == {"city": "Rome", "days": 1}
+
+    def test_numpy_s_docstrings(self):
+        def far(city: str, days: int = 1) -> str:
+            """How far it is.
+
+            Parameters
+            ----------
+            city : str
+                Where to go.
+            days : int, optional
+                How long
+                it may take.
+
+            Returns
+            -------
+            str
+                Words.
+            """
+            return city
+
+        function = puter.function_schema(far)["function"]
+        assert function["description"] == "How far it is."
+        about = {n: p["description"] for n, p in function["parameters"]["properties"].items()}
+        assert about == {"city": "Where to go.", "days": "How long it may take."}
+
+    @pytest.mark.parametrize(
+        ("value", "want"),
+        [
+            (date(2026, 1, 2), "2026-01-02"),
+            (Decimal("1.5"), "1.5"),
+            (
+                {(1, 2): "a", date(2026, 1, 2): "b", Unit("c"): "d"},
+                {"(1, 2)": "a", "2026-01-02": "b", "c": "d"},
+            ),
+            ([types.SimpleNamespace(tolist=lambda: [1, 2])], [[1, 2]]),
+            (types.SimpleNamespace(to_dict=lambda: {"x": {0: 1}}), {"x": {"0": 1}}),
+        ],
+    )
+    def test_results(self, value, want):
+        assert json.loads(puter.tool_result_text(value)) == want
+
+    def test_a_coroutine_within_a_running_loop_is_a_clear_error(self, make, fake):
+        fake.script[lab("text")] = [calling(("slow_weather", {"city": "Rome"})), says("done")]
+
+        async def within() -> str:
+            return make().run("hi", [slow_weather], model=lab("text")).text
+
+        assert asyncio.run(within()) == "done" and "loop" in results(fake)[0]
+
+
+OTHER_PYTHONS = sorted(
+    {
+        *Path.home().glob(".pyenv/versions/3.*/bin/python"),
+        *(Path(found) for minor in range(8, 15) if (found := shutil.which(f"python3.{minor}"))),
+    }
+)
+ON_ANY_PYTHON = """
+import puter
+import functools
+from typing import Annotated, Optional
+tools = puter.McpServer(None, print).tools()
+assert [t["name"] for t in tools] == ["puter-chat", "puter-models", "puter-account"]
+assert tools[0]["inputSchema"]["required"] == ["message"]
+def f(a: "Annotated[float | None, {'minimum': 0}]" = None, b: Annotated[Optional[int], {"maximum": 9}] = None) -> str:
+    return ""
+schema = puter.function_schema(f)["function"]["parameters"]
+assert schema["properties"]["b"]["maximum"] == 9 and schema["properties"]["a"]["minimum"] == 0, schema
+assert puter.read_arguments(functools.partial(f), {"a": 1}) == {"a": 1.0}
+"""
+
+
+class TestOtherPythons:
+    """What only another Python shows, on those that are here."""
+
+    @pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda p: str(p.parent.parent.name))
+    def test_tools_or_a_clear_word(self, python, tmp_path):
+        asked = subprocess.run(
+            [python, "-c", "import sys; print(sys.version_info[1])"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if asked.returncode or int(asked.stdout) < 8:
+            pytest.skip("no Python 3.8 or newer behind this name")
+        env = clean_environ(tmp_path, PYTHONDONTWRITEBYTECODE="1")
+        done = subprocess.run(
+            [python, "-c", ON_ANY_PYTHON], env=env, capture_output=True, text=True, check=False
+        )
+        if int(asked.stdout) >= 10:
+            assert (done.returncode, done.stderr) == (0, "")
+        else:
+            assert done.returncode == 1 and done.stderr.count("\n") == 1
+            assert "needs Python 3.10" in done.stderr
+
+
+# =============================================================================
 # Commands: launch
 # =============================================================================
 # A program that says how it was started, asks the gateway, and ends as its last argument says.
@@ -16668,7 +18208,7 @@ def agent_at_work(handler: FakeHandler, args: dict[str, Any]) -> Turn:
     name = next((name for name in calls if name in tools), None)
     if name is None:
         return Turn("out.txt\n```\n<<<<<<< SEARCH\n=======\nwritten\n>>>>>>> REPLACE\n```\n")
-    if "tool_result" in str(args["messages"]) or "'role': 'tool'" in str(args["messages"]):
+    if any(m.get("role") == "tool" for m in args["messages"]):
         return Turn("Done.")
     call = tool_call("call_1", name, json.dumps(calls[name]))
     return Turn("", calls=(call,), finish="tool_calls")
@@ -16839,6 +18379,80 @@ class TestLaunch:
         assert len(others) == 1 and others[0].startswith("1 request; ")
         if debug == "0":
             assert run_cli(agents, *argv, apart=True, PUTER_QUIET_MODE="1").stderr == ""
+
+    CLAUDE_LEADS_ELSEWHERE = (
+        *(
+            f"CLAUDE_CODE_USE_{n}"
+            for n in "BEDROCK VERTEX FOUNDRY MANTLE ANTHROPIC_AWS ANTHROPIC_GOOGLE_CLOUD".split()
+        ),
+        *"ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET CLAUDE_CODE_SUBAGENT_MODEL".split(),
+    )
+
+    def test_no_variable_leads_claude_elsewhere(self, agents, capfd):
+        env = dict.fromkeys(self.CLAUDE_LEADS_ELSEWHERE, "claude-fable-5")
+        report, _ = launched(
+            agents,
+            capfd,
+            "claude",
+            "-m",
+            OPUS,
+            "--small",
+            FREE[0],
+            "--",
+            "ask:claude-fable-5",
+            "0",
+            **env,
+        )
+        environ = report["environ"]
+        (settings,) = (
+            json.loads(text)["env"]
+            for name, text in report["files"].items()
+            if name.endswith("settings.json")
+        )
+        for name in self.CLAUDE_LEADS_ELSEWHERE:
+            assert name not in environ and settings[name] == ""
+        tiers = {
+            n: environ[n] for n in environ if n.startswith("ANTHROPIC_") and n.endswith("_MODEL")
+        }
+        for tier in ("OPUS", "SONNET", "FABLE", "HAIKU"):
+            assert tiers[f"ANTHROPIC_DEFAULT_{tier}_MODEL"] == (
+                FREE[0] if tier == "HAIKU" else OPUS
+            )
+        assert set(tiers.values()) == {OPUS, FREE[0]} and tiers.items() <= settings.items()
+        # whatever it asks for, it is the given model that answers
+        assert [name for _, name in agents.chat_calls()] == [OPUS]
+
+    def test_opencode_gets_ours_though_it_is_disabled(self, agents, capfd):
+        environ = launched(agents, capfd, "opencode", "-m", OPUS, "--", "0")[0]["environ"]
+        settings = json.loads(environ["OPENCODE_CONFIG_CONTENT"])
+        assert settings["enabled_providers"] == ["puter"] and settings["disabled_providers"] == []
+
+    def test_sigint_to_launch_alone_ends_it(self, agents):
+        with running_cli(agents, "launch", "opencode", "-m", OPUS, "--", "wait") as process:
+            while b"ready" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 7
+
+    def test_a_program_that_ignores_sigterm_is_killed(self, agents, own_home):
+        stubborn = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+        install_agent(own_home / "bin", "codex", stubborn)
+        code = "import sys, puter; puter.PROGRAM_PATIENCE_S = 0.3; sys.exit(puter.main())"
+        command = [sys.executable, "-c", code, "launch", "codex", "-m", OPUS]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=cli_env(agents)) as process:
+            while b"ready" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 128 + 9
+
+    def test_folders_of_killed_launches_are_cleared(self, tmp_path):
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        names = [f"puter-{gone.pid}-abc", f"puter-{os.getpid()}-abc", "puter-x-abc", "other"]
+        for name in names:
+            (tmp_path / name).mkdir()
+        puter._clear_left_folders(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted(names[1:])
 
     def test_the_terminal_is_its_own(self, agents):
         argv = ("launch", "opencode", "-m", OPUS, "--", "wait")
@@ -17030,6 +18644,15 @@ class TestReadme:
         told = run_as_reader([sys.executable, "-c", code], reader)
         assert shown is None or told.rstrip() == shown.rstrip()
 
+    @pytest.mark.parametrize(("code", "shown"), readme_blocks("python"))
+    def test_a_repl_takes_it_pasted(self, code, shown):
+        waiting: list[str] = []
+        for row in [*code.splitlines(), ""]:
+            waiting.append(row)
+            if codeop.compile_command("\n".join(waiting), symbol="single") is not None:
+                waiting = []
+        assert not waiting
+
     @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
     @pytest.mark.parametrize(("block", "more"), readme_blocks("console"))
     def test_console(self, block, more, reader):
@@ -17063,7 +18686,7 @@ class TestReadme:
                 assert all(f'`"{choice}"`' in allowed for choice in choices)
 
     def test_environment_variables(self):
-        known = {"PUTER_<NAME>", *puter._OTHER_VARIABLES}
+        known = {"PUTER_<NAME>", *puter._OTHER_VARIABLES, *puter._MISNAMED_VARIABLES}
         known |= {f"PUTER_{name.upper()}" for name in puter._SETTINGS}
         used = set(re.findall(r"PUTER_(?:<NAME>|[A-Z_]+)", README_TEXT))
         assert used <= known and set(puter._OTHER_VARIABLES) <= used
