@@ -75,17 +75,7 @@ from datetime import date
 from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from weakref import WeakSet
 
@@ -139,8 +129,6 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
-
-
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -171,16 +159,9 @@ _log = logging.getLogger("puter")
 _log.addHandler(logging.NullHandler())
 # What is reset in a forked child, whoever held its locks in the parent.
 _forkable: WeakSet[Any] = WeakSet()
-
-
-def _after_fork() -> None:
-    for one in list(_forkable):
-        one._after_fork()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-_T = TypeVar("_T")
+    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
+_T = typing.TypeVar("_T")
 
 
 def __dir__() -> list[str]:
@@ -190,10 +171,15 @@ def __dir__() -> list[str]:
 
 JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
-
-
 # A whole number that is larger than any float is read as None.
 _JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return _JSON.decode(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _no_constant(name: str) -> Any:
@@ -305,20 +291,13 @@ class PuterError(Exception):
         return _OPENAI_TYPES.get(self.http_status, "server_error")
 
     def __str__(self) -> str:
-        parts = [self.message]
-        if len(self.attempts) > 1:
-            parts.append(f"Tried {_summarize(self.attempts)}.")
-        if self.hint:
-            parts.append(self.hint)
+        runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in self.attempts)]
+        tried = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:MAX_ATTEMPTS_SHOWN]]
+        if more := sum(n for _, n in runs[MAX_ATTEMPTS_SHOWN:]):
+            tried.append(f"and {more} more")
+        words = f"Tried {'; '.join(tried)}." if len(self.attempts) > 1 else ""
+        parts = [self.message, *filter(None, [words, self.hint])]
         return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
-
-
-def _summarize(attempts: Sequence[Attempt]) -> str:
-    """Attempts in a few words; the same one several times in a row is named once."""
-    runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in attempts)]
-    words = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:MAX_ATTEMPTS_SHOWN]]
-    more = sum(n for _, n in runs[MAX_ATTEMPTS_SHOWN:])
-    return "; ".join(words) + (f"; and {more} more" if more else "")
 
 
 class AuthError(PuterError):
@@ -605,14 +584,9 @@ def provider_error(text: Any) -> tuple[int | None, str]:
     So they arrive in a stream's error line, and in the message of a whole reply (recorded).
     """
     text = str(text or "")
-    number, space, rest = text.partition(" ")
-    has_status = len(number) == 3 and number.isdigit() and space != ""
-    status = int(number) if has_status else None
-    words = rest if has_status and rest.startswith("{") else text
-    try:
-        body = json.loads(words) if words.startswith("{") else None
-    except (ValueError, RecursionError):
-        body = None
+    found = re.match(r"([0-9]{3}) ", text)
+    status = int(found[1]) if found else None
+    body = _json_or_none(text[4:] if found else text)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         return status or _STATUS_BY_TYPE.get(str(error.get("type"))), error["message"] or text
@@ -1040,19 +1014,16 @@ class Config:
         values: JSON = {"folder": folder}
         sources = dict.fromkeys(_SETTINGS, "default")
         ignored: list[str] = []
-        for where, settings in (
-            (path, _read_config(path)),
-            ("", _from_environment(env)),
-            ("argument", overrides),
-        ):
+        found = {path: _read_config(path), "": _from_environment(env), "argument": overrides}
+        for where, settings in found.items():
             for name, value in settings.items():
                 if name in IGNORED_SETTINGS and where == path:
                     ignored.append(name)
-                    continue
-                if name not in _SETTINGS:
+                elif name not in _SETTINGS:
                     raise _unknown_key(name, where)
-                values[name] = value
-                sources[name] = where or f"PUTER_{name.upper()}"
+                else:
+                    values[name] = value
+                    sources[name] = where or f"PUTER_{name.upper()}"
         return cls(**values, sources=sources, ignored=tuple(ignored))
 
 
@@ -1072,18 +1043,15 @@ def _read_config(path: str) -> JSON:
 
 
 def _strict_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, also for a duplicate key."""
-    return json.loads(text, object_pairs_hook=_no_duplicates)
+    """What a JSON text holds; raises ValueError, also for a duplicate key: a value would be lost."""
 
+    def checked(pairs: list[tuple[str, Any]]) -> JSON:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"duplicate key {key!r}")
+        return dict(pairs)
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
-    """A JSON object as a dict; a duplicate key is an error, since one value would be lost."""
-    result: JSON = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"duplicate key {key!r}")
-        result[key] = value
-    return result
+    return json.loads(text, object_pairs_hook=checked)
 
 
 def _from_environment(env: Mapping[str, str]) -> JSON:
@@ -1116,11 +1084,10 @@ def _from_text(name: str, text: str) -> Any:
     if kind == "int" and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
         return int(text)
     if kind.startswith("tuple"):
-        if text.lstrip().startswith("["):
-            with suppress(ValueError, RecursionError):
-                return _strict_json(text)
-            return text
-        return [part.strip() for part in text.split(",") if part.strip()]
+        if not text.lstrip().startswith("["):
+            return [part.strip() for part in text.split(",") if part.strip()]
+        with suppress(ValueError, RecursionError):
+            return _strict_json(text)
     return text
 
 
@@ -1128,20 +1095,18 @@ def _checked(name: str, value: Any, where: str) -> Any:
     spec = _SETTINGS[name]
     if value is None:
         return spec.default
-    try:
-        return _allowed(spec, value)
-    except ValueError as error:
-        default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
-        is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
-        shown = "not shown here" if is_secret else _describe(value)
-        raise ConfigError(
-            f"{where}: {name} is {shown}, but must be {error}",
-            hint=f"Correct the value, or remove it for the default ({default}).",
-        ) from None
+    is_fine, value, words = _allowed(spec, value)
+    if is_fine:
+        return value
+    default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
+    is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
+    problem = f"{where}: {name} is {'not shown here' if is_secret else _describe(value)}"
+    hint = f"Correct the value, or remove it for the default ({default})."
+    raise ConfigError(f"{problem}, but must be {words}", hint=hint)
 
 
-def _allowed(spec: Any, value: Any) -> Any:
-    """The value to use; raises ValueError with what is allowed."""
+def _allowed(spec: Any, value: Any) -> tuple[bool, Any, str]:
+    """(whether a value is allowed, the value to use, what is allowed)"""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         is_fine, words = isinstance(value, bool), "true or false"
@@ -1155,18 +1120,14 @@ def _allowed(spec: Any, value: Any) -> Any:
     elif allowed:
         is_fine, words = value in allowed, " or ".join(f'"{choice}"' for choice in allowed)
     elif spec.metadata["url"]:
-        value = str(value).rstrip("/")
-        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value))
+        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", str(value).rstrip("/")))
+        value = value.rstrip("/") if is_fine else value
         words = "a URL such as https://api.puter.com, without a user name or password"
     else:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        is_fine, words = (
-            isinstance(value, str) and value.strip() != "",
-            "a string that is not empty",
-        )
-    if not is_fine:
-        raise ValueError(words)
-    return value
+        is_fine = isinstance(value, str) and value.strip() != ""
+        words = "a string that is not empty"
+    return is_fine, value, words
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
@@ -4247,13 +4208,6 @@ def _encoded(body: Any) -> bytes:
         message = f"The request has {len(data):,} bytes, but Puter takes {MAX_SENT_BYTES:,}"
         raise BadRequestError(message, hint="Send fewer or smaller files.", status=413)
     return data
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return _JSON.decode(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def body_of(response: requests.Response) -> JSON:
