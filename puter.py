@@ -1177,11 +1177,10 @@ class AccountStore:
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever the file does; None when there is no file."""
-        try:
+        with suppress(OSError):
             status = os.stat(self.path)
-        except OSError:
-            return None
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
+            return (status.st_mtime_ns, status.st_size, status.st_ino)
+        return None
 
     def add(self, account: Account, *, activate: bool = True) -> bool:
         """Store an account; True if it is new, False if only its token was replaced."""
@@ -1211,7 +1210,7 @@ class AccountStore:
     def clear(self) -> list[Account]:
         """Forget all accounts and return them."""
         with self._change() as data:
-            removed = [_account_from(record) for record in data["accounts"]]
+            removed = list(map(_account_from, data["accounts"]))
             data["accounts"], data["activeIndex"] = [], 0
         return removed
 
@@ -1333,8 +1332,7 @@ def _locked(path: Path) -> Iterator[Path]:
 
 
 def _try_lock(handle: int) -> bool:
-    """Whether the exclusive lock of an open file is ours now."""
-    try:
+    with suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
 
@@ -1343,9 +1341,8 @@ def _try_lock(handle: int) -> bool:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _write_private(target: Path, data: bytes) -> None:
@@ -1441,7 +1438,6 @@ class State:
         # when the file is tried again after a failure, and whether one was logged
         self._retry_at: float | None = None
         self._has_warned = False
-        self._uses: dict[str, float] = {}
         _forkable.add(self)
 
     def __del__(self) -> None:
@@ -1487,12 +1483,6 @@ class State:
         Ends the cooldowns that began before, forgets their strikes, and notes the use.
         """
         account = joined_halves(account)
-        sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
-        has_cooldowns = self._rows(sql, self.server, account)
-        if not has_cooldowns and 0 <= now - self._uses.get(account, -1.0) < 1.0:
-            # one write a second is enough to know who was used last
-            return
-        self._uses[account] = now
         rows = [(self.server, account, joined_halves(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
         with self._open() as db:
@@ -1504,17 +1494,13 @@ class State:
 
         If the clock was set back, the other cooldowns do not count.
         """
-        tokens = {account.username: account.token for account in accounts}
+        marks = {account.username: token_mark(account.token) for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
         cooldowns = []
         for _, *row, mark in self._rows(sql, self.server, now):
             one = Cooldown(*row)
-            token = tokens.get(one.account)
-            if one.reason == "login":
-                holds = token is None or token_mark(token) == mark
-            else:
-                holds = now > one.since_s - _CLOCK_SLACK_S
-            if holds:
+            is_dead = one.reason == "login" and marks.get(one.account, mark) == mark
+            if is_dead or (one.reason != "login" and now > one.since_s - _CLOCK_SLACK_S):
                 cooldowns.append(one)
         return cooldowns
 
@@ -1630,35 +1616,31 @@ class State:
     def _use_memory(self, error: Exception) -> None:
         if self._retry_at is not None or self.path == ":memory:":
             raise error
-        words = str(error).lower()
-        # what another process has locked, or a disk without room, is no reason to delete anything
-        is_damaged = "malformed" in words or "not a database" in words or "disk i/o" in words
-        advice = f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
         if not self._has_warned:
-            _log.warning(
-                "%s cannot be used (%s): cooldowns and metrics stay in memory.%s",
-                self.path,
-                error,
-                advice if is_damaged else "",
-            )
+            text = f"{self.path} cannot be used ({error}): cooldowns and metrics stay in memory."
+            # what another process has locked, or a disk without room, is no reason to delete it
+            if re.search("malformed|not a database|disk i/o", str(error).lower()):
+                text += f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
+            _log.warning("%s", text)
         self._has_warned = True
         self.close()
         self._retry_at = time.monotonic() + STATE_RETRY_S
 
     def _look_at_file(self) -> bool:
         """Open the file anew once it was deleted, or some time after it failed."""
-        if self._retry_at is not None and time.monotonic() > self._retry_at:
-            self.close()
-            self._retry_at = None
-        elif self._db is not None and self._retry_at is None and self.path != ":memory:":
-            try:
-                is_gone = os.stat(self.path).st_ino != self._inode
-            except OSError:
-                is_gone = True
-            if is_gone:
+        if self._retry_at is not None:
+            if time.monotonic() > self._retry_at:
                 self.close()
-                return True
+                self._retry_at = None
+        elif self._db is not None and self._file_number() != self._inode:
+            self.close()
+            return True
         return False
+
+    def _file_number(self) -> int | None:
+        with suppress(OSError):
+            return None if self.path == ":memory:" else os.stat(self.path).st_ino
+        return -1
 
     def _open(self) -> sqlite3.Connection:
         """The file's connection; ``with`` it, all changes are one transaction."""
@@ -1685,7 +1667,7 @@ class State:
             db.close()
             raise
         self._db = db
-        self._inode = os.stat(path).st_ino if path != ":memory:" else None
+        self._inode = self._file_number()
         return db
 
     def _after_fork(self) -> None:
@@ -3430,8 +3412,8 @@ def may_retry(
     `retries` have been made already. A broken server gets `max_retries` more, a model's
     provider one. What the server may have worked for, and billed, is sent again only for a
     stream, and once. A rate limit is waited for only by who is `patient` (has no other account
-    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What asks for a longer wait than we ever
-    wait is not sent again.
+    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What
+    asks for a longer wait than we ever wait is not sent again.
     """
     is_over = error.is_final or (error.retry_after_s or 0) > RETRY_CAP_S
     if not error.retryable or max_retries == 0 or is_over:
@@ -3454,20 +3436,15 @@ def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> Next
     A fallback that refuses the request says nothing of the asked model: on to the next. An
     unknown name is looked up. A prompt too long for Puter's limit may fit another model.
     """
-    if error.is_final:
+    if error.is_final or error.may_be_billed or isinstance(error, ReplyError):
+        # what is done and may be billed is not repeated
         return "raise"
-    if isinstance(error, ReplyError) or error.may_be_billed:
-        # the work is done and may be billed, so it is not repeated
-        return "raise"
-    if isinstance(error, ModelNotFoundError):
-        return "next_model"
-    if isinstance(error, ContextLengthError) and error.tokens and may_fall_back:
-        return "next_model"
     if error.scope == "account":
         return "next_account"
-    if error.scope == "model" or (error.scope == "request" and is_fallback):
-        return "next_model"
-    return "raise"
+    is_too_long = isinstance(error, ContextLengthError) and bool(error.tokens) and may_fall_back
+    refuses = error.scope == "model" or (error.scope == "request" and is_fallback)
+    is_other_model = refuses or is_too_long or isinstance(error, ModelNotFoundError)
+    return "next_model" if is_other_model else "raise"
 
 
 def depends_on_account(error: PuterError | None) -> bool:
@@ -3517,9 +3494,8 @@ def fallback_order(
 
 def can_do(model: Model, needs: Needs) -> bool:
     """Whether a model can take the request; what the catalogue does not say may be so."""
-    if needs.tools and model.tools is False:
-        return False
-    return fits(model, needs.context) and not lacking(model, needs)
+    has_tools = not needs.tools or model.tools is not False
+    return has_tools and fits(model, needs.context) and not lacking(model, needs)
 
 
 def fits(model: Model, tokens: int) -> bool:
@@ -3659,8 +3635,7 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
 
 
 def _leaves_account(attempt: Attempt, asked: Asked, world: World) -> bool:
-    names = (asked.model, world.models.id_of(asked.model))
-    is_fallback = attempt.model not in names
+    is_fallback = attempt.model not in (asked.model, world.models.id_of(asked.model))
     error = attempt.error
     return error is not None and next_step(error, is_fallback, asked.fallback) == "next_account"
 
@@ -3689,26 +3664,23 @@ def _next_model(
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
         return asked.model, account, False
-    fallbacks: list[Model] = []
-    if asked.fallback:
-        listed = world.config.fallback_models
-        fallbacks = fallback_order(
-            asked.model, world.models, cooled, asked.needs, listed, world.is_stale
-        )
+    listed = world.config.fallback_models
+    fallbacks = (
+        fallback_order(asked.model, world.models, cooled, asked.needs, listed, world.is_stale)
+        if asked.fallback
+        else []
+    )
     if not visit and not fallbacks:
         # despite its cooldown
         return asked.model, account, False
     if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
         return None
-    tried = {a.model for a in attempts} - names
-    is_late = world.elapsed_s > FALLBACK_BUDGET_S
-    if is_late or len(tried) >= FALLBACKS_PER_CALL:
+    tried, here = {a.model for a in attempts} - names, {a.model for a in visit}
+    if world.elapsed_s > FALLBACK_BUDGET_S or len(tried) >= FALLBACKS_PER_CALL:
         return None
-    here = {a.model for a in visit}
-    for model in fallbacks:
-        if model.id not in here and is_worth_trying(model, attempts, world.models):
-            return model.id, account, True
-    return None
+    left = (m for m in fallbacks if m.id not in here)
+    found = next((m for m in left if is_worth_trying(m, attempts, world.models)), None)
+    return (found.id, account, True) if found else None
 
 
 def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, float]:
@@ -3740,10 +3712,8 @@ def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> Model
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that so many percent of all do not exceed; None for an empty list."""
-    if not values:
-        return None
     rank = max(1, -int(-len(values) * percent // 100))
-    return sorted(values)[rank - 1]
+    return sorted(values)[rank - 1] if values else None
 
 
 def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
@@ -3764,9 +3734,6 @@ def is_from(model: Model, provider: str) -> bool:
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _USER_AGENT = f"puter.py/{__version__}"
-# What requests takes from the environment, which is slow to read as a whole for each call.
-_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
-_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
 
 
@@ -3788,19 +3755,17 @@ def is_foreign(config: Config) -> bool:
     if config.api_style != "openai":
         return False
     origin, path = _origin_and_path(config.api_base_url)
-    (scheme, host, port), _ = _origin_and_path(config.gui_base_url)
-    own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
     if path not in ("", _OPENAI_PATH):
         return True
+    (scheme, host, port), _ = _origin_and_path(config.gui_base_url)
+    own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
     # `api.puter.localhost`: where a Puter server of one's own is by default (recorded)
     if origin in own or origin[1] == "api.puter.localhost":
         return False
-    raise ConfigError(
-        f"api_base_url: {config.api_base_url} is not Puter's server, and does not name an "
-        "OpenAI-compatible one",
-        hint=f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; for a Puter server "
-        "of your own set gui_base_url, too.",
-    )
+    problem = "is not Puter's server, and does not name an OpenAI-compatible one"
+    hint = f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; "
+    hint += "for a Puter server of your own set gui_base_url, too."
+    raise ConfigError(f"api_base_url: {config.api_base_url} {problem}", hint=hint)
 
 
 def _api_origin(config: Config) -> str:
@@ -3887,9 +3852,8 @@ def _new_session() -> requests.Session:
     try:
         import requests
     except ImportError as error:
-        raise ConfigError(
-            "The package `requests` is missing", hint="Run: pip install requests sseclient-py"
-        ) from error
+        hint = "Run: pip install requests sseclient-py"
+        raise ConfigError("The package `requests` is missing", hint=hint) from error
     from requests.adapters import HTTPAdapter
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -3909,17 +3873,7 @@ def _new_session() -> requests.Session:
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    class Session(requests.Session):
-        """Reads proxies and certificates from the environment again when that has changed."""
-
-        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
-            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
-            if proxies or self.proxies or key not in settings:
-                settings[key] = super().merge_environment_settings(url, proxies, *more)
-            return dict(settings[key])
-
-    settings: dict[Any, Any] = {}
-    session = Session()
+    session = requests.Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -3957,9 +3911,10 @@ class _Transport:
         """
         cancellation = cancellation or _Cancellation()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
-        options: JSON = {} if body is None else {"data": _encoded(body)}
         # the token must not follow to another host
-        options |= {"auth": _bearer(token, body is not None), "allow_redirects": False}
+        options: JSON = {"auth": _bearer(token), "allow_redirects": False}
+        if body is not None:
+            options |= {"data": _encoded(body), "headers": {"Content-Type": "application/json"}}
         response = self._open(method, url, options, timeout_s, cancellation)
         if streaming and response.status_code == 200 and is_stream(response):
             return response
@@ -3993,8 +3948,7 @@ class _Transport:
                     raise ReplyError(f"The answer broke off: {error.message}") from error
                 raise
         response._content = without_token(data.decode("utf-8", "replace"), token).encode()
-        location = response.headers.get("Location", "")
-        response.headers["Location"] = without_token(location, token)
+        response.headers["Location"] = without_token(response.headers.get("Location", ""), token)
 
     def download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
@@ -4014,7 +3968,7 @@ class _Transport:
         """Close the connections of our own session; the caller's is the caller's to close."""
         with self._lock:
             session, self._own = self._own, None
-        if session is not None and session is not self._custom:
+        if session is not None:
             session.close()
 
     def after_fork(self) -> None:
@@ -4022,8 +3976,10 @@ class _Transport:
         self._own, self._lock = None, threading.RLock()
 
     def _session(self) -> requests.Session:
+        if self._custom is not None:
+            return self._custom
         with self._lock:
-            self._own = self._custom or self._own or _new_session()
+            self._own = self._own or _new_session()
             return self._own
 
 
@@ -4045,15 +4001,16 @@ def _our_errors(
     """
     try:
         yield
+    except PuterError:
+        raise
     except Exception as error:
         is_unsent = cancellation is not None and cancellation.has_sent is False
         failure = _network_error(error, url, timeout_s, is_unsent)
-        if isinstance(failure, PuterError) and is_unsent:
-            failure.may_be_billed = False
-        if failure is error:
-            raise
-        # somebody else's error is its own cause
-        raise failure from (error if isinstance(failure, PuterError) else None)
+        if not isinstance(failure, PuterError):
+            # somebody else's error is its own cause
+            raise failure from failure.__cause__
+        failure.may_be_billed &= not is_unsent
+        raise failure from error
 
 
 def _read_into(data: bytearray, response: requests.Response, timeout_s: float, most: int) -> None:
@@ -4094,8 +4051,8 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
             hint="Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py",
         ) from error
     try:
-        for event in SSEClient(_limited(stream_pieces(response, timeout_s))).events():
-            yield event.data
+        events = SSEClient(_limited(stream_pieces(response, timeout_s))).events()
+        yield from (event.data for event in events)
     except UnicodeDecodeError as error:
         raise StreamError("The stream is not UTF-8") from error
 
@@ -4115,8 +4072,6 @@ def _network_error(
     error: Exception, url: str, timeout_s: float, is_unsent: bool = False
 ) -> Exception:
     """What a failure of requests, urllib3 or the socket means, as one of our errors."""
-    if isinstance(error, PuterError):
-        return error
     import http.client
 
     import requests.exceptions as rq
@@ -4150,15 +4105,14 @@ def _network_error(
         return ConfigError(f"{host} is not a URL to call", hint="Correct `api_base_url`.")
     ours = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
     # A socket closed by another thread shows as an attribute or value error inside urllib3.
-    if isinstance(error, (*ours, AttributeError, ValueError)):
-        is_unknown = "resolve" in str(error)
-        begun = not ("Failed to establish" in str(error) or is_unknown)
-        message = f"The connection to {host} failed ({reason})"
-        name = urlsplit(url).hostname or ""
-        hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
-        hint = hint if is_unknown and name.endswith(".localhost") else NetworkError.default_hint
-        return NetworkError(message, may_be_billed=begun, hint=hint)
-    return error
+    if not isinstance(error, (*ours, AttributeError, ValueError)):
+        return error
+    failure = NetworkError(f"The connection to {host} failed ({reason})")
+    is_unknown, name = "resolve" in str(error), urlsplit(url).hostname or ""
+    failure.may_be_billed = not ("Failed to establish" in str(error) or is_unknown)
+    if is_unknown and name.endswith(".localhost"):
+        failure.hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
+    return failure
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -4173,7 +4127,7 @@ def _reason(cause: BaseException) -> str:
     return words[:200] or type(cause).__name__
 
 
-def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
+def _bearer(token: str) -> Callable[[Any], Any]:
     """Puts our headers on a request; given as `auth`, so that no ~/.netrc overrides the token."""
     if not re.fullmatch(r"[!-~]*", token):
         hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
@@ -4182,8 +4136,6 @@ def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
     def sign(request: Any) -> Any:
         if token:
             request.headers["Authorization"] = f"Bearer {token}"
-        if is_json:
-            request.headers["Content-Type"] = "application/json"
         if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
             # a session of the caller's may have one of its own
             request.headers["User-Agent"] = _USER_AGENT
@@ -4200,9 +4152,9 @@ def _encoded(body: Any) -> bytes:
     try:
         text = json.dumps(body, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        message = f"The request cannot be written as JSON ({error})"
         hint = "Pass texts, numbers, booleans, lists and dicts."
-        raise BadRequestError(message, hint=hint) from error
+        problem = f"The request cannot be written as JSON ({error})"
+        raise BadRequestError(problem, hint=hint) from error
     data = joined_halves(text).encode()
     if len(data) > MAX_SENT_BYTES:
         message = f"The request has {len(data):,} bytes, but Puter takes {MAX_SENT_BYTES:,}"
@@ -4216,7 +4168,7 @@ def body_of(response: requests.Response) -> JSON:
     data = _json_or_none(text)
     status = response.status_code
     if status >= 400 or (isinstance(data, dict) and data.get("success") is False):
-        details = {"retry_after_s": _seconds(response.headers.get("Retry-After"))}
+        details = {"retry_after_s": _seconds(response.headers.get("Retry-After", ""))}
         details["is_final"] = response.headers.get("x-should-retry") == "false"
         raise error_from(status, text if data is None else data, **details)
     if status >= 300:
@@ -4242,20 +4194,17 @@ def is_stream(response: requests.Response) -> bool:
     return kind == "text/event-stream" or "ndjson" in kind or "jsonl" in kind
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _seconds(retry_after: str) -> float | None:
     """A Retry-After header in seconds; it may also be a date (RFC 9110, 10.2.3)."""
-    if retry_after is None:
-        return None
     try:
         seconds = float(retry_after)
         return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         from email.utils import parsedate_to_datetime
 
-        try:
+        with suppress(ValueError):
             return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-        except ValueError:
-            return None
+        return None
 
 
 # ======================================================================================
