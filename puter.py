@@ -75,7 +75,7 @@ from datetime import date
 from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from weakref import WeakSet
 
@@ -161,7 +161,7 @@ _log.addHandler(logging.NullHandler())
 _forkable: WeakSet[Any] = WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
-_T = typing.TypeVar("_T")
+_T = TypeVar("_T")
 
 
 def __dir__() -> list[str]:
@@ -487,8 +487,7 @@ _KIND_BY_CODE: dict[str, type[PuterError]] = {
     **dict.fromkeys(("forbidden", "account_is_not_verified", "account_suspended"), AccessError),
     "too_many_requests": RateLimitError,
     "upstream_rate_limited": ModelRateLimitError,
-    "upstream_provider_unavailable": ModelUnavailableError,
-    "upstream_failed": ModelUnavailableError,
+    **dict.fromkeys(("upstream_provider_unavailable", "upstream_failed"), ModelUnavailableError),
     "upstream_auth_failed": ProviderAuthError,
     "model_not_found": ModelNotFoundError,
     **dict.fromkeys(("bad_request", "not_found", "upstream_bad_request"), BadRequestError),
@@ -901,8 +900,8 @@ def config_dir(
     return user_home.joinpath(*parts, "puter")
 
 
-def _setting(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
-    """A field of `Config`; `allowed` is the lowest and highest number, or all choices."""
+def _key(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
+    """A key of puter.json, as a field of `Config`; `allowed` is the lowest and highest number, or all choices."""
     checks = {"doc": doc, "allowed": allowed, "url": url, "secret": secret}
     return field(default=default, repr=not secret, metadata=checks)
 
@@ -914,64 +913,58 @@ class Config:
     Raises `ConfigError` for a value of the wrong type or out of range.
     """
 
-    quiet_mode: bool = _setting(False, "no status lines on stderr")
-    debug: bool = _setting(False, "a log of every request on stderr")
-    api_base_url: str = _setting("https://api.puter.com", "where Puter's API answers", url=True)
-    gui_base_url: str = _setting("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _setting(
+    quiet_mode: bool = _key(False, "no status lines on stderr")
+    debug: bool = _key(False, "a log of every request on stderr")
+    api_base_url: str = _key("https://api.puter.com", "where Puter's API answers", url=True)
+    gui_base_url: str = _key("https://puter.com", "where Puter's pages are", url=True)
+    api_timeout_ms: int = _key(
         120_000,
         "longest silence of the server, and longest time for a whole answer, in ms",
         1,
         86_400_000,
     )
-    auto_create_temp_user: bool = _setting(
+    auto_create_temp_user: bool = _key(
         True, "accept a login that ends in a temporary account, as Puter's page makes them"
     )
-    max_retries: int = _setting(3, "how often a failed request is sent again", 0, 20)
-    retry_delay_ms: int = _setting(
-        1_000, "first wait before sending again, in ms; doubles", 0, 600_000
-    )
-    cache_ttl_ms: int = _setting(
+    max_retries: int = _key(3, "how often a failed request is sent again", 0, 20)
+    retry_delay_ms: int = _key(1_000, "first wait before sending again, in ms; doubles", 0, 600_000)
+    cache_ttl_ms: int = _key(
         300_000, "how long the model list and cached replies stay valid, in ms", 0, 10**12
     )
-    cache_enabled: bool = _setting(False, "cache whole replies and answer the same request again")
-    cache_max_entries: int = _setting(500, "cached replies at most", 1, 1_000_000)
-    cache_directory: str | None = _setting(
-        None, "folder of the cached replies (null: with the state)"
-    )
-    metrics_enabled: bool = _setting(True, "record every call for `stats`")
-    metrics_max_samples: int = _setting(
+    cache_enabled: bool = _key(False, "cache whole replies and answer the same request again")
+    cache_max_entries: int = _key(500, "cached replies at most", 1, 1_000_000)
+    cache_directory: str | None = _key(None, "folder of the cached replies (null: with the state)")
+    metrics_enabled: bool = _key(True, "record every call for `stats`")
+    metrics_max_samples: int = _key(
         1_000, "calls of a model that the percentiles are made of", 1, 1_000_000
     )
-    metrics_file: str | None = _setting(None, "file of the statistics (null: with the state)")
-    fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _setting(
+    metrics_file: str | None = _key(None, "file of the statistics (null: with the state)")
+    fallback_enabled: bool = _key(True, "try free models when the asked one fails")
+    fallback_models: tuple[str, ...] = _key(
         DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
     )
-    fallback_cooldown_ms: int = _setting(
+    fallback_cooldown_ms: int = _key(
         60_000, "cooldown of a model that failed on an account, in ms", 0, 10**10
     )
-    account_rotation_enabled: bool = _setting(True, "go to the next account when one is limited")
-    account_rotation_strategy: str = _setting(
+    account_rotation_enabled: bool = _key(True, "go to the next account when one is limited")
+    account_rotation_strategy: str = _key(
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
-    account_rotation_cooldown_ms: int = _setting(
+    account_rotation_cooldown_ms: int = _key(
         300_000,
         "cooldown of a limited account, in ms; 2x, 3x, 4x when it is limited again",
         0,
         10**10,
     )
-    default_model: str | None = _setting(
-        None, f"model when none is asked for (null: {DEFAULT_MODEL})"
-    )
-    api_style: str = _setting("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
-    openai_api_key: str | None = _setting(
+    default_model: str | None = _key(None, f"model when none is asked for (null: {DEFAULT_MODEL})")
+    api_style: str = _key("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
+    openai_api_key: str | None = _key(
         None, "key of an OpenAI-compatible server that is not Puter's", secret=True
     )
-    stream_tools: str = _setting(
+    stream_tools: str = _key(
         "exact", "`live` streams with tools and may lose calls", "exact", "live"
     )
-    max_concurrent: int = _setting(3, "requests at once on one account", 1, 1_000)
+    max_concurrent: int = _key(3, "requests at once on one account", 1, 1_000)
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
@@ -1391,15 +1384,13 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
 
         with self._lock:
             self._look_at_file()
-            for is_last in (False, True):
-                try:
-                    return method(self, *args, **kwargs)
-                except (sqlite3.Error, OSError) as error:
-                    # deleted meanwhile, it is made anew
-                    if is_last or not self._look_at_file():
-                        self._use_memory(error)
-                        break
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except (sqlite3.Error, OSError) as error:
+                # deleted meanwhile, it is made anew
+                if not self._look_at_file():
+                    self._use_memory(error)
+            return run(self, *args, **kwargs)
 
     return run
 
@@ -3863,10 +3854,6 @@ def _new_session() -> requests.Session:
     }
 
     class Adapter(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-            super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = pools
-
         def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
             manager = super().proxy_manager_for(proxy, **kwargs)
             if not proxy.lower().startswith("socks"):
@@ -3877,7 +3864,9 @@ def _new_session() -> requests.Session:
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
-        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
+        adapter = Adapter(pool_connections=8, pool_maxsize=256)
+        adapter.poolmanager.pool_classes_by_scheme = pools
+        session.mount(scheme, adapter)
     return session
 
 
@@ -3928,7 +3917,6 @@ class _Transport:
     def _open(
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
-        """The response's head."""
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         with _our_errors(url, timeout_s, cancellation), cancellation.in_flight(timeout_s):
             response = self._session().request(method, url, timeout=times, stream=True, **options)
@@ -3936,7 +3924,6 @@ class _Transport:
         return response
 
     def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
-        """Read the whole body, within the time and the size limit."""
         data = bytearray()
         try:
             _read_into(data, response, timeout_s, MAX_BODY_BYTES)
@@ -4081,7 +4068,9 @@ def _network_error(
         # its headers hold the token
         error.request = error.response = None
     host, cause = url.split("?")[0], _root_cause(error)
-    reason = _reason(cause)
+    words = str(cause).split("Failed to establish a new connection: ")[-1]
+    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
+    reason = words[:200] or type(cause).__name__
     if isinstance(cause, TimeoutError) and cause.errno is None and "timed out" not in str(cause):
         # somebody else's, such as a signal handler's
         return cause
@@ -4119,12 +4108,6 @@ def _root_cause(error: BaseException) -> BaseException:
     wrapped = [getattr(error, "reason", None), *error.args[::-1], error.__cause__]
     inner = next((e for e in wrapped if isinstance(e, BaseException)), None)
     return error if inner is None else _root_cause(inner)
-
-
-def _reason(cause: BaseException) -> str:
-    words = str(cause).split("Failed to establish a new connection: ")[-1]
-    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
-    return words[:200] or type(cause).__name__
 
 
 def _bearer(token: str) -> Callable[[Any], Any]:
@@ -5665,7 +5648,7 @@ def account_of(token: str, config: Config) -> Account:
     """
     check_sign_in(config)
     with Puter(token, config=config) as client:
-        for retry in range(1, SIGN_IN_TRIES + 1):
+        for retry in itertools.count(1):
             try:
                 user = client.whoami()
                 break
@@ -5678,10 +5661,9 @@ def account_of(token: str, config: Config) -> Account:
     if not isinstance(username, str) or not username:
         raise ServerError("The server does not say whose token this is")
     if is_temporary and not config.auto_create_temp_user:
-        raise AuthError(
-            f"{username} is a temporary account, and auto_create_temp_user is false",
-            hint="Sign in to your own account in the browser first, then log in again.",
-        )
+        problem = f"{username} is a temporary account, and auto_create_temp_user is false"
+        hint = "Sign in to your own account in the browser first, then log in again."
+        raise AuthError(problem, hint=hint)
     return Account(username, token, int(time.time() * 1000), None, is_temporary)
 
 
@@ -5695,8 +5677,7 @@ class _Callback:
         callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
         self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
         self._check = check
-        self._lock = threading.Lock()
-        self._taken = False
+        self._first = threading.Lock()  # of the token that is taken
         self.done = threading.Event()
         self.account: Account | None = None
         self.error: PuterError | None = None
@@ -5712,28 +5693,22 @@ class _Callback:
             # Not the URL itself: others on this computer could sign the person in with it.
             return 200, "Sign in", "Open the URL that the terminal shows."
         import hmac
+        import html
 
         if not hmac.compare_digest(url.path.encode(), self.path.encode()):
             return 404, "Not found", "There is nothing here."
         token = parse_qs(url.query).get("token", [""])[0]
         if not token:
             return 400, "No token", "Puter sent no token. Please try again."
-        with self._lock:
-            if self._taken:
-                return 410, "Already used", "This sign-in is over; you can close the page."
-            self._taken = True
-        return self._finish(token)
-
-    def _finish(self, token: str) -> tuple[int, str, str]:
-        import html
-
+        if not self._first.acquire(blocking=False):
+            return 410, "Already used", "This sign-in is over; you can close the page."
         try:
             self.account = self._check(token)
         except PuterError as error:
             self.error = error
             return 403, "Not signed in", html.escape(str(error))
         except BaseException:
-            self.error = AuthError("The sign-in failed", hint="Run `python -m puter login` again.")
+            self.error = AuthError("The sign-in failed")
             raise
         name = html.escape(self.account.username)
         return 200, f"Signed in as {name}", "You can close this page."
@@ -5773,18 +5748,14 @@ def browser_login(
         until = time.monotonic() + timeout_s
         while not callback.done.wait(0.1):  # in short waits, so that Ctrl-C ends at once
             if time.monotonic() > until:
-                raise AuthError(
-                    f"Nobody signed in within {timeout_s:.0f} seconds",
-                    hint="Run `python -m puter login` again. If the browser is on another "
-                    "computer, see `--no-browser` or `--with-token`.",
-                )
+                hint = "Run `python -m puter login` again. If the browser is on another computer, "
+                hint += "see `--no-browser` or `--with-token`."
+                raise AuthError(f"Nobody signed in within {timeout_s:.0f} seconds", hint=hint)
     finally:
         server.shutdown()
         server.server_close()
     if callback.account is None:
-        raise callback.error or AuthError(
-            "The sign-in failed", hint="Run `python -m puter login` again."
-        )
+        raise callback.error or AuthError("The sign-in failed")
     return callback.account
 
 
@@ -5797,23 +5768,20 @@ def _callback_server(port: int | None) -> Any:
 
         def answer(self) -> None:
             callback: _Callback = self.server.callback  # type: ignore[attr-defined]
-            host = self.headers.get("Host", "")
             try:
-                self.reply(*callback.handle(self.command, self.path, host))
+                host = self.headers.get("Host", "")
+                status, title, text = callback.handle(self.command, self.path, host)
+                body = _PAGE.format(title=title, text=text).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("Referrer-Policy", "no-referrer")
+                self.end_headers()
+                self.wfile.write(body if self.command != "HEAD" else b"")
             finally:  # the person has the page, or did not wait for it
                 if callback.account or callback.error:
                     callback.done.set()
-
-        def reply(self, status: int, title: str, text: str) -> None:
-            body = _PAGE.format(title=title, text=text).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("Referrer-Policy", "no-referrer")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = answer
 
@@ -7924,15 +7892,13 @@ MCP_MAX_LETTERS = 1_000_000
 _MCP_TICK_S = 1.0  # between two progress notifications
 _MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
-_MCP_INSTRUCTIONS = (
-    "puter-chat asks another AI model; name one from puter-models, or leave it to the default. "
-    "Every answer says which model gave it."
-)
+_MCP_ABOUT = {
+    "capabilities": {"tools": {}},
+    "instructions": "puter-chat asks another AI model; name one from puter-models, or leave it to "
+    "the default. Every answer says which model gave it.",
+}
 _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __version__}
 _NOBODY = "You are not signed in. Sign in with: python -m puter login"
-
-
-# What the CLI shows of credit, too.
 
 
 def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
@@ -7940,16 +7906,15 @@ def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
     rows = []
     for account in accounts:
         row: JSON = {"username": account.username, "error": None}
+        rows.append(row)
         try:
-            credit = asdict(client.usage(account.username))
-            costs = {
-                n: dict(zip(("cost", "units", "count"), v)) for n, v in credit["by_api"].items()
-            }
-            row |= {**credit, "by_api": costs}
-            del row["raw"]
+            row |= asdict(client.usage(account.username))
         except PuterError as error:
             row["error"] = str(error)
-        rows.append(row)
+            continue
+        names = ("cost", "units", "count")
+        row["by_api"] = {api: dict(zip(names, costs)) for api, costs in row["by_api"].items()}
+        del row["raw"]
     return rows
 
 
@@ -7961,42 +7926,25 @@ def credit_text(row: JSON) -> str:
     return f"{left} of {whole} left this month"
 
 
-# The tools are methods of `McpServer`: section 6 makes their input schemas and checks their
-# arguments. What stands here is how they answer.
-
-
-def _object_schema(required: str, **names: str) -> JSON:
+def _schema_of(**names: str) -> JSON:
     """The schema of an object: `string="a b"` are properties that are strings."""
     properties = {name: {"type": kind} for kind in names for name in names[kind].split()}
-    schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**schema, "required": required.split()}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-_MCP_CHAT = _object_schema(
-    "text model account finish_reason partial usage",
-    string="text reasoning model account finish_reason",
-    boolean="partial",
-    object="usage",
+_MCP_CHAT = _schema_of(
+    string="text reasoning model account finish_reason", boolean="partial", object="usage"
 )
-_MCP_MODEL = _object_schema(
-    "id free",
-    string="id",
-    boolean="free tools",
-    number="input_usd_per_million output_usd_per_million",
-    integer="context",
+_MCP_MODEL = _schema_of(
+    string="id", boolean="free tools", number="context input_usd_per_million output_usd_per_million"
 )
-_MCP_MODELS = _object_schema(
-    "models count total", integer="count total", string="more", array="models"
-)
+_MCP_MODELS = _schema_of(integer="count total", string="more", array="models")
 _MCP_MODELS["properties"]["models"]["items"] = _MCP_MODEL
-_MCP_ACCOUNT = _object_schema(
-    "username active temporary error",
-    string="username error unit",
-    boolean="active temporary",
-    number="allowance remaining used",
+_MCP_ACCOUNT = _schema_of(
+    string="username unit", boolean="active temporary", number="allowance remaining used"
 )
-_MCP_ACCOUNT["properties"]["error"]["type"] = ["string", "null"]
-_MCP_ACCOUNTS = _object_schema("accounts", array="accounts")
+_MCP_ACCOUNT["properties"]["error"] = {"type": ["string", "null"]}
+_MCP_ACCOUNTS = _schema_of(array="accounts")
 _MCP_ACCOUNTS["properties"]["accounts"]["items"] = _MCP_ACCOUNT
 # The name of each tool: (method, title, schema of its structured answer)
 _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
@@ -8006,16 +7954,16 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 }
 
 
+@dataclass(eq=False)
 class _McpCall:
     """A call of a tool that is running; its client asks for progress if there is a token."""
 
-    def __init__(self, request: JSON, progress_token: str | int | None) -> None:
-        self.request, self.progress_token = request, progress_token
-        self.progress = 0
-        self.cancellation = _Cancellation()
-        self.stream: Stream | None = None
-        # of the answer so far
-        self.text: list[str] = []
+    request: JSON
+    progress_token: str | int | None
+    progress: int = 0
+    cancellation: _Cancellation = field(default_factory=_Cancellation)
+    stream: Stream | None = None
+    text: list[str] = field(default_factory=list)  # of the answer so far
 
 
 class McpServer:
@@ -8034,8 +7982,7 @@ class McpServer:
     ) -> None:
         self._make_client = make_client
         self._made_client: Puter | None = None
-        self._write = write
-        self._call_limit_s = call_limit_s
+        self._write, self._call_limit_s = write, call_limit_s
         # The calls that are not answered yet; who takes one out may write its answer.
         self._calls: set[_McpCall] = set()
         self._calls_changed = threading.Condition()
@@ -8062,7 +8009,11 @@ class McpServer:
             if not is_request:
                 self._notified(message)
             elif message["method"] == "tools/call":
-                self._start_call(message)
+                token = _meta_of(message).get("progressToken")
+                call = _McpCall(message, token if _is_rpc_id(token) else None)
+                with self._calls_changed:
+                    self._calls.add(call)
+                threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
             else:
                 self._write(_rpc_answer(message, lambda: self._result(message)))
 
@@ -8082,38 +8033,34 @@ class McpServer:
             function = function_schema(getattr(self, method))["function"]
             is_free = method != "chat"  # asking a model spends credit
             hints = {"readOnlyHint": is_free, "idempotentHint": is_free}
-            tool = {
-                "name": name,
-                "title": title,
-                "description": function["description"],
-                "inputSchema": function["parameters"],
-                "outputSchema": output_schema,
-                "annotations": {**hints, "destructiveHint": False, "openWorldHint": True},
-            }
-            tools.append(tool)
+            tool = {"name": name, "title": title, "description": function["description"]}
+            tool |= {"inputSchema": function["parameters"], "outputSchema": output_schema}
+            hints |= {"destructiveHint": False, "openWorldHint": True}
+            tools.append({**tool, "annotations": hints})
         return tools
 
     def _result(self, message: JSON) -> JSON:
         """The result of a request that needs no tool; raises `_RpcError`."""
         method, params = message["method"], message.get("params") or {}
         if method == "initialize":
-            return _handshake(params)
+            asked = params.get("protocolVersion")
+            if not isinstance(asked, str):
+                raise _RpcError(-32602, "initialize needs a protocolVersion")
+            older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
+            version = (older or MCP_HANDSHAKE_VERSIONS)[-1]
+            return {"protocolVersion": version, "serverInfo": _MCP_SERVER_INFO, **_MCP_ABOUT}
         if method == "ping":
             return {}
-        lists: dict[str, Callable[[], JSON]] = {
-            "tools/list": lambda: {"tools": self.tools()},
-            "prompts/list": lambda: {"prompts": []},
-            "resources/list": lambda: {"resources": []},
-            "resources/templates/list": lambda: {"resourceTemplates": []},
-            "server/discover": lambda: {
-                "supportedVersions": _MCP_VERSIONS,
-                "capabilities": {"tools": {}},
-                "instructions": _MCP_INSTRUCTIONS,
-            },
+        lists: dict[str, JSON] = {
+            "tools/list": {"tools": self.tools()},
+            "prompts/list": {"prompts": []},
+            "resources/list": {"resources": []},
+            "resources/templates/list": {"resourceTemplates": []},
+            "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
         if method not in lists:
             raise _RpcError(-32601, f"Method not found: {method}")
-        return {**lists[method](), "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
+        return {**lists[method], "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
 
     def _notified(self, message: JSON) -> None:
         """End the call that the client cancels; what else comes needs nothing."""
@@ -8129,22 +8076,14 @@ class McpServer:
 
     # ---- calls of tools ----
 
-    def _start_call(self, message: JSON) -> None:
-        token = _meta_of(message).get("progressToken")
-        call = _McpCall(message, token if _is_rpc_id(token) else None)
-        with self._calls_changed:
-            self._calls.add(call)
-        threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
-
     def _run_call(self, call: _McpCall) -> None:
         """Answer a call: in time, unless the client sees progress and so goes on waiting."""
         limit = threading.Timer(self._call_limit_s, self._expire, (call,))
         limit.daemon = True
         if call.progress_token is None:
             limit.start()
-        answer = _rpc_answer(call.request, lambda: self._tool_result(call))
+        self._answer_once(call, _rpc_answer(call.request, lambda: self._tool_result(call)))
         limit.cancel()
-        self._answer_once(call, answer)
 
     def _tool_result(self, call: _McpCall) -> JSON:
         """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
@@ -8154,26 +8093,21 @@ class McpServer:
             raise _RpcError(-32602, f"Unknown tool: {name!r}")
         if not isinstance(arguments, dict):
             raise _RpcError(-32602, "arguments must be an object")
-        arguments = {k: v for k, v in arguments.items() if v is not None}
-        tool = getattr(self, _MCP_TOOLS[name][0])
+        tool, given = getattr(self, _MCP_TOOLS[name][0]), arguments.items()
         try:
-            arguments = read_arguments(tool, arguments)
+            arguments = read_arguments(tool, {k: v for k, v in given if v is not None})
         except TypeError as error:
             return _tool_output(f"{name}: {error}")
         try:
             result = tool(**arguments)
-            text, structured = self._ask(result, call) if isinstance(result, Asked) else result
+            if not isinstance(result, Asked):
+                return _tool_output(*result)
+            with self._client()._open(result, call.cancellation) as call.stream:
+                for chunk in call.stream:
+                    call.text.append(str(chunk))
         except PuterError as error:
             return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
-        return _tool_output(text, structured)
-
-    def _ask(self, request: Asked, call: _McpCall) -> tuple[str, JSON]:
-        """The whole answer of a model; `call` holds what there is of it meanwhile."""
-        with self._client()._open(request, call.cancellation) as stream:
-            call.stream = stream
-            for chunk in stream:
-                call.text.append(str(chunk))
-        return stream.reply.text, _chat_output(stream.reply, partial=False)
+        return _tool_output(call.stream.reply.text, _chat_output(call.stream.reply, partial=False))
 
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
@@ -8253,10 +8187,8 @@ class McpServer:
         """
         matches = matching_models(self._client().models(provider or None, free), search or None)
         shown = sorted(matches, key=lambda m: not m.free)[:limit]
-        rows = [
-            {k: v for k in _MCP_MODEL["properties"] if (v := getattr(m, k)) is not None}
-            for m in shown
-        ]
+        keys = _MCP_MODEL["properties"]
+        rows = [{k: v for k in keys if (v := getattr(m, k)) is not None} for m in shown]
         output: JSON = {"models": rows, "count": len(rows), "total": len(matches)}
         head = f"{len(rows)} of {len(matches)} models"
         if len(rows) < len(matches):
@@ -8278,10 +8210,8 @@ class McpServer:
 
 def _price_text(model: Model) -> str:
     prices = (model.input_usd_per_million, model.output_usd_per_million)
-    if model.free:
-        return "free"
-    amounts = ["?" if price is None else f"${price:g}" for price in prices]
-    return f"{amounts[0]} in, {amounts[1]} out, a million tokens"
+    into, out = ("?" if price is None else f"${price:g}" for price in prices)
+    return "free" if model.free else f"{into} in, {out} out, a million tokens"
 
 
 def _chat_output(reply: Reply, partial: bool) -> JSON:
@@ -8298,30 +8228,12 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
     return output if structured is None else {**output, "structuredContent": structured}
 
 
-# The messages of the protocol.
-
-
 class _RpcError(Exception):
     """A JSON-RPC error to answer with."""
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
-        self.body: JSON = {"code": code, "message": message}
-        if data is not None:
-            self.body["data"] = data
-
-
-def _handshake(params: JSON) -> JSON:
-    asked = params.get("protocolVersion")
-    if not isinstance(asked, str):
-        raise _RpcError(-32602, "initialize needs a protocolVersion")
-    older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
-    return {
-        "protocolVersion": (older or MCP_HANDSHAKE_VERSIONS)[-1],
-        "capabilities": {"tools": {}},
-        "serverInfo": _MCP_SERVER_INFO,
-        "instructions": _MCP_INSTRUCTIONS,
-    }
+        self.body = {"code": code, "message": message} | ({"data": data} if data else {})
 
 
 def _meta_of(message: JSON) -> JSON:
@@ -8398,7 +8310,16 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     os.dup2(2, 1)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     server = McpServer(make_client, messages.put)
-    writer = threading.Thread(target=_write_lines, args=(messages.get, output), daemon=True)
+
+    def write_lines() -> None:
+        while (message := messages.get()) is not None:
+            try:
+                output.write(json.dumps(message).encode("ascii") + b"\n")
+                output.flush()
+            except OSError:
+                os._exit(0)  # no answer can arrive, and what runs may cost credit
+
+    writer = threading.Thread(target=write_lines, daemon=True)
     writer.start()
     for line in iter(sys.stdin.buffer.readline, b""):
         server.receive(line)
@@ -8406,15 +8327,6 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     messages.put(None)
     writer.join(1.0)
     os._exit(0)  # threads that still run must not hold the process up
-
-
-def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
-    while (message := get()) is not None:
-        try:
-            output.write(json.dumps(message).encode("ascii") + b"\n")
-            output.flush()
-        except OSError:
-            os._exit(0)  # no answer can arrive, and what runs may cost credit
 
 
 # ======================================================================================
