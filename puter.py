@@ -208,11 +208,9 @@ def _describe(value: Any) -> str:
     """A value for an error text: shortened, and of which kind."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
-    try:
+    shown = "a huge value"
+    with suppress(ValueError):  # Python does not write integers of thousands of digits
         shown = repr(value[:60] if isinstance(value, (str, bytes)) else value)
-    except ValueError:
-        # Python does not write integers of thousands of digits
-        shown = "a huge value"
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
@@ -540,15 +538,13 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
     """
     message, code, own_status, provider_words = _error_fields(body)
     status = own_status or status
-    kind = _KIND_BY_CODE.get(code or "")
+    # a failure under a good status, without a code, is a fault of the server
+    other = BadRequestError if 400 <= status < 500 else ServerError
+    kind = _KIND_BY_CODE.get(code or "") or _KIND_BY_STATUS.get(status, other)
     if "usage-limited-chat" in message:
         kind = ModelAccessError
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
-    if kind is None:
-        # a failure under a good status, without a code, is a fault of the server
-        is_servers = status >= 500 or status < 400
-        kind = _KIND_BY_STATUS.get(status, ServerError if is_servers else BadRequestError)
     if kind is BadRequestError and _TOO_LONG.search(message):
         kind, code = ContextLengthError, "context_length_exceeded"
     text = message or f"The server answered {status} without saying why"
@@ -568,13 +564,11 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     nested, attempts = body.get("error"), body.get("attempts")
     error = nested if isinstance(nested, Mapping) else body
     message = error.get("message") or (nested if isinstance(nested, str) else "")
-    code, status = error.get("code"), error.get("status")
-    words = ""
-    if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
-        words = provider_error(attempts[-1].get("error"))[1]
-    code = code if isinstance(code, str) else None
-    message = provider_error(message)[1]
-    return message[:2_000], code, status if isinstance(status, int) else None, words[:500]
+    last = attempts[-1] if isinstance(attempts, list) and attempts else None
+    words = provider_error(last.get("error"))[1] if isinstance(last, Mapping) else ""
+    code = error["code"] if isinstance(error.get("code"), str) else None
+    status = error["status"] if isinstance(error.get("status"), int) else None
+    return provider_error(message)[1][:2_000], code, status, words[:500]
 
 
 def provider_error(text: Any) -> tuple[int | None, str]:
@@ -883,12 +877,10 @@ def config_dir(
     An absolute path; raises `ConfigError` when there is no home folder to begin from.
     """
     env = os.environ if environ is None else environ
-    own = env.get("PUTER_CONFIG_DIR")
-    shared = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
     try:
-        if own:
+        if own := env.get("PUTER_CONFIG_DIR"):
             return Path(own).expanduser().absolute()
-        if shared:
+        if shared := env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME"):
             return Path(shared).absolute() / "puter"
         if home is None and os_name != "nt" and env.get("HOME") == "":
             raise RuntimeError("HOME is empty")
@@ -1048,23 +1040,20 @@ def _strict_json(text: str) -> Any:
 
 
 def _from_environment(env: Mapping[str, str]) -> JSON:
-    """The settings of variables `PUTER_<NAME>`; a near miss of a name is a `ConfigError`.
-
-    An empty variable counts as not set.
-    """
+    """The settings of variables that are not empty; a near miss of a name is a `ConfigError`."""
     settings: JSON = {}
     ours = {f"PUTER_{name.upper()}": name for name in _SETTINGS}
     for variable, text in sorted(env.items()):
         if not variable.startswith("PUTER_") or variable in _OTHER_VARIABLES or not text:
             continue
-        if variable in ours:
-            settings[ours[variable]] = _from_text(ours[variable], text)
+        if name := ours.get(variable):
+            settings[name] = _from_text(name, text)
             continue
         # what is less alike may be another program's
         near = difflib.get_close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
         if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
-            problem = f"{variable}: there is no such setting"
-            raise ConfigError(problem, hint=f"Did you mean {meant}?")
+            hint = f"Did you mean {meant}?"
+            raise ConfigError(f"{variable}: there is no such setting", hint=hint)
     return settings
 
 
@@ -1165,7 +1154,7 @@ class AccountStore:
     def read(self) -> tuple[list[Account], Account | None]:
         """(all accounts, the active one) of one moment; raises `StoreError`."""
         data = self._read()
-        accounts = [_account_from(record) for record in data["accounts"]]
+        accounts = list(map(_account_from, data["accounts"]))
         return accounts, accounts[data["activeIndex"]] if accounts else None
 
     def stamp(self) -> tuple[int, int, int] | None:
@@ -1181,8 +1170,8 @@ class AccountStore:
             records, name = data["accounts"], account.username
             is_new = all(record["username"] != name for record in records)
             if is_new:
-                added_at_ms = account.added_at_ms or int(time.time() * 1000)
-                records.append({"username": name, "addedAt": added_at_ms})
+                added_ms = account.added_at_ms or int(time.time() * 1000)
+                records.append({"username": name, "addedAt": added_ms})
             index = self._require(data, name)
             records[index] |= {"authToken": account.token, "isTemporary": account.is_temporary}
             if account.last_used_ms is not None:
@@ -1217,10 +1206,8 @@ class AccountStore:
         names = [record["username"] for record in data["accounts"]]
         if username not in names:
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
-            raise StoreError(
-                f"{self.path}: no account is called {username!r}",
-                hint=f"{_did_you_mean(username, names)}Accounts: {known}.",
-            )
+            hint = f"{_did_you_mean(username, names)}Accounts: {known}."
+            raise StoreError(f"{self.path}: no account is called {username!r}", hint=hint)
         return names.index(username)
 
     def _read(self) -> JSON:
@@ -1433,8 +1420,7 @@ class State:
 
     def __del__(self) -> None:
         # Python 3.13 warns of a connection that nobody closed.
-        db = getattr(self, "_db", None)
-        if db is not None:
+        if db := getattr(self, "_db", None):
             db.close()
 
     @_or_in_memory
@@ -1451,9 +1437,8 @@ class State:
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            row = db.execute(sql, (self.server, account, model)).fetchone()
             strikes = 1
-            if row is not None:
+            if row := db.execute(sql, (self.server, account, model)).fetchone():
                 last = Cooldown(*row[1:7])
                 runs = last.since_s - _CLOCK_SLACK_S < now < last.until_s
                 if runs and reason != "login":
@@ -3413,8 +3398,7 @@ def may_retry(
         return streaming and retries < 1
     if isinstance(error, RateLimitError):
         patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
-        within = waited_s < patience_s and retries < patience_s / RATE_PAUSE_S
-        return patient and (retries < max_retries or within)
+        return patient and (retries < max_retries or waited_s < patience_s)
     return retries < (1 if error.scope == "model" else max_retries)
 
 
@@ -3535,16 +3519,14 @@ def next_account(
     `current` stays while it may be used; else "round-robin" takes the next in order and
     "least-recently-used" the one whose last use is longest ago.
     """
-    free = [a for a in accounts if a.username not in cooled]
-    same = next((a for a in free if a.username == current), None)
-    if same or not free:
-        return same
-    if strategy == "least-recently-used":
-        return min(free, key=lambda a: a.last_used_ms or 0)
     names = [a.username for a in accounts]
+    if current in names and current not in cooled:
+        return accounts[names.index(current)]
     start = names.index(current) + 1 if current in names else 0
-    order = [*accounts[start:], *accounts[:start]]
-    return next(a for a in order if a in free)
+    free = [a for a in (*accounts[start:], *accounts[:start]) if a.username not in cooled]
+    if strategy == "least-recently-used":
+        free = sorted(free, key=lambda a: a.last_used_ms or 0)
+    return free[0] if free else None
 
 
 class Asked(NamedTuple):
@@ -3612,12 +3594,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         if not any(depends_on_account(a.error) for a in visit):
             # the models failed by themselves: another account would meet the same
             return None
-    account = None if is_second_round else _next_account(tried, world)
-    if account is not None:
+    if is_second_round:
+        return None
+    if account := _next_account(tried, world):
         model = _next_model(asked, [], attempts, account, world)
-        waits = not world.has_substitute(account)
-        return model and Target(*model, waits_out_limits=waits)
-    ends = {} if is_second_round else _ends_of_windows(attempts, world)
+        return model and Target(*model, waits_out_limits=not world.has_substitute(account))
+    ends = _ends_of_windows(attempts, world)
     limited = [a for a in world.accounts if a.username in ends and world.has_substitute(a)]
     if not limited or not world.config.max_retries:
         return None
@@ -4007,9 +3989,8 @@ def _read_into(data: bytearray, response: requests.Response, timeout_s: float, m
         if len(data) > most:
             raise ServerError(f"The answer is larger than {most:,} bytes")
         if time.monotonic() > until:
-            raise RequestTimeoutError(
-                f"The answer was not complete after {timeout_s:g} s", may_be_billed=True
-            )
+            problem = f"The answer was not complete after {timeout_s:g} s"
+            raise RequestTimeoutError(problem, may_be_billed=True)
 
 
 def stream_pieces(response: requests.Response, timeout_s: float) -> Iterator[bytes]:
@@ -4033,10 +4014,9 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
 
         SSEClient.events  # noqa: B018 (another package of this name has none)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "The package `sseclient-py` is missing, or hidden by another one called `sseclient`",
-            hint="Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py",
-        ) from error
+        problem = "The package `sseclient-py` is missing, or hidden by another called `sseclient`"
+        hint = "Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py"
+        raise ConfigError(problem, hint=hint) from error
     try:
         events = SSEClient(_limited(stream_pieces(response, timeout_s))).events()
         yield from (event.data for event in events)
@@ -4048,8 +4028,8 @@ def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces of a stream, as long as no event grows without end."""
     since_event, last = 0, b""
     for piece in parts:
-        ends = re.search(rb"\n\r?\n", last + piece)
-        since_event, last = len(piece) if ends else since_event + len(piece), piece[-2:]
+        is_end = re.search(rb"\n\r?\n", last + piece)
+        since_event, last = len(piece) + (0 if is_end else since_event), piece[-2:]
         if since_event > MAX_LINE_BYTES:
             raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
         yield piece
@@ -4076,10 +4056,9 @@ def _network_error(
         return cause
     is_timeout = isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError))
     if isinstance(error, rq.ConnectTimeout) or (is_timeout and is_unsent):
-        return RequestTimeoutError(
-            f"{host} did not accept a connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s",
-            hint=NetworkError.default_hint,
-        )
+        within = f"within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"
+        problem = f"{host} did not accept a connection {within}"
+        return RequestTimeoutError(problem, hint=NetworkError.default_hint)
     if is_timeout:
         return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
     if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
@@ -8067,8 +8046,8 @@ class McpServer:
         params = message.get("params")
         if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
             return
+        asked = params.get("requestId")
         with self._calls_changed:
-            asked = params.get("requestId")
             calls = [c for c in self._calls if _is_rpc_id(asked) and c.request["id"] == asked]
         for call in calls:
             self._answer_once(call, None)
@@ -8112,9 +8091,8 @@ class McpServer:
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
         stream, text, limit = call.stream, "".join(call.text), f"{self._call_limit_s:.0f} s"
-        if stream is None or not text:
-            output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
-        else:
+        output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
+        if stream is not None and text:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
             output = _tool_output(text, _chat_output(reply, partial=True))
