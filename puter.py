@@ -853,9 +853,8 @@ _MISNAMED_VARIABLES = {
     "PUTER_MODEL": "PUTER_DEFAULT_MODEL",
     **dict.fromkeys(("PUTER_API_URL", "PUTER_URL", "PUTER_BASE_URL"), "PUTER_API_BASE_URL"),
     "PUTER_API_KEY": "PUTER_SERVER_API_KEY, PUTER_OPENAI_API_KEY or PUTER_AUTH_TOKEN",
-    **dict.fromkeys(
-        ("PUTER_FALLBACK", "PUTER_NO_FALLBACK"), "PUTER_FALLBACK_ENABLED or PUTER_FALLBACK_MODELS"
-    ),
+    "PUTER_FALLBACK": "PUTER_FALLBACK_ENABLED or PUTER_FALLBACK_MODELS",
+    "PUTER_NO_FALLBACK": "PUTER_FALLBACK_ENABLED",
     "PUTER_TIMEOUT": "PUTER_API_TIMEOUT_MS",
     "PUTER_CACHE": "PUTER_CACHE_ENABLED",
     "PUTER_CACHE_DIR": "PUTER_CACHE_DIRECTORY",
@@ -893,7 +892,7 @@ def config_dir(
 
 
 def _key(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
-    """A key of puter.json, as a field of `Config`; `allowed` is the lowest and highest number, or all choices."""
+    """A field of `Config`; `allowed` is the lowest and highest number, or all choices."""
     checks = {"doc": doc, "allowed": allowed, "url": url, "secret": secret}
     return field(default=default, repr=not secret, metadata=checks)
 
@@ -1028,7 +1027,7 @@ def _read_config(path: str) -> JSON:
 
 
 def _strict_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, also for a duplicate key: a value would be lost."""
+    """What a JSON text holds; raises ValueError, also for a duplicate key (one would be lost)."""
 
     def checked(pairs: list[tuple[str, Any]]) -> JSON:
         for key, count in Counter(key for key, _ in pairs).items():
@@ -1123,6 +1122,13 @@ _SETTINGS = {f.name: f for f in fields(Config) if "doc" in f.metadata}
 # ======================================================================================
 # 5. store · uses: errors, values, config
 # ======================================================================================
+LOCK_PATIENCE_S = 30.0
+_CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
+STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
+STATE_RETRY_S = 60.0  # a file that failed is tried again after so long
+_TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
+
+
 class AccountStore:
     """The accounts in a JSON file that the opencode-puter-auth plugin can share.
 
@@ -1283,9 +1289,6 @@ def _account_from(record: JSON) -> Account:
     return Account(record["username"], record["authToken"], added_ms, used_ms, is_temporary)
 
 
-LOCK_PATIENCE_S = 30.0
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
@@ -1328,8 +1331,7 @@ def _try_lock(handle: int) -> bool:
 def _write_private(target: Path, data: bytes) -> None:
     """Replace a file whole, or not at all; mode 0600 from the first byte. Caller holds a lock."""
     part = target.with_name(f".{target.name}.part")
-    with suppress(FileNotFoundError):
-        part.unlink()  # left by a crash; under the lock nobody else writes it
+    part.unlink(missing_ok=True)  # left by a crash; under the lock nobody else writes it
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -1338,15 +1340,8 @@ def _write_private(target: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, target)
     except BaseException:
-        with suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise
-
-
-_CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
-STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
-STATE_RETRY_S = 60.0  # a file that failed is tried again after so long
-_TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
 
 
 @lru_cache
@@ -1632,18 +1627,13 @@ class State:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
-        try:
-            # disposable: it need not survive a power cut
-            db.execute("PRAGMA synchronous=OFF")
-            # it fails while another process makes the file; then that one sets it
-            with suppress(sqlite3.OperationalError):
-                db.execute("PRAGMA journal_mode=WAL")
-            db.executescript(self._TABLES)
-        except BaseException:
-            db.close()
-            raise
-        self._db = db
-        self._inode = self._file_number()
+        self._db, self._inode = db, self._file_number()
+        # disposable: it need not survive a power cut
+        db.execute("PRAGMA synchronous=OFF")
+        # it fails while another process makes the file; then that one sets it
+        with suppress(sqlite3.OperationalError):
+            db.execute("PRAGMA journal_mode=WAL")
+        db.executescript(self._TABLES)
         return db
 
     def _after_fork(self) -> None:
@@ -3356,6 +3346,14 @@ def credit_from(body: Any) -> Credit:
 # ======================================================================================
 # 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
 # ======================================================================================
+NextStep = Literal["raise", "next_model", "next_account"]
+# Whose models read a PDF, and search the web; of the others nothing is known (recorded).
+_PDF_PROVIDERS = frozenset(
+    "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
+)
+_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
+
+
 def retry_delay_s(
     error: PuterError, retry: int, base_s: float, rand: Callable[[], float] | None = None
 ) -> float:
@@ -3400,9 +3398,6 @@ def may_retry(
         patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
         return patient and (retries < max_retries or waited_s < patience_s)
     return retries < (1 if error.scope == "model" else max_retries)
-
-
-NextStep = Literal["raise", "next_model", "next_account"]
 
 
 def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> NextStep:
@@ -3492,13 +3487,6 @@ def with_true_end(reply: Reply, limit: float) -> Reply:
     return replace(reply, finish_reason="length") if is_cut else reply
 
 
-# Whose models read a PDF, and search the web; of the others nothing is known (recorded).
-_PDF_PROVIDERS = frozenset(
-    "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
-)
-_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
-
-
 def lacking(model: Model, needs: Needs) -> list[str]:
     """What the request holds and the model does not take; nothing for an unknown provider."""
     inputs = needs.inputs if model.provider else frozenset[str]()
@@ -3523,10 +3511,10 @@ def next_account(
     if current in names and current not in cooled:
         return accounts[names.index(current)]
     start = names.index(current) + 1 if current in names else 0
-    free = [a for a in (*accounts[start:], *accounts[:start]) if a.username not in cooled]
+    order = [*accounts[start:], *accounts[:start]]
     if strategy == "least-recently-used":
-        free = sorted(free, key=lambda a: a.last_used_ms or 0)
-    return free[0] if free else None
+        order = sorted(accounts, key=lambda a: a.last_used_ms or 0)
+    return next((a for a in order if a.username not in cooled), None)
 
 
 class Asked(NamedTuple):
@@ -5689,8 +5677,7 @@ class _Callback:
         except BaseException:
             self.error = AuthError("The sign-in failed")
             raise
-        name = html.escape(self.account.username)
-        return 200, f"Signed in as {name}", "You can close this page."
+        return 200, f"Signed in as {html.escape(self.account.username)}", "You can close this page."
 
 
 def browser_login(
