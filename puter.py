@@ -75,17 +75,7 @@ from datetime import date
 from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    BinaryIO,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from weakref import WeakSet
 
@@ -139,8 +129,6 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
-
-
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -176,15 +164,8 @@ _log = logging.getLogger("puter")
 _log.addHandler(logging.NullHandler())
 # What is reset in a forked child, whoever held its locks in the parent.
 _forkable: WeakSet[Any] = WeakSet()
-
-
-def _after_fork() -> None:
-    for one in list(_forkable):
-        one._after_fork()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
 _T = TypeVar("_T")
 
 
@@ -195,10 +176,15 @@ def __dir__() -> list[str]:
 
 JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
-
-
 # A whole number that is larger than any float is read as None.
 _JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return _JSON.decode(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _no_constant(name: str) -> Any:
@@ -227,11 +213,9 @@ def _describe(value: Any) -> str:
     """A value for an error text: shortened, and of which kind."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     kinds |= {list: "a list", dict: "an object", type(None): "null"}
-    try:
+    shown = "a huge value"
+    with suppress(ValueError):  # Python does not write integers of thousands of digits
         shown = repr(value[:60] if isinstance(value, (str, bytes)) else value)
-    except ValueError:
-        # Python does not write integers of thousands of digits
-        shown = "a huge value"
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
@@ -310,20 +294,13 @@ class PuterError(Exception):
         return _OPENAI_TYPES.get(self.http_status, "server_error")
 
     def __str__(self) -> str:
-        parts = [self.message]
-        if len(self.attempts) > 1:
-            parts.append(f"Tried {_summarize(self.attempts)}.")
-        if self.hint:
-            parts.append(self.hint)
+        runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in self.attempts)]
+        tried = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:MAX_ATTEMPTS_SHOWN]]
+        if more := sum(n for _, n in runs[MAX_ATTEMPTS_SHOWN:]):
+            tried.append(f"and {more} more")
+        words = f"Tried {'; '.join(tried)}." if len(self.attempts) > 1 else ""
+        parts = [self.message, *filter(None, [words, self.hint])]
         return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
-
-
-def _summarize(attempts: Sequence[Attempt]) -> str:
-    """Attempts in a few words; the same one several times in a row is named once."""
-    runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in attempts)]
-    words = [text if n == 1 else f"{text} ({n} times)" for text, n in runs[:MAX_ATTEMPTS_SHOWN]]
-    more = sum(n for _, n in runs[MAX_ATTEMPTS_SHOWN:])
-    return "; ".join(words) + (f"; and {more} more" if more else "")
 
 
 class AuthError(PuterError):
@@ -513,8 +490,7 @@ _KIND_BY_CODE: dict[str, type[PuterError]] = {
     **dict.fromkeys(("forbidden", "account_is_not_verified", "account_suspended"), AccessError),
     "too_many_requests": RateLimitError,
     "upstream_rate_limited": ModelRateLimitError,
-    "upstream_provider_unavailable": ModelUnavailableError,
-    "upstream_failed": ModelUnavailableError,
+    **dict.fromkeys(("upstream_provider_unavailable", "upstream_failed"), ModelUnavailableError),
     "upstream_auth_failed": ProviderAuthError,
     "model_not_found": ModelNotFoundError,
     **dict.fromkeys(("bad_request", "not_found", "upstream_bad_request"), BadRequestError),
@@ -567,15 +543,13 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
     """
     message, code, own_status, provider_words = _error_fields(body)
     status = own_status or status
-    kind = _KIND_BY_CODE.get(code or "")
+    # a failure under a good status, without a code, is a fault of the server
+    other = BadRequestError if 400 <= status < 500 else ServerError
+    kind = _KIND_BY_CODE.get(code or "") or _KIND_BY_STATUS.get(status, other)
     if "usage-limited-chat" in message:
         kind = ModelAccessError
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
-    if kind is None:
-        # a failure under a good status, without a code, is a fault of the server
-        is_servers = status >= 500 or status < 400
-        kind = _KIND_BY_STATUS.get(status, ServerError if is_servers else BadRequestError)
     if kind is BadRequestError and _TOO_LONG.search(message):
         kind, code = ContextLengthError, "context_length_exceeded"
     text = message or f"The server answered {status} without saying why"
@@ -595,13 +569,11 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     nested, attempts = body.get("error"), body.get("attempts")
     error = nested if isinstance(nested, Mapping) else body
     message = error.get("message") or (nested if isinstance(nested, str) else "")
-    code, status = error.get("code"), error.get("status")
-    words = ""
-    if isinstance(attempts, list) and attempts and isinstance(attempts[-1], Mapping):
-        words = provider_error(attempts[-1].get("error"))[1]
-    code = code if isinstance(code, str) else None
-    message = provider_error(message)[1]
-    return message[:2_000], code, status if isinstance(status, int) else None, words[:500]
+    last = attempts[-1] if isinstance(attempts, list) and attempts else None
+    words = provider_error(last.get("error"))[1] if isinstance(last, Mapping) else ""
+    code = error["code"] if isinstance(error.get("code"), str) else None
+    status = error["status"] if isinstance(error.get("status"), int) else None
+    return provider_error(message)[1][:2_000], code, status, words[:500]
 
 
 def provider_error(text: Any) -> tuple[int | None, str]:
@@ -610,14 +582,9 @@ def provider_error(text: Any) -> tuple[int | None, str]:
     So they arrive in a stream's error line, and in the message of a whole reply (recorded).
     """
     text = str(text or "")
-    number, space, rest = text.partition(" ")
-    has_status = len(number) == 3 and number.isdigit() and space != ""
-    status = int(number) if has_status else None
-    words = rest if has_status and rest.startswith("{") else text
-    try:
-        body = json.loads(words) if words.startswith("{") else None
-    except (ValueError, RecursionError):
-        body = None
+    found = re.match(r"([0-9]{3}) ", text)
+    status = int(found[1]) if found else None
+    body = _json_or_none(text[4:] if found else text)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         return status or _STATUS_BY_TYPE.get(str(error.get("type"))), error["message"] or text
@@ -891,9 +858,8 @@ _MISNAMED_VARIABLES = {
     "PUTER_MODEL": "PUTER_DEFAULT_MODEL",
     **dict.fromkeys(("PUTER_API_URL", "PUTER_URL", "PUTER_BASE_URL"), "PUTER_API_BASE_URL"),
     "PUTER_API_KEY": "PUTER_SERVER_API_KEY, PUTER_OPENAI_API_KEY or PUTER_AUTH_TOKEN",
-    **dict.fromkeys(
-        ("PUTER_FALLBACK", "PUTER_NO_FALLBACK"), "PUTER_FALLBACK_ENABLED or PUTER_FALLBACK_MODELS"
-    ),
+    "PUTER_FALLBACK": "PUTER_FALLBACK_ENABLED or PUTER_FALLBACK_MODELS",
+    "PUTER_NO_FALLBACK": "PUTER_FALLBACK_ENABLED",
     "PUTER_TIMEOUT": "PUTER_API_TIMEOUT_MS",
     "PUTER_CACHE": "PUTER_CACHE_ENABLED",
     "PUTER_CACHE_DIR": "PUTER_CACHE_DIRECTORY",
@@ -915,12 +881,10 @@ def config_dir(
     An absolute path; raises `ConfigError` when there is no home folder to begin from.
     """
     env = os.environ if environ is None else environ
-    own = env.get("PUTER_CONFIG_DIR")
-    shared = env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME")
     try:
-        if own:
+        if own := env.get("PUTER_CONFIG_DIR"):
             return Path(own).expanduser().absolute()
-        if shared:
+        if shared := env.get("APPDATA" if os_name == "nt" else "XDG_CONFIG_HOME"):
             return Path(shared).absolute() / "puter"
         if home is None and os_name != "nt" and env.get("HOME") == "":
             raise RuntimeError("HOME is empty")
@@ -932,7 +896,7 @@ def config_dir(
     return user_home.joinpath(*parts, "puter")
 
 
-def _setting(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
+def _key(default: Any, doc: str, *allowed: Any, url: bool = False, secret: bool = False) -> Any:
     """A field of `Config`; `allowed` is the lowest and highest number, or all choices."""
     checks = {"doc": doc, "allowed": allowed, "url": url, "secret": secret}
     return field(default=default, repr=not secret, metadata=checks)
@@ -945,64 +909,58 @@ class Config:
     Raises `ConfigError` for a value of the wrong type or out of range.
     """
 
-    quiet_mode: bool = _setting(False, "no status lines on stderr")
-    debug: bool = _setting(False, "a log of every request on stderr")
-    api_base_url: str = _setting("https://api.puter.com", "where Puter's API answers", url=True)
-    gui_base_url: str = _setting("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _setting(
+    quiet_mode: bool = _key(False, "no status lines on stderr")
+    debug: bool = _key(False, "a log of every request on stderr")
+    api_base_url: str = _key("https://api.puter.com", "where Puter's API answers", url=True)
+    gui_base_url: str = _key("https://puter.com", "where Puter's pages are", url=True)
+    api_timeout_ms: int = _key(
         120_000,
         "longest silence of the server, and longest time for a whole answer, in ms",
         1,
         86_400_000,
     )
-    auto_create_temp_user: bool = _setting(
+    auto_create_temp_user: bool = _key(
         True, "accept a login that ends in a temporary account, as Puter's page makes them"
     )
-    max_retries: int = _setting(3, "how often a failed request is sent again", 0, 20)
-    retry_delay_ms: int = _setting(
-        1_000, "first wait before sending again, in ms; doubles", 0, 600_000
-    )
-    cache_ttl_ms: int = _setting(
+    max_retries: int = _key(3, "how often a failed request is sent again", 0, 20)
+    retry_delay_ms: int = _key(1_000, "first wait before sending again, in ms; doubles", 0, 600_000)
+    cache_ttl_ms: int = _key(
         300_000, "how long the model list and cached replies stay valid, in ms", 0, 10**12
     )
-    cache_enabled: bool = _setting(False, "cache whole replies and answer the same request again")
-    cache_max_entries: int = _setting(500, "cached replies at most", 1, 1_000_000)
-    cache_directory: str | None = _setting(
-        None, "folder of the cached replies (null: with the state)"
-    )
-    metrics_enabled: bool = _setting(True, "record every call for `stats`")
-    metrics_max_samples: int = _setting(
+    cache_enabled: bool = _key(False, "cache whole replies and answer the same request again")
+    cache_max_entries: int = _key(500, "cached replies at most", 1, 1_000_000)
+    cache_directory: str | None = _key(None, "folder of the cached replies (null: with the state)")
+    metrics_enabled: bool = _key(True, "record every call for `stats`")
+    metrics_max_samples: int = _key(
         1_000, "calls of a model that the percentiles are made of", 1, 1_000_000
     )
-    metrics_file: str | None = _setting(None, "file of the statistics (null: with the state)")
-    fallback_enabled: bool = _setting(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _setting(
+    metrics_file: str | None = _key(None, "file of the statistics (null: with the state)")
+    fallback_enabled: bool = _key(True, "try free models when the asked one fails")
+    fallback_models: tuple[str, ...] = _key(
         DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
     )
-    fallback_cooldown_ms: int = _setting(
+    fallback_cooldown_ms: int = _key(
         60_000, "cooldown of a model that failed on an account, in ms", 0, 10**10
     )
-    account_rotation_enabled: bool = _setting(True, "go to the next account when one is limited")
-    account_rotation_strategy: str = _setting(
+    account_rotation_enabled: bool = _key(True, "go to the next account when one is limited")
+    account_rotation_strategy: str = _key(
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
-    account_rotation_cooldown_ms: int = _setting(
+    account_rotation_cooldown_ms: int = _key(
         300_000,
         "cooldown of a limited account, in ms; 2x, 3x, 4x when it is limited again",
         0,
         10**10,
     )
-    default_model: str | None = _setting(
-        None, f"model when none is asked for (null: {DEFAULT_MODEL})"
-    )
-    api_style: str = _setting("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
-    openai_api_key: str | None = _setting(
+    default_model: str | None = _key(None, f"model when none is asked for (null: {DEFAULT_MODEL})")
+    api_style: str = _key("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
+    openai_api_key: str | None = _key(
         None, "key of an OpenAI-compatible server that is not Puter's", secret=True
     )
-    stream_tools: str = _setting(
+    stream_tools: str = _key(
         "exact", "`live` streams with tools and may lose calls", "exact", "live"
     )
-    max_concurrent: int = _setting(3, "requests at once on one account", 1, 1_000)
+    max_concurrent: int = _key(3, "requests at once on one account", 1, 1_000)
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
@@ -1045,19 +1003,16 @@ class Config:
         values: JSON = {"folder": folder}
         sources = dict.fromkeys(_SETTINGS, "default")
         ignored: list[str] = []
-        for where, settings in (
-            (path, _read_config(path)),
-            ("", _from_environment(env)),
-            ("argument", overrides),
-        ):
+        found = {path: _read_config(path), "": _from_environment(env), "argument": overrides}
+        for where, settings in found.items():
             for name, value in settings.items():
                 if name in IGNORED_SETTINGS and where == path:
                     ignored.append(name)
-                    continue
-                if name not in _SETTINGS:
+                elif name not in _SETTINGS:
                     raise _unknown_key(name, where)
-                values[name] = value
-                sources[name] = where or f"PUTER_{name.upper()}"
+                else:
+                    values[name] = value
+                    sources[name] = where or f"PUTER_{name.upper()}"
         return cls(**values, sources=sources, ignored=tuple(ignored))
 
 
@@ -1077,38 +1032,32 @@ def _read_config(path: str) -> JSON:
 
 
 def _strict_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, also for a duplicate key."""
-    return json.loads(text, object_pairs_hook=_no_duplicates)
+    """What a JSON text holds; raises ValueError, also for a duplicate key (one would be lost)."""
 
+    def checked(pairs: list[tuple[str, Any]]) -> JSON:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"duplicate key {key!r}")
+        return dict(pairs)
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> JSON:
-    """A JSON object as a dict; a duplicate key is an error, since one value would be lost."""
-    result: JSON = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"duplicate key {key!r}")
-        result[key] = value
-    return result
+    return json.loads(text, object_pairs_hook=checked)
 
 
 def _from_environment(env: Mapping[str, str]) -> JSON:
-    """The settings of variables `PUTER_<NAME>`; a near miss of a name is a `ConfigError`.
-
-    An empty variable counts as not set.
-    """
+    """The settings of variables that are not empty; a near miss of a name is a `ConfigError`."""
     settings: JSON = {}
     ours = {f"PUTER_{name.upper()}": name for name in _SETTINGS}
     for variable, text in sorted(env.items()):
         if not variable.startswith("PUTER_") or variable in _OTHER_VARIABLES or not text:
             continue
-        if variable in ours:
-            settings[ours[variable]] = _from_text(ours[variable], text)
+        if name := ours.get(variable):
+            settings[name] = _from_text(name, text)
             continue
         # what is less alike may be another program's
         near = difflib.get_close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
         if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
-            problem = f"{variable}: there is no such setting"
-            raise ConfigError(problem, hint=f"Did you mean {meant}?")
+            hint = f"Did you mean {meant}?"
+            raise ConfigError(f"{variable}: there is no such setting", hint=hint)
     return settings
 
 
@@ -1121,11 +1070,10 @@ def _from_text(name: str, text: str) -> Any:
     if kind == "int" and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
         return int(text)
     if kind.startswith("tuple"):
-        if text.lstrip().startswith("["):
-            with suppress(ValueError, RecursionError):
-                return _strict_json(text)
-            return text
-        return [part.strip() for part in text.split(",") if part.strip()]
+        if not text.lstrip().startswith("["):
+            return [part.strip() for part in text.split(",") if part.strip()]
+        with suppress(ValueError, RecursionError):
+            return _strict_json(text)
     return text
 
 
@@ -1133,20 +1081,18 @@ def _checked(name: str, value: Any, where: str) -> Any:
     spec = _SETTINGS[name]
     if value is None:
         return spec.default
-    try:
-        return _allowed(spec, value)
-    except ValueError as error:
-        default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
-        is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
-        shown = "not shown here" if is_secret else _describe(value)
-        raise ConfigError(
-            f"{where}: {name} is {shown}, but must be {error}",
-            hint=f"Correct the value, or remove it for the default ({default}).",
-        ) from None
+    is_fine, value, words = _allowed(spec, value)
+    if is_fine:
+        return value
+    default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
+    is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
+    problem = f"{where}: {name} is {'not shown here' if is_secret else _describe(value)}"
+    hint = f"Correct the value, or remove it for the default ({default})."
+    raise ConfigError(f"{problem}, but must be {words}", hint=hint)
 
 
-def _allowed(spec: Any, value: Any) -> Any:
-    """The value to use; raises ValueError with what is allowed."""
+def _allowed(spec: Any, value: Any) -> tuple[bool, Any, str]:
+    """(whether a value is allowed, the value to use, what is allowed)"""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         is_fine, words = isinstance(value, bool), "true or false"
@@ -1160,18 +1106,14 @@ def _allowed(spec: Any, value: Any) -> Any:
     elif allowed:
         is_fine, words = value in allowed, " or ".join(f'"{choice}"' for choice in allowed)
     elif spec.metadata["url"]:
-        value = str(value).rstrip("/")
-        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value))
+        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", str(value).rstrip("/")))
+        value = value.rstrip("/") if is_fine else value
         words = "a URL such as https://api.puter.com, without a user name or password"
     else:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        is_fine, words = (
-            isinstance(value, str) and value.strip() != "",
-            "a string that is not empty",
-        )
-    if not is_fine:
-        raise ValueError(words)
-    return value
+        is_fine = isinstance(value, str) and value.strip() != ""
+        words = "a string that is not empty"
+    return is_fine, value, words
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
@@ -1185,6 +1127,13 @@ _SETTINGS = {f.name: f for f in fields(Config) if "doc" in f.metadata}
 # ======================================================================================
 # 5. store · uses: errors, values, config
 # ======================================================================================
+LOCK_PATIENCE_S = 30.0
+_CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
+STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
+STATE_RETRY_S = 60.0  # a file that failed is tried again after so long
+_TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
+
+
 class AccountStore:
     """The accounts in a JSON file that the opencode-puter-auth plugin can share.
 
@@ -1216,16 +1165,15 @@ class AccountStore:
     def read(self) -> tuple[list[Account], Account | None]:
         """(all accounts, the active one) of one moment; raises `StoreError`."""
         data = self._read()
-        accounts = [_account_from(record) for record in data["accounts"]]
+        accounts = list(map(_account_from, data["accounts"]))
         return accounts, accounts[data["activeIndex"]] if accounts else None
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever the file does; None when there is no file."""
-        try:
+        with suppress(OSError):
             status = os.stat(self.path)
-        except OSError:
-            return None
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
+            return (status.st_mtime_ns, status.st_size, status.st_ino)
+        return None
 
     def add(self, account: Account, *, activate: bool = True) -> bool:
         """Store an account; True if it is new, False if only its token was replaced."""
@@ -1233,8 +1181,8 @@ class AccountStore:
             records, name = data["accounts"], account.username
             is_new = all(record["username"] != name for record in records)
             if is_new:
-                added_at_ms = account.added_at_ms or int(time.time() * 1000)
-                records.append({"username": name, "addedAt": added_at_ms})
+                added_ms = account.added_at_ms or int(time.time() * 1000)
+                records.append({"username": name, "addedAt": added_ms})
             index = self._require(data, name)
             records[index] |= {"authToken": account.token, "isTemporary": account.is_temporary}
             if account.last_used_ms is not None:
@@ -1255,7 +1203,7 @@ class AccountStore:
     def clear(self) -> list[Account]:
         """Forget all accounts and return them."""
         with self._change() as data:
-            removed = [_account_from(record) for record in data["accounts"]]
+            removed = list(map(_account_from, data["accounts"]))
             data["accounts"], data["activeIndex"] = [], 0
         return removed
 
@@ -1269,10 +1217,8 @@ class AccountStore:
         names = [record["username"] for record in data["accounts"]]
         if username not in names:
             known = ", ".join(names) or "none; sign in with `python -m puter login`"
-            raise StoreError(
-                f"{self.path}: no account is called {username!r}",
-                hint=f"{_did_you_mean(username, names)}Accounts: {known}.",
-            )
+            hint = f"{_did_you_mean(username, names)}Accounts: {known}."
+            raise StoreError(f"{self.path}: no account is called {username!r}", hint=hint)
         return names.index(username)
 
     def _read(self) -> JSON:
@@ -1348,9 +1294,6 @@ def _account_from(record: JSON) -> Account:
     return Account(record["username"], record["authToken"], added_ms, used_ms, is_temporary)
 
 
-LOCK_PATIENCE_S = 30.0
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
@@ -1377,8 +1320,7 @@ def _locked(path: Path) -> Iterator[Path]:
 
 
 def _try_lock(handle: int) -> bool:
-    """Whether the exclusive lock of an open file is ours now."""
-    try:
+    with suppress(BlockingIOError, PermissionError):
         if sys.platform == "win32":
             import msvcrt
 
@@ -1387,16 +1329,14 @@ def _try_lock(handle: int) -> bool:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _write_private(target: Path, data: bytes) -> None:
     """Replace a file whole, or not at all; mode 0600 from the first byte. Caller holds a lock."""
     part = target.with_name(f".{target.name}.part")
-    with suppress(FileNotFoundError):
-        part.unlink()  # left by a crash; under the lock nobody else writes it
+    part.unlink(missing_ok=True)  # left by a crash; under the lock nobody else writes it
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -1405,15 +1345,8 @@ def _write_private(target: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, target)
     except BaseException:
-        with suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise
-
-
-_CLOCK_SLACK_S = 60.0  # ignore the clock stepping back by up to this much
-STRIKES_LAPSE_S = 3_600.0  # after a cooldown that ended so long ago, strikes count anew
-STATE_RETRY_S = 60.0  # a file that failed is tried again after so long
-_TRIM_EVERY = 1_000  # samples recorded, since trimming reads all of them
 
 
 @lru_cache
@@ -1438,15 +1371,13 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
 
         with self._lock:
             self._look_at_file()
-            for is_last in (False, True):
-                try:
-                    return method(self, *args, **kwargs)
-                except (sqlite3.Error, OSError) as error:
-                    # deleted meanwhile, it is made anew
-                    if is_last or not self._look_at_file():
-                        self._use_memory(error)
-                        break
-            return method(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except (sqlite3.Error, OSError) as error:
+                # deleted meanwhile, it is made anew
+                if not self._look_at_file():
+                    self._use_memory(error)
+            return run(self, *args, **kwargs)
 
     return run
 
@@ -1485,13 +1416,11 @@ class State:
         # when the file is tried again after a failure, and whether one was logged
         self._retry_at: float | None = None
         self._has_warned = False
-        self._uses: dict[str, float] = {}
         _forkable.add(self)
 
     def __del__(self) -> None:
         # Python 3.13 warns of a connection that nobody closed.
-        db = getattr(self, "_db", None)
-        if db is not None:
+        if db := getattr(self, "_db", None):
             db.close()
 
     @_or_in_memory
@@ -1508,9 +1437,8 @@ class State:
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            row = db.execute(sql, (self.server, account, model)).fetchone()
             strikes = 1
-            if row is not None:
+            if row := db.execute(sql, (self.server, account, model)).fetchone():
                 last = Cooldown(*row[1:7])
                 runs = last.since_s - _CLOCK_SLACK_S < now < last.until_s
                 if runs and reason != "login":
@@ -1531,12 +1459,6 @@ class State:
         Ends the cooldowns that began before, forgets their strikes, and notes the use.
         """
         account = joined_halves(account)
-        sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
-        has_cooldowns = self._rows(sql, self.server, account)
-        if not has_cooldowns and 0 <= now - self._uses.get(account, -1.0) < 1.0:
-            # one write a second is enough to know who was used last
-            return
-        self._uses[account] = now
         rows = [(self.server, account, joined_halves(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
         with self._open() as db:
@@ -1548,17 +1470,13 @@ class State:
 
         If the clock was set back, the other cooldowns do not count.
         """
-        tokens = {account.username: account.token for account in accounts}
+        marks = {account.username: token_mark(account.token) for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
         cooldowns = []
         for _, *row, mark in self._rows(sql, self.server, now):
             one = Cooldown(*row)
-            token = tokens.get(one.account)
-            if one.reason == "login":
-                holds = token is None or token_mark(token) == mark
-            else:
-                holds = now > one.since_s - _CLOCK_SLACK_S
-            if holds:
+            is_dead = one.reason == "login" and marks.get(one.account, mark) == mark
+            if is_dead or (one.reason != "login" and now > one.since_s - _CLOCK_SLACK_S):
                 cooldowns.append(one)
         return cooldowns
 
@@ -1674,35 +1592,31 @@ class State:
     def _use_memory(self, error: Exception) -> None:
         if self._retry_at is not None or self.path == ":memory:":
             raise error
-        words = str(error).lower()
-        # what another process has locked, or a disk without room, is no reason to delete anything
-        is_damaged = "malformed" in words or "not a database" in words or "disk i/o" in words
-        advice = f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
         if not self._has_warned:
-            _log.warning(
-                "%s cannot be used (%s): cooldowns and metrics stay in memory.%s",
-                self.path,
-                error,
-                advice if is_damaged else "",
-            )
+            text = f"{self.path} cannot be used ({error}): cooldowns and metrics stay in memory."
+            # what another process has locked, or a disk without room, is no reason to delete it
+            if re.search("malformed|not a database|disk i/o", str(error).lower()):
+                text += f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
+            _log.warning("%s", text)
         self._has_warned = True
         self.close()
         self._retry_at = time.monotonic() + STATE_RETRY_S
 
     def _look_at_file(self) -> bool:
         """Open the file anew once it was deleted, or some time after it failed."""
-        if self._retry_at is not None and time.monotonic() > self._retry_at:
-            self.close()
-            self._retry_at = None
-        elif self._db is not None and self._retry_at is None and self.path != ":memory:":
-            try:
-                is_gone = os.stat(self.path).st_ino != self._inode
-            except OSError:
-                is_gone = True
-            if is_gone:
+        if self._retry_at is not None:
+            if time.monotonic() > self._retry_at:
                 self.close()
-                return True
+                self._retry_at = None
+        elif self._db is not None and self._file_number() != self._inode:
+            self.close()
+            return True
         return False
+
+    def _file_number(self) -> int | None:
+        with suppress(OSError):
+            return None if self.path == ":memory:" else os.stat(self.path).st_ino
+        return -1
 
     def _open(self) -> sqlite3.Connection:
         """The file's connection; ``with`` it, all changes are one transaction."""
@@ -1718,18 +1632,13 @@ class State:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
-        try:
-            # disposable: it need not survive a power cut
-            db.execute("PRAGMA synchronous=OFF")
-            # it fails while another process makes the file; then that one sets it
-            with suppress(sqlite3.OperationalError):
-                db.execute("PRAGMA journal_mode=WAL")
-            db.executescript(self._TABLES)
-        except BaseException:
-            db.close()
-            raise
-        self._db = db
-        self._inode = os.stat(path).st_ino if path != ":memory:" else None
+        self._db, self._inode = db, self._file_number()
+        # disposable: it need not survive a power cut
+        db.execute("PRAGMA synchronous=OFF")
+        # it fails while another process makes the file; then that one sets it
+        with suppress(sqlite3.OperationalError):
+            db.execute("PRAGMA journal_mode=WAL")
+        db.executescript(self._TABLES)
         return db
 
     def _after_fork(self) -> None:
@@ -3442,6 +3351,14 @@ def credit_from(body: Any) -> Credit:
 # ======================================================================================
 # 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
 # ======================================================================================
+NextStep = Literal["raise", "next_model", "next_account"]
+# Whose models read a PDF, and search the web; of the others nothing is known (recorded).
+_PDF_PROVIDERS = frozenset(
+    "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
+)
+_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
+
+
 def retry_delay_s(
     error: PuterError, retry: int, base_s: float, rand: Callable[[], float] | None = None
 ) -> float:
@@ -3474,8 +3391,8 @@ def may_retry(
     `retries` have been made already. A broken server gets `max_retries` more, a model's
     provider one. What the server may have worked for, and billed, is sent again only for a
     stream, and once. A rate limit is waited for only by who is `patient` (has no other account
-    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What asks for a longer wait than we ever
-    wait is not sent again.
+    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What
+    asks for a longer wait than we ever wait is not sent again.
     """
     is_over = error.is_final or (error.retry_after_s or 0) > RETRY_CAP_S
     if not error.retryable or max_retries == 0 or is_over:
@@ -3484,12 +3401,8 @@ def may_retry(
         return streaming and retries < 1
     if isinstance(error, RateLimitError):
         patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
-        within = waited_s < patience_s and retries < patience_s / RATE_PAUSE_S
-        return patient and (retries < max_retries or within)
+        return patient and (retries < max_retries or waited_s < patience_s)
     return retries < (1 if error.scope == "model" else max_retries)
-
-
-NextStep = Literal["raise", "next_model", "next_account"]
 
 
 def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> NextStep:
@@ -3498,20 +3411,15 @@ def next_step(error: PuterError, is_fallback: bool, may_fall_back: bool) -> Next
     A fallback that refuses the request says nothing of the asked model: on to the next. An
     unknown name is looked up. A prompt too long for Puter's limit may fit another model.
     """
-    if error.is_final:
+    if error.is_final or error.may_be_billed or isinstance(error, ReplyError):
+        # what is done and may be billed is not repeated
         return "raise"
-    if isinstance(error, ReplyError) or error.may_be_billed:
-        # the work is done and may be billed, so it is not repeated
-        return "raise"
-    if isinstance(error, ModelNotFoundError):
-        return "next_model"
-    if isinstance(error, ContextLengthError) and error.tokens and may_fall_back:
-        return "next_model"
     if error.scope == "account":
         return "next_account"
-    if error.scope == "model" or (error.scope == "request" and is_fallback):
-        return "next_model"
-    return "raise"
+    is_too_long = isinstance(error, ContextLengthError) and bool(error.tokens) and may_fall_back
+    refuses = error.scope == "model" or (error.scope == "request" and is_fallback)
+    is_other_model = refuses or is_too_long or isinstance(error, ModelNotFoundError)
+    return "next_model" if is_other_model else "raise"
 
 
 def depends_on_account(error: PuterError | None) -> bool:
@@ -3561,9 +3469,8 @@ def fallback_order(
 
 def can_do(model: Model, needs: Needs) -> bool:
     """Whether a model can take the request; what the catalogue does not say may be so."""
-    if needs.tools and model.tools is False:
-        return False
-    return fits(model, needs.context) and not lacking(model, needs)
+    has_tools = not needs.tools or model.tools is not False
+    return has_tools and fits(model, needs.context) and not lacking(model, needs)
 
 
 def fits(model: Model, tokens: int) -> bool:
@@ -3583,13 +3490,6 @@ def with_true_end(reply: Reply, limit: float) -> Reply:
     """The reply, ended by "length" if it has all the tokens that it might: few providers say so."""
     is_cut = reply.finish_reason == "stop" and (reply.usage.output_tokens or 0) >= limit
     return replace(reply, finish_reason="length") if is_cut else reply
-
-
-# Whose models read a PDF, and search the web; of the others nothing is known (recorded).
-_PDF_PROVIDERS = frozenset(
-    "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
-)
-_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
 
 
 def lacking(model: Model, needs: Needs) -> list[str]:
@@ -3612,16 +3512,14 @@ def next_account(
     `current` stays while it may be used; else "round-robin" takes the next in order and
     "least-recently-used" the one whose last use is longest ago.
     """
-    free = [a for a in accounts if a.username not in cooled]
-    same = next((a for a in free if a.username == current), None)
-    if same or not free:
-        return same
-    if strategy == "least-recently-used":
-        return min(free, key=lambda a: a.last_used_ms or 0)
     names = [a.username for a in accounts]
+    if current in names and current not in cooled:
+        return accounts[names.index(current)]
     start = names.index(current) + 1 if current in names else 0
     order = [*accounts[start:], *accounts[:start]]
-    return next(a for a in order if a in free)
+    if strategy == "least-recently-used":
+        order = sorted(accounts, key=lambda a: a.last_used_ms or 0)
+    return next((a for a in order if a.username not in cooled), None)
 
 
 class Asked(NamedTuple):
@@ -3690,12 +3588,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         if not any(depends_on_account(a.error) for a in visit):
             # the models failed by themselves: another account would meet the same
             return None
-    account = None if is_second_round else _next_account(tried, world)
-    if account is not None:
+    if is_second_round:
+        return None
+    if account := _next_account(tried, world):
         model = _next_model(asked, [], attempts, account, world)
-        waits = not world.has_substitute(account)
-        return model and Target(*model, waits_out_limits=waits)
-    ends = {} if is_second_round else _ends_of_windows(attempts, world)
+        return model and Target(*model, waits_out_limits=not world.has_substitute(account))
+    ends = _ends_of_windows(attempts, world)
     limited = [a for a in world.accounts if a.username in ends and world.has_substitute(a)]
     if not limited or not world.config.max_retries:
         return None
@@ -3737,26 +3635,23 @@ def _next_model(
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
         return asked.model, account, False
-    fallbacks: list[Model] = []
-    if asked.fallback:
-        listed = world.config.fallback_models
-        fallbacks = fallback_order(
-            asked.model, world.models, cooled, asked.needs, listed, world.is_stale
-        )
+    listed = world.config.fallback_models
+    fallbacks = (
+        fallback_order(asked.model, world.models, cooled, asked.needs, listed, world.is_stale)
+        if asked.fallback
+        else []
+    )
     if not visit and not fallbacks:
         # despite its cooldown
         return asked.model, account, False
     if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
         return None
-    tried = {a.model for a in attempts} - names
-    is_late = world.elapsed_s > FALLBACK_BUDGET_S
-    if is_late or len(tried) >= FALLBACKS_PER_CALL:
+    tried, here = {a.model for a in attempts} - names, {a.model for a in visit}
+    if world.elapsed_s > FALLBACK_BUDGET_S or len(tried) >= FALLBACKS_PER_CALL:
         return None
-    here = {a.model for a in visit}
-    for model in fallbacks:
-        if model.id not in here and is_worth_trying(model, attempts, world.models):
-            return model.id, account, True
-    return None
+    left = (m for m in fallbacks if m.id not in here)
+    found = next((m for m in left if is_worth_trying(m, attempts, world.models)), None)
+    return (found.id, account, True) if found else None
 
 
 def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, float]:
@@ -3788,10 +3683,8 @@ def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> Model
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
     """The smallest value that so many percent of all do not exceed; None for an empty list."""
-    if not values:
-        return None
     rank = max(1, -int(-len(values) * percent // 100))
-    return sorted(values)[rank - 1]
+    return sorted(values)[rank - 1] if values else None
 
 
 def matching_models(models: Sequence[Model], text: str | None) -> list[Model]:
@@ -3812,9 +3705,6 @@ def is_from(model: Model, provider: str) -> bool:
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _USER_AGENT = f"puter.py/{__version__}"
-# What requests takes from the environment, which is slow to read as a whole for each call.
-_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
-_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
 
 
@@ -3836,19 +3726,17 @@ def is_foreign(config: Config) -> bool:
     if config.api_style != "openai":
         return False
     origin, path = _origin_and_path(config.api_base_url)
-    (scheme, host, port), _ = _origin_and_path(config.gui_base_url)
-    own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
     if path not in ("", _OPENAI_PATH):
         return True
+    (scheme, host, port), _ = _origin_and_path(config.gui_base_url)
+    own = [(scheme, host, port), (scheme, f"api.{host}", port), ("https", "api.puter.com", 443)]
     # `api.puter.localhost`: where a Puter server of one's own is by default (recorded)
     if origin in own or origin[1] == "api.puter.localhost":
         return False
-    raise ConfigError(
-        f"api_base_url: {config.api_base_url} is not Puter's server, and does not name an "
-        "OpenAI-compatible one",
-        hint=f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; for a Puter server "
-        "of your own set gui_base_url, too.",
-    )
+    problem = "is not Puter's server, and does not name an OpenAI-compatible one"
+    hint = f"Write {_api_origin(config)}/v1 for an OpenAI-compatible server; "
+    hint += "for a Puter server of your own set gui_base_url, too."
+    raise ConfigError(f"api_base_url: {config.api_base_url} {problem}", hint=hint)
 
 
 def _api_origin(config: Config) -> str:
@@ -3941,9 +3829,8 @@ def _new_session() -> requests.Session:
     try:
         import requests
     except ImportError as error:
-        raise ConfigError(
-            "The package `requests` is missing", hint="Run: pip install requests sseclient-py"
-        ) from error
+        hint = "Run: pip install requests sseclient-py"
+        raise ConfigError("The package `requests` is missing", hint=hint) from error
     from requests.adapters import HTTPAdapter
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -3953,31 +3840,19 @@ def _new_session() -> requests.Session:
     }
 
     class Adapter(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-            super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = pools
-
         def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
             manager = super().proxy_manager_for(proxy, **kwargs)
             if not proxy.lower().startswith("socks"):
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    class Session(requests.Session):
-        """Reads proxies and certificates from the environment again when that has changed."""
-
-        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
-            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
-            if proxies or self.proxies or key not in settings:
-                settings[key] = super().merge_environment_settings(url, proxies, *more)
-            return dict(settings[key])
-
-    settings: dict[Any, Any] = {}
-    session = Session()
+    session = requests.Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
-        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
+        adapter = Adapter(pool_connections=8, pool_maxsize=256)
+        adapter.poolmanager.pool_classes_by_scheme = pools
+        session.mount(scheme, adapter)
     return session
 
 
@@ -4011,9 +3886,10 @@ class _Transport:
         """
         cancellation = cancellation or _Cancellation()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
-        options: JSON = {} if body is None else {"data": _encoded(body)}
         # the token must not follow to another host
-        options |= {"auth": _bearer(token, body is not None), "allow_redirects": False}
+        options: JSON = {"auth": _bearer(token), "allow_redirects": False}
+        if body is not None:
+            options |= {"data": _encoded(body), "headers": {"Content-Type": "application/json"}}
         response = self._open(method, url, options, timeout_s, cancellation)
         if streaming and response.status_code == 200 and is_stream(response):
             return response
@@ -4027,7 +3903,6 @@ class _Transport:
     def _open(
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
-        """The response's head."""
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         with _our_errors(url, timeout_s, cancellation), cancellation.in_flight(timeout_s):
             response = self._session().request(method, url, timeout=times, stream=True, **options)
@@ -4035,7 +3910,6 @@ class _Transport:
         return response
 
     def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
-        """Read the whole body, within the time and the size limit."""
         data = bytearray()
         try:
             _read_into(data, response, timeout_s, MAX_BODY_BYTES)
@@ -4047,8 +3921,7 @@ class _Transport:
                     raise ReplyError(f"The answer broke off: {error.message}") from error
                 raise
         response._content = without_token(data.decode("utf-8", "replace"), token).encode()
-        location = response.headers.get("Location", "")
-        response.headers["Location"] = without_token(location, token)
+        response.headers["Location"] = without_token(response.headers.get("Location", ""), token)
 
     def download(self, url: str) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
@@ -4068,7 +3941,7 @@ class _Transport:
         """Close the connections of our own session; the caller's is the caller's to close."""
         with self._lock:
             session, self._own = self._own, None
-        if session is not None and session is not self._custom:
+        if session is not None:
             session.close()
 
     def after_fork(self) -> None:
@@ -4076,8 +3949,10 @@ class _Transport:
         self._own, self._lock = None, threading.RLock()
 
     def _session(self) -> requests.Session:
+        if self._custom is not None:
+            return self._custom
         with self._lock:
-            self._own = self._custom or self._own or _new_session()
+            self._own = self._own or _new_session()
             return self._own
 
 
@@ -4099,15 +3974,16 @@ def _our_errors(
     """
     try:
         yield
+    except PuterError:
+        raise
     except Exception as error:
         is_unsent = cancellation is not None and cancellation.has_sent is False
         failure = _network_error(error, url, timeout_s, is_unsent)
-        if isinstance(failure, PuterError) and is_unsent:
-            failure.may_be_billed = False
-        if failure is error:
-            raise
-        # somebody else's error is its own cause
-        raise failure from (error if isinstance(failure, PuterError) else None)
+        if not isinstance(failure, PuterError):
+            # somebody else's error is its own cause
+            raise failure from failure.__cause__
+        failure.may_be_billed &= not is_unsent
+        raise failure from error
 
 
 def _read_into(data: bytearray, response: requests.Response, timeout_s: float, most: int) -> None:
@@ -4117,9 +3993,8 @@ def _read_into(data: bytearray, response: requests.Response, timeout_s: float, m
         if len(data) > most:
             raise ServerError(f"The answer is larger than {most:,} bytes")
         if time.monotonic() > until:
-            raise RequestTimeoutError(
-                f"The answer was not complete after {timeout_s:g} s", may_be_billed=True
-            )
+            problem = f"The answer was not complete after {timeout_s:g} s"
+            raise RequestTimeoutError(problem, may_be_billed=True)
 
 
 def stream_pieces(response: requests.Response, timeout_s: float) -> Iterator[bytes]:
@@ -4143,13 +4018,12 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
 
         SSEClient.events  # noqa: B018 (another package of this name has none)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "The package `sseclient-py` is missing, or hidden by another one called `sseclient`",
-            hint="Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py",
-        ) from error
+        problem = "The package `sseclient-py` is missing, or hidden by another called `sseclient`"
+        hint = "Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py"
+        raise ConfigError(problem, hint=hint) from error
     try:
-        for event in SSEClient(_limited(stream_pieces(response, timeout_s))).events():
-            yield event.data
+        events = SSEClient(_limited(stream_pieces(response, timeout_s))).events()
+        yield from (event.data for event in events)
     except UnicodeDecodeError as error:
         raise StreamError("The stream is not UTF-8") from error
 
@@ -4158,8 +4032,8 @@ def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces of a stream, as long as no event grows without end."""
     since_event, last = 0, b""
     for piece in parts:
-        ends = re.search(rb"\n\r?\n", last + piece)
-        since_event, last = len(piece) if ends else since_event + len(piece), piece[-2:]
+        is_end = re.search(rb"\n\r?\n", last + piece)
+        since_event, last = len(piece) + (0 if is_end else since_event), piece[-2:]
         if since_event > MAX_LINE_BYTES:
             raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
         yield piece
@@ -4169,8 +4043,6 @@ def _network_error(
     error: Exception, url: str, timeout_s: float, is_unsent: bool = False
 ) -> Exception:
     """What a failure of requests, urllib3 or the socket means, as one of our errors."""
-    if isinstance(error, PuterError):
-        return error
     import http.client
 
     import requests.exceptions as rq
@@ -4180,16 +4052,17 @@ def _network_error(
         # its headers hold the token
         error.request = error.response = None
     host, cause = url.split("?")[0], _root_cause(error)
-    reason = _reason(cause)
+    words = str(cause).split("Failed to establish a new connection: ")[-1]
+    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
+    reason = words[:200] or type(cause).__name__
     if isinstance(cause, TimeoutError) and cause.errno is None and "timed out" not in str(cause):
         # somebody else's, such as a signal handler's
         return cause
     is_timeout = isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError))
     if isinstance(error, rq.ConnectTimeout) or (is_timeout and is_unsent):
-        return RequestTimeoutError(
-            f"{host} did not accept a connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s",
-            hint=NetworkError.default_hint,
-        )
+        within = f"within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"
+        problem = f"{host} did not accept a connection {within}"
+        return RequestTimeoutError(problem, hint=NetworkError.default_hint)
     if is_timeout:
         return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
     if isinstance(error, (rq.SSLError, u3.SSLError)) or "CERTIFICATE" in reason:
@@ -4204,15 +4077,14 @@ def _network_error(
         return ConfigError(f"{host} is not a URL to call", hint="Correct `api_base_url`.")
     ours = (rq.RequestException, u3.HTTPError, http.client.HTTPException, OSError)
     # A socket closed by another thread shows as an attribute or value error inside urllib3.
-    if isinstance(error, (*ours, AttributeError, ValueError)):
-        is_unknown = "resolve" in str(error)
-        begun = not ("Failed to establish" in str(error) or is_unknown)
-        message = f"The connection to {host} failed ({reason})"
-        name = urlsplit(url).hostname or ""
-        hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
-        hint = hint if is_unknown and name.endswith(".localhost") else NetworkError.default_hint
-        return NetworkError(message, may_be_billed=begun, hint=hint)
-    return error
+    if not isinstance(error, (*ours, AttributeError, ValueError)):
+        return error
+    failure = NetworkError(f"The connection to {host} failed ({reason})")
+    is_unknown, name = "resolve" in str(error), urlsplit(url).hostname or ""
+    failure.may_be_billed = not ("Failed to establish" in str(error) or is_unknown)
+    if is_unknown and name.endswith(".localhost"):
+        failure.hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
+    return failure
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -4221,13 +4093,7 @@ def _root_cause(error: BaseException) -> BaseException:
     return error if inner is None else _root_cause(inner)
 
 
-def _reason(cause: BaseException) -> str:
-    words = str(cause).split("Failed to establish a new connection: ")[-1]
-    words = re.sub(r"^<[^>]*>:? ?|^HTTPS?Connection\([^)]*\): ", "", words)
-    return words[:200] or type(cause).__name__
-
-
-def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
+def _bearer(token: str) -> Callable[[Any], Any]:
     """Puts our headers on a request; given as `auth`, so that no ~/.netrc overrides the token."""
     if not re.fullmatch(r"[!-~]*", token):
         hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
@@ -4236,8 +4102,6 @@ def _bearer(token: str, is_json: bool = False) -> Callable[[Any], Any]:
     def sign(request: Any) -> Any:
         if token:
             request.headers["Authorization"] = f"Bearer {token}"
-        if is_json:
-            request.headers["Content-Type"] = "application/json"
         if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
             # a session of the caller's may have one of its own
             request.headers["User-Agent"] = _USER_AGENT
@@ -4254,21 +4118,14 @@ def _encoded(body: Any) -> bytes:
     try:
         text = json.dumps(body, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        message = f"The request cannot be written as JSON ({error})"
         hint = "Pass texts, numbers, booleans, lists and dicts."
-        raise BadRequestError(message, hint=hint) from error
+        problem = f"The request cannot be written as JSON ({error})"
+        raise BadRequestError(problem, hint=hint) from error
     data = joined_halves(text).encode()
     if len(data) > MAX_SENT_BYTES:
         message = f"The request has {len(data):,} bytes, but Puter takes {MAX_SENT_BYTES:,}"
         raise BadRequestError(message, hint="Send fewer or smaller files.", status=413)
     return data
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return _JSON.decode(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def body_of(response: requests.Response) -> JSON:
@@ -4277,7 +4134,7 @@ def body_of(response: requests.Response) -> JSON:
     data = _json_or_none(text)
     status = response.status_code
     if status >= 400 or (isinstance(data, dict) and data.get("success") is False):
-        details = {"retry_after_s": _seconds(response.headers.get("Retry-After"))}
+        details = {"retry_after_s": _seconds(response.headers.get("Retry-After", ""))}
         details["is_final"] = response.headers.get("x-should-retry") == "false"
         raise error_from(status, text if data is None else data, **details)
     if status >= 300:
@@ -4303,20 +4160,17 @@ def is_stream(response: requests.Response) -> bool:
     return kind == "text/event-stream" or "ndjson" in kind or "jsonl" in kind
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _seconds(retry_after: str) -> float | None:
     """A Retry-After header in seconds; it may also be a date (RFC 9110, 10.2.3)."""
-    if retry_after is None:
-        return None
     try:
         seconds = float(retry_after)
         return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         from email.utils import parsedate_to_datetime
 
-        try:
+        with suppress(ValueError):
             return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-        except ValueError:
-            return None
+        return None
 
 
 # ======================================================================================
@@ -5778,7 +5632,7 @@ def account_of(token: str, config: Config) -> Account:
     """
     check_sign_in(config)
     with Puter(token, config=config) as client:
-        for retry in range(1, SIGN_IN_TRIES + 1):
+        for retry in itertools.count(1):
             try:
                 user = client.whoami()
                 break
@@ -5791,10 +5645,9 @@ def account_of(token: str, config: Config) -> Account:
     if not isinstance(username, str) or not username:
         raise ServerError("The server does not say whose token this is")
     if is_temporary and not config.auto_create_temp_user:
-        raise AuthError(
-            f"{username} is a temporary account, and auto_create_temp_user is false",
-            hint="Sign in to your own account in the browser first, then log in again.",
-        )
+        problem = f"{username} is a temporary account, and auto_create_temp_user is false"
+        hint = "Sign in to your own account in the browser first, then log in again."
+        raise AuthError(problem, hint=hint)
     return Account(username, token, int(time.time() * 1000), None, is_temporary)
 
 
@@ -5808,8 +5661,7 @@ class _Callback:
         callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
         self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
         self._check = check
-        self._lock = threading.Lock()
-        self._taken = False
+        self._first = threading.Lock()  # of the token that is taken
         self.done = threading.Event()
         self.account: Account | None = None
         self.error: PuterError | None = None
@@ -5825,31 +5677,24 @@ class _Callback:
             # Not the URL itself: others on this computer could sign the person in with it.
             return 200, "Sign in", "Open the URL that the terminal shows."
         import hmac
+        import html
 
         if not hmac.compare_digest(url.path.encode(), self.path.encode()):
             return 404, "Not found", "There is nothing here."
         token = parse_qs(url.query).get("token", [""])[0]
         if not token:
             return 400, "No token", "Puter sent no token. Please try again."
-        with self._lock:
-            if self._taken:
-                return 410, "Already used", "This sign-in is over; you can close the page."
-            self._taken = True
-        return self._finish(token)
-
-    def _finish(self, token: str) -> tuple[int, str, str]:
-        import html
-
+        if not self._first.acquire(blocking=False):
+            return 410, "Already used", "This sign-in is over; you can close the page."
         try:
             self.account = self._check(token)
         except PuterError as error:
             self.error = error
             return 403, "Not signed in", html.escape(str(error))
         except BaseException:
-            self.error = AuthError("The sign-in failed", hint="Run `python -m puter login` again.")
+            self.error = AuthError("The sign-in failed")
             raise
-        name = html.escape(self.account.username)
-        return 200, f"Signed in as {name}", "You can close this page."
+        return 200, f"Signed in as {html.escape(self.account.username)}", "You can close this page."
 
 
 def browser_login(
@@ -5886,18 +5731,14 @@ def browser_login(
         until = time.monotonic() + timeout_s
         while not callback.done.wait(0.1):  # in short waits, so that Ctrl-C ends at once
             if time.monotonic() > until:
-                raise AuthError(
-                    f"Nobody signed in within {timeout_s:.0f} seconds",
-                    hint="Run `python -m puter login` again. If the browser is on another "
-                    "computer, see `--no-browser` or `--with-token`.",
-                )
+                hint = "Run `python -m puter login` again. If the browser is on another computer, "
+                hint += "see `--no-browser` or `--with-token`."
+                raise AuthError(f"Nobody signed in within {timeout_s:.0f} seconds", hint=hint)
     finally:
         server.shutdown()
         server.server_close()
     if callback.account is None:
-        raise callback.error or AuthError(
-            "The sign-in failed", hint="Run `python -m puter login` again."
-        )
+        raise callback.error or AuthError("The sign-in failed")
     return callback.account
 
 
@@ -5910,23 +5751,20 @@ def _callback_server(port: int | None) -> Any:
 
         def answer(self) -> None:
             callback: _Callback = self.server.callback  # type: ignore[attr-defined]
-            host = self.headers.get("Host", "")
             try:
-                self.reply(*callback.handle(self.command, self.path, host))
+                host = self.headers.get("Host", "")
+                status, title, text = callback.handle(self.command, self.path, host)
+                body = _PAGE.format(title=title, text=text).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("Referrer-Policy", "no-referrer")
+                self.end_headers()
+                self.wfile.write(body if self.command != "HEAD" else b"")
             finally:  # the person has the page, or did not wait for it
                 if callback.account or callback.error:
                     callback.done.set()
-
-        def reply(self, status: int, title: str, text: str) -> None:
-            body = _PAGE.format(title=title, text=text).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("Referrer-Policy", "no-referrer")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = answer
 
@@ -8037,15 +7875,13 @@ MCP_MAX_LETTERS = 1_000_000
 _MCP_TICK_S = 1.0  # between two progress notifications
 _MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
-_MCP_INSTRUCTIONS = (
-    "puter-chat asks another AI model; name one from puter-models, or leave it to the default. "
-    "Every answer says which model gave it."
-)
+_MCP_ABOUT = {
+    "capabilities": {"tools": {}},
+    "instructions": "puter-chat asks another AI model; name one from puter-models, or leave it to "
+    "the default. Every answer says which model gave it.",
+}
 _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __version__}
 _NOBODY = "You are not signed in. Sign in with: python -m puter login"
-
-
-# What the CLI shows of credit, too.
 
 
 def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
@@ -8053,16 +7889,15 @@ def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
     rows = []
     for account in accounts:
         row: JSON = {"username": account.username, "error": None}
+        rows.append(row)
         try:
-            credit = asdict(client.usage(account.username))
-            costs = {
-                n: dict(zip(("cost", "units", "count"), v)) for n, v in credit["by_api"].items()
-            }
-            row |= {**credit, "by_api": costs}
-            del row["raw"]
+            row |= asdict(client.usage(account.username))
         except PuterError as error:
             row["error"] = str(error)
-        rows.append(row)
+            continue
+        names = ("cost", "units", "count")
+        row["by_api"] = {api: dict(zip(names, costs)) for api, costs in row["by_api"].items()}
+        del row["raw"]
     return rows
 
 
@@ -8074,42 +7909,25 @@ def credit_text(row: JSON) -> str:
     return f"{left} of {whole} left this month"
 
 
-# The tools are methods of `McpServer`: section 6 makes their input schemas and checks their
-# arguments. What stands here is how they answer.
-
-
-def _object_schema(required: str, **names: str) -> JSON:
+def _schema_of(**names: str) -> JSON:
     """The schema of an object: `string="a b"` are properties that are strings."""
     properties = {name: {"type": kind} for kind in names for name in names[kind].split()}
-    schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**schema, "required": required.split()}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-_MCP_CHAT = _object_schema(
-    "text model account finish_reason partial usage",
-    string="text reasoning model account finish_reason",
-    boolean="partial",
-    object="usage",
+_MCP_CHAT = _schema_of(
+    string="text reasoning model account finish_reason", boolean="partial", object="usage"
 )
-_MCP_MODEL = _object_schema(
-    "id free",
-    string="id",
-    boolean="free tools",
-    number="input_usd_per_million output_usd_per_million",
-    integer="context",
+_MCP_MODEL = _schema_of(
+    string="id", boolean="free tools", number="context input_usd_per_million output_usd_per_million"
 )
-_MCP_MODELS = _object_schema(
-    "models count total", integer="count total", string="more", array="models"
-)
+_MCP_MODELS = _schema_of(integer="count total", string="more", array="models")
 _MCP_MODELS["properties"]["models"]["items"] = _MCP_MODEL
-_MCP_ACCOUNT = _object_schema(
-    "username active temporary error",
-    string="username error unit",
-    boolean="active temporary",
-    number="allowance remaining used",
+_MCP_ACCOUNT = _schema_of(
+    string="username unit", boolean="active temporary", number="allowance remaining used"
 )
-_MCP_ACCOUNT["properties"]["error"]["type"] = ["string", "null"]
-_MCP_ACCOUNTS = _object_schema("accounts", array="accounts")
+_MCP_ACCOUNT["properties"]["error"] = {"type": ["string", "null"]}
+_MCP_ACCOUNTS = _schema_of(array="accounts")
 _MCP_ACCOUNTS["properties"]["accounts"]["items"] = _MCP_ACCOUNT
 # The name of each tool: (method, title, schema of its structured answer)
 _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
@@ -8119,16 +7937,16 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 }
 
 
+@dataclass(eq=False)
 class _McpCall:
     """A call of a tool that is running; its client asks for progress if there is a token."""
 
-    def __init__(self, request: JSON, progress_token: str | int | None) -> None:
-        self.request, self.progress_token = request, progress_token
-        self.progress = 0
-        self.cancellation = _Cancellation()
-        self.stream: Stream | None = None
-        # of the answer so far
-        self.text: list[str] = []
+    request: JSON
+    progress_token: str | int | None
+    progress: int = 0
+    cancellation: _Cancellation = field(default_factory=_Cancellation)
+    stream: Stream | None = None
+    text: list[str] = field(default_factory=list)  # of the answer so far
 
 
 class McpServer:
@@ -8147,8 +7965,7 @@ class McpServer:
     ) -> None:
         self._make_client = make_client
         self._made_client: Puter | None = None
-        self._write = write
-        self._call_limit_s = call_limit_s
+        self._write, self._call_limit_s = write, call_limit_s
         # The calls that are not answered yet; who takes one out may write its answer.
         self._calls: set[_McpCall] = set()
         self._calls_changed = threading.Condition()
@@ -8175,7 +7992,11 @@ class McpServer:
             if not is_request:
                 self._notified(message)
             elif message["method"] == "tools/call":
-                self._start_call(message)
+                token = _meta_of(message).get("progressToken")
+                call = _McpCall(message, token if _is_rpc_id(token) else None)
+                with self._calls_changed:
+                    self._calls.add(call)
+                threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
             else:
                 self._write(_rpc_answer(message, lambda: self._result(message)))
 
@@ -8195,46 +8016,42 @@ class McpServer:
             function = function_schema(getattr(self, method))["function"]
             is_free = method != "chat"  # asking a model spends credit
             hints = {"readOnlyHint": is_free, "idempotentHint": is_free}
-            tool = {
-                "name": name,
-                "title": title,
-                "description": function["description"],
-                "inputSchema": function["parameters"],
-                "outputSchema": output_schema,
-                "annotations": {**hints, "destructiveHint": False, "openWorldHint": True},
-            }
-            tools.append(tool)
+            tool = {"name": name, "title": title, "description": function["description"]}
+            tool |= {"inputSchema": function["parameters"], "outputSchema": output_schema}
+            hints |= {"destructiveHint": False, "openWorldHint": True}
+            tools.append({**tool, "annotations": hints})
         return tools
 
     def _result(self, message: JSON) -> JSON:
         """The result of a request that needs no tool; raises `_RpcError`."""
         method, params = message["method"], message.get("params") or {}
         if method == "initialize":
-            return _handshake(params)
+            asked = params.get("protocolVersion")
+            if not isinstance(asked, str):
+                raise _RpcError(-32602, "initialize needs a protocolVersion")
+            older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
+            version = (older or MCP_HANDSHAKE_VERSIONS)[-1]
+            return {"protocolVersion": version, "serverInfo": _MCP_SERVER_INFO, **_MCP_ABOUT}
         if method == "ping":
             return {}
-        lists: dict[str, Callable[[], JSON]] = {
-            "tools/list": lambda: {"tools": self.tools()},
-            "prompts/list": lambda: {"prompts": []},
-            "resources/list": lambda: {"resources": []},
-            "resources/templates/list": lambda: {"resourceTemplates": []},
-            "server/discover": lambda: {
-                "supportedVersions": _MCP_VERSIONS,
-                "capabilities": {"tools": {}},
-                "instructions": _MCP_INSTRUCTIONS,
-            },
+        lists: dict[str, JSON] = {
+            "tools/list": {"tools": self.tools()},
+            "prompts/list": {"prompts": []},
+            "resources/list": {"resources": []},
+            "resources/templates/list": {"resourceTemplates": []},
+            "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
         if method not in lists:
             raise _RpcError(-32601, f"Method not found: {method}")
-        return {**lists[method](), "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
+        return {**lists[method], "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
 
     def _notified(self, message: JSON) -> None:
         """End the call that the client cancels; what else comes needs nothing."""
         params = message.get("params")
         if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
             return
+        asked = params.get("requestId")
         with self._calls_changed:
-            asked = params.get("requestId")
             calls = [c for c in self._calls if _is_rpc_id(asked) and c.request["id"] == asked]
         for call in calls:
             self._answer_once(call, None)
@@ -8242,22 +8059,14 @@ class McpServer:
 
     # ---- calls of tools ----
 
-    def _start_call(self, message: JSON) -> None:
-        token = _meta_of(message).get("progressToken")
-        call = _McpCall(message, token if _is_rpc_id(token) else None)
-        with self._calls_changed:
-            self._calls.add(call)
-        threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
-
     def _run_call(self, call: _McpCall) -> None:
         """Answer a call: in time, unless the client sees progress and so goes on waiting."""
         limit = threading.Timer(self._call_limit_s, self._expire, (call,))
         limit.daemon = True
         if call.progress_token is None:
             limit.start()
-        answer = _rpc_answer(call.request, lambda: self._tool_result(call))
+        self._answer_once(call, _rpc_answer(call.request, lambda: self._tool_result(call)))
         limit.cancel()
-        self._answer_once(call, answer)
 
     def _tool_result(self, call: _McpCall) -> JSON:
         """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
@@ -8267,33 +8076,27 @@ class McpServer:
             raise _RpcError(-32602, f"Unknown tool: {name!r}")
         if not isinstance(arguments, dict):
             raise _RpcError(-32602, "arguments must be an object")
-        arguments = {k: v for k, v in arguments.items() if v is not None}
-        tool = getattr(self, _MCP_TOOLS[name][0])
+        tool, given = getattr(self, _MCP_TOOLS[name][0]), arguments.items()
         try:
-            arguments = read_arguments(tool, arguments)
+            arguments = read_arguments(tool, {k: v for k, v in given if v is not None})
         except TypeError as error:
             return _tool_output(f"{name}: {error}")
         try:
             result = tool(**arguments)
-            text, structured = self._ask(result, call) if isinstance(result, Asked) else result
+            if not isinstance(result, Asked):
+                return _tool_output(*result)
+            with self._client()._open(result, call.cancellation) as call.stream:
+                for chunk in call.stream:
+                    call.text.append(str(chunk))
         except PuterError as error:
             return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
-        return _tool_output(text, structured)
-
-    def _ask(self, request: Asked, call: _McpCall) -> tuple[str, JSON]:
-        """The whole answer of a model; `call` holds what there is of it meanwhile."""
-        with self._client()._open(request, call.cancellation) as stream:
-            call.stream = stream
-            for chunk in stream:
-                call.text.append(str(chunk))
-        return stream.reply.text, _chat_output(stream.reply, partial=False)
+        return _tool_output(call.stream.reply.text, _chat_output(call.stream.reply, partial=False))
 
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
         stream, text, limit = call.stream, "".join(call.text), f"{self._call_limit_s:.0f} s"
-        if stream is None or not text:
-            output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
-        else:
+        output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
+        if stream is not None and text:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
             output = _tool_output(text, _chat_output(reply, partial=True))
@@ -8366,10 +8169,8 @@ class McpServer:
         """
         matches = matching_models(self._client().models(provider or None, free), search or None)
         shown = sorted(matches, key=lambda m: not m.free)[:limit]
-        rows = [
-            {k: v for k in _MCP_MODEL["properties"] if (v := getattr(m, k)) is not None}
-            for m in shown
-        ]
+        keys = _MCP_MODEL["properties"]
+        rows = [{k: v for k in keys if (v := getattr(m, k)) is not None} for m in shown]
         output: JSON = {"models": rows, "count": len(rows), "total": len(matches)}
         head = f"{len(rows)} of {len(matches)} models"
         if len(rows) < len(matches):
@@ -8391,10 +8192,8 @@ class McpServer:
 
 def _price_text(model: Model) -> str:
     prices = (model.input_usd_per_million, model.output_usd_per_million)
-    if model.free:
-        return "free"
-    amounts = ["?" if price is None else f"${price:g}" for price in prices]
-    return f"{amounts[0]} in, {amounts[1]} out, a million tokens"
+    into, out = ("?" if price is None else f"${price:g}" for price in prices)
+    return "free" if model.free else f"{into} in, {out} out, a million tokens"
 
 
 def _chat_output(reply: Reply, partial: bool) -> JSON:
@@ -8411,30 +8210,12 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
     return output if structured is None else {**output, "structuredContent": structured}
 
 
-# The messages of the protocol.
-
-
 class _RpcError(Exception):
     """A JSON-RPC error to answer with."""
 
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
-        self.body: JSON = {"code": code, "message": message}
-        if data is not None:
-            self.body["data"] = data
-
-
-def _handshake(params: JSON) -> JSON:
-    asked = params.get("protocolVersion")
-    if not isinstance(asked, str):
-        raise _RpcError(-32602, "initialize needs a protocolVersion")
-    older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
-    return {
-        "protocolVersion": (older or MCP_HANDSHAKE_VERSIONS)[-1],
-        "capabilities": {"tools": {}},
-        "serverInfo": _MCP_SERVER_INFO,
-        "instructions": _MCP_INSTRUCTIONS,
-    }
+        self.body = {"code": code, "message": message} | ({"data": data} if data else {})
 
 
 def _meta_of(message: JSON) -> JSON:
@@ -8511,7 +8292,16 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     os.dup2(2, 1)
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     server = McpServer(make_client, messages.put)
-    writer = threading.Thread(target=_write_lines, args=(messages.get, output), daemon=True)
+
+    def write_lines() -> None:
+        while (message := messages.get()) is not None:
+            try:
+                output.write(json.dumps(message).encode("ascii") + b"\n")
+                output.flush()
+            except OSError:
+                os._exit(0)  # no answer can arrive, and what runs may cost credit
+
+    writer = threading.Thread(target=write_lines, daemon=True)
     writer.start()
     for line in iter(sys.stdin.buffer.readline, b""):
         server.receive(line)
@@ -8519,15 +8309,6 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     messages.put(None)
     writer.join(1.0)
     os._exit(0)  # threads that still run must not hold the process up
-
-
-def _write_lines(get: Callable[[], Any], output: BinaryIO) -> None:
-    while (message := get()) is not None:
-        try:
-            output.write(json.dumps(message).encode("ascii") + b"\n")
-            output.flush()
-        except OSError:
-            os._exit(0)  # no answer can arrive, and what runs may cost credit
 
 
 # ======================================================================================
