@@ -5953,11 +5953,10 @@ MAX_STOPS = 16
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
-_PASSED_ON = (
-    *("temperature", "top_p", "reasoning_effort", "reasoning", "verbosity", "seed"),
-    *("tool_choice", "parallel_tool_calls", "response_format"),
-    *("presence_penalty", "frequency_penalty"),
-)
+_PASSED_ON = """
+    temperature top_p reasoning_effort reasoning verbosity seed tool_choice parallel_tool_calls
+    response_format presence_penalty frequency_penalty
+""".split()
 
 
 # ---- what the dialects share: values ----
@@ -5998,9 +5997,10 @@ class ChatRequest(NamedTuple):
     """What a client of the gateway asks, whatever dialect it speaks.
 
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
-    `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is what only its dialect needs to word the answer;
-    `include_usage` false there ends the reading of a stream at a stop text. `memory` holds what
-    providers want back with calls. An `answer` is ours already: no model is asked.
+    `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is
+    what only its dialect needs to word the answer; `include_usage` false there ends the reading
+    of a stream at a stop text. `memory` holds what providers want back with calls. An `answer`
+    is ours already: no model is asked.
     """
 
     model: str
@@ -6028,20 +6028,21 @@ class Ending(NamedTuple):
 Event = Chunk | Ending | PuterError | None
 # The data of an event, which has the name that its "type" says; None is a comment.
 Frame = JSON | str | None
+# The name of the model that answers, as known by then.
+ModelName = Callable[[], str]
 
 
 class Dialect(NamedTuple):
     """One protocol that the gateway speaks: pure translations, no I/O.
 
-    `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `frames`
-    gets a function for the model that answers, as known by then. `error` gets the HTTP status
-    and the id of the request. `answer` is for a path that asks no model. A stream that broke
-    off is cut without HTTP's own end when `cuts_broken_streams`.
+    `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `error`
+    gets the HTTP status and the id of the request. `answer` is for a path that asks no model. A
+    stream that broke off is cut without HTTP's own end when `cuts_broken_streams`.
     """
 
     parse: Callable[[JSON, ResponseMemory], ChatRequest]
     body: Callable[[ChatRequest, Reply, Ending], JSON]
-    frames: Callable[[ChatRequest, Callable[[], str], Iterable[Event]], Iterator[Frame]]
+    frames: Callable[[ChatRequest, ModelName, Iterable[Event]], Iterator[Frame]]
     error: Callable[[PuterError, int, str], JSON]
     answer: Callable[[JSON], JSON] | None = None
     cuts_broken_streams: bool = False
@@ -6065,15 +6066,29 @@ def checked_request(
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
     a system message, too. `fields` are taken as they are.
     """
+    model = body.get("model") or ""  # without one the owner's default is meant
+    if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
+    if not messages:
+        raise _wrong("messages must hold at least one", "messages")
+    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
+        raise _wrong("puter_path is not for callers of this server", "messages")
     args = {k: v for k, v in args.items() if v is not None}
     _check_limit(args)
-    schemas, names = _short_names(tool_schemas(tools))
+    schemas = tool_schemas(tools)
+    functions = [tool["function"] for tool in schemas if "function" in tool]
+    names = {_flat_name("", function["name"]): function["name"] for function in functions}
+    for function in functions:
+        function["name"] = _flat_name("", function["name"])
     offered, choice = _choose_tools(schemas, args)
     shape = _json_instruction(args.get("response_format"))
-    messages = _callers_messages(messages, memory)
+    messages = [_with_extra(_simplified(message), memory) for message in messages]
+    if orders := [text for text in (choice, shape) if text]:
+        opening = takewhile(lambda m: m.get("role") in ("system", "developer"), messages)
+        messages.insert(len(list(opening)), {"role": "system", "content": "\n".join(orders)})
     return ChatRequest(
-        model=_callers_model(body),
-        messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
+        model=model,
+        messages=messages,
         tools=offered,
         args=args,
         memory=memory,
@@ -6085,24 +6100,6 @@ def checked_request(
     )
 
 
-def _callers_messages(messages: Messages, memory: ResponseMemory) -> Messages:
-    """The messages with what their providers want back, and without files of the owner's."""
-    if not messages:
-        raise _wrong("messages must hold at least one", "messages")
-    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
-        raise _wrong("puter_path is not for callers of this server", "messages")
-    return [_with_extra(message, memory) for message in map(_simplified, messages)]
-
-
-def _callers_model(body: JSON) -> str:
-    """The model's name; without one the owner's default is meant."""
-    model = body.get("model") or ""
-    is_name = isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)
-    if model and not is_name:
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
-    return str(model)
-
-
 def _check_limit(args: JSON) -> None:
     """Make `max_tokens` a whole number; -1 is how some say that there is no limit."""
     limit = args.get("max_tokens")
@@ -6112,17 +6109,6 @@ def _check_limit(args: JSON) -> None:
         if not _is_number(limit) or limit != int(limit) or limit < 1:
             raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = int(limit)
-
-
-def _short_names(schemas: list[JSON]) -> tuple[list[JSON], dict[str, str]]:
-    """(the tools under names that every model takes, the callers' names by these)"""
-    names: dict[str, str] = {}
-    for tool in schemas:
-        if function := tool.get("function"):
-            short = _flat_name("", function["name"])
-            names[short] = function["name"]
-            function["name"] = short
-    return schemas, names
 
 
 def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
@@ -6194,22 +6180,18 @@ _NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     name = _dig(choice, "function", "name") or _dig(choice, "name") or _dig(choice, "type")
     name = _flat_name(_dig(choice, "namespace"), name)
-    found = [tool for tool in tools if tool["function"]["name"] == name]
-    if not found:
-        raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
-    return found[0]
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool
+    raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
 
 
 def _flat_name(namespace: Any, name: Any) -> str:
     """The name of a tool as a model may have it: one word of at most 64 letters."""
-    if not namespace and len(str(name)) <= 64:
-        return str(name)
-    flat = str(name) if not namespace else f"{namespace}__{name}"
-    flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
-    if len(flat) <= 64:
-        return flat
-
-    return f"{flat[:55]}_{token_mark(flat)[:8]}"
+    flat = f"{namespace}__{name}" if namespace else str(name)
+    if namespace or len(flat) > 64:
+        flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
+    return flat if len(flat) <= 64 else f"{flat[:55]}_{token_mark(flat)[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
@@ -6224,14 +6206,6 @@ def _json_instruction(response_format: Any) -> str:
         return text.format("object")
     schema = json.dumps(_dig(response_format, "json_schema", "schema"))
     return f"{text.format('value')} It must match this JSON schema: {schema}"
-
-
-def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messages:
-    if not instructions:
-        return messages
-    opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
-    system = {"role": "system", "content": "\n".join(instructions)}
-    return [*opening, system, *messages[len(opening) :]]
 
 
 # ---- what the dialects share: contents ----
@@ -6329,14 +6303,11 @@ def answer_events(
                 ending = Ending(batch.finish_reason, batch.usage)
                 _remember(request, first_id, message=batch.extra)
             else:
-                for chunk in batch:
-                    for event in _events_of(request, chunk, stop):
-                        if event.tool_call:
-                            first_id = first_id or event.tool_call.id
-                            _remember(
-                                request, event.tool_call.id, call=event.tool_call.extra_content
-                            )
-                        yield event
+                for event in chain.from_iterable(_events_of(request, one, stop) for one in batch):
+                    if call := event.tool_call:
+                        first_id = first_id or call.id
+                        _remember(request, call.id, call=call.extra_content)
+                    yield event
             if stop.found and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
@@ -6368,10 +6339,7 @@ def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
 
 
 def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
-    """The call by the caller's name, under an id of ours: models may name those of all turns alike.
-
-    That sends agents in circles.
-    """
+    """By the caller's name, under an id of ours: a model's own, alike in turns, confuse agents."""
     return replace(call, id=_new_id("call"), name=request.names.get(call.name, call.name))
 
 
@@ -6405,16 +6373,13 @@ def json_text(text: str) -> str:
     with suppress(ValueError, RecursionError):
         decoder.decode(text)
         return text
-    best, place = "", 0
-    for _ in range(_JSON_ATTEMPTS):
-        begin = re.compile(r"[{\[]").search(text, place)
-        if begin is None:
-            break
-        place = begin.start() + 1
+    best, end = "", 0
+    begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
+    for begin in itertools.islice(begins, _JSON_ATTEMPTS):
         with suppress(ValueError, RecursionError):
-            place = decoder.raw_decode(text, begin.start())[1]
+            end = decoder.raw_decode(text, begin)[1]
             # an object is what nearly everybody means
-            best = max(best, text[begin.start() : place], key=lambda t: (t[:1] == "{", len(t)))
+            best = max(best, text[begin:end], key=lambda t: (t[:1] == "{", len(t)))
     return best or text
 
 
@@ -6443,11 +6408,8 @@ def _token_counts(usage: Usage) -> tuple[int, int, int, int]:
 # ---- what the dialects share: errors ----
 
 # Codes for errors that the server gave none.
-_CODES: dict[type[PuterError], str] = {
-    AuthError: "not_signed_in",
-    RequestTimeoutError: "timeout",
-    AllAccountsOnCooldownError: "too_many_requests",
-}
+_CODES: dict[type[PuterError], str] = {AuthError: "not_signed_in", RequestTimeoutError: "timeout"}
+_CODES[AllAccountsOnCooldownError] = "too_many_requests"
 
 
 def error_status(error: PuterError) -> int:
@@ -6459,9 +6421,8 @@ def error_status(error: PuterError) -> int:
 
 def error_headers(error: PuterError, status: int) -> dict[str, str]:
     """When to ask again, and that an SDK should not: what failed was tried long enough."""
-    headers = {}
+    headers, wait_s = {}, error.retry_after_s
     if status in (429, 503):
-        wait_s = error.retry_after_s
         if wait_s is None:
             wait_s = RATE_WINDOW_S if error.scope == "account" else 60.0
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
@@ -6540,17 +6501,12 @@ def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
         message["tool_calls"] = [openai_call(call) for call in reply.tool_calls]
     choice = {"index": 0, "message": message, "logprobs": None}
     usage = usage_object(ending.usage)
-    return {
-        **_chat_head("chat.completion"),
-        "model": reply.model,
-        "choices": [{**choice, "finish_reason": ending.finish_reason}],
-        **({"usage": usage} if usage else {}),
-    }
+    head = {**_chat_head("chat.completion"), "model": reply.model}
+    body = {**head, "choices": [{**choice, "finish_reason": ending.finish_reason}]}
+    return {**body, "usage": usage} if usage else body
 
 
-def chat_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[Frame]:
+def chat_frames(request: ChatRequest, model: ModelName, events: Iterable[Event]) -> Iterator[Frame]:
     """The `chat.completion.chunk`s of an answer, as it comes."""
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
@@ -6656,14 +6612,10 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
 # ---- responses ----
 
 # What the fields of chat completions, which errors name, are called here.
-_RESPONSE_PARAMS = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "response_format": "text",
-}
+_FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 # What a response repeats of its request, with its defaults; not the tools, which are long.
 _ECHOED: JSON = {
-    **dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id")),
+    **dict.fromkeys("instructions max_output_tokens previous_response_id".split()),
     **dict.fromkeys(("temperature", "top_p", "user")),
     "metadata": {},
     "parallel_tool_calls": True,
@@ -6744,10 +6696,8 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
     name = str(item.get("id"))
     remembered: JSON | None = memory.get(f"item_{name}")
     if remembered is None and not name.startswith("rs_"):
-        text = (
-            f"Item with id '{name[:200]}' not found. Items are not persisted when store is false."
-        )
-        raise _wrong(text, "input", status=404)
+        why = "Items are not persisted when store is false."
+        raise _wrong(f"Item with id '{name[:200]}' not found. {why}", "input", status=404)
     return remembered or {"type": "reasoning"}
 
 
@@ -6839,7 +6789,7 @@ def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def responses_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
+    request: ChatRequest, model: ModelName, events: Iterable[Event]
 ) -> Iterator[JSON]:
     """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
@@ -6872,7 +6822,7 @@ _TEXT_ITEMS = {
 class _ResponseWriter:
     """Words the events of one response: numbered, and one item open at a time."""
 
-    def __init__(self, request: ChatRequest, model: Callable[[], str]) -> None:
+    def __init__(self, request: ChatRequest, model: ModelName) -> None:
         self._request, self._model = request, model
         self._head = {"id": _new_id("resp"), "object": "response", "created_at": int(time.time())}
         self._count = 0
@@ -7019,7 +6969,7 @@ def _failure_code(error: PuterError) -> str:
 def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
     """An error in OpenAI's shape, with this dialect's names of fields and codes."""
     error = copy.copy(error)
-    error.param = _RESPONSE_PARAMS.get(error.param or "", error.param)
+    error.param = _FIELDS.get(error.param or "", error.param)
     return chat_error(error, status, request_id)
 
 
@@ -7052,19 +7002,15 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     system = [part for part in system if not str(part.get("text")).startswith(billing)]
     opening = [{"role": "system", "content": system}] if system else []
     messages = [*opening, *_read_messages(body["messages"])]
-    tools = _objects(body.get("tools"), "tools")
-    own = [
-        {
-            "name": _tool_name(tool.get("name")),
-            **_only(tool, "description"),
-            "parameters": tool.get("input_schema") or {"type": "object", "properties": {}},
-        }
-        for tool in tools
-        if tool.get("type") in (None, "custom")
-    ]
-    hosted = [tool for tool in tools if tool.get("type") not in (None, "custom")]
-    for tool in hosted:
-        _refuse_client_tool(tool.get("type"))
+    own, hosted = [], []
+    for tool in _objects(body.get("tools"), "tools"):
+        if tool.get("type") in (None, "custom"):
+            parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+            described = {**_only(tool, "description"), "parameters": parameters}
+            own.append({"name": _tool_name(tool.get("name")), **described})
+        else:
+            _refuse_client_tool(tool.get("type"))
+            hosted.append(tool)
     args = _messages_args(body, [tool.get("name") for tool in hosted])
     searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
     fields = {"options": {}, "answer": _NO_SEARCH if searches else ""}
@@ -7105,7 +7051,7 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def messages_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
+    request: ChatRequest, model: ModelName, events: Iterable[Event]
 ) -> Iterator[JSON]:
     """The events of a message, as it comes: blocks that do not overlap."""
     index, kind, has_called = 0, "", False
@@ -7194,10 +7140,9 @@ def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
         kind = "overloaded_error"
     message = str(error)
     # Claude Code shortens its history when it reads these words.
-    if isinstance(error, ContextLengthError) and error.tokens:
-        message = f"prompt is too long: {error.tokens} tokens > {error.limit} maximum"
-    elif isinstance(error, ContextLengthError):
-        message = f"prompt is too long: {message}"
+    if isinstance(error, ContextLengthError):
+        size = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else message
+        message = f"prompt is too long: {size}"
     body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
     return {**body, "request_id": request_id} if request_id else body
 
@@ -7210,13 +7155,11 @@ def count_tokens(body: JSON) -> JSON:
     return {"input_tokens": math.ceil(len(text) / 4) + _IMAGE_TOKENS * images}
 
 
-_RESPONSES = Dialect(responses_request, responses_body, responses_frames, responses_error)
+_CHAT_DIALECT = Dialect(chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True)
 _MESSAGES = Dialect(messages_request, messages_body, messages_frames, messages_error)
 DIALECTS: dict[str, Dialect] = {
-    "/v1/chat/completions": Dialect(
-        chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True
-    ),
-    "/v1/responses": _RESPONSES,
+    "/v1/chat/completions": _CHAT_DIALECT,
+    "/v1/responses": Dialect(responses_request, responses_body, responses_frames, responses_error),
     "/v1/messages": _MESSAGES,
     "/v1/messages/count_tokens": _MESSAGES._replace(answer=count_tokens),
 }
@@ -7270,11 +7213,8 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     """
     host, origin = headers.get("Host"), headers.get("Origin")
     name = re.sub(r":\d+$", "", (host or "").lower())
-    is_known = _is_this_computer(name) or name in (
-        _in_url(rules.host).lower(),
-        *rules.allowed_hosts,
-    )
-    if rules.api_key is None and not is_known:
+    own_names = {_in_url(rules.host).lower(), *rules.allowed_hosts}
+    if rules.api_key is None and name not in own_names and not _is_this_computer(name):
         text = f"This server does not answer to the name {str(host)[:100]!r}"
         return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
     is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
@@ -7632,8 +7572,15 @@ class _GatewayHandler(_HandlerBase):
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
         self._must_arrive_in(BODY_TIMEOUT_S)
-        is_expected = self.headers.get("Expect", "").lower() == "100-continue"
-        for size in self._sizes(is_expected):
+        is_expected, total = self.headers.get("Expect", "").lower() == "100-continue", 0
+        for size in self._sizes():
+            total += size
+            if total > MAX_REQUEST_BYTES:
+                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+            if is_expected:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.wfile.flush()
+                is_expected = False
             while size:
                 piece = self.rfile.read1(min(size, 64 * 1024))
                 if not piece:
@@ -7653,33 +7600,19 @@ class _GatewayHandler(_HandlerBase):
         self.app.reserve(size)
         self.reserved += size
 
-    def _sizes(self, is_expected: bool) -> Iterator[int]:
-        """How many bytes of the body come next, piece by piece; a client may wait for our word."""
-
-        total = 0
-
-        def checked(size: int) -> int:
-            nonlocal total, is_expected
-            total += size
-            if total > MAX_REQUEST_BYTES:
-                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-            if is_expected:
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.wfile.flush()
-                is_expected = False
-            return size
-
+    def _sizes(self) -> Iterator[int]:
+        """How many bytes of the body come next, piece by piece."""
         coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length")
         if coding is None:
-            yield checked(_body_size("0" if length is None else length, "[0-9]{1,18}", 10))
+            yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
         elif length is not None:
             raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
         elif coding.strip(" \t").lower() != "chunked":
             raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
         else:
-            checked(0)
+            yield 0  # a client may wait for our word
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
-                yield checked(size)
+                yield size
                 if self._line():
                     raise _wrong("a chunk is longer than it says")
             # trailers say nothing to us
