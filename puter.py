@@ -7640,6 +7640,7 @@ class _GatewayHandler(_HandlerBase):
             try:
                 self._answer(path)
             except PuterError as error:
+                self.is_abandoned |= self.cancellation.cancelled.is_set()
                 self._fail(error)
             except (ConnectionError, TimeoutError):
                 raise
