@@ -8515,8 +8515,7 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     parser = build_parser()
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
-        options = [name for names, _ in _options_of(args.run) for name in names]
-        meant = _did_you_mean(unknown[0], options) if unknown[0].startswith("-") else ""
+        meant = _did_you_mean(unknown[0], args.names) if unknown[0].startswith("-") else ""
         if not meant and args.run is cmd_ask:
             meant = "Put the question into quotes, behind the options."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
@@ -8524,19 +8523,19 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     return args
 
 
-# The arguments of each command, by its name: words and keywords for argparse's `add_argument`;
+# The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
 # a list of them excludes one another.
-_Option = tuple[tuple[str, ...], JSON]
+_Option = tuple[list[str], JSON]
 _COMMANDS: dict[str, tuple[Callable[[Any], int], tuple[_Option | list[_Option], ...], str]] = {}
 
 
-def _opt(*names: str, **keywords: Any) -> _Option:
-    if names[0].startswith("-") and keywords.keys() == {"help"}:
-        keywords["action"] = "store_true"
-    is_text = keywords.get("action", "append") == "append" and names != ("prompt",)
-    if is_text and not keywords.keys() & {"choices", "type"}:
-        keywords["type"] = _text
-    return names, keywords
+def _opt(usage: str, help: str, **keywords: Any) -> _Option:
+    """An argument by its usage, such as "-m --model MODEL"; an option without a value is a flag."""
+    names = usage.split()
+    if names[-1].startswith("-"):
+        return names, {"help": help, "action": "store_true", **keywords}
+    metavar = {"metavar": names.pop()} if len(names) > 1 else {}
+    return names, {"help": help, "type": _text, **metavar, **keywords}
 
 
 def _command(
@@ -8549,11 +8548,6 @@ def _command(
         return run
 
     return add
-
-
-def _options_of(run: Callable[[Any], int]) -> Iterator[_Option]:
-    for option in _COMMANDS[run.__name__.removeprefix("cmd_")][1]:
-        yield from option if isinstance(option, list) else [option]
 
 
 def build_parser() -> Any:
@@ -8573,12 +8567,14 @@ def build_parser() -> Any:
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
-        command.set_defaults(run=run)
+        known: list[str] = []
+        command.set_defaults(run=run, names=known)
         for option in options:
             alone = isinstance(option, list)
             group = command.add_mutually_exclusive_group() if alone else command
             for names, keywords in option if isinstance(option, list) else [option]:
                 group.add_argument(*names, **keywords)
+                known += names
     return parser
 
 
@@ -8604,34 +8600,27 @@ def _text(text: str) -> str:
 
 _text.__name__ = "empty text"
 _PORT = _number(int, 0, 65_535)
-_JSON_FLAG = _opt("--json", help="as JSON")
+_COUNT = _number(int, 1, math.inf)
+_SEVERAL: JSON = {"action": "append", "default": []}
+_JSON_FLAG = _opt("--json", "as JSON")
+_MODEL_OPTION = _opt("-m --model MODEL", "a model's id or alias")
+_FREE_FLAG = _opt("--free", "only models that cost nothing")
 # What `ask` and `chat` share.
 _TALK_OPTIONS = (
-    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
-    _opt("-s", "--system", metavar="TEXT", help="a system text"),
-    _opt(
-        "--max-tokens",
-        type=_number(int, 1, math.inf),
-        metavar="N",
-        help="longest answer, in tokens",
-    ),
-    _opt("--temperature", type=_number(float, 0, 2), metavar="T", help="0 (sober) to 2"),
+    _MODEL_OPTION,
+    _opt("-s --system TEXT", "a system text"),
+    _opt("--max-tokens N", "longest answer, in tokens", type=_COUNT),
+    _opt("--temperature T", "0 (sober) to 2", type=_number(float, 0, 2)),
     [
-        _opt(
-            "-c",
-            "--continue",
-            dest="continue_",
-            action="store_true",
-            help="go on with the last conversation",
-        ),
-        _opt("-n", "--new", help="begin a new one (the default)"),
+        _opt("-c --continue", "go on with the last conversation", dest="continue_"),
+        _opt("-n --new", "begin a new one (the default)"),
     ],
 )
 # The options that choose models of the catalogue.
 _MODEL_CHOICE = (
-    _opt("--free", help="only models that cost nothing"),
-    _opt("--provider", metavar="NAME", help="only models of a provider"),
-    _opt("--search", metavar="TEXT", help="only models with this in a name"),
+    _FREE_FLAG,
+    _opt("--provider NAME", "only models of a provider"),
+    _opt("--search TEXT", "only models with this in a name"),
 )
 
 
@@ -8665,6 +8654,17 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
         return
     for line in lines:
         _print(line)
+
+
+@contextmanager
+def _failing(
+    problem: str, hint: str, kind: Callable[..., PuterError] = StoreError
+) -> Iterator[None]:
+    """What the system refuses inside becomes an error with this problem."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem} ({error.strerror or error})", hint=hint) from error
 
 
 def _client() -> Puter:
@@ -8705,21 +8705,14 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
 
 
 @_command(
-    _opt("prompt", nargs="*", help="the question; - reads standard input"),
-    _opt(
-        "-a",
-        "--attach",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a text, image, PDF or URL to send along, - for stdin; several times",
-    ),
-    _opt("-o", "--output", metavar="FILE", help="where a picture of the answer goes"),
+    _opt("prompt", "the question; - reads standard input", nargs="*", type=str),
+    _opt("-a --attach FILE", "a text, image, PDF or URL, - for stdin; several times", **_SEVERAL),
+    _opt("-o --output FILE", "where a picture of the answer goes"),
     *_TALK_OPTIONS,
-    _opt("--no-stream", help="print the answer when it is whole"),
-    _opt("--no-fallback", help="only the model that was asked"),
-    _opt("--json", help="one JSON object with everything"),
-    _opt("--usage", help="tokens and cost, on stderr"),
+    _opt("--no-stream", "print the answer when it is whole"),
+    _opt("--no-fallback", "only the model that was asked"),
+    _opt("--json", "one JSON object with everything"),
+    _opt("--usage", "tokens and cost, on stderr"),
     epilog=_EXAMPLES,
 )
 def cmd_ask(args: Any) -> int:
@@ -8756,11 +8749,8 @@ def _save_images(reply: Reply, output: str | None = None) -> None:
         ending = ending or kinds.get(image.mime, ".png")
         names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
         path = next(name for name in names if not os.path.exists(name))
-        try:
+        with _failing(f"{path} cannot be written", "Choose another place with -o."):
             image.save(path)
-        except OSError as error:
-            problem = f"{path} cannot be written ({error.strerror or error})"
-            raise StoreError(problem, hint="Choose another place with -o.") from error
         _info(f"picture: {path}")
 
 
@@ -9074,12 +9064,11 @@ class _Chat:
         else:
             said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
             text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
-        try:
-            with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            problem = f"{name} cannot be written ({error.strerror})"
-            raise StoreError(problem, hint="Choose another name.") from error
+        with (
+            _failing(f"{name} cannot be written", "Choose another name."),
+            open(os.path.expanduser(name), "x", encoding="utf-8") as file,
+        ):
+            file.write(text + "\n")
         _info(f"saved in {name}")
 
     def do_usage(self, _: str) -> None:
@@ -9178,16 +9167,11 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
 
 @_command(
     [
-        _opt("--with-token", help="read a token from stdin"),
-        _opt("--no-browser", help="only print the URL"),
-        _opt("--import", dest="file", metavar="FILE", help="take the accounts of a file"),
+        _opt("--with-token", "read a token from stdin"),
+        _opt("--no-browser", "only print the URL"),
+        _opt("--import FILE", "take the accounts of a file", dest="file"),
     ],
-    _opt(
-        "--port",
-        type=_PORT,
-        metavar="PORT",
-        help=f"where to wait, and only there (default {LOGIN_PORT}, or any that is free)",
-    ),
+    _opt("--port PORT", f"where to wait ({LOGIN_PORT}, or any that is free)", type=_PORT),
 )
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
@@ -9284,9 +9268,7 @@ def _import_accounts(client: Puter, name: str) -> int:
     return 0
 
 
-@_command(
-    [_opt("name", nargs="?", help="the account's name"), _opt("--all", help="remove all accounts")]
-)
+@_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
 def cmd_logout(args: Any) -> int:
     """Remove an account; the active one by default."""
     with _client() as client:
@@ -9305,7 +9287,7 @@ def cmd_logout(args: Any) -> int:
     return 0
 
 
-@_command(_opt("name", help="the account's name"))
+@_command(_opt("name", "the account's name"))
 def cmd_switch(args: Any) -> int:
     """Make another account the active one."""
     account = _client().store.switch(args.name)
@@ -9317,8 +9299,8 @@ def cmd_switch(args: Any) -> int:
 
 @_command(
     _JSON_FLAG,
-    _opt("--check", help="try everything a call needs"),
-    _opt("--clear-cooldowns", help="end all cooldowns"),
+    _opt("--check", "try everything a call needs"),
+    _opt("--clear-cooldowns", "end all cooldowns"),
 )
 def cmd_status(args: Any) -> int:
     """The accounts, and who is on cooldown for how long."""
@@ -9452,12 +9434,12 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
 
 
 @_command(
-    _opt("text", nargs="?", help="only models with this in a name"),
+    _opt("text", "only models with this in a name", nargs="?"),
     *_MODEL_CHOICE,
-    _opt("--tools", help="only those that call functions"),
-    _opt("--vision", help="only those that see images"),
-    _opt("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"),
-    _opt("--refresh", help="ask the server even if cached"),
+    _opt("--tools", "only those that call functions"),
+    _opt("--vision", "only those that see images"),
+    _opt("--sort KEY", "%(choices)s (%(default)s)", choices=list(MODEL_SORTS), default="id"),
+    _opt("--refresh", "ask the server even if cached"),
     _JSON_FLAG,
 )
 def cmd_models(args: Any) -> int:
@@ -9503,7 +9485,7 @@ def _table(
         yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in columns).rstrip()
 
 
-@_command(_opt("--all", help="of all accounts"), _JSON_FLAG)
+@_command(_opt("--all", "of all accounts"), _JSON_FLAG)
 def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
@@ -9543,11 +9525,7 @@ def _credit_lines(row: JSON) -> Iterator[str]:
         yield f"  and {rest} more"
 
 
-@_command(
-    _opt("model", nargs="?", help="only this one"),
-    _opt("--reset", help="delete the statistics"),
-    _JSON_FLAG,
-)
+@_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
 def cmd_stats(args: Any) -> int:
     """How the models have done."""
     with _client() as client:
@@ -9581,7 +9559,7 @@ def _stats_row(stats: ModelStats) -> tuple[str, ...]:
     return (stats.model, *counts, *seconds, speed, f"${stats.cost_usd:.4f}")
 
 
-@_command(_opt("--clear", help="delete them"), _JSON_FLAG)
+@_command(_opt("--clear", "delete them"), _JSON_FLAG)
 def cmd_cache(args: Any) -> int:
     """The cached replies."""
     with _client() as client:
@@ -9611,34 +9589,16 @@ def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
 
 @_command(
     [
-        _opt("--openai", help="the gateway: OpenAI's and Anthropic's protocols (the default)"),
-        _opt("--mcp", help="an MCP server on stdin and stdout"),
+        _opt("--openai", "the gateway: OpenAI's and Anthropic's protocols (the default)"),
+        _opt("--mcp", "an MCP server on stdin and stdout"),
     ],
-    _opt("--host", default="127.0.0.1", help="where to listen (%(default)s)"),
-    _opt("--port", type=_PORT, default=SERVER_PORT, metavar="PORT", help="(%(default)s)"),
-    _opt("--api-key", metavar="K", help="what callers must send"),
-    _opt("--log", help="a line for each request, on stderr"),
-    _opt(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a web origin whose pages may call; several times",
-    ),
-    _opt(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that callers may give this host, as behind a proxy; several times",
-    ),
-    _opt(
-        "--max-connections",
-        type=_number(int, 1, math.inf),
-        default=MAX_CONNECTIONS,
-        metavar="N",
-        help="more at once are turned away (%(default)s)",
-    ),
+    _opt("--host HOST", "where to listen (%(default)s)", default="127.0.0.1"),
+    _opt("--port PORT", "(%(default)s)", type=_PORT, default=SERVER_PORT),
+    _opt("--api-key K", "what callers must send"),
+    _opt("--log", "a line for each request, on stderr"),
+    _opt("--allow-origin ORIGIN", "a web origin whose pages may call", **_SEVERAL),
+    _opt("--allow-host NAME", "a name of this host, as behind a proxy", **_SEVERAL),
+    _opt("--max-connections N", "at most (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
 )
 def cmd_serve(args: Any) -> int:
     """Serve other programs with your account."""
@@ -9650,12 +9610,10 @@ def cmd_serve(args: Any) -> int:
     with _client() as client:
         if args.log:
             _show_log(logging.INFO)
-        try:
-            more = {"max_connections": args.max_connections, "allowed_hosts": args.allow_host}
-            server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
-        except OSError as error:
-            problem = f"Cannot listen on {args.host}:{args.port} ({error.strerror or error})"
-            raise NetworkError(problem, hint="Try another --port.") from error
+        more = (args.allow_origin, args.max_connections, args.allow_host)
+        problem = f"Cannot listen on {args.host}:{args.port}"
+        with _failing(problem, "Try another --port.", NetworkError):
+            server = OpenAIServer(client, args.host, args.port, key, *more)
         try:
             server.start()
             _announce(server, client, key)
@@ -10086,11 +10044,11 @@ LAUNCHED = {program.command: program for program in PROGRAMS.values() if program
 @_command(
     _opt(
         "what",
+        "show: every setting; path: where they stand; else the program to print settings for",
         choices=["show", "path", *PROGRAMS],
-        help="show: every setting; path: where they stand; else the program to print settings for",
     ),
     _JSON_FLAG,
-    _opt("--base-url", default=_BASE_URL, metavar="URL", help="of the server (%(default)s)"),
+    _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
     *_MODEL_CHOICE,
 )
 def cmd_config(args: Any) -> int:
@@ -10165,11 +10123,11 @@ def _suits_agents(model: Model) -> bool:
 
 
 @_command(
-    _opt("program", nargs="?", choices=list(LAUNCHED), help="the agent"),
-    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
-    _opt("--small", metavar="MODEL", help="for small tasks (default: the same)"),
-    _opt("--free", help="only models that cost nothing"),
-    _opt("--mcp", help="give it our MCP server as well"),
+    _opt("program", "the agent", nargs="?", choices=list(LAUNCHED)),
+    _MODEL_OPTION,
+    _opt("--small MODEL", "for small tasks (default: the same)"),
+    _FREE_FLAG,
+    _opt("--mcp", "give it our MCP server as well"),
     epilog="Arguments of the program go behind --.",
 )
 def cmd_launch(args: Any) -> int:
@@ -10281,11 +10239,8 @@ def _launch_log(config: Config) -> Iterator[None]:
     """What is written to stderr meanwhile goes to a file, which is named if there was anything."""
     path = config.folder / "launch.log"
     os.makedirs(path.parent, 0o700, exist_ok=True)
-    try:
+    with _failing(f"{path} cannot be opened", "Move it away."):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        problem = f"{path} cannot be opened ({error.strerror})"
-        raise StoreError(problem, hint="Move it away.") from error
     with open(descriptor, "a", 1, encoding="utf-8") as log:
         size = log.tell()
         with redirect_stderr(log):
@@ -10354,11 +10309,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
             forward(number, frame)
 
     with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
-        try:
+        with _failing(f"{command[0]} cannot be started", "", BadRequestError):
             process = subprocess.Popen(command, env=environ)
-        except OSError as error:
-            problem = f"{command[0]} cannot be started ({error.strerror or error})"
-            raise BadRequestError(problem, hint="") from error
         code: int = process.wait()
     return code if code >= 0 else 128 - code
 
