@@ -8697,7 +8697,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         answer = _read_line("Sign in with the browser now? [Y/n] ").strip().lower()
     if answer not in ("", "y", "yes"):
         raise AuthError("You are not signed in")
-    _info(_add_account(client, _login_with_browser(client.config)))
+    _info(_add_account(client, _sign_in(client.config)))
     return work()
 
 
@@ -8908,13 +8908,10 @@ def _reply_report(reply: Reply) -> JSON:
 
 def _usage_words(usages: Iterable[Usage]) -> str:
     reported = [u for u in usages if u]
-    if not reported:
-        return "tokens: not reported"
     used = sum(reported, Usage())
     words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
-    if used.cost_usd is None:
-        return f"{words}; cost not reported"
-    return f"{words}; cost ${used.cost_usd:.6f}" if used.cost_usd else words
+    cost = "; cost not reported" if used.cost_usd is None else f"; cost ${used.cost_usd:.6f}"
+    return f"{words}{cost if used.cost_usd != 0 else ''}" if reported else "tokens: not reported"
 
 
 def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
@@ -9086,16 +9083,16 @@ class _Chat:
         import readline
 
         command, space, _ = readline.get_line_buffer().partition(" ")
+        names: Iterable[str] = ()
+        if state == 0 and not space:
+            names = self.commands()
+        elif state == 0 and command in ("/attach", "/save"):
+            names = glob.glob(glob.escape(text) + "*")
+        elif state == 0 and command == "/model":
+            with suppress(PuterError):  # none without the list
+                names = [m.id for m in self.client.models()]
         if state == 0:
-            self.matches = []
-            if not space:
-                self.matches = [name for name in self.commands() if name.startswith(text)]
-            elif command in ("/attach", "/save"):
-                self.matches = glob.glob(glob.escape(text) + "*")
-            elif command == "/model":
-                with suppress(PuterError):  # none without the list
-                    models = self.client.models()
-                    self.matches = [m.id for m in models if m.id.startswith(text)]
+            self.matches = [name for name in names if name.startswith(text)]
         return self.matches[state] if state < len(self.matches) else None
 
 
@@ -9189,7 +9186,7 @@ def cmd_login(args: Any) -> int:
                 error.hint = "This token was refused: copy it again, whole."
                 raise
         else:
-            account = _login_with_browser(client.config, args.no_browser, args.port)
+            account = _sign_in(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
     return 0
 
@@ -9207,9 +9204,7 @@ def _read_token() -> str:
     return ""
 
 
-def _login_with_browser(
-    config: Config, no_browser: bool = False, port: int | None = None
-) -> Account:
+def _sign_in(config: Config, no_browser: bool = False, port: int | None = None) -> Account:
     import webbrowser
 
     def show(url: str) -> None:
@@ -9243,23 +9238,21 @@ def _import_accounts(client: Puter, name: str) -> int:
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
     stored = {a.username: a for a in store.accounts()}
+    any_user = replace(client.config, auto_create_temp_user=True)
     imported = [_account_from(record) for record in data["accounts"]]
     for account in imported:
-        own = stored.get(account.username)
+        own, why = stored.get(account.username), ""
         if own is not None and own.token == account.token:
-            _print(f"Kept {account.username}, whose token is the same")
-            continue
-        if own is not None:
+            why = ", whose token is the same"
+        elif own is not None:
             try:
-                found = account_of(
-                    account.token, replace(client.config, auto_create_temp_user=True)
-                )
+                owner = account_of(account.token, any_user).username
+                why = f": the other token is of {owner}" if owner != account.username else ""
             except PuterError as error:
-                _print(f"Kept {account.username}: the other token was refused ({error.message})")
-                continue
-            if found.username != account.username:
-                _print(f"Kept {account.username}: the other token is of {found.username}")
-                continue
+                why = f": the other token was refused ({error.message})"
+        if why:
+            _print(f"Kept {account.username}{why}")
+            continue
         is_new = store.add(account, activate=False)
         _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if imported and not stored:
@@ -9450,21 +9443,18 @@ def cmd_models(args: Any) -> int:
     models = [m for m in models if m.tools is not False or not args.tools]
     models = [m for m in models if _sees_images(m) or not args.vision]
     models.sort(key=MODEL_SORTS[args.sort])
-    head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
-    lines = _table([head, *map(_model_row, models)], "<<><<>>", (3, 1, 2, 4, 6, 5))
+    rows = [("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")]
+    for m in models:
+        context, inputs = f"{m.context:,}" if m.context else "?", "+".join(m.inputs or "?")
+        prices = (m.input_usd_per_million, m.output_usd_per_million)
+        sent, answered = ("free" if m.free else "?" if p is None else f"{p:g}" for p in prices)
+        tools = {True: "yes", False: "no", None: "?"}[m.tools]
+        rows.append((m.id, m.provider, context, inputs, tools, sent, answered))
+    lines = _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5))
     _report(args, [asdict(m) for m in models], lines)
     if not models:
         _info("No models match.")
     return 0
-
-
-def _model_row(model: Model) -> tuple[str, ...]:
-    tools = {True: "yes", False: "no", None: "?"}[model.tools]
-    context = f"{model.context:,}" if model.context else "?"
-    inputs = "+".join(model.inputs) if model.inputs else "?"
-    prices = (model.input_usd_per_million, model.output_usd_per_million)
-    shown = ["free" if model.free else "?" if p is None else f"{p:g}" for p in prices]
-    return (model.id, model.provider, context, inputs, tools, *shown)
 
 
 def _table(
@@ -9509,19 +9499,18 @@ def _credit_lines(row: JSON) -> Iterator[str]:
     full = round(20 * share)
     yield f"  [{'#' * full}{'.' * (20 - full)}] {100 * share:.0f}% ({word})"
     # each kind of token has a row of its own (recorded)
-    sums: dict[str, tuple[float, int]] = {}
+    costs: Any = Counter()
+    calls: Counter[str] = Counter()
     for name, used in row["by_api"].items():
         parts = name.split(":")
         model = ":".join(parts[1:-1] if len(parts) > 2 else parts[:1])
-        cost, calls = sums.get(model, (0.0, 0))
-        sums[model] = (cost + used["cost"], max(calls, used["count"]))
-    costs = sorted(
-        ((cost, name, calls) for name, (cost, calls) in sums.items() if cost), reverse=True
-    )
-    if costs:
-        rows = [(f"  {name}", money(cost, unit), f"{calls:,}") for cost, name, calls in costs[:10]]
+        costs[model] += used["cost"]
+        calls[model] = max(calls[model], used["count"])
+    dearest = [(name, cost) for name, cost in costs.most_common(10) if cost]
+    if dearest:
+        rows = [(f"  {name}", money(cost, unit), f"{calls[name]:,}") for name, cost in dearest]
         yield from _table([("  USED FOR", "COST", "CALLS"), *rows], "<>>")
-    if rest := len(sums) - min(len(costs), 10):
+    if rest := len(costs) - len(dearest):
         yield f"  and {rest} more"
 
 
@@ -9543,20 +9532,19 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str
     if not stats:
         yield f"There are no statistics{f' of {model}' if model else ''} yet."
         return
-    head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
-    yield from _table([head, *map(_stats_row, stats)], "<>>>>>>>", (4, 5, 6, 3, 2))
+    rows = [("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")]
+    for one in stats:
+        p50, p95, first = (
+            "-" if t is None else f"{t:.2f}s" for t in (one.p50_s, one.p95_s, one.first_s)
+        )
+        speed = "-" if one.tokens_per_s is None else f"{one.tokens_per_s:.0f}"
+        counts, cost = (str(one.requests), str(one.successes)), f"${one.cost_usd:.4f}"
+        rows.append((one.model, *counts, p50, p95, first, speed, cost))
+    yield from _table(rows, "<>>>>>>>", (4, 5, 6, 3, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
-
-
-def _stats_row(stats: ModelStats) -> tuple[str, ...]:
-    times = (stats.p50_s, stats.p95_s, stats.first_s)
-    seconds = ["-" if t is None else f"{t:.2f}s" for t in times]
-    speed = "-" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.0f}"
-    counts = (str(stats.requests), str(stats.successes))
-    return (stats.model, *counts, *seconds, speed, f"${stats.cost_usd:.4f}")
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -9570,18 +9558,17 @@ def cmd_cache(args: Any) -> int:
             return 0
         stats: JSON = {**cache.cache_stats(time.time(), config.cache_ttl_ms / 1000)}
     stats |= {"enabled": config.cache_enabled, "path": cache.path}
-    _report(args, stats, _cache_lines(stats, config))
-    return 0
-
-
-def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
     switch = "on" if config.cache_enabled else "off (set cache_enabled to true)"
-    yield f"The reply cache is {switch}, in {stats['path']}"
-    entries = f"{stats['entries']} of {config.cache_max_entries} entries"
-    yield f"{entries}, {stats['fresh']} fresh, {stats['bytes']:,} bytes"
+    entries = f"{stats['entries']} of {config.cache_max_entries} entries, {stats['fresh']} fresh"
     lookups = stats["hits"] + stats["misses"]
     rate = f"{100 * stats['hits'] / lookups:.0f}%" if lookups else "-"
-    yield f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s"
+    lines = (
+        f"The reply cache is {switch}, in {stats['path']}",
+        f"{entries}, {stats['bytes']:,} bytes",
+        f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
+    )
+    _report(args, stats, lines)
+    return 0
 
 
 # serve
@@ -9749,26 +9736,22 @@ def zed_files(setup: Setup) -> JSON:
         {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
     ]
-    provider = {"api_url": setup.url, "available_models": models}
-    settings = {
-        "language_models": {"openai_compatible": {"puter": provider}},
-        "context_servers": {"puter": _mcp_server()},
-    }
-    return {"settings.json (in Zed: open settings)": settings}
+    provider = {"puter": {"api_url": setup.url, "available_models": models}}
+    settings = {"language_models": {"openai_compatible": provider}}
+    servers = {"context_servers": {"puter": _mcp_server()}}
+    return {"settings.json (in Zed: open settings)": {**settings, **servers}}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
     """The variables that send Claude Code to a gateway; its sub-agents ask the small model."""
     model = setup.models[0]
+    tiers = (f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("OPUS", "SONNET", "FABLE"))
+    small = ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_SMALL_FAST_MODEL")
     environ = {
         "ANTHROPIC_BASE_URL": setup.url.rstrip("/").removesuffix("/v1"),
         "ANTHROPIC_AUTH_TOKEN": setup.key,
-        "ANTHROPIC_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_FABLE_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": setup.small or model.id,
-        "ANTHROPIC_SMALL_FAST_MODEL": setup.small or model.id,
+        **dict.fromkeys(("ANTHROPIC_MODEL", *tiers), model.id),
+        **dict.fromkeys(small, setup.small or model.id),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if model.window:
@@ -9813,24 +9796,19 @@ def codex_files(setup: Setup) -> JSON:
 
 def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    models = _yaml_items((_continue_model(m, setup) for m in setup.models), "  ")
+    models = []
+    base: JSON = {"apiBase": setup.url, "apiKey": setup.key_as("${{ secrets.KEY }}")}
+    for m in setup.models:
+        # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
+        full = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
+        name = full if re.match(r"gpt-5|o\d", m.id) else m.id
+        can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
+        head = {"name": f"Puter: {m.name}", "provider": "openai", "model": name}
+        models.append({**head, **base, "capabilities": can})
     server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
-    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
-    return {"~/.continue/config.yaml": f"{head}models:\n{models}mcpServers:\n{server}"}
-
-
-def _continue_model(model: Model, setup: Setup) -> JSON:
-    # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
-    vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
-    can = ["tool_use"] if model.tools is not False else []
-    return {
-        "name": f"Puter: {model.name}",
-        "provider": "openai",
-        "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
-        "apiBase": setup.url,
-        "apiKey": setup.key_as("${{ secrets.KEY }}"),
-        "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
-    }
+    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
+    text += f"{_yaml_items(models, '  ')}mcpServers:\n{server}"
+    return {"~/.continue/config.yaml": text}
 
 
 def aider_files(setup: Setup) -> JSON:
@@ -9880,12 +9858,7 @@ def llm_files(setup: Setup) -> JSON:
     return {file: models}
 
 
-def claude_desktop_files(_: Setup) -> JSON:
-    """Claude Desktop: the MCP server."""
-    file = "claude_desktop_config.json (Settings, Developer, Edit Config)"
-    return {file: {"mcpServers": {"puter": _mcp_server()}}}
-
-
+_DESKTOP_FILE = "claude_desktop_config.json (Settings, Developer, Edit Config)"
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
@@ -10006,7 +9979,8 @@ PROGRAMS = {
         "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
     ),
     "claude-desktop": Program(
-        claude_desktop_files, "Quit Claude Desktop before you change its file: it rewrites it."
+        lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
+        "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
     "claude-code": Program(
         claude_code_files,
@@ -10059,7 +10033,12 @@ def cmd_config(args: Any) -> int:
         if config.openai_api_key:
             rows["openai_api_key"] = "***"
         data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
-        _report(args, data, _setting_lines(data))
+        table = [("SETTING", "VALUE", "FROM")]
+        for name, value in rows.items():
+            text = json.dumps(value, ensure_ascii=False)
+            text = text if len(text) <= 60 else f"{text[:57]}..."
+            table.append((name, text, config.sources[name]))
+        _report(args, data, _table(table, "<<<"))
         if config.ignored:
             _info(f"Settings of the plugin that mean nothing here: {', '.join(config.ignored)}")
     elif args.what == "path":
@@ -10068,15 +10047,6 @@ def cmd_config(args: Any) -> int:
     else:
         return _config_program(args)
     return 0
-
-
-def _setting_lines(settings: JSON) -> Iterator[str]:
-    rows = [("SETTING", "VALUE", "FROM")]
-    for name, setting in settings.items():
-        value = json.dumps(setting["value"], ensure_ascii=False)
-        value = value if len(value) <= 60 else f"{value[:57]}..."
-        rows.append((name, value, setting["source"]))
-    yield from _table(rows, "<<<")
 
 
 def _config_program(args: Any) -> int:
@@ -10112,11 +10082,8 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
             return ModelList(models).find(config.default_model)
     free = [m for m in models if m.free]
     order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
-    return next(filter(_suits_agents, order), None)
-
-
-def _suits_agents(model: Model) -> bool:
-    return model.tools is not False and (model.window or 0) >= AGENT_CONTEXT
+    suitable = (m for m in order if m.tools is not False and (m.window or 0) >= AGENT_CONTEXT)
+    return next(suitable, None)
 
 
 # launch
@@ -10256,18 +10223,18 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
-    with ExitStack() as stack:
-        name = stack.enter_context(TemporaryDirectory(prefix=f"puter-{os.getpid()}-"))
-        server = OpenAIServer(client, port=0, api_key=key, models=models)
-        stack.enter_context(server)
+    with (
+        TemporaryDirectory(prefix=f"puter-{os.getpid()}-") as name,
+        OpenAIServer(client, port=0, api_key=key, models=models) as server,
+    ):
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
         assert program.plan is not None  # it has a command
         words, variables, files = program.plan(setup, Path(name))
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
-        hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
-        direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
+        hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+        direct = f"{hosts},127.0.0.1".lstrip(",")
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
         merged[_KEY_VARIABLE] = key
         if not setup.mcp:  # its commands could read it
