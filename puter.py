@@ -6026,6 +6026,7 @@ class Ending(NamedTuple):
 
 # None: nothing came for a while. An error: the answer broke off. It or the ending is the last.
 Event = Chunk | Ending | PuterError | None
+Events = Iterable[Event]
 # The data of an event, which has the name that its "type" says; None is a comment.
 Frame = JSON | str | None
 # The name of the model that answers, as known by then.
@@ -6042,7 +6043,7 @@ class Dialect(NamedTuple):
 
     parse: Callable[[JSON, ResponseMemory], ChatRequest]
     body: Callable[[ChatRequest, Reply, Ending], JSON]
-    frames: Callable[[ChatRequest, ModelName, Iterable[Event]], Iterator[Frame]]
+    frames: Callable[[ChatRequest, ModelName, Events], Iterator[Frame]]
     error: Callable[[PuterError, int, str], JSON]
     answer: Callable[[JSON], JSON] | None = None
     cuts_broken_streams: bool = False
@@ -6082,7 +6083,7 @@ def checked_request(
         function["name"] = _flat_name("", function["name"])
     offered, choice = _choose_tools(schemas, args)
     shape = _json_instruction(args.get("response_format"))
-    messages = [_with_extra(_simplified(message), memory) for message in messages]
+    messages = [_restored(message, memory) for message in messages]
     if orders := [text for text in (choice, shape) if text]:
         opening = takewhile(lambda m: m.get("role") in ("system", "developer"), messages)
         messages.insert(len(list(opening)), {"role": "system", "content": "\n".join(orders)})
@@ -6197,15 +6198,13 @@ def _flat_name(namespace: Any, name: Any) -> str:
 def _json_instruction(response_format: Any) -> str:
     """What to say in the system text, since most providers know no response_format."""
     kind = _dig(response_format, "type")
-    if kind in (None, "text"):
-        return ""
-    if kind not in ("json_object", "json_schema"):
-        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
     text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
-    if kind == "json_object":
-        return text.format("object")
-    schema = json.dumps(_dig(response_format, "json_schema", "schema"))
-    return f"{text.format('value')} It must match this JSON schema: {schema}"
+    if kind == "json_schema":
+        schema = json.dumps(_dig(response_format, "json_schema", "schema"))
+        return f"{text.format('value')} It must match this JSON schema: {schema}"
+    if kind not in (None, "text", "json_object"):
+        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
+    return text.format("object") if kind == "json_object" else ""
 
 
 # ---- what the dialects share: contents ----
@@ -6221,36 +6220,29 @@ def _shown_image(image: Picture) -> str:
     return f"![image]({image.as_url()})"
 
 
-def _simplified(message: JSON) -> JSON:
-    """A message whose texts are one, and whose pictures are none of its text."""
+def _restored(message: JSON, memory: ResponseMemory) -> JSON:
+    """The message with its texts as one, its pictures beside, and what its provider wants back."""
     content = message.get("content")
     if isinstance(content, list) and all({*part} == {"type", "text"} for part in content):
         content = "\n\n".join(part["text"] for part in content if part["text"]) or None
-    simple = {**message, "content": content}
+    message = {**message, "content": content}
     if message["role"] == "assistant" and isinstance(content, str) and "![image](" in content:
         urls = [{"url": found} for found in _SHOWN_IMAGE.findall(content)]
-        simple["images"] = [{"type": "image_url", "image_url": url} for url in urls]
-        simple["content"] = _SHOWN_IMAGE.sub("", content) or None
-    return simple
+        message["images"] = [{"type": "image_url", "image_url": url} for url in urls]
+        message["content"] = _SHOWN_IMAGE.sub("", content) or None
+    calls = [dict(call) for call in message.get("tool_calls") or []]
+    for call in calls:
+        function = call["function"]
+        call["function"] = {**function, "name": _flat_name("", function["name"])}
+        extra = memory.extras.get(_extra_key(call["id"])) or {}
+        call |= {"extra_content": extra["call"]} if extra.get("call") else {}
+        message |= extra.get("message") or {}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _extra_key(call_id: str) -> str:
     """What is the same in the ids that all dialects have for a call of ours."""
     return f"extra_{call_id.rpartition('_')[2]}"
-
-
-def _with_extra(message: JSON, memory: ResponseMemory) -> JSON:
-    """The message with what its provider wants back with it, which the dialect has no field for."""
-    calls = [dict(call) for call in message.get("tool_calls") or []]
-    for call in calls:
-        function = call["function"]
-        call["function"] = {**function, "name": _flat_name("", function["name"])}
-        kept = memory.extras.get(_extra_key(call["id"])) or {}
-        if kept.get("call"):
-            call["extra_content"] = kept["call"]
-        if kept.get("message"):
-            message = {**message, **kept["message"]}
-    return {**message, "tool_calls": calls} if calls else message
 
 
 # ---- what the dialects share: answers ----
@@ -6285,14 +6277,12 @@ class StopText:
         return self.feed("", is_last=True)
 
 
-def answer_events(
-    request: ChatRequest, batches: Iterable[Sequence[Chunk] | Reply | None]
-) -> Iterator[Event]:
-    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts.
+# Chunks that came together, None for a while without any, and at last the whole reply.
+Batch = Sequence[Chunk] | Reply | None
 
-    The batches are chunks that came together, None for a while without any, and at last the
-    whole reply.
-    """
+
+def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Event]:
+    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts."""
     stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure, first_id = None, ""
     try:
@@ -6388,12 +6378,8 @@ def usage_object(usage: Usage) -> JSON | None:
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
     sent, answered, cached, total = _token_counts(usage)
-    counts: JSON = {
-        "prompt_tokens": sent,
-        "completion_tokens": answered,
-        "total_tokens": total,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    counts: JSON = {"prompt_tokens": sent, "completion_tokens": answered, "total_tokens": total}
+    counts["prompt_tokens_details"] = {"cached_tokens": cached}
     return counts if usage.cost_usd is None else {**counts, "cost_usd": usage.cost_usd}
 
 
@@ -6506,7 +6492,7 @@ def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     return {**body, "usage": usage} if usage else body
 
 
-def chat_frames(request: ChatRequest, model: ModelName, events: Iterable[Event]) -> Iterator[Frame]:
+def chat_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[Frame]:
     """The `chat.completion.chunk`s of an answer, as it comes."""
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
@@ -6705,14 +6691,11 @@ def _item_messages(items: Sequence[JSON]) -> Messages:
     """The items of a request as canonical messages; raises `BadRequestError` for unknown kinds."""
     messages: Messages = []
     for number, item in enumerate(items):
-        one = _item_message(item, f"input[{number}]")
-        if one is None:
-            continue
+        one, last = _item_message(item, f"input[{number}]"), messages[-1] if messages else {}
         # a call joins the assistant's message that stands last
-        if "tool_calls" in one and messages and messages[-1]["role"] == "assistant":
-            last = messages[-1]
+        if one and "tool_calls" in one and last.get("role") == "assistant":
             messages[-1] = {**last, "tool_calls": [*last.get("tool_calls", ()), *one["tool_calls"]]}
-        else:
+        elif one:
             messages += read_message(one, f"input[{number}]")
     return messages
 
@@ -6731,11 +6714,9 @@ def _item_message(item: JSON, where: str) -> JSON | None:
             output = f"Tools to call now: {', '.join(found) or 'none'}"
         return {"role": "tool", "tool_call_id": call_id, "content": output}
     if kind in ("function_call", "custom_tool_call", "tool_search_call"):
-        name, arguments = item.get("name"), item.get("arguments")
-        if kind == "custom_tool_call":
-            arguments = {"input": item.get("input")}
-        elif kind == "tool_search_call":
-            name = "tool_search"
+        name = "tool_search" if kind == "tool_search_call" else item.get("name")
+        is_custom = kind == "custom_tool_call"
+        arguments = {"input": item.get("input")} if is_custom else item.get("arguments")
         function = {"name": _flat_name(item.get("namespace"), name), "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
         _check_call(call, function, where)
@@ -6788,9 +6769,7 @@ def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     return response
 
 
-def responses_frames(
-    request: ChatRequest, model: ModelName, events: Iterable[Event]
-) -> Iterator[JSON]:
+def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
     """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
     yield writer.state("created")
@@ -6885,7 +6864,16 @@ class _ResponseWriter:
 
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
-        reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
+        reason = _UNFINISHED.get(ending.finish_reason)
+        sent, answered, cached, total = _token_counts(ending.usage)
+        written = ending.usage.written_tokens or 0
+        usage = {
+            "input_tokens": sent,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+            "output_tokens": answered,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": total,
+        }
         status = "incomplete" if reason else "completed"
         yield from self.close(status)
         if reason == "content_filter" and self._request.streaming:
@@ -6943,18 +6931,6 @@ class _ResponseWriter:
             return {"type": "reasoning", "id": item_id, "summary": parts}
         item = {"type": "message", "id": item_id, "role": "assistant"}
         return {**item, "status": status, "content": parts}
-
-
-def _response_usage(usage: Usage) -> JSON:
-    sent, answered, cached, total = _token_counts(usage)
-    written = usage.written_tokens or 0
-    return {
-        "input_tokens": sent,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        "output_tokens": answered,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": total,
-    }
 
 
 def _failure_code(error: PuterError) -> str:
@@ -7050,9 +7026,7 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     }
 
 
-def messages_frames(
-    request: ChatRequest, model: ModelName, events: Iterable[Event]
-) -> Iterator[JSON]:
+def messages_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
     """The events of a message, as it comes: blocks that do not overlap."""
     index, kind, has_called = 0, "", False
 
@@ -7080,17 +7054,10 @@ def messages_frames(
                 yield from close()
                 index += bool(kind)
                 kind, has_called = block["type"], has_called or bool(event.tool_call)
-                block |= _EMPTY_BLOCKS[kind]
+                growing = block.keys() & {"text", "thinking", "signature", "input"}
+                block |= {key: type(block[key])() for key in growing}
                 yield {"type": "content_block_start", "index": index, "content_block": block}
             yield {"type": "content_block_delta", "index": index, "delta": delta}
-
-
-# What grows in each kind of block, as it is at first.
-_EMPTY_BLOCKS: dict[str, JSON] = {
-    "text": {"text": ""},
-    "thinking": {"thinking": "", "signature": ""},
-    "tool_use": {"input": {}},
-}
 
 
 def _block_and_delta(chunk: Chunk) -> tuple[JSON, JSON]:
@@ -7324,9 +7291,6 @@ class OpenAIServer:
         self.url = f"http://{_in_url(host)}:{self.port}/v1"
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> OpenAIServer:  # noqa: PYI034
-        return self.start()
-
     def __exit__(self, *_: object) -> None:
         self.stop(0)
 
@@ -7336,6 +7300,8 @@ class OpenAIServer:
         self._thread = threading.Thread(target=run, args=(0.05,), daemon=True)
         self._thread.start()
         return self
+
+    __enter__ = start
 
     def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
         """Take no more work, let what runs end for so many seconds, then close."""
@@ -7395,11 +7361,11 @@ class OpenAIServer:
         with self._idle:
             if len(self.connections) >= self.max_connections:
                 self.make_room()
-            has_room = len(self.connections) < self.max_connections
-            if has_room:
-                self.connections.add(connection)
-                self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
-        return has_room
+            if len(self.connections) >= self.max_connections:
+                return False
+            self.connections.add(connection)
+            self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
+            return True
 
     def make_room(self) -> None:
         """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
@@ -7548,13 +7514,12 @@ class _GatewayHandler(_HandlerBase):
             return False
         self._must_arrive_in(HEAD_TIMEOUT_S)
         connection, left, head = self.rfile, MAX_HEAD_BYTES - len(self.raw_requestline), b""
-        while not head.endswith((b"\n\r\n", b"\n\n")) and head not in (b"\r\n", b"\n"):
-            line = connection.readline(left - len(head) + 1)
+        while line := connection.readline(left - len(head) + 1):
             head += line
             if len(head) > left:
                 self.send_error(431, "The head of the request is too large")
                 return False
-            if not line:
+            if line in (b"\r\n", b"\n"):
                 break
         self.rfile = io.BytesIO(head)
         try:
@@ -7707,16 +7672,14 @@ class _GatewayHandler(_HandlerBase):
         if not name:
             raise _wrong("you must name a model (or set default_model in puter.json)", "model")
         asked = with_served_model(asked, name, models)
-        request = client._build_request(
-            asked.messages, asked.model, tools=asked.tools, **asked.args
-        )
+        args = {**asked.args, "tools": asked.tools}
+        request = client._build_request(asked.messages, asked.model, **args)
         if asked.streaming:
             self._stream(dialect, asked, request)
         else:
             reply = self._complete(asked, request)
-            answer, ending = whole_answer(asked, reply)
             self.reply_headers |= answer_headers(reply)
-            self._send(200, dialect.body(asked, answer, ending))
+            self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
 
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.answer:
@@ -7742,7 +7705,7 @@ class _GatewayHandler(_HandlerBase):
             except BaseException as error:  # noqa: BLE001 (the handler raises it)
                 opened.set_exception(error)
 
-        def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+        def batches() -> Iterator[Batch]:
             nonlocal has_failed
             while not wait([opened], KEEP_ALIVE_S).done:
                 yield None
@@ -7809,9 +7772,8 @@ class _GatewayHandler(_HandlerBase):
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | None) -> None:
-        data = b""
+        data = b"" if body is None else json.dumps(body).encode()
         if body is not None:
-            data = json.dumps(body).encode()
             length = str(len(data))
             self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
         self.close_connection |= self.unread
@@ -8477,7 +8439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not can_write:
             raise OSError(errno.EBADF, "standard output is closed")
-        code: int = args.run(args)
+        code: int = args.run(args) or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -8526,7 +8488,8 @@ def _parsed(argv: Sequence[str] | None) -> Any:
 # The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
 # a list of them excludes one another.
 _Option = tuple[list[str], JSON]
-_COMMANDS: dict[str, tuple[Callable[[Any], int], tuple[_Option | list[_Option], ...], str]] = {}
+_Run = Callable[[Any], int | None]
+_COMMANDS: dict[str, tuple[_Run, tuple[_Option | list[_Option], ...], str]] = {}
 
 
 def _opt(usage: str, help: str, **keywords: Any) -> _Option:
@@ -8538,12 +8501,10 @@ def _opt(usage: str, help: str, **keywords: Any) -> _Option:
     return names, {"help": help, "type": _text, **metavar, **keywords}
 
 
-def _command(
-    *options: _Option | list[_Option], epilog: str = ""
-) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_Run], _Run]:
     """Makes a function `cmd_x` the command `x`; its docstring is the help."""
 
-    def add(run: Callable[[Any], int]) -> Callable[[Any], int]:
+    def add(run: _Run) -> _Run:
         _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
         return run
 
@@ -8657,9 +8618,7 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def _failing(
-    problem: str, hint: str, kind: Callable[..., PuterError] = StoreError
-) -> Iterator[None]:
+def _failing(problem: str, hint: str, kind: type[PuterError] = StoreError) -> Iterator[None]:
     """What the system refuses inside becomes an error with this problem."""
     try:
         yield
@@ -8894,15 +8853,10 @@ class _Spinner(threading.Thread):
 
 
 def _reply_report(reply: Reply) -> JSON:
-    attempts: list[JSON] = [
-        {
-            "model": a.model,
-            "account": a.account,
-            "error": a.error and a.error.message,
-            "seconds": round(a.seconds, 3),
-        }
-        for a in reply.attempts
-    ]
+    attempts: list[JSON] = []
+    for one in reply.attempts:
+        result = {"error": one.error and one.error.message, "seconds": round(one.seconds, 3)}
+        attempts.append({"model": one.model, "account": one.account, **result})
     return {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
 
 
@@ -9026,8 +8980,7 @@ class _Chat:
 
     def do_retry(self, _: str) -> None:
         """/retry         ask the last message again"""
-        everything = self.talk.messages
-        asked = self.unanswered or self._take_back()
+        everything, asked = self.talk.messages, self.unanswered or self._take_back()
         if asked is None:
             _info("Nothing was asked yet.")
             return
@@ -9262,7 +9215,7 @@ def _import_accounts(client: Puter, name: str) -> int:
 
 
 @_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
-def cmd_logout(args: Any) -> int:
+def cmd_logout(args: Any) -> None:
     """Remove an account; the active one by default."""
     with _client() as client:
         active = client.store.active()
@@ -9277,17 +9230,15 @@ def cmd_logout(args: Any) -> int:
         _print(f"The active account is {active.username}.")
     if removed:
         _print("The token itself still works: revoke it on puter.com (Settings, Security).")
-    return 0
 
 
 @_command(_opt("name", "the account's name"))
-def cmd_switch(args: Any) -> int:
+def cmd_switch(args: Any) -> None:
     """Make another account the active one."""
     account = _client().store.switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     _print(f"The active account is {account.username}.")
     _note_variable()
-    return 0
 
 
 @_command(
@@ -9319,31 +9270,17 @@ def _status_report(client: Puter, now: float) -> JSON:
     cooldowns = client.state.cooldowns(now, accounts)
     dead = {c.account for c in cooldowns if c.reason == "login"}
     used = client.state.last_used_ms()
-    return {
-        "config_dir": str(client.config.folder),
-        "accounts": [
-            {
-                "username": a.username,
-                "active": a == active,
-                "temporary": a.is_temporary,
-                "added_at_ms": a.added_at_ms,
-                "last_used_ms": used.get(a.username, a.last_used_ms),
-                "needs_login": a.username in dead,
-            }
-            for a in accounts
-        ],
-        "cooldowns": [
-            {
-                "account": c.account,
-                "model": c.model or None,
-                "reason": c.reason,
-                "strikes": c.strikes,
-                "seconds_left": round(c.until_s - now, 1),
-            }
-            for c in cooldowns
-            if c.reason != "login"
-        ],
-    }
+    report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
+    for a in accounts:
+        times = {"added_at_ms": a.added_at_ms, "last_used_ms": used.get(a.username, a.last_used_ms)}
+        row = {"username": a.username, "active": a == active, "temporary": a.is_temporary}
+        report["accounts"].append({**row, **times, "needs_login": a.username in dead})
+    for c in cooldowns:
+        if c.reason != "login":
+            row = {"account": c.account, "model": c.model or None, "reason": c.reason}
+            row |= {"strikes": c.strikes, "seconds_left": round(c.until_s - now, 1)}
+            report["cooldowns"].append(row)
+    return report
 
 
 def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
@@ -9354,8 +9291,8 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
         notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
         used = time.localtime((account["last_used_ms"] or 0) / 1000)
         day = time.strftime("%Y-%m-%d %H:%M", used) if account["last_used_ms"] else "never"
-        notes.append(f"last used {day}")
-        yield f"{'*' if account['active'] else ' '} {account['username']}  ({', '.join(notes)})"
+        words = ", ".join([*notes, f"last used {day}"])
+        yield f"{'*' if account['active'] else ' '} {account['username']}  ({words})"
     for cooldown in report["cooldowns"]:
         name, model = cooldown["account"], cooldown["model"]
         what = f"{model} on {name}" if model else name
@@ -9381,11 +9318,11 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
             yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
     advice = "" if client.accounts else "; do: python -m puter login"
     yield bool(client.accounts), f"{_plural(len(client.accounts), 'account')}{advice}"
+    any_user = replace(config, auto_create_temp_user=True)
     for account in client.accounts:
         whose = f"the token of {account.username}"
         try:
-            user = account_of(account.token, replace(config, auto_create_temp_user=True))
-            yield True, f"{whose} works ({user.username})"
+            yield True, f"{whose} works ({account_of(account.token, any_user).username})"
         except PuterError as error:
             yield False, f"{whose}: {error}"
     try:
@@ -9402,12 +9339,11 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
 
 
 @_command(_JSON_FLAG)
-def cmd_whoami(args: Any) -> int:
+def cmd_whoami(args: Any) -> None:
     """Ask the server whose token is in use."""
     with _client() as client:
         user = _signed_in(client, client.whoami)
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
-    return 0
 
 
 # models, credit, statistics, cache
@@ -9435,7 +9371,7 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     _opt("--refresh", "ask the server even if cached"),
     _JSON_FLAG,
 )
-def cmd_models(args: Any) -> int:
+def cmd_models(args: Any) -> None:
     """List the models."""
     with _client() as client:
         models = client.models(args.provider, args.free or None, args.refresh)
@@ -9454,21 +9390,18 @@ def cmd_models(args: Any) -> int:
     _report(args, [asdict(m) for m in models], lines)
     if not models:
         _info("No models match.")
-    return 0
 
 
-def _table(
-    rows: Sequence[Sequence[str]], sides: str, optional: Sequence[int] = ()
-) -> Iterator[str]:
+def _table(rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = ()) -> Iterator[str]:
     """Rows of texts as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow the `optional` columns are left out, in that order.
+    On a terminal that is too narrow the `spare` columns are left out, in that order.
     """
     import shutil
 
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     columns = list(range(len(widths)))
-    for column in optional if sys.stdout.isatty() else ():
+    for column in spare if sys.stdout.isatty() else ():
         if sum(widths[i] + 2 for i in columns) - 2 > shutil.get_terminal_size().columns:
             columns.remove(column)
     for row in rows:
@@ -9515,17 +9448,16 @@ def _credit_lines(row: JSON) -> Iterator[str]:
 
 
 @_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
-def cmd_stats(args: Any) -> int:
+def cmd_stats(args: Any) -> None:
     """How the models have done."""
     with _client() as client:
         if args.reset:
             client.reset_stats(args.model)
             of_model = f" of {args.model}" if args.model else ""
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
-            return 0
+            return
         stats = client.stats(args.model)
     _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model))
-    return 0
 
 
 def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str]:
@@ -9548,14 +9480,14 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
-def cmd_cache(args: Any) -> int:
+def cmd_cache(args: Any) -> None:
     """The cached replies."""
     with _client() as client:
         config, cache = client.config, client._reply_cache
         if args.clear:
             count = cache.cache_clear()
             _report(args, {"deleted": count}, [f"Cached replies deleted: {count}"])
-            return 0
+            return
         stats: JSON = {**cache.cache_stats(time.time(), config.cache_ttl_ms / 1000)}
     stats |= {"enabled": config.cache_enabled, "path": cache.path}
     switch = "on" if config.cache_enabled else "off (set cache_enabled to true)"
@@ -9568,7 +9500,6 @@ def cmd_cache(args: Any) -> int:
         f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
     )
     _report(args, stats, lines)
-    return 0
 
 
 # serve
@@ -9587,7 +9518,7 @@ def cmd_cache(args: Any) -> int:
     _opt("--allow-host NAME", "a name of this host, as behind a proxy", **_SEVERAL),
     _opt("--max-connections N", "at most (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
 )
-def cmd_serve(args: Any) -> int:
+def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
     if args.mcp:
         serve_mcp(_client)
@@ -9609,7 +9540,6 @@ def cmd_serve(args: Any) -> int:
         except KeyboardInterrupt:
             _info("Stopping when the running requests have ended; Ctrl-C again stops now.")
             server.stop()
-    return 0
 
 
 def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
@@ -9814,46 +9744,31 @@ def continue_files(setup: Setup) -> JSON:
 def aider_files(setup: Setup) -> JSON:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
     extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
-    models = [
-        {
-            "name": f"openai/{m.id}",
-            "edit_format": "diff",
-            "weak_model_name": f"openai/{m.id}",
-            "use_repo_map": True,
-            "extra_params": extra,
-        }
-        for m in setup.models
-    ]
-    metadata = {
-        f"openai/{m.id}": {
-            "max_tokens": m.max_tokens or 4_096,
+    same = {"edit_format": "diff", "use_repo_map": True, "extra_params": extra}
+    kind = {"litellm_provider": "openai", "mode": "chat"}
+    models, metadata = [], {}
+    for m in setup.models:
+        name, most = f"openai/{m.id}", m.max_tokens or 4_096
+        models.append({"name": name, "weak_model_name": name, **same})
+        metadata[name] = {
+            **kind,
+            **dict.fromkeys(("max_tokens", "max_output_tokens"), most),
             "max_input_tokens": m.window or 128_000,
-            "max_output_tokens": m.max_tokens or 4_096,
+            "supports_vision": _sees_images(m),
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
-            "litellm_provider": "openai",
-            "mode": "chat",
-            "supports_vision": _sees_images(m),
         }
-        for m in setup.models
-    }
     return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
 
 
 def llm_files(setup: Setup) -> JSON:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
-    models = [
-        {
-            "model_id": f"puter/{m.id}",
-            "model_name": m.id,
-            "api_base": setup.url,
-            **({"api_key_name": "puter"} if setup.key_variable else {}),
-            "vision": _sees_images(m),
-            "supports_tools": m.tools is not False,
-            "supports_schema": True,
-        }
-        for m in setup.models
-    ]
+    same: JSON = {"api_base": setup.url, "supports_schema": True}
+    same |= {"api_key_name": "puter"} if setup.key_variable else {}
+    models = []
+    for m in setup.models:
+        can = {"vision": _sees_images(m), "supports_tools": m.tools is not False}
+        models.append({"model_id": f"puter/{m.id}", "model_name": m.id, **same, **can})
     file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
     return {file: models}
 
@@ -9954,12 +9869,11 @@ def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
 class Program(NamedTuple):
     """Another program: its settings for `config`, and how `launch` starts it, if it can.
 
-    `files` gives what goes into each of its files; `install` installs its `command`.
+    `files` gives what goes into each of its files; `install` is the command that installs it.
     """
 
     files: Callable[[Setup], JSON]
     note: str
-    command: str = ""
     install: str = ""
     plan: Callable[[Setup, Path], LaunchPlan] | None = None
     # whether it calls tools, and takes MCP servers
@@ -9968,15 +9882,10 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "opencode": Program(
-        opencode_files,
-        "Then: opencode --model puter/MODEL",
-        "opencode",
-        "npm install -g opencode-ai",
-        _plan_opencode,
+        opencode_files, "Run: opencode -m puter/MODEL", "npm install -g opencode-ai", _plan_opencode
     ),
     "zed": Program(
-        zed_files,
-        "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
+        zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."
     ),
     "claude-desktop": Program(
         lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
@@ -9985,31 +9894,24 @@ PROGRAMS = {
     "claude-code": Program(
         claude_code_files,
         'The variables can also stand under "env" in ~/.claude/settings.json.',
-        "claude",
         "npm install -g @anthropic-ai/claude-code",
         _plan_claude,
     ),
     "codex": Program(
-        codex_files,
-        "Then: codex. Another model: codex -m MODEL",
-        "codex",
-        "npm install -g @openai/codex",
-        _plan_codex,
+        codex_files, "Run: codex, or codex -m MODEL", "npm install -g @openai/codex", _plan_codex
     ),
     "continue": Program(continue_files, "Then choose a model whose name begins with Puter."),
     "aider": Program(
         aider_files,
-        "Then: aider --model openai/MODEL",
-        "aider",
+        "Run: aider --model openai/MODEL",
         "python -m pip install aider-chat",
         _plan_aider,
         uses_tools=False,
     ),
-    "llm": Program(
-        llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"
-    ),
+    "llm": Program(llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
 }
-LAUNCHED = {program.command: program for program in PROGRAMS.values() if program.command}
+# By the commands that start them.
+LAUNCHED = {name.removesuffix("-code"): one for name, one in PROGRAMS.items() if one.plan}
 
 
 # config
@@ -10132,11 +10034,10 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
-    try:
+    version = None
+    with suppress(OSError, subprocess.TimeoutExpired):
         shown = subprocess.run([path, "--version"], capture_output=True, timeout=20, check=False)
         version = re.search(rb"\d+(\.\d+)+", shown.stdout)
-    except (OSError, subprocess.TimeoutExpired):
-        version = None
     return (name, version[0].decode() if version else "?", path)
 
 
@@ -10190,14 +10091,14 @@ def _launch_setup(args: Any, client: Puter) -> Setup:
         _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
+        problem = hint = ""
         if LAUNCHED[args.program].uses_tools and one.tools is False:
-            raise BadRequestError(
-                f"{one.id} cannot call tools, and {args.program} needs them",
-                hint="`python -m puter models --tools` lists those that can.",
-            )
-        if args.free and not one.free:
-            hint = "Leave out --free, or choose a free model."
-            raise BadRequestError(f"{one.id} is not free", hint=hint)
+            problem = f"{one.id} cannot call tools, and {args.program} needs them"
+            hint = "`python -m puter models --tools` lists those that can."
+        elif args.free and not one.free:
+            problem, hint = f"{one.id} is not free", "Leave out --free, or choose a free model."
+        if problem:
+            raise BadRequestError(problem, hint=hint)
     return Setup([model, *([small] if small != model else [])], small.id, args.mcp)
 
 
