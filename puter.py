@@ -5989,8 +5989,7 @@ class ResponseMemory:
 
     def get(self, key: str) -> Any:
         """A copy of the value, None when it is not there (any more)."""
-        text = self._texts.get(key)
-        return None if text is None else json.loads(text)
+        return json.loads(self._texts.get(key, "null"))
 
 
 class ChatRequest(NamedTuple):
@@ -6575,9 +6574,6 @@ def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
     return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
 
-# ---- names of models ----
-
-
 def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
     """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
@@ -6587,9 +6583,7 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
     if not models:
         return request._replace(model=name)
-    # raises where the name is not known
-    model = models.find(name)
-    args = request.args
+    model, args = models.find(name), request.args
     if model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
     return request._replace(model=name if name in model.names() else model.id, args=args)
@@ -6628,10 +6622,9 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     opening = [{"role": "system", "content": instructions}] if instructions else []
     messages = [*opening, *_item_messages(items)]
     offered: dict[str, tuple[JSON, JSON]] = {}
-    _offer(body.get("tools"), offered)
-    for item in items:
-        if item.get("type") in ("additional_tools", "tool_search_output"):
-            _offer(item.get("tools"), offered)
+    found = [i for i in items if i.get("type") in ("additional_tools", "tool_search_output")]
+    for one in (body, *found):
+        _offer(one.get("tools"), offered)
     options = {
         "items": None if body.get("store") is False else items,
         "tools": {name: back for name, (back, _) in offered.items()},
@@ -6812,7 +6805,7 @@ class _ResponseWriter:
         self._pieces: list[str] = []
 
     def text(self, kind: str, text: str) -> Iterator[JSON]:
-        """More of a text or of reasoning."""
+
         id_prefix, part, events, index = _TEXT_ITEMS[kind]
         if kind != self._kind:
             yield from self.close()
@@ -7076,15 +7069,14 @@ def _block_and_delta(chunk: Chunk) -> tuple[JSON, JSON]:
 
 
 def _message_head(model: str) -> JSON:
-    head = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
-    none: JSON = {"content": [], "stop_reason": None, "stop_sequence": None}
-    return {**head, **none, "usage": _messages_usage(Usage())}
+    head: JSON = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
+    head |= {"content": [], "stop_reason": None, "stop_sequence": None}
+    return {**head, "usage": _messages_usage(Usage())}
 
 
 def _message_end(ending: Ending, has_called: bool) -> JSON:
     reason = _STOP_REASONS.get(ending.finish_reason, "tool_use" if has_called else "end_turn")
-    if ending.stop_text is not None:
-        reason = "stop_sequence"
+    reason = reason if ending.stop_text is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": ending.stop_text}
 
 
@@ -7222,12 +7214,11 @@ def _hung_up(sockets: Iterable[Any]) -> list[Any]:
         for number in by_number:
             poller.register(number, select.POLLRDHUP)
         return [by_number[number] for number, _ in poller.poll(0)]
-    gone = []
-    for sock in select.select(list(by_number.values()), [], [], 0)[0] if by_number else ():
+    gone = select.select(list(by_number.values()), [], [], 0)[0] if by_number else []
+    for sock in list(gone):
         with suppress(OSError):
             if sock.recv(1, socket.MSG_PEEK):
-                continue
-        gone.append(sock)
+                gone.remove(sock)
     return gone
 
 
@@ -7269,12 +7260,9 @@ class OpenAIServer:
         if max_connections < 1:
             raise ConfigError(f"max_connections is {max_connections}, but must be 1 or more")
         self.client = client
-        self.rules = AccessRules(
-            host,
-            api_key or None,
-            frozenset(origin.rstrip("/") for origin in allowed_origins),
-            frozenset(name.lower() for name in allowed_hosts),
-        )
+        origins = frozenset(origin.rstrip("/") for origin in allowed_origins)
+        names = frozenset(name.lower() for name in allowed_hosts)
+        self.rules = AccessRules(host, api_key or None, origins, names)
         self.max_connections = max_connections
         self.models = list(models)
         self.memory = ResponseMemory()
@@ -7409,11 +7397,8 @@ class OpenAIServer:
             _log.error("A running request could not be looked after", exc_info=True)
 
 
-if TYPE_CHECKING:
-    from http.server import BaseHTTPRequestHandler as _HandlerBase
-else:
-    # The real base is mixed in by `_http_server`, so that only who serves imports it.
-    _HandlerBase = object
+# The real base is mixed in by `_http_server`, so that only who serves imports it.
+_HandlerBase: Any = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
@@ -7433,6 +7418,8 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
         def get_request(self) -> tuple[Any, Any]:
             try:
                 accepted = super().get_request()
+                self.is_full = False
+                return accepted
             except OSError as error:
                 if not self.is_full:
                     _log.error("No connection can be accepted: %s", error.strerror or error)
@@ -7440,8 +7427,6 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 app.make_room()
                 time.sleep(0.1)  # it is tried again at once
                 raise
-            self.is_full = False
-            return accepted
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if app.admit(request):
@@ -7466,7 +7451,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
-class _GatewayHandler(_HandlerBase):
+class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     """Reads a request, asks the functions above, and writes.
 
     ConnectionError and TimeoutError are of the client's socket: upstream's are `PuterError`s.
@@ -7474,8 +7459,9 @@ class _GatewayHandler(_HandlerBase):
 
     app: OpenAIServer
     cancellation: _Cancellation
+    rfile: io.BufferedIOBase
     dialect = DIALECTS["/v1/chat/completions"]
-    raw_requestline: bytes
+
     protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
     sys_version = ""
@@ -7523,7 +7509,7 @@ class _GatewayHandler(_HandlerBase):
                 break
         self.rfile = io.BytesIO(head)
         try:
-            return super().parse_request()
+            return bool(super().parse_request())
         finally:
             self.rfile = connection
 
@@ -7600,12 +7586,12 @@ class _GatewayHandler(_HandlerBase):
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
-        self.is_abandoned = False
         with self.app.running(self.connection) as self.cancellation:
             try:
                 self._answer(path)
             except PuterError as error:
-                self.is_abandoned |= self.cancellation.cancelled.is_set()
+                # what else an abandoned client has sent is not for anybody any more
+                self.close_connection |= self.cancellation.cancelled.is_set()
                 self._fail(error)
             except (ConnectionError, TimeoutError):
                 raise
@@ -7615,9 +7601,6 @@ class _GatewayHandler(_HandlerBase):
             finally:
                 self.app.reserve(-self.reserved)
                 self.reserved = 0
-                if self.is_abandoned:
-                    # what else it has sent is not for anybody any more
-                    self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
@@ -7657,7 +7640,7 @@ class _GatewayHandler(_HandlerBase):
             self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-        """Answer what a program asks in a dialect, as a whole or as a stream."""
+
         body = _json_body(data)
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
@@ -7734,7 +7717,7 @@ class _GatewayHandler(_HandlerBase):
                 if frame is None or not opened.done():
                     self.wfile.flush()
         finally:
-            self.is_abandoned = self.cancellation.cancelled.is_set()
+            self.close_connection |= self.cancellation.cancelled.is_set()
             # a stream that comes too late is nobody's
             opened.add_done_callback(_close_opened)
         if has_failed and dialect.cuts_broken_streams:
@@ -7823,7 +7806,7 @@ class _GatewayHandler(_HandlerBase):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _allow_page(self, origin: str) -> None:
-        """Let a page that may call read the answer (CORS)."""
+
         asked = self.headers.get("Access-Control-Request-Headers")
         usual = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
         self.reply_headers |= {
@@ -8840,7 +8823,7 @@ class _Spinner(threading.Thread):
             self.join()
 
     def run(self) -> None:
-        """Show the time that has gone by, until it is closed."""
+
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
@@ -8906,7 +8889,7 @@ class _Chat:
         self.matches: list[str] = []
 
     def run(self) -> None:
-        """Read lines until there are no more."""
+
         while True:
             note = "(Ctrl-D leaves)"
             try:
@@ -8937,7 +8920,7 @@ class _Chat:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
     def say(self, text: str) -> None:
-        """Ask, and print the answer as it comes."""
+
         self.ask(message_with(text, self.attached, self.client))
         self.attached = []
 
@@ -9534,25 +9517,21 @@ def cmd_serve(args: Any) -> None:
             server = OpenAIServer(client, args.host, args.port, key, *more)
         try:
             server.start()
-            _announce(server, client, key)
+            root = server.url.removesuffix("/v1")
+            _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
+            shown = "the one you gave" if key else "anything, such as puter"
+            _print(f"For your client: base URL {server.url}, API key {shown}.")
+            if not client.accounts:
+                _print("You are not signed in yet: python -m puter login")
+            try:
+                _print(f"{len(client.models())} models; Ctrl-C stops.")
+            except PuterError as error:
+                _info(f"The model list is not available now: {error}")
             while True:  # in short sleeps: a signal cannot end a long one everywhere
                 time.sleep(0.5)
         except KeyboardInterrupt:
             _info("Stopping when the running requests have ended; Ctrl-C again stops now.")
             server.stop()
-
-
-def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
-    root = server.url.removesuffix("/v1")
-    _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
-    shown = "the one you gave" if key else "anything, such as puter"
-    _print(f"For your client: base URL {server.url}, API key {shown}.")
-    if not client.accounts:
-        _print("You are not signed in yet: python -m puter login")
-    try:
-        _print(f"{len(client.models())} models; Ctrl-C stops.")
-    except PuterError as error:
-        _info(f"The model list is not available now: {error}")
 
 
 # the settings of other programs, for `config` and `launch`
