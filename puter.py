@@ -6805,7 +6805,6 @@ class _ResponseWriter:
         self._pieces: list[str] = []
 
     def text(self, kind: str, text: str) -> Iterator[JSON]:
-
         id_prefix, part, events, index = _TEXT_ITEMS[kind]
         if kind != self._kind:
             yield from self.close()
@@ -7640,7 +7639,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-
         body = _json_body(data)
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
@@ -7806,7 +7804,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _allow_page(self, origin: str) -> None:
-
         asked = self.headers.get("Access-Control-Request-Headers")
         usual = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
         self.reply_headers |= {
@@ -8823,7 +8820,6 @@ class _Spinner(threading.Thread):
             self.join()
 
     def run(self) -> None:
-
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
@@ -8889,7 +8885,6 @@ class _Chat:
         self.matches: list[str] = []
 
     def run(self) -> None:
-
         while True:
             note = "(Ctrl-D leaves)"
             try:
@@ -8920,7 +8915,6 @@ class _Chat:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
     def say(self, text: str) -> None:
-
         self.ask(message_with(text, self.attached, self.client))
         self.attached = []
 
@@ -9112,8 +9106,7 @@ def cmd_login(args: Any) -> int:
         if args.file is not None:
             return _import_accounts(client, args.file)
         if args.with_token:
-            token = _read_token()
-            if not token:
+            if not (token := _read_token()):
                 _error("No token came. Try: python -m puter login --with-token < FILE")
                 return 2
             try:
@@ -9130,14 +9123,14 @@ def cmd_login(args: Any) -> int:
 def _read_token() -> str:
     import getpass
 
-    if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline()
-        # a UTF-16 line ends one byte later
-        line += sys.stdin.buffer.read(1) if line.startswith(b"\xff\xfe") else b""
-        return _text_of_pipe(line).strip()
-    with suppress(EOFError):
-        return getpass.getpass("Token (it is not shown): ").strip()
-    return ""
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            return getpass.getpass("Token (it is not shown): ").strip()
+        return ""
+    line = sys.stdin.buffer.readline()
+    # a UTF-16 line ends one byte later
+    line += sys.stdin.buffer.read(1) if line.startswith(b"\xff\xfe") else b""
+    return _text_of_pipe(line).strip()
 
 
 def _sign_in(config: Config, no_browser: bool = False, port: int | None = None) -> Account:
@@ -9610,13 +9603,10 @@ def opencode_files(setup: Setup) -> JSON:
         "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
         "models": {m.id: _opencode_model(m) for m in setup.models},
     }
-    command = {"type": "local", "command": mcp_command(), "enabled": True}
-    server = {**command, "environment": _mcp_server()["env"]}
-    settings = {
-        "$schema": "https://opencode.ai/config.json",
-        "provider": {"puter": provider},
-        **({"mcp": {"puter": server}} if setup.mcp else {}),
-    }
+    server = {"type": "local", "command": mcp_command(), "enabled": True}
+    server["environment"] = _mcp_server()["env"]
+    settings: JSON = {"$schema": "https://opencode.ai/config.json", "provider": {"puter": provider}}
+    settings |= {"mcp": {"puter": server}} if setup.mcp else {}
     return {"~/.config/opencode/opencode.json": settings}
 
 
@@ -9692,14 +9682,10 @@ def codex_files(setup: Setup) -> JSON:
         "stream_max_retries": 0,
         "stream_idle_timeout_ms": 600_000,
     }
-    settings = {
-        "model": model.id,
-        "model_provider": "puter",
-        **({"model_context_window": model.window} if model.window else {}),
-        "web_search": "disabled",
-        "model_providers.puter": provider,
-        **({"mcp_servers.puter": _mcp_server()} if setup.mcp else {}),
-    }
+    settings: JSON = {"model": model.id, "model_provider": "puter", "web_search": "disabled"}
+    settings |= {"model_context_window": model.window} if model.window else {}
+    settings["model_providers.puter"] = provider
+    settings |= {"mcp_servers.puter": _mcp_server()} if setup.mcp else {}
     return {"~/.codex/config.toml": settings}
 
 
@@ -9958,9 +9944,8 @@ def _config_program(args: Any) -> int:
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     """What a coding agent gets unasked: the default model, else a free one that suits it."""
-    if config.default_model:
-        with suppress(ModelNotFoundError):
-            return ModelList(models).find(config.default_model)
+    if config.default_model and (found := ModelList(models).get(config.default_model)):
+        return found
     free = [m for m in models if m.free]
     order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
     suitable = (m for m in order if m.tools is not False and (m.window or 0) >= AGENT_CONTEXT)
@@ -10108,7 +10093,7 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
         OpenAIServer(client, port=0, api_key=key, models=models) as server,
     ):
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        assert program.plan is not None  # it has a command
+        assert program.plan is not None  # it is launched
         words, variables, files = program.plan(setup, Path(name))
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
