@@ -7754,7 +7754,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _send(self, status: int, body: JSON | None) -> None:
         data = b"" if body is None else json.dumps(body).encode()
-        if body is not None:
+        if data:
             length = str(len(data))
             self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
         self.close_connection |= self.unread
@@ -9098,7 +9098,7 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
         _opt("--no-browser", "only print the URL"),
         _opt("--import FILE", "take the accounts of a file", dest="file"),
     ],
-    _opt("--port PORT", f"where to wait ({LOGIN_PORT}, or any that is free)", type=_PORT),
+    _opt("--port PORT", f"where to wait, and only there ({LOGIN_PORT}, or any free)", type=_PORT),
 )
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
@@ -9325,13 +9325,13 @@ def cmd_whoami(args: Any) -> None:
 # models, credit, statistics, cache
 
 
+def _prices(model: Model) -> tuple[float | None, float | None]:
+    return model.input_usd_per_million, model.output_usd_per_million
+
+
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     "id": lambda m: m.id,
-    "price": lambda m: (
-        m.input_usd_per_million is None,
-        (m.input_usd_per_million or 0) + (m.output_usd_per_million or 0),
-        m.id,
-    ),
+    "price": lambda m: (m.input_usd_per_million is None, sum(filter(None, _prices(m))), m.id),
     "context": lambda m: (-(m.context or 0), m.id),
     # The newest first; the date as a number, such as 20251101.
     "released": lambda m: (-int(f"0{re.sub(r'[^0-9]', '', m.released or '')[:8]}"), m.id),
@@ -9355,13 +9355,12 @@ def cmd_models(args: Any) -> None:
     models = [m for m in models if m.tools is not False or not args.tools]
     models = [m for m in models if _sees_images(m) or not args.vision]
     models.sort(key=MODEL_SORTS[args.sort])
-    rows = [("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")]
+    rows: list[Any] = [("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")]
     for m in models:
         context, inputs = f"{m.context:,}" if m.context else "?", "+".join(m.inputs or "?")
-        prices = (m.input_usd_per_million, m.output_usd_per_million)
-        sent, answered = ("free" if m.free else "?" if p is None else f"{p:g}" for p in prices)
+        prices = ("free" if m.free else "?" if p is None else f"{p:g}" for p in _prices(m))
         tools = {True: "yes", False: "no", None: "?"}[m.tools]
-        rows.append((m.id, m.provider, context, inputs, tools, sent, answered))
+        rows.append((m.id, m.provider, context, inputs, tools, *prices))
     lines = _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5))
     _report(args, [asdict(m) for m in models], lines)
     if not models:
@@ -9490,9 +9489,9 @@ def cmd_cache(args: Any) -> None:
     _opt("--port PORT", "(%(default)s)", type=_PORT, default=SERVER_PORT),
     _opt("--api-key K", "what callers must send"),
     _opt("--log", "a line for each request, on stderr"),
-    _opt("--allow-origin ORIGIN", "a web origin whose pages may call", **_SEVERAL),
-    _opt("--allow-host NAME", "a name of this host, as behind a proxy", **_SEVERAL),
-    _opt("--max-connections N", "at most (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
+    _opt("--allow-origin ORIGIN", "a web origin whose pages may call; several times", **_SEVERAL),
+    _opt("--allow-host NAME", "a name of this host, as behind a proxy; several times", **_SEVERAL),
+    _opt("--max-connections N", "more get 503 (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
 )
 def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
@@ -9631,10 +9630,8 @@ def _opencode_model(model: Model) -> JSON:
 
 def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    models = [
-        {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
-        for m in setup.models
-    ]
+    keys = ("name", "display_name", "max_tokens")
+    models = [dict(zip(keys, (m.id, m.name, m.window or 128_000))) for m in setup.models]
     provider = {"puter": {"api_url": setup.url, "available_models": models}}
     settings = {"language_models": {"openai_compatible": provider}}
     servers = {"context_servers": {"puter": _mcp_server()}}
