@@ -5807,11 +5807,10 @@ MAX_STOPS = 16
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
-_PASSED_ON = (
-    *("temperature", "top_p", "reasoning_effort", "reasoning", "verbosity", "seed"),
-    *("tool_choice", "parallel_tool_calls", "response_format"),
-    *("presence_penalty", "frequency_penalty"),
-)
+_PASSED_ON = """
+    temperature top_p reasoning_effort reasoning verbosity seed tool_choice parallel_tool_calls
+    response_format presence_penalty frequency_penalty
+""".split()
 
 
 # ---- what the dialects share: values ----
@@ -5844,17 +5843,17 @@ class ResponseMemory:
 
     def get(self, key: str) -> Any:
         """A copy of the value, None when it is not there (any more)."""
-        text = self._texts.get(key)
-        return None if text is None else json.loads(text)
+        return json.loads(self._texts.get(key, "null"))
 
 
 class ChatRequest(NamedTuple):
     """What a client of the gateway asks, whatever dialect it speaks.
 
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
-    `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is what only its dialect needs to word the answer;
-    `include_usage` false there ends the reading of a stream at a stop text. `memory` holds what
-    providers want back with calls. An `answer` is ours already: no model is asked.
+    `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is
+    what only its dialect needs to word the answer; `include_usage` false there ends the reading
+    of a stream at a stop text. `memory` holds what providers want back with calls. An `answer`
+    is ours already: no model is asked.
     """
 
     model: str
@@ -5880,22 +5879,24 @@ class Ending(NamedTuple):
 
 # None: nothing came for a while. An error: the answer broke off. It or the ending is the last.
 Event = Chunk | Ending | PuterError | None
+Events = Iterable[Event]
 # The data of an event, which has the name that its "type" says; None is a comment.
 Frame = JSON | str | None
+# The name of the model that answers, as known by then.
+ModelName = Callable[[], str]
 
 
 class Dialect(NamedTuple):
     """One protocol that the gateway speaks: pure translations, no I/O.
 
-    `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `frames`
-    gets a function for the model that answers, as known by then. `error` gets the HTTP status
-    and the id of the request. `answer` is for a path that asks no model. A stream that broke
-    off is cut without HTTP's own end when `cuts_broken_streams`.
+    `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `error`
+    gets the HTTP status and the id of the request. `answer` is for a path that asks no model. A
+    stream that broke off is cut without HTTP's own end when `cuts_broken_streams`.
     """
 
     parse: Callable[[JSON, ResponseMemory], ChatRequest]
     body: Callable[[ChatRequest, Reply, Ending], JSON]
-    frames: Callable[[ChatRequest, Callable[[], str], Iterable[Event]], Iterator[Frame]]
+    frames: Callable[[ChatRequest, ModelName, Events], Iterator[Frame]]
     error: Callable[[PuterError, int, str], JSON]
     answer: Callable[[JSON], JSON] | None = None
     cuts_broken_streams: bool = False
@@ -5919,15 +5920,29 @@ def checked_request(
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
     a system message, too. `fields` are taken as they are.
     """
+    model = body.get("model") or ""  # without one the owner's default is meant
+    if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
+        raise _wrong(f"model is {_describe(model)}: name a model", "model")
+    if not messages:
+        raise _wrong("messages must hold at least one", "messages")
+    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
+        raise _wrong("puter_path is not for callers of this server", "messages")
     args = {k: v for k, v in args.items() if v is not None}
     _check_limit(args)
-    schemas, names = _short_names(tool_schemas(tools))
+    schemas = tool_schemas(tools)
+    functions = [tool["function"] for tool in schemas if "function" in tool]
+    names = {_flat_name("", function["name"]): function["name"] for function in functions}
+    for function in functions:
+        function["name"] = _flat_name("", function["name"])
     offered, choice = _choose_tools(schemas, args)
     shape = _json_instruction(args.get("response_format"))
-    messages = _callers_messages(messages, memory)
+    messages = [_restored(message, memory) for message in messages]
+    if orders := [text for text in (choice, shape) if text]:
+        opening = takewhile(lambda m: m.get("role") in ("system", "developer"), messages)
+        messages.insert(len(list(opening)), {"role": "system", "content": "\n".join(orders)})
     return ChatRequest(
-        model=_callers_model(body),
-        messages=_with_instructions(messages, [text for text in (choice, shape) if text]),
+        model=model,
+        messages=messages,
         tools=offered,
         args=args,
         memory=memory,
@@ -5939,24 +5954,6 @@ def checked_request(
     )
 
 
-def _callers_messages(messages: Messages, memory: ResponseMemory) -> Messages:
-    """The messages with what their providers want back, and without files of the owner's."""
-    if not messages:
-        raise _wrong("messages must hold at least one", "messages")
-    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
-        raise _wrong("puter_path is not for callers of this server", "messages")
-    return [_with_extra(message, memory) for message in map(_simplified, messages)]
-
-
-def _callers_model(body: JSON) -> str:
-    """The model's name; without one the owner's default is meant."""
-    model = body.get("model") or ""
-    is_name = isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)
-    if model and not is_name:
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
-    return str(model)
-
-
 def _check_limit(args: JSON) -> None:
     """Make `max_tokens` a whole number; -1 is how some say that there is no limit."""
     limit = args.get("max_tokens")
@@ -5966,17 +5963,6 @@ def _check_limit(args: JSON) -> None:
         if not _is_number(limit) or limit != int(limit) or limit < 1:
             raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = int(limit)
-
-
-def _short_names(schemas: list[JSON]) -> tuple[list[JSON], dict[str, str]]:
-    """(the tools under names that every model takes, the callers' names by these)"""
-    names: dict[str, str] = {}
-    for tool in schemas:
-        if function := tool.get("function"):
-            short = _flat_name("", function["name"])
-            names[short] = function["name"]
-            function["name"] = short
-    return schemas, names
 
 
 def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
@@ -6048,44 +6034,30 @@ _NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
 def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     name = _dig(choice, "function", "name") or _dig(choice, "name") or _dig(choice, "type")
     name = _flat_name(_dig(choice, "namespace"), name)
-    found = [tool for tool in tools if tool["function"]["name"] == name]
-    if not found:
-        raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
-    return found[0]
+    for tool in tools:
+        if tool["function"]["name"] == name:
+            return tool
+    raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
 
 
 def _flat_name(namespace: Any, name: Any) -> str:
     """The name of a tool as a model may have it: one word of at most 64 letters."""
-    if not namespace and len(str(name)) <= 64:
-        return str(name)
-    flat = str(name) if not namespace else f"{namespace}__{name}"
-    flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
-    if len(flat) <= 64:
-        return flat
-
-    return f"{flat[:55]}_{token_mark(flat)[:8]}"
+    flat = f"{namespace}__{name}" if namespace else str(name)
+    if namespace or len(flat) > 64:
+        flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
+    return flat if len(flat) <= 64 else f"{flat[:55]}_{token_mark(flat)[:8]}"
 
 
 def _json_instruction(response_format: Any) -> str:
     """What to say in the system text, since most providers know no response_format."""
     kind = _dig(response_format, "type")
-    if kind in (None, "text"):
-        return ""
-    if kind not in ("json_object", "json_schema"):
-        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
     text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
-    if kind == "json_object":
-        return text.format("object")
-    schema = json.dumps(_dig(response_format, "json_schema", "schema"))
-    return f"{text.format('value')} It must match this JSON schema: {schema}"
-
-
-def _with_instructions(messages: Messages, instructions: Sequence[str]) -> Messages:
-    if not instructions:
-        return messages
-    opening = list(takewhile(lambda m: m.get("role") in ("system", "developer"), messages))
-    system = {"role": "system", "content": "\n".join(instructions)}
-    return [*opening, system, *messages[len(opening) :]]
+    if kind == "json_schema":
+        schema = json.dumps(_dig(response_format, "json_schema", "schema"))
+        return f"{text.format('value')} It must match this JSON schema: {schema}"
+    if kind not in (None, "text", "json_object"):
+        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
+    return text.format("object") if kind == "json_object" else ""
 
 
 # ---- what the dialects share: contents ----
@@ -6101,36 +6073,29 @@ def _shown_image(image: Picture) -> str:
     return f"![image]({image.as_url()})"
 
 
-def _simplified(message: JSON) -> JSON:
-    """A message whose texts are one, and whose pictures are none of its text."""
+def _restored(message: JSON, memory: ResponseMemory) -> JSON:
+    """The message with its texts as one, its pictures beside, and what its provider wants back."""
     content = message.get("content")
     if isinstance(content, list) and all({*part} == {"type", "text"} for part in content):
         content = "\n\n".join(part["text"] for part in content if part["text"]) or None
-    simple = {**message, "content": content}
+    message = {**message, "content": content}
     if message["role"] == "assistant" and isinstance(content, str) and "![image](" in content:
         urls = [{"url": found} for found in _SHOWN_IMAGE.findall(content)]
-        simple["images"] = [{"type": "image_url", "image_url": url} for url in urls]
-        simple["content"] = _SHOWN_IMAGE.sub("", content) or None
-    return simple
+        message["images"] = [{"type": "image_url", "image_url": url} for url in urls]
+        message["content"] = _SHOWN_IMAGE.sub("", content) or None
+    calls = [dict(call) for call in message.get("tool_calls") or []]
+    for call in calls:
+        function = call["function"]
+        call["function"] = {**function, "name": _flat_name("", function["name"])}
+        extra = memory.extras.get(_extra_key(call["id"])) or {}
+        call |= {"extra_content": extra["call"]} if extra.get("call") else {}
+        message |= extra.get("message") or {}
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _extra_key(call_id: str) -> str:
     """What is the same in the ids that all dialects have for a call of ours."""
     return f"extra_{call_id.rpartition('_')[2]}"
-
-
-def _with_extra(message: JSON, memory: ResponseMemory) -> JSON:
-    """The message with what its provider wants back with it, which the dialect has no field for."""
-    calls = [dict(call) for call in message.get("tool_calls") or []]
-    for call in calls:
-        function = call["function"]
-        call["function"] = {**function, "name": _flat_name("", function["name"])}
-        kept = memory.extras.get(_extra_key(call["id"])) or {}
-        if kept.get("call"):
-            call["extra_content"] = kept["call"]
-        if kept.get("message"):
-            message = {**message, **kept["message"]}
-    return {**message, "tool_calls": calls} if calls else message
 
 
 # ---- what the dialects share: answers ----
@@ -6165,14 +6130,12 @@ class StopText:
         return self.feed("", is_last=True)
 
 
-def answer_events(
-    request: ChatRequest, batches: Iterable[Sequence[Chunk] | Reply | None]
-) -> Iterator[Event]:
-    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts.
+# Chunks that came together, None for a while without any, and at last the whole reply.
+Batch = Sequence[Chunk] | Reply | None
 
-    The batches are chunks that came together, None for a while without any, and at last the
-    whole reply.
-    """
+
+def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Event]:
+    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts."""
     stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure, first_id = None, ""
     try:
@@ -6183,14 +6146,11 @@ def answer_events(
                 ending = Ending(batch.finish_reason, batch.usage)
                 _remember(request, first_id, message=batch.extra)
             else:
-                for chunk in batch:
-                    for event in _events_of(request, chunk, stop):
-                        if event.tool_call:
-                            first_id = first_id or event.tool_call.id
-                            _remember(
-                                request, event.tool_call.id, call=event.tool_call.extra_content
-                            )
-                        yield event
+                for event in chain.from_iterable(_events_of(request, one, stop) for one in batch):
+                    if call := event.tool_call:
+                        first_id = first_id or call.id
+                        _remember(request, call.id, call=call.extra_content)
+                    yield event
             if stop.found and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
@@ -6222,10 +6182,7 @@ def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
 
 
 def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
-    """The call by the caller's name, under an id of ours: models may name those of all turns alike.
-
-    That sends agents in circles.
-    """
+    """By the caller's name, under an id of ours: a model's own, alike in turns, confuse agents."""
     return replace(call, id=_new_id("call"), name=request.names.get(call.name, call.name))
 
 
@@ -6259,16 +6216,13 @@ def json_text(text: str) -> str:
     with suppress(ValueError, RecursionError):
         decoder.decode(text)
         return text
-    best, place = "", 0
-    for _ in range(_JSON_ATTEMPTS):
-        begin = re.compile(r"[{\[]").search(text, place)
-        if begin is None:
-            break
-        place = begin.start() + 1
+    best, end = "", 0
+    begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
+    for begin in itertools.islice(begins, _JSON_ATTEMPTS):
         with suppress(ValueError, RecursionError):
-            place = decoder.raw_decode(text, begin.start())[1]
+            end = decoder.raw_decode(text, begin)[1]
             # an object is what nearly everybody means
-            best = max(best, text[begin.start() : place], key=lambda t: (t[:1] == "{", len(t)))
+            best = max(best, text[begin:end], key=lambda t: (t[:1] == "{", len(t)))
     return best or text
 
 
@@ -6277,12 +6231,8 @@ def usage_object(usage: Usage) -> JSON | None:
     if usage.input_tokens is None and usage.output_tokens is None:
         return None
     sent, answered, cached, total = _token_counts(usage)
-    counts: JSON = {
-        "prompt_tokens": sent,
-        "completion_tokens": answered,
-        "total_tokens": total,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    counts: JSON = {"prompt_tokens": sent, "completion_tokens": answered, "total_tokens": total}
+    counts["prompt_tokens_details"] = {"cached_tokens": cached}
     return counts if usage.cost_usd is None else {**counts, "cost_usd": usage.cost_usd}
 
 
@@ -6297,11 +6247,8 @@ def _token_counts(usage: Usage) -> tuple[int, int, int, int]:
 # ---- what the dialects share: errors ----
 
 # Codes for errors that the server gave none.
-_CODES: dict[type[PuterError], str] = {
-    AuthError: "not_signed_in",
-    RequestTimeoutError: "timeout",
-    AllAccountsOnCooldownError: "too_many_requests",
-}
+_CODES: dict[type[PuterError], str] = {AuthError: "not_signed_in", RequestTimeoutError: "timeout"}
+_CODES[AllAccountsOnCooldownError] = "too_many_requests"
 
 
 def error_status(error: PuterError) -> int:
@@ -6313,9 +6260,8 @@ def error_status(error: PuterError) -> int:
 
 def error_headers(error: PuterError, status: int) -> dict[str, str]:
     """When to ask again, and that an SDK should not: what failed was tried long enough."""
-    headers = {}
+    headers, wait_s = {}, error.retry_after_s
     if status in (429, 503):
-        wait_s = error.retry_after_s
         if wait_s is None:
             wait_s = RATE_WINDOW_S if error.scope == "account" else 60.0
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
@@ -6394,17 +6340,12 @@ def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
         message["tool_calls"] = [openai_call(call) for call in reply.tool_calls]
     choice = {"index": 0, "message": message, "logprobs": None}
     usage = usage_object(ending.usage)
-    return {
-        **_chat_head("chat.completion"),
-        "model": reply.model,
-        "choices": [{**choice, "finish_reason": ending.finish_reason}],
-        **({"usage": usage} if usage else {}),
-    }
+    head = {**_chat_head("chat.completion"), "model": reply.model}
+    body = {**head, "choices": [{**choice, "finish_reason": ending.finish_reason}]}
+    return {**body, "usage": usage} if usage else body
 
 
-def chat_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[Frame]:
+def chat_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[Frame]:
     """The `chat.completion.chunk`s of an answer, as it comes."""
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
@@ -6487,9 +6428,6 @@ def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
     return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
 
-# ---- names of models ----
-
-
 def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
     """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
@@ -6499,9 +6437,7 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
     if not models:
         return request._replace(model=name)
-    # raises where the name is not known
-    model = models.find(name)
-    args = request.args
+    model, args = models.find(name), request.args
     if model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
     return request._replace(model=name if name in model.names() else model.id, args=args)
@@ -6510,14 +6446,10 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
 # ---- responses ----
 
 # What the fields of chat completions, which errors name, are called here.
-_RESPONSE_PARAMS = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "response_format": "text",
-}
+_FIELDS = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 # What a response repeats of its request, with its defaults; not the tools, which are long.
 _ECHOED: JSON = {
-    **dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id")),
+    **dict.fromkeys("instructions max_output_tokens previous_response_id".split()),
     **dict.fromkeys(("temperature", "top_p", "user")),
     "metadata": {},
     "parallel_tool_calls": True,
@@ -6544,10 +6476,9 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     opening = [{"role": "system", "content": instructions}] if instructions else []
     messages = [*opening, *_item_messages(items)]
     offered: dict[str, tuple[JSON, JSON]] = {}
-    _offer(body.get("tools"), offered)
-    for item in items:
-        if item.get("type") in ("additional_tools", "tool_search_output"):
-            _offer(item.get("tools"), offered)
+    found = [i for i in items if i.get("type") in ("additional_tools", "tool_search_output")]
+    for one in (body, *found):
+        _offer(one.get("tools"), offered)
     options = {
         "items": None if body.get("store") is False else items,
         "tools": {name: back for name, (back, _) in offered.items()},
@@ -6598,10 +6529,8 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
     name = str(item.get("id"))
     remembered: JSON | None = memory.get(f"item_{name}")
     if remembered is None and not name.startswith("rs_"):
-        text = (
-            f"Item with id '{name[:200]}' not found. Items are not persisted when store is false."
-        )
-        raise _wrong(text, "input", status=404)
+        why = "Items are not persisted when store is false."
+        raise _wrong(f"Item with id '{name[:200]}' not found. {why}", "input", status=404)
     return remembered or {"type": "reasoning"}
 
 
@@ -6609,14 +6538,11 @@ def _item_messages(items: Sequence[JSON]) -> Messages:
     """The items of a request as canonical messages; raises `BadRequestError` for unknown kinds."""
     messages: Messages = []
     for number, item in enumerate(items):
-        one = _item_message(item, f"input[{number}]")
-        if one is None:
-            continue
+        one, last = _item_message(item, f"input[{number}]"), messages[-1] if messages else {}
         # a call joins the assistant's message that stands last
-        if "tool_calls" in one and messages and messages[-1]["role"] == "assistant":
-            last = messages[-1]
+        if one and "tool_calls" in one and last.get("role") == "assistant":
             messages[-1] = {**last, "tool_calls": [*last.get("tool_calls", ()), *one["tool_calls"]]}
-        else:
+        elif one:
             messages += read_message(one, f"input[{number}]")
     return messages
 
@@ -6635,11 +6561,9 @@ def _item_message(item: JSON, where: str) -> JSON | None:
             output = f"Tools to call now: {', '.join(found) or 'none'}"
         return {"role": "tool", "tool_call_id": call_id, "content": output}
     if kind in ("function_call", "custom_tool_call", "tool_search_call"):
-        name, arguments = item.get("name"), item.get("arguments")
-        if kind == "custom_tool_call":
-            arguments = {"input": item.get("input")}
-        elif kind == "tool_search_call":
-            name = "tool_search"
+        name = "tool_search" if kind == "tool_search_call" else item.get("name")
+        is_custom = kind == "custom_tool_call"
+        arguments = {"input": item.get("input")} if is_custom else item.get("arguments")
         function = {"name": _flat_name(item.get("namespace"), name), "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
         _check_call(call, function, where)
@@ -6692,9 +6616,7 @@ def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     return response
 
 
-def responses_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[JSON]:
+def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
     """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
     yield writer.state("created")
@@ -6726,7 +6648,7 @@ _TEXT_ITEMS = {
 class _ResponseWriter:
     """Words the events of one response: numbered, and one item open at a time."""
 
-    def __init__(self, request: ChatRequest, model: Callable[[], str]) -> None:
+    def __init__(self, request: ChatRequest, model: ModelName) -> None:
         self._request, self._model = request, model
         self._head = {"id": _new_id("resp"), "object": "response", "created_at": int(time.time())}
         self._count = 0
@@ -6737,7 +6659,6 @@ class _ResponseWriter:
         self._pieces: list[str] = []
 
     def text(self, kind: str, text: str) -> Iterator[JSON]:
-        """More of a text or of reasoning."""
         id_prefix, part, events, index = _TEXT_ITEMS[kind]
         if kind != self._kind:
             yield from self.close()
@@ -6789,7 +6710,16 @@ class _ResponseWriter:
 
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
-        reason, usage = _UNFINISHED.get(ending.finish_reason), _response_usage(ending.usage)
+        reason = _UNFINISHED.get(ending.finish_reason)
+        sent, answered, cached, total = _token_counts(ending.usage)
+        written = ending.usage.written_tokens or 0
+        usage = {
+            "input_tokens": sent,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+            "output_tokens": answered,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": total,
+        }
         status = "incomplete" if reason else "completed"
         yield from self.close(status)
         if reason == "content_filter" and self._request.streaming:
@@ -6849,18 +6779,6 @@ class _ResponseWriter:
         return {**item, "status": status, "content": parts}
 
 
-def _response_usage(usage: Usage) -> JSON:
-    sent, answered, cached, total = _token_counts(usage)
-    written = usage.written_tokens or 0
-    return {
-        "input_tokens": sent,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        "output_tokens": answered,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": total,
-    }
-
-
 def _failure_code(error: PuterError) -> str:
     """Why a response failed, by the codes that tell Codex whether to ask again."""
     if isinstance(error, ContextLengthError):
@@ -6873,7 +6791,7 @@ def _failure_code(error: PuterError) -> str:
 def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
     """An error in OpenAI's shape, with this dialect's names of fields and codes."""
     error = copy.copy(error)
-    error.param = _RESPONSE_PARAMS.get(error.param or "", error.param)
+    error.param = _FIELDS.get(error.param or "", error.param)
     return chat_error(error, status, request_id)
 
 
@@ -6906,19 +6824,15 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     system = [part for part in system if not str(part.get("text")).startswith(billing)]
     opening = [{"role": "system", "content": system}] if system else []
     messages = [*opening, *_read_messages(body["messages"])]
-    tools = _objects(body.get("tools"), "tools")
-    own = [
-        {
-            "name": _tool_name(tool.get("name")),
-            **_only(tool, "description"),
-            "parameters": tool.get("input_schema") or {"type": "object", "properties": {}},
-        }
-        for tool in tools
-        if tool.get("type") in (None, "custom")
-    ]
-    hosted = [tool for tool in tools if tool.get("type") not in (None, "custom")]
-    for tool in hosted:
-        _refuse_client_tool(tool.get("type"))
+    own, hosted = [], []
+    for tool in _objects(body.get("tools"), "tools"):
+        if tool.get("type") in (None, "custom"):
+            parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
+            described = {**_only(tool, "description"), "parameters": parameters}
+            own.append({"name": _tool_name(tool.get("name")), **described})
+        else:
+            _refuse_client_tool(tool.get("type"))
+            hosted.append(tool)
     args = _messages_args(body, [tool.get("name") for tool in hosted])
     searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
     fields = {"options": {}, "answer": _NO_SEARCH if searches else ""}
@@ -6958,9 +6872,7 @@ def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
     }
 
 
-def messages_frames(
-    request: ChatRequest, model: Callable[[], str], events: Iterable[Event]
-) -> Iterator[JSON]:
+def messages_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
     """The events of a message, as it comes: blocks that do not overlap."""
     index, kind, has_called = 0, "", False
 
@@ -6988,17 +6900,10 @@ def messages_frames(
                 yield from close()
                 index += bool(kind)
                 kind, has_called = block["type"], has_called or bool(event.tool_call)
-                block |= _EMPTY_BLOCKS[kind]
+                growing = block.keys() & {"text", "thinking", "signature", "input"}
+                block |= {key: type(block[key])() for key in growing}
                 yield {"type": "content_block_start", "index": index, "content_block": block}
             yield {"type": "content_block_delta", "index": index, "delta": delta}
-
-
-# What grows in each kind of block, as it is at first.
-_EMPTY_BLOCKS: dict[str, JSON] = {
-    "text": {"text": ""},
-    "thinking": {"thinking": "", "signature": ""},
-    "tool_use": {"input": {}},
-}
 
 
 def _block_and_delta(chunk: Chunk) -> tuple[JSON, JSON]:
@@ -7017,15 +6922,14 @@ def _block_and_delta(chunk: Chunk) -> tuple[JSON, JSON]:
 
 
 def _message_head(model: str) -> JSON:
-    head = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
-    none: JSON = {"content": [], "stop_reason": None, "stop_sequence": None}
-    return {**head, **none, "usage": _messages_usage(Usage())}
+    head: JSON = {"id": _new_id("msg"), "type": "message", "role": "assistant", "model": model}
+    head |= {"content": [], "stop_reason": None, "stop_sequence": None}
+    return {**head, "usage": _messages_usage(Usage())}
 
 
 def _message_end(ending: Ending, has_called: bool) -> JSON:
     reason = _STOP_REASONS.get(ending.finish_reason, "tool_use" if has_called else "end_turn")
-    if ending.stop_text is not None:
-        reason = "stop_sequence"
+    reason = reason if ending.stop_text is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": ending.stop_text}
 
 
@@ -7048,10 +6952,9 @@ def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
         kind = "overloaded_error"
     message = str(error)
     # Claude Code shortens its history when it reads these words.
-    if isinstance(error, ContextLengthError) and error.tokens:
-        message = f"prompt is too long: {error.tokens} tokens > {error.limit} maximum"
-    elif isinstance(error, ContextLengthError):
-        message = f"prompt is too long: {message}"
+    if isinstance(error, ContextLengthError):
+        size = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else message
+        message = f"prompt is too long: {size}"
     body: JSON = {"type": "error", "error": {"type": kind, "message": message}}
     return {**body, "request_id": request_id} if request_id else body
 
@@ -7064,13 +6967,11 @@ def count_tokens(body: JSON) -> JSON:
     return {"input_tokens": math.ceil(len(text) / 4) + _IMAGE_TOKENS * images}
 
 
-_RESPONSES = Dialect(responses_request, responses_body, responses_frames, responses_error)
+_CHAT_DIALECT = Dialect(chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True)
 _MESSAGES = Dialect(messages_request, messages_body, messages_frames, messages_error)
 DIALECTS: dict[str, Dialect] = {
-    "/v1/chat/completions": Dialect(
-        chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True
-    ),
-    "/v1/responses": _RESPONSES,
+    "/v1/chat/completions": _CHAT_DIALECT,
+    "/v1/responses": Dialect(responses_request, responses_body, responses_frames, responses_error),
     "/v1/messages": _MESSAGES,
     "/v1/messages/count_tokens": _MESSAGES._replace(answer=count_tokens),
 }
@@ -7124,11 +7025,8 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     """
     host, origin = headers.get("Host"), headers.get("Origin")
     name = re.sub(r":\d+$", "", (host or "").lower())
-    is_known = _is_this_computer(name) or name in (
-        _in_url(rules.host).lower(),
-        *rules.allowed_hosts,
-    )
-    if rules.api_key is None and not is_known:
+    own_names = {_in_url(rules.host).lower(), *rules.allowed_hosts}
+    if rules.api_key is None and name not in own_names and not _is_this_computer(name):
         text = f"This server does not answer to the name {str(host)[:100]!r}"
         return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
     is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
@@ -7169,12 +7067,11 @@ def _hung_up(sockets: Iterable[Any]) -> list[Any]:
         for number in by_number:
             poller.register(number, select.POLLRDHUP)
         return [by_number[number] for number, _ in poller.poll(0)]
-    gone = []
-    for sock in select.select(list(by_number.values()), [], [], 0)[0] if by_number else ():
+    gone = select.select(list(by_number.values()), [], [], 0)[0] if by_number else []
+    for sock in list(gone):
         with suppress(OSError):
             if sock.recv(1, socket.MSG_PEEK):
-                continue
-        gone.append(sock)
+                gone.remove(sock)
     return gone
 
 
@@ -7216,12 +7113,9 @@ class OpenAIServer:
         if max_connections < 1:
             raise ConfigError(f"max_connections is {max_connections}, but must be 1 or more")
         self.client = client
-        self.rules = AccessRules(
-            host,
-            api_key or None,
-            frozenset(origin.rstrip("/") for origin in allowed_origins),
-            frozenset(name.lower() for name in allowed_hosts),
-        )
+        origins = frozenset(origin.rstrip("/") for origin in allowed_origins)
+        names = frozenset(name.lower() for name in allowed_hosts)
+        self.rules = AccessRules(host, api_key or None, origins, names)
         self.max_connections = max_connections
         self.models = list(models)
         self.memory = ResponseMemory()
@@ -7238,9 +7132,6 @@ class OpenAIServer:
         self.url = f"http://{_in_url(host)}:{self.port}/v1"
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> OpenAIServer:  # noqa: PYI034
-        return self.start()
-
     def __exit__(self, *_: object) -> None:
         self.stop(0)
 
@@ -7250,6 +7141,8 @@ class OpenAIServer:
         self._thread = threading.Thread(target=run, args=(0.05,), daemon=True)
         self._thread.start()
         return self
+
+    __enter__ = start
 
     def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
         """Take no more work, let what runs end for so many seconds, then close."""
@@ -7309,11 +7202,11 @@ class OpenAIServer:
         with self._idle:
             if len(self.connections) >= self.max_connections:
                 self.make_room()
-            has_room = len(self.connections) < self.max_connections
-            if has_room:
-                self.connections.add(connection)
-                self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
-        return has_room
+            if len(self.connections) >= self.max_connections:
+                return False
+            self.connections.add(connection)
+            self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
+            return True
 
     def make_room(self) -> None:
         """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
@@ -7357,11 +7250,8 @@ class OpenAIServer:
             _log.error("A running request could not be looked after", exc_info=True)
 
 
-if TYPE_CHECKING:
-    from http.server import BaseHTTPRequestHandler as _HandlerBase
-else:
-    # The real base is mixed in by `_http_server`, so that only who serves imports it.
-    _HandlerBase = object
+# The real base is mixed in by `_http_server`, so that only who serves imports it.
+_HandlerBase: Any = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
@@ -7381,6 +7271,8 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
         def get_request(self) -> tuple[Any, Any]:
             try:
                 accepted = super().get_request()
+                self.is_full = False
+                return accepted
             except OSError as error:
                 if not self.is_full:
                     _log.error("No connection can be accepted: %s", error.strerror or error)
@@ -7388,8 +7280,6 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 app.make_room()
                 time.sleep(0.1)  # it is tried again at once
                 raise
-            self.is_full = False
-            return accepted
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if app.admit(request):
@@ -7414,7 +7304,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
-class _GatewayHandler(_HandlerBase):
+class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     """Reads a request, asks the functions above, and writes.
 
     ConnectionError and TimeoutError are of the client's socket: upstream's are `PuterError`s.
@@ -7422,8 +7312,9 @@ class _GatewayHandler(_HandlerBase):
 
     app: OpenAIServer
     cancellation: _Cancellation
+    rfile: io.BufferedIOBase
     dialect = DIALECTS["/v1/chat/completions"]
-    raw_requestline: bytes
+
     protocol_version = default_request_version = "HTTP/1.1"
     server_version = f"puter.py/{__version__}"
     sys_version = ""
@@ -7462,17 +7353,16 @@ class _GatewayHandler(_HandlerBase):
             return False
         self._must_arrive_in(HEAD_TIMEOUT_S)
         connection, left, head = self.rfile, MAX_HEAD_BYTES - len(self.raw_requestline), b""
-        while not head.endswith((b"\n\r\n", b"\n\n")) and head not in (b"\r\n", b"\n"):
-            line = connection.readline(left - len(head) + 1)
+        while line := connection.readline(left - len(head) + 1):
             head += line
             if len(head) > left:
                 self.send_error(431, "The head of the request is too large")
                 return False
-            if not line:
+            if line in (b"\r\n", b"\n"):
                 break
         self.rfile = io.BytesIO(head)
         try:
-            return super().parse_request()
+            return bool(super().parse_request())
         finally:
             self.rfile = connection
 
@@ -7486,8 +7376,15 @@ class _GatewayHandler(_HandlerBase):
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
         self._must_arrive_in(BODY_TIMEOUT_S)
-        is_expected = self.headers.get("Expect", "").lower() == "100-continue"
-        for size in self._sizes(is_expected):
+        is_expected, total = self.headers.get("Expect", "").lower() == "100-continue", 0
+        for size in self._sizes():
+            total += size
+            if total > MAX_REQUEST_BYTES:
+                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+            if is_expected:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.wfile.flush()
+                is_expected = False
             while size:
                 piece = self.rfile.read1(min(size, 64 * 1024))
                 if not piece:
@@ -7507,33 +7404,19 @@ class _GatewayHandler(_HandlerBase):
         self.app.reserve(size)
         self.reserved += size
 
-    def _sizes(self, is_expected: bool) -> Iterator[int]:
-        """How many bytes of the body come next, piece by piece; a client may wait for our word."""
-
-        total = 0
-
-        def checked(size: int) -> int:
-            nonlocal total, is_expected
-            total += size
-            if total > MAX_REQUEST_BYTES:
-                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-            if is_expected:
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.wfile.flush()
-                is_expected = False
-            return size
-
+    def _sizes(self) -> Iterator[int]:
+        """How many bytes of the body come next, piece by piece."""
         coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length")
         if coding is None:
-            yield checked(_body_size("0" if length is None else length, "[0-9]{1,18}", 10))
+            yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
         elif length is not None:
             raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
         elif coding.strip(" \t").lower() != "chunked":
             raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
         else:
-            checked(0)
+            yield 0  # a client may wait for our word
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
-                yield checked(size)
+                yield size
                 if self._line():
                     raise _wrong("a chunk is longer than it says")
             # trailers say nothing to us
@@ -7556,11 +7439,12 @@ class _GatewayHandler(_HandlerBase):
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
-        self.is_abandoned = False
         with self.app.running(self.connection) as self.cancellation:
             try:
                 self._answer(path)
             except PuterError as error:
+                # what else an abandoned client has sent is not for anybody any more
+                self.close_connection |= self.cancellation.cancelled.is_set()
                 self._fail(error)
             except (ConnectionError, TimeoutError):
                 raise
@@ -7570,9 +7454,6 @@ class _GatewayHandler(_HandlerBase):
             finally:
                 self.app.reserve(-self.reserved)
                 self.reserved = 0
-                if self.is_abandoned:
-                    # what else it has sent is not for anybody any more
-                    self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
@@ -7612,7 +7493,6 @@ class _GatewayHandler(_HandlerBase):
             self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-        """Answer what a program asks in a dialect, as a whole or as a stream."""
         body = _json_body(data)
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
@@ -7627,16 +7507,14 @@ class _GatewayHandler(_HandlerBase):
         if not name:
             raise _wrong("you must name a model (or set default_model in puter.json)", "model")
         asked = with_served_model(asked, name, models)
-        request = client._build_request(
-            asked.messages, asked.model, tools=asked.tools, **asked.args
-        )
+        args = {**asked.args, "tools": asked.tools}
+        request = client._build_request(asked.messages, asked.model, **args)
         if asked.streaming:
             self._stream(dialect, asked, request)
         else:
             reply = self._complete(asked, request)
-            answer, ending = whole_answer(asked, reply)
             self.reply_headers |= answer_headers(reply)
-            self._send(200, dialect.body(asked, answer, ending))
+            self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
 
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.answer:
@@ -7662,7 +7540,7 @@ class _GatewayHandler(_HandlerBase):
             except BaseException as error:  # noqa: BLE001 (the handler raises it)
                 opened.set_exception(error)
 
-        def batches() -> Iterator[Sequence[Chunk] | Reply | None]:
+        def batches() -> Iterator[Batch]:
             nonlocal has_failed
             while not wait([opened], KEEP_ALIVE_S).done:
                 yield None
@@ -7691,7 +7569,7 @@ class _GatewayHandler(_HandlerBase):
                 if frame is None or not opened.done():
                     self.wfile.flush()
         finally:
-            self.is_abandoned = self.cancellation.cancelled.is_set()
+            self.close_connection |= self.cancellation.cancelled.is_set()
             # a stream that comes too late is nobody's
             opened.add_done_callback(_close_opened)
         if has_failed and dialect.cuts_broken_streams:
@@ -7729,9 +7607,8 @@ class _GatewayHandler(_HandlerBase):
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | None) -> None:
-        data = b""
-        if body is not None:
-            data = json.dumps(body).encode()
+        data = b"" if body is None else json.dumps(body).encode()
+        if data:
             length = str(len(data))
             self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
         self.close_connection |= self.unread
@@ -7781,7 +7658,6 @@ class _GatewayHandler(_HandlerBase):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _allow_page(self, origin: str) -> None:
-        """Let a page that may call read the answer (CORS)."""
         asked = self.headers.get("Access-Control-Request-Headers")
         usual = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
         self.reply_headers |= {
@@ -8340,7 +8216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not can_write:
             raise OSError(errno.EBADF, "standard output is closed")
-        code: int = args.run(args)
+        code: int = args.run(args) or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -8378,8 +8254,7 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     parser = build_parser()
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
-        options = [name for names, _ in _options_of(args.run) for name in names]
-        meant = _did_you_mean(unknown[0], options) if unknown[0].startswith("-") else ""
+        meant = _did_you_mean(unknown[0], args.names) if unknown[0].startswith("-") else ""
         if not meant and args.run is cmd_ask:
             meant = "Put the question into quotes, behind the options."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
@@ -8387,36 +8262,30 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     return args
 
 
-# The arguments of each command, by its name: words and keywords for argparse's `add_argument`;
+# The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
 # a list of them excludes one another.
-_Option = tuple[tuple[str, ...], JSON]
-_COMMANDS: dict[str, tuple[Callable[[Any], int], tuple[_Option | list[_Option], ...], str]] = {}
+_Option = tuple[list[str], JSON]
+_Run = Callable[[Any], int | None]
+_COMMANDS: dict[str, tuple[_Run, tuple[_Option | list[_Option], ...], str]] = {}
 
 
-def _opt(*names: str, **keywords: Any) -> _Option:
-    if names[0].startswith("-") and keywords.keys() == {"help"}:
-        keywords["action"] = "store_true"
-    is_text = keywords.get("action", "append") == "append" and names != ("prompt",)
-    if is_text and not keywords.keys() & {"choices", "type"}:
-        keywords["type"] = _text
-    return names, keywords
+def _opt(usage: str, help: str, **keywords: Any) -> _Option:
+    """An argument by its usage, such as "-m --model MODEL"; an option without a value is a flag."""
+    names = usage.split()
+    if names[-1].startswith("-"):
+        return names, {"help": help, "action": "store_true", **keywords}
+    metavar = {"metavar": names.pop()} if len(names) > 1 else {}
+    return names, {"help": help, "type": _text, **metavar, **keywords}
 
 
-def _command(
-    *options: _Option | list[_Option], epilog: str = ""
-) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_Run], _Run]:
     """Makes a function `cmd_x` the command `x`; its docstring is the help."""
 
-    def add(run: Callable[[Any], int]) -> Callable[[Any], int]:
+    def add(run: _Run) -> _Run:
         _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
         return run
 
     return add
-
-
-def _options_of(run: Callable[[Any], int]) -> Iterator[_Option]:
-    for option in _COMMANDS[run.__name__.removeprefix("cmd_")][1]:
-        yield from option if isinstance(option, list) else [option]
 
 
 def build_parser() -> Any:
@@ -8436,12 +8305,14 @@ def build_parser() -> Any:
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
-        command.set_defaults(run=run)
+        known: list[str] = []
+        command.set_defaults(run=run, names=known)
         for option in options:
             alone = isinstance(option, list)
             group = command.add_mutually_exclusive_group() if alone else command
             for names, keywords in option if isinstance(option, list) else [option]:
                 group.add_argument(*names, **keywords)
+                known += names
     return parser
 
 
@@ -8468,34 +8339,27 @@ def _text(text: str) -> str:
 
 
 _PORT = _number(int, 0, 65_535)
-_JSON_FLAG = _opt("--json", help="as JSON")
+_COUNT = _number(int, 1, math.inf)
+_SEVERAL: JSON = {"action": "append", "default": []}
+_JSON_FLAG = _opt("--json", "as JSON")
+_MODEL_OPTION = _opt("-m --model MODEL", "a model's id or alias")
+_FREE_FLAG = _opt("--free", "only models that cost nothing")
 # What `ask` and `chat` share.
 _TALK_OPTIONS = (
-    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
-    _opt("-s", "--system", metavar="TEXT", help="a system text"),
-    _opt(
-        "--max-tokens",
-        type=_number(int, 1, math.inf),
-        metavar="N",
-        help="longest answer, in tokens",
-    ),
-    _opt("--temperature", type=_number(float, 0, 2), metavar="T", help="0 (sober) to 2"),
+    _MODEL_OPTION,
+    _opt("-s --system TEXT", "a system text"),
+    _opt("--max-tokens N", "longest answer, in tokens", type=_COUNT),
+    _opt("--temperature T", "0 (sober) to 2", type=_number(float, 0, 2)),
     [
-        _opt(
-            "-c",
-            "--continue",
-            dest="continue_",
-            action="store_true",
-            help="go on with the last conversation",
-        ),
-        _opt("-n", "--new", help="begin a new one (the default)"),
+        _opt("-c --continue", "go on with the last conversation", dest="continue_"),
+        _opt("-n --new", "begin a new one (the default)"),
     ],
 )
 # The options that choose models of the catalogue.
 _MODEL_CHOICE = (
-    _opt("--free", help="only models that cost nothing"),
-    _opt("--provider", metavar="NAME", help="only models of a provider"),
-    _opt("--search", metavar="TEXT", help="only models with this in a name"),
+    _FREE_FLAG,
+    _opt("--provider NAME", "only models of a provider"),
+    _opt("--search TEXT", "only models with this in a name"),
 )
 
 
@@ -8533,6 +8397,15 @@ def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
         _print(line)
 
 
+@contextmanager
+def _failing(problem: str, hint: str, kind: type[PuterError] = StoreError) -> Iterator[None]:
+    """What the system refuses inside becomes an error with this problem."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem} ({error.strerror or error})", hint=hint) from error
+
+
 def _client() -> Puter:
     config = Config.load()
     if config.debug or not config.quiet_mode:
@@ -8563,7 +8436,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         answer = _read_line("Sign in with the browser now? [Y/n] ").strip().lower()
     if answer not in ("", "y", "yes"):
         raise AuthError("You are not signed in")
-    _info(_add_account(client, _login_with_browser(client.config)))
+    _info(_add_account(client, _sign_in(client.config)))
     return work()
 
 
@@ -8571,21 +8444,14 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
 
 
 @_command(
-    _opt("prompt", nargs="*", help="the question; - reads standard input"),
-    _opt(
-        "-a",
-        "--attach",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a text, image, PDF or URL to send along, - for stdin; several times",
-    ),
-    _opt("-o", "--output", metavar="FILE", help="where a picture of the answer goes"),
+    _opt("prompt", "the question; - reads standard input", nargs="*", type=str),
+    _opt("-a --attach FILE", "a text, image, PDF or URL, - for stdin; several times", **_SEVERAL),
+    _opt("-o --output FILE", "where a picture of the answer goes"),
     *_TALK_OPTIONS,
-    _opt("--no-stream", help="print the answer when it is whole"),
-    _opt("--no-fallback", help="only the model that was asked"),
-    _opt("--json", help="one JSON object with everything"),
-    _opt("--usage", help="tokens and cost, on stderr"),
+    _opt("--no-stream", "print the answer when it is whole"),
+    _opt("--no-fallback", "only the model that was asked"),
+    _opt("--json", "one JSON object with everything"),
+    _opt("--usage", "tokens and cost, on stderr"),
     epilog=_EXAMPLES,
 )
 def cmd_ask(args: Any) -> int:
@@ -8622,11 +8488,8 @@ def _save_images(reply: Reply, output: str | None = None) -> None:
         ending = ending or kinds.get(image.mime, ".png")
         names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
         path = next(name for name in names if not os.path.exists(name))
-        try:
+        with _failing(f"{path} cannot be written", "Choose another place with -o."):
             image.save(path)
-        except OSError as error:
-            problem = f"{path} cannot be written ({error.strerror or error})"
-            raise StoreError(problem, hint="Choose another place with -o.") from error
         _info(f"picture: {path}")
 
 
@@ -8757,7 +8620,6 @@ class _Spinner(threading.Thread):
             self.join()
 
     def run(self) -> None:
-        """Show the time that has gone by, until it is closed."""
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
@@ -8770,27 +8632,19 @@ class _Spinner(threading.Thread):
 
 
 def _reply_report(reply: Reply) -> JSON:
-    attempts: list[JSON] = [
-        {
-            "model": a.model,
-            "account": a.account,
-            "error": a.error and a.error.message,
-            "seconds": round(a.seconds, 3),
-        }
-        for a in reply.attempts
-    ]
+    attempts: list[JSON] = []
+    for one in reply.attempts:
+        result = {"error": one.error and one.error.message, "seconds": round(one.seconds, 3)}
+        attempts.append({"model": one.model, "account": one.account, **result})
     return {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
 
 
 def _usage_words(usages: Iterable[Usage]) -> str:
     reported = [u for u in usages if u]
-    if not reported:
-        return "tokens: not reported"
     used = sum(reported, Usage())
     words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
-    if used.cost_usd is None:
-        return f"{words}; cost not reported"
-    return f"{words}; cost ${used.cost_usd:.6f}" if used.cost_usd else words
+    cost = "; cost not reported" if used.cost_usd is None else f"; cost ${used.cost_usd:.6f}"
+    return f"{words}{cost if used.cost_usd != 0 else ''}" if reported else "tokens: not reported"
 
 
 def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
@@ -8831,7 +8685,6 @@ class _Chat:
         self.matches: list[str] = []
 
     def run(self) -> None:
-        """Read lines until there are no more."""
         while True:
             note = "(Ctrl-D leaves)"
             try:
@@ -8862,7 +8715,6 @@ class _Chat:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
     def say(self, text: str) -> None:
-        """Ask, and print the answer as it comes."""
         self.ask(message_with(text, self.attached, self.client))
         self.attached = []
 
@@ -8905,8 +8757,7 @@ class _Chat:
 
     def do_retry(self, _: str) -> None:
         """/retry         ask the last message again"""
-        everything = self.talk.messages
-        asked = self.unanswered or self._take_back()
+        everything, asked = self.talk.messages, self.unanswered or self._take_back()
         if asked is None:
             _info("Nothing was asked yet.")
             return
@@ -8940,12 +8791,11 @@ class _Chat:
         else:
             said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
             text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
-        try:
-            with open(os.path.expanduser(name), "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            problem = f"{name} cannot be written ({error.strerror})"
-            raise StoreError(problem, hint="Choose another name.") from error
+        with (
+            _failing(f"{name} cannot be written", "Choose another name."),
+            open(os.path.expanduser(name), "x", encoding="utf-8") as file,
+        ):
+            file.write(text + "\n")
         _info(f"saved in {name}")
 
     def do_usage(self, _: str) -> None:
@@ -8963,16 +8813,16 @@ class _Chat:
         import readline
 
         command, space, _ = readline.get_line_buffer().partition(" ")
+        names: Iterable[str] = ()
+        if state == 0 and not space:
+            names = self.commands()
+        elif state == 0 and command in ("/attach", "/save"):
+            names = glob.glob(glob.escape(text) + "*")
+        elif state == 0 and command == "/model":
+            with suppress(PuterError):  # none without the list
+                names = [m.id for m in self.client.models()]
         if state == 0:
-            self.matches = []
-            if not space:
-                self.matches = [name for name in self.commands() if name.startswith(text)]
-            elif command in ("/attach", "/save"):
-                self.matches = glob.glob(glob.escape(text) + "*")
-            elif command == "/model":
-                with suppress(PuterError):  # none without the list
-                    models = self.client.models()
-                    self.matches = [m.id for m in models if m.id.startswith(text)]
+            self.matches = [name for name in names if name.startswith(text)]
         return self.matches[state] if state < len(self.matches) else None
 
 
@@ -9044,16 +8894,11 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
 
 @_command(
     [
-        _opt("--with-token", help="read a token from stdin"),
-        _opt("--no-browser", help="only print the URL"),
-        _opt("--import", dest="file", metavar="FILE", help="take the accounts of a file"),
+        _opt("--with-token", "read a token from stdin"),
+        _opt("--no-browser", "only print the URL"),
+        _opt("--import FILE", "take the accounts of a file", dest="file"),
     ],
-    _opt(
-        "--port",
-        type=_PORT,
-        metavar="PORT",
-        help=f"where to wait, and only there (default {LOGIN_PORT}, or any that is free)",
-    ),
+    _opt("--port PORT", f"where to wait, and only there ({LOGIN_PORT}, or any free)", type=_PORT),
 )
 def cmd_login(args: Any) -> int:
     """Sign in and keep the account."""
@@ -9061,8 +8906,7 @@ def cmd_login(args: Any) -> int:
         if args.file is not None:
             return _import_accounts(client, args.file)
         if args.with_token:
-            token = _read_token()
-            if not token:
+            if not (token := _read_token()):
                 _error("No token came. Try: python -m puter login --with-token < FILE")
                 return 2
             try:
@@ -9071,7 +8915,7 @@ def cmd_login(args: Any) -> int:
                 error.hint = "This token was refused: copy it again, whole."
                 raise
         else:
-            account = _login_with_browser(client.config, args.no_browser, args.port)
+            account = _sign_in(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
     return 0
 
@@ -9079,19 +8923,17 @@ def cmd_login(args: Any) -> int:
 def _read_token() -> str:
     import getpass
 
-    if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline()
-        # a UTF-16 line ends one byte later
-        line += sys.stdin.buffer.read(1) if line.startswith(b"\xff\xfe") else b""
-        return _text_of_pipe(line).strip()
-    with suppress(EOFError):
-        return getpass.getpass("Token (it is not shown): ").strip()
-    return ""
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            return getpass.getpass("Token (it is not shown): ").strip()
+        return ""
+    line = sys.stdin.buffer.readline()
+    # a UTF-16 line ends one byte later
+    line += sys.stdin.buffer.read(1) if line.startswith(b"\xff\xfe") else b""
+    return _text_of_pipe(line).strip()
 
 
-def _login_with_browser(
-    config: Config, no_browser: bool = False, port: int | None = None
-) -> Account:
+def _sign_in(config: Config, no_browser: bool = False, port: int | None = None) -> Account:
     import webbrowser
 
     def show(url: str) -> None:
@@ -9125,23 +8967,21 @@ def _import_accounts(client: Puter, name: str) -> int:
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
     stored = {a.username: a for a in store.accounts()}
+    any_user = replace(client.config, auto_create_temp_user=True)
     imported = [_account_from(record) for record in data["accounts"]]
     for account in imported:
-        own = stored.get(account.username)
+        own, why = stored.get(account.username), ""
         if own is not None and own.token == account.token:
-            _print(f"Kept {account.username}, whose token is the same")
-            continue
-        if own is not None:
+            why = ", whose token is the same"
+        elif own is not None:
             try:
-                found = account_of(
-                    account.token, replace(client.config, auto_create_temp_user=True)
-                )
+                owner = account_of(account.token, any_user).username
+                why = f": the other token is of {owner}" if owner != account.username else ""
             except PuterError as error:
-                _print(f"Kept {account.username}: the other token was refused ({error.message})")
-                continue
-            if found.username != account.username:
-                _print(f"Kept {account.username}: the other token is of {found.username}")
-                continue
+                why = f": the other token was refused ({error.message})"
+        if why:
+            _print(f"Kept {account.username}{why}")
+            continue
         is_new = store.add(account, activate=False)
         _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if imported and not stored:
@@ -9150,10 +8990,8 @@ def _import_accounts(client: Puter, name: str) -> int:
     return 0
 
 
-@_command(
-    [_opt("name", nargs="?", help="the account's name"), _opt("--all", help="remove all accounts")]
-)
-def cmd_logout(args: Any) -> int:
+@_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
+def cmd_logout(args: Any) -> None:
     """Remove an account; the active one by default."""
     with _client() as client:
         active = client.store.active()
@@ -9168,23 +9006,21 @@ def cmd_logout(args: Any) -> int:
         _print(f"The active account is {active.username}.")
     if removed:
         _print("The token itself still works: revoke it on puter.com (Settings, Security).")
-    return 0
 
 
-@_command(_opt("name", help="the account's name"))
-def cmd_switch(args: Any) -> int:
+@_command(_opt("name", "the account's name"))
+def cmd_switch(args: Any) -> None:
     """Make another account the active one."""
     account = _client().store.switch(args.name)
     _log.info("Auth: Switched account - %s", account.username)
     _print(f"The active account is {account.username}.")
     _note_variable()
-    return 0
 
 
 @_command(
     _JSON_FLAG,
-    _opt("--check", help="try everything a call needs"),
-    _opt("--clear-cooldowns", help="end all cooldowns"),
+    _opt("--check", "try everything a call needs"),
+    _opt("--clear-cooldowns", "end all cooldowns"),
 )
 def cmd_status(args: Any) -> int:
     """The accounts, and who is on cooldown for how long."""
@@ -9210,31 +9046,17 @@ def _status_report(client: Puter, now: float) -> JSON:
     cooldowns = client.state.cooldowns(now, accounts)
     dead = {c.account for c in cooldowns if c.reason == "login"}
     used = client.state.last_used_ms()
-    return {
-        "config_dir": str(client.config.folder),
-        "accounts": [
-            {
-                "username": a.username,
-                "active": a == active,
-                "temporary": a.is_temporary,
-                "added_at_ms": a.added_at_ms,
-                "last_used_ms": used.get(a.username, a.last_used_ms),
-                "needs_login": a.username in dead,
-            }
-            for a in accounts
-        ],
-        "cooldowns": [
-            {
-                "account": c.account,
-                "model": c.model or None,
-                "reason": c.reason,
-                "strikes": c.strikes,
-                "seconds_left": round(c.until_s - now, 1),
-            }
-            for c in cooldowns
-            if c.reason != "login"
-        ],
-    }
+    report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
+    for a in accounts:
+        times = {"added_at_ms": a.added_at_ms, "last_used_ms": used.get(a.username, a.last_used_ms)}
+        row = {"username": a.username, "active": a == active, "temporary": a.is_temporary}
+        report["accounts"].append({**row, **times, "needs_login": a.username in dead})
+    for c in cooldowns:
+        if c.reason != "login":
+            row = {"account": c.account, "model": c.model or None, "reason": c.reason}
+            row |= {"strikes": c.strikes, "seconds_left": round(c.until_s - now, 1)}
+            report["cooldowns"].append(row)
+    return report
 
 
 def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
@@ -9245,8 +9067,8 @@ def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
         notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
         used = time.localtime((account["last_used_ms"] or 0) / 1000)
         day = time.strftime("%Y-%m-%d %H:%M", used) if account["last_used_ms"] else "never"
-        notes.append(f"last used {day}")
-        yield f"{'*' if account['active'] else ' '} {account['username']}  ({', '.join(notes)})"
+        words = ", ".join([*notes, f"last used {day}"])
+        yield f"{'*' if account['active'] else ' '} {account['username']}  ({words})"
     for cooldown in report["cooldowns"]:
         name, model = cooldown["account"], cooldown["model"]
         what = f"{model} on {name}" if model else name
@@ -9272,11 +9094,11 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
             yield fine, f"{path}: mode {mode:o}{'' if fine else f'; do: chmod 600 {path}'}"
     advice = "" if client.accounts else "; do: python -m puter login"
     yield bool(client.accounts), f"{_plural(len(client.accounts), 'account')}{advice}"
+    any_user = replace(config, auto_create_temp_user=True)
     for account in client.accounts:
         whose = f"the token of {account.username}"
         try:
-            user = account_of(account.token, replace(config, auto_create_temp_user=True))
-            yield True, f"{whose} works ({user.username})"
+            yield True, f"{whose} works ({account_of(account.token, any_user).username})"
         except PuterError as error:
             yield False, f"{whose}: {error}"
     try:
@@ -9293,24 +9115,23 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
 
 
 @_command(_JSON_FLAG)
-def cmd_whoami(args: Any) -> int:
+def cmd_whoami(args: Any) -> None:
     """Ask the server whose token is in use."""
     with _client() as client:
         user = _signed_in(client, client.whoami)
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
-    return 0
 
 
 # models, credit, statistics, cache
 
 
+def _prices(model: Model) -> tuple[float | None, float | None]:
+    return model.input_usd_per_million, model.output_usd_per_million
+
+
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     "id": lambda m: m.id,
-    "price": lambda m: (
-        m.input_usd_per_million is None,
-        (m.input_usd_per_million or 0) + (m.output_usd_per_million or 0),
-        m.id,
-    ),
+    "price": lambda m: (m.input_usd_per_million is None, sum(filter(None, _prices(m))), m.id),
     "context": lambda m: (-(m.context or 0), m.id),
     # The newest first; the date as a number, such as 20251101.
     "released": lambda m: (-int(f"0{re.sub(r'[^0-9]', '', m.released or '')[:8]}"), m.id),
@@ -9318,15 +9139,15 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
 
 
 @_command(
-    _opt("text", nargs="?", help="only models with this in a name"),
+    _opt("text", "only models with this in a name", nargs="?"),
     *_MODEL_CHOICE,
-    _opt("--tools", help="only those that call functions"),
-    _opt("--vision", help="only those that see images"),
-    _opt("--sort", choices=list(MODEL_SORTS), default="id", help="(%(default)s)"),
-    _opt("--refresh", help="ask the server even if cached"),
+    _opt("--tools", "only those that call functions"),
+    _opt("--vision", "only those that see images"),
+    _opt("--sort KEY", "%(choices)s (%(default)s)", choices=list(MODEL_SORTS), default="id"),
+    _opt("--refresh", "ask the server even if cached"),
     _JSON_FLAG,
 )
-def cmd_models(args: Any) -> int:
+def cmd_models(args: Any) -> None:
     """List the models."""
     with _client() as client:
         models = client.models(args.provider, args.free or None, args.refresh)
@@ -9334,42 +9155,35 @@ def cmd_models(args: Any) -> int:
     models = [m for m in models if m.tools is not False or not args.tools]
     models = [m for m in models if _sees_images(m) or not args.vision]
     models.sort(key=MODEL_SORTS[args.sort])
-    head = ("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")
-    lines = _table([head, *map(_model_row, models)], "<<><<>>", (3, 1, 2, 4, 6, 5))
+    rows: list[Any] = [("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")]
+    for m in models:
+        context, inputs = f"{m.context:,}" if m.context else "?", "+".join(m.inputs or "?")
+        prices = ("free" if m.free else "?" if p is None else f"{p:g}" for p in _prices(m))
+        tools = {True: "yes", False: "no", None: "?"}[m.tools]
+        rows.append((m.id, m.provider, context, inputs, tools, *prices))
+    lines = _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5))
     _report(args, [asdict(m) for m in models], lines)
     if not models:
         _info("No models match.")
-    return 0
 
 
-def _model_row(model: Model) -> tuple[str, ...]:
-    tools = {True: "yes", False: "no", None: "?"}[model.tools]
-    context = f"{model.context:,}" if model.context else "?"
-    inputs = "+".join(model.inputs) if model.inputs else "?"
-    prices = (model.input_usd_per_million, model.output_usd_per_million)
-    shown = ["free" if model.free else "?" if p is None else f"{p:g}" for p in prices]
-    return (model.id, model.provider, context, inputs, tools, *shown)
-
-
-def _table(
-    rows: Sequence[Sequence[str]], sides: str, optional: Sequence[int] = ()
-) -> Iterator[str]:
+def _table(rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = ()) -> Iterator[str]:
     """Rows of texts as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow the `optional` columns are left out, in that order.
+    On a terminal that is too narrow the `spare` columns are left out, in that order.
     """
     import shutil
 
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     columns = list(range(len(widths)))
-    for column in optional if sys.stdout.isatty() else ():
+    for column in spare if sys.stdout.isatty() else ():
         if sum(widths[i] + 2 for i in columns) - 2 > shutil.get_terminal_size().columns:
             columns.remove(column)
     for row in rows:
         yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in columns).rstrip()
 
 
-@_command(_opt("--all", help="of all accounts"), _JSON_FLAG)
+@_command(_opt("--all", "of all accounts"), _JSON_FLAG)
 def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
@@ -9393,83 +9207,74 @@ def _credit_lines(row: JSON) -> Iterator[str]:
     full = round(20 * share)
     yield f"  [{'#' * full}{'.' * (20 - full)}] {100 * share:.0f}% ({word})"
     # each kind of token has a row of its own (recorded)
-    sums: dict[str, tuple[float, int]] = {}
+    costs: Any = Counter()
+    calls: Counter[str] = Counter()
     for name, used in row["by_api"].items():
         parts = name.split(":")
         model = ":".join(parts[1:-1] if len(parts) > 2 else parts[:1])
-        cost, calls = sums.get(model, (0.0, 0))
-        sums[model] = (cost + used["cost"], max(calls, used["count"]))
-    costs = sorted(
-        ((cost, name, calls) for name, (cost, calls) in sums.items() if cost), reverse=True
-    )
-    if costs:
-        rows = [(f"  {name}", money(cost, unit), f"{calls:,}") for cost, name, calls in costs[:10]]
+        costs[model] += used["cost"]
+        calls[model] = max(calls[model], used["count"])
+    dearest = [(name, cost) for name, cost in costs.most_common(10) if cost]
+    if dearest:
+        rows = [(f"  {name}", money(cost, unit), f"{calls[name]:,}") for name, cost in dearest]
         yield from _table([("  USED FOR", "COST", "CALLS"), *rows], "<>>")
-    if rest := len(sums) - min(len(costs), 10):
+    if rest := len(costs) - len(dearest):
         yield f"  and {rest} more"
 
 
-@_command(
-    _opt("model", nargs="?", help="only this one"),
-    _opt("--reset", help="delete the statistics"),
-    _JSON_FLAG,
-)
-def cmd_stats(args: Any) -> int:
+@_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
+def cmd_stats(args: Any) -> None:
     """How the models have done."""
     with _client() as client:
         if args.reset:
             client.reset_stats(args.model)
             of_model = f" of {args.model}" if args.model else ""
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
-            return 0
+            return
         stats = client.stats(args.model)
     _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model))
-    return 0
 
 
 def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str]:
     if not stats:
         yield f"There are no statistics{f' of {model}' if model else ''} yet."
         return
-    head = ("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
-    yield from _table([head, *map(_stats_row, stats)], "<>>>>>>>", (4, 5, 6, 3, 2))
+    rows = [("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")]
+    for one in stats:
+        p50, p95, first = (
+            "-" if t is None else f"{t:.2f}s" for t in (one.p50_s, one.p95_s, one.first_s)
+        )
+        speed = "-" if one.tokens_per_s is None else f"{one.tokens_per_s:.0f}"
+        counts, cost = (str(one.requests), str(one.successes)), f"${one.cost_usd:.4f}"
+        rows.append((one.model, *counts, p50, p95, first, speed, cost))
+    yield from _table(rows, "<>>>>>>>", (4, 5, 6, 3, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
 
 
-def _stats_row(stats: ModelStats) -> tuple[str, ...]:
-    times = (stats.p50_s, stats.p95_s, stats.first_s)
-    seconds = ["-" if t is None else f"{t:.2f}s" for t in times]
-    speed = "-" if stats.tokens_per_s is None else f"{stats.tokens_per_s:.0f}"
-    counts = (str(stats.requests), str(stats.successes))
-    return (stats.model, *counts, *seconds, speed, f"${stats.cost_usd:.4f}")
-
-
-@_command(_opt("--clear", help="delete them"), _JSON_FLAG)
-def cmd_cache(args: Any) -> int:
+@_command(_opt("--clear", "delete them"), _JSON_FLAG)
+def cmd_cache(args: Any) -> None:
     """The cached replies."""
     with _client() as client:
         config, cache = client.config, client._reply_cache
         if args.clear:
             count = cache.cache_clear()
             _report(args, {"deleted": count}, [f"Cached replies deleted: {count}"])
-            return 0
+            return
         stats: JSON = {**cache.cache_stats(time.time(), config.cache_ttl_ms / 1000)}
     stats |= {"enabled": config.cache_enabled, "path": cache.path}
-    _report(args, stats, _cache_lines(stats, config))
-    return 0
-
-
-def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
     switch = "on" if config.cache_enabled else "off (set cache_enabled to true)"
-    yield f"The reply cache is {switch}, in {stats['path']}"
-    entries = f"{stats['entries']} of {config.cache_max_entries} entries"
-    yield f"{entries}, {stats['fresh']} fresh, {stats['bytes']:,} bytes"
+    entries = f"{stats['entries']} of {config.cache_max_entries} entries, {stats['fresh']} fresh"
     lookups = stats["hits"] + stats["misses"]
     rate = f"{100 * stats['hits'] / lookups:.0f}%" if lookups else "-"
-    yield f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s"
+    lines = (
+        f"The reply cache is {switch}, in {stats['path']}",
+        f"{entries}, {stats['bytes']:,} bytes",
+        f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
+    )
+    _report(args, stats, lines)
 
 
 # serve
@@ -9477,36 +9282,18 @@ def _cache_lines(stats: JSON, config: Config) -> Iterator[str]:
 
 @_command(
     [
-        _opt("--openai", help="the gateway: OpenAI's and Anthropic's protocols (the default)"),
-        _opt("--mcp", help="an MCP server on stdin and stdout"),
+        _opt("--openai", "the gateway: OpenAI's and Anthropic's protocols (the default)"),
+        _opt("--mcp", "an MCP server on stdin and stdout"),
     ],
-    _opt("--host", default="127.0.0.1", help="where to listen (%(default)s)"),
-    _opt("--port", type=_PORT, default=SERVER_PORT, metavar="PORT", help="(%(default)s)"),
-    _opt("--api-key", metavar="K", help="what callers must send"),
-    _opt("--log", help="a line for each request, on stderr"),
-    _opt(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a web origin whose pages may call; several times",
-    ),
-    _opt(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name that callers may give this host, as behind a proxy; several times",
-    ),
-    _opt(
-        "--max-connections",
-        type=_number(int, 1, math.inf),
-        default=MAX_CONNECTIONS,
-        metavar="N",
-        help="more at once are turned away (%(default)s)",
-    ),
+    _opt("--host HOST", "where to listen (%(default)s)", default="127.0.0.1"),
+    _opt("--port PORT", "(%(default)s)", type=_PORT, default=SERVER_PORT),
+    _opt("--api-key K", "what callers must send"),
+    _opt("--log", "a line for each request, on stderr"),
+    _opt("--allow-origin ORIGIN", "a web origin whose pages may call; several times", **_SEVERAL),
+    _opt("--allow-host NAME", "a name of this host, as behind a proxy; several times", **_SEVERAL),
+    _opt("--max-connections N", "more get 503 (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
 )
-def cmd_serve(args: Any) -> int:
+def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
     if args.mcp:
         serve_mcp(_client)
@@ -9516,34 +9303,27 @@ def cmd_serve(args: Any) -> int:
     with _client() as client:
         if args.log:
             _show_log(logging.INFO)
-        try:
-            more = {"max_connections": args.max_connections, "allowed_hosts": args.allow_host}
-            server = OpenAIServer(client, args.host, args.port, key, args.allow_origin, **more)
-        except OSError as error:
-            problem = f"Cannot listen on {args.host}:{args.port} ({error.strerror or error})"
-            raise NetworkError(problem, hint="Try another --port.") from error
+        more = (args.allow_origin, args.max_connections, args.allow_host)
+        problem = f"Cannot listen on {args.host}:{args.port}"
+        with _failing(problem, "Try another --port.", NetworkError):
+            server = OpenAIServer(client, args.host, args.port, key, *more)
         try:
             server.start()
-            _announce(server, client, key)
+            root = server.url.removesuffix("/v1")
+            _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
+            shown = "the one you gave" if key else "anything, such as puter"
+            _print(f"For your client: base URL {server.url}, API key {shown}.")
+            if not client.accounts:
+                _print("You are not signed in yet: python -m puter login")
+            try:
+                _print(f"{len(client.models())} models; Ctrl-C stops.")
+            except PuterError as error:
+                _info(f"The model list is not available now: {error}")
             while True:  # in short sleeps: a signal cannot end a long one everywhere
                 time.sleep(0.5)
         except KeyboardInterrupt:
             _info("Stopping when the running requests have ended; Ctrl-C again stops now.")
             server.stop()
-    return 0
-
-
-def _announce(server: OpenAIServer, client: Puter, key: str | None) -> None:
-    root = server.url.removesuffix("/v1")
-    _print(f"OpenAI-compatible server: {server.url}  (Anthropic clients: {root})")
-    shown = "the one you gave" if key else "anything, such as puter"
-    _print(f"For your client: base URL {server.url}, API key {shown}.")
-    if not client.accounts:
-        _print("You are not signed in yet: python -m puter login")
-    try:
-        _print(f"{len(client.models())} models; Ctrl-C stops.")
-    except PuterError as error:
-        _info(f"The model list is not available now: {error}")
 
 
 # the settings of other programs, for `config` and `launch`
@@ -9622,13 +9402,10 @@ def opencode_files(setup: Setup) -> JSON:
         "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
         "models": {m.id: _opencode_model(m) for m in setup.models},
     }
-    command = {"type": "local", "command": mcp_command(), "enabled": True}
-    server = {**command, "environment": _mcp_server()["env"]}
-    settings = {
-        "$schema": "https://opencode.ai/config.json",
-        "provider": {"puter": provider},
-        **({"mcp": {"puter": server}} if setup.mcp else {}),
-    }
+    server = {"type": "local", "command": mcp_command(), "enabled": True}
+    server["environment"] = _mcp_server()["env"]
+    settings: JSON = {"$schema": "https://opencode.ai/config.json", "provider": {"puter": provider}}
+    settings |= {"mcp": {"puter": server}} if setup.mcp else {}
     return {"~/.config/opencode/opencode.json": settings}
 
 
@@ -9653,30 +9430,24 @@ def _opencode_model(model: Model) -> JSON:
 
 def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    models = [
-        {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
-        for m in setup.models
-    ]
-    provider = {"api_url": setup.url, "available_models": models}
-    settings = {
-        "language_models": {"openai_compatible": {"puter": provider}},
-        "context_servers": {"puter": _mcp_server()},
-    }
-    return {"settings.json (in Zed: open settings)": settings}
+    keys = ("name", "display_name", "max_tokens")
+    models = [dict(zip(keys, (m.id, m.name, m.window or 128_000))) for m in setup.models]
+    provider = {"puter": {"api_url": setup.url, "available_models": models}}
+    settings = {"language_models": {"openai_compatible": provider}}
+    servers = {"context_servers": {"puter": _mcp_server()}}
+    return {"settings.json (in Zed: open settings)": {**settings, **servers}}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
     """The variables that send Claude Code to a gateway; its sub-agents ask the small model."""
     model = setup.models[0]
+    tiers = (f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("OPUS", "SONNET", "FABLE"))
+    small = ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_SMALL_FAST_MODEL")
     environ = {
         "ANTHROPIC_BASE_URL": setup.url.rstrip("/").removesuffix("/v1"),
         "ANTHROPIC_AUTH_TOKEN": setup.key,
-        "ANTHROPIC_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_OPUS_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_SONNET_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_FABLE_MODEL": model.id,
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": setup.small or model.id,
-        "ANTHROPIC_SMALL_FAST_MODEL": setup.small or model.id,
+        **dict.fromkeys(("ANTHROPIC_MODEL", *tiers), model.id),
+        **dict.fromkeys(small, setup.small or model.id),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if model.window:
@@ -9708,92 +9479,63 @@ def codex_files(setup: Setup) -> JSON:
         "stream_max_retries": 0,
         "stream_idle_timeout_ms": 600_000,
     }
-    settings = {
-        "model": model.id,
-        "model_provider": "puter",
-        **({"model_context_window": model.window} if model.window else {}),
-        "web_search": "disabled",
-        "model_providers.puter": provider,
-        **({"mcp_servers.puter": _mcp_server()} if setup.mcp else {}),
-    }
+    settings: JSON = {"model": model.id, "model_provider": "puter", "web_search": "disabled"}
+    settings |= {"model_context_window": model.window} if model.window else {}
+    settings["model_providers.puter"] = provider
+    settings |= {"mcp_servers.puter": _mcp_server()} if setup.mcp else {}
     return {"~/.codex/config.toml": settings}
 
 
 def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    models = _yaml_items((_continue_model(m, setup) for m in setup.models), "  ")
+    models = []
+    base: JSON = {"apiBase": setup.url, "apiKey": setup.key_as("${{ secrets.KEY }}")}
+    for m in setup.models:
+        # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
+        full = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
+        name = full if re.match(r"gpt-5|o\d", m.id) else m.id
+        can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
+        head = {"name": f"Puter: {m.name}", "provider": "openai", "model": name}
+        models.append({**head, **base, "capabilities": can})
     server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
-    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
-    return {"~/.continue/config.yaml": f"{head}models:\n{models}mcpServers:\n{server}"}
-
-
-def _continue_model(model: Model, setup: Setup) -> JSON:
-    # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
-    vendor = next((a for a in model.aliases if "/" in a and ":" not in a), model.id)
-    can = ["tool_use"] if model.tools is not False else []
-    return {
-        "name": f"Puter: {model.name}",
-        "provider": "openai",
-        "model": vendor if re.match(r"gpt-5|o\d", model.id) else model.id,
-        "apiBase": setup.url,
-        "apiKey": setup.key_as("${{ secrets.KEY }}"),
-        "capabilities": [*can, *(["image_input"] if _sees_images(model) else [])],
-    }
+    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
+    text += f"{_yaml_items(models, '  ')}mcpServers:\n{server}"
+    return {"~/.continue/config.yaml": text}
 
 
 def aider_files(setup: Setup) -> JSON:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
     extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
-    models = [
-        {
-            "name": f"openai/{m.id}",
-            "edit_format": "diff",
-            "weak_model_name": f"openai/{m.id}",
-            "use_repo_map": True,
-            "extra_params": extra,
-        }
-        for m in setup.models
-    ]
-    metadata = {
-        f"openai/{m.id}": {
-            "max_tokens": m.max_tokens or 4_096,
+    same = {"edit_format": "diff", "use_repo_map": True, "extra_params": extra}
+    kind = {"litellm_provider": "openai", "mode": "chat"}
+    models, metadata = [], {}
+    for m in setup.models:
+        name, most = f"openai/{m.id}", m.max_tokens or 4_096
+        models.append({"name": name, "weak_model_name": name, **same})
+        metadata[name] = {
+            **kind,
+            **dict.fromkeys(("max_tokens", "max_output_tokens"), most),
             "max_input_tokens": m.window or 128_000,
-            "max_output_tokens": m.max_tokens or 4_096,
+            "supports_vision": _sees_images(m),
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
-            "litellm_provider": "openai",
-            "mode": "chat",
-            "supports_vision": _sees_images(m),
         }
-        for m in setup.models
-    }
     return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
 
 
 def llm_files(setup: Setup) -> JSON:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
-    models = [
-        {
-            "model_id": f"puter/{m.id}",
-            "model_name": m.id,
-            "api_base": setup.url,
-            **({"api_key_name": "puter"} if setup.key_variable else {}),
-            "vision": _sees_images(m),
-            "supports_tools": m.tools is not False,
-            "supports_schema": True,
-        }
-        for m in setup.models
-    ]
+    same: JSON = {"api_base": setup.url, "supports_schema": True}
+    same |= {"api_key_name": "puter"} if setup.key_variable else {}
+    models = []
+    for m in setup.models:
+        can = {"vision": _sees_images(m), "supports_tools": m.tools is not False}
+        models.append({"model_id": f"puter/{m.id}", "model_name": m.id, **same, **can})
     file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
     return {file: models}
 
 
-def claude_desktop_files(_: Setup) -> JSON:
-    """Claude Desktop: the MCP server."""
-    file = "claude_desktop_config.json (Settings, Developer, Edit Config)"
-    return {file: {"mcpServers": {"puter": _mcp_server()}}}
-
-
+_DESKTOP_FILE = "claude_desktop_config.json (Settings, Developer, Edit Config)"
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
@@ -9889,12 +9631,11 @@ def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
 class Program(NamedTuple):
     """Another program: its settings for `config`, and how `launch` starts it, if it can.
 
-    `files` gives what goes into each of its files; `install` installs its `command`.
+    `files` gives what goes into each of its files; `install` is the command that installs it.
     """
 
     files: Callable[[Setup], JSON]
     note: str
-    command: str = ""
     install: str = ""
     plan: Callable[[Setup, Path], LaunchPlan] | None = None
     # whether it calls tools, and takes MCP servers
@@ -9903,47 +9644,36 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "opencode": Program(
-        opencode_files,
-        "Then: opencode --model puter/MODEL",
-        "opencode",
-        "npm install -g opencode-ai",
-        _plan_opencode,
+        opencode_files, "Run: opencode -m puter/MODEL", "npm install -g opencode-ai", _plan_opencode
     ),
     "zed": Program(
-        zed_files,
-        "Zed reads the key from PUTER_API_KEY, or asks: any will do if the server has none.",
+        zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."
     ),
     "claude-desktop": Program(
-        claude_desktop_files, "Quit Claude Desktop before you change its file: it rewrites it."
+        lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
+        "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
     "claude-code": Program(
         claude_code_files,
         'The variables can also stand under "env" in ~/.claude/settings.json.',
-        "claude",
         "npm install -g @anthropic-ai/claude-code",
         _plan_claude,
     ),
     "codex": Program(
-        codex_files,
-        "Then: codex. Another model: codex -m MODEL",
-        "codex",
-        "npm install -g @openai/codex",
-        _plan_codex,
+        codex_files, "Run: codex, or codex -m MODEL", "npm install -g @openai/codex", _plan_codex
     ),
     "continue": Program(continue_files, "Then choose a model whose name begins with Puter."),
     "aider": Program(
         aider_files,
-        "Then: aider --model openai/MODEL",
-        "aider",
+        "Run: aider --model openai/MODEL",
         "python -m pip install aider-chat",
         _plan_aider,
         uses_tools=False,
     ),
-    "llm": Program(
-        llm_files, "Then: llm -m puter/MODEL. If the server has a key: llm keys set puter"
-    ),
+    "llm": Program(llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
 }
-LAUNCHED = {program.command: program for program in PROGRAMS.values() if program.command}
+# By the commands that start them.
+LAUNCHED = {name.removesuffix("-code"): one for name, one in PROGRAMS.items() if one.plan}
 
 
 # config
@@ -9952,11 +9682,11 @@ LAUNCHED = {program.command: program for program in PROGRAMS.values() if program
 @_command(
     _opt(
         "what",
+        "show: every setting; path: where they stand; else the program to print settings for",
         choices=["show", "path", *PROGRAMS],
-        help="show: every setting; path: where they stand; else the program to print settings for",
     ),
     _JSON_FLAG,
-    _opt("--base-url", default=_BASE_URL, metavar="URL", help="of the server (%(default)s)"),
+    _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
     *_MODEL_CHOICE,
 )
 def cmd_config(args: Any) -> int:
@@ -9967,7 +9697,12 @@ def cmd_config(args: Any) -> int:
         if config.openai_api_key:
             rows["openai_api_key"] = "***"
         data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
-        _report(args, data, _setting_lines(data))
+        table = [("SETTING", "VALUE", "FROM")]
+        for name, value in rows.items():
+            text = json.dumps(value, ensure_ascii=False)
+            text = text if len(text) <= 60 else f"{text[:57]}..."
+            table.append((name, text, config.sources[name]))
+        _report(args, data, _table(table, "<<<"))
         if config.ignored:
             _info(f"Settings of the plugin that mean nothing here: {', '.join(config.ignored)}")
     elif args.what == "path":
@@ -9976,15 +9711,6 @@ def cmd_config(args: Any) -> int:
     else:
         return _config_program(args)
     return 0
-
-
-def _setting_lines(settings: JSON) -> Iterator[str]:
-    rows = [("SETTING", "VALUE", "FROM")]
-    for name, setting in settings.items():
-        value = json.dumps(setting["value"], ensure_ascii=False)
-        value = value if len(value) <= 60 else f"{value[:57]}..."
-        rows.append((name, value, setting["source"]))
-    yield from _table(rows, "<<<")
 
 
 def _config_program(args: Any) -> int:
@@ -10015,27 +9741,23 @@ def _config_program(args: Any) -> int:
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     """What a coding agent gets unasked: the default model, else a free one that suits it."""
-    if config.default_model:
-        with suppress(ModelNotFoundError):
-            return ModelList(models).find(config.default_model)
+    if config.default_model and (found := ModelList(models).get(config.default_model)):
+        return found
     free = [m for m in models if m.free]
     order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
-    return next(filter(_suits_agents, order), None)
-
-
-def _suits_agents(model: Model) -> bool:
-    return model.tools is not False and (model.window or 0) >= AGENT_CONTEXT
+    suitable = (m for m in order if m.tools is not False and (m.window or 0) >= AGENT_CONTEXT)
+    return next(suitable, None)
 
 
 # launch
 
 
 @_command(
-    _opt("program", nargs="?", choices=list(LAUNCHED), help="the agent"),
-    _opt("-m", "--model", metavar="MODEL", help="a model's id or alias"),
-    _opt("--small", metavar="MODEL", help="for small tasks (default: the same)"),
-    _opt("--free", help="only models that cost nothing"),
-    _opt("--mcp", help="give it our MCP server as well"),
+    _opt("program", "the agent", nargs="?", choices=list(LAUNCHED)),
+    _MODEL_OPTION,
+    _opt("--small MODEL", "for small tasks (default: the same)"),
+    _FREE_FLAG,
+    _opt("--mcp", "give it our MCP server as well"),
     epilog="Arguments of the program go behind --.",
 )
 def cmd_launch(args: Any) -> int:
@@ -10073,11 +9795,10 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
-    try:
+    version = None
+    with suppress(OSError, subprocess.TimeoutExpired):
         shown = subprocess.run([path, "--version"], capture_output=True, timeout=20, check=False)
         version = re.search(rb"\d+(\.\d+)+", shown.stdout)
-    except (OSError, subprocess.TimeoutExpired):
-        version = None
     return (name, version[0].decode() if version else "?", path)
 
 
@@ -10131,14 +9852,14 @@ def _launch_setup(args: Any, client: Puter) -> Setup:
         _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
+        problem = hint = ""
         if LAUNCHED[args.program].uses_tools and one.tools is False:
-            raise BadRequestError(
-                f"{one.id} cannot call tools, and {args.program} needs them",
-                hint="`python -m puter models --tools` lists those that can.",
-            )
-        if args.free and not one.free:
-            hint = "Leave out --free, or choose a free model."
-            raise BadRequestError(f"{one.id} is not free", hint=hint)
+            problem = f"{one.id} cannot call tools, and {args.program} needs them"
+            hint = "`python -m puter models --tools` lists those that can."
+        elif args.free and not one.free:
+            problem, hint = f"{one.id} is not free", "Leave out --free, or choose a free model."
+        if problem:
+            raise BadRequestError(problem, hint=hint)
     return Setup([model, *([small] if small != model else [])], small.id, args.mcp)
 
 
@@ -10147,11 +9868,8 @@ def _launch_log(config: Config) -> Iterator[None]:
     """What is written to stderr meanwhile goes to a file, which is named if there was anything."""
     path = config.folder / "launch.log"
     os.makedirs(path.parent, 0o700, exist_ok=True)
-    try:
+    with _failing(f"{path} cannot be opened", "Move it away."):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        problem = f"{path} cannot be opened ({error.strerror})"
-        raise StoreError(problem, hint="Move it away.") from error
     with open(descriptor, "a", 1, encoding="utf-8") as log:
         size = log.tell()
         with redirect_stderr(log):
@@ -10167,18 +9885,18 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
-    with ExitStack() as stack:
-        name = stack.enter_context(TemporaryDirectory(prefix=f"puter-{os.getpid()}-"))
-        server = OpenAIServer(client, port=0, api_key=key, models=models)
-        stack.enter_context(server)
+    with (
+        TemporaryDirectory(prefix=f"puter-{os.getpid()}-") as name,
+        OpenAIServer(client, port=0, api_key=key, models=models) as server,
+    ):
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        assert program.plan is not None  # it has a command
+        assert program.plan is not None  # it is launched
         words, variables, files = program.plan(setup, Path(name))
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
-        hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
-        direct = f"{hosts},127.0.0.1" if hosts else "127.0.0.1"
+        hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+        direct = f"{hosts},127.0.0.1".lstrip(",")
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
         merged[_KEY_VARIABLE] = key
         if not setup.mcp:  # its commands could read it
@@ -10220,11 +9938,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
             forward(number, frame)
 
     with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
-        try:
+        with _failing(f"{command[0]} cannot be started", "", BadRequestError):
             process = subprocess.Popen(command, env=environ)
-        except OSError as error:
-            problem = f"{command[0]} cannot be started ({error.strerror or error})"
-            raise BadRequestError(problem, hint="") from error
         code: int = process.wait()
     return code if code >= 0 else 128 - code
 
