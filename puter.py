@@ -67,7 +67,7 @@ import types
 import typing
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
@@ -1890,7 +1890,11 @@ def read_part(part: Any, where: str) -> list[JSON]:
         _require(isinstance(text, (str, type(None))), f"{where}.text", text, "Write a string.")
         return [{"type": "text", "text": text or "", **mark}]
     if kind in ("image_url", "input_image", "image"):
-        return [{**_read_image(part, where), **mark}]
+        if (url := _image_url(part)) is None:
+            raise _misplaced(where, "is an image without an http(s) or data URL")
+        detail = part.get("detail") or _dig(part, "image_url", "detail")
+        image = {"url": url, **({"detail": detail} if detail else {})}
+        return [{"type": "image_url", "image_url": image, **mark}]
     if kind in ("file", "input_file"):
         return [{**_read_file(part, where), **mark}]
     if kind == "document" and _dig(source, "type") in ("text", "content"):
@@ -1924,16 +1928,15 @@ def _dig(value: Any, *path: str) -> Any:
     return value
 
 
-def _read_image(part: Mapping[str, Any], where: str) -> JSON:
-    image = part.get("image_url") or _source_url(part.get("source"))
-    url = image if isinstance(image, str) else _dig(image, "url")
-    if not re.match("(?i)https?://|data:", str(url)[:10]):
-        raise _misplaced(where, "is an image without an http(s) or data URL")
-    detail = part.get("detail") or _dig(image, "detail")
-    return {
-        "type": "image_url",
-        "image_url": {"url": url, **({"detail": detail} if detail else {})},
-    }
+def _image_url(image: Any) -> str | None:
+    """The URL of a picture in whatever shape it comes, or None."""
+    url = image if isinstance(image, str) else _dig(image, "image_url")
+    url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
+    data = _dig(image, "data") or _dig(image, "b64_json")
+    if data and not url:
+        url = f"data:{_dig(image, 'mime_type') or 'image/png'};base64,{data}"
+    is_url = isinstance(url, str) and re.match("(?i)https?://|data:", url[:10])
+    return url if is_url else None
 
 
 def _source_url(source: Any) -> Any:
@@ -2070,8 +2073,8 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     for message, calls, results in _with_results(messages):
         one = _written(message, form, bool(calls))
         is_opening = is_opening and one["role"] == "system"
-        if form.loses_later_systems and one["role"] == "system":
-            one["role"] = "system" if is_opening and len(messages) > 1 else "user"
+        if form.loses_later_systems and one["role"] == "system" and not is_opening:
+            one["role"] = "user"
         turn = [*_written_turn(form, one, calls, results)]
         if turn and "tool_calls" in turn[0] and form.turn is _chat_turn and sent:
             # Puter would make one message of it and of a text before, and lose the calls
@@ -2083,10 +2086,8 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
             text = {"type": "text", "text": "The picture that you drew:"}
             sent.append({"role": "user", "content": [text, *map(form.part, drawn)]})
     if not sent:
-        raise BadRequestError(
-            "There is nothing to send: no message has a content",
-            hint="Give a prompt that is not empty.",
-        )
+        problem = "There is nothing to send: no message has a content"
+        raise BadRequestError(problem, hint="Give a prompt that is not empty.")
     if form.loses_later_systems and all(one["role"] == "system" for one in sent):
         sent[-1]["role"] = "user"
     return sent
@@ -2332,22 +2333,19 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
         if message.get("tool_calls") and kinds.isdisjoint(("thinking", "redacted_thinking")):
             return None
     limit = args.get("max_tokens")
-    if limit is None or not isinstance(effort, str) or effort not in _EFFORT_TOKENS:
+    if limit is None or effort not in [*_EFFORT_TOKENS]:
         return effort
-    names = list(_EFFORT_TOKENS)[list(_EFFORT_TOKENS).index(effort) :]
-    fit = (n for n in names if _EFFORT_TOKENS[n] + _LEAST_ANSWER_TOKENS <= limit)
-    return next(fit, None)
+    most = min(limit - _LEAST_ANSWER_TOKENS, _EFFORT_TOKENS[effort])
+    return next((name for name, tokens in _EFFORT_TOKENS.items() if tokens <= most), None)
 
 
 def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
     """What a request asks of a model."""
     kinds = {"web search" for tool in tools if is_web_search(tool)}
+    words = {"image_url": "image", "file": "pdf", "puter_path": "puter_path"}
     for message in messages:
-        for part in (*_parts(message.get("content")), *message.get("images", ())):
-            if part["type"] == "image_url":
-                kinds.add("image")
-            elif part["type"] == "file":
-                kinds.add("pdf" if "file" in part else "puter_path")
+        parts = (*_parts(message.get("content")), *message.get("images", ()))
+        kinds |= {words[name] for part in parts for name in words.keys() & part.keys()}
     has_functions = any(not is_web_search(tool) for tool in tools)
     return Needs(has_functions, frozenset(kinds), estimated_tokens(messages))
 
@@ -2357,11 +2355,9 @@ def estimated_tokens(messages: Sequence[JSON]) -> int:
 
     Takes canonical messages, or those of any form.
     """
-    total = 0
-    for message in messages:
-        parts = [*_parts(message.get("content")), *(message.get("tool_calls") or ())]
-        total += sum(map(_part_tokens, parts))
-    return total
+    contents = (_parts(message.get("content")) for message in messages)
+    calls = (message.get("tool_calls") or () for message in messages)
+    return sum(map(_part_tokens, chain(*contents, *calls)))
 
 
 def _part_tokens(part: JSON) -> int:
@@ -2403,9 +2399,8 @@ def image_part(image: Image) -> JSON:
     data, name = _bytes_of(image, "image")
     kind = image_kind(data)
     if kind is None:
-        raise BadRequestError(
-            f"{name} is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
-        )
+        problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
+        raise BadRequestError(f"{name} {problem}")
     return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
 
 
@@ -2420,7 +2415,10 @@ def file_part(file: File) -> JSON:
     else:
         data, name = _bytes_of(file, "file")
         name = "document" if isinstance(file, (bytes, bytearray)) else name
-    name = _file_name(name)
+    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+    is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
+    _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
+    name = joined_halves(last)
     is_data = isinstance(data, (bytes, bytearray))
     _require(is_data, f"The content of {name!r}", data, "Give a file as (name, bytes).")
     if not data or len(data) > MAX_FILE_BYTES:
@@ -2432,12 +2430,9 @@ def file_part(file: File) -> JSON:
         name = name if "." in name else f"{name}.pdf"
         file_data = _data_url("application/pdf", data)
         return {"type": "file", "file": {"filename": name, "file_data": file_data}}
-    text = decoded_text(data)
-    if text is None:
-        raise BadRequestError(
-            f"The file {name!r} is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF",
-            hint="Convert it to one of these.",
-        )
+    if (text := decoded_text(data)) is None:
+        problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
+        raise BadRequestError(f"The file {name!r} {problem}", hint="Convert it to one of these.")
     return {"type": "text", "text": f"{name}:\n```\n{text.rstrip()}\n```"}
 
 
@@ -2452,14 +2447,6 @@ def decoded_text(data: bytes) -> str | None:
     except UnicodeDecodeError:
         # of Windows, whose letters are those of Latin-1, and which has more of them
         return data.decode("cp1252", "replace")
-
-
-def _file_name(name: Any) -> str:
-    """The last part of a path; raises `BadRequestError` for what could name something else."""
-    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
-    is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
-    _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
-    return joined_halves(last)
 
 
 def _data_url(kind: str, data: bytes) -> str:
@@ -2527,12 +2514,12 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
     for what has no name.
     """
-    inner = function.func if isinstance(function, partial) else function
+    inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
         problem = f"{_describe(function)} has no name, or is a class"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
-    text, _ = _docstring_parts(_doc_of(function))
+    text, _ = _about(function)
     described = {"name": name, **({"description": text} if text else {})}
     parameters, _ = _call_type(function, dict, name)
     return {"type": "function", "function": {**described, "parameters": parameters}}
@@ -2572,7 +2559,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
         parameters = inspect.signature(call).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
-    _, about = _docstring_parts(_doc_of(call))
+    _, about = _about(call)
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
@@ -2587,18 +2574,22 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
     return _object_type(kind, types, [one.name for one in parameters if one.default is one.empty])
 
 
-def _doc_of(call: Any) -> str:
+def _behind(call: Any) -> tuple[Any, Any]:
+    """What a partial calls, and the function that runs: of an object its class's `__call__`."""
     inner = call.func if isinstance(call, partial) else call
     is_object = not isinstance(inner, type) and not inspect.isroutine(inner)
-    own = inspect.getdoc(type(inner).__call__) if is_object else None
-    return own or inspect.getdoc(inner) or ""
+    return inner, type(inner).__call__ if is_object else inner
+
+
+def _about(call: Any) -> tuple[str, dict[str, str]]:
+    """(what it does, what its parameters are), as its docstring says."""
+    inner, routine = _behind(call)
+    return _docstring_parts(inspect.getdoc(routine) or inspect.getdoc(inner) or "")
 
 
 def _hints_of(call: Any) -> dict[str, Any]:
     """The type hints of what is called; Python 3.10 would add None to those with that default."""
-    inner = call.func if isinstance(call, partial) else call
-    if not isinstance(inner, type) and not inspect.isroutine(inner):
-        inner = type(inner).__call__
+    _, inner = _behind(call)
     inner = inspect.unwrap(getattr(inner, "__func__", inner))
     if sys.version_info < (3, 11) and isinstance(inner, types.FunctionType):
         hints = inner.__annotations__
@@ -2628,11 +2619,12 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return hint.model_json_schema(), partial(_read_model, hint)
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return {"type": "string", **text_type}, partial(_read_text_type, hint)
+        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
-        return _union_type([])
+        return {}, lambda value, where: value
     if hint is None or (isinstance(hint, type) and hint in _SCALARS):
-        return _scalar_type(hint or type(None))
+        one = hint or type(None)
+        return _checked_type({"type": _SCALARS[one]}, partial(_scalar, one))
     is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
     members = inner if origin is Literal else tuple(hint) if is_enum else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
@@ -2642,7 +2634,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return _union_type([type_of(h) for h in inner])
     if kind in _LISTS:
         is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
-        return _list_type(kind, [type_of(h) for h in inner if h is not Ellipsis], is_fixed)
+        return _list_type(kind, [type_of(h) for h in inner or [Any] if h is not Ellipsis], is_fixed)
     # keys in JSON are strings
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
         return _dict_type(type_of(inner[1] if inner else Any))
@@ -2671,13 +2663,32 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
-def _read_text_type(kind: Any, value: Any, where: str) -> Any:
-    try:
-        if isinstance(value, str):
-            return kind.fromisoformat(value) if hasattr(kind, "fromisoformat") else kind(value)
-    except (ValueError, ArithmeticError):
-        pass  # what is wrong is said below
-    raise _misfit(value, where, {"type": "string", **_TEXT_TYPES[_full_name(kind)]})
+def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
+    """A type whose values `make` makes; what it refuses does not fit the schema."""
+
+    def read(value: Any, where: str) -> Any:
+        try:
+            return make(value)
+        except (ValueError, TypeError, LookupError, ArithmeticError):
+            raise _misfit(value, where, schema) from None
+
+    return schema, read
+
+
+def _text_value(kind: Any, value: Any) -> Any:
+    if not isinstance(value, str):
+        raise TypeError
+    return getattr(kind, "fromisoformat", kind)(value)
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
 
 
 def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
@@ -2699,51 +2710,28 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
     return schema, read_within
 
 
-def _scalar_type(kind: type) -> _Type:
-    schema = {"type": _SCALARS[kind]}
-
-    def read(value: Any, where: str) -> Any:
-        if kind is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if kind is float and type(value) is int and abs(value) < 2**1023:
-            return float(value)
-        if type(value) is not kind:
-            raise _misfit(value, where, schema)
-        return value
-
-    return schema, read
-
-
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     by_kind: dict[str, list[Any]] = {}
     for value, _ in choices:
         by_kind.setdefault(_SCALARS[type(value)], []).append(value)
     schemas = [{"type": kind, "enum": values} for kind, values in by_kind.items()]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-    def read(value: Any, where: str) -> Any:
-        for choice, member in choices:
-            if type(choice) is type(value) and choice == value:
-                return member
-        raise _misfit(value, where, schema)
-
-    return schema, read
+    # True and 1 are equal
+    by_value = {(type(value), value): member for value, member in choices}
+    return _checked_type(schema, lambda value: by_value[type(value), value])
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
-    """One of several types, the first that fits; none at all is anything."""
-    distinct: list[JSON] = []
-    for schema, _ in types:
-        distinct += [schema] if schema not in distinct else []
-    schema = {"anyOf": distinct} if len(distinct) > 1 else (distinct or [{}])[0]
+    """One of several types, the first that fits."""
+    schemas = [schema for schema, _ in types]
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    schema = {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
             with suppress(TypeError):
                 return read_as(value, where)
-        if types:
-            raise _misfit(value, where, schema)
-        return value
+        raise _misfit(value, where, schema)
 
     return schema, read
 
@@ -2814,31 +2802,27 @@ def tool_result_text(value: Any) -> str:
     if value is None:
         return _NO_OUTPUT
     if not isinstance(value, str):
-        return json.dumps(_with_text_keys(value), default=_json_value, ensure_ascii=False)
+        return json.dumps(_json_value(value), ensure_ascii=False)
     return value if value.strip() else _NO_OUTPUT
 
 
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        names = {k: k.value if isinstance(k, enum.Enum) else k for k in value}
-        plain = (str, int, float, bool, type(None))
-        return {
-            (n if isinstance(n, plain) else str(n)): _with_text_keys(value[k])
-            for k, n in names.items()
-        }
-    return [*map(_with_text_keys, value)] if isinstance(value, (list, tuple)) else value
-
-
 def _json_value(value: Any) -> Any:
+    value = value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, dict):
+        pairs = [(k.value if isinstance(k, enum.Enum) else k, v) for k, v in value.items()]
+        plain = (str, int, float, type(None))
+        return {k if isinstance(k, plain) else str(k): _json_value(v) for k, v in pairs}
+    if isinstance(value, (list, tuple, set, frozenset, Iterator)):
+        return [*map(_json_value, value)]
     if is_dataclass(value) and not isinstance(value, type):
-        return _with_text_keys(asdict(value))
-    if isinstance(value, enum.Enum):
-        return value.value
+        return _json_value(asdict(value))
     # pydantic's models, NumPy's arrays, pandas' frames
     for name in ("model_dump", "tolist", "to_dict"):
         if callable(getattr(value, name, None)):
-            return _with_text_keys(getattr(value, name)())
-    return list(value) if isinstance(value, (set, frozenset, Iterator)) else str(value)
+            return _json_value(getattr(value, name)())
+    return str(value)
 
 
 # ---- replies: bytes and dicts to values ----
@@ -2868,10 +2852,8 @@ def usage_from(body: Any) -> Usage:
     body = {**details, **body} if is_within else body
     amounts = (_amount(body, *keys) for keys in _USAGE_KEYS)
     inputs, outputs, cached, written, total = (None if n is None else int(n) for n in amounts)
-    marks = [
-        n for minutes in ("5m", "1h") if (n := _amount(body, f"ephemeral_{minutes}_input_tokens"))
-    ]
-    written = int(sum(marks)) if marks else written
+    times = (_amount(body, f"ephemeral_{minutes}_input_tokens") or 0 for minutes in ("5m", "1h"))
+    written = int(sum(times)) or written
     if total is None and (inputs is not None or outputs is not None):
         beside = () if is_within else (cached, written)
         total = sum(n or 0 for n in (inputs, outputs, *beside))
@@ -2967,9 +2949,8 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
 
 def _extra_of(message: Mapping[str, Any]) -> JSON:
     """What of a reply's message must go back with the history, beside its text and calls."""
-    extra = {k: message[k] for k in ("reasoning_details",) if message.get(k)}
-    if extra and _is_text(message.get("reasoning")):
-        extra["reasoning"] = message["reasoning"]
+    keys = ("reasoning_details", "reasoning") if message.get("reasoning_details") else ()
+    extra = {key: message[key] for key in keys if message.get(key)}
     kinds = ("text", "thinking", "redacted_thinking")
     content = message.get("content")
     parts = [p for p in content if p.get("type") in kinds] if isinstance(content, list) else []
@@ -2980,12 +2961,7 @@ def _extra_of(message: Mapping[str, Any]) -> JSON:
 
 def picture_from(image: Any) -> Picture:
     """A picture of a reply, in whatever shape it comes; raises ValueError for what is none."""
-    url = image if isinstance(image, str) else _dig(image, "image_url")
-    url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
-    data = _dig(image, "data") or _dig(image, "b64_json")
-    if data and not url:
-        url = f"data:{_dig(image, 'mime_type') or 'image/png'};base64,{data}"
-    if not isinstance(url, str) or not re.match("(?i)https?://|data:", url[:10]):
+    if (url := _image_url(image)) is None:
         raise ValueError(f"a picture is {_describe(image)}")
     if url[:5].lower() != "data:":
         return Picture(url=url)
@@ -3133,10 +3109,6 @@ class _Decoder:
             problem = f"The reply of {self.model} broke off: {what}"
             self.error = StreamError(problem, code=code, model=self.model)
 
-    def _has_begun(self) -> bool:
-        reply = self.reply()
-        return bool(reply.text or reply.reasoning or reply.tool_calls or reply.images)
-
     def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
         self._images.append(picture_from(image))
         chunks.append(Chunk("image", image=self._images[-1]))
@@ -3223,7 +3195,8 @@ class LineDecoder(_Decoder):
             self._end(event, chunks)
         elif kind == "error":
             text = str(event.get("message") or "the server gave no reason")
-            if not self._has_begun():
+            if not chunks_of(self.reply())[:-1]:
+                # nothing had come but this: it is the error that a whole reply would have been
                 self.error = upstream_error(text, self.model)
             self.fail(provider_error(text)[1])
         else:
@@ -3278,10 +3251,8 @@ class EventDecoder(_Decoder):
             return
         if isinstance(frame.get("model"), str) and frame["model"]:
             self.model = frame["model"]
-        for choice in frame.get("choices") or ():
-            if choice.get("index") not in (0, None):
-                # `n` asked for several, and one is read
-                continue
+        # `n` may have asked for several, and one is read
+        for choice in (c for c in frame.get("choices") or () if c.get("index") in (0, None)):
             self._has_choice = True
             delta = choice.get("delta") or {}
             self._finish_word = choice.get("finish_reason") or self._finish_word
@@ -4316,9 +4287,6 @@ _LACKING_WORDS = {
 }
 # Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
-    "image": "images",
-    "file": "files",
-    "timeout": "timeout_ms",
     "messages": "the prompt itself",
     "prompt": "the first argument",
     "stream": "the method `stream`",
@@ -4327,16 +4295,15 @@ _OTHER_NAMES = {
 }
 
 
+@dataclass
 class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
-    def __init__(
-        self, asked: Asked, is_stream: bool, cancellation: _Cancellation | None = None
-    ) -> None:
-        self.asked, self.is_stream = asked, is_stream
-        self.cancellation = cancellation or _Cancellation()
-        self.attempts: list[Attempt] = []
-        self.began = time.monotonic()
+    asked: Asked
+    is_stream: bool
+    cancellation: _Cancellation
+    attempts: list[Attempt] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
 
 class _Incoming(NamedTuple):
@@ -4389,20 +4356,17 @@ class _ConcurrencyLimit:
             while not cancellation.cancelled.is_set():
                 turn.clear()
                 with self._lock:
-                    now = time.monotonic()
-                    if self._is_next(turn) and now >= self._paused_until:
+                    now, until = time.monotonic(), self._paused_until
+                    is_next = self._running < self._allowed and self._queue[0] is turn
+                    if is_next and now >= until:
                         self._running += 1
                         break
-                    since = max(arrived, self._released_at, self._paused_until)
-                    wait_s = since + patience_s - now
-                    if self._is_next(turn):
-                        wait_s = min(wait_s, self._paused_until - now)
-                if wait_s <= 0:
-                    raise BusyError(
-                        f"All {self._places} requests that may run at once on the account have "
-                        f"been running for {patience_s:g} s"
-                    )
-                turn.wait(wait_s)
+                if not is_next:
+                    until = max(arrived, self._released_at, until) + patience_s
+                if until <= now:
+                    problem = f"All {self._places} requests that may run at once on the account"
+                    raise BusyError(f"{problem} have been running for {patience_s:g} s")
+                turn.wait(until - now)
             else:
                 raise BusyError("The call was given up before it was sent")
         finally:
@@ -4439,14 +4403,12 @@ class _ConcurrencyLimit:
             self._allowed = min(self._allowed + 1, self._places)
             self._wake_next()
 
-    def _is_next(self, turn: threading.Event) -> bool:
-        return self._running < self._allowed and self._queue[0] is turn
-
     def _wake_next(self) -> None:
         if self._queue:
             self._queue[0].set()
 
 
+@dataclass
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
@@ -4454,19 +4416,14 @@ class _Accounts:
     ("" where it needs none); `pinned` is the name of the only one to ask.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        store: AccountStore,
-        state: State,
-        token: str | None,
-        pinned: str | None,
-    ) -> None:
-        self.config, self.store, self.state = config, store, state
-        self.token, self.pinned = token, pinned
-        # who answered last, and is asked first
-        self.current: str | None = None
-        self._last_read: tuple[Any, list[Account], str | None] | None = None
+    config: Config
+    store: AccountStore
+    state: State
+    token: str | None
+    pinned: str | None
+    # who answered last, and is asked first
+    current: str | None = None
+    _last_read: tuple[Any, list[Account], str | None] | None = None
 
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
@@ -4501,8 +4458,7 @@ class _Accounts:
 
     def no_account_error(self) -> PuterError:
         """Why there is no account to ask."""
-        count = len(self.usable())
-        if not count:
+        if not (count := len(self.usable())):
             return AuthError("You are not signed in")
         cooldowns = [c for c in self.cooldowns() if not c.model]
         ends = [c.until_s for c in cooldowns if c.reason != "login"]
@@ -4524,27 +4480,29 @@ class _Accounts:
 
 
 def _account_named(accounts: Sequence[Account], name: str) -> Account:
-    account = next((a for a in accounts if a.username == name), None)
-    if account is None:
-        meant = _did_you_mean(name, [a.username for a in accounts])
-        hint = f"{meant}`python -m puter status` lists them."
+    by_name = {a.username: a for a in accounts}
+    if name not in by_name:
+        hint = f"{_did_you_mean(name, by_name)}`python -m puter status` lists them."
         raise AuthError(f"No stored account is called {name!r}", hint=hint)
-    return account
+    return by_name[name]
 
 
+@dataclass
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks.
 
     `key` is a foreign server's; Puter's own list needs no token.
     """
 
-    def __init__(self, config: Config, state: State, transport: _Transport, key: str) -> None:
-        self.config, self.state, self.transport, self.key = config, state, transport, key
-        self._models: ModelList | None = None
-        self._fetched_at = 0.0
-        # the latest one, and when by the monotonic clock
-        self._failure: tuple[PuterError, float] | None = None
-        self._lock = threading.RLock()
+    config: Config
+    state: State
+    transport: _Transport
+    key: str
+    _models: ModelList | None = None
+    _fetched_at: float = 0.0
+    # the latest one, and when by the monotonic clock
+    _failure: tuple[PuterError, float] | None = None
+    _lock: Any = field(default_factory=threading.RLock)
 
     def models(self, refresh: bool = False) -> ModelList:
         """The list; an old one with a warning when the server cannot be reached.
@@ -4627,7 +4585,11 @@ class _Api(NamedTuple):
         The stack gives back the connection that the answer needs.
         """
         streaming = call.is_stream and not self.must_be_whole(call.asked, model)
-        timeout_s = self._timeout_s(call.asked, is_whole=not streaming)
+        timeout_s = self.config.api_timeout_ms / 1000
+        if call.asked.needs.tools and not streaming:
+            # it may take minutes before its first byte
+            timeout_s = max(timeout_s, WHOLE_REPLY_TIMEOUT_S)
+        timeout_s = call.asked.timeout_s or timeout_s
         started = time.monotonic()
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
         args = arguments_for(form, known.id if known else model, call.asked.args)
@@ -4640,17 +4602,19 @@ class _Api(NamedTuple):
         stack.callback(call.cancellation.follow)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
-        # the list, which tells, is asked for only where it matters
-        needs_usage = partial(self._is_cut_without_usage, model)
+
+        def needs_usage() -> bool:
+            # the list is asked for only where it matters
+            models = self.catalogue.models_if_any("The stream's end is taken for whole")
+            return form_of(models.get(model) or "") == "responses"
+
         decoder: LineDecoder | EventDecoder = LineDecoder(model, needs_usage)
         parts: Iterator[Any] = stream_pieces(response, timeout_s)
         if content_type(response) == "text/event-stream":
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
-        first = next(batches, [])
-        return _Incoming(
-            chain([first], batches), lambda: with_true_end(decoder.reply(), limit), started
-        )
+        batches = chain([next(batches, [])], batches)
+        return _Incoming(batches, lambda: with_true_end(decoder.reply(), limit), started)
 
     def form(self, request: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
@@ -4666,26 +4630,14 @@ class _Api(NamedTuple):
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
-    def _is_cut_without_usage(self, model: str) -> bool:
-        known = self.catalogue.models_if_any("The stream's end is taken for whole").get(model)
-        return known is not None and form_of(known) == "responses"
-
     def must_be_whole(self, request: Asked, model: str) -> bool:
         """Whether a stream could lose all but the last of several calls in a turn (recorded)."""
-        if self.config.stream_tools == "live" or not request.needs.tools or is_foreign(self.config):
-            return False
-        if request.args.get("parallel_tool_calls") is False:
+        is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
+        if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
         form = self.form(request, model)
         # Puter's own OpenAI endpoint loses the same calls
         return form == "openai" or not FORMS[form].streams_all_calls
-
-    def _timeout_s(self, request: Asked, is_whole: bool) -> float:
-        """The longest silence; a whole reply with tools may take minutes before its first byte."""
-        usual_s = self.config.api_timeout_ms / 1000
-        if is_whole and request.needs.tools:
-            usual_s = max(usual_s, WHOLE_REPLY_TIMEOUT_S)
-        return usual_s if request.timeout_s is None else request.timeout_s
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
@@ -4705,14 +4657,9 @@ class _Api(NamedTuple):
         path, count = _origin_and_path(url)[1], len(args["messages"])
         words = (path, args["model"], str(streaming).lower(), count)
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
+        how: JSON = {"timeout_s": timeout_s, "cancellation": call.cancellation}
         return self.transport.send(
-            "POST",
-            url,
-            token=account.token,
-            body=body,
-            timeout_s=timeout_s,
-            cancellation=call.cancellation,
-            streaming=streaming,
+            "POST", url, token=account.token, body=body, streaming=streaming, **how
         )
 
 
@@ -4826,10 +4773,9 @@ class Stream:
             self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
-            if isinstance(error, StreamError):
-                raise self._broken(error.message, error.code) from error
-            message = f"The reply of {self.model} broke off: {error.message}"
-            raise self._broken(message, error.code) from error
+            is_told = isinstance(error, StreamError)
+            what = "" if is_told else f"The reply of {self.model} broke off: "
+            raise self._broken(what + error.message, error.code) from error
         if batch is None:
             self._release("ok")
         self._batch = iter(batch or ())
@@ -5190,12 +5136,10 @@ class Puter:
         self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there."""
-        call = _Exchange(asked, is_stream, cancellation)
-        cached = self._cached(asked)
-        if cached is not None:
-            return Stream(
-                _Incoming.of(cached), call.cancellation, (cached.model, cached.account, ())
-            )
+        call = _Exchange(asked, is_stream, cancellation or _Cancellation())
+        if cached := self._cached(asked):
+            who: Any = (cached.model, cached.account, ())
+            return Stream(_Incoming.of(cached), call.cancellation, who)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
@@ -5242,13 +5186,11 @@ class Puter:
             return None
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
-        if body is None:
-            return None
         try:
-            reply = reply_from_json(json.loads(body))
+            reply = reply_from_json(json.loads(body or "{}"))
             reply.text.encode()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None  # a damaged row is none
+            return None  # there is none, or a damaged one
         _log.info("Response: from the cache")
         return replace(reply, usage=replace(reply.usage, cost_usd=0.0))
 
@@ -5283,36 +5225,30 @@ class Puter:
                     # its owner gave up, or has too much open: no account's fault
                     raise
                 self._note_failure(error, call, target)
-                may_fall_back = call.asked.fallback
-                if next_step(error, target.is_fallback, may_fall_back) == "raise":
-                    raise_first(call.attempts)
+                if next_step(error, target.is_fallback, call.asked.fallback) == "raise":
+                    break
             else:
                 self._accounts.current = target.account.username
                 return answer
-        if not call.attempts:
-            raise self._accounts.no_account_error()
-        raise_first(call.attempts)
+        first = call.attempts[0].error if call.attempts else self._accounts.no_account_error()
+        assert first is not None
+        first.attempts = tuple(call.attempts)
+        raise first from first.__cause__
 
     def _world(self, call: _Exchange) -> World:
         accounts, now = self._accounts.usable(), time.time()
         cooldowns = self.state.cooldowns(now, accounts)
-        needs_list = call.asked.fallback and (call.attempts or any(c.model for c in cooldowns))
-        models = self._catalogue.models_if_any("No fallback") if needs_list else None
+        models = self._catalogue.known()
+        if call.asked.fallback and (call.attempts or any(c.model for c in cooldowns)):
+            models = self._catalogue.models_if_any("No fallback")
         if self.config.account_rotation_strategy == "least-recently-used":
             used = self.state.last_used_ms()
             accounts = [
                 replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
             ]
-        return World(
-            accounts,
-            cooldowns,
-            self._catalogue.known() if models is None else models,
-            self.config,
-            self._accounts.current or self._accounts.active_name,
-            now,
-            time.monotonic() - call.began,
-            not self._catalogue.is_fresh(),
-        )
+        current = self._accounts.current or self._accounts.active_name
+        elapsed_s, is_stale = time.monotonic() - call.began, not self._catalogue.is_fresh()
+        return World(accounts, cooldowns, models, self.config, current, now, elapsed_s, is_stale)
 
     def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
@@ -5338,21 +5274,12 @@ class Puter:
                     limit.passed()
                     return source, stack.pop_all()
             seconds = time.monotonic() - started
-            if isinstance(failure, CreditError):
+            if isinstance(failure, CreditError) and not has_waited_for_others:
                 # what runs beside it holds the most that it may cost until it ends (recorded)
-                if not has_waited_for_others and limit.wait_for_end(call.cancellation, patience_s):
-                    has_waited_for_others = True
+                has_waited_for_others = True
+                if limit.wait_for_end(call.cancellation, patience_s):
                     continue
-                failure = self._explained(failure, call.asked, model, account)
-            call.attempts.append(Attempt(model, name, failure, seconds))
-            self._count(model, _code_of(failure), seconds)
-            failure.model, failure.account = failure.model or model, name
-            if model not in failure.message and not isinstance(failure, ConfigError):
-                failure.message = f"{model}: {failure.message}"
-            if failure.scope == "account":
-                failure.message += f" (account {name})"
-            if isinstance(failure, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
-                failure.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+            failure = self._noted(failure, call, target, seconds)
             is_stream = call.is_stream and not self._api.must_be_whole(call.asked, model)
             waiting = limit.waiting
             if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
@@ -5361,13 +5288,31 @@ class Puter:
             delay_s = retry_delay_s(failure, retries, self.config.retry_delay_ms / 1000)
             if isinstance(failure, RateLimitError):
                 limit.pause(delay_s)
-            words = (retries, max(most, retries), _log_words(failure), delay_s * 1000)
-            _log.info("Retry %d/%d: %s, waiting %.0fms", *words)
+            what, most_shown = _log_words(failure), max(most, retries)
+            _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most_shown, what, delay_s * 1000)
             if self._on_wait is not None:
-                self._on_wait(f"{_log_words(failure)}, next try in {delay_s:.0f} s")
+                self._on_wait(f"{what}, next try in {delay_s:.0f} s")
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
+
+    def _noted(
+        self, error: PuterError, call: _Exchange, target: Target, seconds: float
+    ) -> PuterError:
+        """Note an attempt that failed; the error says whose it was."""
+        model, account = target.model, target.account
+        if isinstance(error, CreditError):
+            error = self._explained(error, call.asked, model, account)
+        call.attempts.append(Attempt(model, account.username, error, seconds))
+        self._count(model, _code_of(error), seconds)
+        error.model, error.account = error.model or model, account.username
+        if model not in error.message and not isinstance(error, ConfigError):
+            error.message = f"{model}: {error.message}"
+        if error.scope == "account":
+            error.message += f" (account {account.username})"
+        if isinstance(error, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
+            error.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+        return error
 
     def _explained(
         self, error: CreditError, request: Asked, model: str, account: Account
@@ -5376,16 +5321,15 @@ class Puter:
         if is_foreign(self.config) or error.code != "insufficient_funds":
             return error
         known = self._catalogue.models_if_any("The limits of the model are not known").get(model)
-        sent = messages_for(self._api.form(request, model), request.args["messages"])
-        tokens = estimated_tokens(sent)
+        form = self._api.form(request, model)
+        tokens = estimated_tokens(messages_for(form, request.args["messages"]))
         if known and not fits(known, tokens):
             limits = f"Puter lets {known.id} be asked with fewer than {known.window:,}"
             problem = f"The prompt has about {tokens:,} tokens, but {limits}"
-            hint = self._able_hint(request.needs._replace(context=tokens))
-            limit = {"tokens": tokens, "limit": known.window, "code": "context_length_exceeded"}
-            return ContextLengthError(
-                problem, hint=f"Shorten it. {hint}", param="messages", **limit
-            )
+            hint = f"Shorten it. {self._able_hint(request.needs._replace(context=tokens))}"
+            details: JSON = {"tokens": tokens, "limit": known.window, "param": "messages"}
+            details["code"] = "context_length_exceeded"
+            return ContextLengthError(problem, hint=hint, **details)
         try:
             left = self.usage(account.username)
         except PuterError as failure:
@@ -5462,8 +5406,8 @@ class Puter:
         is_fallback = not self._is_same_model(model, request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
-        may_lack_calls = call.is_stream and request.needs.tools
-        may_lack_calls = may_lack_calls and self.config.stream_tools == "live"
+        is_live = call.is_stream and self.config.stream_tools == "live"
+        may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
         if self.config.cache_enabled and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
@@ -5480,19 +5424,8 @@ class Puter:
         usage: Usage | None = None,
     ) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
-            model_id, samples = (
-                self._catalogue.known().id_of(model),
-                self.config.metrics_max_samples,
-            )
-            self._metrics.record(model_id, outcome, seconds, first_s, usage, samples)
-
-
-def raise_first(attempts: Sequence[Attempt]) -> NoReturn:
-    """Raise the first error of a call, with all that was tried."""
-    error = attempts[0].error
-    assert error is not None
-    error.attempts = tuple(attempts)
-    raise error from error.__cause__
+            name, samples = self._catalogue.known().id_of(model), self.config.metrics_max_samples
+            self._metrics.record(name, outcome, seconds, first_s, usage, samples)
 
 
 @lru_cache
@@ -5549,13 +5482,13 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._turns(self._with(message, options), options, streaming=False):
+        for _ in self._begin(message, options, streaming=False):
             pass
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
         """The answer as it comes, otherwise as `say`; remembered once it has come whole."""
-        return self._turns(self._with(message, _checked_options(options)), options, streaming=True)
+        return self._begin(message, _checked_options(options), streaming=True)
 
     @property
     def reply(self) -> Reply:
@@ -5583,59 +5516,43 @@ class Conversation:
         _require(isinstance(options, Mapping), "options", options, "Pass what `to_json` gave.")
         return cls(client=client, **{**_checked_options(options), **own})
 
-    def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
-        asked = {**self.options, **options}
-        parts = _input_parts(asked.get("images", ()), asked.get("files", ()))
-        prompt = [message] if isinstance(message, Mapping) else message
-        return [*self.messages, *messages_from(prompt, None, parts)]
-
-    def _turns(self, messages: Messages, options: JSON, streaming: bool) -> Iterator[Chunk]:
+    def _begin(self, message: Prompt | JSON, options: JSON, streaming: bool) -> Iterator[Chunk]:
+        """Check what is asked, which a generator would do only when it is read."""
         asked = {"model": self.model, "system": self.system, **self.options, **options}
-        asked |= {"images": (), "files": ()}
+        parts = _input_parts(asked.pop("images", ()), asked.pop("files", ()))
+        prompt = [message] if isinstance(message, Mapping) else message
+        messages = [*self.messages, *messages_from(prompt, None, parts)]
+        return self._turns(messages, asked, streaming)
+
+    def _turns(self, messages: Messages, asked: JSON, streaming: bool) -> Iterator[Chunk]:
         max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
         is_count = isinstance(max_rounds, int) and max_rounds >= 0
         _require(is_count, "max_rounds", max_rounds, "Give 0 or more.")
         tools = asked.get("tools")
         is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
-        used = Usage()
+        client, used = self._client or _default_client(), Usage()
         for rounds_left in range(max_rounds, -1, -1):
-            reply = yield from self._one_turn(messages, asked, streaming)
-            used += reply.usage
-            reply = replace(reply, usage=used)
+            request = client._build_request(messages, **asked)
+            with client._open(request, is_stream=streaming) as stream:
+                yield from stream
+            used += stream.reply.usage
+            reply = replace(stream.reply, usage=used)
             if not functions:
                 raise_for_invalid(reply)
             messages = [*messages, message_from(reply)]
             if not functions or not reply.tool_calls:
                 self.messages, self._reply = messages, reply
                 return
-            if rounds_left:
-                messages += [
-                    {
-                        "role": "tool",
-                        "tool_call_id": c.id,
-                        "content": _called(c, functions, on_tool),
-                    }
-                    for c in reply.tool_calls
-                ]
+            for call in reply.tool_calls if rounds_left else ():
+                result = _called(call, functions, on_tool)
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
             if asked.get("tool_choice") not in (None, "none"):
                 # it has called: a choice that forces it would make it call for ever
                 asked["tool_choice"] = "auto"
         message = f"The model still calls functions after {max_rounds} rounds"
         hint = "Raise `max_rounds`, or say in the prompt when to stop."
         raise ReplyError(message, raw=repr(reply), reply=reply, hint=hint)
-
-    def _one_turn(
-        self, messages: Messages, asked: JSON, streaming: bool
-    ) -> Generator[Chunk, None, Reply]:
-        """One question and its whole reply; its chunks as they come, if it is to stream."""
-        client = self._client or _default_client()
-        request = client._build_request(messages, **asked)
-        if not streaming:
-            return client._complete(request)
-        with client._open(request) as stream:
-            yield from stream
-            return stream.reply
 
 
 def _checked_options(options: Mapping[str, Any]) -> JSON:
