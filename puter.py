@@ -1803,8 +1803,7 @@ def messages_from(
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
         hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
         _require(is_list, "The prompt", prompt, hint)
-        places = ((message, f"messages[{i}]") for i, message in enumerate(prompt))
-        messages = [one for message, where in places for one in read_message(message, where)]
+        messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
     if extra_parts:
         question = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if question is None:
@@ -2006,8 +2005,7 @@ def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
     TypeError for what is no call.
     """
     function = call.get("function", call)
-    arguments = function.get("arguments", function.get("input"))
-    read, invalid = _arguments_from(arguments)
+    read, invalid = _arguments_from(function.get("arguments", function.get("input")))
     extra = call.get("extra_content") or None
     return ToolCall(str(call.get("id") or ""), str(function["name"] or ""), read, extra, invalid)
 
@@ -2163,10 +2161,10 @@ def _written_part(part: JSON, form: Form) -> list[JSON]:
         return [part] if "thinking" in form.keeps else []
     if kind == "text" and form.refuses_blank and not part["text"].strip():
         return []
-    bare = {key: value for key, value in part.items() if key != "cache_control"}
+    mark = {key: value for key, value in part.items() if key == "cache_control"}
+    bare = {key: part[key] for key in part if key not in mark}
     written = bare if kind == "text" else form.part(bare)
-    mark = {"cache_control": part["cache_control"]} if "cache_control" in part else {}
-    return [{**written, **(mark if "cache_control" in form.keeps else {})}]
+    return [written | mark if "cache_control" in form.keeps else written]
 
 
 def _claude_part(part: JSON) -> JSON:
@@ -2203,17 +2201,13 @@ def _responses_part(part: JSON) -> JSON:
     return {"type": "input_image", "image_url": image.get("url"), **kept}
 
 
-def _responses_results(results: Messages) -> Messages:
-    """Results as texts, one that holds more in Anthropic's wrapper, which arrives whole."""
-    written: Messages = []
-    for result in results:
-        parts = _parts(result["content"])
-        if all(part["type"] == "text" for part in parts):
-            written += _chat_results([result])
-            continue
-        texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in parts]
-        written.append({"role": "user", "content": [{**_result_block(result), "content": texts}]})
-    return written
+def _responses_result(result: JSON) -> JSON:
+    """A result as a text; one that holds more in Anthropic's wrapper, which arrives whole."""
+    parts = _parts(result["content"])
+    if all(part["type"] == "text" for part in parts):
+        return _chat_result(result)
+    texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in parts]
+    return {"role": "user", "content": [{**_result_block(result), "content": texts}]}
 
 
 def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
@@ -2235,17 +2229,13 @@ def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
     return turn
 
 
-def _chat_results(results: Messages) -> Messages:
-    written = []
-    for result in results:
-        parts = _parts(result["content"])
-        is_text = all(part["type"] == "text" for part in parts)
-        text = text_of(parts, glue="\n")
-        text = text if text.strip() else _NO_OUTPUT if is_text else "(see the picture below)"
-        text = f"Error: {text}" if result.get("is_error") else text
-        one = {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
-        written.append(one)
-    return written
+def _chat_result(result: JSON) -> JSON:
+    parts = _parts(result["content"])
+    is_text = all(part["type"] == "text" for part in parts)
+    text = text_of(parts, glue="\n")
+    text = text if text.strip() else _NO_OUTPUT if is_text else "(see the picture below)"
+    text = f"Error: {text}" if result.get("is_error") else text
+    return {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
 
 
 def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
@@ -2257,12 +2247,12 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_turn, _chat_results, frozenset({"name"}))
+_CHAT = Form(dict, _chat_turn, lambda some: [*map(_chat_result, some)], frozenset({"name"}))
 FORMS = {
     "claude": Form(
         _claude_part,
         _claude_turn,
-        lambda results: [{"role": "user", "content": [*map(_result_block, results)]}],
+        lambda some: [{"role": "user", "content": [*map(_result_block, some)]}],
         keeps=frozenset({"cache_control", "thinking"}),
         has_rich_results=True,
         loses_later_systems=True,
@@ -2272,7 +2262,7 @@ FORMS = {
     "responses": Form(
         _responses_part,
         lambda message, calls: _chat_turn(message, [replace(c, extra_content=None) for c in calls]),
-        _responses_results,
+        lambda some: [*map(_responses_result, some)],
         has_rich_results=True,
         streams_all_calls=True,
     ),
@@ -2340,7 +2330,6 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
 
 
 def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
-    """What a request asks of a model."""
     kinds = {"web search" for tool in tools if is_web_search(tool)}
     words = {"image_url": "image", "file": "pdf", "puter_path": "puter_path"}
     for message in messages:
@@ -2497,10 +2486,8 @@ def _tool_schema(tool: Any, index: int) -> JSON:
         function = tool.get("function")
         # the function alone, under OpenAI's, Anthropic's or MCP's names
         if function is None:
-            function = {k: v for k, v in tool.items() if k != "type"}
-            for other in ("input_schema", "inputSchema"):
-                if other in function:
-                    function["parameters"] = function.pop(other)
+            names = {"input_schema": "parameters", "inputSchema": "parameters"}
+            function = {names.get(k, k): v for k, v in tool.items() if k != "type"}
         if isinstance(function, Mapping) and _is_text(function.get("name")):
             return {"type": "function", "function": dict(function)}
     hint = 'Give a function, or {"type": "function", "function": {"name": "…", "parameters": {…}}}.'
@@ -2519,9 +2506,8 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     if not name.isidentifier() or isinstance(function, type):
         problem = f"{_describe(function)} has no name, or is a class"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
-    text, _ = _about(function)
+    text, parameters = _about(function)[0], _call_type(function, dict, name)[0]
     described = {"name": name, **({"description": text} if text else {})}
-    parameters, _ = _call_type(function, dict, name)
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
@@ -2559,7 +2545,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
         parameters = inspect.signature(call).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
-    _, about = _about(call)
+    about = _about(call)[1]
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
@@ -2605,6 +2591,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     and `maximum` are checked. Raises `BadRequestError` for what JSON cannot say; the reader
     raises TypeError for what does not fit.
     """
+    hint = type(None) if hint is None else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     type_of = partial(schema_and_reader, where=where, outer=outer)
     kind = origin or hint
@@ -2622,9 +2609,8 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
         return {}, lambda value, where: value
-    if hint is None or (isinstance(hint, type) and hint in _SCALARS):
-        one = hint or type(None)
-        return _checked_type({"type": _SCALARS[one]}, partial(_scalar, one))
+    if isinstance(hint, type) and hint in _SCALARS:
+        return _checked_type({"type": _SCALARS[hint]}, partial(_scalar, hint))
     is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
     members = inner if origin is Literal else tuple(hint) if is_enum else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
@@ -2782,7 +2768,7 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
 
 
 def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
-    """(what stands before the parameters, text of each) of a Google-, NumPy- or Sphinx-style docstring."""
+    """(what stands before the parameters, text of each), in Google's, NumPy's or Sphinx's style."""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
     # before a section such as "Returns:", or a field such as ":raises"
     end = r"(?=^\w+:\s*$|^:\w|\Z)"
@@ -2862,19 +2848,14 @@ def usage_from(body: Any) -> Usage:
     return Usage(inputs, outputs, cached, total, cost, written)
 
 
-_FINISH_REASONS = {
-    **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token", "stop"), "stop"),
-    **dict.fromkeys(("tool_use", "function_call", "tool_calls"), "tool_calls"),
-    **dict.fromkeys("max_tokens max_output_tokens length".split(), "length"),
-    **dict.fromkeys("model_context_window_exceeded model_length".split(), "length"),
-    **dict.fromkeys(
-        """safety content_filter recitation refusal blocklist prohibited_content spii
-        image_safety""".split(),
-        "content_filter",
-    ),
+_FINISH_WORDS = {
+    "stop": "end_turn stop_sequence eos eos_token stop",
+    "tool_calls": "tool_use function_call tool_calls",
+    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
+    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
+        image_safety""",
 }
-
-
+_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
 # The upstream failed while it wrote: what there is, is no answer.
 _FAILED_ENDS = frozenset(
     """error network_error server_error malformed_function_call abort aborted canceled cancelled
@@ -2970,7 +2951,6 @@ def picture_from(image: Any) -> Picture:
     return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
 
 
-# Puter's own, for trying things
 _FAKE_MODELS = ("fake", "costly", "abuse")
 
 
@@ -3031,7 +3011,6 @@ def reply_to_json(reply: Reply) -> JSON:
 
 
 def reply_from_json(data: JSON) -> Reply:
-    """The reply that `reply_to_json` wrote."""
     calls = tuple(ToolCall(**call) for call in data["tool_calls"])
     images = tuple(map(picture_from, data.get("images", ())))
     usage = Usage(**data["usage"])
@@ -3080,7 +3059,6 @@ class _Decoder:
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
-        """Everything gathered so far."""
         calls, is_signed = self._calls, any(c.extra_content for c in self._calls)
         notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
         # a signature on a line of its own
@@ -3225,7 +3203,6 @@ class EventDecoder(_Decoder):
         self._has_choice = False
 
     def feed(self, data: str) -> list[Chunk]:
-        """The chunks of one event."""
         chunks: list[Chunk] = []
         if self.error is not None or self.whole:
             return chunks
@@ -3302,7 +3279,6 @@ class ModelList(tuple[Model, ...]):
         return {n.lower(): m for m in reversed(self) for n in m.aliases} | ids
 
     def get(self, name: str) -> Model | None:
-        """The model of this name, or None."""
         return self._by_name.get(strip_puter_prefix(name).lower())
 
     def id_of(self, name: str) -> str:
@@ -3358,8 +3334,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
     modalities = entry.get("modalities") or {}
     others = entry.get("aliases")
     aliases = [entry.get("puterId"), *(others if isinstance(others, list) else ())]
-    lengths = (_amount(entry, key) for key in ("context", "max_tokens"))
-    context, max_tokens = (None if n is None else int(n) for n in lengths)
+    context, max_tokens = (_amount(entry, key) for key in ("context", "max_tokens"))
     if not _is_text(entry["id"]):
         raise ValueError(f"the id is {_describe(entry['id'])}")
     return Model(
@@ -3367,8 +3342,8 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         name=str(entry.get("name") or entry["id"]),
         provider=str(entry.get("provider") or entry.get("owned_by") or ""),
         aliases=tuple(dict.fromkeys(a for a in aliases if a and a != entry["id"])),
-        context=context,
-        max_tokens=max_tokens,
+        context=None if context is None else int(context),
+        max_tokens=None if max_tokens is None else int(max_tokens),
         inputs=tuple(modalities["input"]) if modalities.get("input") else None,
         tools=entry.get("tool_call"),
         # a price that cannot be read is not none
@@ -4342,7 +4317,6 @@ class _ConcurrencyLimit:
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for a place."""
         return len(self._queue)
 
     @contextmanager
@@ -4439,8 +4413,7 @@ class _Accounts:
 
     def first(self, name: str | None = None) -> Account:
         """The account of this name, else the one in use, on cooldown or not; raises `AuthError`."""
-        accounts = self.usable()
-        if not accounts:
+        if not (accounts := self.usable()):
             raise AuthError("You are not signed in")
         if name is not None:
             return _account_named(accounts, name)
@@ -4453,7 +4426,6 @@ class _Accounts:
         return None if self.token is not None or self.pinned else self._stored()[1]
 
     def cooldowns(self) -> list[Cooldown]:
-        """Who is on cooldown now."""
         return self.state.cooldowns(time.time(), self.usable())
 
     def no_account_error(self) -> PuterError:
@@ -4542,7 +4514,6 @@ class _Catalogue:
         return self._models
 
     def is_fresh(self) -> bool:
-        """Whether what is known is as new as the settings ask."""
         age_s = time.time() - self._fetched_at
         return bool(self._fetched_at) and 0 <= age_s < self.config.cache_ttl_ms / 1000
 
@@ -4626,7 +4597,6 @@ class _Api(NamedTuple):
         return form_of(models.get(model) or model)
 
     def data(self, path: str, account: Account) -> JSON:
-        """The answer to a question about the account."""
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
@@ -4840,9 +4810,8 @@ class Puter:
         session: requests.Session | None = None,
         **settings: Any,
     ) -> None:
-        for name in settings:
-            if name not in _SETTINGS:
-                raise _unknown_key(name, "argument")
+        if unknown := [name for name in settings if name not in _SETTINGS]:
+            raise _unknown_key(unknown[0], "argument")
         _require(isinstance(token, (str, type(None))), "token", token, "Give a string.")
         if token is not None and account is not None:
             hint = "A token is an account of its own."
@@ -5128,8 +5097,7 @@ class Puter:
     def _complete(self, asked: Asked, cancellation: _Cancellation | None = None) -> Reply:
         """The whole reply to a request; another thread may cancel it."""
         with self._open(asked, cancellation, is_stream=False) as stream:
-            for _ in iter(stream._next_batch, None):
-                pass
+            deque(stream, maxlen=0)
             return stream.reply
 
     def _open(
@@ -5174,10 +5142,9 @@ class Puter:
 
     def _able_hint(self, needs: Needs) -> str:
         able = [m for m in self._catalogue.models_if_any("No model is named") if can_do(m, needs)]
-        is_unsure = "image" in needs.inputs
-        able.sort(
-            key=lambda m: (is_unsure and not m.inputs, not m.free, m.input_usd_per_million or 0)
-        )
+        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
+        # of some the list does not say what they take
+        able.sort(key=lambda m: "image" in needs.inputs and not m.inputs)
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, request: Asked) -> Reply | None:
@@ -5254,8 +5221,7 @@ class Puter:
         """One model on one account, with the retries that the policies allow."""
         model, account, patient = target.model, target.account, target.waits_out_limits
         name, most = account.username, self.config.max_retries
-        new_limit = partial(_ConcurrencyLimit, self.config.max_concurrent)
-        limit = self._limits.get(name) or self._limits.setdefault(name, new_limit())
+        limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
         patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
         retries, waited_s, has_waited_for_others = 0, 0.0, False
         while True:
@@ -5304,7 +5270,7 @@ class Puter:
         if isinstance(error, CreditError):
             error = self._explained(error, call.asked, model, account)
         call.attempts.append(Attempt(model, account.username, error, seconds))
-        self._count(model, _code_of(error), seconds)
+        self._count(model, _code_of(error), seconds, None, None)
         error.model, error.account = error.model or model, account.username
         if model not in error.message and not isinstance(error, ConfigError):
             error.message = f"{model}: {error.message}"
@@ -5358,10 +5324,7 @@ class Puter:
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
         elif error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
-            models = self._catalogue.known()
-            if call.asked.fallback:
-                models = self._catalogue.models_if_any("No fallback")
-            self._cool(error, account, models.id_of(target.model))
+            self._cool(error, account, self._world(call).models.id_of(target.model))
         elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
             # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
             is_busy = "concurrent" in error.message
@@ -5398,8 +5361,7 @@ class Puter:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
         request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
-        usage = reply.usage if reply else None
-        self._count(model, word, now - started, first_s, usage)
+        self._count(model, word, now - started, first_s, reply.usage if reply else None)
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
@@ -5416,12 +5378,7 @@ class Puter:
             self._on_answer(request.model, reply)
 
     def _count(
-        self,
-        model: str,
-        outcome: str,
-        seconds: float,
-        first_s: float | None = None,
-        usage: Usage | None = None,
+        self, model: str, outcome: str, seconds: float, first_s: float | None, usage: Usage | None
     ) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
             name, samples = self._catalogue.known().id_of(model), self.config.metrics_max_samples
@@ -5433,10 +5390,9 @@ def what_is_meant(name: str) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    near = difflib.get_close_matches(
-        name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), cutoff=0.8
-    )
-    meant = _OTHER_NAMES.get(name) or "".join(near[:1])
+    names = ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
 
 
@@ -5482,8 +5438,7 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._begin(message, options, streaming=False):
-            pass
+        deque(self._begin(message, options, streaming=False), maxlen=0)
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
@@ -5501,8 +5456,8 @@ class Conversation:
         """The conversation as plain values; functions among the options are left out."""
         options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
         model = self.model.id if isinstance(self.model, Model) else self.model
-        whole: JSON = {"system": self.system, "model": model, "messages": self.messages}
-        whole["options"] = options
+        own = {"system": self.system, "model": model, "messages": self.messages}
+        whole: JSON = {**own, "options": options}
         _encoded(whole)  # raises for what JSON cannot hold
         return whole
 
@@ -5630,12 +5585,10 @@ def _default_client() -> Puter:
 
 
 def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
-    """See `Puter.chat`."""
     return _default_client().chat(prompt, **arguments)
 
 
 def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
-    """See `Puter.stream`."""
     return _default_client().stream(prompt, **arguments)
 
 
