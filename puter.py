@@ -1750,20 +1750,18 @@ File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # Parts and items of a provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_KINDS = frozenset(
-    """reasoning additional_tools web_search_call file_search_call mcp_call mcp_list_tools
+_SKIPPED_KINDS = """
+    reasoning additional_tools web_search_call file_search_call mcp_call mcp_list_tools
     mcp_approval_request mcp_approval_response code_interpreter_call image_generation_call
     compaction compaction_trigger configuration_update program program_output item_reference
     server_tool_use web_search_tool_result web_fetch_tool_result code_execution_tool_result
     bash_code_execution_tool_result text_editor_code_execution_tool_result
     tool_search_tool_result advisor_tool_result mcp_tool_use mcp_tool_result mcp_tool_listing
-    container_upload fallback tool_addition tool_removal""".split()
-)
+    container_upload fallback tool_addition tool_removal
+""".split()
 # Calls and results of tools that a client runs by a provider's rules: told in words.
-_TOLD_KINDS = frozenset(
-    """local_shell_call local_shell_call_output shell_call shell_call_output apply_patch_call
-    apply_patch_call_output computer_call computer_call_output""".split()
-)
+_TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
+    apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
 # The beginning of a signature that this module made up, for clients that want one.
 _OWN_SIGNATURE = "unsigned"
 # A tool's result may be empty, but Puter refuses an empty content.
@@ -1842,7 +1840,7 @@ def read_message(message: Any, where: str) -> Messages:
     results, own_calls, parts = [], list(calls or ()), []
     for number, part in enumerate(content):
         place = f"{where}.content[{number}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = _dig(part, "type")
         if kind == "tool_result":
             results.append(_read_result(part, place))
         elif kind == "tool_use":
@@ -1860,7 +1858,7 @@ def read_message(message: Any, where: str) -> Messages:
 def _read_result(part: Mapping[str, Any], where: str) -> JSON:
     call_id, content = part.get("tool_use_id"), part.get("content")
     _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
-    if not isinstance(content, (str, type(None))):
+    if not isinstance(content, str | None):
         content = read_parts(content, f"{where}.content")
     kept = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
     return {"role": "tool", "tool_call_id": call_id, "content": content, **kept}
@@ -1948,8 +1946,7 @@ def _source_url(source: Any) -> Any:
 def _read_file(part: Mapping[str, Any], where: str) -> JSON:
     if _is_text(part.get("puter_path")):
         return {"type": "file", "puter_path": part["puter_path"]}
-    file = part.get("file", part)
-    data, name = _dig(file, "file_data"), _dig(file, "filename")
+    data, name = (_dig(part.get("file", part), key) for key in ("file_data", "filename"))
     if not isinstance(data, str) or re.match("(?i)https?://", data[:10]):
         raise _misplaced(where, "has a file without its data (data:application/pdf;base64,…)")
     try:
@@ -1980,6 +1977,10 @@ def _parts(content: Any) -> list[JSON]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [p for p in content if p.get("type") != "text" or p.get("text")]
+
+
+def _is_text_only(content: Any) -> bool:
+    return all(part["type"] == "text" for part in _parts(content))
 
 
 def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
@@ -2023,10 +2024,8 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
             json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
         except (ValueError, RecursionError):
             return {}, value
-    if read is None or read == []:
-        return {}, ""
-    if isinstance(read, Mapping):
-        return dict(read), ""
+    if isinstance(read, Mapping) or read is None or read == []:
+        return dict(read or {}), ""
     return {}, value if isinstance(value, str) else json.dumps(value)
 
 
@@ -2074,10 +2073,9 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
         if form.loses_later_systems and one["role"] == "system" and not is_opening:
             one["role"] = "user"
         turn = [*_written_turn(form, one, calls, results)]
-        if turn and "tool_calls" in turn[0] and form.turn is _chat_turn and sent:
-            # Puter would make one message of it and of a text before, and lose the calls
-            before = _parts(sent[-1]["content"])
-            if sent[-1]["role"] == "assistant" and all(part["type"] == "text" for part in before):
+        if turn and "tool_calls" in turn[0] and form.turn is _chat_turn:
+            # Puter would make one message of it and of the texts before, and lose the calls
+            while sent and sent[-1]["role"] == "assistant" and _is_text_only(sent[-1]["content"]):
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
         if drawn := message.get("images"):
@@ -2147,8 +2145,11 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
     role, content = message["role"], message.get("content")
     if not isinstance(content, str):
         content = [one for part in _parts(content) for one in _written_part(part, form)]
-    is_text = isinstance(content, str) or all(part["type"] == "text" for part in content)
-    if is_text and (form.refuses_blank or has_calls) and not text_of(content).strip():
+    if (
+        _is_text_only(content)
+        and (form.refuses_blank or has_calls)
+        and not text_of(content).strip()
+    ):
         content = None
     kept = ("tool_call_id", "is_error", *form.keeps)
     clean = {key: message[key] for key in kept if message.get(key)}
@@ -2203,10 +2204,9 @@ def _responses_part(part: JSON) -> JSON:
 
 def _responses_result(result: JSON) -> JSON:
     """A result as a text; one that holds more in Anthropic's wrapper, which arrives whole."""
-    parts = _parts(result["content"])
-    if all(part["type"] == "text" for part in parts):
+    if _is_text_only(content := result["content"]):
         return _chat_result(result)
-    texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in parts]
+    texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in _parts(content)]
     return {"role": "user", "content": [{**_result_block(result), "content": texts}]}
 
 
@@ -2230,10 +2230,9 @@ def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
 
 
 def _chat_result(result: JSON) -> JSON:
-    parts = _parts(result["content"])
-    is_text = all(part["type"] == "text" for part in parts)
-    text = text_of(parts, glue="\n")
-    text = text if text.strip() else _NO_OUTPUT if is_text else "(see the picture below)"
+    empty = _NO_OUTPUT if _is_text_only(result["content"]) else "(see the picture below)"
+    text = text_of(_parts(result["content"]), glue="\n")
+    text = text if text.strip() else empty
     text = f"Error: {text}" if result.get("is_error") else text
     return {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
 
@@ -2390,7 +2389,7 @@ def image_part(image: Image) -> JSON:
     if kind is None:
         problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
         raise BadRequestError(f"{name} {problem}")
-    return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
+    return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
 
 
 def file_part(file: File) -> JSON:
@@ -2414,11 +2413,11 @@ def file_part(file: File) -> JSON:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
     if kind := image_kind(data):
-        return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
+        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
     if data[:5] == b"%PDF-":
+        url = f"data:application/pdf;base64,{base64.b64encode(data).decode()}"
         name = name if "." in name else f"{name}.pdf"
-        file_data = _data_url("application/pdf", data)
-        return {"type": "file", "file": {"filename": name, "file_data": file_data}}
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
     if (text := decoded_text(data)) is None:
         problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
         raise BadRequestError(f"The file {name!r} {problem}", hint="Convert it to one of these.")
@@ -2438,10 +2437,6 @@ def decoded_text(data: bytes) -> str | None:
         return data.decode("cp1252", "replace")
 
 
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
     if isinstance(source, (bytes, bytearray)):
@@ -2452,10 +2447,9 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         with open(path, "rb") as file:
             return file.read(MAX_SENT_BYTES + 1), path
     except (OSError, ValueError, TypeError) as error:
-        reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
-        raise BadRequestError(
-            f"The {what} {name!r} cannot be read ({reason})", hint="Check the path."
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = f"The {what} {str(source)[:200]!r} cannot be read ({reason})"
+        raise BadRequestError(problem, hint="Check the path.") from error
 
 
 def image_kind(data: bytes) -> str | None:
@@ -2474,7 +2468,7 @@ def is_web_search(tool: Any) -> bool:
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
-    is_list = isinstance(tools, (list, tuple, type(None)))
+    is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
 
@@ -2611,8 +2605,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
         return _checked_type({"type": _SCALARS[hint]}, partial(_scalar, hint))
-    is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
-    members = inner if origin is Literal else tuple(hint) if is_enum else ()
+    members = inner if origin is Literal else tuple(hint) if isinstance(hint, enum.EnumMeta) else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
     if choices and all(type(value) in _SCALARS for value, _ in choices):
         return _choice_type(choices)
@@ -2696,12 +2689,16 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
     return schema, read_within
 
 
+def _any_of(schemas: Sequence[JSON]) -> JSON:
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    return {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
+
+
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     by_kind: dict[str, list[Any]] = {}
     for value, _ in choices:
         by_kind.setdefault(_SCALARS[type(value)], []).append(value)
-    schemas = [{"type": kind, "enum": values} for kind, values in by_kind.items()]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    schema = _any_of([{"type": kind, "enum": values} for kind, values in by_kind.items()])
     # True and 1 are equal
     by_value = {(type(value), value): member for value, member in choices}
     return _checked_type(schema, lambda value: by_value[type(value), value])
@@ -2709,9 +2706,7 @@ def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
 
 def _union_type(types: Sequence[_Type]) -> _Type:
     """One of several types, the first that fits."""
-    schemas = [schema for schema, _ in types]
-    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
-    schema = {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
+    schema = _any_of([schema for schema, _ in types])
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
@@ -2857,10 +2852,9 @@ _FINISH_WORDS = {
 }
 _FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
 # The upstream failed while it wrote: what there is, is no answer.
-_FAILED_ENDS = frozenset(
-    """error network_error server_error malformed_function_call abort aborted canceled cancelled
-    incomplete failed timeout rate_limit insufficient_system_resource other unknown""".split()
-)
+_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
+    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
+    unknown""".split()
 
 
 def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
@@ -2901,8 +2895,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     calls: list[ToolCall] = []
     try:
-        text = text_of(content) or message.get("refusal") or ""
-        text = text or text_of(content, "refusal", "refusal")
+        text = text_of(content) or message.get("refusal") or text_of(content, "refusal", "refusal")
         thinking = text_of(content, "thinking", "thinking")
         parts = content if isinstance(content, list) else ()
         uses = (part for part in parts if part.get("type") == "tool_use")
@@ -3059,11 +3052,10 @@ class _Decoder:
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
-        calls, is_signed = self._calls, any(c.extra_content for c in self._calls)
-        notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
+        calls, notes = self._calls, [e for e in self._extra if "extra_content" in e]
         # a signature on a line of its own
-        if calls and notes and not is_signed:
-            calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
+        if calls and notes and not any(call.extra_content for call in calls):
+            calls = [replace(calls[0], extra_content=notes[0]["extra_content"]), *calls[1:]]
         return Reply(
             text=str(self._text),
             reasoning=str(self._reasoning),
@@ -3226,8 +3218,7 @@ class EventDecoder(_Decoder):
             message = str(error.get("message") or frame["error"])
             self.fail(message, code=code if isinstance(code, str) else None)
             return
-        if isinstance(frame.get("model"), str) and frame["model"]:
-            self.model = frame["model"]
+        self.model = frame["model"] if _is_text(frame.get("model")) else self.model
         # `n` may have asked for several, and one is read
         for choice in (c for c in frame.get("choices") or () if c.get("index") in (0, None)):
             self._has_choice = True
@@ -3263,10 +3254,9 @@ def _is_another(call: JSON, call_id: Any, function: Mapping[str, Any]) -> bool:
     if (all(ids) and ids[0] != ids[1]) or (all(names) and names[0] != names[1]):
         return True
     # the same name again, without an id, behind arguments that are whole
-    if all(ids) or not all(names) or not function.get("arguments"):
-        return False
-    arguments = call["function"]["arguments"]
-    return bool(arguments.strip()) and not _arguments_from(arguments)[1]
+    before = call["function"]["arguments"].strip()
+    is_again = not all(ids) and all(names) and bool(function.get("arguments") and before)
+    return is_again and not _arguments_from(before)[1]
 
 
 class ModelList(tuple[Model, ...]):
@@ -4407,9 +4397,8 @@ class _Accounts:
         accounts, active = self._stored()
         if self.pinned is not None:
             return [_account_named(accounts, self.pinned)]
-        if not self.config.account_rotation_enabled:
-            return [a for a in accounts if a.username == active]
-        return accounts
+        rotates = self.config.account_rotation_enabled
+        return [a for a in accounts if rotates or a.username == active]
 
     def first(self, name: str | None = None) -> Account:
         """The account of this name, else the one in use, on cooldown or not; raises `AuthError`."""
@@ -4522,11 +4511,10 @@ class _Catalogue:
         self._lock = threading.RLock()
 
     def _fetch(self, refresh: bool) -> ModelList:
-        if self._failure and not refresh:
-            error, failed_at = self._failure
-            if time.monotonic() - failed_at < MODELS_RETRY_S:
-                # a copy: each raise would add its frames to the one that is remembered
-                raise copy.copy(error).with_traceback(None)
+        error, failed_at = self._failure or (None, 0.0)
+        if error and not refresh and time.monotonic() - failed_at < MODELS_RETRY_S:
+            # a copy: each raise would add its frames to the one that is remembered
+            raise copy.copy(error).with_traceback(None)
         url, key = f"{self.config.api_base_url}/models", self.key
         if not is_foreign(self.config):
             url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
@@ -4548,7 +4536,6 @@ class _Api(NamedTuple):
     config: Config
     transport: _Transport
     catalogue: _Catalogue
-    accounts: _Accounts
 
     def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
@@ -4627,10 +4614,9 @@ class _Api(NamedTuple):
         path, count = _origin_and_path(url)[1], len(args["messages"])
         words = (path, args["model"], str(streaming).lower(), count)
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
-        how: JSON = {"timeout_s": timeout_s, "cancellation": call.cancellation}
-        return self.transport.send(
-            "POST", url, token=account.token, body=body, streaming=streaming, **how
-        )
+        how: JSON = {"timeout_s": timeout_s, "streaming": streaming, "body": body}
+        how |= {"token": account.token, "cancellation": call.cancellation}
+        return self.transport.send("POST", url, **how)
 
 
 def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chunk]]:
@@ -4675,11 +4661,9 @@ class Stream:
         stack: ExitStack | None = None,
         note_end: Callable[[str, Reply | None], None] | None = None,
     ) -> None:
-        self._source = source
-        self._cancellation = cancellation
+        self._source, self._cancellation, self._note_end = source, cancellation, note_end
         self.model, self.account, self.attempts = who
         self._stack = stack or ExitStack()
-        self._note_end = note_end
         # whether a call whose arguments cannot be read is an error
         self._checked = False
         self._batch: Iterator[Chunk] = iter(())
@@ -4838,10 +4822,10 @@ class Puter:
         self._transport = _Transport(self.config, session)
         self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
-        self._api = _Api(self.config, self._transport, self._catalogue, self._accounts)
+        self._api = _Api(self.config, self._transport, self._catalogue)
         self._limits: dict[str, _ConcurrencyLimit] = {}
-        self._on_answer: Callable[[str, Reply], None] | None = None
-        self._on_wait: Callable[[str], None] | None = None
+        self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
+        self._on_wait: Callable[[str], object] = lambda why: None
         _forkable.add(self)
         if self.config.debug:
             _show_log(logging.DEBUG)
@@ -5082,9 +5066,8 @@ class Puter:
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
         is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
-        for message in messages:
-            is_text = isinstance(message.get("content"), str)
-            is_plain = is_plain and is_text and message.keys() == {"role", "content"}
+        for m in messages:
+            is_plain &= isinstance(m.get("content"), str) and m.keys() == {"role", "content"}
         return Asked(
             model=name,
             args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
@@ -5177,10 +5160,10 @@ class Puter:
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
             wait_s = target.not_before_s - time.time()
-            if wait_s > 0 and self._on_wait is not None:
+            if wait_s > 0:
                 self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
-            if wait_s > 0 and call.cancellation.cancelled.wait(wait_s):
-                break
+                if call.cancellation.cancelled.wait(wait_s):
+                    break
             if target.is_fallback:
                 _log.info("Fallback: trying %s", target.model)
             elif self._accounts.current not in (None, target.account.username):
@@ -5256,8 +5239,7 @@ class Puter:
                 limit.pause(delay_s)
             what, most_shown = _log_words(failure), max(most, retries)
             _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most_shown, what, delay_s * 1000)
-            if self._on_wait is not None:
-                self._on_wait(f"{what}, next try in {delay_s:.0f} s")
+            self._on_wait(f"{what}, next try in {delay_s:.0f} s")
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
@@ -5374,8 +5356,7 @@ class Puter:
         if self.config.cache_enabled and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
-        if self._on_answer is not None:
-            self._on_answer(request.model, reply)
+        self._on_answer(request.model, reply)
 
     def _count(
         self, model: str, outcome: str, seconds: float, first_s: float | None, usage: Usage | None
@@ -5483,8 +5464,8 @@ class Conversation:
         max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
         is_count = isinstance(max_rounds, int) and max_rounds >= 0
         _require(is_count, "max_rounds", max_rounds, "Give 0 or more.")
-        tools = asked.get("tools")
-        is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
+        tools = asked.get("tools") or ()
+        is_run = all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
         client, used = self._client or _default_client(), Usage()
         for rounds_left in range(max_rounds, -1, -1):
@@ -5511,10 +5492,9 @@ class Conversation:
 
 
 def _checked_options(options: Mapping[str, Any]) -> JSON:
-    for name in options:
-        is_known = name in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)
-        if not is_known and (name == "client" or what_is_meant(name)):
-            hint = what_is_meant(name) or "It is given when the conversation is made."
+    for name in (n for n in options if n not in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)):
+        own = "It is given when the conversation is made." if name == "client" else ""
+        if hint := what_is_meant(name) or own:
             raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
     return dict(options)
 
