@@ -67,7 +67,7 @@ import types
 import typing
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
@@ -1664,20 +1664,18 @@ File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # Parts and items of a provider's own tools and thoughts, which are of no use to another model.
-_SKIPPED_KINDS = frozenset(
-    """reasoning additional_tools web_search_call file_search_call mcp_call mcp_list_tools
+_SKIPPED_KINDS = """
+    reasoning additional_tools web_search_call file_search_call mcp_call mcp_list_tools
     mcp_approval_request mcp_approval_response code_interpreter_call image_generation_call
     compaction compaction_trigger configuration_update program program_output item_reference
     server_tool_use web_search_tool_result web_fetch_tool_result code_execution_tool_result
     bash_code_execution_tool_result text_editor_code_execution_tool_result
     tool_search_tool_result advisor_tool_result mcp_tool_use mcp_tool_result mcp_tool_listing
-    container_upload fallback tool_addition tool_removal""".split()
-)
+    container_upload fallback tool_addition tool_removal
+""".split()
 # Calls and results of tools that a client runs by a provider's rules: told in words.
-_TOLD_KINDS = frozenset(
-    """local_shell_call local_shell_call_output shell_call shell_call_output apply_patch_call
-    apply_patch_call_output computer_call computer_call_output""".split()
-)
+_TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
+    apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
 # The beginning of a signature that this module made up, for clients that want one.
 _OWN_SIGNATURE = "unsigned"
 # A tool's result may be empty, but Puter refuses an empty content.
@@ -1717,8 +1715,7 @@ def messages_from(
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
         hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
         _require(is_list, "The prompt", prompt, hint)
-        places = ((message, f"messages[{i}]") for i, message in enumerate(prompt))
-        messages = [one for message, where in places for one in read_message(message, where)]
+        messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
     if extra_parts:
         question = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if question is None:
@@ -1757,7 +1754,7 @@ def read_message(message: Any, where: str) -> Messages:
     results, own_calls, parts = [], list(calls or ()), []
     for number, part in enumerate(content):
         place = f"{where}.content[{number}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = _dig(part, "type")
         if kind == "tool_result":
             results.append(_read_result(part, place))
         elif kind == "tool_use":
@@ -1775,7 +1772,7 @@ def read_message(message: Any, where: str) -> Messages:
 def _read_result(part: Mapping[str, Any], where: str) -> JSON:
     call_id, content = part.get("tool_use_id"), part.get("content")
     _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
-    if not isinstance(content, (str, type(None))):
+    if not isinstance(content, str | None):
         content = read_parts(content, f"{where}.content")
     kept = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
     return {"role": "tool", "tool_call_id": call_id, "content": content, **kept}
@@ -1804,7 +1801,11 @@ def read_part(part: Any, where: str) -> list[JSON]:
         _require(isinstance(text, (str, type(None))), f"{where}.text", text, "Write a string.")
         return [{"type": "text", "text": text or "", **mark}]
     if kind in ("image_url", "input_image", "image"):
-        return [{**_read_image(part, where), **mark}]
+        if (url := _image_url(part)) is None:
+            raise _misplaced(where, "is an image without an http(s) or data URL")
+        detail = part.get("detail") or _dig(part, "image_url", "detail")
+        image = {"url": url, **({"detail": detail} if detail else {})}
+        return [{"type": "image_url", "image_url": image, **mark}]
     if kind in ("file", "input_file"):
         return [{**_read_file(part, where), **mark}]
     if kind == "document" and _dig(source, "type") in ("text", "content"):
@@ -1838,16 +1839,15 @@ def _dig(value: Any, *path: str) -> Any:
     return value
 
 
-def _read_image(part: Mapping[str, Any], where: str) -> JSON:
-    image = part.get("image_url") or _source_url(part.get("source"))
-    url = image if isinstance(image, str) else _dig(image, "url")
-    if not re.match("(?i)https?://|data:", str(url)[:10]):
-        raise _misplaced(where, "is an image without an http(s) or data URL")
-    detail = part.get("detail") or _dig(image, "detail")
-    return {
-        "type": "image_url",
-        "image_url": {"url": url, **({"detail": detail} if detail else {})},
-    }
+def _image_url(image: Any) -> str | None:
+    """The URL of a picture in whatever shape it comes, or None."""
+    url = image if isinstance(image, str) else _dig(image, "image_url")
+    url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
+    data = _dig(image, "data") or _dig(image, "b64_json")
+    if data and not url:
+        url = f"data:{_dig(image, 'mime_type') or 'image/png'};base64,{data}"
+    is_url = isinstance(url, str) and re.match("(?i)https?://|data:", url[:10])
+    return url if is_url else None
 
 
 def _source_url(source: Any) -> Any:
@@ -1860,8 +1860,7 @@ def _source_url(source: Any) -> Any:
 def _read_file(part: Mapping[str, Any], where: str) -> JSON:
     if _is_text(part.get("puter_path")):
         return {"type": "file", "puter_path": part["puter_path"]}
-    file = part.get("file", part)
-    data, name = _dig(file, "file_data"), _dig(file, "filename")
+    data, name = (_dig(part.get("file", part), key) for key in ("file_data", "filename"))
     if not isinstance(data, str) or re.match("(?i)https?://", data[:10]):
         raise _misplaced(where, "has a file without its data (data:application/pdf;base64,…)")
     try:
@@ -1894,6 +1893,10 @@ def _parts(content: Any) -> list[JSON]:
     return [p for p in content if p.get("type") != "text" or p.get("text")]
 
 
+def _is_text_only(content: Any) -> bool:
+    return all(part["type"] == "text" for part in _parts(content))
+
+
 def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
     """The texts of a content's parts of one kind, joined."""
     if isinstance(content, str):
@@ -1917,8 +1920,7 @@ def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
     TypeError for what is no call.
     """
     function = call.get("function", call)
-    arguments = function.get("arguments", function.get("input"))
-    read, invalid = _arguments_from(arguments)
+    read, invalid = _arguments_from(function.get("arguments", function.get("input")))
     extra = call.get("extra_content") or None
     return ToolCall(str(call.get("id") or ""), str(function["name"] or ""), read, extra, invalid)
 
@@ -1936,10 +1938,8 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
             json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
         except (ValueError, RecursionError):
             return {}, value
-    if read is None or read == []:
-        return {}, ""
-    if isinstance(read, Mapping):
-        return dict(read), ""
+    if isinstance(read, Mapping) or read is None or read == []:
+        return dict(read or {}), ""
     return {}, value if isinstance(value, str) else json.dumps(value)
 
 
@@ -1984,23 +1984,20 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     for message, calls, results in _with_results(messages):
         one = _written(message, form, bool(calls))
         is_opening = is_opening and one["role"] == "system"
-        if form.loses_later_systems and one["role"] == "system":
-            one["role"] = "system" if is_opening and len(messages) > 1 else "user"
+        if form.loses_later_systems and one["role"] == "system" and not is_opening:
+            one["role"] = "user"
         turn = [*_written_turn(form, one, calls, results)]
-        if turn and "tool_calls" in turn[0] and form.turn is _chat_turn and sent:
-            # Puter would make one message of it and of a text before, and lose the calls
-            before = _parts(sent[-1]["content"])
-            if sent[-1]["role"] == "assistant" and all(part["type"] == "text" for part in before):
+        if turn and "tool_calls" in turn[0] and form.turn is _chat_turn:
+            # Puter would make one message of it and of the texts before, and lose the calls
+            while sent and sent[-1]["role"] == "assistant" and _is_text_only(sent[-1]["content"]):
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
         if drawn := message.get("images"):
             text = {"type": "text", "text": "The picture that you drew:"}
             sent.append({"role": "user", "content": [text, *map(form.part, drawn)]})
     if not sent:
-        raise BadRequestError(
-            "There is nothing to send: no message has a content",
-            hint="Give a prompt that is not empty.",
-        )
+        problem = "There is nothing to send: no message has a content"
+        raise BadRequestError(problem, hint="Give a prompt that is not empty.")
     if form.loses_later_systems and all(one["role"] == "system" for one in sent):
         sent[-1]["role"] = "user"
     return sent
@@ -2062,8 +2059,11 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
     role, content = message["role"], message.get("content")
     if not isinstance(content, str):
         content = [one for part in _parts(content) for one in _written_part(part, form)]
-    is_text = isinstance(content, str) or all(part["type"] == "text" for part in content)
-    if is_text and (form.refuses_blank or has_calls) and not text_of(content).strip():
+    if (
+        _is_text_only(content)
+        and (form.refuses_blank or has_calls)
+        and not text_of(content).strip()
+    ):
         content = None
     kept = ("tool_call_id", "is_error", *form.keeps)
     clean = {key: message[key] for key in kept if message.get(key)}
@@ -2076,10 +2076,10 @@ def _written_part(part: JSON, form: Form) -> list[JSON]:
         return [part] if "thinking" in form.keeps else []
     if kind == "text" and form.refuses_blank and not part["text"].strip():
         return []
-    bare = {key: value for key, value in part.items() if key != "cache_control"}
+    mark = {key: value for key, value in part.items() if key == "cache_control"}
+    bare = {key: part[key] for key in part if key not in mark}
     written = bare if kind == "text" else form.part(bare)
-    mark = {"cache_control": part["cache_control"]} if "cache_control" in part else {}
-    return [{**written, **(mark if "cache_control" in form.keeps else {})}]
+    return [written | mark if "cache_control" in form.keeps else written]
 
 
 def _claude_part(part: JSON) -> JSON:
@@ -2116,17 +2116,12 @@ def _responses_part(part: JSON) -> JSON:
     return {"type": "input_image", "image_url": image.get("url"), **kept}
 
 
-def _responses_results(results: Messages) -> Messages:
-    """Results as texts, one that holds more in Anthropic's wrapper, which arrives whole."""
-    written: Messages = []
-    for result in results:
-        parts = _parts(result["content"])
-        if all(part["type"] == "text" for part in parts):
-            written += _chat_results([result])
-            continue
-        texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in parts]
-        written.append({"role": "user", "content": [{**_result_block(result), "content": texts}]})
-    return written
+def _responses_result(result: JSON) -> JSON:
+    """A result as a text; one that holds more in Anthropic's wrapper, which arrives whole."""
+    if _is_text_only(content := result["content"]):
+        return _chat_result(result)
+    texts = [{**p, "type": "input_text"} if p["type"] == "text" else p for p in _parts(content)]
+    return {"role": "user", "content": [{**_result_block(result), "content": texts}]}
 
 
 def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
@@ -2148,17 +2143,12 @@ def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
     return turn
 
 
-def _chat_results(results: Messages) -> Messages:
-    written = []
-    for result in results:
-        parts = _parts(result["content"])
-        is_text = all(part["type"] == "text" for part in parts)
-        text = text_of(parts, glue="\n")
-        text = text if text.strip() else _NO_OUTPUT if is_text else "(see the picture below)"
-        text = f"Error: {text}" if result.get("is_error") else text
-        one = {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
-        written.append(one)
-    return written
+def _chat_result(result: JSON) -> JSON:
+    empty = _NO_OUTPUT if _is_text_only(result["content"]) else "(see the picture below)"
+    text = text_of(_parts(result["content"]), glue="\n")
+    text = text if text.strip() else empty
+    text = f"Error: {text}" if result.get("is_error") else text
+    return {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
 
 
 def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
@@ -2170,12 +2160,12 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_turn, _chat_results, frozenset({"name"}))
+_CHAT = Form(dict, _chat_turn, lambda some: [*map(_chat_result, some)], frozenset({"name"}))
 FORMS = {
     "claude": Form(
         _claude_part,
         _claude_turn,
-        lambda results: [{"role": "user", "content": [*map(_result_block, results)]}],
+        lambda some: [{"role": "user", "content": [*map(_result_block, some)]}],
         keeps=frozenset({"cache_control", "thinking"}),
         has_rich_results=True,
         loses_later_systems=True,
@@ -2185,7 +2175,7 @@ FORMS = {
     "responses": Form(
         _responses_part,
         lambda message, calls: _chat_turn(message, [replace(c, extra_content=None) for c in calls]),
-        _responses_results,
+        lambda some: [*map(_responses_result, some)],
         has_rich_results=True,
         streams_all_calls=True,
     ),
@@ -2246,22 +2236,18 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
         if message.get("tool_calls") and kinds.isdisjoint(("thinking", "redacted_thinking")):
             return None
     limit = args.get("max_tokens")
-    if limit is None or not isinstance(effort, str) or effort not in _EFFORT_TOKENS:
+    if limit is None or effort not in [*_EFFORT_TOKENS]:
         return effort
-    names = list(_EFFORT_TOKENS)[list(_EFFORT_TOKENS).index(effort) :]
-    fit = (n for n in names if _EFFORT_TOKENS[n] + _LEAST_ANSWER_TOKENS <= limit)
-    return next(fit, None)
+    most = min(limit - _LEAST_ANSWER_TOKENS, _EFFORT_TOKENS[effort])
+    return next((name for name, tokens in _EFFORT_TOKENS.items() if tokens <= most), None)
 
 
 def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
-    """What a request asks of a model."""
     kinds = {"web search" for tool in tools if is_web_search(tool)}
+    words = {"image_url": "image", "file": "pdf", "puter_path": "puter_path"}
     for message in messages:
-        for part in (*_parts(message.get("content")), *message.get("images", ())):
-            if part["type"] == "image_url":
-                kinds.add("image")
-            elif part["type"] == "file":
-                kinds.add("pdf" if "file" in part else "puter_path")
+        parts = (*_parts(message.get("content")), *message.get("images", ()))
+        kinds |= {words[name] for part in parts for name in words.keys() & part.keys()}
     has_functions = any(not is_web_search(tool) for tool in tools)
     return Needs(has_functions, frozenset(kinds), estimated_tokens(messages))
 
@@ -2271,11 +2257,9 @@ def estimated_tokens(messages: Sequence[JSON]) -> int:
 
     Takes canonical messages, or those of any form.
     """
-    total = 0
-    for message in messages:
-        parts = [*_parts(message.get("content")), *(message.get("tool_calls") or ())]
-        total += sum(map(_part_tokens, parts))
-    return total
+    contents = (_parts(message.get("content")) for message in messages)
+    calls = (message.get("tool_calls") or () for message in messages)
+    return sum(map(_part_tokens, chain(*contents, *calls)))
 
 
 def _part_tokens(part: JSON) -> int:
@@ -2317,10 +2301,9 @@ def image_part(image: Image) -> JSON:
     data, name = _bytes_of(image, "image")
     kind = image_kind(data)
     if kind is None:
-        raise BadRequestError(
-            f"{name} is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
-        )
-    return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
+        problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
+        raise BadRequestError(f"{name} {problem}")
+    return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
 
 
 def file_part(file: File) -> JSON:
@@ -2334,24 +2317,24 @@ def file_part(file: File) -> JSON:
     else:
         data, name = _bytes_of(file, "file")
         name = "document" if isinstance(file, (bytes, bytearray)) else name
-    name = _file_name(name)
+    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+    is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
+    _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
+    name = joined_halves(last)
     is_data = isinstance(data, (bytes, bytearray))
     _require(is_data, f"The content of {name!r}", data, "Give a file as (name, bytes).")
     if not data or len(data) > MAX_FILE_BYTES:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
     if kind := image_kind(data):
-        return {"type": "image_url", "image_url": {"url": _data_url(kind, data)}}
+        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
     if data[:5] == b"%PDF-":
+        url = f"data:application/pdf;base64,{base64.b64encode(data).decode()}"
         name = name if "." in name else f"{name}.pdf"
-        file_data = _data_url("application/pdf", data)
-        return {"type": "file", "file": {"filename": name, "file_data": file_data}}
-    text = decoded_text(data)
-    if text is None:
-        raise BadRequestError(
-            f"The file {name!r} is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF",
-            hint="Convert it to one of these.",
-        )
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
+    if (text := decoded_text(data)) is None:
+        problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
+        raise BadRequestError(f"The file {name!r} {problem}", hint="Convert it to one of these.")
     return {"type": "text", "text": f"{name}:\n```\n{text.rstrip()}\n```"}
 
 
@@ -2368,18 +2351,6 @@ def decoded_text(data: bytes) -> str | None:
         return data.decode("cp1252", "replace")
 
 
-def _file_name(name: Any) -> str:
-    """The last part of a path; raises `BadRequestError` for what could name something else."""
-    last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
-    is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
-    _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
-    return joined_halves(last)
-
-
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
     """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
     if isinstance(source, (bytes, bytearray)):
@@ -2390,10 +2361,9 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         with open(path, "rb") as file:
             return file.read(MAX_SENT_BYTES + 1), path
     except (OSError, ValueError, TypeError) as error:
-        reason, name = getattr(error, "strerror", None) or str(error), str(source)[:200]
-        raise BadRequestError(
-            f"The {what} {name!r} cannot be read ({reason})", hint="Check the path."
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = f"The {what} {str(source)[:200]!r} cannot be read ({reason})"
+        raise BadRequestError(problem, hint="Check the path.") from error
 
 
 def image_kind(data: bytes) -> str | None:
@@ -2412,7 +2382,7 @@ def is_web_search(tool: Any) -> bool:
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
     """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
-    is_list = isinstance(tools, (list, tuple, type(None)))
+    is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
 
@@ -2424,10 +2394,8 @@ def _tool_schema(tool: Any, index: int) -> JSON:
         function = tool.get("function")
         # the function alone, under OpenAI's, Anthropic's or MCP's names
         if function is None:
-            function = {k: v for k, v in tool.items() if k != "type"}
-            for other in ("input_schema", "inputSchema"):
-                if other in function:
-                    function["parameters"] = function.pop(other)
+            names = {"input_schema": "parameters", "inputSchema": "parameters"}
+            function = {names.get(k, k): v for k, v in tool.items() if k != "type"}
         if isinstance(function, Mapping) and _is_text(function.get("name")):
             return {"type": "function", "function": dict(function)}
     hint = 'Give a function, or {"type": "function", "function": {"name": "…", "parameters": {…}}}.'
@@ -2441,14 +2409,13 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
     for what has no name.
     """
-    inner = function.func if isinstance(function, partial) else function
+    inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
         problem = f"{_describe(function)} has no name, or is a class"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
-    text, _ = _docstring_parts(_doc_of(function))
+    text, parameters = _about(function)[0], _call_type(function, dict, name)[0]
     described = {"name": name, **({"description": text} if text else {})}
-    parameters, _ = _call_type(function, dict, name)
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
@@ -2486,7 +2453,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
         parameters = inspect.signature(call).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
-    _, about = _docstring_parts(_doc_of(call))
+    about = _about(call)[1]
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
@@ -2501,18 +2468,22 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
     return _object_type(kind, types, [one.name for one in parameters if one.default is one.empty])
 
 
-def _doc_of(call: Any) -> str:
+def _behind(call: Any) -> tuple[Any, Any]:
+    """What a partial calls, and the function that runs: of an object its class's `__call__`."""
     inner = call.func if isinstance(call, partial) else call
     is_object = not isinstance(inner, type) and not inspect.isroutine(inner)
-    own = inspect.getdoc(type(inner).__call__) if is_object else None
-    return own or inspect.getdoc(inner) or ""
+    return inner, type(inner).__call__ if is_object else inner
+
+
+def _about(call: Any) -> tuple[str, dict[str, str]]:
+    """(what it does, what its parameters are), as its docstring says."""
+    inner, routine = _behind(call)
+    return _docstring_parts(inspect.getdoc(routine) or inspect.getdoc(inner) or "")
 
 
 def _hints_of(call: Any) -> dict[str, Any]:
     """The type hints of what is called; Python 3.10 would add None to those with that default."""
-    inner = call.func if isinstance(call, partial) else call
-    if not isinstance(inner, type) and not inspect.isroutine(inner):
-        inner = type(inner).__call__
+    _, inner = _behind(call)
     inner = inspect.unwrap(getattr(inner, "__func__", inner))
     if sys.version_info < (3, 11) and isinstance(inner, types.FunctionType):
         hints = inner.__annotations__
@@ -2528,6 +2499,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     and `maximum` are checked. Raises `BadRequestError` for what JSON cannot say; the reader
     raises TypeError for what does not fit.
     """
+    hint = type(None) if hint is None else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     type_of = partial(schema_and_reader, where=where, outer=outer)
     kind = origin or hint
@@ -2542,13 +2514,12 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return hint.model_json_schema(), partial(_read_model, hint)
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return {"type": "string", **text_type}, partial(_read_text_type, hint)
+        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
-        return _union_type([])
-    if hint is None or (isinstance(hint, type) and hint in _SCALARS):
-        return _scalar_type(hint or type(None))
-    is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
-    members = inner if origin is Literal else tuple(hint) if is_enum else ()
+        return {}, lambda value, where: value
+    if isinstance(hint, type) and hint in _SCALARS:
+        return _checked_type({"type": _SCALARS[hint]}, partial(_scalar, hint))
+    members = inner if origin is Literal else tuple(hint) if isinstance(hint, enum.EnumMeta) else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
     if choices and all(type(value) in _SCALARS for value, _ in choices):
         return _choice_type(choices)
@@ -2556,7 +2527,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return _union_type([type_of(h) for h in inner])
     if kind in _LISTS:
         is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
-        return _list_type(kind, [type_of(h) for h in inner if h is not Ellipsis], is_fixed)
+        return _list_type(kind, [type_of(h) for h in inner or [Any] if h is not Ellipsis], is_fixed)
     # keys in JSON are strings
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
         return _dict_type(type_of(inner[1] if inner else Any))
@@ -2585,13 +2556,32 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
-def _read_text_type(kind: Any, value: Any, where: str) -> Any:
-    try:
-        if isinstance(value, str):
-            return kind.fromisoformat(value) if hasattr(kind, "fromisoformat") else kind(value)
-    except (ValueError, ArithmeticError):
-        pass  # what is wrong is said below
-    raise _misfit(value, where, {"type": "string", **_TEXT_TYPES[_full_name(kind)]})
+def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
+    """A type whose values `make` makes; what it refuses does not fit the schema."""
+
+    def read(value: Any, where: str) -> Any:
+        try:
+            return make(value)
+        except (ValueError, TypeError, LookupError, ArithmeticError):
+            raise _misfit(value, where, schema) from None
+
+    return schema, read
+
+
+def _text_value(kind: Any, value: Any) -> Any:
+    if not isinstance(value, str):
+        raise TypeError
+    return getattr(kind, "fromisoformat", kind)(value)
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
 
 
 def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
@@ -2613,51 +2603,30 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
     return schema, read_within
 
 
-def _scalar_type(kind: type) -> _Type:
-    schema = {"type": _SCALARS[kind]}
-
-    def read(value: Any, where: str) -> Any:
-        if kind is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if kind is float and type(value) is int and abs(value) < 2**1023:
-            return float(value)
-        if type(value) is not kind:
-            raise _misfit(value, where, schema)
-        return value
-
-    return schema, read
+def _any_of(schemas: Sequence[JSON]) -> JSON:
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    return {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
 
 
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     by_kind: dict[str, list[Any]] = {}
     for value, _ in choices:
         by_kind.setdefault(_SCALARS[type(value)], []).append(value)
-    schemas = [{"type": kind, "enum": values} for kind, values in by_kind.items()]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-    def read(value: Any, where: str) -> Any:
-        for choice, member in choices:
-            if type(choice) is type(value) and choice == value:
-                return member
-        raise _misfit(value, where, schema)
-
-    return schema, read
+    schema = _any_of([{"type": kind, "enum": values} for kind, values in by_kind.items()])
+    # True and 1 are equal
+    by_value = {(type(value), value): member for value, member in choices}
+    return _checked_type(schema, lambda value: by_value[type(value), value])
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
-    """One of several types, the first that fits; none at all is anything."""
-    distinct: list[JSON] = []
-    for schema, _ in types:
-        distinct += [schema] if schema not in distinct else []
-    schema = {"anyOf": distinct} if len(distinct) > 1 else (distinct or [{}])[0]
+    """One of several types, the first that fits."""
+    schema = _any_of([schema for schema, _ in types])
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
             with suppress(TypeError):
                 return read_as(value, where)
-        if types:
-            raise _misfit(value, where, schema)
-        return value
+        raise _misfit(value, where, schema)
 
     return schema, read
 
@@ -2708,7 +2677,7 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
 
 
 def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
-    """(what stands before the parameters, text of each) of a Google-, NumPy- or Sphinx-style docstring."""
+    """(what stands before the parameters, text of each), in Google's, NumPy's or Sphinx's style."""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
     # before a section such as "Returns:", or a field such as ":raises"
     end = r"(?=^\w+:\s*$|^:\w|\Z)"
@@ -2728,31 +2697,27 @@ def tool_result_text(value: Any) -> str:
     if value is None:
         return _NO_OUTPUT
     if not isinstance(value, str):
-        return json.dumps(_with_text_keys(value), default=_json_value, ensure_ascii=False)
+        return json.dumps(_json_value(value), ensure_ascii=False)
     return value if value.strip() else _NO_OUTPUT
 
 
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        names = {k: k.value if isinstance(k, enum.Enum) else k for k in value}
-        plain = (str, int, float, bool, type(None))
-        return {
-            (n if isinstance(n, plain) else str(n)): _with_text_keys(value[k])
-            for k, n in names.items()
-        }
-    return [*map(_with_text_keys, value)] if isinstance(value, (list, tuple)) else value
-
-
 def _json_value(value: Any) -> Any:
+    value = value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, dict):
+        pairs = [(k.value if isinstance(k, enum.Enum) else k, v) for k, v in value.items()]
+        plain = (str, int, float, type(None))
+        return {k if isinstance(k, plain) else str(k): _json_value(v) for k, v in pairs}
+    if isinstance(value, (list, tuple, set, frozenset, Iterator)):
+        return [*map(_json_value, value)]
     if is_dataclass(value) and not isinstance(value, type):
-        return _with_text_keys(asdict(value))
-    if isinstance(value, enum.Enum):
-        return value.value
+        return _json_value(asdict(value))
     # pydantic's models, NumPy's arrays, pandas' frames
     for name in ("model_dump", "tolist", "to_dict"):
         if callable(getattr(value, name, None)):
-            return _with_text_keys(getattr(value, name)())
-    return list(value) if isinstance(value, (set, frozenset, Iterator)) else str(value)
+            return _json_value(getattr(value, name)())
+    return str(value)
 
 
 # ---- replies: bytes and dicts to values ----
@@ -2782,10 +2747,8 @@ def usage_from(body: Any) -> Usage:
     body = {**details, **body} if is_within else body
     amounts = (_amount(body, *keys) for keys in _USAGE_KEYS)
     inputs, outputs, cached, written, total = (None if n is None else int(n) for n in amounts)
-    marks = [
-        n for minutes in ("5m", "1h") if (n := _amount(body, f"ephemeral_{minutes}_input_tokens"))
-    ]
-    written = int(sum(marks)) if marks else written
+    times = (_amount(body, f"ephemeral_{minutes}_input_tokens") or 0 for minutes in ("5m", "1h"))
+    written = int(sum(times)) or written
     if total is None and (inputs is not None or outputs is not None):
         beside = () if is_within else (cached, written)
         total = sum(n or 0 for n in (inputs, outputs, *beside))
@@ -2794,24 +2757,18 @@ def usage_from(body: Any) -> Usage:
     return Usage(inputs, outputs, cached, total, cost, written)
 
 
-_FINISH_REASONS = {
-    **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token", "stop"), "stop"),
-    **dict.fromkeys(("tool_use", "function_call", "tool_calls"), "tool_calls"),
-    **dict.fromkeys("max_tokens max_output_tokens length".split(), "length"),
-    **dict.fromkeys("model_context_window_exceeded model_length".split(), "length"),
-    **dict.fromkeys(
-        """safety content_filter recitation refusal blocklist prohibited_content spii
-        image_safety""".split(),
-        "content_filter",
-    ),
+_FINISH_WORDS = {
+    "stop": "end_turn stop_sequence eos eos_token stop",
+    "tool_calls": "tool_use function_call tool_calls",
+    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
+    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
+        image_safety""",
 }
-
-
+_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
 # The upstream failed while it wrote: what there is, is no answer.
-_FAILED_ENDS = frozenset(
-    """error network_error server_error malformed_function_call abort aborted canceled cancelled
-    incomplete failed timeout rate_limit insufficient_system_resource other unknown""".split()
-)
+_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
+    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
+    unknown""".split()
 
 
 def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
@@ -2852,8 +2809,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     reasoning = message.get("reasoning") or message.get("reasoning_content")
     calls: list[ToolCall] = []
     try:
-        text = text_of(content) or message.get("refusal") or ""
-        text = text or text_of(content, "refusal", "refusal")
+        text = text_of(content) or message.get("refusal") or text_of(content, "refusal", "refusal")
         thinking = text_of(content, "thinking", "thinking")
         parts = content if isinstance(content, list) else ()
         uses = (part for part in parts if part.get("type") == "tool_use")
@@ -2881,9 +2837,8 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
 
 def _extra_of(message: Mapping[str, Any]) -> JSON:
     """What of a reply's message must go back with the history, beside its text and calls."""
-    extra = {k: message[k] for k in ("reasoning_details",) if message.get(k)}
-    if extra and _is_text(message.get("reasoning")):
-        extra["reasoning"] = message["reasoning"]
+    keys = ("reasoning_details", "reasoning") if message.get("reasoning_details") else ()
+    extra = {key: message[key] for key in keys if message.get(key)}
     kinds = ("text", "thinking", "redacted_thinking")
     content = message.get("content")
     parts = [p for p in content if p.get("type") in kinds] if isinstance(content, list) else []
@@ -2894,12 +2849,7 @@ def _extra_of(message: Mapping[str, Any]) -> JSON:
 
 def picture_from(image: Any) -> Picture:
     """A picture of a reply, in whatever shape it comes; raises ValueError for what is none."""
-    url = image if isinstance(image, str) else _dig(image, "image_url")
-    url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
-    data = _dig(image, "data") or _dig(image, "b64_json")
-    if data and not url:
-        url = f"data:{_dig(image, 'mime_type') or 'image/png'};base64,{data}"
-    if not isinstance(url, str) or not re.match("(?i)https?://|data:", url[:10]):
+    if (url := _image_url(image)) is None:
         raise ValueError(f"a picture is {_describe(image)}")
     if url[:5].lower() != "data:":
         return Picture(url=url)
@@ -2908,7 +2858,6 @@ def picture_from(image: Any) -> Picture:
     return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
 
 
-# Puter's own, for trying things
 _FAKE_MODELS = ("fake", "costly", "abuse")
 
 
@@ -2969,7 +2918,6 @@ def reply_to_json(reply: Reply) -> JSON:
 
 
 def reply_from_json(data: JSON) -> Reply:
-    """The reply that `reply_to_json` wrote."""
     calls = tuple(ToolCall(**call) for call in data["tool_calls"])
     images = tuple(map(picture_from, data.get("images", ())))
     usage = Usage(**data["usage"])
@@ -3018,12 +2966,10 @@ class _Decoder:
         self._extra: list[JSON] = []
 
     def reply(self) -> Reply:
-        """Everything gathered so far."""
-        calls, is_signed = self._calls, any(c.extra_content for c in self._calls)
-        notes = [e["extra_content"] for e in self._extra if "extra_content" in e]
+        calls, notes = self._calls, [e for e in self._extra if "extra_content" in e]
         # a signature on a line of its own
-        if calls and notes and not is_signed:
-            calls = [replace(calls[0], extra_content=notes[0]), *calls[1:]]
+        if calls and notes and not any(call.extra_content for call in calls):
+            calls = [replace(calls[0], extra_content=notes[0]["extra_content"]), *calls[1:]]
         return Reply(
             text=str(self._text),
             reasoning=str(self._reasoning),
@@ -3046,10 +2992,6 @@ class _Decoder:
         if self.error is None:
             problem = f"The reply of {self.model} broke off: {what}"
             self.error = StreamError(problem, code=code, model=self.model)
-
-    def _has_begun(self) -> bool:
-        reply = self.reply()
-        return bool(reply.text or reply.reasoning or reply.tool_calls or reply.images)
 
     def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
         self._images.append(picture_from(image))
@@ -3137,7 +3079,8 @@ class LineDecoder(_Decoder):
             self._end(event, chunks)
         elif kind == "error":
             text = str(event.get("message") or "the server gave no reason")
-            if not self._has_begun():
+            if not chunks_of(self.reply())[:-1]:
+                # nothing had come but this: it is the error that a whole reply would have been
                 self.error = upstream_error(text, self.model)
             self.fail(provider_error(text)[1])
         else:
@@ -3166,7 +3109,6 @@ class EventDecoder(_Decoder):
         self._has_choice = False
 
     def feed(self, data: str) -> list[Chunk]:
-        """The chunks of one event."""
         chunks: list[Chunk] = []
         if self.error is not None or self.whole:
             return chunks
@@ -3190,12 +3132,9 @@ class EventDecoder(_Decoder):
             message = str(error.get("message") or frame["error"])
             self.fail(message, code=code if isinstance(code, str) else None)
             return
-        if isinstance(frame.get("model"), str) and frame["model"]:
-            self.model = frame["model"]
-        for choice in frame.get("choices") or ():
-            if choice.get("index") not in (0, None):
-                # `n` asked for several, and one is read
-                continue
+        self.model = frame["model"] if _is_text(frame.get("model")) else self.model
+        # `n` may have asked for several, and one is read
+        for choice in (c for c in frame.get("choices") or () if c.get("index") in (0, None)):
             self._has_choice = True
             delta = choice.get("delta") or {}
             self._finish_word = choice.get("finish_reason") or self._finish_word
@@ -3229,10 +3168,9 @@ def _is_another(call: JSON, call_id: Any, function: Mapping[str, Any]) -> bool:
     if (all(ids) and ids[0] != ids[1]) or (all(names) and names[0] != names[1]):
         return True
     # the same name again, without an id, behind arguments that are whole
-    if all(ids) or not all(names) or not function.get("arguments"):
-        return False
-    arguments = call["function"]["arguments"]
-    return bool(arguments.strip()) and not _arguments_from(arguments)[1]
+    before = call["function"]["arguments"].strip()
+    is_again = not all(ids) and all(names) and bool(function.get("arguments") and before)
+    return is_again and not _arguments_from(before)[1]
 
 
 class ModelList(tuple[Model, ...]):
@@ -3245,7 +3183,6 @@ class ModelList(tuple[Model, ...]):
         return {n.lower(): m for m in reversed(self) for n in m.aliases} | ids
 
     def get(self, name: str) -> Model | None:
-        """The model of this name, or None."""
         return self._by_name.get(strip_puter_prefix(name).lower())
 
     def id_of(self, name: str) -> str:
@@ -3301,8 +3238,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
     modalities = entry.get("modalities") or {}
     others = entry.get("aliases")
     aliases = [entry.get("puterId"), *(others if isinstance(others, list) else ())]
-    lengths = (_amount(entry, key) for key in ("context", "max_tokens"))
-    context, max_tokens = (None if n is None else int(n) for n in lengths)
+    context, max_tokens = (_amount(entry, key) for key in ("context", "max_tokens"))
     if not _is_text(entry["id"]):
         raise ValueError(f"the id is {_describe(entry['id'])}")
     return Model(
@@ -3310,8 +3246,8 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         name=str(entry.get("name") or entry["id"]),
         provider=str(entry.get("provider") or entry.get("owned_by") or ""),
         aliases=tuple(dict.fromkeys(a for a in aliases if a and a != entry["id"])),
-        context=context,
-        max_tokens=max_tokens,
+        context=None if context is None else int(context),
+        max_tokens=None if max_tokens is None else int(max_tokens),
         inputs=tuple(modalities["input"]) if modalities.get("input") else None,
         tools=entry.get("tool_call"),
         # a price that cannot be read is not none
@@ -4185,9 +4121,6 @@ _LACKING_WORDS = {
 }
 # Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
-    "image": "images",
-    "file": "files",
-    "timeout": "timeout_ms",
     "messages": "the prompt itself",
     "prompt": "the first argument",
     "stream": "the method `stream`",
@@ -4196,16 +4129,15 @@ _OTHER_NAMES = {
 }
 
 
+@dataclass
 class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
-    def __init__(
-        self, asked: Asked, is_stream: bool, cancellation: _Cancellation | None = None
-    ) -> None:
-        self.asked, self.is_stream = asked, is_stream
-        self.cancellation = cancellation or _Cancellation()
-        self.attempts: list[Attempt] = []
-        self.began = time.monotonic()
+    asked: Asked
+    is_stream: bool
+    cancellation: _Cancellation
+    attempts: list[Attempt] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
 
 class _Incoming(NamedTuple):
@@ -4244,7 +4176,6 @@ class _ConcurrencyLimit:
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for a place."""
         return len(self._queue)
 
     @contextmanager
@@ -4258,20 +4189,17 @@ class _ConcurrencyLimit:
             while not cancellation.cancelled.is_set():
                 turn.clear()
                 with self._lock:
-                    now = time.monotonic()
-                    if self._is_next(turn) and now >= self._paused_until:
+                    now, until = time.monotonic(), self._paused_until
+                    is_next = self._running < self._allowed and self._queue[0] is turn
+                    if is_next and now >= until:
                         self._running += 1
                         break
-                    since = max(arrived, self._released_at, self._paused_until)
-                    wait_s = since + patience_s - now
-                    if self._is_next(turn):
-                        wait_s = min(wait_s, self._paused_until - now)
-                if wait_s <= 0:
-                    raise BusyError(
-                        f"All {self._places} requests that may run at once on the account have "
-                        f"been running for {patience_s:g} s"
-                    )
-                turn.wait(wait_s)
+                if not is_next:
+                    until = max(arrived, self._released_at, until) + patience_s
+                if until <= now:
+                    problem = f"All {self._places} requests that may run at once on the account"
+                    raise BusyError(f"{problem} have been running for {patience_s:g} s")
+                turn.wait(until - now)
             else:
                 raise BusyError("The call was given up before it was sent")
         finally:
@@ -4308,14 +4236,12 @@ class _ConcurrencyLimit:
             self._allowed = min(self._allowed + 1, self._places)
             self._wake_next()
 
-    def _is_next(self, turn: threading.Event) -> bool:
-        return self._running < self._allowed and self._queue[0] is turn
-
     def _wake_next(self) -> None:
         if self._queue:
             self._queue[0].set()
 
 
+@dataclass
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
@@ -4323,19 +4249,14 @@ class _Accounts:
     ("" where it needs none); `pinned` is the name of the only one to ask.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        store: AccountStore,
-        state: State,
-        token: str | None,
-        pinned: str | None,
-    ) -> None:
-        self.config, self.store, self.state = config, store, state
-        self.token, self.pinned = token, pinned
-        # who answered last, and is asked first
-        self.current: str | None = None
-        self._last_read: tuple[Any, list[Account], str | None] | None = None
+    config: Config
+    store: AccountStore
+    state: State
+    token: str | None
+    pinned: str | None
+    # who answered last, and is asked first
+    current: str | None = None
+    _last_read: tuple[Any, list[Account], str | None] | None = None
 
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
@@ -4345,14 +4266,12 @@ class _Accounts:
         accounts, active = self._stored()
         if self.pinned is not None:
             return [_account_named(accounts, self.pinned)]
-        if not self.config.account_rotation_enabled:
-            return [a for a in accounts if a.username == active]
-        return accounts
+        rotates = self.config.account_rotation_enabled
+        return [a for a in accounts if rotates or a.username == active]
 
     def first(self, name: str | None = None) -> Account:
         """The account of this name, else the one in use, on cooldown or not; raises `AuthError`."""
-        accounts = self.usable()
-        if not accounts:
+        if not (accounts := self.usable()):
             raise AuthError("You are not signed in")
         if name is not None:
             return _account_named(accounts, name)
@@ -4365,13 +4284,11 @@ class _Accounts:
         return None if self.token is not None or self.pinned else self._stored()[1]
 
     def cooldowns(self) -> list[Cooldown]:
-        """Who is on cooldown now."""
         return self.state.cooldowns(time.time(), self.usable())
 
     def no_account_error(self) -> PuterError:
         """Why there is no account to ask."""
-        count = len(self.usable())
-        if not count:
+        if not (count := len(self.usable())):
             return AuthError("You are not signed in")
         cooldowns = [c for c in self.cooldowns() if not c.model]
         ends = [c.until_s for c in cooldowns if c.reason != "login"]
@@ -4393,29 +4310,31 @@ class _Accounts:
 
 
 def _account_named(accounts: Sequence[Account], name: str) -> Account:
-    account = next((a for a in accounts if a.username == name), None)
-    if account is None:
-        meant = _did_you_mean(name, [a.username for a in accounts])
-        hint = f"{meant}`python -m puter status` lists them."
+    by_name = {a.username: a for a in accounts}
+    if name not in by_name:
+        hint = f"{_did_you_mean(name, by_name)}`python -m puter status` lists them."
         raise AuthError(f"No stored account is called {name!r}", hint=hint)
-    return account
+    return by_name[name]
 
 
+@dataclass
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks.
 
     `key` is a foreign server's; Puter's own list needs no token.
     """
 
-    def __init__(self, config: Config, state: State, transport: _Transport, key: str) -> None:
-        self.config, self.state, self.transport, self.key = config, state, transport, key
-        self._models: ModelList | None = None
-        self._fetched_at = 0.0
-        # whether it is older than asked for, since the server could not be reached
-        self.is_stale = False
-        # the latest one, and when by the monotonic clock
-        self._failure: tuple[PuterError, float] | None = None
-        self._lock = threading.RLock()
+    config: Config
+    state: State
+    transport: _Transport
+    key: str
+    _models: ModelList | None = None
+    _fetched_at: float = 0.0
+    # whether it is older than asked for, since the server could not be reached
+    is_stale: bool = False
+    # the latest one, and when by the monotonic clock
+    _failure: tuple[PuterError, float] | None = None
+    _lock: Any = field(default_factory=threading.RLock)
 
     def models(self, refresh: bool = False) -> ModelList:
         """The list; an old one with a warning when the server cannot be reached.
@@ -4461,11 +4380,10 @@ class _Catalogue:
         self._lock = threading.RLock()
 
     def _fetch(self, refresh: bool) -> ModelList:
-        if self._failure and not refresh:
-            error, failed_at = self._failure
-            if time.monotonic() - failed_at < MODELS_RETRY_S:
-                # a copy: each raise would add its frames to the one that is remembered
-                raise copy.copy(error).with_traceback(None)
+        error, failed_at = self._failure or (None, 0.0)
+        if error and not refresh and time.monotonic() - failed_at < MODELS_RETRY_S:
+            # a copy: each raise would add its frames to the one that is remembered
+            raise copy.copy(error).with_traceback(None)
         url, key = f"{self.config.api_base_url}/models", self.key
         if not is_foreign(self.config):
             url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
@@ -4487,7 +4405,6 @@ class _Api(NamedTuple):
     config: Config
     transport: _Transport
     catalogue: _Catalogue
-    accounts: _Accounts
 
     def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
@@ -4495,7 +4412,11 @@ class _Api(NamedTuple):
         The stack gives back the connection that the answer needs.
         """
         streaming = call.is_stream and not self.must_be_whole(call.asked, model)
-        timeout_s = self._timeout_s(call.asked, is_whole=not streaming)
+        timeout_s = self.config.api_timeout_ms / 1000
+        if call.asked.needs.tools and not streaming:
+            # it may take minutes before its first byte
+            timeout_s = max(timeout_s, WHOLE_REPLY_TIMEOUT_S)
+        timeout_s = call.asked.timeout_s or timeout_s
         started = time.monotonic()
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
         args = arguments_for(form, known.id if known else model, call.asked.args)
@@ -4508,17 +4429,19 @@ class _Api(NamedTuple):
         stack.callback(call.cancellation.follow)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
-        # the list, which tells, is asked for only where it matters
-        needs_usage = partial(self._is_cut_without_usage, model)
+
+        def needs_usage() -> bool:
+            # the list is asked for only where it matters
+            models = self.catalogue.models_if_any("The stream's end is taken for whole")
+            return form_of(models.get(model) or "") == "responses"
+
         decoder: LineDecoder | EventDecoder = LineDecoder(model, needs_usage)
         parts: Iterator[Any] = stream_pieces(response, timeout_s)
         if content_type(response) == "text/event-stream":
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
-        first = next(batches, [])
-        return _Incoming(
-            chain([first], batches), lambda: with_true_end(decoder.reply(), limit), started
-        )
+        batches = chain([next(batches, [])], batches)
+        return _Incoming(batches, lambda: with_true_end(decoder.reply(), limit), started)
 
     def form(self, request: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
@@ -4530,30 +4453,17 @@ class _Api(NamedTuple):
         return form_of(models.get(model) or model)
 
     def data(self, path: str, account: Account) -> JSON:
-        """The answer to a question about the account."""
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
-    def _is_cut_without_usage(self, model: str) -> bool:
-        known = self.catalogue.models_if_any("The stream's end is taken for whole").get(model)
-        return known is not None and form_of(known) == "responses"
-
     def must_be_whole(self, request: Asked, model: str) -> bool:
         """Whether a stream could lose all but the last of several calls in a turn (recorded)."""
-        if self.config.stream_tools == "live" or not request.needs.tools or is_foreign(self.config):
-            return False
-        if request.args.get("parallel_tool_calls") is False:
+        is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
+        if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
         form = self.form(request, model)
         # Puter's own OpenAI endpoint loses the same calls
         return form == "openai" or not FORMS[form].streams_all_calls
-
-    def _timeout_s(self, request: Asked, is_whole: bool) -> float:
-        """The longest silence; a whole reply with tools may take minutes before its first byte."""
-        usual_s = self.config.api_timeout_ms / 1000
-        if is_whole and request.needs.tools:
-            usual_s = max(usual_s, WHOLE_REPLY_TIMEOUT_S)
-        return usual_s if request.timeout_s is None else request.timeout_s
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
@@ -4573,15 +4483,9 @@ class _Api(NamedTuple):
         path, count = _origin_and_path(url)[1], len(args["messages"])
         words = (path, args["model"], str(streaming).lower(), count)
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
-        return self.transport.send(
-            "POST",
-            url,
-            token=account.token,
-            body=body,
-            timeout_s=timeout_s,
-            cancellation=call.cancellation,
-            streaming=streaming,
-        )
+        how: JSON = {"timeout_s": timeout_s, "streaming": streaming, "body": body}
+        how |= {"token": account.token, "cancellation": call.cancellation}
+        return self.transport.send("POST", url, **how)
 
 
 def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chunk]]:
@@ -4626,11 +4530,9 @@ class Stream:
         stack: ExitStack | None = None,
         note_end: Callable[[str, Reply | None], None] | None = None,
     ) -> None:
-        self._source = source
-        self._cancellation = cancellation
+        self._source, self._cancellation, self._note_end = source, cancellation, note_end
         self.model, self.account, self.attempts = who
         self._stack = stack or ExitStack()
-        self._note_end = note_end
         # whether a call whose arguments cannot be read is an error
         self._checked = False
         self._batch: Iterator[Chunk] = iter(())
@@ -4694,10 +4596,9 @@ class Stream:
             self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
-            if isinstance(error, StreamError):
-                raise self._broken(error.message, error.code) from error
-            message = f"The reply of {self.model} broke off: {error.message}"
-            raise self._broken(message, error.code) from error
+            is_told = isinstance(error, StreamError)
+            what = "" if is_told else f"The reply of {self.model} broke off: "
+            raise self._broken(what + error.message, error.code) from error
         if batch is None:
             self._release("ok")
         self._batch = iter(batch or ())
@@ -4763,9 +4664,8 @@ class Puter:
         session: requests.Session | None = None,
         **settings: Any,
     ) -> None:
-        for name in settings:
-            if name not in _SETTINGS:
-                raise _unknown_key(name, "argument")
+        if unknown := [name for name in settings if name not in _SETTINGS]:
+            raise _unknown_key(unknown[0], "argument")
         _require(isinstance(token, (str, type(None))), "token", token, "Give a string.")
         if token is not None and account is not None:
             hint = "A token is an account of its own."
@@ -4792,10 +4692,10 @@ class Puter:
         self._transport = _Transport(self.config, session)
         self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
-        self._api = _Api(self.config, self._transport, self._catalogue, self._accounts)
+        self._api = _Api(self.config, self._transport, self._catalogue)
         self._limits: dict[str, _ConcurrencyLimit] = {}
-        self._on_answer: Callable[[str, Reply], None] | None = None
-        self._on_wait: Callable[[str], None] | None = None
+        self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
+        self._on_wait: Callable[[str], object] = lambda why: None
         _forkable.add(self)
         if self.config.debug:
             _show_log(logging.DEBUG)
@@ -5036,9 +4936,8 @@ class Puter:
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
         is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
-        for message in messages:
-            is_text = isinstance(message.get("content"), str)
-            is_plain = is_plain and is_text and message.keys() == {"role", "content"}
+        for m in messages:
+            is_plain &= isinstance(m.get("content"), str) and m.keys() == {"role", "content"}
         return Asked(
             model=name,
             args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
@@ -5051,20 +4950,17 @@ class Puter:
     def _complete(self, asked: Asked, cancellation: _Cancellation | None = None) -> Reply:
         """The whole reply to a request; another thread may cancel it."""
         with self._open(asked, cancellation, is_stream=False) as stream:
-            for _ in iter(stream._next_batch, None):
-                pass
+            deque(stream, maxlen=0)
             return stream.reply
 
     def _open(
         self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there."""
-        call = _Exchange(asked, is_stream, cancellation)
-        cached = self._cached(asked)
-        if cached is not None:
-            return Stream(
-                _Incoming.of(cached), call.cancellation, (cached.model, cached.account, ())
-            )
+        call = _Exchange(asked, is_stream, cancellation or _Cancellation())
+        if cached := self._cached(asked):
+            who: Any = (cached.model, cached.account, ())
+            return Stream(_Incoming.of(cached), call.cancellation, who)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
@@ -5099,10 +4995,9 @@ class Puter:
 
     def _able_hint(self, needs: Needs) -> str:
         able = [m for m in self._catalogue.models_if_any("No model is named") if can_do(m, needs)]
-        is_unsure = "image" in needs.inputs
-        able.sort(
-            key=lambda m: (is_unsure and not m.inputs, not m.free, m.input_usd_per_million or 0)
-        )
+        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
+        # of some the list does not say what they take
+        able.sort(key=lambda m: "image" in needs.inputs and not m.inputs)
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, request: Asked) -> Reply | None:
@@ -5111,13 +5006,11 @@ class Puter:
             return None
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
-        if body is None:
-            return None
         try:
-            reply = reply_from_json(json.loads(body))
+            reply = reply_from_json(json.loads(body or "{}"))
             reply.text.encode()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None  # a damaged row is none
+            return None  # there is none, or a damaged one
         _log.info("Response: from the cache")
         return replace(reply, usage=replace(reply.usage, cost_usd=0.0))
 
@@ -5137,10 +5030,10 @@ class Puter:
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
             wait_s = target.not_before_s - time.time()
-            if wait_s > 0 and self._on_wait is not None:
+            if wait_s > 0:
                 self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
-            if wait_s > 0 and call.cancellation.cancelled.wait(wait_s):
-                break
+                if call.cancellation.cancelled.wait(wait_s):
+                    break
             if target.is_fallback:
                 _log.info("Fallback: trying %s", target.model)
             elif self._accounts.current not in (None, target.account.username):
@@ -5152,43 +5045,36 @@ class Puter:
                     # its owner gave up, or has too much open: no account's fault
                     raise
                 self._note_failure(error, call, target)
-                may_fall_back = call.asked.fallback
-                if next_step(error, target.is_fallback, may_fall_back) == "raise":
-                    raise_first(call.attempts)
+                if next_step(error, target.is_fallback, call.asked.fallback) == "raise":
+                    break
             else:
                 self._accounts.current = target.account.username
                 return answer
-        if not call.attempts:
-            raise self._accounts.no_account_error()
-        raise_first(call.attempts)
+        first = call.attempts[0].error if call.attempts else self._accounts.no_account_error()
+        assert first is not None
+        first.attempts = tuple(call.attempts)
+        raise first from first.__cause__
 
     def _world(self, call: _Exchange) -> World:
         accounts, now = self._accounts.usable(), time.time()
         cooldowns = self.state.cooldowns(now, accounts)
-        needs_list = call.asked.fallback and (call.attempts or any(c.model for c in cooldowns))
-        models = self._catalogue.models_if_any("No fallback") if needs_list else None
+        models = self._catalogue.known()
+        if call.asked.fallback and (call.attempts or any(c.model for c in cooldowns)):
+            models = self._catalogue.models_if_any("No fallback")
         if self.config.account_rotation_strategy == "least-recently-used":
             used = self.state.last_used_ms()
             accounts = [
                 replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
             ]
-        return World(
-            accounts,
-            cooldowns,
-            self._catalogue.known() if models is None else models,
-            self.config,
-            self._accounts.current or self._accounts.active_name,
-            now,
-            time.monotonic() - call.began,
-            self._catalogue.is_stale,
-        )
+        current = self._accounts.current or self._accounts.active_name
+        elapsed_s, is_stale = time.monotonic() - call.began, self._catalogue.is_stale
+        return World(accounts, cooldowns, models, self.config, current, now, elapsed_s, is_stale)
 
     def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
         model, account, patient = target.model, target.account, target.waits_out_limits
         name, most = account.username, self.config.max_retries
-        new_limit = partial(_ConcurrencyLimit, self.config.max_concurrent)
-        limit = self._limits.get(name) or self._limits.setdefault(name, new_limit())
+        limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
         patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
         retries, waited_s, has_waited_for_others = 0, 0.0, False
         while True:
@@ -5207,22 +5093,12 @@ class Puter:
                     limit.passed()
                     return source, stack.pop_all()
             seconds = time.monotonic() - started
-            if isinstance(failure, CreditError):
+            if isinstance(failure, CreditError) and not has_waited_for_others:
                 # what runs beside it holds the most that it may cost until it ends (recorded)
-                if not has_waited_for_others and limit.wait_for_end(call.cancellation, patience_s):
-                    has_waited_for_others = True
+                has_waited_for_others = True
+                if limit.wait_for_end(call.cancellation, patience_s):
                     continue
-                failure = self._explained(failure, call.asked, model, account)
-            call.attempts.append(Attempt(model, name, failure, seconds))
-            if not isinstance(failure, ModelNotFoundError):  # there is nothing of that name
-                self._count(model, _code_of(failure), seconds)
-            failure.model, failure.account = failure.model or model, name
-            if model not in failure.message and not isinstance(failure, ConfigError):
-                failure.message = f"{model}: {failure.message}"
-            if failure.scope == "account":
-                failure.message += f" (account {name})"
-            if isinstance(failure, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
-                failure.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+            failure = self._noted(failure, call, target, seconds)
             is_stream = call.is_stream and not self._api.must_be_whole(call.asked, model)
             waiting = limit.waiting
             if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
@@ -5231,13 +5107,31 @@ class Puter:
             delay_s = retry_delay_s(failure, retries, self.config.retry_delay_ms / 1000)
             if isinstance(failure, RateLimitError):
                 limit.pause(delay_s)
-            words = (retries, max(most, retries), _log_words(failure), delay_s * 1000)
-            _log.info("Retry %d/%d: %s, waiting %.0fms", *words)
-            if self._on_wait is not None:
-                self._on_wait(f"{_log_words(failure)}, next try in {delay_s:.0f} s")
+            what, most_shown = _log_words(failure), max(most, retries)
+            _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most_shown, what, delay_s * 1000)
+            self._on_wait(f"{what}, next try in {delay_s:.0f} s")
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
+
+    def _noted(
+        self, error: PuterError, call: _Exchange, target: Target, seconds: float
+    ) -> PuterError:
+        """Note an attempt that failed; the error says whose it was."""
+        model, account = target.model, target.account
+        if isinstance(error, CreditError):
+            error = self._explained(error, call.asked, model, account)
+        call.attempts.append(Attempt(model, account.username, error, seconds))
+        if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
+            self._count(model, _code_of(error), seconds, None, None)
+        error.model, error.account = error.model or model, account.username
+        if model not in error.message and not isinstance(error, ConfigError):
+            error.message = f"{model}: {error.message}"
+        if error.scope == "account":
+            error.message += f" (account {account.username})"
+        if isinstance(error, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
+            error.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+        return error
 
     def _explained(
         self, error: CreditError, request: Asked, model: str, account: Account
@@ -5246,16 +5140,15 @@ class Puter:
         if is_foreign(self.config) or error.code != "insufficient_funds":
             return error
         known = self._catalogue.models_if_any("The limits of the model are not known").get(model)
-        sent = messages_for(self._api.form(request, model), request.args["messages"])
-        tokens = estimated_tokens(sent)
+        form = self._api.form(request, model)
+        tokens = estimated_tokens(messages_for(form, request.args["messages"]))
         if known and not fits(known, tokens):
             limits = f"Puter lets {known.id} be asked with fewer than {known.window:,}"
             problem = f"The prompt has about {tokens:,} tokens, but {limits}"
-            hint = self._able_hint(request.needs._replace(context=tokens))
-            limit = {"tokens": tokens, "limit": known.window, "code": "context_length_exceeded"}
-            return ContextLengthError(
-                problem, hint=f"Shorten it. {hint}", param="messages", **limit
-            )
+            hint = f"Shorten it. {self._able_hint(request.needs._replace(context=tokens))}"
+            details: JSON = {"tokens": tokens, "limit": known.window, "param": "messages"}
+            details["code"] = "context_length_exceeded"
+            return ContextLengthError(problem, hint=hint, **details)
         try:
             left = self.usage(account.username)
         except PuterError as failure:
@@ -5284,10 +5177,7 @@ class Puter:
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
         elif error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
-            models = self._catalogue.known()
-            if call.asked.fallback:
-                models = self._catalogue.models_if_any("No fallback")
-            self._cool(error, account, models.id_of(target.model))
+            self._cool(error, account, self._world(call).models.id_of(target.model))
         elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
             # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
             is_busy = "concurrent" in error.message
@@ -5324,45 +5214,27 @@ class Puter:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
         request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
-        usage = reply.usage if reply else None
-        self._count(model, word, now - started, first_s, usage)
+        self._count(model, word, now - started, first_s, reply.usage if reply else None)
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
         is_fallback = not self._is_same_model(model, request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
-        may_lack_calls = call.is_stream and request.needs.tools
-        may_lack_calls = may_lack_calls and self.config.stream_tools == "live"
+        is_live = call.is_stream and self.config.stream_tools == "live"
+        may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
         if self.config.cache_enabled and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
-        if self._on_answer is not None:
-            self._on_answer(request.model, reply)
+        self._on_answer(request.model, reply)
 
     def _count(
-        self,
-        model: str,
-        outcome: str,
-        seconds: float,
-        first_s: float | None = None,
-        usage: Usage | None = None,
+        self, model: str, outcome: str, seconds: float, first_s: float | None, usage: Usage | None
     ) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
-            model_id, samples = (
-                self._catalogue.known().id_of(model),
-                self.config.metrics_max_samples,
-            )
-            self._metrics.record(model_id, outcome, seconds, first_s, usage, samples)
-
-
-def raise_first(attempts: Sequence[Attempt]) -> NoReturn:
-    """Raise the first error of a call, with all that was tried."""
-    error = attempts[0].error
-    assert error is not None
-    error.attempts = tuple(attempts)
-    raise error from error.__cause__
+            name, samples = self._catalogue.known().id_of(model), self.config.metrics_max_samples
+            self._metrics.record(name, outcome, seconds, first_s, usage, samples)
 
 
 @lru_cache
@@ -5370,10 +5242,9 @@ def what_is_meant(name: str) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    near = difflib.get_close_matches(
-        name, ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS), cutoff=0.8
-    )
-    meant = _OTHER_NAMES.get(name) or "".join(near[:1])
+    names = ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
 
 
@@ -5419,13 +5290,12 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._turns(self._with(message, options), options, streaming=False):
-            pass
+        deque(self._begin(message, options, streaming=False), maxlen=0)
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
         """The answer as it comes, otherwise as `say`; remembered once it has come whole."""
-        return self._turns(self._with(message, _checked_options(options)), options, streaming=True)
+        return self._begin(message, _checked_options(options), streaming=True)
 
     @property
     def reply(self) -> Reply:
@@ -5438,8 +5308,8 @@ class Conversation:
         """The conversation as plain values; functions among the options are left out."""
         options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
         model = self.model.id if isinstance(self.model, Model) else self.model
-        whole: JSON = {"system": self.system, "model": model, "messages": self.messages}
-        whole["options"] = options
+        own = {"system": self.system, "model": model, "messages": self.messages}
+        whole: JSON = {**own, "options": options}
         _encoded(whole)  # raises for what JSON cannot hold
         return whole
 
@@ -5453,41 +5323,37 @@ class Conversation:
         _require(isinstance(options, Mapping), "options", options, "Pass what `to_json` gave.")
         return cls(client=client, **{**_checked_options(options), **own})
 
-    def _with(self, message: Prompt | JSON, options: JSON) -> Messages:
-        asked = {**self.options, **options}
-        parts = _input_parts(asked.get("images", ()), asked.get("files", ()))
-        prompt = [message] if isinstance(message, Mapping) else message
-        return [*self.messages, *messages_from(prompt, None, parts)]
-
-    def _turns(self, messages: Messages, options: JSON, streaming: bool) -> Iterator[Chunk]:
+    def _begin(self, message: Prompt | JSON, options: JSON, streaming: bool) -> Iterator[Chunk]:
+        """Check what is asked, which a generator would do only when it is read."""
         asked = {"model": self.model, "system": self.system, **self.options, **options}
-        asked |= {"images": (), "files": ()}
+        parts = _input_parts(asked.pop("images", ()), asked.pop("files", ()))
+        prompt = [message] if isinstance(message, Mapping) else message
+        messages = [*self.messages, *messages_from(prompt, None, parts)]
+        return self._turns(messages, asked, streaming)
+
+    def _turns(self, messages: Messages, asked: JSON, streaming: bool) -> Iterator[Chunk]:
         max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
         is_count = isinstance(max_rounds, int) and max_rounds >= 0
         _require(is_count, "max_rounds", max_rounds, "Give 0 or more.")
-        tools = asked.get("tools")
-        is_run = bool(tools) and all(map(callable, _as_list(tools, "tools")))
+        tools = asked.get("tools") or ()
+        is_run = all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
-        used = Usage()
+        client, used = self._client or _default_client(), Usage()
         for rounds_left in range(max_rounds, -1, -1):
-            reply = yield from self._one_turn(messages, asked, streaming)
-            used += reply.usage
-            reply = replace(reply, usage=used)
+            request = client._build_request(messages, **asked)
+            with client._open(request, is_stream=streaming) as stream:
+                yield from stream
+            used += stream.reply.usage
+            reply = replace(stream.reply, usage=used)
             if not functions:
                 raise_for_invalid(reply)
             messages = [*messages, message_from(reply)]
             if not functions or not reply.tool_calls:
                 self.messages, self._reply = messages, reply
                 return
-            if rounds_left:
-                messages += [
-                    {
-                        "role": "tool",
-                        "tool_call_id": c.id,
-                        "content": _called(c, functions, on_tool),
-                    }
-                    for c in reply.tool_calls
-                ]
+            for call in reply.tool_calls if rounds_left else ():
+                result = _called(call, functions, on_tool)
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
             if asked.get("tool_choice") not in (None, "none"):
                 # it has called: a choice that forces it would make it call for ever
                 asked["tool_choice"] = "auto"
@@ -5495,24 +5361,11 @@ class Conversation:
         hint = "Raise `max_rounds`, or say in the prompt when to stop."
         raise ReplyError(message, raw=repr(reply), reply=reply, hint=hint)
 
-    def _one_turn(
-        self, messages: Messages, asked: JSON, streaming: bool
-    ) -> Generator[Chunk, None, Reply]:
-        """One question and its whole reply; its chunks as they come, if it is to stream."""
-        client = self._client or _default_client()
-        request = client._build_request(messages, **asked)
-        if not streaming:
-            return client._complete(request)
-        with client._open(request) as stream:
-            yield from stream
-            return stream.reply
-
 
 def _checked_options(options: Mapping[str, Any]) -> JSON:
-    for name in options:
-        is_known = name in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)
-        if not is_known and (name == "client" or what_is_meant(name)):
-            hint = what_is_meant(name) or "It is given when the conversation is made."
+    for name in (n for n in options if n not in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)):
+        own = "It is given when the conversation is made." if name == "client" else ""
+        if hint := what_is_meant(name) or own:
             raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
     return dict(options)
 
@@ -5583,12 +5436,10 @@ def _default_client() -> Puter:
 
 
 def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
-    """See `Puter.chat`."""
     return _default_client().chat(prompt, **arguments)
 
 
 def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
-    """See `Puter.stream`."""
     return _default_client().stream(prompt, **arguments)
 
 
@@ -8791,10 +8642,8 @@ class _Chat:
         else:
             said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
             text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
-        with (
-            _failing(f"{name} cannot be written", "Choose another name."),
-            open(os.path.expanduser(name), "x", encoding="utf-8") as file,
-        ):
+        file_errors = _failing(f"{name} cannot be written", "Choose another name.")
+        with file_errors, open(os.path.expanduser(name), "x", encoding="utf-8") as file:
             file.write(text + "\n")
         _info(f"saved in {name}")
 
@@ -9885,10 +9734,9 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
-    with (
-        TemporaryDirectory(prefix=f"puter-{os.getpid()}-") as name,
-        OpenAIServer(client, port=0, api_key=key, models=models) as server,
-    ):
+    folder = TemporaryDirectory(prefix=f"puter-{os.getpid()}-")
+    gateway = OpenAIServer(client, port=0, api_key=key, models=models)
+    with folder as name, gateway as server:
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
         assert program.plan is not None  # it is launched
         words, variables, files = program.plan(setup, Path(name))

@@ -13369,7 +13369,7 @@ class TestGatewayUnderAttack:
         for number in range(3):
             memory.put(f"history_{number}", "x" * 7_000_000)
         message = assistant(None, called("call_1"))
-        assert puter._with_extra(message, memory)["tool_calls"][0]["extra_content"]
+        assert puter._restored(message, memory)["tool_calls"][0]["extra_content"]
 
     def test_the_owners_name_is_not_told(self, serve, fake):
         fake.script[lab("text")] = lambda *_: refusing(403, "forbidden", "alice may not do this")
