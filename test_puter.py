@@ -16539,7 +16539,7 @@ class Terminal:
         self.send(text + "\r")
         self.expect("\n")
 
-    def end(self, timeout_s: float = 10.0) -> int:
+    def end(self, timeout_s: float = 20.0) -> int:
         """Waits for its end; the exit code. Everything that it showed is in `shown` then."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self.process.poll() is None:
@@ -17379,11 +17379,12 @@ class TestClientUnderAttack:
     def test_one_default_client_at_a_time(self, fake, home, monkeypatch):
         monkeypatch.setattr(puter, "_default", None)
         monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-        counts = []
+        counts, clients = [], []
         for number in range(30):
             fake.add_account(f"user{number}", f"key-{number}")
             monkeypatch.setenv("PUTER_AUTH_TOKEN", f"key-{number}")
             assert puter.chat("hi", model=lab("echo")).text == "hi"
+            clients.append(puter._default_client())  # whoever still holds it
             counts.append(open_files())
         puter._default_client().close()
         assert max(counts[2:]) <= counts[1] + 2
@@ -17777,6 +17778,7 @@ class TestEveryday:
     def test_pasted_lines_are_one_message(self, desk):
         with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
             terminal.expect("> ")
+            assert "\x1b[?2004h" in terminal.shown  # the terminal is to mark what is pasted
             terminal.send("\x1b[200~one\rtwo\rthree\x1b[201~")
             terminal.send("\r")
             terminal.expect("three")
