@@ -55,7 +55,6 @@ import logging
 import math
 import os
 import queue
-import random
 import re
 import select
 import shlex
@@ -71,7 +70,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
-from datetime import date
 from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -3304,6 +3302,8 @@ def retry_delay_s(
     a quarter (by `rand`, from 0 to 1) so that clients do not come back in step. A server's
     `Retry-After` wins; `may_retry` has seen that it is not too long.
     """
+    import random
+
     delay_s = error.retry_after_s
     if delay_s is None:
         jitter = 1.0 - (rand or random.random)() / 4
@@ -3641,6 +3641,8 @@ def is_from(model: Model, provider: str) -> bool:
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _USER_AGENT = f"puter.py/{__version__}"
+_NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
+_NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
 
 
@@ -3782,7 +3784,17 @@ def _new_session() -> requests.Session:
                 manager.pool_classes_by_scheme = pools
             return manager
 
-    session = requests.Session()
+    class Session(requests.Session):
+        """Reads proxies and certificates from the environment again when that has changed."""
+
+        def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
+            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
+            if proxies or self.proxies or key not in settings:
+                settings[key] = super().merge_environment_settings(url, proxies, *more)
+            return dict(settings[key])
+
+    settings: dict[Any, Any] = {}
+    session = Session()
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -5411,7 +5423,9 @@ def _called(call: ToolCall, functions: Mapping[str, Any], on_tool: Any) -> str:
         if inspect.iscoroutine(result):
             import asyncio
 
-            result = asyncio.run(result)  # fails in a thread whose loop is running, and says so
+            with closing(result) as coroutine:
+                # fails in a thread whose loop is running, and says so
+                result = asyncio.run(coroutine)
         return tool_result_text(result)
     except Exception as error:  # noqa: BLE001 (any error of a tool is the model's to read)
         _log.warning("The function %s failed", call.name, exc_info=True)
@@ -6837,6 +6851,8 @@ def dialect_of(path: str, headers: Any = ()) -> Dialect:
 
 def model_object(model: Model) -> JSON:
     """A model in OpenAI's shape and Anthropic's at once, with what else is known of it."""
+    from datetime import date
+
     released = first = date(1970, 1, 1)
     with suppress(ValueError):  # a date in a form of its own is no reason to fail
         released = date.fromisoformat((model.released or "")[:10])
@@ -9759,6 +9775,8 @@ def _clear_left_folders(place: Path) -> None:
     """Remove the folders, which hold keys, of launches that were killed."""
     import shutil
 
+    if os.name == "nt":
+        return  # there is no asking whether a process lives
     for folder in place.glob("puter-[0-9]*-*"):
         try:
             os.kill(int(folder.name.split("-")[1]), 0)
