@@ -5088,7 +5088,7 @@ class Puter:
         name, most = account.username, self.config.max_retries
         limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
         patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
-        retries, waited_s, has_waited_for_others = 0, 0.0, False
+        retries, waited_s, waiting, has_waited_for_others = 0, 0.0, 0, False
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
@@ -5112,7 +5112,7 @@ class Puter:
                     continue
             failure = self._noted(failure, call, target, seconds)
             is_stream = call.is_stream and not self._api.must_be_whole(call.asked, model)
-            waiting = limit.waiting
+            waiting = max(waiting, limit.waiting)
             if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
                 raise failure
             retries += 1
