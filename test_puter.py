@@ -18269,7 +18269,8 @@ def agent_at_work(handler: FakeHandler, args: dict[str, Any]) -> Turn:
     name = next((name for name in calls if name in tools), None)
     if name is None:
         return Turn("out.txt\n```\n<<<<<<< SEARCH\n=======\nwritten\n>>>>>>> REPLACE\n```\n")
-    if any(m.get("role") == "tool" for m in args["messages"]):
+    messages = args["messages"]
+    if any(m.get("role") == "tool" for m in messages) or "tool_result" in str(messages):
         return Turn("Done.")
     call = tool_call("call_1", name, json.dumps(calls[name]))
     return Turn("", calls=(call,), finish="tool_calls")
