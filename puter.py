@@ -5334,7 +5334,7 @@ class Conversation:
         return whole
 
     @classmethod
-    def from_json(cls, data: JSON, client: Puter | None = None) -> Conversation:
+    def from_json(cls, data: JSON, client: Puter | None = None) -> Self:
         """The conversation that `to_json` gave; raises `BadRequestError` for anything else."""
         is_one = isinstance(data, Mapping) and isinstance(data.get("messages", []), list)
         _require(is_one, "The conversation", data, "Pass what `to_json` gave.")
@@ -8419,34 +8419,55 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     return messages_from("\n\n".join([*([text] if text else []), *texts]), None, others)[0]
 
 
-def _conversation(args: Any, client: Puter) -> Conversation:
+class _SavedTalk(Conversation):
+    """A conversation that is kept in `path` for `--continue`."""
+
+    path: Path
+    # which file stood there when this process used it last; None: any is replaced
+    seen: tuple[int, ...] | None = None
+
+    def mark(self) -> tuple[int, ...]:
+        """Which file stands there; each save makes another."""
+        with suppress(OSError):
+            info = os.stat(self.path)
+            return info.st_ino, info.st_mtime_ns
+        return ()
+
+    def save(self) -> None:
+        """Save it, mode 0600; a failure is a warning, since the answer is there."""
+        try:
+            with _locked(self.path) as target:
+                if self.seen not in (None, self.mark()):
+                    # another process has saved its own there meanwhile: both stay
+                    target = self.path = target.with_name(f"conversation-{os.getpid()}.json")
+                    _info(f"Another conversation was saved meanwhile; this one is in {target}.")
+                _write_private(target, json.dumps(self.to_json()).encode() + b"\n")
+                self.seen = self.mark()
+        except (OSError, TypeError, ValueError, StoreError) as error:
+            _info(f"warning: The conversation could not be saved in {self.path} ({error}).")
+
+
+def _conversation(args: Any, client: Puter) -> _SavedTalk:
     path = client.config.folder / CONVERSATION_NAME
-    talk = Conversation(client=client)
+    talk = _SavedTalk(client=client)
     try:
         if args.continue_ and not path.exists():
             _info("There is no conversation yet: this begins one.", dim=True)
         elif args.continue_:
-            talk = Conversation.from_json(json.loads(path.read_text(encoding="utf-8")), client)
+            talk = _SavedTalk.from_json(json.loads(path.read_text(encoding="utf-8")), client)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{path}: the last conversation cannot be read ({error})"
         hint = "Move the file away, or ask without --continue."
         raise StoreError(problem, hint=hint) from error
+    talk.path = path
+    if args.continue_ or args.run is cmd_chat:  # one question may replace what others asked
+        talk.seen = talk.mark()
     talk.model, talk.system = args.model or talk.model, args.system or talk.system
     return talk
 
 
-def _save_conversation(client: Puter, talk: Conversation) -> None:
-    """Save it for `--continue`, mode 0600; a failure is a warning, since the answer is there."""
-    path = client.config.folder / CONVERSATION_NAME
-    try:
-        with _locked(path) as target:
-            _write_private(target, json.dumps(talk.to_json()).encode() + b"\n")
-    except (OSError, TypeError, ValueError, StoreError) as error:
-        _info(f"warning: The conversation could not be saved in {path} ({error}).")
-
-
 def _answer(
-    client: Puter, talk: Conversation, message: JSON, options: JSON, whole: bool = False
+    client: Puter, talk: _SavedTalk, message: JSON, options: JSON, whole: bool = False
 ) -> Reply:
     def ask() -> Reply:
         with closing(_Spinner(client.config.quiet_mode)) as spinner:
@@ -8457,7 +8478,7 @@ def _answer(
             return talk.reply
 
     reply = _signed_in(client, ask)
-    _save_conversation(client, talk)
+    talk.save()
     return reply
 
 
@@ -8556,7 +8577,7 @@ class _Chat:
     The docstrings of the commands, in this order, are what /help shows.
     """
 
-    def __init__(self, client: Puter, talk: Conversation, options: JSON) -> None:
+    def __init__(self, client: Puter, talk: _SavedTalk, options: JSON) -> None:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
@@ -8652,7 +8673,7 @@ class _Chat:
         if self._take_back() is None:
             _info("There is nothing to undo.")
             return
-        _save_conversation(self.client, self.talk)
+        self.talk.save()
         _info("The last message and its answer were removed.")
 
     def _take_back(self) -> JSON | None:

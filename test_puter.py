@@ -16710,6 +16710,23 @@ class TestAsk:
         assert [m["content"] for m in sent(desk)] == ["four"]
         assert run_cli(desk, "ask", "-c", "-n", "x").returncode == 2
 
+    def test_of_two_at_once_both_stay(self, desk, home):
+        run_cli(desk, "ask", "-m", lab("echo"), "one")
+        with at_terminal(desk, "chat", "-c") as terminal:
+            terminal.expect("> ")
+            assert run_cli(desk, "ask", "-c", "two").returncode == 0
+            terminal.send("three\r")
+            terminal.expect("saved meanwhile")
+            terminal.say("four")
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+        asked = [
+            [m["content"] for m in json.loads(path.read_text("utf-8"))["messages"]][::2]
+            for path in sorted(home.glob("conversation*.json"))
+        ]
+        assert asked == [["one", "three", "four"], ["one", "two"]]
+
     def test_continue_without_any(self, desk, home):
         done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "one")
         assert (done.returncode, done.stdout) == (0, "one\n")
