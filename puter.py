@@ -1168,10 +1168,7 @@ class AccountStore:
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever the file does; None when there is no file."""
-        with suppress(OSError):
-            status = os.stat(self.path)
-            return (status.st_mtime_ns, status.st_size, status.st_ino)
-        return None
+        return _stamp_of(self.path)
 
     def add(self, account: Account, *, activate: bool = True) -> bool:
         """Store an account; True if it is new, False if only its token was replaced."""
@@ -1290,6 +1287,13 @@ def _account_from(record: JSON) -> Account:
     added_ms, used_ms = (int(record.get(key) or 0) or None for key in ("addedAt", "lastUsed"))
     is_temporary = record.get("isTemporary") is True
     return Account(record["username"], record["authToken"], added_ms, used_ms, is_temporary)
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+    with suppress(OSError):
+        status = os.stat(path)
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
+    return None
 
 
 @contextmanager
@@ -2249,6 +2253,7 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
 
 
 def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
+    """What canonical messages, and the schemas of tools, ask of a model."""
     kinds = {"web search" for tool in tools if is_web_search(tool)}
     words = {"image_url": "image", "file": "pdf", "puter_path": "puter_path"}
     for message in messages:
@@ -2924,6 +2929,7 @@ def reply_to_json(reply: Reply) -> JSON:
 
 
 def reply_from_json(data: JSON) -> Reply:
+    """The reply that `reply_to_json` gave; raises KeyError or TypeError for anything else."""
     calls = tuple(ToolCall(**call) for call in data["tool_calls"])
     images = tuple(map(picture_from, data.get("images", ())))
     usage = Usage(**data["usage"])
@@ -5458,10 +5464,12 @@ def _default_client() -> Puter:
 
 
 def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
+    """On a client that is made at the first use."""
     return _default_client().chat(prompt, **arguments)
 
 
 def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
+    """On a client that is made at the first use."""
     return _default_client().stream(prompt, **arguments)
 
 
@@ -5470,7 +5478,7 @@ def _show_signature(function: Any, method: Any) -> None:
     signature = inspect.signature(method)
     own = [p for p in signature.parameters.values() if p.name != "self"]
     function.__signature__ = signature.replace(parameters=own)
-    function.__doc__ = f"{method.__doc__}\n\n    On a client that is made at the first use."
+    function.__doc__ = f"{method.__doc__}\n\n    {function.__doc__}"
 
 
 _show_signature(chat, Puter.chat)
@@ -8365,12 +8373,16 @@ def _save_images(reply: Reply, output: str | None = None) -> None:
             _info(f"picture: {image.url}")
             continue
         stem, ending = os.path.splitext(output or "picture")
-        ending = ending or kinds.get(image.mime, ".png")
-        names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
-        path = next(name for name in names if not os.path.exists(name))
+        path = _free_name(stem, ending or kinds.get(image.mime, ".png"))
         with _failing(f"{path} cannot be written", "Choose another place with -o."):
             image.save(path)
         _info(f"picture: {path}")
+
+
+def _free_name(stem: str, ending: str) -> str:
+    """The name of a file that is not there yet: stem.ending, stem-1.ending…"""
+    names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
+    return next(name for name in names if not os.path.exists(name))
 
 
 def _read_stdin() -> bytes:
@@ -8423,33 +8435,28 @@ class _SavedTalk(Conversation):
     """A conversation that is kept in `path` for `--continue`."""
 
     path: Path
-    # which file stood there when this process used it last; None: any is replaced
-    seen: tuple[int, ...] | None = None
-
-    def mark(self) -> tuple[int, ...]:
-        """Which file stands there; each save makes another."""
-        with suppress(OSError):
-            info = os.stat(self.path)
-            return info.st_ino, info.st_mtime_ns
-        return ()
+    # of the file when this process used it last
+    stamp: tuple[int, int, int] | None
+    # one question may replace what others asked
+    may_replace = False
 
     def save(self) -> None:
         """Save it, mode 0600; a failure is a warning, since the answer is there."""
         try:
             with _locked(self.path) as target:
-                if self.seen not in (None, self.mark()):
+                if not self.may_replace and _stamp_of(target) != self.stamp:
                     # another process has saved its own there meanwhile: both stay
-                    target = self.path = target.with_name(f"conversation-{os.getpid()}.json")
+                    target = self.path = Path(_free_name(*os.path.splitext(target)))
                     _info(f"Another conversation was saved meanwhile; this one is in {target}.")
                 _write_private(target, json.dumps(self.to_json()).encode() + b"\n")
-                self.seen = self.mark()
+                self.stamp = _stamp_of(target)
         except (OSError, TypeError, ValueError, StoreError) as error:
             _info(f"warning: The conversation could not be saved in {self.path} ({error}).")
 
 
 def _conversation(args: Any, client: Puter) -> _SavedTalk:
     path = client.config.folder / CONVERSATION_NAME
-    talk = _SavedTalk(client=client)
+    talk, stamp = _SavedTalk(client=client), _stamp_of(path)
     try:
         if args.continue_ and not path.exists():
             _info("There is no conversation yet: this begins one.", dim=True)
@@ -8459,9 +8466,8 @@ def _conversation(args: Any, client: Puter) -> _SavedTalk:
         problem = f"{path}: the last conversation cannot be read ({error})"
         hint = "Move the file away, or ask without --continue."
         raise StoreError(problem, hint=hint) from error
-    talk.path = path
-    if args.continue_ or args.run is cmd_chat:  # one question may replace what others asked
-        talk.seen = talk.mark()
+    talk.path, talk.stamp = path, stamp
+    talk.may_replace = args.run is cmd_ask and not args.continue_
     talk.model, talk.system = args.model or talk.model, args.system or talk.system
     return talk
 
