@@ -1755,12 +1755,12 @@ def read_message(message: Any, where: str) -> Messages:
         _check_call(call, function, f"{where}.tool_calls[{number}]")
     call_id, hint = message.get("tool_call_id"), "Say which call this is the result of."
     _require(role != "tool" or _is_text(call_id), f"{where}.tool_call_id", call_id, hint)
-    rest = {key: value for key, value in message.items() if value is not None}
-    if "images" in rest:
-        images = read_parts(rest["images"], f"{where}.images")
-        rest["images"] = [part for part in images if part["type"] == "image_url"]
+    read = {key: value for key, value in message.items() if value is not None}
+    if "images" in read:
+        images = read_parts(read["images"], f"{where}.images")
+        read["images"] = [part for part in images if part["type"] == "image_url"]
     if content is None or isinstance(content, str):
-        return [rest]
+        return [read]
     results, own_calls, parts = [], list(calls or ()), []
     for number, part in enumerate(content):
         place = f"{where}.content[{number}]"
@@ -1773,10 +1773,10 @@ def read_message(message: Any, where: str) -> Messages:
         else:
             parts += read_part(part, place)
     if own_calls:
-        rest["tool_calls"] = own_calls
+        read["tool_calls"] = own_calls
     is_empty = not parts and bool(results or own_calls)
-    rest["content"] = None if is_empty else parts
-    return results if is_empty and not own_calls else [*results, rest]
+    read["content"] = None if is_empty else parts
+    return results if is_empty and not own_calls else [*results, read]
 
 
 def _read_result(part: Mapping[str, Any], where: str) -> JSON:
@@ -1784,8 +1784,8 @@ def _read_result(part: Mapping[str, Any], where: str) -> JSON:
     _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
     if not isinstance(content, str | None):
         content = read_parts(content, f"{where}.content")
-    kept = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **kept}
+    marks = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **marks}
 
 
 def read_parts(content: Any, where: str) -> list[JSON]:
@@ -2028,8 +2028,8 @@ def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], 
                 slot = slots.pop(0)
                 slot |= {**message, "tool_call_id": slot["tool_call_id"]}
                 continue
-            told = {"type": "text", "text": f"The result of the call {message['tool_call_id']}:"}
-            message = {"role": "user", "content": [told, *_parts(message.get("content"))]}
+            intro = {"type": "text", "text": f"The result of the call {message['tool_call_id']}:"}
+            message = {"role": "user", "content": [intro, *_parts(message.get("content"))]}
         calls: list[ToolCall] = []
         results: Messages = []
         opened: dict[str, Messages] = {}
@@ -2075,8 +2075,8 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
         and not text_of(content).strip()
     ):
         content = None
-    kept = ("tool_call_id", "is_error", *form.keeps)
-    clean = {key: message[key] for key in kept if message.get(key)}
+    keys = ("tool_call_id", "is_error", *form.keeps)
+    clean = {key: message[key] for key in keys if message.get(key)}
     return {"role": "system" if role == "developer" else role, "content": content or None, **clean}
 
 
@@ -2114,16 +2114,16 @@ def _claude_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
 
 def _result_block(result: JSON) -> JSON:
     block: JSON = {"type": "tool_result", "tool_use_id": result["tool_call_id"]}
-    kept: JSON = {key: result[key] for key in ("is_error", "cache_control") if key in result}
-    return {**block, "content": result["content"] or _NO_OUTPUT, **kept}
+    marks: JSON = {key: result[key] for key in ("is_error", "cache_control") if key in result}
+    return {**block, "content": result["content"] or _NO_OUTPUT, **marks}
 
 
 def _responses_part(part: JSON) -> JSON:
     if "file" in part:
         return {"type": "input_file", **part["file"]}
     image = part.get("image_url", {})
-    kept = {"detail": image["detail"]} if "detail" in image else {}
-    return {"type": "input_image", "image_url": image.get("url"), **kept}
+    detail = {"detail": image["detail"]} if "detail" in image else {}
+    return {"type": "input_image", "image_url": image.get("url"), **detail}
 
 
 def _responses_result(result: JSON) -> JSON:
