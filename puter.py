@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt",
-    "AuthError", "BadRequestError", "BusyError", "Chunk", "Config", "ConfigError",
+    "AuthError", "BadRequestError", "BudgetError", "BusyError", "Chunk", "Config", "ConfigError",
     "ContextLengthError", "Conversation", "Cooldown", "Credit", "CreditError", "Model",
     "ModelAccessError", "ModelNotFoundError", "ModelRateLimitError", "ModelStats",
     "ModelUnavailableError", "NetworkError", "OpenAIServer", "Picture", "ProviderAuthError",
@@ -452,6 +452,15 @@ class StreamError(PuterError):
     http_status = 502
 
 
+class BudgetError(PuterError):
+    """The budget (`budget_usd`) is spent: nothing that costs money is asked any more."""
+
+    default_hint = (
+        "Stop here and tell the user: raise `budget_usd` (--budget), or use a free model."
+    )
+    http_status = 402
+
+
 class ConfigError(PuterError):
     """A setting is wrong; the message names where it stands and what is allowed."""
 
@@ -716,7 +725,8 @@ class Reply:
     `finish_reason` is "stop", "tool_calls", "length", "content_filter" or the provider's own
     word. `images` are pictures that the model drew. `raw` is what the server said (for a
     stream: its extra lines). `extra` holds what must go back with the history: a content with
-    `thinking` that Claude signed, `reasoning_details` of OpenRouter.
+    `thinking` that Claude signed, `reasoning_details` of OpenRouter. `value` is what `returns`
+    asked for; `text` is its JSON then.
     """
 
     text: str = ""
@@ -730,6 +740,7 @@ class Reply:
     raw: JSON = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
     extra: JSON = field(default_factory=dict)
+    value: Any = None
 
     def __str__(self) -> str:
         return self.text
@@ -959,6 +970,9 @@ class Config:
         "exact", "`live` streams with tools and may lose calls", "exact", "live"
     )
     max_concurrent: int = _key(3, "requests at once on one account", 1, 1_000)
+    budget_usd: float | None = _key(
+        None, "what a client may spend, in US dollars; free models go on", 0, 10**6
+    )
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
@@ -1067,6 +1081,8 @@ def _from_text(name: str, text: str) -> Any:
         return words.get(text.strip().lower(), text)
     if kind == "int" and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
         return int(text)
+    if kind.startswith("float") and re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
+        return float(text)
     if kind.startswith("tuple"):
         if not text.lstrip().startswith("["):
             return [part.strip() for part in text.split(",") if part.strip()]
@@ -1094,10 +1110,11 @@ def _allowed(spec: Any, value: Any) -> tuple[bool, Any, str]:
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         is_fine, words = isinstance(value, bool), "true or false"
-    elif spec.type == "int":
+    elif spec.type == "int" or spec.type.startswith("float"):
         low, high = allowed
-        is_fine = type(value) is int and low <= value <= high
-        words = f"a whole number from {low} to {high}"
+        is_kind = type(value) is int or (spec.type != "int" and isinstance(value, float))
+        is_fine = is_kind and low <= value <= high
+        words = f"a {'whole ' if spec.type == 'int' else ''}number from {low} to {high}"
     elif spec.type.startswith("tuple"):
         is_fine = isinstance(value, (list, tuple)) and all(map(_is_text, value))
         value, words = tuple(value) if is_fine else value, "a list of model names"
@@ -2400,7 +2417,9 @@ def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
 
 def _tool_schema(tool: Any, index: int) -> JSON:
     if is_web_search(tool):
-        return dict(tool)
+        # whatever its version and vendor, by OpenAI's name
+        keys = ("search_context_size", "user_location", "filters")
+        return {"type": "web_search", **{key: tool[key] for key in keys if key in tool}}
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
         # the function alone, under OpenAI's, Anthropic's or MCP's names
@@ -2731,6 +2750,143 @@ def _json_value(value: Any) -> Any:
     return str(value)
 
 
+# ---- typed answers: a type or a JSON schema to what a model is asked, its answer to a value ----
+
+# The function by which a model gives an answer of a form, where it takes functions.
+_ANSWER_TOOL = "final_answer"
+_JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
+
+
+class Returns(NamedTuple):
+    """What an answer is read as: the schema of an object, and the reader of its value.
+
+    What is not an object stands in one, under "value", if `is_wrapped`.
+    """
+
+    schema: JSON
+    read: _Reader
+    is_wrapped: bool
+
+
+def returns_of(kind: Any) -> Returns:
+    """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
+    is_schema = isinstance(kind, Mapping)
+    made = (
+        (dict(kind), partial(_fitting, kind)) if is_schema else schema_and_reader(kind, "returns")
+    )
+    schema, read = made
+    if schema.get("type") == "object":
+        return Returns(schema, read, False)
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    whole: JSON = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+    return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
+
+
+def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
+    """The value if it fits a JSON schema, by what models get wrong; raises TypeError."""
+    root = root or schema
+    if reference := _dig(schema, "$ref"):
+        schema = _dig(root, *str(reference).removeprefix("#/").split("/"))
+    if not isinstance(schema, Mapping):
+        return value
+    kinds = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type")
+    is_whole = isinstance(value, float) and value.is_integer()
+    names = {"list": ["array"], "dict": ["object"], "int": ["integer", "number"]}
+    own = names.get(type(value).__name__) or [_SCALARS[type(value)], *["integer"] * is_whole]
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [value])
+    ok = (not kinds or not {*own}.isdisjoint(kinds)) and value in choices
+    members = value if isinstance(value, dict) else {}
+    properties = schema.get("properties") or {}
+    is_closed = schema.get("additionalProperties") is False
+    ok &= {*schema.get("required", ())} <= members.keys() or not isinstance(value, dict)
+    if not ok or (is_closed and not members.keys() <= properties.keys()):
+        raise _misfit(value, where, dict(schema))
+    for name, one in members.items():
+        _fitting(properties.get(name), one, f"{where}.{name}", root)
+    for number, one in enumerate(value if isinstance(value, list) else ()):
+        _fitting(schema.get("items"), one, f"{where}[{number}]", root)
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        _union_type([({}, partial(_fitting, one, root=root)) for one in options])[1](value, where)
+    return value
+
+
+def typed_arguments(form_name: str, has_tools: bool, args: JSON) -> JSON:
+    """The arguments by which a kind of provider answers in the form of `response_format`.
+
+    The Responses API takes it as it is; a model that `has_tools` gives its answer to a
+    function; others are told in words, as is the choice of the function: Puter drops both
+    `response_format` and `tool_choice` for them (recorded).
+    """
+    if form_name == "responses":
+        return args
+    order = json_instruction(args["response_format"])
+    if not has_tools or form_name == "openai":
+        return {**args, "messages": with_instruction(args["messages"], order)}
+    parameters = args["response_format"]["json_schema"]["schema"]
+    about = {"name": _ANSWER_TOOL, "description": "Gives the answer.", "parameters": parameters}
+    tools = [*args.get("tools", ()), {"type": "function", "function": about}]
+    order = f"Give your answer by calling the function {_ANSWER_TOOL}, not as a text."
+    messages = with_instruction(args["messages"], order)
+    sent = {key: value for key, value in args.items() if key != "response_format"}
+    return {**sent, "tools": tools, "messages": messages}
+
+
+def json_instruction(response_format: Any) -> str:
+    """What to say in the system text, since most providers know no `response_format`."""
+    kind = _dig(response_format, "type")
+    text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
+    if kind == "json_schema":
+        schema = json.dumps(_dig(response_format, "json_schema", "schema"))
+        return f"{text.format('value')} It must match this JSON schema: {schema}"
+    if kind not in (None, "text", "json_object"):
+        raise _misplaced("response_format", f"of type {_describe(kind)} is not known", "")
+    return text.format("object") if kind == "json_object" else ""
+
+
+def with_instruction(messages: Messages, text: str) -> Messages:
+    """The messages with a system text behind those that they begin with."""
+    opening = takewhile(lambda m: m["role"] in ("system", "developer"), messages)
+    count = len(list(opening))
+    return [*messages[:count], {"role": "system", "content": text}, *messages[count:]]
+
+
+def typed_reply(reply: Reply, returns: Returns) -> Reply:
+    """The reply with its `value`; raises TypeError, in words for the model, for what does not fit.
+
+    One that calls the caller's own functions is no answer yet, and stays.
+    """
+    call = next((call for call in reply.tool_calls if call.name == _ANSWER_TOOL), None)
+    if reply.tool_calls and call is None:
+        return reply
+    text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
+    if returns.is_wrapped and isinstance(value, dict) and value.keys() == {"value"}:
+        value = value["value"]
+    text = json.dumps(value, ensure_ascii=False)
+    reason = "stop" if reply.finish_reason == "tool_calls" else reply.finish_reason
+    made = returns.read(value, "the answer")
+    return replace(reply, text=text, tool_calls=(), finish_reason=reason, value=made, extra={})
+
+
+def json_text(text: str) -> str:
+    """The longest JSON object or list in an answer, else the answer as it is."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    with suppress(ValueError, RecursionError):
+        decoder.decode(text)
+        return text
+    best, end = "", 0
+    begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
+    for begin in itertools.islice(begins, _JSON_ATTEMPTS):
+        with suppress(ValueError, RecursionError):
+            end = decoder.raw_decode(text, begin)[1]
+            # an object is what nearly everybody means
+            best = max(best, text[begin:end], key=lambda t: (t[:1] == "{", len(t)))
+    return best or text
+
+
 # ---- replies: bytes and dicts to values ----
 
 # Input, output, cached, written to the cache, all: the names that most use, Claude's and
@@ -2922,10 +3078,11 @@ def message_from(reply: Reply) -> JSON:
 
 
 def reply_to_json(reply: Reply) -> JSON:
-    """A reply as plain values, without its attempts."""
-    plain = asdict(replace(reply, attempts=(), raw={}, images=()))
-    plain["images"] = [image.as_url() for image in reply.images]
-    return {name: value for name, value in plain.items() if name not in ("attempts", "raw")}
+    """A reply as plain values, without its attempts and its `value`."""
+    plain = asdict(replace(reply, attempts=(), raw={}, images=(), value=None))
+    for name in ("attempts", "raw", "value"):
+        del plain[name]
+    return {**plain, "images": [image.as_url() for image in reply.images]}
 
 
 def reply_from_json(data: JSON) -> Reply:
@@ -3297,14 +3454,14 @@ def credit_from(body: Any) -> Credit:
 
 
 # ======================================================================================
-# 7. policies · uses: errors, values, messages' Needs. Plain functions that decide
+# 7. policies · uses: errors, values, messages. Plain functions that decide
 # ======================================================================================
 NextStep = Literal["raise", "next_model", "next_account"]
 # Whose models read a PDF, and search the web; of the others nothing is known (recorded).
 _PDF_PROVIDERS = frozenset(
     "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
 )
-_SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
+SEARCH_PROVIDERS = _PDF_PROVIDERS - {"claude", "openrouter"}
 
 
 def retry_delay_s(
@@ -3449,7 +3606,7 @@ def lacking(model: Model, needs: Needs) -> list[str]:
         "image": model.inputs is None or "image" in model.inputs,
         "pdf": model.provider in _PDF_PROVIDERS,
         "puter_path": model.provider == "claude",
-        "web search": model.provider in _SEARCH_PROVIDERS,
+        "web search": model.provider in SEARCH_PROVIDERS,
     }
     return sorted(kind for kind in inputs if not takes[kind])
 
@@ -3483,6 +3640,7 @@ class Asked(NamedTuple):
     is_plain: bool = True
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
+    returns: Returns | None = None
 
 
 class World(NamedTuple):
@@ -4138,7 +4296,7 @@ def _seconds(retry_after: str) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
-_OWN_ARGUMENTS = ("model", "system", "images", "files", "tools", "fallback", "timeout_ms")
+_OWN_ARGUMENTS = "model system images files tools returns web_search fallback timeout_ms".split()
 _LACKING_WORDS = {
     "image": "does not see images",
     "pdf": "does not read PDFs",
@@ -4445,7 +4603,10 @@ class _Api(NamedTuple):
         timeout_s = call.asked.timeout_s or timeout_s
         started = time.monotonic()
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
-        args = arguments_for(form, known.id if known else model, call.asked.args)
+        args = call.asked.args
+        if call.asked.returns is not None:
+            args = typed_arguments(form, known is not None and known.tools is True, args)
+        args = arguments_for(form, known.id if known else model, args)
         limit = answer_limit(known, args)
         response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
         if not streaming or response.status_code != 200 or not is_stream(response):
@@ -4476,7 +4637,10 @@ class _Api(NamedTuple):
         models = self.catalogue.known()
         if not request.is_plain and models.get(model) is None:
             models = self.catalogue.models_if_any("The model's own form is guessed")
-        return form_of(models.get(model) or model)
+        form = form_of(models.get(model) or model)
+        # Puter asks OpenAI's other API then (recorded)
+        is_search = "web search" in request.needs.inputs
+        return "responses" if is_search and form == "chat" else form
 
     def data(self, path: str, account: Account) -> JSON:
         url = _api_origin(self.config) + path
@@ -4720,6 +4884,7 @@ class Puter:
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
         self._api = _Api(self.config, self._transport, self._catalogue)
         self._limits: dict[str, _ConcurrencyLimit] = {}
+        self._costs_usd: list[float] = []
         self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
         self._on_wait: Callable[[str], object] = lambda why: None
         _forkable.add(self)
@@ -4767,6 +4932,8 @@ class Puter:
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
         tools: Sequence[Any] | None = None,
+        returns: Any = None,
+        web_search: bool = False,
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
@@ -4783,17 +4950,21 @@ class Puter:
             files: texts, PDFs and images, as paths, bytes or (name, bytes).
             tools: Python functions (their schema comes from signature, type hints and
                 docstring), or JSON schemas in OpenAI's shape.
+            returns: what the answer must be: a type such as `int`, `list[str]`, a dataclass,
+                TypedDict, Enum or Literal, or a JSON schema; `reply.value` is of it. What does
+                not fit is told to the model, which is asked once more.
+            web_search: whether the model searches the web first; OpenAI's models can.
             fallback: whether free models may answer when the asked one cannot.
             timeout_ms: longest silence of the server; default `api_timeout_ms`, with tools ten
                 minutes, since nothing comes before the whole answer does.
             args: passed on to Puter: temperature, max_tokens, tool_choice, reasoning_effort…
 
         Raises the `PuterError` of the first attempt that failed when none could answer;
-        `ReplyError`, with the reply on it, when a call's arguments cannot be read.
+        `ReplyError`, with the reply on it, when a call's arguments cannot be read, or the
+        answer is not what `returns` says.
         """
-        request = self._build_request(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, **args
-        )
+        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
+        request = self._build_request(prompt, *named, **args)
         reply = self._complete(request)
         raise_for_invalid(reply)
         return reply
@@ -4808,6 +4979,8 @@ class Puter:
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
         tools: Sequence[Any] | None = None,
+        returns: Any = None,
+        web_search: bool = False,
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
@@ -4815,11 +4988,11 @@ class Puter:
         """Ask a model and get its answer as it comes; arguments as for `chat`.
 
         Returns once the first chunk is there: errors before it are raised here, as by `chat`.
-        After that nothing is tried again, and a broken answer is a `StreamError`.
+        After that nothing is tried again, and a broken answer is a `StreamError`. With
+        `returns` the answer is checked before it is given, and so comes whole.
         """
-        request = self._build_request(
-            prompt, model, system, images, files, tools, fallback, timeout_ms, **args
-        )
+        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
+        request = self._build_request(prompt, *named, **args)
         opened = self._open(request)
         opened._checked = True
         return opened
@@ -4939,6 +5112,8 @@ class Puter:
         images: Sequence[Image] = (),
         files: Sequence[File] = (),
         tools: Sequence[Any] | None = None,
+        returns: Any = None,
+        web_search: bool = False,
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
@@ -4959,6 +5134,14 @@ class Puter:
         name = self.config.model_name(name)
         messages = messages_from(prompt, system, _input_parts(images, files))
         schemas = tool_schemas(tools)
+        if web_search and not any(map(is_web_search, schemas)):
+            schemas.append({"type": "web_search"})
+        typed = None if returns is None else returns_of(returns)
+        if typed is not None:
+            if "response_format" in args:
+                raise _misplaced("response_format", "and `returns` say the same", "Give one.")
+            form = {"name": "answer", "schema": typed.schema}
+            args["response_format"] = {"type": "json_schema", "json_schema": form}
         needs = needs_of(messages, schemas)
         self._check_inputs(name, needs)
         is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
@@ -4971,6 +5154,7 @@ class Puter:
             fallback=fallback and self.config.fallback_enabled,
             is_plain=is_plain,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
+            returns=typed,
         )
 
     def _complete(self, asked: Asked, cancellation: _Cancellation | None = None) -> Reply:
@@ -4983,7 +5167,40 @@ class Puter:
         self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there."""
-        call = _Exchange(asked, is_stream, cancellation or _Cancellation())
+        cancellation = cancellation or _Cancellation()
+        if asked.returns is None:
+            return self._open_once(asked, cancellation, is_stream)
+        reply = self._typed(asked, asked.returns, cancellation)
+        who = (reply.model, reply.account, reply.attempts)
+        return Stream(_Incoming.of(reply), cancellation, who)
+
+    def _typed(self, asked: Asked, returns: Returns, cancellation: _Cancellation) -> Reply:
+        """The reply with its value; what does not fit is told to the model, which is asked again."""
+        used, attempts = Usage(), tuple[Attempt, ...]()
+        for may_ask_again in (True, False):
+            with self._open_once(asked, cancellation, is_stream=False) as stream:
+                deque(stream, maxlen=0)
+            used, attempts = used + stream.reply.usage, attempts + stream.reply.attempts
+            reply = replace(stream.reply, usage=used, attempts=attempts)
+            try:
+                return typed_reply(reply, returns)
+            except TypeError as error:
+                problem = str(error)
+            given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
+            said = "\n".join(filter(None, [reply.text, *given])) or "(nothing)"
+            if not may_ask_again or reply.finish_reason == "length":
+                break
+            order = f"That is not what was asked for: {problem}. Answer again, in that form."
+            talk = [{"role": "assistant", "content": said}, {"role": "user", "content": order}]
+            messages = [*asked.args["messages"], *talk]
+            asked = asked._replace(args={**asked.args, "messages": messages})
+        hint = "Simplify the type, raise `max_tokens`, or use another model."
+        who: JSON = {"model": reply.model, "account": reply.account, "attempts": attempts}
+        message = f"The answer of {reply.model} does not fit `returns`: {problem}"
+        raise ReplyError(message, raw=said, reply=reply, hint=hint, **who)
+
+    def _open_once(self, asked: Asked, cancellation: _Cancellation, is_stream: bool) -> Stream:
+        call = _Exchange(asked, is_stream, cancellation)
         if cached := self._cached(asked):
             who: Any = (cached.model, cached.account, ())
             return Stream(_Incoming.of(cached), call.cancellation, who)
@@ -5055,6 +5272,10 @@ class Puter:
         back what the answer still needs.
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
+            if beyond := self._budget_error(target.model):
+                if not call.attempts:
+                    raise beyond
+                break
             wait_s = target.not_before_s - time.time()
             if wait_s > 0:
                 self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
@@ -5080,6 +5301,17 @@ class Puter:
         assert first is not None
         first.attempts = tuple(call.attempts)
         raise first from first.__cause__
+
+    def _budget_error(self, name: str) -> BudgetError | None:
+        """Why a model is not asked any more; None while the budget lasts, and for a free one."""
+        budget, spent = self.config.budget_usd, sum(self._costs_usd)
+        if budget is None or spent < budget:
+            return None
+        model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
+        if model is not None and model.free:
+            return None
+        message = f"The budget of ${budget:g} is spent (${spent:.4f}), and {name} costs money"
+        return BudgetError(message, code="budget_spent", model=name)
 
     def _world(self, call: _Exchange) -> World:
         accounts, now = self._accounts.usable(), time.time()
@@ -5241,6 +5473,8 @@ class Puter:
         request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
         self._count(model, word, now - started, first_s, reply.usage if reply else None)
+        if reply is not None and reply.usage.cost_usd:
+            self._costs_usd.append(reply.usage.cost_usd)
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
@@ -5331,8 +5565,9 @@ class Conversation:
         return self._reply
 
     def to_json(self) -> JSON:
-        """The conversation as plain values; functions among the options are left out."""
-        options = {k: v for k, v in self.options.items() if k not in ("tools", "on_tool")}
+        """The conversation as plain values; functions and types among the options are left out."""
+        left_out = ("tools", "on_tool", "returns")
+        options = {k: v for k, v in self.options.items() if k not in left_out}
         model = self.model.id if isinstance(self.model, Model) else self.model
         own = {"system": self.system, "model": model, "messages": self.messages}
         whole: JSON = {**own, "options": options}
@@ -5685,7 +5920,6 @@ LINGER_S = 1.0  # so that who is turned away can read why
 DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
 KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
 MAX_STOPS = 16
-_JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
 _PASSED_ON = """
@@ -5733,8 +5967,9 @@ class ChatRequest(NamedTuple):
     `messages` and `tools` have OpenAI's shape, `args` go on to Puter, `stop` holds at most
     `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is
     what only its dialect needs to word the answer; `include_usage` false there ends the reading
-    of a stream at a stop text. `memory` holds what providers want back with calls. An `answer`
-    is ours already: no model is asked.
+    of a stream at a stop text. `memory` holds what providers want back with calls. `search` is
+    the tool with which the model may search the web; it is all that is wanted if `must_search`.
+    An `answer` is ours already: no model is asked.
     """
 
     model: str
@@ -5747,6 +5982,8 @@ class ChatRequest(NamedTuple):
     streaming: bool = False
     stop: tuple[str, ...] = ()
     wants_json: bool = False
+    search: JSON | None = None
+    must_search: bool = False
     answer: str = ""
 
 
@@ -5816,11 +6053,10 @@ def checked_request(
     for function in functions:
         function["name"] = _flat_name("", function["name"])
     offered, choice = _choose_tools(schemas, args)
-    shape = _json_instruction(args.get("response_format"))
+    shape = json_instruction(args.get("response_format"))
     messages = [_restored(message, memory) for message in messages]
     if orders := [text for text in (choice, shape) if text]:
-        opening = takewhile(lambda m: m.get("role") in ("system", "developer"), messages)
-        messages.insert(len(list(opening)), {"role": "system", "content": "\n".join(orders)})
+        messages = with_instruction(messages, "\n".join(orders))
     return ChatRequest(
         model=model,
         messages=messages,
@@ -5916,7 +6152,7 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     name = _dig(choice, "function", "name") or _dig(choice, "name") or _dig(choice, "type")
     name = _flat_name(_dig(choice, "namespace"), name)
     for tool in tools:
-        if tool["function"]["name"] == name:
+        if _dig(tool, "function", "name") == name:
             return tool
     raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
 
@@ -5927,18 +6163,6 @@ def _flat_name(namespace: Any, name: Any) -> str:
     if namespace or len(flat) > 64:
         flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
     return flat if len(flat) <= 64 else f"{flat[:55]}_{token_mark(flat)[:8]}"
-
-
-def _json_instruction(response_format: Any) -> str:
-    """What to say in the system text, since most providers know no response_format."""
-    kind = _dig(response_format, "type")
-    text = "Answer with one JSON {} and nothing else: no code fence, no remarks."
-    if kind == "json_schema":
-        schema = json.dumps(_dig(response_format, "json_schema", "schema"))
-        return f"{text.format('value')} It must match this JSON schema: {schema}"
-    if kind not in (None, "text", "json_object"):
-        raise _wrong(f"response_format of type {_describe(kind)} is not known", "response_format")
-    return text.format("object") if kind == "json_object" else ""
 
 
 # ---- what the dialects share: contents ----
@@ -6091,22 +6315,6 @@ def _with_json(request: ChatRequest, reply: Reply) -> Reply:
     return replace(reply, text=json_text(reply.text))
 
 
-def json_text(text: str) -> str:
-    """The longest JSON object or list in an answer, else the answer as it is."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
-    with suppress(ValueError, RecursionError):
-        decoder.decode(text)
-        return text
-    best, end = "", 0
-    begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
-    for begin in itertools.islice(begins, _JSON_ATTEMPTS):
-        with suppress(ValueError, RecursionError):
-            end = decoder.raw_decode(text, begin)[1]
-            # an object is what nearly everybody means
-            best = max(best, text[begin:end], key=lambda t: (t[:1] == "{", len(t)))
-    return best or text
-
-
 def usage_object(usage: Usage) -> JSON | None:
     """The usage in OpenAI's names, or None when the provider reported nothing."""
     if usage.input_tokens is None and usage.output_tokens is None:
@@ -6200,8 +6408,10 @@ def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         messages = _item_messages(_response_items(body, memory))
     else:
         messages = _read_messages(body.get("messages"))
-    stop = body.get("stop")
-    return checked_request(body, memory, messages, body.get("tools"), args, stop, options=options)
+    stop, tools = body.get("stop"), body.get("tools")
+    if isinstance(search := body.get("web_search_options"), dict):
+        tools = [*_objects(tools, "tools"), {**search, "type": "web_search"}]
+    return checked_request(body, memory, messages, tools, args, stop, options=options)
 
 
 def _read_messages(messages: Any) -> Messages:
@@ -6316,9 +6526,14 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     `ModelNotFoundError`.
     """
     name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
-    if not models:
+    model, args = models.find(name) if models else None, request.args
+    if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
+        request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
+    elif request.must_search:
+        able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3]
+        request = request._replace(answer=f"{_NO_SEARCH} Models that search: {', '.join(able)}.")
+    if model is None:
         return request._replace(model=name)
-    model, args = models.find(name), request.args
     if model.max_tokens and "max_tokens" in args:
         args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
     return request._replace(model=name if name in model.names() else model.id, args=args)
@@ -6374,10 +6589,12 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         "tool_choice": _with_namespace(choice, offered),
     }
     functions = [function for _, function in offered.values()]
+    search = next(filter(is_web_search, _objects(body.get("tools"), "tools")), None)
     # what must be called is a tool of the server's own
-    searches = str(_dig(choice, "type") or choice).startswith("web_search")
-    searches = searches or (not offered and "required" in (choice, _dig(choice, "mode")))
-    fields = {"options": options, "answer": _NO_SEARCH if searches else ""}
+    must_search = is_web_search(choice) or (
+        not offered and "required" in (choice, _dig(choice, "mode"))
+    )
+    fields = {"options": options, "search": search, "must_search": must_search}
     return checked_request(body, memory, messages, functions, args, **fields)
 
 
@@ -6679,7 +6896,7 @@ def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
 # ---- messages ----
 
 _NO_SEARCH = (
-    "Web search is not available here: this server runs no tools of its own. Nothing was "
+    "Web search is not available here: this model runs no tools of its own. Nothing was "
     "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
 )
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
@@ -6714,9 +6931,13 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         else:
             _refuse_client_tool(tool.get("type"))
             hosted.append(tool)
-    args = _messages_args(body, [tool.get("name") for tool in hosted])
-    searches = not own and any(str(tool["type"]).startswith("web_search") for tool in hosted)
-    fields = {"options": {}, "answer": _NO_SEARCH if searches else ""}
+    searches = {tool.get("name"): tool for tool in hosted if is_web_search(tool)}
+    must_search = _dig(body, "tool_choice", "name") in searches
+    others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
+    args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
+    search = next(iter(searches.values()), None)
+    must_search = must_search or (search is not None and not own)
+    fields = {"options": {}, "search": search, "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
 
@@ -8232,6 +8453,7 @@ _SEVERAL: JSON = {"action": "append", "default": []}
 _JSON_FLAG = _opt("--json", "as JSON")
 _MODEL_OPTION = _opt("-m --model MODEL", "a model's id or alias")
 _FREE_FLAG = _opt("--free", "only models that cost nothing")
+_BUDGET_OPTION = _opt("--budget USD", "stop when so much is spent", type=_number(float, 0, 10**6))
 # What `ask` and `chat` share.
 _TALK_OPTIONS = (
     _MODEL_OPTION,
@@ -8294,11 +8516,15 @@ def _failing(problem: str, hint: str, kind: type[PuterError] = StoreError) -> It
         raise kind(f"{problem} ({error.strerror or error})", hint=hint) from error
 
 
-def _client() -> Puter:
-    config = Config.load()
+def _client(**settings: Any) -> Puter:
+    config = Config.load(**settings)
     if config.debug or not config.quiet_mode:
         _show_log(logging.DEBUG if config.debug else logging.WARNING)
     return Puter(config=config)
+
+
+def _budget(args: Any) -> JSON:
+    return {} if args.budget is None else {"budget_usd": args.budget}
 
 
 def _is_interactive() -> bool:
@@ -8336,6 +8562,8 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     _opt("-a --attach FILE", "a text, image, PDF or URL, - for stdin; several times", **_SEVERAL),
     _opt("-o --output FILE", "where a picture of the answer goes"),
     *_TALK_OPTIONS,
+    _opt("--schema FILE", "answer in JSON by a schema: a file, or the schema itself"),
+    _opt("--web", "search the web first (OpenAI's models)"),
     _opt("--no-stream", "print the answer when it is whole"),
     _opt("--no-fallback", "only the model that was asked"),
     _opt("--json", "one JSON object with everything"),
@@ -8355,7 +8583,10 @@ def cmd_ask(args: Any) -> int:
             return 2
         talk = _conversation(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-        options["fallback"], whole = not args.no_fallback, args.json or args.no_stream
+        options |= {"fallback": not args.no_fallback, "web_search": args.web}
+        if args.schema:
+            options["returns"] = _schema_from(args.schema)
+        whole = args.json or args.no_stream
         reply = _answer(client, talk, message, options, whole)
         if whole:
             _report(args, _reply_report(reply), [str(reply)] if reply.text else [])
@@ -8364,6 +8595,16 @@ def cmd_ask(args: Any) -> int:
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
     return 0
+
+
+def _schema_from(source: str) -> JSON:
+    text = source if source.lstrip().startswith("{") else _bytes_of(source, "file")[0]
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"The schema is not JSON ({error})", hint="Correct it.") from None
+    _require(isinstance(schema, dict), "The schema", schema, 'Write {"type": "object", …}.')
+    return dict(schema)
 
 
 def _save_images(reply: Reply, output: str | None = None) -> None:
@@ -9197,15 +9438,16 @@ def cmd_cache(args: Any) -> None:
     _opt("--allow-origin ORIGIN", "a web origin whose pages may call; several times", **_SEVERAL),
     _opt("--allow-host NAME", "a name of this host, as behind a proxy; several times", **_SEVERAL),
     _opt("--max-connections N", "more get 503 (%(default)s)", type=_COUNT, default=MAX_CONNECTIONS),
+    _BUDGET_OPTION,
 )
 def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
     if args.mcp:
-        serve_mcp(_client)
+        serve_mcp(partial(_client, **_budget(args)))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     key = args.api_key or os.environ.get("PUTER_SERVER_API_KEY") or None
-    with _client() as client:
+    with _client(**_budget(args)) as client:
         if args.log:
             _show_log(logging.INFO)
         more = (args.allow_origin, args.max_connections, args.allow_host)
@@ -9663,6 +9905,7 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     _opt("--small MODEL", "for small tasks (default: the same)"),
     _FREE_FLAG,
     _opt("--mcp", "give it our MCP server as well"),
+    _BUDGET_OPTION,
     epilog="Arguments of the program go behind --.",
 )
 def cmd_launch(args: Any) -> int:
@@ -9680,7 +9923,7 @@ def cmd_launch(args: Any) -> int:
     if args.mcp and not program.uses_tools:
         _error(f"{args.program} cannot use MCP servers. Leave out --mcp.")
         return 2
-    config = Config.load()
+    config = Config.load(**_budget(args))
     with _LaunchClient(config, args.free) as client:
         if not client.accounts:
             _signed_in(client, client.whoami)

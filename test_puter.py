@@ -3586,7 +3586,7 @@ SETTING_NAMES = re.findall(
     retry_delay_ms cache_ttl_ms cache_enabled cache_max_entries cache_directory metrics_enabled
     metrics_max_samples metrics_file fallback_enabled fallback_models fallback_cooldown_ms
     account_rotation_enabled account_rotation_strategy account_rotation_cooldown_ms
-    default_model api_style openai_api_key stream_tools max_concurrent
+    default_model api_style openai_api_key stream_tools max_concurrent budget_usd
     """,
 )
 HUGE = "9" * 5_000
@@ -11920,8 +11920,11 @@ class TestMessagesDialect:
             ({"stop_sequences": [5]}, "stop"),
             *(({"tools": wrong}, "tools") for wrong in ([{"name": 5}], 5)),
             *(
-                ({"tools": [SEARCH], "tool_choice": wrong}, "tool_choice")
-                for wrong in ("auto", typed("tool", name="web_search"))
+                (
+                    {"tools": [{"type": "web_fetch_1", "name": "get"}], "tool_choice": wrong},
+                    "tool_choice",
+                )
+                for wrong in ("auto", typed("tool", name="get"))
             ),
         ],
     )
@@ -15738,6 +15741,310 @@ class TestFiles:
 
 
 # =============================================================================
+# 9. Puter: typed answers
+# =============================================================================
+
+
+@dataclass
+class Person:
+    name: str
+    age: int
+    tags: list[str] = field(default_factory=list)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Place(TypedDict):
+    city: str
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+NO_TOOLS = "allam-2-7b"
+TYPED_MODELS = [*MODEL_OF.values(), NO_TOOLS]
+
+
+def answers_in_form(model: str, *values: Any) -> list[Scenario]:
+    """What gives these values as the kind of provider of a model is asked for them."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    if model not in (CLAUDE, HAIKU, GPT):
+        return [says(text) for text in texts]
+    calls = [tool_call("call_1", "final_answer", text) for text in texts]
+    return [says("", calls=(call,), finish="tool_calls") for call in calls]
+
+
+class TestTypedAnswers:
+    """`returns`: what a model is asked for, and what becomes of its answer."""
+
+    @pytest.mark.parametrize("model", TYPED_MODELS)
+    @pytest.mark.parametrize(
+        ("kind", "given", "want"),
+        [
+            (Person, {"name": "Al", "age": 3}, Person("Al", 3)),
+            (Place, {"city": "Rome"}, {"city": "Rome"}),
+            (Colour, {"value": "blue"}, Colour.BLUE),
+            (Literal["a", 1], {"value": 1}, 1),
+            (list[Person], {"value": [{"name": "Al", "age": 3}]}, [Person("Al", 3)]),
+            (int, {"value": 7}, 7),
+            (bool, {"value": False}, False),
+            (CITY, {"city": "Rome"}, {"city": "Rome"}),
+            ({"type": "array", "items": CITY}, {"value": [{"city": "Rome"}]}, [{"city": "Rome"}]),
+        ],
+    )
+    def test_each_provider(self, make, fake, model, kind, given, want):
+        """The value is what the hint says; `text` is its JSON, and no call is left over."""
+        fake.script[model] = answers_in_form(model, given)
+        reply = make().chat("Who?", model=model, returns=kind)
+        assert (reply.value, reply.tool_calls, reply.finish_reason) == (want, (), "stop")
+        assert json.loads(reply.text) == given.get("value", given)
+        (sent,) = fake.sent
+        text = json.dumps(sent)
+        if model == CODEX:
+            assert sent["text"]["format"]["type"] == "json_schema"
+        elif model in (CLAUDE, GPT):
+            assert len(sent["tools"]) == 1 and "calling the function final_answer" in text
+        else:  # the catalogue does not say that they take tools
+            assert "JSON schema" in text and not sent.get("tools")
+
+    @pytest.mark.parametrize("model", TYPED_MODELS)
+    @pytest.mark.parametrize("wrong", [{"name": "Al", "age": "old"}, {"name": "Al"}, "I cannot."])
+    def test_what_does_not_fit_is_told_once(self, make, fake, model, wrong):
+        """The model reads what was wrong; the costs of both answers are added up."""
+        fake.script[model] = answers_in_form(model, wrong, {"name": "Al", "age": 3})
+        reply = make().chat("Who?", model=model, returns=Person)
+        assert reply.value == Person("Al", 3) and len(reply.attempts) == 2
+        first, second = fake.sent
+        assert "That is not what was asked for: the answer" in json.dumps(second)
+        assert "That is not" not in json.dumps(first)
+
+    @pytest.mark.parametrize("method", ["chat", "stream"])
+    def test_then_it_is_an_error(self, make, fake, method):
+        """With the reply, which was paid for, on it."""
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": 2})
+        with pytest.raises(puter.ReplyError, match="does not fit `returns`: the answer") as caught:
+            getattr(make(), method)("Who?", model=HAIKU, returns=Person)
+        assert caught.value.reply.tool_calls and caught.value.raw == '{"name": 2}'
+        assert len(fake.sent) == 2
+
+    def test_a_cut_answer_is_not_asked_for_again(self, make, fake):
+        fake.script[NO_TOOLS] = [says('{"na', finish="length")]
+        with pytest.raises(puter.ReplyError, match="not JSON"):
+            make().chat("Who?", model=NO_TOOLS, returns=Person)
+        assert len(fake.sent) == 1
+
+    def test_stream(self, make, fake):
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": "Al", "age": 3})
+        with make().stream("Who?", model=HAIKU, returns=Person) as stream:
+            text = "".join(map(str, stream))
+        assert stream.reply.value == Person("Al", 3)
+        assert json.loads(text) == {"name": "Al", "age": 3}
+
+    def test_with_functions(self, make, fake):
+        """Functions are called first; the last answer has the value."""
+
+        def weather(city: str) -> str:
+            return "sunny in " + city
+
+        turns = [
+            says(
+                "", calls=(tool_call("call_1", "weather", '{"city": "Rome"}'),), finish="tool_calls"
+            )
+        ]
+        fake.script[HAIKU] = turns + answers_in_form(HAIKU, {"city": "Rome"})
+        client = make()
+        reply = client.run("Where?", [weather], model=HAIKU, returns=Place)
+        assert reply.value == {"city": "Rome"}
+        fake.script[HAIKU] = turns
+        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=Place)
+        assert (calls.tool_calls[0].name, calls.value) == ("weather", None)
+
+    def test_conversation(self, make, fake):
+        """The history has the JSON as the assistant's text, whichever way it came."""
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        talk = make().conversation(model=HAIKU, returns=Place)
+        assert talk.say("Where?").value == {"city": "Rome"}
+        assert talk.messages[-1]["content"] == '{"city": "Rome"}'
+        assert "returns" not in talk.to_json()["options"]
+
+    def test_cached(self, make, fake):
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        one = make(cache_enabled=True)
+        values = [one.chat("Where?", model=HAIKU, returns=Place).value for _ in range(2)]
+        assert values == [{"city": "Rome"}] * 2 and len(fake.sent) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "words"),
+        [(object, "returns is of type"), (dict[int, str], "which a model cannot give")],
+    )
+    def test_unknown_types(self, make, kind, words):
+        with pytest.raises(puter.BadRequestError, match=words):
+            make().chat("Who?", returns=kind)
+
+    def test_two_forms(self, make):
+        with pytest.raises(puter.BadRequestError, match="response_format and `returns`"):
+            make().chat("Who?", returns=int, response_format={"type": "json_object"})
+
+    @pytest.mark.parametrize(
+        ("schema", "value", "fits"),
+        [
+            ({"type": "integer"}, 1, True),
+            ({"type": "integer"}, 1.5, False),
+            ({"type": "number"}, 1, True),
+            ({"type": "integer"}, True, False),
+            ({"type": ["string", "null"]}, None, True),
+            ({"enum": ["a", 2]}, "b", False),
+            ({"const": 2}, 2, True),
+            ({"anyOf": [{"type": "string"}, CITY]}, {"city": "a"}, True),
+            ({"anyOf": [{"type": "string"}, CITY]}, {"town": "a"}, False),
+            ({"type": "array", "items": {"type": "string"}}, ["a", 1], False),
+            ({"type": "array"}, {}, False),
+            (CITY, {"city": 1}, False),
+            (CITY, {"city": "a", "more": 1}, True),
+            ({**CITY, "additionalProperties": False}, {"city": "a", "more": 1}, False),
+            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": 1}, False),
+            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": "a"}, True),
+            ({}, [1], True),
+        ],
+    )
+    def test_schemas(self, schema, value, fits):
+        """A schema of the caller's is checked for what models get wrong."""
+        read = puter.returns_of(schema).read
+        if fits:
+            assert read(value, "it") == value
+        else:
+            with pytest.raises(TypeError, match="it"):
+                read(value, "it")
+
+
+# =============================================================================
+# 9. Puter: web search, and the budget
+# =============================================================================
+WEB = {"type": "web_search"}
+
+
+class TestWebSearch:
+    """`web_search`: the tool that OpenAI's models run themselves."""
+
+    @pytest.mark.parametrize("model", [GPT, CODEX])
+    def test_python(self, make, fake, model):
+        """At chat models as well, Puter asks the Responses API then: the form is that one's."""
+        make().chat("News?", model=model, web_search=True, images=PNG)
+        assert fake.sent[-1]["tools"] == [WEB]
+        assert [part["type"] for part in fake.sent[-1]["input"][0]["content"]] == [
+            "input_text",
+            "input_image",
+        ]
+
+    @pytest.mark.parametrize("model", [HAIKU, lab("text"), "allam-2-7b"])
+    def test_models_that_cannot(self, make, fake, model):
+        with pytest.raises(puter.BadRequestError, match="does not search the web") as caught:
+            make().chat("News?", model=model, web_search=True)
+        assert GPT in caught.value.hint and not fake.chat_calls()
+
+    def test_with_functions(self, make, fake):
+        make().chat("News?", model=CODEX, web_search=True, tools=[get_weather])
+        assert [tool["type"] for tool in fake.sent[-1]["tools"]] == ["function", "web_search"]
+
+    def test_command(self, signed_in):
+        done = run_cli(signed_in, "ask", "News?", "--web", "-m", GPT)
+        assert (done.returncode, done.stdout) == (0, f"{SENTENCE}\n")
+        assert signed_in.sent[-1]["tools"] == [WEB]
+        done = run_cli(signed_in, "ask", "News?", "--web", "-m", HAIKU)
+        assert done.returncode == 1 and f"Models that do: {CODEX}, {GPT}" in done.stderr
+
+    @pytest.mark.parametrize("model", [GPT, CODEX])
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [{**WEB, "search_context_size": "low"}]}),
+            ("chat/completions", {"messages": HI, "web_search_options": {"search_context_size": "low"}}),
+            ("responses", {"input": "hi", "tools": [{"type": "web_search_preview"}], "tool_choice": "required"}),
+            ("responses", {"input": "hi", "tools": [WEB, flat_tool("f")]}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("tool", name="web_search")}),
+        ],
+    )  # fmt: skip
+    def test_gateway(self, server, fake, path, more, model):
+        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
+        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
+        searches = [tool for tool in fake.sent[-1]["tools"] if tool["type"] == "web_search"]
+        wants_little = "low" in json.dumps(more)
+        assert searches == [{**WEB, "search_context_size": "low"} if wants_little else WEB]
+
+    @pytest.mark.parametrize(
+        ("path", "more", "status"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [WEB]}, 400),
+            ("chat/completions", {"messages": HI, "web_search_options": {}}, 400),
+            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "required"}, 200),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}, 200),
+        ],
+    )
+    def test_gateway_models_that_cannot(self, server, fake, path, more, status):
+        """Agents go on with the words; nobody was asked."""
+        answer = requests.post(f"{server.url}/{path}", json={"model": HAIKU, **more}, timeout=5)
+        assert answer.status_code == status and GPT in answer.text and CODEX in answer.text
+        assert not fake.sent
+
+    def test_gateway_an_offer_among_others(self, server, fake):
+        """A model that cannot search gets the other tools, as before."""
+        tools = [SEARCH, {"name": "f", "input_schema": {"type": "object"}}]
+        body = {"model": HAIKU, "messages": HI, "max_tokens": 9, "tools": tools}
+        assert requests.post(f"{server.url}/messages", json=body, timeout=5).status_code == 200
+        assert [tool["name"] for tool in fake.sent[-1]["tools"]] == ["f"]
+
+
+class TestBudget:
+    """`budget_usd`: what a client may spend."""
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_it_stops(self, make, fake, how):
+        """The call that goes beyond it is answered, the next one is not; free ones go on."""
+        client = make(budget_usd=0.000001)
+        assert ask(client, how, GPT).usage.cost_usd > 0.000001
+        with pytest.raises(
+            puter.BudgetError, match=r"budget of \$1e-06 is spent .*gpt-4o costs"
+        ) as caught:
+            ask(client, how, GPT)
+        assert (caught.value.http_status, len(fake.sent)) == (402, 1)
+        assert ask(client, how, f"openrouter:{PAID_AND_FREE[0]}:free").text
+
+    def test_a_paid_fallback_is_not_begun(self, make, fake):
+        """The first error is the one to know."""
+        fake.script["allam-2-7b"] = "internal"
+        client = make(budget_usd=0, fallback_models=[GPT], max_retries=0, retry_delay_ms=0)
+        with pytest.raises(puter.PuterError) as caught:
+            client.chat("hi", model="allam-2-7b")
+        assert not isinstance(caught.value, puter.BudgetError)
+        assert all(one.model != GPT for one in caught.value.attempts)
+
+    @pytest.mark.parametrize(
+        ("path", "more", "kind"),
+        [
+            ("chat/completions", {"messages": HI}, "insufficient_quota"),
+            ("responses", {"input": "hi"}, "insufficient_quota"),
+            ("messages", {"messages": HI, "max_tokens": 9}, "billing_error"),
+        ],
+    )
+    def test_gateway(self, make, serve, path, more, kind):
+        server = serve(make(budget_usd=0))
+        answer = requests.post(f"{server.url}/{path}", json={"model": GPT, **more}, timeout=5)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (402, "false")
+        assert answer.json()["error"]["type"] == kind and "Stop here" in answer.text
+
+    @pytest.mark.parametrize("text", ["0.1", "-1", "much", "nan", "true"])
+    def test_setting(self, make, monkeypatch, text):
+        monkeypatch.setenv("PUTER_BUDGET_USD", text)
+        if text == "0.1":
+            assert make().config.budget_usd == 0.1
+            return
+        with pytest.raises(puter.ConfigError, match="budget_usd is .* a number from 0 to"):
+            make()
+
+
+# =============================================================================
 # The four kinds of provider, and the gate before them
 # =============================================================================
 def history_of(body: JSON) -> list[JSON]:
@@ -18790,7 +19097,7 @@ class TestReadme:
             if spec.name == "fallback_models":
                 shown = "18 free models"
             assert default == shown
-            if spec.type == "int":
+            if spec.type in ("int", "float | None"):
                 assert allowed == "{:,} to {:,}".format(*spec.metadata["allowed"])
             elif choices := spec.metadata["allowed"]:
                 assert all(f'`"{choice}"`' in allowed for choice in choices)
