@@ -2542,7 +2542,11 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if other := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
         return type_of(other)
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
-        return hint.model_json_schema(), partial(_read_model, hint)
+        try:
+            whole = hint.model_json_schema()
+            return _inlined(whole, whole.get("$defs", {})), partial(_read_model, hint)
+        except RecursionError:
+            raise BadRequestError(f"{where} is of a recursive type, {hint!r}") from None
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
         return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
@@ -2572,6 +2576,17 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     hints = typing.get_type_hints(hint, include_extras=True)
     made = {name: schema_and_reader(h, f"{where}.{name}", outer) for name, h in hints.items()}
     return _object_type(dict, made, [name for name in hints if name in hint.__required_keys__])
+
+
+def _inlined(schema: Any, definitions: JSON) -> Any:
+    """A schema with definitions in the place of references to them, fit to stand in another."""
+    if isinstance(schema, list):
+        return [_inlined(one, definitions) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(one, definitions) for key, one in schema.items() if key != "$defs"}
 
 
 def _read_model(model: Any, value: Any, where: str) -> Any:
@@ -2799,6 +2814,9 @@ def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
     properties = schema.get("properties") or {}
     is_closed = schema.get("additionalProperties") is False
     ok &= {*schema.get("required", ())} <= members.keys() or not isinstance(value, dict)
+    size = len(value) if isinstance(value, list) else value if _is_number(value) else None
+    least, most = (schema.get(f"{end}Items", schema.get(f"{end}imum")) for end in ("min", "max"))
+    ok &= size is None or (least is None or size >= least) and (most is None or size <= most)
     if not ok or (is_closed and not members.keys() <= properties.keys()):
         raise _misfit(value, where, dict(schema))
     for name, one in members.items():
@@ -8784,7 +8802,9 @@ def _reply_report(reply: Reply) -> JSON:
     for one in reply.attempts:
         result = {"error": one.error and one.error.message, "seconds": round(one.seconds, 3)}
         attempts.append({"model": one.model, "account": one.account, **result})
-    return {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
+    value = {} if reply.value is None else {"value": reply.value}
+    cost = {"cost_usd": reply.usage.cost_usd, **value}
+    return {**reply_to_json(reply), **cost, "attempts": attempts}
 
 
 def _usage_words(usages: Iterable[Usage]) -> str:

@@ -15900,6 +15900,9 @@ class TestTypedAnswers:
             ({"anyOf": [{"type": "string"}, CITY]}, {"town": "a"}, False),
             ({"type": "array", "items": {"type": "string"}}, ["a", 1], False),
             ({"type": "array"}, {}, False),
+            ({"type": "array", "minItems": 1}, [], False),
+            ({"type": "number", "minimum": 1, "maximum": 2}, 3, False),
+            ({"type": "number", "minimum": 1, "maximum": 2}, 1.5, True),
             (CITY, {"city": 1}, False),
             (CITY, {"city": "a", "more": 1}, True),
             ({**CITY, "additionalProperties": False}, {"city": "a", "more": 1}, False),
@@ -15916,6 +15919,28 @@ class TestTypedAnswers:
         else:
             with pytest.raises(TypeError, match="it"):
                 read(value, "it")
+
+    @pytest.mark.parametrize("how", ["text", "file", "json"])
+    def test_command(self, signed_in, tmp_path, how):
+        """`ask --schema` prints the JSON alone."""
+        signed_in.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        schema = json.dumps(CITY)
+        if how == "file":
+            (tmp_path / "city.json").write_text(schema)
+            schema = str(tmp_path / "city.json")
+        more = ["--json"] if how == "json" else []
+        done = run_cli(signed_in, "ask", "Where?", "--schema", schema, "-m", HAIKU, *more)
+        printed = json.loads(done.stdout)
+        assert done.returncode == 0
+        assert (printed["value"] if more else printed) == {"city": "Rome"}
+
+    @pytest.mark.parametrize(
+        ("schema", "words"),
+        [("{", "not JSON"), ("/no/where.json", "cannot be read"), ("README.md", "not JSON")],
+    )
+    def test_command_without_a_schema(self, signed_in, schema, words):
+        done = run_cli(signed_in, "ask", "Where?", "--schema", schema)
+        assert done.returncode == 1 and words in done.stderr and not signed_in.sent
 
 
 # =============================================================================
@@ -18415,6 +18440,19 @@ class TestToolsOfEveryKind:
         with pytest.raises(TypeError, match="does not fit"):
             read_as({"days": 1}, Trip, "trip")
         assert json.loads(puter.tool_result_text(Trip(city="Rome"))) == {"city": "Rome", "days": 1}
+
+    def test_pydantic_s_models_in_one_another(self):
+        """A schema that stands in another one has no definitions of its own."""
+        from pydantic import create_model
+
+        stop: Any = create_model("Stop", city=(str, ...))
+        trip: Any = create_model("Trip", stops=(list[stop], ...))
+        items = schema_of(list[trip])["items"]["properties"]["stops"]["items"]
+        assert items["properties"]["city"]["type"] == "string"
+        loop: Any = create_model("Loop", more=("list[Loop]", ...))
+        loop.model_rebuild(_types_namespace={"Loop": loop})
+        with pytest.raises(puter.BadRequestError, match="recursive"):
+            schema_of(loop)
 
     def test_numpy_s_docstrings(self):
         def far(city: str, days: int = 1) -> str:
