@@ -8541,7 +8541,7 @@ def _answer(
 ) -> Reply:
     def ask() -> Reply:
         with closing(_Spinner(client.config.quiet_mode)) as spinner:
-            client._on_wait = partial(setattr, spinner, "reason")
+            client._on_wait = spinner.wait
             if whole:
                 return talk.say(message, **options)
             _print_stream(talk.stream(message, **options), spinner)
@@ -8579,10 +8579,15 @@ class _Spinner(threading.Thread):
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(daemon=True)
-        self.reason = ""
+        self._reason, self._until = "", 0.0
         self._over = threading.Event()
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self.start()
+
+    def wait(self, why: str) -> None:
+        """Show why, for the seconds that it ends with: "limited, next try in 7 s"."""
+        wait_s = sum(map(int, re.findall(r"\d+(?= s$)", why)))
+        self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
         """Wipe it off the line; more than once is fine."""
@@ -8595,7 +8600,8 @@ class _Spinner(threading.Thread):
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
             sys.stderr.write(_WIPE)
-            reason = self.reason or ("no answer yet" if seconds > 10 else "")
+            reason = "no answer yet" if seconds > 10 else ""
+            reason = self._reason if time.monotonic() < self._until else reason
             words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
             _info(_cut(words.rstrip(), _columns() - 1), dim=True, end="")
         sys.stderr.write(_WIPE)
@@ -9045,7 +9051,7 @@ def cmd_status(args: Any) -> int:
         if args.check:
             checks = list(_checks(client))
             bad, good = ("✗ ", "✓ ") if _has_style(sys.stdout) else ("FAIL  ", "ok    ")
-            marks = ((bad, "red"), (good, "green"))
+            marks = {False: (bad, "red"), True: (good, "green")}
             lines = ([marks[fine], (text, "")] for fine, text in checks)
             _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
             return 0 if all(fine for fine, _ in checks) else 1

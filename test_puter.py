@@ -18109,6 +18109,16 @@ class TestEveryday:
             assert terminal.end() == 0
 
     @posix_only
+    def test_a_wait_that_is_over_is_not_the_reason(self, desk):
+        fail = refusing(429, "too_many_requests")
+        desk.script[lab("text")] = [lambda *_: fail, "hang"]
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", columns=30) as terminal:
+            terminal.expect(" s Rate limited (429), ne…")
+            terminal.expect(" s\x1b[0m")
+            terminal.send("\x03")
+            assert terminal.end() == 130
+
+    @posix_only
     def test_pasted_lines_are_one_message(self, desk):
         with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
             terminal.expect("> ")
