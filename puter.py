@@ -837,7 +837,8 @@ class ModelStats:
     """How a model has done here: counts of all calls, times of the latest ones.
 
     Times are in seconds: `p50_s` and `p95_s` of whole replies, `first_s` the median to the
-    first token. `failures` counts by the error's code. None is "not known".
+    first token, `times` the latest, the oldest first. `failures` counts by the error's code.
+    None is "not known".
     """
 
     model: str
@@ -849,6 +850,7 @@ class ModelStats:
     first_s: float | None = None
     tokens_per_s: float | None = None
     cost_usd: float = 0.0
+    times: tuple[float, ...] = ()
 
 
 # ======================================================================================
@@ -3804,6 +3806,7 @@ def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> Model
         first_s=percentile([s[1] for s in samples if s[1] is not None], 50),
         tokens_per_s=sum(t for t, _ in timed) / seconds if seconds else None,
         cost_usd=sum(cost for *_, cost in totals),
+        times=tuple(s[0] for s in samples[:16])[::-1],
     )
 
 
@@ -8330,7 +8333,12 @@ _EXAMPLES = """examples:
   cat log | python -m puter ask "What broke?"  with text from a pipe
   python -m puter models --free                models that cost nothing
 """
+_NAME_RULE = """A single word behind -c is a name if one argument follows (-c NAME "question")
+or there is a conversation of this name; all else is the question (-c "question").
+"""
 CONVERSATION_NAME = "conversation.json"
+CONVERSATIONS_FOLDER = "conversations"
+_TALK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
@@ -8350,7 +8358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _info("")
         return 130
     except PuterError as error:
-        _error(str(error))
+        _error(error)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -8472,6 +8480,8 @@ _JSON_FLAG = _opt("--json", "as JSON")
 _MODEL_OPTION = _opt("-m --model MODEL", "a model's id or alias")
 _FREE_FLAG = _opt("--free", "only models that cost nothing")
 _BUDGET_OPTION = _opt("--budget USD", "stop when so much is spent", type=_number(float, 0, 10**6))
+# None without it, "" without a name; argparse gives a const that is a text to `type`
+_NAMED: JSON = {"dest": "continue_", "nargs": "?", "const": ()}
 # What `ask` and `chat` share.
 _TALK_OPTIONS = (
     _MODEL_OPTION,
@@ -8479,7 +8489,7 @@ _TALK_OPTIONS = (
     _opt("--max-tokens N", "longest answer, in tokens", type=_COUNT),
     _opt("--temperature T", "0 (sober) to 2", type=_number(float, 0, 2)),
     [
-        _opt("-c --continue", "go on with the last conversation", dest="continue_"),
+        _opt("-c --continue NAME", "go on with this conversation, or the last", **_NAMED),
         _opt("-n --new", "begin a new one (the default)"),
     ],
 )
@@ -8491,32 +8501,47 @@ _MODEL_CHOICE = (
 )
 
 
-def _error(text: str) -> None:
-    _info(f"error: {' '.join(line.strip() for line in text.splitlines())}")
+_WIPE = "\r\x1b[K"  # empties the line of a terminal
+# What makes a style on a terminal.
+_STYLES = {"bold": "1", "dim": "2", "head": "2;4", "red": "31", "green": "32"}
+# A text, or (text, style) for each piece of it; "" is no style.
+_Line = str | Sequence[tuple[str, str]]
 
 
-def _info(text: str, dim: bool = False, end: str = "\n") -> None:
+def _has_style(output: Any) -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return output.isatty() and not plain
+
+
+def _shown(text: str, style: str, output: Any) -> str:
+    """A text as this output gets it: no control character of it reaches a terminal."""
+    text = visible(text) if output.isatty() else text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and _has_style(output) else text
+
+
+def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
+    pieces = [(line, style)] if isinstance(line, str) else line
+    output = output or sys.stdout
+    shown = "".join(_shown(*piece, output) for piece in pieces)
+    print(shown, end=end, file=output, flush=True)
+    _StderrHandler.is_line_open = not (pieces[-1][0] + end).endswith("\n")
+
+
+def _info(line: _Line, dim: bool = False, end: str = "\n") -> None:
     """A line for the person, on stderr; `dim` for what is beside the point."""
     with suppress(BrokenPipeError):  # nobody listens there
-        print(_shown(text, sys.stderr, dim), end=end, file=sys.stderr, flush=True)
-    _StderrHandler.is_line_open = not (text + end).endswith("\n")
+        _print(line, end, sys.stderr, "dim" if dim else "")
 
 
-def _shown(text: str, output: Any, dim: bool = False) -> str:
-    """A text as this output gets it: no control character of it reaches a terminal."""
-    if not output.isatty():
-        return text
-    text = visible(text)
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return f"\x1b[2m{text}\x1b[0m" if dim and not plain else text
+def _error(error: PuterError | str) -> None:
+    """One line on stderr; on a terminal the hint, with which an error ends, has its own."""
+    text, hint = str(error), getattr(error, "hint", "")
+    parts = (text[: text.rindex(hint)], text[text.rindex(hint) :])
+    lines = (" ".join(map(str.strip, part.splitlines())) for part in parts if part)
+    _info([("error:", "red"), (" " + ("\n" if sys.stderr.isatty() else " ").join(lines), "")])
 
 
-def _print(text: str, end: str = "\n") -> None:
-    print(_shown(text, sys.stdout), end=end, flush=True)
-    _StderrHandler.is_line_open = not (text + end).endswith("\n")
-
-
-def _report(args: Any, data: Any, lines: Iterable[str]) -> None:
+def _report(args: Any, data: Any, lines: Iterable[_Line]) -> None:
     """A result on stdout: JSON for programs (--json), else lines for people."""
     if args.json:
         print(json.dumps(data, ensure_ascii=False))
@@ -8586,19 +8611,19 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     _opt("--no-fallback", "only the model that was asked"),
     _opt("--json", "one JSON object with everything"),
     _opt("--usage", "tokens and cost, on stderr"),
-    epilog=_EXAMPLES,
+    epilog=f"{_NAME_RULE}\n{_EXAMPLES}",
 )
-def cmd_ask(args: Any) -> int:
+def cmd_ask(args: Any) -> None:
     """Ask a model; a pipe's text joins the prompt."""
-    prompt = " ".join(args.prompt)
+    prompt = _prompt_of(args)
     wants_stdin = "-" not in args.attach and (prompt == "-" or not sys.stdin.isatty())
     piped = _text_of_pipe(_read_stdin()).strip() if wants_stdin else ""
     text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
     with _client() as client:
         message = message_with(text, args.attach, client)
         if not text.strip() and not args.attach:
-            _error('There is nothing to ask. Try: python -m puter ask "Why is the sky blue?"')
-            return 2
+            hint = 'Try: python -m puter ask "Why is the sky blue?"'
+            raise ConfigError("There is nothing to ask", hint=hint)
         talk = _conversation(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         options |= {"fallback": not args.no_fallback, "web_search": args.web}
@@ -8612,7 +8637,6 @@ def cmd_ask(args: Any) -> int:
         _comment(client, talk.model, reply)
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
-    return 0
 
 
 def _schema_from(source: str) -> JSON:
@@ -8691,13 +8715,35 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
 
 
 class _SavedTalk(Conversation):
-    """A conversation that is kept in `path` for `--continue`."""
+    """A conversation that is saved for `--continue`; "" is the name of the last one."""
 
-    path: Path
-    # of the file when this process used it last
-    stamp: tuple[int, int, int] | None
     # one question may replace what others asked
     may_replace = False
+
+    def __init__(self, folder: Path, name: str = "", client: Puter | None = None) -> None:
+        super().__init__(client=client)
+        self.folder, self.name = folder, name
+        # of the file when this process used it last
+        self.stamp = _stamp_of(self.path)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        if not self.name:
+            return self.folder / CONVERSATION_NAME
+        return self.folder / CONVERSATIONS_FOLDER / f"{self.name}.json"
+
+    def read(self) -> None:
+        """Become what is saved; raises `StoreError` for a file that holds no conversation."""
+        try:
+            saved = Conversation.from_json(json.loads(self.path.read_text(encoding="utf-8")))
+            self.system, self.model = saved.system, saved.model
+            self.messages, self.options = saved.messages, saved.options
+            self.words("user")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"{self.path}: the conversation cannot be read ({error})"
+            hint = "Move the file away, or ask without --continue."
+            raise StoreError(problem, hint=hint) from error
 
     def save(self) -> None:
         """Save it, mode 0600; a failure is a warning, since the answer is there."""
@@ -8705,28 +8751,46 @@ class _SavedTalk(Conversation):
             with _locked(self.path) as target:
                 if not self.may_replace and _stamp_of(target) != self.stamp:
                     # another process has saved its own there meanwhile: both stay
-                    target = self.path = Path(_free_name(*os.path.splitext(target)))
-                    _info(f"Another conversation was saved meanwhile; this one is in {target}.")
+                    self.name = self.name or "other"
+                    self.path.parent.mkdir(0o700, exist_ok=True)
+                    target = Path(_free_name(*os.path.splitext(self.path)))
+                    self.name = target.stem
+                    other = "Another conversation was saved meanwhile"
+                    _info(f"{other}; this one is {self.name} now: -c {self.name} goes on with it.")
                 _write_private(target, json.dumps(self.to_json()).encode() + b"\n")
                 self.stamp = _stamp_of(target)
         except (OSError, TypeError, ValueError, StoreError) as error:
             _info(f"warning: The conversation could not be saved in {self.path} ({error}).")
 
+    def words(self, role: str) -> list[str]:
+        """What somebody said, each message on a line."""
+        texts = (text_of(m.get("content")) for m in self.messages if m.get("role") == role)
+        return [" ".join(text.split()) for text in texts]
+
+
+def _prompt_of(args: Any) -> str:
+    """The question; what follows -c may be its beginning, as the help of `ask` says."""
+    word = args.continue_ or ""
+    is_name = _TALK_NAME.fullmatch(word) and (
+        len(args.prompt) == 1 or _SavedTalk(config_dir(), word).stamp
+    )
+    if word and not is_name:
+        args.continue_, args.prompt = "", [word, *args.prompt]
+    return " ".join(args.prompt)
+
 
 def _conversation(args: Any, client: Puter) -> _SavedTalk:
-    path = client.config.folder / CONVERSATION_NAME
-    talk, stamp = _SavedTalk(client=client), _stamp_of(path)
-    try:
-        if args.continue_ and not path.exists():
-            _info("There is no conversation yet: this begins one.", dim=True)
-        elif args.continue_:
-            talk = _SavedTalk.from_json(json.loads(path.read_text(encoding="utf-8")), client)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"{path}: the last conversation cannot be read ({error})"
-        hint = "Move the file away, or ask without --continue."
-        raise StoreError(problem, hint=hint) from error
-    talk.path, talk.stamp = path, stamp
-    talk.may_replace = args.run is cmd_ask and not args.continue_
+    name = args.continue_ or ""
+    if name and not _TALK_NAME.fullmatch(name):
+        hint = "Use up to 64 letters, digits, dots, - and _."
+        raise ConfigError(f"{name!r} cannot be the name of a conversation", hint=hint)
+    talk = _SavedTalk(client.config.folder, name, client)
+    goes_on = args.continue_ is not None
+    if goes_on and talk.stamp:
+        talk.read()
+    elif goes_on:
+        _info(f"There is no conversation {name or 'yet'}: this begins one.", dim=True)
+    talk.may_replace = args.run is cmd_ask and not goes_on
     talk.model, talk.system = args.model or talk.model, args.system or talk.system
     return talk
 
@@ -8736,7 +8800,7 @@ def _answer(
 ) -> Reply:
     def ask() -> Reply:
         with closing(_Spinner(client.config.quiet_mode)) as spinner:
-            client._on_wait = partial(setattr, spinner, "reason")
+            client._on_wait = spinner.wait
             if whole:
                 return talk.say(message, **options)
             _print_stream(talk.stream(message, **options), spinner)
@@ -8774,10 +8838,15 @@ class _Spinner(threading.Thread):
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(daemon=True)
-        self.reason = ""
+        self._reason, self._until = "", 0.0
         self._over = threading.Event()
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self.start()
+
+    def wait(self, why: str) -> None:
+        """Show why, for the seconds that it ends with: "limited, next try in 7 s"."""
+        wait_s = sum(map(int, re.findall(r"\d+(?= s$)", why)))
+        self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
         """Wipe it off the line; more than once is fine."""
@@ -8789,11 +8858,12 @@ class _Spinner(threading.Thread):
         started = time.monotonic()
         while not self._over.wait(0.1):
             seconds = time.monotonic() - started
-            sys.stderr.write("\r\x1b[K")
-            reason = self.reason or ("no answer yet" if seconds > 10 else "")
+            sys.stderr.write(_WIPE)
+            reason = "no answer yet" if seconds > 10 else ""
+            reason = self._reason if time.monotonic() < self._until else reason
             words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
-            _info(words.rstrip(), dim=True, end="")
-        sys.stderr.write("\r\x1b[K")
+            _info(_cut(words.rstrip(), _columns() - 1), dim=True, end="")
+        sys.stderr.write(_WIPE)
         sys.stderr.flush()
 
 
@@ -8860,11 +8930,12 @@ class _Chat:
                 note = "(stopped; the answer is not saved, /retry asks again)"
                 self.say(text) if is_block else self.take(text)
             except EOFError:
-                if sys.stdin.isatty():
-                    _info("")  # the shell's prompt begins a line of its own
+                if sys.stdin.isatty() and sys.stderr.isatty():
+                    # the shell's prompt begins a line of its own; readline may have begun it
+                    _info("", end="\n" if os.environ.get("TERM") == "dumb" else _WIPE)
                 return
             except PuterError as error:
-                _error(str(error))
+                _error(error)
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
@@ -8923,12 +8994,25 @@ class _Chat:
             self.attached = []
         _info(f"With the next message goes: {', '.join(self.attached) or 'nothing'}")
 
+    def do_models(self, text: str) -> None:
+        """/models TEXT   the models with this in a name"""
+        found = matching_models(self.client.models(), text)
+        lines = [f"{m.id} (free)" if m.free else m.id for m in found[:20]]
+        lines += [f"and {len(found) - 20} more"] if len(found) > 20 else []
+        _info("\n".join(lines) or "No models match.")
+
+    def do_new(self, _: str) -> None:
+        """/new           begin a new conversation"""
+        old = self.talk
+        self.talk = _SavedTalk(old.folder, client=self.client)
+        self.talk.model, self.talk.system, self.unanswered = old.model, old.system, None
+        _info("A new conversation begins.")
+
     def do_retry(self, _: str) -> None:
         """/retry         ask the last message again"""
         everything, asked = self.talk.messages, self.unanswered or self._take_back()
         if asked is None:
-            _info("Nothing was asked yet.")
-            return
+            raise BadRequestError("Nothing was asked yet")
         try:
             self.ask(asked)
         except BaseException:
@@ -8938,8 +9022,7 @@ class _Chat:
     def do_undo(self, _: str) -> None:
         """/undo          forget the last message and its answer"""
         if self._take_back() is None:
-            _info("There is nothing to undo.")
-            return
+            raise BadRequestError("There is nothing to undo")
         self.talk.save()
         _info("The last message and its answer were removed.")
 
@@ -8952,8 +9035,7 @@ class _Chat:
     def do_save(self, name: str) -> None:
         """/save FILE     write the conversation (.json, else as text)"""
         if not name:
-            _info("Say where: /save FILE")
-            return
+            raise BadRequestError("Say where", hint="/save FILE")
         if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
@@ -9004,6 +9086,9 @@ def cmd_chat(args: Any) -> int:
             return 1 if chat.asked > chat.answered else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
+        for role, mark in (("user", "> "), ("assistant", "")):
+            for said in talk.words(role)[-1:]:
+                _info(mark + _cut(said, 200), dim=True)
         with _line_editing(chat):
             chat.run()
     return 0
@@ -9016,6 +9101,8 @@ def _read_message() -> tuple[str, bool]:
     """
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
     text = _read_line(prompt)
+    if "\n" in text.strip():  # it was pasted
+        return text.strip("\n"), True
     if not text.lstrip().startswith('"""'):
         with suppress(EOFError):
             while text.endswith("\\"):
@@ -9041,8 +9128,8 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
     readline.set_completer_delims(" ")
     readline.set_completer(chat.complete)
     readline.parse_and_bind("tab: complete")
-    # several pasted lines are one message
-    readline.parse_and_bind("set enable-bracketed-paste on")
+    if os.environ.get("TERM") != "dumb":  # several pasted lines are one message
+        readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(1_000)
     known = readline.get_current_history_length()
     try:
@@ -9053,6 +9140,31 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
             # what another chat has added meanwhile stays
             readline.append_history_file(readline.get_current_history_length() - known, path)
+
+
+@_command(_JSON_FLAG)
+def cmd_conversations(args: Any) -> None:
+    """List the conversations that `ask -c NAME` and `chat -c NAME` go on with."""
+    folder, rows = config_dir(), []
+    names = (path.stem for path in (folder / CONVERSATIONS_FOLDER).glob("*.json"))
+    for talk in (_SavedTalk(folder, name) for name in ("", *names)):
+        if not talk.stamp:
+            continue
+        try:
+            talk.read()
+        except StoreError as error:
+            _info(f"warning: {error}")
+            continue
+        said, at_ms = talk.words("user"), talk.stamp[0] // 1_000_000
+        row: JSON = {"name": talk.name or None, "saved_at_ms": at_ms, "turns": len(said)}
+        rows.append({**row, "model": talk.model, "first": said[0] if said else ""})
+    rows.sort(key=lambda row: -row["saved_at_ms"])
+    table = [("NAME", "WHEN", "TURNS", "MODEL", "BEGINS WITH")]
+    for row in rows:
+        whose = (row["name"] or "(the last)", _when(row["saved_at_ms"] / 1000), str(row["turns"]))
+        table.append((*whose, row["model"] or "(default)", _cut(row["first"], 60) or "-"))
+    nothing = ["There are no conversations yet."]
+    _report(args, rows, _table(table, "<<><<", (3,), cut=4) if rows else nothing)
 
 
 # accounts
@@ -9073,8 +9185,8 @@ def cmd_login(args: Any) -> int:
             return _import_accounts(client, args.file)
         if args.with_token:
             if not (token := _read_token()):
-                _error("No token came. Try: python -m puter login --with-token < FILE")
-                return 2
+                hint = "Try: python -m puter login --with-token < FILE"
+                raise ConfigError("No token came", hint=hint)
             try:
                 account = account_of(token, client.config)
             except AuthError as error:
@@ -9199,7 +9311,9 @@ def cmd_status(args: Any) -> int:
             return 0
         if args.check:
             checks = list(_checks(client))
-            lines = (f"{'ok  ' if fine else 'FAIL'}  {text}" for fine, text in checks)
+            bad, good = ("✗ ", "✓ ") if _has_style(sys.stdout) else ("FAIL  ", "ok    ")
+            marks = {False: (bad, "red"), True: (good, "green")}
+            lines = ([marks[fine], (text, "")] for fine, text in checks)
             _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
             return 0 if all(fine for fine, _ in checks) else 1
         report = _status_report(client, time.time())
@@ -9225,22 +9339,33 @@ def _status_report(client: Puter, now: float) -> JSON:
     return report
 
 
-def _status_lines(report: JSON, from_environment: bool) -> Iterator[str]:
+def _status_lines(report: JSON, from_environment: bool) -> Iterator[_Line]:
     if from_environment:
         yield "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
+    active, other = "●○" if _has_style(sys.stdout) else "* "
     for account in report["accounts"]:
         notes = ["temporary"] if account["temporary"] else []
         notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
-        used = time.localtime((account["last_used_ms"] or 0) / 1000)
-        day = time.strftime("%Y-%m-%d %H:%M", used) if account["last_used_ms"] else "never"
-        words = ", ".join([*notes, f"last used {day}"])
-        yield f"{'*' if account['active'] else ' '} {account['username']}  ({words})"
+        used = account["last_used_ms"]
+        notes.append(f"last used {_when(used / 1000) if used else 'never'}")
+        mark = (active, "green") if account["active"] else (other, "")
+        yield [mark, (f" {account['username']}", "bold"), (f"  ({', '.join(notes)})", "")]
     for cooldown in report["cooldowns"]:
         name, model = cooldown["account"], cooldown["model"]
         what = f"{model} on {name}" if model else name
         yield f"  cooldown: {what}, {cooldown['seconds_left']:.0f} s left ({cooldown['reason']})"
     if not report["accounts"] and not from_environment:
         yield _NOBODY
+
+
+def _when(at_s: float) -> str:
+    """A time as a date; on a terminal, within a month, how long ago it was."""
+    past_s = time.time() - at_s
+    if not _has_style(sys.stdout) or not 0 <= past_s < 30 * 86_400:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
+    units = ((86_400, "d"), (3_600, "h"), (60, "min"))
+    ago = (f"{past_s // size:.0f} {unit} ago" for size, unit in units if past_s >= size)
+    return next(ago, "just now")
 
 
 def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
@@ -9323,7 +9448,7 @@ def cmd_models(args: Any) -> None:
     models.sort(key=MODEL_SORTS[args.sort])
     rows: list[Any] = [("MODEL", "PROVIDER", "CONTEXT", "INPUT", "TOOLS", "$/M IN", "$/M OUT")]
     for m in models:
-        context, inputs = f"{m.context:,}" if m.context else "?", "+".join(m.inputs or "?")
+        context, inputs = _tokens(m.context) if m.context else "?", "+".join(m.inputs or "?")
         prices = ("free" if m.free else "?" if p is None else f"{p:g}" for p in _prices(m))
         tools = {True: "yes", False: "no", None: "?"}[m.tools]
         rows.append((m.id, m.provider, context, inputs, tools, *prices))
@@ -9333,20 +9458,51 @@ def cmd_models(args: Any) -> None:
         _info("No models match.")
 
 
-def _table(rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = ()) -> Iterator[str]:
-    """Rows of texts as lines with aligned columns (`<` or `>` a column).
+def _tokens(count: int) -> str:
+    """200,000; on a terminal 200K."""
+    if not _has_style(sys.stdout) or count < 1_000:
+        return f"{count:,}"
+    return f"{count / 1e6:.1f}M".replace(".0", "") if count >= 1e6 else f"{count / 1e3:.0f}K"
 
-    On a terminal that is too narrow the `spare` columns are left out, in that order.
+
+def _table(
+    rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = (), cut: int = 0
+) -> Iterator[_Line]:
+    """Rows of texts, the head first, as lines with aligned columns (`<` or `>` a column).
+
+    On a terminal that is too narrow, columns that say the same in all rows are left out and
+    named once, then the `spare` ones are left out, in that order; at last `cut` is shortened.
     """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    columns = list(range(len(widths)))
+    room = _columns() if sys.stdout.isatty() else sys.maxsize
+    same = [i for i in columns[1:] if len(rows) > 2 and len({row[i] for row in rows[1:]}) == 1]
+    for i in (*same, *spare):
+        if i in columns and sum(widths[c] + 2 for c in columns) - 2 > room:
+            columns.remove(i)
+            if i in same:
+                yield [(f"{rows[0][i]}: {rows[1][i]}", "dim")]
+    if cut:
+        over = sum(widths[c] + 2 for c in columns) - 2 - room
+        widths[cut] = min(widths[cut], max(widths[cut] - over, 8))
+    for row in rows:
+        cells = [f"{_cut(row[i], widths[i]):{sides[i]}{widths[i]}}" for i in columns]
+        cells[-1] = cells[-1].rstrip()
+        if row is rows[0]:
+            yield [("  ".join(cells), "head")]
+            continue
+        styles = ["bold", *("green" if row[i] == "free" else "" for i in columns[1:])]
+        yield [piece for one in zip(cells, styles) for piece in (("  ", ""), one)][1:]
+
+
+def _columns() -> int:
     import shutil
 
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    columns = list(range(len(widths)))
-    for column in spare if sys.stdout.isatty() else ():
-        if sum(widths[i] + 2 for i in columns) - 2 > shutil.get_terminal_size().columns:
-            columns.remove(column)
-    for row in rows:
-        yield "  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in columns).rstrip()
+    return shutil.get_terminal_size().columns
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 @_command(_opt("--all", "of all accounts"), _JSON_FLAG)
@@ -9362,16 +9518,18 @@ def cmd_usage(args: Any) -> int:
     return 1 if any(row["error"] for row in rows) else 0
 
 
-def _credit_lines(row: JSON) -> Iterator[str]:
-    yield f"{row['username']}: {credit_text(row)}"
+def _credit_lines(row: JSON) -> Iterator[_Line]:
+    yield [(row["username"], "bold"), (f": {credit_text(row)}", "")]
     if row["error"]:
         return
     left, whole, unit = row["remaining"], row["allowance"], row["unit"]
     share = min(max(left / whole if whole > 0 else 0.0, 0.0), 1.0)
     words = ((0.5, "plenty"), (0.2, "fair"), (0.0, "low"))
     word = next((word for least, word in words if share > least), "used up")
-    full = round(20 * share)
-    yield f"  [{'#' * full}{'.' * (20 - full)}] {100 * share:.0f}% ({word})"
+    full, styled = round(20 * share), _has_style(sys.stdout)
+    marks, most, least = ("█░", 6, 0.01) if styled else ("#.", 10, 0.0)
+    bar = (marks[0] * full + marks[1] * (20 - full), "green" if share > 0.2 else "red")
+    yield [("  [", ""), bar, (f"] {100 * share:.0f}% ({word})", "")]
     # each kind of token has a row of its own (recorded)
     costs: Any = Counter()
     calls: Counter[str] = Counter()
@@ -9380,12 +9538,14 @@ def _credit_lines(row: JSON) -> Iterator[str]:
         model = ":".join(parts[1:-1] if len(parts) > 2 else parts[:1])
         costs[model] += used["cost"]
         calls[model] = max(calls[model], used["count"])
-    dearest = [(name, cost) for name, cost in costs.most_common(10) if cost]
+    # on a terminal small change is not shown
+    least *= sum(costs.values())
+    dearest = [(name, cost) for name, cost in costs.most_common(most) if cost > least]
     if dearest:
         rows = [(f"  {name}", money(cost, unit), f"{calls[name]:,}") for name, cost in dearest]
         yield from _table([("  USED FOR", "COST", "CALLS"), *rows], "<>>")
-    if rest := len(costs) - len(dearest):
-        yield f"  and {rest} more"
+    if more := len(costs) - len(dearest):
+        yield f"  and {more} more"
 
 
 @_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
@@ -9401,23 +9561,32 @@ def cmd_stats(args: Any) -> None:
     _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model))
 
 
-def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[str]:
+def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Line]:
     if not stats:
         yield f"There are no statistics{f' of {model}' if model else ''} yet."
         return
-    rows = [("MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST")]
+    styled = _has_style(sys.stdout)
+    head = ("MODEL", "ASKED", "OK %" if styled else "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
+    rows = [(*head, *["TIMES"] * styled)]
     for one in stats:
-        p50, p95, first = (
-            "-" if t is None else f"{t:.2f}s" for t in (one.p50_s, one.p95_s, one.first_s)
-        )
+        times = ("-" if t is None else f"{t:.2f}s" for t in (one.p50_s, one.p95_s, one.first_s))
         speed = "-" if one.tokens_per_s is None else f"{one.tokens_per_s:.0f}"
-        counts, cost = (str(one.requests), str(one.successes)), f"${one.cost_usd:.4f}"
-        rows.append((one.model, *counts, p50, p95, first, speed, cost))
-    yield from _table(rows, "<>>>>>>>", (4, 5, 6, 3, 2))
+        # without those that were stopped
+        ended = one.successes + sum(one.failures.values())
+        rate = f"{100 * one.successes / ended:.0f}" if ended else "-"
+        counts = (str(one.requests), rate if styled else str(one.successes))
+        cells = (one.model, *counts, *times, speed, f"${one.cost_usd:.4f}")
+        rows.append((*cells, *[_sparkline(one.times)] * styled))
+    yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
+
+
+def _sparkline(times: Sequence[float]) -> str:
+    longest = max(times, default=0.0) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in times) or "-"
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -9869,7 +10038,7 @@ def cmd_config(args: Any) -> int:
             text = json.dumps(value, ensure_ascii=False)
             text = text if len(text) <= 60 else f"{text[:57]}..."
             table.append((name, text, config.sources[name]))
-        _report(args, data, _table(table, "<<<"))
+        _report(args, data, _table(table, "<<<", cut=1))
         if config.ignored:
             _info(f"Settings of the plugin that mean nothing here: {', '.join(config.ignored)}")
     elif args.what == "path":
@@ -9932,7 +10101,8 @@ def cmd_launch(args: Any) -> int:
     """Run a coding agent on this account; its exit code is ours."""
     if args.program is None:
         rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHED)]
-        _print("\n".join(_table(rows, "<<<")))
+        for line in _table(rows, "<<<"):
+            _print(line)
         return 0
     import shutil
 

@@ -16675,7 +16675,7 @@ class TestStats:
         assert (many.model, many.requests, many.successes) == ("many", 5, 3)
         assert (many.failures, many.cost_usd) == ({"late": 2}, 0.75)
         assert (many.p50_s, many.p95_s, many.first_s) == (4.0, 9.0, 1.0)
-        assert many.tokens_per_s == 5.0
+        assert many.tokens_per_s == 5.0 and many.times == (9.0, 2.0, 4.0)
         assert (few.model, few.p50_s, few.tokens_per_s) == ("few", None, None)
 
     @pytest.mark.parametrize(
@@ -16980,6 +16980,24 @@ def web(fake: FakePuter, path: str, reply: Raw) -> str:
     return fake.url + path
 
 
+def screen(fake: FakePuter, *argv: str, code: int = 0, **options: Any) -> list[str]:
+    """The lines of a command at a terminal, without styles."""
+    return plain(styled(fake, *argv, code=code, **options)).splitlines()
+
+
+def styled(fake: FakePuter, *argv: str, code: int = 0, **options: Any) -> str:
+    """What a command shows at a terminal, with the marks of styles."""
+    with at_terminal(fake, *argv, **options) as terminal:
+        assert terminal.end() == code
+    return terminal.shown.replace("\r\n", "\n").rpartition("\r\x1b[K")[2]
+
+
+def said_in(path: Path) -> list[str]:
+    """The questions of a saved conversation."""
+    messages = json.loads(path.read_text("utf-8"))["messages"]
+    return [m["content"] for m in messages if m["role"] == "user"]
+
+
 class TestAsk:
     """`ask` with attachments, conversations, and at a terminal."""
 
@@ -17049,16 +17067,106 @@ class TestAsk:
             terminal.expect("> ")
             assert run_cli(desk, "ask", "-c", "two").returncode == 0
             terminal.send("three\r")
-            terminal.expect("saved meanwhile")
+            terminal.expect("-c other goes on")
             terminal.say("four")
             terminal.expect("> ")
             terminal.send("\x04")
             assert terminal.end() == 0
-        asked = [
-            [m["content"] for m in json.loads(path.read_text("utf-8"))["messages"]][::2]
-            for path in sorted(home.glob("conversation*.json"))
-        ]
-        assert asked == [["one", "three", "four"], ["one", "two"]]
+        assert said_in(home / "conversation.json") == ["one", "two"]
+        assert said_in(home / "conversations" / "other.json") == ["one", "three", "four"]
+
+    def test_of_two_of_a_name_both_stay(self, desk, home):
+        with at_terminal(desk, "chat", "-m", lab("echo"), "-c", "work") as terminal:
+            terminal.expect("no conversation work")
+            terminal.expect("> ")
+            assert run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "two").returncode == 0
+            terminal.send("three\r")
+            terminal.expect("-c work-1 goes on")
+            terminal.say("four")
+            terminal.expect("> ")
+            terminal.send("\x04")
+            assert terminal.end() == 0
+        assert run_cli(desk, "ask", "-c", "work-1", "five").returncode == 0
+        assert said_in(home / "conversations" / "work.json") == ["two"]
+        assert said_in(home / "conversations" / "work-1.json") == ["three", "four", "five"]
+        assert not (home / "conversation.json").exists()
+
+    @pytest.mark.parametrize(
+        ("argv", "name", "question"),
+        [
+            (["-c", "work", "Why is it so?"], "work", "Why is it so?"),
+            (["Why is it so?", "-c", "work"], "work", "Why is it so?"),
+            (["-c", "new.1", "--no-stream", "Why?"], "new.1", "Why?"),
+            (["Why is it so?", "-c"], "", "Why is it so?"),
+            (["-c", "What else?"], "", "What else?"),
+            (["-c", "What"], "", "What"),
+            (["-c", "What", "else", "is", "there"], "", "What else is there"),
+            (["-c", "work"], "work", "piped"),
+            (["-c", "new", "-"], "new", "piped"),
+            (["-c", "../work", "what"], "", "../work what"),
+            (["-c", ".work", "what"], "", ".work what"),
+            (["-c", "--", "-5"], "", "-5"),
+        ],
+    )
+    def test_a_name_or_the_question(self, desk, home, argv, name, question):
+        for more in (["-c", "work"], []):
+            run_cli(desk, "ask", "-m", lab("echo"), *more, "before")
+        stdin = "piped" if question == "piped" else ""
+        done = run_cli(desk, "ask", "-m", lab("echo"), *argv, stdin=stdin)
+        assert (done.returncode, done.stdout) == (0, f"{question}\n")
+        assert ("no conversation new" in done.stderr) is name.startswith("new")
+        path = home / "conversations" / f"{name}.json" if name else home / "conversation.json"
+        assert said_in(path) == [*["before"] * (not name.startswith("new")), question]
+
+    @posix_only
+    def test_a_named_conversation_is_private(self, desk, home, tmp_path):
+        own = {"PUTER_CONFIG_DIR": str(tmp_path / "own"), "PUTER_AUTH_TOKEN": "token-alice"}
+        own |= {"PUTER_METRICS_ENABLED": "0"}
+        run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "hi", **own)
+        for path, mode in (
+            ("", 0o700),
+            ("conversations", 0o700),
+            ("conversations/work.json", 0o600),
+        ):
+            assert stat.S_IMODE((tmp_path / "own" / path).stat().st_mode) == mode
+
+    @pytest.mark.parametrize("name", ["a/b", "..", ".a", "a b", "é", "a" * 65, "-"])
+    def test_what_is_no_name(self, desk, home, name):
+        done = run_cli(desk, "chat", f"-c{name}", stdin="hi\n")
+        assert done.returncode == 2 and "cannot be the name of a conversation" in done.stderr
+        assert not chats(desk) and not (home / "conversations").exists()
+
+    def test_conversations(self, desk, home):
+        assert run_cli(desk, "conversations").stdout == "There are no conversations yet.\n"
+        assert run_cli(desk, "conversations", "--json").stdout == "[]\n"
+        run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "one\n  two")
+        run_cli(desk, "ask", "-c", "work", "three")
+        run_cli(desk, "ask", f"{'word ' * 20}")
+        os.utime(home / "conversations" / "work.json", (1e9, 1e9))
+        last, work = json.loads(run_cli(desk, "conversations", "--json").stdout)
+        same = {"name": "work", "saved_at_ms": 10**12, "turns": 2, "model": lab("echo")}
+        assert work == {**same, "first": "one two"}
+        assert (last["name"], last["model"], last["turns"]) == (None, None, 1)
+        (home / "conversations" / "broken.json").write_text("[")
+        done = run_cli(desk, "conversations")
+        assert done.returncode == 0 and done.stderr.startswith("warning: ")
+        assert done.stderr.count("\n") == 1 and "broken.json" in done.stderr
+        head, *rows = (re.split("  +", line) for line in done.stdout.splitlines())
+        assert head == ["NAME", "WHEN", "TURNS", "MODEL", "BEGINS WITH"]
+        assert [row[0] for row in rows] == ["(the last)", "work"]
+        assert rows[0][3:] == ["(default)", f"{('word ' * 12)[:59]}…"]
+        assert rows[1][1].startswith("2001-09-") and rows[1][2:] == ["2", lab("echo"), "one two"]
+
+    @needs_pty
+    def test_conversations_at_a_terminal(self, desk, home):
+        (home / "conversation.json").write_text(json.dumps({"messages": []}))
+        os.utime(home / "conversation.json", (time.time() - 7205,) * 2)
+        run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "word " * 20)
+        lines = screen(desk, "conversations", columns=50)
+        assert lines[0].split() == ["NAME", "WHEN", "TURNS", "BEGINS", "WITH"]
+        assert re.fullmatch(r"work +just now +1 +(word ?)+\w*…", lines[1])
+        assert re.fullmatch(r"\(the last\) +2 h ago +0 +-", lines[2])
+        assert max(map(len, lines)) <= 50
 
     def test_continue_without_any(self, desk, home):
         done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "one")
@@ -17339,6 +17447,33 @@ class TestChatCommand:
         assert 'parts: ["text", "image_url"]' in done.stdout
         assert sent(desk)[-1]["content"] == "three"
 
+    def test_new(self, desk, home):
+        argv = ["-c", "work", "-s", "Be brief"]
+        done = self.talk(desk, "one", "/new", "/retry", "two", "three", argv=argv)
+        assert "A new conversation begins." in done.stderr and "Nothing was asked" in done.stderr
+        assert said_in(home / "conversations" / "work.json") == ["one"]
+        assert said_in(home / "conversation.json") == ["two", "three"]
+        assert [m["content"] for m in sent(desk)] == ["Be brief", "two", "two", "three"]
+
+    def test_models(self, desk):
+        told = self.talk(desk, "/models QWEN", "/models nothing-like-it").stderr
+        *names, nothing = told.splitlines()
+        assert f"{FREE[3]} (free)" in names and all("qwen" in name for name in names)
+        assert nothing == "No models match."
+        lines = self.talk(desk, "/models").stderr.splitlines()
+        assert len(lines) == 21 and lines[-1] == f"and {len(desk.catalogue) - 20} more"
+
+    @needs_pty
+    def test_how_it_stood(self, desk):
+        desk.script[lab("echo")] = says("so " * 100)
+        run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "one\ntwo")
+        with at_terminal(desk, "chat", "-c", "work") as terminal:
+            terminal.expect("Ctrl-D leaves.\r\n")
+            assert terminal.expect("\x1b[?2004h> ") == (
+                f"\x1b[2m> one two\x1b[0m\r\n\x1b[2m{('so ' * 100)[:199]}…\x1b[0m\r\n"
+            )
+        assert "so so" not in run_cli(desk, "chat", "-c", "work", stdin="/usage\n").stderr
+
     def test_save(self, desk, home):
         lines = ["one", "/save", "/save a.md", "/save a.json", "/save a.md"]
         done = self.talk(desk, *lines, "/save no/where.md")
@@ -17424,8 +17559,8 @@ class TestChatCommand:
         Path("remember-this.txt").write_text("x", "utf-8")
         with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
             terminal.expect("> ")
-            terminal.send("/mod\t")
-            terminal.expect("/model")
+            terminal.send("/mode\t")
+            terminal.expect("l")
             terminal.send("\x15/model openrouter:lab/ech\t")
             terminal.expect("openrouter:lab/echo")
             terminal.send("\x15/attach rememb\t")
@@ -17455,6 +17590,128 @@ class TestReports:
             assert terminal.end() == 0
         assert max(map(len, plain(terminal.shown).splitlines())) <= columns
         assert OPUS in terminal.shown
+
+    @needs_pty
+    def test_a_table_at_a_terminal(self, desk):
+        head, first, second, *_ = styled(desk, "models", "--free", columns=100).splitlines()
+        assert head.startswith("\x1b[2;4mMODEL ") and head.endswith("$/M OUT\x1b[0m")
+        assert first.startswith("\x1b[1mallam-2-7b ") and "  4K  text" in plain(first)
+        assert second.startswith(f"\x1b[1m{sorted(FREE)[1]}\x1b[0m  openrouter     128K  ")
+        assert second.endswith("\x1b[32m   free\x1b[0m")
+        assert "  1M  " in "".join(screen(desk, "models", "gemini-2.5", columns=100))
+        flat = run_cli(desk, "models", "--free").stdout
+        assert "\x1b" not in flat and " 128,000 " in flat
+        for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            assert styled(desk, "models", "--free", columns=100, **env) == flat
+
+    @needs_pty
+    def test_what_is_the_same_in_all_rows_is_said_once(self, desk):
+        shown = styled(desk, "models", "claude", columns=50)
+        assert shown.startswith("\x1b[2mPROVIDER: claude\x1b[0m\n")
+        lines = plain(shown).splitlines()
+        assert lines[:3] == ["PROVIDER: claude", "INPUT: text+image+pdf", "TOOLS: yes"]
+        assert lines[3].split() == ["MODEL", "$/M", "IN", "$/M", "OUT"]
+        assert [line.split() for line in lines[4:]] == [
+            [HAIKU, "1", "5"],
+            [OPUS, "5", "25"],
+            [SONNET, "3", "15"],
+        ]
+        assert screen(desk, "models", "claude", columns=100)[0].startswith("MODEL ")
+        assert screen(desk, "models", "opus", columns=50)[0].startswith("MODEL ")
+
+    @needs_pty
+    def test_settings_at_a_narrow_terminal(self, desk):
+        lines = screen(desk, "config", "show", columns=60)
+        assert max(map(len, lines)) <= 60
+        (row,) = [line for line in lines if line.startswith("fallback_models")]
+        assert re.search(r"  \[\S+…  default$", row)
+
+    @needs_pty
+    @pytest.mark.parametrize("columns", [100, 50])
+    def test_usage_at_a_terminal(self, desk, home, columns):
+        self.metering(desk)
+        shown = styled(desk, "usage", columns=columns)
+        first, bar, _, *rows, more = plain(shown).splitlines()
+        assert first.startswith("alice: ") and bar == f"  [{'█' * 8}{'░' * 12}] 40% (fair)"
+        assert f"\x1b[32m{'█' * 8}" in shown and "\x1b[1malice\x1b[0m" in shown
+        assert len(rows) == 6 and more == "  and 8 more"
+        desk.routes["GET", "/metering/usage"] = lambda handler: handler.send(
+            Raw(
+                {
+                    "usage": {
+                        "a": {"cost": 99_500_000, "units": 1, "count": 1},
+                        "b": {"cost": 500_000, "units": 1, "count": 1},
+                    },
+                    "allowanceInfo": {"remaining": 1, "monthUsageAllowance": 10},
+                }
+            )
+        )
+        shown = styled(desk, "usage", columns=columns)
+        assert [line.split()[0] for line in plain(shown).splitlines()[3:]] == ["a", "and"]
+        assert "\x1b[31m██░" in shown
+
+    @needs_pty
+    def test_stats_at_a_terminal(self, desk, home):
+        state = puter.State(home / STATE, desk.url)
+        for seconds in (8.0, 1.0, 4.0, 0.0):
+            state.record("some", "ok", seconds)
+        for outcome in ("late", "late", "closed"):
+            state.record("some", outcome, 1.0)
+        state.record("none", "closed", 1.0)
+        state.close()
+        head, some, none, why = screen(desk, "stats", columns=100)
+        names = ["MODEL", "ASKED", "OK", "%", "P50", "P95", "FIRST", "TOK/S", "COST", "TIMES"]
+        assert head.split() == names
+        assert some.split() == [*"some 7 67 1.00s 8.00s - - $0.0000".split(), "█▂▅▁"]
+        assert none.split() == ["none", "1", *"-----", "$0.0000", "-"]
+        assert why == "failures of some: late 2"
+        assert run_cli(desk, "stats").stdout.splitlines()[1].split()[1:3] == ["7", "4"]
+        assert json.loads(run_cli(desk, "stats", "--json").stdout)[0]["times"] == [8, 1, 4, 0]
+        assert max(map(len, screen(desk, "stats", columns=50)[:-1])) <= 50
+
+    @needs_pty
+    @pytest.mark.parametrize(
+        ("ago_s", "words"),
+        [
+            (0, "just now"),
+            (MINUTE_S * 2 + 5, "2 min ago"),
+            (7205, "2 h ago"),
+            (5 * 86_400 + 5, "5 d ago"),
+            (40 * 86_400, r"\d{4}-\d\d-\d\d \d\d:\d\d"),
+        ],
+    )
+    def test_status_at_a_terminal(self, desk, home, ago_s, words):
+        sign_in(desk, home, "bob")
+        state, now = puter.State(home / STATE, desk.url), time.time()
+        state.record_success("alice", ("m",), now - ago_s - 1, now - ago_s)
+        state.close()
+        shown = styled(desk, "status", columns=50)
+        lines = {line[2:5]: line for line in plain(shown).splitlines()}
+        assert re.fullmatch(rf"[●○] alice  \(last used {words}\)", lines["ali"])
+        assert lines["bob"].endswith(" bob  (last used never)")
+        active = active_name(puter.AccountStore(home))
+        assert shown.count("\x1b[32m●\x1b[0m") == shown.count("○") == 1
+        assert f"\x1b[32m●\x1b[0m\x1b[1m {active}\x1b[0m" in shown
+
+    @needs_pty
+    def test_check_at_a_terminal(self, desk, home):
+        sign_in(desk, home, "bob")
+        desk.accounts["token-bob"].dead = True
+        shown = styled(desk, "status", "--check", code=1)
+        assert "\x1b[32m✓ \x1b[0mthe token of alice works" in shown
+        assert "\x1b[31m✗ \x1b[0mthe token of bob: " in shown
+        assert all(line[:2] in ("✓ ", "✗ ") for line in plain(shown).splitlines() if line)
+
+    @needs_pty
+    @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
+    def test_an_error_at_a_terminal(self, desk, env):
+        shown = styled(desk, "switch", "alise", code=1, **env)
+        problem, hint = shown.splitlines()
+        assert problem.startswith("error: " if env else "\x1b[31merror:\x1b[0m ")
+        assert problem.endswith("no account is called 'alise'.")
+        assert hint == "Did you mean 'alice'? Accounts: alice."
+        flat = run_cli(desk, "switch", "alise").stderr
+        assert flat == f"{plain(problem)} {hint}\n"
 
     def metering(self, desk: FakePuter) -> None:
         """Lets alice have used something, and bob have credits."""
@@ -18184,6 +18441,16 @@ class TestEveryday:
             assert terminal.end() == 0
 
     @posix_only
+    def test_a_wait_that_is_over_is_not_the_reason(self, desk):
+        fail = refusing(429, "too_many_requests")
+        desk.script[lab("text")] = [lambda *_: fail, "hang"]
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", columns=30) as terminal:
+            terminal.expect(" s Rate limited (429), ne…")
+            terminal.expect(" s\x1b[0m")
+            terminal.send("\x03")
+            assert terminal.end() == 130
+
+    @posix_only
     def test_pasted_lines_are_one_message(self, desk):
         with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
             terminal.expect("> ")
@@ -18195,18 +18462,36 @@ class TestEveryday:
             assert terminal.end() == 0
         assert [one["messages"][-1]["content"] for one in chats(desk)] == ["one\ntwo\nthree"]
 
+    @posix_only
+    @pytest.mark.parametrize("text", ["/model x\nexit", '"""one\n  two', "    one\n\ntwo\\"])
+    def test_pasted_lines_are_said_as_they_are(self, desk, text):
+        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+            terminal.expect("> ")
+            terminal.send(f"\x1b[200~{text}\n\x1b[201~\r")
+            assert eventually(lambda: chats(desk))
+            terminal.say("exit")
+            assert terminal.end() == 0
+        assert [one["messages"][-1]["content"] for one in chats(desk)] == [text]
+
     @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " exit "])
     def test_words_that_leave(self, desk, word):
         done = run_cli(desk, "chat", "-m", lab("echo"), stdin=f"hi\n{word}\nmore\n")
         assert (done.returncode, done.stdout) == (0, "hi\n")
 
     @posix_only
-    def test_ctrl_d_leaves_the_line_to_the_shell(self, desk):
-        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+    @pytest.mark.parametrize(
+        ("typed", "shown", "term"),
+        [("\x04", "", "xterm"), ("\x04", "", "dumb"), ("exit\r", "exit", "xterm")],
+    )
+    def test_the_shell_gets_a_line_of_its_own(self, desk, typed, shown, term):
+        with at_terminal(desk, "chat", "-m", lab("echo"), TERM=term) as terminal:
             terminal.expect("> ")
-            terminal.send("\x04")
+            terminal.send(typed)
             assert terminal.end() == 0
-            assert terminal.shown.endswith("\n")
+        last = terminal.shown.rpartition("> ")[2]
+        # whether readline ends the line of a Ctrl-D depends on its version
+        assert plain(last).replace("\r", "") in (f"{shown}\n", shown)
+        assert last.endswith("\n" if term == "dumb" else "\r\x1b[K")
 
     @posix_only
     def test_a_stopped_answer_counts(self, desk):
