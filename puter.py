@@ -9923,5 +9923,53 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
         yield
 
 
+# completion
+
+# For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
+_COMPLETION = """\
+_puter() {
+    local words=
+    case "$COMP_CWORD:${COMP_WORDS[1]}" in
+CASES    esac
+    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _puter puter
+"""
+_ZSH_HEAD = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+autoload -Uz bashcompinit && bashcompinit
+"""
+
+
+@_command(
+    _opt("shell", "the shell", choices=["bash", "zsh", "fish"]),
+    epilog='bash, zsh: eval "$(puter completion bash)"; fish: puter completion fish | source',
+)
+def cmd_completion(args: Any) -> None:
+    """Print a script that completes the commands and options of `puter`."""
+    is_fish, cases = args.shell == "fish", ""
+    for command, words in _completions().items():
+        if is_fish:
+            when = f"seen_subcommand_from {command}" if command else "use_subcommand"
+            cases += f"complete -c puter -n '__fish_{when}' -a '{' '.join(words)}'\n"
+        else:
+            place = f"*:{command}" if command else "1:*"
+            cases += f"        {place}) words='{' '.join(words)}' ;;\n"
+    head = _ZSH_HEAD if args.shell == "zsh" else ""
+    _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
+
+
+def _completions() -> dict[str, list[str]]:
+    """The words that may follow each command ("": none yet)."""
+    words = {"": list(_COMMANDS)}
+    for command, (_, options, _) in _COMMANDS.items():
+        words[command] = ["--help"]
+        for option in options:
+            for names, keywords in option if isinstance(option, list) else [option]:
+                words[command] += (name for name in names if name.startswith("-"))
+                words[command] += keywords.get("choices", ())
+    return words
+
+
 if __name__ == "__main__":
     sys.exit(main())

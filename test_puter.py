@@ -18759,6 +18759,86 @@ print(json.dumps([ids, sorted(os.environ)]))
 
 
 # =============================================================================
+# Commands: completion
+# =============================================================================
+def commands_of_parser() -> dict[str, Any]:
+    """The parser of each command."""
+    (commands,) = (
+        action
+        for action in puter.build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+COMPLETED = [
+    ("la", ["launch"]),
+    ("models pr", ["price"]),
+    ("launch c", ["claude", "codex", "copilot"]),
+    ("launch claude --m", ["--mcp", "--model"]),
+    ("ask --no-", ["--no-fallback", "--no-stream"]),
+    ("config zed --prov", ["--provider"]),
+    ("completion f", ["fish"]),
+    ("ask what is", []),
+]
+# How each shell is asked what it would complete.
+ASK_SHELL = {
+    "bash": """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _puter
+printf '%s\\n' "${COMPREPLY[@]}"
+""",
+    "fish": "source $argv[1]; complete -C (string join ' ' -- $argv[2..])",
+}
+
+
+class TestCompletionCommand:
+    """`completion`, in the shells themselves where they are installed."""
+
+    @pytest.fixture
+    def script(self, own_home, capsys) -> Callable[[str], str]:
+        def script(shell: str) -> str:
+            assert puter.main(["completion", shell]) == 0
+            return capsys.readouterr().out
+
+        return script
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_every_command_and_option_is_in_it(self, script, shell):
+        text = script(shell)
+        for name, command in commands_of_parser().items():
+            (line,) = (x for x in text.splitlines() if f"from {name}'" in x or f"*:{name})" in x)
+            words = line.rpartition("'")[0].rpartition("'")[2].split()
+            for action in command._actions:
+                wanted = [*action.option_strings, *(action.choices or ())]
+                assert set(wanted) - {"-h"} <= set(words)
+            assert name in text.partition(line)[0].replace("'", " ").split()
+
+    @posix_only
+    @pytest.mark.parametrize("shell", ASK_SHELL)
+    @pytest.mark.parametrize(("typed", "wanted"), COMPLETED)
+    def test_what_the_shell_completes(self, script, tmp_path, shell, typed, wanted):
+        if shutil.which(shell) is None:
+            pytest.skip(f"{shell} is not installed")
+        file = tmp_path / "script"
+        file.write_text(script(shell))
+        start = [shell, "--norc", "-c"] if shell == "bash" else [shell, "--no-config", "-c"]
+        words = [str(file), "puter", *typed.split(" ")]
+        argv = [*start, ASK_SHELL[shell], *(["-"] if shell == "bash" else []), *words]
+        shown = subprocess.check_output(argv, text=True, cwd=tmp_path).split()
+        assert [one for one in sorted(shown) if one != "script"] == wanted
+
+    def test_zsh_takes_what_bash_does(self, script):
+        head, _, rest = script("zsh").partition("_puter() {")
+        assert "bashcompinit\n" in head and f"_puter() {{{rest}" == script("bash")
+
+    def test_another_shell(self, capsys):
+        with pytest.raises(SystemExit):
+            puter.main(["completion", "tcsh"])
+        assert "invalid choice: 'tcsh'" in capsys.readouterr().err
+
+
+# =============================================================================
 # The benchmark plays
 # =============================================================================
 class TestBench:
@@ -18973,13 +19053,7 @@ class TestReadme:
 
     def test_commands(self):
         listed = next(x for x in README_TEXT.splitlines() if x.startswith("The commands: "))
-        assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(
-            next(
-                action
-                for action in puter.build_parser()._actions
-                if isinstance(action, argparse._SubParsersAction)
-            ).choices
-        )
+        assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(commands_of_parser())
 
     def test_every_command_line_is_understood(self):
         """Whatever the README says to type after `python -m puter`."""
