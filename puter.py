@@ -9664,9 +9664,9 @@ def cmd_serve(args: Any) -> None:
 
 # the settings of other programs, for `config` and `launch`
 
-# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Continue's cn
-# 1.5.47, aider 0.86.2 and llm 0.36 (each run on such a block), Zed of autumn 2026 and Claude
-# Desktop of August 2026 (read in their sources and manuals).
+# What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Copilot
+# 1.0.102, Qwen Code 0.24.4, Kilo 7.7.7, pi 1.6.0, Continue's cn 1.5.47, aider 0.86.2 and llm 0.36
+# (each run), Zed of autumn 2026 and Claude Desktop of August 2026 (read in sources and manuals).
 _BASE_URL = f"http://127.0.0.1:{SERVER_PORT}/v1"
 
 
@@ -9779,12 +9779,17 @@ def claude_environ(setup: Setup) -> dict[str, str]:
     model = setup.models[0]
     tiers = (f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("OPUS", "SONNET", "FABLE"))
     small = ("ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_SMALL_FAST_MODEL")
+    # For /model it asks for a list; CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC would forbid that.
+    switches = """
+        CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY CLAUDE_CODE_DISABLE_TERMINAL_TITLE
+        DISABLE_AUTOUPDATER DISABLE_ERROR_REPORTING DISABLE_FEEDBACK_COMMAND DISABLE_TELEMETRY
+    """
     environ = {
         "ANTHROPIC_BASE_URL": setup.url.rstrip("/").removesuffix("/v1"),
         "ANTHROPIC_AUTH_TOKEN": setup.key,
         **dict.fromkeys(("ANTHROPIC_MODEL", *tiers), model.id),
         **dict.fromkeys(small, setup.small or model.id),
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        **dict.fromkeys(switches.split(), "1"),
     }
     if model.window:
         environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(model.window)
@@ -9877,15 +9882,16 @@ PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 _KEY_VARIABLE = "PUTERPY_KEY"
 # What a program is started with: more arguments, more variables (None takes one out), and files
 # (name -> contents) in the temporary folder. Nothing of the user's is written or changed.
-LaunchPlan = tuple[list[str], dict[str, str | None], JSON]
+LaunchPlan = tuple[list[str], Mapping[str, str | None], JSON]
 
 
 def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
-    """OpenCode lays the settings of a variable over the user's own."""
+    """OpenCode, and Kilo that is made from it, lay a variable's settings over the user's own."""
     (settings,) = opencode_files(setup).values()
     settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
     settings |= {"enabled_providers": ["puter"], "disabled_providers": []}
-    return [], {"OPENCODE_CONFIG_CONTENT": json.dumps(settings)}, {}
+    names = ("OPENCODE_CONFIG_CONTENT", "KILO_CONFIG_CONTENT")
+    return [], dict.fromkeys(names, json.dumps(settings)), {}
 
 
 def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
@@ -9896,11 +9902,9 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
-    files: JSON = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
-    words = ["--settings", str(folder / "settings.json")]
-    if setup.mcp:
-        _, files["mcp.json"] = claude_code_files(setup).values()
-        words.append(f"--mcp-config={folder / 'mcp.json'}")
+    words, files = _mcp_words(setup, folder, "--mcp-config=")
+    files["settings.json"] = {"env": {**variables, **dict.fromkeys(others, "")}}
+    words = ["--settings", str(folder / "settings.json"), *words]
     return words, {**dict.fromkeys(others), **variables}, files
 
 
@@ -9964,52 +9968,115 @@ def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     return words, {"OPENAI_API_KEY": setup.key}, files
 
 
-class Program(NamedTuple):
-    """Another program: its settings for `config`, and how `launch` starts it, if it can.
+def _plan_copilot(setup: Setup, folder: Path) -> LaunchPlan:
+    """Copilot takes variables, and needs no login then."""
+    model = setup.models[0]
+    settings = {
+        "BASE_URL": setup.url,
+        "API_KEY": setup.key,
+        "WIRE_API": "responses",
+        "MAX_PROMPT_TOKENS": str(model.window or AGENT_CONTEXT),
+        "MAX_OUTPUT_TOKENS": str(model.max_tokens or 4_096),
+    }
+    # the user's others would lead it elsewhere
+    variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
+    variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
+    words, files = _mcp_words(setup, folder, "--additional-mcp-config=@")
+    return words, {**variables, "COPILOT_MODEL": model.id}, files
 
-    `files` gives what goes into each of its files; `install` is the command that installs it.
-    """
 
-    files: Callable[[Setup], JSON]
-    note: str
+def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
+    """Qwen Code takes a file of settings that win over the user's."""
+    words, files = _mcp_words(setup, folder, "--mcp-config=")
+    words += ["--auth-type", "openai", "--model", setup.models[0].id]
+    same = {"baseUrl": setup.url, "envKey": setup.key_variable}
+    models = [
+        {"id": m.id, **same, "generationConfig": {"contextWindowSize": m.window or AGENT_CONTEXT}}
+        for m in setup.models
+    ]
+    files["settings.json"] = {"modelProviders": {"openai": models}, "fastModel": setup.small}
+    return words, {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}, files
+
+
+def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
+    """pi takes a provider from an extension."""
+    models = [
+        {
+            "id": m.id,
+            "name": m.name,
+            "reasoning": False,
+            "input": ["text", "image"] if _sees_images(m) else ["text"],
+            "cost": dict(zip(("input", "output", "cacheRead", "cacheWrite"), (*_prices(m), 0, 0))),
+            "contextWindow": m.window or AGENT_CONTEXT,
+            "maxTokens": m.max_tokens or 4_096,
+        }
+        for m in setup.models
+    ]
+    provider = json.dumps({"baseUrl": setup.url, "api": "openai-completions", "models": models})
+    text = f"pi.registerProvider('puter', {{...{provider}, apiKey: process.env.{_KEY_VARIABLE}}})"
+    if setup.mcp:
+        text += f"; pi.registerMcpServer('puter', {json.dumps(_mcp_server(exposure='direct'))})"
+    words = ["-e", str(folder / "puter.js"), "--model", f"puter/{setup.models[0].id}"]
+    return words, {}, {"puter.js": f"export default (pi) => {{ {text} }}\n"}
+
+
+def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
+    """What the SDKs of OpenAI and Anthropic read, each with its own form of the URL."""
+    keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+    variables = {
+        **dict.fromkeys(keys, setup.key),
+        **dict.fromkeys(("OPENAI_MODEL", "ANTHROPIC_MODEL"), setup.models[0].id),
+        **dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), setup.url),
+        "ANTHROPIC_BASE_URL": setup.url.removesuffix("/v1"),
+    }
+    return [], variables, {}
+
+
+def _mcp_words(setup: Setup, folder: Path, flag: str) -> tuple[list[str], JSON]:
+    """The flag for a file with the MCP server, and that file, if the program gets it."""
+    if not setup.mcp:
+        return [], {}
+    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
+    return [f"{flag}{folder / 'mcp.json'}"], {"mcp.json": server}
+
+
+class Launcher(NamedTuple):
+    """How `launch` starts a program; `install` is the command that installs it."""
+
+    plan: Callable[[Setup, Path], LaunchPlan]
     install: str = ""
-    plan: Callable[[Setup, Path], LaunchPlan] | None = None
     # whether it calls tools, and takes MCP servers
     uses_tools: bool = True
 
 
-PROGRAMS = {
-    "opencode": Program(
-        opencode_files, "Run: opencode -m puter/MODEL", "npm install -g opencode-ai", _plan_opencode
-    ),
-    "zed": Program(
-        zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."
-    ),
-    "claude-desktop": Program(
+# What goes into each of its files, and what to do then.
+PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
+    "opencode": (opencode_files, "Run: opencode -m puter/MODEL"),
+    "zed": (zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."),
+    "claude-desktop": (
         lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
         "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": Program(
+    "claude-code": (
         claude_code_files,
         'The variables can also stand under "env" in ~/.claude/settings.json.',
-        "npm install -g @anthropic-ai/claude-code",
-        _plan_claude,
     ),
-    "codex": Program(
-        codex_files, "Run: codex, or codex -m MODEL", "npm install -g @openai/codex", _plan_codex
-    ),
-    "continue": Program(continue_files, "Then choose a model whose name begins with Puter."),
-    "aider": Program(
-        aider_files,
-        "Run: aider --model openai/MODEL",
-        "python -m pip install aider-chat",
-        _plan_aider,
-        uses_tools=False,
-    ),
-    "llm": Program(llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
+    "codex": (codex_files, "Run: codex, or codex -m MODEL"),
+    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
+    "aider": (aider_files, "Run: aider --model openai/MODEL"),
+    "llm": (llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
 }
 # By the commands that start them.
-LAUNCHED = {name.removesuffix("-code"): one for name, one in PROGRAMS.items() if one.plan}
+LAUNCHED = {
+    "opencode": Launcher(_plan_opencode, "npm install -g opencode-ai"),
+    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code"),
+    "codex": Launcher(_plan_codex, "npm install -g @openai/codex"),
+    "copilot": Launcher(_plan_copilot, "npm install -g @github/copilot"),
+    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code"),
+    "kilo": Launcher(_plan_opencode, "npm install -g @kilocode/cli"),
+    "pi": Launcher(_plan_pi, "npm install -g @earendil-works/pi-coding-agent"),
+    "aider": Launcher(_plan_aider, "python -m pip install aider-chat", uses_tools=False),
+}
 
 
 # config
@@ -10060,8 +10127,8 @@ def _config_program(args: Any) -> int:
             _error("No models match, so there is nothing to set up.")
             return 1
     variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
-    program = PROGRAMS[args.what]
-    files = program.files(Setup(models, url=args.base_url, key_variable=variable))
+    files_of, note = PROGRAMS[args.what]
+    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
     texts = {file: _file_text(file, content) for file, content in files.items()}
     if args.json:
         _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
@@ -10071,7 +10138,7 @@ def _config_program(args: Any) -> int:
         _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
-    _info(program.note)
+    _info(note)
     return 0
 
 
@@ -10095,32 +10162,38 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     _FREE_FLAG,
     _opt("--mcp", "give it our MCP server as well"),
     _BUDGET_OPTION,
-    epilog="Arguments of the program go behind --.",
+    epilog="Arguments of the program go behind --; without PROGRAM, any command and its arguments.",
 )
 def cmd_launch(args: Any) -> int:
     """Run a coding agent on this account; its exit code is ours."""
-    if args.program is None:
-        rows = [("PROGRAM", "VERSION", "PLACE"), *map(_launcher_row, LAUNCHED)]
+    import shutil
+
+    command = [args.program, *args.arguments] if args.program else args.arguments
+    if not command:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor() as pool:  # each may take a second to say its version
+            rows = [("PROGRAM", "VERSION", "PLACE"), *pool.map(_launcher_row, LAUNCHED)]
         for line in _table(rows, "<<<"):
             _print(line)
         return 0
-    import shutil
-
-    program, path = LAUNCHED[args.program], shutil.which(args.program)
+    program = LAUNCHED.get(args.program, Launcher(_plan_other, uses_tools=False))
+    path = shutil.which(command[0])
     if path is None:
-        _error(f"{args.program} is not installed. Install it with: {program.install}")
+        how = f"Install it with: {program.install}" if program.install else "Is its name right?"
+        _error(f"{command[0]} is not installed. {how}")
         return 127
     if args.mcp and not program.uses_tools:
-        _error(f"{args.program} cannot use MCP servers. Leave out --mcp.")
+        _error(f"{command[0]} cannot be given MCP servers. Leave out --mcp.")
         return 2
     config = Config.load(**_budget(args))
     with _LaunchClient(config, args.free) as client:
         if not client.accounts:
             _signed_in(client, client.whoami)
-        setup = _launch_setup(args, client)
+        setup = _launch_setup(args, client, program.uses_tools)
         # until the program has the signals, so that nothing is left behind
         with _launch_log(config), _signals(SIGTERM=lambda number, _: sys.exit(128 + number)):
-            code = _run_with_gateway(client, setup, program, [path, *args.arguments])
+            code = _run_with_gateway(client, setup, program, [path, *command[1:]])
         if not config.quiet_mode:
             _info(client.summary(), dim=True)
     return code
@@ -10180,7 +10253,7 @@ class _LaunchClient(Puter):
         return "; ".join(parts)
 
 
-def _launch_setup(args: Any, client: Puter) -> Setup:
+def _launch_setup(args: Any, client: Puter, uses_tools: bool) -> Setup:
     models = client.models(free=args.free or None)
     name = args.model or ("" if args.free else client.config.default_model)
     model = client.model(name) if name else _agent_model(models, client.config)
@@ -10191,14 +10264,19 @@ def _launch_setup(args: Any, client: Puter) -> Setup:
     small = client.model(args.small) if args.small else model
     for one in (model, small):
         problem = hint = ""
-        if LAUNCHED[args.program].uses_tools and one.tools is False:
+        if uses_tools and one.tools is False:
             problem = f"{one.id} cannot call tools, and {args.program} needs them"
             hint = "`python -m puter models --tools` lists those that can."
         elif args.free and not one.free:
             problem, hint = f"{one.id} is not free", "Leave out --free, or choose a free model."
         if problem:
             raise BadRequestError(problem, hint=hint)
-    return Setup([model, *([small] if small != model else [])], small.id, args.mcp)
+    served = [model, small]
+    if args.program == "claude":  # its /model offers those of Claude; none may be dearer
+        limits = [price or 0 for price in _prices(model)]
+        pairs = ((m, zip(_prices(m), limits)) for m in models if m.id.startswith("claude"))
+        served += (m for m, two in pairs if all(p is not None and p <= most for p, most in two))
+    return Setup(list(dict.fromkeys(served)), small.id, args.mcp)
 
 
 @contextmanager
@@ -10218,7 +10296,9 @@ def _launch_log(config: Config) -> Iterator[None]:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Sequence[str]) -> int:
+def _run_with_gateway(
+    client: Puter, setup: Setup, program: Launcher, command: Sequence[str]
+) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
@@ -10227,7 +10307,6 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: Se
     gateway = OpenAIServer(client, port=0, api_key=key, models=models)
     with folder as name, gateway as server:
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        assert program.plan is not None  # it is launched
         words, variables, files = program.plan(setup, Path(name))
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
@@ -10291,6 +10370,54 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
             if number := getattr(signal, name, None):
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
+
+
+# completion
+
+# For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
+_COMPLETION = """\
+_puter() {
+    local words=
+    case "$COMP_CWORD:${COMP_WORDS[1]}" in
+CASES    esac
+    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _puter puter
+"""
+_ZSH_HEAD = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+autoload -Uz bashcompinit && bashcompinit
+"""
+
+
+@_command(
+    _opt("shell", "the shell", choices=["bash", "zsh", "fish"]),
+    epilog='bash, zsh: eval "$(puter completion bash)"; fish: puter completion fish | source',
+)
+def cmd_completion(args: Any) -> None:
+    """Print a script that completes the commands and options of `puter`."""
+    is_fish, cases = args.shell == "fish", ""
+    for command, words in _completions().items():
+        if is_fish:
+            when = f"seen_subcommand_from {command}" if command else "use_subcommand"
+            cases += f"complete -c puter -n '__fish_{when}' -a '{' '.join(words)}'\n"
+        else:
+            place = f"*:{command}" if command else "1:*"
+            cases += f"        {place}) words='{' '.join(words)}' ;;\n"
+    head = _ZSH_HEAD if args.shell == "zsh" else ""
+    _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
+
+
+def _completions() -> dict[str, list[str]]:
+    """The words that may follow each command ("": none yet)."""
+    words = {"": list(_COMMANDS)}
+    for command, (_, options, _) in _COMMANDS.items():
+        words[command] = ["--help"]
+        for option in options:
+            for names, keywords in option if isinstance(option, list) else [option]:
+                words[command] += (name for name in names if name.startswith("-"))
+                words[command] += keywords.get("choices", ())
+    return words
 
 
 if __name__ == "__main__":

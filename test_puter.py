@@ -14773,12 +14773,12 @@ def texts_of(
     """What goes into the files of a program."""
     variable = "PUTER_SERVER_API_KEY" if key else None
     setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
-    return [puter._file_text(*file) for file in puter.PROGRAMS[program].files(setup).items()]
+    return [puter._file_text(*file) for file in puter.PROGRAMS[program][0](setup).items()]
 
 
 def files_of(program: str) -> tuple[str, ...]:
     """The names of the files of a program."""
-    return tuple(puter.PROGRAMS[program].files(puter.Setup(MODELS)))
+    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
 
 
 def settings_of(program: str, key: str | None = None) -> Any:
@@ -18840,9 +18840,11 @@ class TestOtherPythons:
 AGENT = """
 import json, os, signal, sys, time, urllib.error, urllib.request
 text = os.environ.get("OPENCODE_CONFIG_CONTENT", "") + " ".join(sys.argv)
-files = {w: open(w).read() for a in sys.argv[1:] for w in [a.rpartition("=")[2].strip('"')]
+named = [*sys.argv[1:], os.environ.get("QWEN_CODE_SYSTEM_SETTINGS_PATH", "")]
+files = {w: open(w).read() for a in named for w in [a.rpartition("=")[2].strip('"@')]
          if os.path.isfile(w)}
 text += "".join(files.values()) + os.environ.get("ANTHROPIC_BASE_URL", "")
+text += os.environ.get("COPILOT_PROVIDER_BASE_URL", "")
 at = text.index("http://127.0.0.1:")
 root = text[at:at + text[at + 7:].index(":") + 13].rstrip('/v"')
 def ask(key, model):
@@ -18869,12 +18871,12 @@ if how == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(int(how) if how.isdecimal() else 0)
 """
-AGENTS = ("opencode", "claude", "codex", "aider")
+AGENTS = tuple(puter.LAUNCHED)
 
 
 @pytest.fixture
 def agents(desk: FakePuter, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> FakePuter:
-    """The fake server with alice signed in, and four scripted programs to launch."""
+    """The fake server with alice signed in, and a scripted stand-in for each program."""
     sign_in(desk, own_home / "puter", "alice")
     folder = own_home / "bin"
     folder.mkdir()
@@ -18889,19 +18891,66 @@ AGENT_ARGUMENTS = {
     "opencode": ["run", "write out.txt"],
     "claude": ["-p", "write out.txt", "--allowedTools", "Write"],
     "codex": ["exec", "--skip-git-repo-check", "-s", "workspace-write", "write out.txt"],
+    "copilot": ["-p", "write out.txt", "--allow-all-tools"],
+    "qwen": ["--yolo", "write out.txt"],
+    "kilo": ["run", "--auto", "write out.txt"],
+    "pi": ["-p", "write out.txt"],
     "aider": ["--no-git", "--yes-always", "--analytics-disable", "--message", "write out.txt"],
 }
 NOWHERE = "http://127.0.0.1:9/v1"
 AGENT_FILES = {
     "opencode": (
         ".config/opencode/opencode.json",
-        json.dumps({"model": "x/y", "provider": {"puter": {"options": {"baseURL": NOWHERE}}}}),
+        json.dumps(
+            {
+                "$schema": "https://opencode.ai/config.json",
+                "model": "x/y",
+                "provider": {"puter": {"options": {"baseURL": NOWHERE}}},
+            }
+        ),
     ),
     "claude": (
         ".claude/settings.json",
         json.dumps({"env": {"ANTHROPIC_BASE_URL": NOWHERE, "ANTHROPIC_AUTH_TOKEN": "mine"}}),
     ),
     "codex": (".codex/config.toml", 'model = "x"\nmodel_provider = "y"\n'),
+    "copilot": (".copilot/settings.json", '{"model": "gpt-5"}'),
+    "qwen": (
+        ".qwen/settings.json",
+        json.dumps(
+            {
+                "$version": 4,
+                "security": {"auth": {"selectedType": "openai", "baseUrl": NOWHERE}},
+                "modelProviders": {"openai": [{"id": OPUS, "baseUrl": NOWHERE, "envKey": "HOME"}]},
+            }
+        ),
+    ),
+    "kilo": (
+        ".config/kilo/kilo.json",
+        json.dumps(
+            {
+                "$schema": "https://app.kilo.ai/config.json",
+                "model": "x/y",
+                "provider": {"puter": {"options": {"baseURL": NOWHERE}}},
+                "permission": {"bash": "allow"},
+            }
+        ),
+    ),
+    "pi": (
+        ".pi/agent/models.json",
+        json.dumps(
+            {
+                "providers": {
+                    "puter": {
+                        "baseUrl": NOWHERE,
+                        "api": "openai-completions",
+                        "apiKey": "mine",
+                        "models": [{"id": OPUS}],
+                    }
+                }
+            }
+        ),
+    ),
     "aider": (".aider.conf.yml", f"openai-api-base: {NOWHERE}\nopenai-api-key: mine\n"),
 }
 
@@ -18909,9 +18958,12 @@ AGENT_FILES = {
 def agent_at_work(handler: FakeHandler, args: dict[str, Any]) -> Turn:
     """A model that writes a file with the tools of any coding agent, or without."""
     tools = [tool["function"]["name"] for tool in args.get("tools", [])]
+    path = str(Path("out.txt").resolve())
     calls: JSON = {
-        "write": {"filePath": str(Path("out.txt").resolve()), "content": "written"},
-        "Write": {"file_path": str(Path("out.txt").resolve()), "content": "written"},
+        "write": {"filePath": path, "path": path, "content": "written"},
+        "Write": {"file_path": path, "content": "written"},
+        "write_file": {"file_path": path, "content": "written"},
+        "create": {"path": path, "file_text": "written"},
         "exec_command": {"cmd": "echo written > out.txt"},
     }
     name = next((name for name in calls if name in tools), None)
@@ -19013,6 +19065,125 @@ class TestLaunch:
         first, *_ = json.loads(catalogue)["models"]
         assert (first["slug"], first["context_window"]) == (OPUS, 64_000)
         assert first["input_modalities"] == ["text", "image"] and first["base_instructions"]
+
+    def test_settings_of_kilo(self, agents, capfd):
+        report, _ = launched(agents, capfd, "kilo", "-m", OPUS, "--", "0")
+        settings = json.loads(report["environ"]["KILO_CONFIG_CONTENT"])
+        assert settings["model"] == f"puter/{OPUS}" and settings["enabled_providers"] == ["puter"]
+
+    def test_settings_of_copilot(self, agents, capfd):
+        argv = ("copilot", "--mcp", "-m", OPUS, "--", "0")
+        mine = {"COPILOT_PROVIDER_TYPE": "azure", "COPILOT_PROVIDER_BEARER_TOKEN": "mine"}
+        report, _ = launched(agents, capfd, *argv, **mine)
+        given = {k: v for k, v in report["environ"].items() if k.startswith("COPILOT_")}
+        assert given == {
+            "COPILOT_PROVIDER_BASE_URL": f"{report['root']}/v1",
+            "COPILOT_PROVIDER_API_KEY": report["key"],
+            "COPILOT_PROVIDER_WIRE_API": "responses",
+            "COPILOT_PROVIDER_MAX_PROMPT_TOKENS": "64000",
+            "COPILOT_PROVIDER_MAX_OUTPUT_TOKENS": "64000",
+            "COPILOT_MODEL": OPUS,
+        }
+        ((file, servers),) = report["files"].items()
+        assert report["argv"][0] == f"--additional-mcp-config=@{file}"
+        assert json.loads(servers)["mcpServers"]["puter"]["args"] == puter.mcp_command()[1:]
+
+    def test_settings_of_qwen(self, agents, capfd):
+        argv = ("qwen", "-m", OPUS, "--small", FREE[0], "--", "0")
+        report, _ = launched(agents, capfd, *argv)
+        assert report["argv"][:-1] == ["--auth-type", "openai", "--model", OPUS]
+        settings = json.loads(report["files"][report["environ"]["QWEN_CODE_SYSTEM_SETTINGS_PATH"]])
+        opus, small = settings["modelProviders"]["openai"]
+        assert (opus["id"], opus["baseUrl"], opus["envKey"]) == (
+            OPUS,
+            f"{report['root']}/v1",
+            "PUTERPY_KEY",
+        )
+        assert opus["generationConfig"] == {"contextWindowSize": 64_000}
+        assert small["id"] == settings["fastModel"] == FREE[0]
+
+    @pytest.mark.parametrize("how", [[], ["--mcp"]])
+    def test_settings_of_pi(self, agents, capfd, how):
+        report, _ = launched(agents, capfd, "pi", *how, "-m", OPUS, "--", "0")
+        ((file, text),) = report["files"].items()
+        assert report["argv"][:-1] == ["-e", file, "--model", f"puter/{OPUS}"]
+        assert file.endswith(".js") and ("pi.registerMcpServer('puter', {" in text) is bool(how)
+        provider = text.partition("{...")[2].partition(", apiKey: process.env.PUTERPY_KEY}")[0]
+        settings = json.loads(provider)
+        assert settings["baseUrl"] == f"{report['root']}/v1"
+        (model,) = settings["models"]
+        assert (model["id"], model["contextWindow"], model["maxTokens"]) == (OPUS, 64_000, 64_000)
+        assert model["cost"] == {"input": 5, "output": 25, "cacheRead": 0, "cacheWrite": 0}
+
+    @pytest.mark.parametrize("how", [["-m", OPUS], ["--free"]])
+    def test_any_command_gets_what_the_sdks_read(self, agents, how, capfd):
+        pytest.importorskip("openai")
+        pytest.importorskip("anthropic")
+        model = OPUS if how[0] == "-m" else FREE[0]
+        agents.script[model] = says("Hello.")
+        code = """
+import os, sys, anthropic, openai
+ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 50}
+model = os.environ["OPENAI_MODEL"]
+print(openai.OpenAI().chat.completions.create(model=model, **ask).choices[0].message.content)
+model = os.environ["ANTHROPIC_MODEL"]
+print(anthropic.Anthropic().messages.create(model=model, **ask).content[0].text)
+print(model, "PUTER_AUTH_TOKEN" in os.environ)
+sys.exit(int(sys.argv[1]))
+"""
+        mine = {"OPENAI_BASE_URL": NOWHERE, "ANTHROPIC_API_KEY": "sk-mine"}
+        done = run_cli(
+            agents, "launch", *how, "--", sys.executable, "-c", code, "9", apart=True, **mine
+        )
+        assert done.stdout.splitlines() == ["Hello.", "Hello.", f"{model} False"], done.stderr
+        assert done.returncode == 9 and f"2 requests; answered: 2 by {model}" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "code", "words"),
+        [
+            (["--", "nosuch-program", "x"], 127, "nosuch-program is not installed."),
+            (["--mcp", "--", sys.executable], 2, "cannot be given MCP servers"),
+            (["-m", "nosuch-model-x", "--", sys.executable], 1, "No model is called"),
+        ],
+    )
+    def test_what_command_cannot_be(self, agents, argv, code, words):
+        done = run_cli(agents, "launch", *argv)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+        assert words in done.stderr
+
+    @pytest.mark.parametrize(
+        ("model", "listed"),
+        [
+            (OPUS, {"claude-haiku-4-5-20251001", "claude-sonnet-5", OPUS}),
+            ("claude-haiku", {"claude-haiku-4-5-20251001"}),
+            (FREE[0], {FREE[0]}),
+        ],
+    )
+    def test_claude_may_choose_what_is_not_dearer(self, agents, own_home, capfd, model, listed):
+        """Its /model asks for the list, with this query and these headers."""
+        code = """
+import json, os, urllib.request
+head = {"Authorization": "Bearer " + os.environ["ANTHROPIC_AUTH_TOKEN"],
+        "anthropic-version": "2023-06-01", "Content-Type": "application/json"}
+def ask(path, body=None):
+    request = urllib.request.Request(os.environ["ANTHROPIC_BASE_URL"] + path, body, head)
+    return json.load(urllib.request.urlopen(request))
+ids = [model["id"] for model in ask("/v1/models?limit=1000")["data"]]
+for name in [*ids, "claude-opus-4-5-20251101"]:
+    body = {"model": name, "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    ask("/v1/messages", json.dumps(body).encode())
+print(json.dumps([ids, sorted(os.environ)]))
+"""
+        install_agent(own_home / "bin", "claude", code)
+        for one in listed:
+            agents.script[one] = says("hi")
+        run_cli(agents, "launch", "claude", "-m", model)
+        ids, names = json.loads(capfd.readouterr().out)
+        assert set(ids) == listed
+        assert "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY" in names
+        assert "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC" not in names  # it would forbid to ask
+        asked = [name for _, name in agents.chat_calls()]
+        assert asked == [*ids, OPUS if OPUS in listed else ids[0]]
 
     @pytest.mark.parametrize("how", ["0", "3", pytest.param("kill", marks=posix_only)])
     def test_its_exit_code_is_ours(self, agents, how):
@@ -19216,6 +19387,86 @@ class TestLaunch:
         monkeypatch.setenv("PUTER_API_BASE_URL", agents.url)
         assert puter.main(["launch", "opencode", "-m", OPUS, "--", "run", "a b"]) == 5
         assert started == [[r"C:\npm\opencode.CMD", "run", "a b"]]
+
+
+# =============================================================================
+# Commands: completion
+# =============================================================================
+def commands_of_parser() -> dict[str, Any]:
+    """The parser of each command."""
+    (commands,) = (
+        action
+        for action in puter.build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+COMPLETED = [
+    ("la", ["launch"]),
+    ("models pr", ["price"]),
+    ("launch c", ["claude", "codex", "copilot"]),
+    ("launch claude --m", ["--mcp", "--model"]),
+    ("ask --no-", ["--no-fallback", "--no-stream"]),
+    ("config zed --prov", ["--provider"]),
+    ("completion f", ["fish"]),
+    ("ask what is", []),
+]
+# How each shell is asked what it would complete.
+ASK_SHELL = {
+    "bash": """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _puter
+printf '%s\\n' "${COMPREPLY[@]}"
+""",
+    "fish": "source $argv[1]; complete -C (string join ' ' -- $argv[2..])",
+}
+
+
+class TestCompletionCommand:
+    """`completion`, in the shells themselves where they are installed."""
+
+    @pytest.fixture
+    def script(self, own_home, capsys) -> Callable[[str], str]:
+        def script(shell: str) -> str:
+            assert puter.main(["completion", shell]) == 0
+            return capsys.readouterr().out
+
+        return script
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_every_command_and_option_is_in_it(self, script, shell):
+        text = script(shell)
+        for name, command in commands_of_parser().items():
+            (line,) = (x for x in text.splitlines() if f"from {name}'" in x or f"*:{name})" in x)
+            words = line.rpartition("'")[0].rpartition("'")[2].split()
+            for action in command._actions:
+                wanted = [*action.option_strings, *(action.choices or ())]
+                assert set(wanted) - {"-h"} <= set(words)
+            assert name in text.partition(line)[0].replace("'", " ").split()
+
+    @posix_only
+    @pytest.mark.parametrize("shell", ASK_SHELL)
+    @pytest.mark.parametrize(("typed", "wanted"), COMPLETED)
+    def test_what_the_shell_completes(self, script, tmp_path, shell, typed, wanted):
+        if shutil.which(shell) is None:
+            pytest.skip(f"{shell} is not installed")
+        file = tmp_path / "script"
+        file.write_text(script(shell))
+        start = [shell, "--norc", "-c"] if shell == "bash" else [shell, "--no-config", "-c"]
+        words = [str(file), "puter", *typed.split(" ")]
+        argv = [*start, ASK_SHELL[shell], *(["-"] if shell == "bash" else []), *words]
+        shown = subprocess.check_output(argv, text=True, cwd=tmp_path).split()
+        assert [one for one in sorted(shown) if one != "script"] == wanted
+
+    def test_zsh_takes_what_bash_does(self, script):
+        head, _, rest = script("zsh").partition("_puter() {")
+        assert "bashcompinit\n" in head and f"_puter() {{{rest}" == script("bash")
+
+    def test_another_shell(self, capsys):
+        with pytest.raises(SystemExit):
+            puter.main(["completion", "tcsh"])
+        assert "invalid choice: 'tcsh'" in capsys.readouterr().err
 
 
 # =============================================================================
@@ -19432,14 +19683,9 @@ class TestReadme:
         assert used <= known and set(puter._OTHER_VARIABLES) <= used
 
     def test_commands(self):
-        subparsers = next(
-            action
-            for action in puter.build_parser()._actions
-            if isinstance(action, argparse._SubParsersAction)
-        )
         rows = readme_table("Terminal", "Command", "Does")
         listed = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
-        assert sorted(listed) == sorted(subparsers.choices)
+        assert sorted(listed) == sorted(commands_of_parser())
 
     def test_every_command_line_is_understood(self):
         """Whatever the README says to type after `python -m puter`."""
