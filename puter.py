@@ -982,10 +982,10 @@ class Config:
     """The plugin's settings in the file that mean nothing here."""
 
     def __post_init__(self) -> None:
-        for spec in _SETTINGS.values():
-            where = self.sources.get(spec.name, "argument")
-            value = _checked(spec.name, getattr(self, spec.name), where)
-            object.__setattr__(self, spec.name, value)
+        for name, spec in _SETTINGS.items():
+            value, where = getattr(self, name), self.sources.get(name, "argument")
+            value = spec.default if value is None else _checked(spec, value, where)
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "folder", Path(self.folder).absolute())
 
     def model_name(self, asked: str | None) -> str:
@@ -1093,22 +1093,8 @@ def _from_text(name: str, text: str) -> Any:
     return text
 
 
-def _checked(name: str, value: Any, where: str) -> Any:
-    spec = _SETTINGS[name]
-    if value is None:
-        return spec.default
-    is_fine, value, words = _allowed(spec, value)
-    if is_fine:
-        return value
-    default = "a built-in list" if name == "fallback_models" else json.dumps(spec.default)
-    is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
-    problem = f"{where}: {name} is {'not shown here' if is_secret else _describe(value)}"
-    hint = f"Correct the value, or remove it for the default ({default})."
-    raise ConfigError(f"{problem}, but must be {words}", hint=hint)
-
-
-def _allowed(spec: Any, value: Any) -> tuple[bool, Any, str]:
-    """(whether a value is allowed, the value to use, what is allowed)"""
+def _checked(spec: Any, value: Any, where: str) -> Any:
+    """The value to use; raises `ConfigError`."""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         is_fine, words = isinstance(value, bool), "true or false"
@@ -1130,7 +1116,13 @@ def _allowed(spec: Any, value: Any) -> tuple[bool, Any, str]:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         is_fine = isinstance(value, str) and value.strip() != ""
         words = "a string that is not empty"
-    return is_fine, value, words
+    if is_fine:
+        return value
+    default = "a built-in list" if spec.name == "fallback_models" else json.dumps(spec.default)
+    is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
+    problem = f"{where}: {spec.name} is {'not shown here' if is_secret else _describe(value)}"
+    hint = f"Correct the value, or remove it for the default ({default})."
+    raise ConfigError(f"{problem}, but must be {words}", hint=hint)
 
 
 def _unknown_key(name: str, where: str) -> ConfigError:
