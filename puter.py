@@ -1762,8 +1762,7 @@ def read_message(message: Any, where: str) -> Messages:
     is_list = isinstance(calls, (list, tuple, type(None)))
     _require(is_list, f"{where}.tool_calls", calls, "Give a list of calls.")
     for number, call in enumerate(calls or ()):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        _check_call(call, function, f"{where}.tool_calls[{number}]")
+        _check_call(call, _dig(call, "function"), f"{where}.tool_calls[{number}]")
     call_id, hint = message.get("tool_call_id"), "Say which call this is the result of."
     _require(role != "tool" or _is_text(call_id), f"{where}.tool_call_id", call_id, hint)
     read = {key: value for key, value in message.items() if value is not None}
@@ -2080,11 +2079,8 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
     role, content = message["role"], message.get("content")
     if not isinstance(content, str):
         content = [one for part in _parts(content) for one in _written_part(part, form)]
-    if (
-        _is_text_only(content)
-        and (form.refuses_blank or has_calls)
-        and not text_of(content).strip()
-    ):
+    refuses_blank = form.refuses_blank or has_calls
+    if refuses_blank and _is_text_only(content) and not text_of(content).strip():
         content = None
     keys = ("tool_call_id", "is_error", *form.keeps)
     clean = {key: message[key] for key in keys if message.get(key)}
@@ -2542,11 +2538,14 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         except RecursionError:
             raise BadRequestError(f"{where} is of a recursive type, {hint!r}") from None
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
+        make = getattr(hint, "fromisoformat", hint)
+        return _checked_type({"type": "string", **text_type}, make)
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
-        return _checked_type({"type": _SCALARS[hint]}, partial(_scalar, hint))
+        # models write 3.0 for 3, and 3 for 3.0
+        make = hint if hint in (int, float) else lambda value: value
+        return _checked_type({"type": _SCALARS[hint]}, make)
     members = inner if origin is Literal else tuple(hint) if isinstance(hint, enum.EnumMeta) else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
     if choices and all(type(value) in _SCALARS for value, _ in choices):
@@ -2599,6 +2598,7 @@ def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
     """A type whose values `make` makes; what it refuses does not fit the schema."""
 
     def read(value: Any, where: str) -> Any:
+        _check(schema, value, where)
         try:
             return make(value)
         except (ValueError, TypeError, LookupError, ArithmeticError):
@@ -2607,24 +2607,31 @@ def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
     return schema, read
 
 
-def _text_value(kind: Any, value: Any) -> Any:
-    if not isinstance(value, str):
-        raise TypeError
-    return getattr(kind, "fromisoformat", kind)(value)
-
-
-def _scalar(kind: type, value: Any) -> Any:
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
 def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
     return TypeError(f"{where} is {_describe(value)}, but must be {json.dumps(schema)}")
+
+
+def _check(schema: JSON, value: Any, where: str) -> None:
+    """Raise TypeError unless a value fits a schema, whatever the values are that it holds."""
+    kinds = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type")
+    is_whole = isinstance(value, float) and value.is_integer()
+    names = {list: ["array"], dict: ["object"], int: ["integer", "number"]}
+    own = names.get(type(value)) or [_SCALARS.get(type(value), ""), *["integer"] * is_whole]
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [value])
+    ok = (not kinds or not {*own}.isdisjoint(kinds)) and value in choices
+    size = len(value) if isinstance(value, list) else value if _is_number(value) else None
+    least, most = (schema.get(f"{end}Items", schema.get(f"{end}imum")) for end in ("min", "max"))
+    ok &= size is None or (least is None or size >= least) and (most is None or size <= most)
+    if not ok:
+        raise _misfit(value, where, schema)
+    if not isinstance(value, dict):
+        return
+    known, is_closed = schema.get("properties") or {}, schema.get("additionalProperties") is False
+    if is_closed and (stray := [name for name in value if name not in known]):
+        problem = f"has unexpected arguments {stray}; allowed are {list(known)}"
+        raise TypeError(f"{where or 'the call'} {problem}")
+    if lacking := [name for name in schema.get("required", ()) if name not in value]:
+        raise TypeError(f"{where or 'the call'} lacks {lacking}")
 
 
 def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
@@ -2676,8 +2683,7 @@ def _list_type(kind: Any, types: Sequence[_Type], is_fixed: bool) -> _Type:
     schema: JSON = {"type": "array", "items": item[0], **length}
 
     def read(value: Any, where: str) -> Any:
-        if not isinstance(value, list) or (is_fixed and len(value) != len(types)):
-            raise _misfit(value, where, schema)
+        _check(schema, value, where)
         readers = [one[1] for one in (types if is_fixed else [item] * len(value))]
         made = [readers[i](one, f"{where}[{i}]") for i, one in enumerate(value)]
         return kind(made) if kind in (tuple, set, frozenset) else made
@@ -2689,8 +2695,7 @@ def _dict_type(item: _Type) -> _Type:
     schema: JSON = {"type": "object", **({"additionalProperties": item[0]} if item[0] else {})}
 
     def read(value: Any, where: str) -> Any:
-        if not isinstance(value, dict):
-            raise _misfit(value, where, schema)
+        _check(schema, value, where)
         return {name: item[1](one, f"{where}.{name}") for name, one in value.items()}
 
     return schema, read
@@ -2702,13 +2707,7 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
     schema["additionalProperties"] = False
 
     def read(value: Any, where: str) -> Any:
-        if not isinstance(value, dict):
-            raise _misfit(value, where, schema)
-        if stray := [name for name in value if name not in types]:
-            problem = f"has unexpected arguments {stray}; allowed are {list(types)}"
-            raise TypeError(f"{where or 'the call'} {problem}")
-        if lacking := [name for name in required if name not in value]:
-            raise TypeError(f"{where or 'the call'} lacks {lacking}")
+        _check(schema, value, where)
         dot = "." if where else ""
         return kind(**{n: types[n][1](v, f"{where}{dot}{n}") for n, v in value.items()})
 
@@ -2779,14 +2778,14 @@ class Returns(NamedTuple):
 
 def returns_of(kind: Any) -> Returns:
     """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
-    is_schema = isinstance(kind, Mapping)
-    made = (
-        (dict(kind), partial(_fitting, kind)) if is_schema else schema_and_reader(kind, "returns")
-    )
+    if isinstance(kind, Mapping):
+        made: _Type = (dict(kind), partial(_fitting, kind))
+    else:
+        made = schema_and_reader(kind, "returns")
     schema, read = made
     if schema.get("type") == "object":
         return Returns(schema, read, False)
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    definitions: JSON = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     whole: JSON = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
     return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
 
@@ -2798,22 +2797,9 @@ def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
         schema = _dig(root, *str(reference).removeprefix("#/").split("/"))
     if not isinstance(schema, Mapping):
         return value
-    kinds = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type")
-    is_whole = isinstance(value, float) and value.is_integer()
-    names = {"list": ["array"], "dict": ["object"], "int": ["integer", "number"]}
-    own = names.get(type(value).__name__) or [_SCALARS[type(value)], *["integer"] * is_whole]
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else [value])
-    ok = (not kinds or not {*own}.isdisjoint(kinds)) and value in choices
-    members = value if isinstance(value, dict) else {}
+    _check(dict(schema), value, where)
     properties = schema.get("properties") or {}
-    is_closed = schema.get("additionalProperties") is False
-    ok &= {*schema.get("required", ())} <= members.keys() or not isinstance(value, dict)
-    size = len(value) if isinstance(value, list) else value if _is_number(value) else None
-    least, most = (schema.get(f"{end}Items", schema.get(f"{end}imum")) for end in ("min", "max"))
-    ok &= size is None or (least is None or size >= least) and (most is None or size <= most)
-    if not ok or (is_closed and not members.keys() <= properties.keys()):
-        raise _misfit(value, where, dict(schema))
-    for name, one in members.items():
+    for name, one in value.items() if isinstance(value, dict) else ():
         _fitting(properties.get(name), one, f"{where}.{name}", root)
     for number, one in enumerate(value if isinstance(value, list) else ()):
         _fitting(schema.get("items"), one, f"{where}[{number}]", root)
@@ -3257,7 +3243,15 @@ class LineDecoder(_Decoder):
         elif kind == "image":
             self._add_image(event, chunks)
         elif kind == "usage":
-            self._end(event, chunks)
+            usage = event.get("usage")
+            if not usage and self._needs_usage():
+                self.fail("the model stopped before its answer was whole (its limit of tokens?)")
+            elif usage == {"usd_cents": None} and self.model not in _FAKE_MODELS:
+                self.fail("Puter blocked the prompt and sent made-up text", code="prompt_blocked")
+            else:
+                self.usage = usage_from(usage)
+                self._finish_word = event.get("finish_reason") or self._finish_word
+                self._complete(chunks)
         elif kind == "error":
             text = str(event.get("message") or "the server gave no reason")
             if not chunks_of(self.reply())[:-1]:
@@ -3267,18 +3261,6 @@ class LineDecoder(_Decoder):
         else:
             # extra_content, compaction and what may come
             self._extra.append(event)
-
-    def _end(self, event: JSON, chunks: list[Chunk]) -> None:
-        """The line that ends a whole stream; without usage it may not be one (recorded)."""
-        usage = event.get("usage")
-        if not usage and self._needs_usage():
-            self.fail("the model stopped before its answer was whole (its limit of tokens?)")
-        elif usage == {"usd_cents": None} and self.model not in _FAKE_MODELS:
-            self.fail("Puter blocked the prompt and sent made-up text", code="prompt_blocked")
-        else:
-            self.usage = usage_from(usage)
-            self._finish_word = event.get("finish_reason") or self._finish_word
-            self._complete(chunks)
 
 
 class EventDecoder(_Decoder):
