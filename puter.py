@@ -1965,21 +1965,21 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
 
 # ---- history: the canonical shape out, in the form of each kind of provider (recorded) ----
 
-# What a turn with calls becomes: messages, and the calls whose results follow each.
-_Turn = list[tuple[JSON, list[ToolCall]]]
+# The calls of a message, each with its result.
+_Calls = list[tuple[ToolCall, JSON]]
 
 
 class Form(NamedTuple):
     """How the messages for one kind of provider are written: pure functions of canonical ones.
 
-    `part` writes a picture or a PDF, `turn` a message with calls, and `results` the results of
-    one, which hold pictures themselves if `has_rich_results`. `keeps` names the keys and kinds
-    of parts beyond the usual ones that the provider takes.
+    `part` writes a picture or a PDF, `result` a call's result, which holds pictures itself if
+    `has_rich_results`, and `turn` a message with its calls and their written results. `keeps`
+    names the keys and kinds of parts beyond the usual ones that the provider takes.
     """
 
     part: Callable[[JSON], JSON]
-    turn: Callable[[JSON, list[ToolCall]], _Turn]
-    results: Callable[[Messages], Messages]
+    result: Callable[[JSON], JSON]
+    turn: Callable[[JSON, _Calls], Messages]
     keeps: frozenset[str] = frozenset()
     has_rich_results: bool = False
     loses_later_systems: bool = False
@@ -2001,17 +2001,24 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     """Canonical messages as a kind of provider takes them; raises `BadRequestError` for none."""
     form, is_opening = FORMS[form_name], True
     sent: Messages = []
-    for message, calls, results in _with_results(messages):
+    for message, calls in _with_results(messages):
         one = _written(message, form, bool(calls))
         is_opening = is_opening and one["role"] == "system"
         if form.loses_later_systems and one["role"] == "system" and not is_opening:
             one["role"] = "user"
-        turn = [*_written_turn(form, one, calls, results)]
+        if calls:
+            written = [(call, form.result(_written(result, form))) for call, result in calls]
+            turn = form.turn(one, written)
+        else:
+            turn = [one] if one["content"] else []
         if turn and "tool_calls" in turn[0] and form.turn is _chat_turn:
             # Puter would make one message of it and of the texts before, and lose the calls
             while sent and sent[-1]["role"] == "assistant" and _is_text_only(sent[-1]["content"]):
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
+        shown = [p for _, r in calls for p in _parts(r["content"]) if p["type"] != "text"]
+        if shown and not form.has_rich_results:
+            sent.append({"role": "user", "content": [*map(form.part, shown)]})
         if drawn := message.get("images"):
             text = {"type": "text", "text": "The picture that you drew:"}
             sent.append({"role": "user", "content": [text, *map(form.part, drawn)]})
@@ -2023,13 +2030,13 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     return sent
 
 
-def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], Messages]]:
+def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, _Calls]]:
     """Each message with its calls and their results, however late these come.
 
     A call without a result gets one, a result without its call is told in words, and an id
     that is used again is made another one: else providers refuse the history for ever.
     """
-    turns: list[tuple[JSON, list[ToolCall], Messages]] = []
+    turns: list[tuple[JSON, _Calls]] = []
     waiting: dict[str, Messages] = {}
     uses: Counter[str] = Counter()
     for message in messages:
@@ -2040,8 +2047,7 @@ def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], 
                 continue
             intro = {"type": "text", "text": f"The result of the call {message['tool_call_id']}:"}
             message = {"role": "user", "content": [intro, *_parts(message.get("content"))]}
-        calls: list[ToolCall] = []
-        results: Messages = []
+        calls: _Calls = []
         opened: dict[str, Messages] = {}
         for call in map(tool_call_from, message.get("tool_calls") or ()):
             base = sent_id = re.sub(r"[^A-Za-z0-9_-]", "_", call.id)[-56:]
@@ -2049,29 +2055,13 @@ def _with_results(messages: Sequence[JSON]) -> list[tuple[JSON, list[ToolCall], 
                 uses[base] += 1
                 sent_id = f"{base}_{uses[base]}"
             uses[sent_id] += 1
+            result = {"role": "tool", "tool_call_id": sent_id, "content": _NOT_ANSWERED}
+            opened.setdefault(call.id, []).append(result)
             # arguments that could not be read are sent as none; the result says what was wrong
-            calls.append(replace(call, id=sent_id, invalid=""))
-            results.append({"role": "tool", "tool_call_id": sent_id, "content": _NOT_ANSWERED})
-            opened.setdefault(call.id, []).append(results[-1])
+            calls.append((replace(call, id=sent_id, invalid=""), result))
         waiting |= opened
-        turns.append((message, calls, results))
+        turns.append((message, calls))
     return turns
-
-
-def _written_turn(
-    form: Form, message: JSON, calls: list[ToolCall], results: Messages
-) -> Iterator[JSON]:
-    if not calls:
-        yield from [message] if message["content"] else []
-        return
-    for one, its_calls in form.turn(message, calls):
-        yield one
-        ids = {call.id for call in its_calls}
-        answered = [r for r in results if r["tool_call_id"] in ids]
-        yield from form.results([_written(r, form) for r in answered]) if answered else ()
-    pictures = [p for r in results for p in _parts(r["content"]) if p["type"] != "text"]
-    if pictures and not form.has_rich_results:
-        yield {"role": "user", "content": [form.part(p) for p in pictures]}
 
 
 def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
@@ -2114,9 +2104,14 @@ def _claude_part(part: JSON) -> JSON:
     return {"type": "image", "source": source}
 
 
-def _claude_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
-    uses = [_tool_use(replace(call, extra_content=None)) for call in calls]
-    return [({"role": "assistant", "content": [*_parts(message["content"]), *uses]}, calls)]
+def _claude_turn(message: JSON, calls: _Calls) -> Messages:
+    uses = [_tool_use(call) for call, _ in _unsigned(calls)]
+    turn = {"role": "assistant", "content": [*_parts(message["content"]), *uses]}
+    return [turn, {"role": "user", "content": [result for _, result in calls]}]
+
+
+def _unsigned(calls: _Calls) -> _Calls:
+    return [(replace(call, extra_content=None), result) for call, result in calls]
 
 
 def _result_block(result: JSON) -> JSON:
@@ -2141,21 +2136,22 @@ def _responses_result(result: JSON) -> JSON:
     return {"role": "user", "content": [{**_result_block(result), "content": texts}]}
 
 
-def _chat_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
-    """The text alone, then each call alone, unless they carry a provider's signature.
+def _chat_turn(message: JSON, calls: _Calls) -> Messages:
+    """The text alone, then each call alone before its result, unless a provider signed them.
 
     Signed calls must stay together in one message. With text beside them OpenAI's own shape
     arrives right; without, parts arrive reversed (recorded), so they are sent in reverse.
     """
     content, text = message["content"], text_of(message["content"], glue="\n")
     beside = {key: value for key, value in message.items() if key not in ("role", "content")}
-    is_signed = any(call.extra_content for call in calls)
+    is_signed = any(call.extra_content for call, _ in calls)
     if is_signed and text.strip():
         return _openai_turn({**message, "content": text}, calls)
-    turn: _Turn = [({"role": "assistant", "content": content}, [])] if content else []
-    for some in [calls] if is_signed else [[call] for call in calls]:
-        parts = [_tool_use(call) for call in reversed(some)]
-        turn.append(({"role": "assistant", "content": parts, **beside}, some))
+    turn: Messages = [{"role": "assistant", "content": content}] if content else []
+    for some in [calls] if is_signed else [[one] for one in calls]:
+        parts = [_tool_use(call) for call, _ in reversed(some)]
+        turn.append({"role": "assistant", "content": parts, **beside})
+        turn += [result for _, result in some]
         beside = {}
     return turn
 
@@ -2168,8 +2164,9 @@ def _chat_result(result: JSON) -> JSON:
     return {"role": "tool", "tool_call_id": result["tool_call_id"], "content": text}
 
 
-def _openai_turn(message: JSON, calls: list[ToolCall]) -> _Turn:
-    return [({**message, "tool_calls": [openai_call(call) for call in calls]}, calls)]
+def _openai_turn(message: JSON, calls: _Calls) -> Messages:
+    turn = {**message, "tool_calls": [openai_call(call) for call, _ in calls]}
+    return [turn, *(result for _, result in calls)]
 
 
 def _tool_use(call: ToolCall) -> JSON:
@@ -2177,12 +2174,12 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_turn, lambda some: [*map(_chat_result, some)], frozenset({"name"}))
+_CHAT = Form(dict, _chat_result, _chat_turn, frozenset({"name"}))
 FORMS = {
     "claude": Form(
         _claude_part,
+        _result_block,
         _claude_turn,
-        lambda some: [{"role": "user", "content": [*map(_result_block, some)]}],
         keeps=frozenset({"cache_control", "thinking"}),
         has_rich_results=True,
         loses_later_systems=True,
@@ -2191,8 +2188,8 @@ FORMS = {
     ),
     "responses": Form(
         _responses_part,
-        lambda message, calls: _chat_turn(message, [replace(c, extra_content=None) for c in calls]),
-        lambda some: [*map(_responses_result, some)],
+        _responses_result,
+        lambda message, calls: _chat_turn(message, _unsigned(calls)),
         has_rich_results=True,
         streams_all_calls=True,
     ),
