@@ -2197,8 +2197,8 @@ FORMS = {
     "openrouter": _CHAT._replace(
         keeps=frozenset({"name", "cache_control", "reasoning", "reasoning_details"})
     ),
-    # an OpenAI-compatible base
-    "openai": _CHAT._replace(turn=_openai_turn, streams_all_calls=True),
+    # an OpenAI-compatible base; Puter's own loses the same calls in streams
+    "openai": _CHAT._replace(turn=_openai_turn),
 }
 # What Puter makes of an effort for Claude: so many tokens of the answer's are for thinking.
 _EFFORT_TOKENS = {"high": 8192, "medium": 4096, "low": 1024}
@@ -4459,16 +4459,14 @@ class _Accounts:
         """The name of the active stored account; None if something else is in use."""
         return None if self.token is not None or self.pinned else self._stored()[1]
 
-    def cooldowns(self) -> list[Cooldown]:
-        return self.state.cooldowns(time.time(), self.usable())
-
     def no_account_error(self) -> PuterError:
         """Why there is no account to ask."""
-        if not (count := len(self.usable())):
+        if not (accounts := self.usable()):
             return AuthError("You are not signed in")
-        cooldowns = [c for c in self.cooldowns() if not c.model]
+        now, count = time.time(), len(accounts)
+        cooldowns = [c for c in self.state.cooldowns(now, accounts) if not c.model]
         ends = [c.until_s for c in cooldowns if c.reason != "login"]
-        wait_s = max(0.0, min(ends, default=0.0) - time.time())
+        wait_s = max(0.0, min(ends, default=0.0) - now)
         message = f"All {count} accounts are on cooldown; the first is free in {wait_s:.0f} s"
         return AllAccountsOnCooldownError(message, retry_after_s=wait_s, statuses=cooldowns)
 
@@ -4643,9 +4641,7 @@ class _Api(NamedTuple):
         is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
-        form = self.form(request, model)
-        # Puter's own OpenAI endpoint loses the same calls
-        return form == "openai" or not FORMS[form].streams_all_calls
+        return not FORMS[self.form(request, model)].streams_all_calls
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
@@ -4739,7 +4735,7 @@ class Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._release("closed")
 
     def __del__(self) -> None:
         self._note_end = None
@@ -5089,7 +5085,7 @@ class Puter:
 
     def cooldowns(self) -> list[Cooldown]:
         """Who is on cooldown now, as all processes have reported it."""
-        return self._accounts.cooldowns()
+        return self.state.cooldowns(time.time(), self.accounts)
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
     # `_on_answer` is called with the asked model's name and each reply that ended well, `_on_wait`
@@ -5135,7 +5131,8 @@ class Puter:
             form = {"name": "answer", "schema": typed.schema}
             args["response_format"] = {"type": "json_schema", "json_schema": form}
         needs = needs_of(messages, schemas)
-        self._check_inputs(name, needs)
+        if needs.inputs and not is_foreign(self.config):
+            self._check_inputs(name, needs)
         is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
         for m in messages:
             is_plain &= isinstance(m.get("content"), str) and m.keys() == {"role", "content"}
@@ -5193,7 +5190,7 @@ class Puter:
 
     def _open_once(self, asked: Asked, cancellation: _Cancellation, is_stream: bool) -> Stream:
         call = _Exchange(asked, is_stream, cancellation)
-        if cached := self._cached(asked):
+        if self.config.cache_enabled and (cached := self._cached(asked)):
             who: Any = (cached.model, cached.account, ())
             return Stream(_Incoming.of(cached), call.cancellation, who)
         incoming, stack = self._ask_until_answered(call)
@@ -5220,8 +5217,6 @@ class Puter:
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
         """Raise `BadRequestError` for what the model is known not to take, naming some that do."""
-        if not needs.inputs or is_foreign(self.config):
-            return
         model = self._catalogue.models_if_any("What the model takes was not checked").get(name)
         if model is not None and (missing := lacking(model, needs)):
             problem = " and ".join(_LACKING_WORDS[kind] for kind in missing)
@@ -5236,9 +5231,7 @@ class Puter:
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, request: Asked) -> Reply | None:
-        """The cached reply to the same request, if replies are cached and it is fresh."""
-        if not self.config.cache_enabled:
-            return None
+        """The cached reply to the same request, if there is one and it is fresh."""
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
         try:
@@ -5417,22 +5410,30 @@ class Puter:
         A misspelt name is only put right. An account with too many requests at once, or that
         has no substitute, is never on cooldown.
         """
-        code, account = _code_of(error), target.account
+        code, name, config = _code_of(error), target.account.username, self.config
         if isinstance(error, ModelNotFoundError):
             if not target.is_fallback:
                 self._correct_name(error, call)
-        elif isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
-            name, token = account.username, account.token
+            return
+        if isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
+            token = target.account.token
             self.state.add_cooldown(name, "", math.inf, "login", time.time(), token)
             _log.info("Auth: Account needs a new sign-in - %s (%s)", name, code)
-        elif error.scope == "model" and not isinstance(error, CreditError):
+            return
+        # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
+        is_own = error.code in _KIND_BY_CODE and code != "invalid_api_key"
+        is_limit = error.scope == "account" and is_own and "concurrent" not in error.message
+        if error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
-            self._cool(error, account, self._world(call).models.id_of(target.model))
-        elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
-            # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
-            is_busy = "concurrent" in error.message
-            if not is_busy and self._world(call).has_substitute(account):
-                self._cool(error, account)
+            model_id, ms = self._world(call).models.id_of(target.model), config.fallback_cooldown_ms
+        elif is_limit and self._world(call).has_substitute(target.account):
+            model_id, ms = "", config.account_rotation_cooldown_ms
+        else:
+            return
+        if isinstance(error, RateLimitError) and not config.max_retries:
+            ms = min(ms, int(RATE_WINDOW_S * 1000))  # nobody waits for it
+        self.state.add_cooldown(name, model_id, ms / 1000, code, time.time())
+        _log.info("%s, adding to cooldown", _log_words(error))
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
@@ -5449,14 +5450,6 @@ class Puter:
             # only a misspelling: not reported
             call.attempts.pop()
             call.asked = call.asked._replace(model=model_id)
-
-    def _cool(self, error: PuterError, account: Account, model_id: str = "") -> None:
-        config, name = self.config, account.username
-        ms = config.fallback_cooldown_ms if model_id else config.account_rotation_cooldown_ms
-        if isinstance(error, RateLimitError) and not config.max_retries:
-            ms = min(ms, int(RATE_WINDOW_S * 1000))  # nobody waits for it
-        self.state.add_cooldown(name, model_id, ms / 1000, _code_of(error), time.time())
-        _log.info("%s, adding to cooldown", _log_words(error))
 
     # ---- what is noted of an answer ----
 
@@ -5702,9 +5695,7 @@ def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
 
 def _show_signature(function: Any, method: Any) -> None:
     """Let help and completion show a function as the method that it calls."""
-    signature = inspect.signature(method)
-    own = [p for p in signature.parameters.values() if p.name != "self"]
-    function.__signature__ = signature.replace(parameters=own)
+    function.__signature__ = inspect.signature(partial(method, None))
     function.__doc__ = f"{method.__doc__}\n\n    {function.__doc__}"
 
 
