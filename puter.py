@@ -2431,7 +2431,7 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     if not name.isidentifier() or isinstance(function, type):
         problem = f"{_describe(function)} has no name, or is a class"
         raise BadRequestError(problem, hint="Wrap it in an ordinary function (def).")
-    text, parameters = _about(function)[0], _call_type(function, dict, name)[0]
+    text, parameters = _documented(function)[0], _call_type(function, dict, name)[0]
     described = {"name": name, **({"description": text} if text else {})}
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
@@ -2470,7 +2470,7 @@ def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) ->
         parameters = inspect.signature(call).parameters.values()
     except (NameError, TypeError, ValueError) as error:
         raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
-    about = _about(call)[1]
+    about = _documented(call)[1]
     types: dict[str, _Type] = {}
     for one in parameters:
         if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) or one.name not in hints:
@@ -2490,12 +2490,6 @@ def _behind(call: Any) -> tuple[Any, Any]:
     inner = call.func if isinstance(call, partial) else call
     is_object = not isinstance(inner, type) and not inspect.isroutine(inner)
     return inner, type(inner).__call__ if is_object else inner
-
-
-def _about(call: Any) -> tuple[str, dict[str, str]]:
-    """(what it does, what its parameters are), as its docstring says."""
-    inner, routine = _behind(call)
-    return _docstring_parts(inspect.getdoc(routine) or inspect.getdoc(inner) or "")
 
 
 def _hints_of(call: Any) -> dict[str, Any]:
@@ -2705,14 +2699,15 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
 
     def read(value: Any, where: str) -> Any:
         _check(schema, value, where)
-        dot = "." if where else ""
-        return kind(**{n: types[n][1](v, f"{where}{dot}{n}") for n, v in value.items()})
+        return kind(**{n: types[n][1](v, f"{where}.{n}".lstrip(".")) for n, v in value.items()})
 
     return schema, read
 
 
-def _docstring_parts(doc: str) -> tuple[str, dict[str, str]]:
-    """(what stands before the parameters, text of each), in Google's, NumPy's or Sphinx's style."""
+def _documented(call: Any) -> tuple[str, dict[str, str]]:
+    """(what it does, what each parameter is), of a docstring in Google's, NumPy's or Sphinx's style."""
+    inner, routine = _behind(call)
+    doc = inspect.getdoc(routine) or inspect.getdoc(inner) or ""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
     # before a section such as "Returns:", or a field such as ":raises"
     end = r"(?=^\w+:\s*$|^:\w|\Z)"
@@ -2980,6 +2975,12 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         images = tuple(map(picture_from, message.get("images") or ()))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise _no_reply(f"The reply has an unknown format ({error})", body) from error
+    # what must go back with the history, beside text and calls
+    keys = ("reasoning_details", "reasoning") if message.get("reasoning_details") else ()
+    extra = {key: message[key] for key in keys if message.get(key)}
+    own = [p for p in parts if p.get("type") in ("text", "thinking", "redacted_thinking")]
+    if any(part["type"] != "text" for part in own):
+        extra["content"] = own
     reply = Reply(
         text=joined_halves(str(text)),
         reasoning=joined_halves(reasoning if isinstance(reasoning, str) else thinking),
@@ -2989,24 +2990,12 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         model=model,
         raw=body,
         images=images,
-        extra=_extra_of(message),
+        extra=extra,
     )
     if reply.finish_reason.lower() in _FAILED_ENDS:
         problem = f"The provider of {model} failed while it wrote ({reply.finish_reason})"
         raise ReplyError(problem, raw=reply.text[:2_000], reply=reply, model=model)
     return reply
-
-
-def _extra_of(message: Mapping[str, Any]) -> JSON:
-    """What of a reply's message must go back with the history, beside its text and calls."""
-    keys = ("reasoning_details", "reasoning") if message.get("reasoning_details") else ()
-    extra = {key: message[key] for key in keys if message.get(key)}
-    kinds = ("text", "thinking", "redacted_thinking")
-    content = message.get("content")
-    parts = [p for p in content if p.get("type") in kinds] if isinstance(content, list) else []
-    if any(part["type"] != "text" for part in parts):
-        extra["content"] = parts
-    return extra
 
 
 def picture_from(image: Any) -> Picture:
@@ -4690,6 +4679,7 @@ def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chu
 _CLOSED = "The stream was closed before its end"
 
 
+@dataclass(repr=False, eq=False)
 class Stream:
     """A reply as it comes: iterate over it for `Chunk`s; `reply` is the whole once it ended.
 
@@ -4700,25 +4690,21 @@ class Stream:
     Attributes: `model` and `account` (the names of those that answer), `attempts`.
     """
 
-    def __init__(
-        self,
-        source: _Incoming,
-        cancellation: _Cancellation,
-        who: tuple[str, str, tuple[Attempt, ...]],
-        stack: ExitStack | None = None,
-        note_end: Callable[[str, Reply | None], None] | None = None,
-    ) -> None:
-        self._source, self._cancellation, self._note_end = source, cancellation, note_end
-        self.model, self.account, self.attempts = who
-        self._stack = stack or ExitStack()
-        # whether a call whose arguments cannot be read is an error
-        self._checked = False
-        self._batch: Iterator[Chunk] = iter(())
-        # "ok", "closed" or an error's code
-        self._end_word = ""
-        self._lock = threading.RLock()
-        self._reading = threading.Lock()
-        self._reply: Reply | None = None
+    _source: _Incoming
+    _cancellation: _Cancellation
+    model: str
+    account: str
+    attempts: tuple[Attempt, ...] = ()
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _note_end: Callable[[str, Reply | None], None] | None = None
+    # whether a call whose arguments cannot be read is an error
+    _checked: bool = False
+    _batch: Iterator[Chunk] = field(default_factory=lambda: iter(()))
+    # "ok", "closed" or an error's code
+    _end_word: str = ""
+    _lock: Any = field(default_factory=threading.RLock)
+    _reading: Any = field(default_factory=threading.Lock)
+    _reply: Reply | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -4952,8 +4938,7 @@ class Puter:
         answer is not what `returns` says.
         """
         named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        request = self._build_request(prompt, *named, **args)
-        reply = self._complete(request)
+        reply = self._complete(self._build_request(prompt, *named, **args))
         raise_for_invalid(reply)
         return reply
 
@@ -4980,8 +4965,7 @@ class Puter:
         `returns` the answer is checked before it is given, and so comes whole.
         """
         named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        request = self._build_request(prompt, *named, **args)
-        opened = self._open(request)
+        opened = self._open(self._build_request(prompt, *named, **args))
         opened._checked = True
         return opened
 
@@ -5160,8 +5144,7 @@ class Puter:
         if asked.returns is None:
             return self._open_once(asked, cancellation, is_stream)
         reply = self._typed(asked, asked.returns, cancellation)
-        who = (reply.model, reply.account, reply.attempts)
-        return Stream(_Incoming.of(reply), cancellation, who)
+        return Stream(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _Cancellation) -> Reply:
         """The reply with its value; what does not fit is told to the model, which is asked again."""
@@ -5191,13 +5174,12 @@ class Puter:
     def _open_once(self, asked: Asked, cancellation: _Cancellation, is_stream: bool) -> Stream:
         call = _Exchange(asked, is_stream, cancellation)
         if self.config.cache_enabled and (cached := self._cached(asked)):
-            who: Any = (cached.model, cached.account, ())
-            return Stream(_Incoming.of(cached), call.cancellation, who)
+            return Stream(_Incoming.of(cached), cancellation, cached.model, cached.account)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
         note_end = partial(self._note_end, call, incoming.started)
-        return Stream(incoming, call.cancellation, who, stack, note_end)
+        return Stream(incoming, cancellation, *who, stack, note_end)
 
     def _models_if_any(self, why: str) -> ModelList:
         return self._catalogue.models_if_any(why)
@@ -5305,10 +5287,8 @@ class Puter:
         if call.asked.fallback and (call.attempts or any(c.model for c in cooldowns)):
             models = self._catalogue.models_if_any("No fallback")
         if self.config.account_rotation_strategy == "least-recently-used":
-            used = self.state.last_used_ms()
-            accounts = [
-                replace(a, last_used_ms=used.get(a.username, a.last_used_ms)) for a in accounts
-            ]
+            used = {a.username: a.last_used_ms for a in accounts} | self.state.last_used_ms()
+            accounts = [replace(a, last_used_ms=used[a.username]) for a in accounts]
         current = self._accounts.current or self._accounts.active_name
         elapsed_s, is_stale = time.monotonic() - call.began, self._catalogue.is_stale
         return World(accounts, cooldowns, models, self.config, current, now, elapsed_s, is_stale)
@@ -5363,7 +5343,7 @@ class Puter:
         """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
         if isinstance(error, CreditError):
-            error = self._explained(error, call.asked, model, account)
+            error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
             self._count(model, _code_of(error), seconds, None, None)
@@ -5376,13 +5356,12 @@ class Puter:
             error.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
         return error
 
-    def _explained(
-        self, error: CreditError, request: Asked, model: str, account: Account
-    ) -> PuterError:
+    def _explained(self, error: CreditError, request: Asked, target: Target) -> PuterError:
         """What a 402 means: a prompt too long for Puter's limit, or how much credit is left."""
         if is_foreign(self.config) or error.code != "insufficient_funds":
             return error
-        known = self._catalogue.models_if_any("The limits of the model are not known").get(model)
+        model, why = target.model, "The limits of the model are not known"
+        known = self._catalogue.models_if_any(why).get(model)
         form = self._api.form(request, model)
         tokens = estimated_tokens(messages_for(form, request.args["messages"]))
         if known and not fits(known, tokens):
@@ -5393,7 +5372,7 @@ class Puter:
             details["code"] = "context_length_exceeded"
             return ContextLengthError(problem, hint=hint, **details)
         try:
-            left = self.usage(account.username)
+            left = self.usage(target.account.username)
         except PuterError as failure:
             problem = f"Its answer could cost more than is left ({failure.message})"
         else:
@@ -7614,7 +7593,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             return self.app.client._open(request, self.cancellation)
         reply = _with_json(asked, self._complete(asked, request))
         who = (reply.model, reply.account, reply.attempts)
-        return Stream(_Incoming.of(reply), self.cancellation, who)
+        return Stream(_Incoming.of(reply), self.cancellation, *who)
 
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: Asked) -> None:
         """Answer with Server-Sent Events; while the answer is waited for, with signs of life."""
