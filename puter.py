@@ -1681,6 +1681,7 @@ File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 # The shape is OpenAI's for chat completions. Beside it stands what other vendors need: marks of
 # `cache_control` on parts, `thinking` that Claude signed among an assistant's parts, a message's
 # `reasoning_details` and `images`, and results (role "tool") that hold pictures or `is_error`.
+# What cannot be read, or sent, is a `BadRequestError` that names its place.
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -1726,10 +1727,7 @@ def _misplaced(where: str, problem: str, hint: str | None = None) -> BadRequestE
 def messages_from(
     prompt: Prompt, system: str | None = None, extra_parts: Sequence[JSON] = ()
 ) -> Messages:
-    """A prompt as new messages in the canonical shape; the caller's own list is never changed.
-
-    `extra_parts` (images, files) join the last user message. Raises `BadRequestError`.
-    """
+    """A prompt as new canonical messages; `extra_parts` (images, files) join the user's last."""
     if isinstance(prompt, str):
         messages: Messages = [{"role": "user", "content": prompt}]
     else:
@@ -1749,10 +1747,7 @@ def messages_from(
 
 
 def read_message(message: Any, where: str) -> Messages:
-    """A message in any vendor's shape as canonical ones: its results first, then the rest.
-
-    Raises `BadRequestError` that names its place.
-    """
+    """A message in any vendor's shape as canonical ones: its results first, then the rest."""
     is_message = isinstance(message, Mapping)
     _require(is_message, where, message, 'Write {"role": "user", "content": "…"}.')
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
@@ -1799,17 +1794,14 @@ def _read_result(part: Mapping[str, Any], where: str) -> JSON:
 
 
 def read_parts(content: Any, where: str) -> list[JSON]:
-    """A content in any vendor's shape as canonical parts; raises `BadRequestError`."""
+    """A content in any vendor's shape as canonical parts."""
     parts = [content] if isinstance(content, str) else [] if content is None else content
     _require(isinstance(parts, (list, tuple)), where, parts, "Give a text or a list of parts.")
     return [known for part in parts for known in read_part(part, where)]
 
 
 def read_part(part: Any, where: str) -> list[JSON]:
-    """A part in any vendor's shape as canonical ones: their kinds do not collide.
-
-    Of each its known keys are taken. Raises `BadRequestError` for what nobody can read.
-    """
+    """A part in any vendor's shape, whose kinds do not collide, as canonical ones of known keys."""
     if isinstance(part, str):
         return [{"type": "text", "text": part}]
     _require(isinstance(part, Mapping), where, part, 'Write {"type": "text", "text": "…"}.')
@@ -1934,11 +1926,7 @@ def openai_call(call: ToolCall) -> JSON:
 
 
 def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
-    """One of OpenAI's `tool_calls`, or a `tool_use` part, as a `ToolCall`.
-
-    Arguments that are no JSON object stand in `invalid` as they came. Raises KeyError or
-    TypeError for what is no call.
-    """
+    """One of OpenAI's `tool_calls`, or a `tool_use` part; KeyError, TypeError for what is none."""
     function = call.get("function", call)
     read, invalid = _arguments_from(function.get("arguments", function.get("input")))
     extra = call.get("extra_content") or None
@@ -2268,10 +2256,7 @@ def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
 
 
 def estimated_tokens(messages: Sequence[JSON]) -> int:
-    """The server's own estimate of a prompt in tokens, by which it lets a request pass (recorded).
-
-    Takes canonical messages, or those of any form.
-    """
+    """The server's estimate of messages of any form, by which it lets a request pass (recorded)."""
     contents = (_parts(message.get("content")) for message in messages)
     calls = (message.get("tool_calls") or () for message in messages)
     return sum(map(_part_tokens, chain(*contents, *calls)))
@@ -2304,10 +2289,7 @@ _IMAGE_KINDS = {
 
 
 def image_part(image: Image) -> JSON:
-    """An image as a part of a message: a path or bytes become a data URL, a URL stays.
-
-    Raises `BadRequestError` when there is no such file, or it is no PNG, JPEG, GIF or WebP.
-    """
+    """An image as a part of a message: a path or bytes become a data URL, a URL stays."""
     if isinstance(image, str) and re.match(r"https?://|data:", image, re.IGNORECASE):
         url = r"https?://.*|data:image/[\w.+-]+;base64,[A-Za-z0-9+/=\s]+"
         if not re.fullmatch(url, image, re.IGNORECASE | re.DOTALL):
@@ -2322,11 +2304,7 @@ def image_part(image: Image) -> JSON:
 
 
 def file_part(file: File) -> JSON:
-    """A file as a part of a message, by what it holds: a text, an image, or a PDF.
-
-    `file` is a path, bytes, or (name, bytes). Raises `BadRequestError` when it cannot be
-    read, is empty or too large, has a name that no file may have, or is of another kind.
-    """
+    """A path, bytes or (name, bytes) as a part, by what it holds: a text, an image, or a PDF."""
     if isinstance(file, tuple):
         name, data = file
     else:
@@ -2367,7 +2345,7 @@ def decoded_text(data: bytes) -> str | None:
 
 
 def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
-    """(contents, name for messages) of a path or bytes; raises `BadRequestError`."""
+    """(contents, name for messages) of a path or bytes."""
     if isinstance(source, (bytes, bytearray)):
         return bytes(source), f"the {what} given as bytes"
     try:
@@ -2396,7 +2374,7 @@ def is_web_search(tool: Any) -> bool:
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
-    """Tools as OpenAI's list of function schemas; raises `BadRequestError`."""
+    """Tools as OpenAI's list of function schemas."""
     is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
@@ -2421,11 +2399,7 @@ def _tool_schema(tool: Any, index: int) -> JSON:
 
 
 def function_schema(function: Callable[..., Any]) -> JSON:
-    """A Python function as OpenAI's schema, from its signature, type hints and docstring.
-
-    Raises `BadRequestError` for a parameter without a hint, or of a type that JSON lacks, and
-    for what has no name.
-    """
+    """A Python function as OpenAI's schema, from its signature, type hints and docstring."""
     inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
@@ -2437,10 +2411,7 @@ def function_schema(function: Callable[..., Any]) -> JSON:
 
 
 def read_arguments(function: Callable[..., Any], arguments: JSON) -> JSON:
-    """A model's arguments, made what the function's hints say.
-
-    Raises TypeError, in words for the model, when they do not fit.
-    """
+    """A model's arguments, made what the function's hints say; TypeError in words for the model."""
     read: JSON = _call_type(function, dict, "it")[1](arguments, "")
     return read
 
@@ -2461,10 +2432,7 @@ _LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
 
 
 def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) -> _Type:
-    """The parameters of a function or dataclass as an object that is read as `kind`.
-
-    Raises `BadRequestError` for what a model cannot give.
-    """
+    """The parameters of a function or dataclass as an object that is read as `kind`."""
     try:
         hints = _hints_of(call)
         parameters = inspect.signature(call).parameters.values()
@@ -2705,7 +2673,7 @@ def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str])
 
 
 def _documented(call: Any) -> tuple[str, dict[str, str]]:
-    """(what it does, what each parameter is), of a docstring in Google's, NumPy's or Sphinx's style."""
+    """(what it does, what its parameters are), from Google's, NumPy's or Sphinx's docstrings."""
     inner, routine = _behind(call)
     doc = inspect.getdoc(routine) or inspect.getdoc(inner) or ""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
@@ -2953,10 +2921,7 @@ def _no_reply(what: str, body: Any) -> PuterError:
 
 
 def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) -> Reply:
-    """A reply from a message with its finish reason, in OpenAI's or Anthropic's shape.
-
-    Raises `ReplyError` when it is no such thing.
-    """
+    """A reply from a message with its finish reason, in OpenAI's or Anthropic's shape."""
     message = choice.get("message")
     if not isinstance(message, Mapping):
         raise _no_reply("The reply has no message", body)
@@ -3155,7 +3120,6 @@ class _Decoder:
         chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
     def _complete(self, chunks: list[Chunk]) -> None:
-        """The stream says that it was whole."""
         if str(self._finish_word).lower() in _FAILED_ENDS:
             self.fail(f"its provider failed while it wrote ({self._finish_word})")
             return
@@ -3179,7 +3143,6 @@ class LineDecoder(_Decoder):
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks of the lines that this piece completes."""
         if self.error is not None:
             return []
         lines, line_end, start = data.rpartition(b"\n")
@@ -3262,14 +3225,14 @@ class EventDecoder(_Decoder):
         if self.error is not None or self.whole:
             return chunks
         try:
-            if data.strip() == "[DONE]" and not self._has_choice:
+            if data.strip() != "[DONE]":
+                self._frame(_JSON.decode(data), chunks)
+            elif not self._has_choice:
                 self.fail("it holds no answer")
-            elif data.strip() == "[DONE]":
+            else:
                 for call in self._open_calls:
                     self._add_call(tool_call_from(call), chunks)
                 self._complete(chunks)
-            else:
-                self._frame(_JSON.decode(data), chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
         return chunks
@@ -3340,11 +3303,7 @@ class ModelList(tuple[Model, ...]):
         return model.id if model else name
 
     def find(self, name: str) -> Model:
-        """The model of this name.
-
-        Raises `ModelNotFoundError` with near matches; a `:free` name that is gone does not
-        become its paid twin, but the hint names it.
-        """
+        """The model of this name, or an error with near ones; a `:free` name does not become paid."""
         if model := self.get(name):
             return model
         wanted = strip_puter_prefix(name).lower()[:200]
@@ -3362,10 +3321,7 @@ class ModelList(tuple[Model, ...]):
 
 
 def models_from(body: Any) -> ModelList:
-    """The catalogue of `/puterai/chat/models/details`, or OpenAI's list, as `Model`s.
-
-    Raises `ServerError` when it is neither, and the error that the body is instead.
-    """
+    """The catalogue of `/puterai/chat/models/details`, or OpenAI's list, as `Model`s."""
     entries = body.get("models", body.get("data")) if isinstance(body, Mapping) else None
     if not isinstance(entries, list) or not all(isinstance(e, (Mapping, str)) for e in entries):
         if isinstance(body, Mapping) and body.get("error"):
