@@ -2194,9 +2194,8 @@ _LEAST_ANSWER_TOKENS = 256
 
 
 # What only the Responses API knows.
-RESPONSES_ARGUMENTS = (
-    "service_tier metadata store prompt_cache_key truncation include safety_identifier".split()
-)
+RESPONSES_ARGUMENTS = """service_tier metadata store prompt_cache_key truncation include
+    safety_identifier""".split()
 
 
 def arguments_for(form_name: str, model: str, args: JSON) -> JSON:
@@ -2296,8 +2295,7 @@ def image_part(image: Image) -> JSON:
             raise BadRequestError(f"The image {image[:40]!r}… is not a base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
-    kind = image_kind(data)
-    if kind is None:
+    if (kind := image_kind(data)) is None:
         problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
         raise BadRequestError(f"{name} {problem}")
     return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
@@ -4968,12 +4966,9 @@ class Puter:
         `free` keeps only free (True) or paid (False) models. When the server cannot be
         reached, an older list is used and a warning logged.
         """
-        models: Iterable[Model] = self._catalogue.models(refresh)
-        if provider:
-            models = [m for m in models if is_from(m, provider)]
-        if free is not None:
-            models = [m for m in models if m.free is free]
-        return sorted(models, key=lambda m: m.id)
+        models = self._catalogue.models(refresh)
+        models_of = [m for m in models if not provider or is_from(m, provider)]
+        return sorted((m for m in models_of if free in (None, m.free)), key=lambda m: m.id)
 
     def model(self, name: str) -> Model:
         """One model by id or alias, in any case; `ModelNotFoundError` has near matches."""
@@ -5028,6 +5023,7 @@ class Puter:
         return self.state.cooldowns(time.time(), self.accounts)
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
+    # They also use what `_accounts`, `_catalogue` and `_transport` show of themselves.
     # `_on_answer` is called with the asked model's name and each reply that ended well, `_on_wait`
     # with why a call waits before it is sent again.
 
@@ -5137,15 +5133,9 @@ class Puter:
         note_end = partial(self._note_end, call, incoming.started)
         return Stream(incoming, cancellation, *who, stack, note_end)
 
-    def _models_if_any(self, why: str) -> ModelList:
-        return self._catalogue.models_if_any(why)
-
     def _is_same_model(self, name: str, other: str) -> bool:
         models = self._catalogue.known()
         return models.id_of(name) == models.id_of(other)
-
-    def _download(self, url: str) -> tuple[bytes, str]:
-        return self._transport.download(url)
 
     def _server_date(self) -> str | None:
         url = f"{_api_origin(self.config)}/puterai/chat/models"
@@ -7521,7 +7511,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             return
         client = self.app.client
         asked = dialect.parse(body, self.app.memory)
-        models = client._models_if_any("The name of the model is passed on unchecked")
+        models = client._catalogue.models_if_any("The name of the model is passed on unchecked")
         name = asked.model or client.config.default_model
         served = self.app.models
         if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
@@ -8597,7 +8587,7 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     for source in sources:
         name = os.path.basename(source)
         if re.match(r"https?://", source):
-            data, _ = client._download(source)
+            data, _ = client._transport.download(source)
             name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
         elif source == "-":
             data, name = _read_stdin(), "standard input"
