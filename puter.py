@@ -4733,13 +4733,12 @@ class Stream:
             if self._end_word:
                 return
             self._end_word = word
-            stack = self._stack.pop_all()
         if word == "ok":
             self._reply = self._partial()
         else:
             # a body that was read to its end left a good connection
             self._cancellation.cancel()
-        stack.close()
+        self._stack.close()
         if self._note_end is not None:
             self._note_end(word, self._reply)
 
