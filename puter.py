@@ -1883,15 +1883,13 @@ def _read_file(part: Mapping[str, Any], where: str) -> JSON:
 
 
 def _check_call(call: Any, function: Any, where: str) -> None:
-    """Raise `BadRequestError` for a call in a history that no provider can take.
-
-    A text of arguments that cannot be read passes: the model wrote it, and its result says so.
-    """
+    """Raise `BadRequestError` for a call in a history that no provider can take."""
     hint = "Give the call as the model made it: with its id, name and arguments."
     is_call = isinstance(call, Mapping) and isinstance(function, Mapping)
     if not is_call or not _is_text(call.get("id")) or not _is_text(function.get("name")):
         raise _misplaced(where, "lacks an id or a function name", hint)
     arguments = function.get("arguments", function.get("input"))
+    # a text that cannot be read passes: the model wrote it, and its result says so
     ok = isinstance(arguments, (str, Mapping, type(None))) or arguments == []
     _require(ok, f"The arguments of {where}", arguments, hint)
 
@@ -1934,10 +1932,7 @@ def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
 
 
 def _arguments_from(value: Any) -> tuple[JSON, str]:
-    """(a call's arguments, ""), or ({}, the text of what is no JSON object).
-
-    Null, a blank text and an empty list are how some providers say that there are none.
-    """
+    """(a call's arguments, ""), or ({}, the text of what is no JSON object)."""
     read = value
     if isinstance(value, str):
         value = joined_halves(value)
@@ -1946,6 +1941,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
             json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
         except (ValueError, RecursionError):
             return {}, value
+    # null, a blank text and an empty list are how some providers say that there are none
     if isinstance(read, Mapping) or read is None or read == []:
         return dict(read or {}), ""
     return {}, value if isinstance(value, str) else json.dumps(value)
@@ -2226,14 +2222,12 @@ def arguments_for(form_name: str, model: str, args: JSON) -> JSON:
 
 
 def _claude_effort(effort: Any, args: JSON) -> Any:
-    """The highest effort, up to the asked one, that leaves room for an answer; None for none.
-
-    With thinking Anthropic refuses a running turn whose calls do not begin with signed thinking.
-    """
+    """The highest effort, up to the asked one, that leaves room for an answer; None for none."""
     for message in reversed(args["messages"]):
         if message["role"] == "user":
             break
         kinds = {part["type"] for part in _parts(message.get("content"))}
+        # Anthropic refuses a running turn whose calls do not begin with signed thinking
         if message.get("tool_calls") and kinds.isdisjoint(("thinking", "redacted_thinking")):
             return None
     limit = args.get("max_tokens")
@@ -2495,8 +2489,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         except RecursionError:
             raise BadRequestError(f"{where} is of a recursive type, {hint!r}") from None
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        make = getattr(hint, "fromisoformat", hint)
-        return _checked_type({"type": "string", **text_type}, make)
+        return _checked_type({"type": "string", **text_type}, getattr(hint, "fromisoformat", hint))
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
@@ -2724,13 +2717,11 @@ _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 
 class Returns(NamedTuple):
-    """What an answer is read as: the schema of an object, and the reader of its value.
-
-    What is not an object stands in one, under "value", if `is_wrapped`.
-    """
+    """What an answer is read as: the schema of an object, and the reader of its value."""
 
     schema: JSON
     read: _Reader
+    # whether the value, which is no object, stands in one, under "value"
     is_wrapped: bool
 
 
@@ -2807,13 +2798,10 @@ def with_instruction(messages: Messages, text: str) -> Messages:
 
 
 def typed_reply(reply: Reply, returns: Returns) -> Reply:
-    """The reply with its `value`; raises TypeError, in words for the model, for what does not fit.
-
-    One that calls the caller's own functions is no answer yet, and stays.
-    """
+    """The reply with its `value`; raises TypeError, in words for the model, if it does not fit."""
     call = next((call for call in reply.tool_calls if call.name == _ANSWER_TOOL), None)
     if reply.tool_calls and call is None:
-        return reply
+        return reply  # it calls the caller's own functions, and is no answer yet
     text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
     try:
         value = json.loads(text, parse_constant=_no_constant)
@@ -3301,7 +3289,7 @@ class ModelList(tuple[Model, ...]):
         return model.id if model else name
 
     def find(self, name: str) -> Model:
-        """The model of this name, or an error with near ones; a `:free` name does not become paid."""
+        """The model of this name, or an error with near ones; a `:free` name is never made paid."""
         if model := self.get(name):
             return model
         wanted = strip_puter_prefix(name).lower()[:200]
@@ -3362,14 +3350,12 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
 
 
 def credit_from(body: Any) -> Credit:
-    """The answer of `/metering/usage` as a `Credit`; raises `ServerError` when it is none.
-
-    Amounts come in microcents, a hundred million to the dollar, unless `unit` says credits.
-    """
+    """The answer of `/metering/usage` as a `Credit`; raises `ServerError` when it is none."""
     info = body.get("allowanceInfo") if isinstance(body, Mapping) else None
     if not isinstance(info, Mapping) or "remaining" not in info:
         raise ServerError("The usage report has an unknown format")
     unit: Literal["usd", "credits"] = "credits" if info.get("unit") == "credits" else "usd"
+    # dollars come in microcents
     scale = 1.0 if unit == "credits" else 100_000_000.0
     usage: Any = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     by_api = {}
@@ -4385,8 +4371,7 @@ class _Accounts:
         accounts, active = self._stored()
         if self.pinned is not None:
             return [_account_named(accounts, self.pinned)]
-        rotates = self.config.account_rotation_enabled
-        return [a for a in accounts if rotates or a.username == active]
+        return [a for a in accounts if self.config.account_rotation_enabled or a.username == active]
 
     def first(self, name: str | None = None) -> Account:
         """The account of this name, else the one in use, on cooldown or not; raises `AuthError`."""
@@ -4436,14 +4421,12 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
 
 @dataclass
 class _Catalogue:
-    """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks.
-
-    `key` is a foreign server's; Puter's own list needs no token.
-    """
+    """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
     config: Config
     state: State
     transport: _Transport
+    # a foreign server's; Puter's own list needs no token
     key: str
     _models: ModelList | None = None
     _fetched_at: float = 0.0
@@ -4798,8 +4781,7 @@ class Puter:
         if is_foreign(self.config):
             token = token or self.config.openai_api_key or ""
         elif token == "":
-            hint = "Leave it out to use the stored accounts."
-            raise ConfigError("The token is empty", hint=hint)
+            raise ConfigError("The token is empty", hint="Leave it out to use the stored accounts.")
         elif token is None and account is None:
             token = os.environ.get(TOKEN_VARIABLE) or None
         self.store = AccountStore(self.config.folder)
@@ -5098,7 +5080,7 @@ class Puter:
         return Stream(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _Cancellation) -> Reply:
-        """The reply with its value; what does not fit is told to the model, which is asked again."""
+        """The reply with its value; if it does not fit, the model is told, and asked once more."""
         used, attempts = Usage(), tuple[Attempt, ...]()
         for may_ask_again in (True, False):
             with self._open_once(asked, cancellation, is_stream=False) as stream:
