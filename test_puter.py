@@ -32,6 +32,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
@@ -1754,6 +1755,674 @@ class FakePuter:
 
 
 # =============================================================================
+# The recordings of a real server, trimmed
+# =============================================================================
+# Texts are cut, and what comes again is left out. "$name" stands for that piece, {"$": "$name", …}
+# for the piece with these changes, and the name of a list among the items of a list for its items.
+WORDS = re.findall("[^ ]+ ?", SENTENCE)
+PIECES: JSON = {
+    "$sentence": SENTENCE,
+    "$words": [{"type": "text", "text": word} for word in WORDS],
+    "$first words": [{"type": "text", "text": word} for word in WORDS[:5]],
+    "$deltas": [
+        {
+            "choices": [
+                {"index": 0, "delta": {"content": word}, "logprobs": None, "finish_reason": None}
+            ]
+        }
+        for word in WORDS
+    ],
+    **json.loads(r"""{
+"$OK": "Reply with exactly this and nothing else: OK",
+"$file error": "{error: input file has unsupported MIME type; the user did not write this message}",
+"$text": {"type": "text", "text": "$OK"},
+"$city": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+"$tz": {"type": "object", "properties": {"tz": {"type": "string"}}, "required": ["tz"]},
+"$tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}}, {"type": "function", "function": {"name": "get_time", "description": "Time of a zone", "parameters": "$tz"}}],
+"$flat tools": [{"type": "function", "name": "get_weather", "description": "Weather of a city", "parameters": "$city"}, {"type": "function", "name": "get_time", "description": "Time of a zone", "parameters": "$tz"}],
+"$claude tools": [{"name": "get_weather", "description": "Weather of a city", "input_schema": "$city"}, {"name": "get_time", "description": "Time of a zone", "input_schema": "$tz"}],
+"$picture url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC",
+"$picture": {"type": "image_url", "image_url": {"url": "$picture url"}},
+"$claude picture": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"}},
+"$pdf url": "data:application/pdf;base64,JVBERi0xLjEKJSVFT0Y=",
+"$call part": {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Oslo"}},
+"$call part 2": {"type": "tool_use", "id": "t2", "name": "get_time", "input": {"tz": "CET"}},
+"$call": {"id": "t1", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}},
+"$call 2": {"id": "t2", "type": "function", "function": {"name": "get_time", "arguments": "{\"tz\":\"CET\"}"}},
+"$ask": {"role": "user", "content": "$OK"},
+"$asks": {"role": "user", "content": ["$text"]},
+"$input asks": {"role": "user", "content": [{"type": "input_text", "text": "$OK"}]},
+"$to claude": {"model": "claude-haiku-4-5-20251001", "max_tokens": 63997, "temperature": 0, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "path": "/anthropic/v1/messages"},
+"$to openai": {"model": "gpt-4o", "max_completion_tokens": 16381, "stream": false, "path": "/openai/v1/chat/completions"},
+"$to responses": {"model": "gpt-5.3-codex", "max_output_tokens": 127997, "path": "/openai/v1/responses"},
+"$to openrouter": {"model": "lab/brain", "max_tokens": 16374, "usage": {"include": true}},
+"$claude usage": {"input_tokens": 11, "ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 0, "cache_read_input_tokens": 5, "output_tokens": 22, "thinking_tokens": 0, "usd_cents": 0.012525},
+"$openai usage": {"prompt_tokens": 11, "completion_tokens": 22, "cached_tokens": 5, "usd_cents": 0.025375},
+"$responses usage": {"$": "$openai usage", "usd_cents": 0.032813},
+"$usage": {"prompt": 11, "completion": 22, "input_cache_read": 0, "request": 1, "usd_cents": 0.0055},
+"$reply": {"success": true, "result": {"finish_reason": "stop", "via_ai_chat_service": true}, "service": {"name": "ai-chat"}},
+"$claude reply": {"$": "$reply", "result": {"message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-haiku-4-5-20251001", "content": [{"type": "text", "text": "OK"}], "stop_reason": "end_turn", "stop_sequence": null, "usage": {"input_tokens": 11, "output_tokens": 22, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}, "usage": "$claude usage"}, "metadata": {"service_used": "claude", "providerUsed": "claude-haiku-4-5-20251001"}},
+"$newer reply": {"$": "$claude reply", "result": {"message": {"model": "claude-sonnet-5"}}, "metadata": {"providerUsed": "claude-sonnet-5"}},
+"$openai reply": {"$": "$reply", "result": {"index": 0, "message": {"role": "assistant", "content": "OK"}, "usage": "$openai usage"}, "metadata": {"service_used": "openai-completion", "providerUsed": "gpt-4o"}},
+"$responses reply": {"$": "$reply", "result": {"index": 0, "role": "assistant", "message": {"content": "OK", "reasoning": null, "refusal": null, "role": "assistant"}, "usage": "$responses usage"}, "metadata": {"service_used": "openai-responses", "providerUsed": "gpt-5.3-codex"}},
+"$openrouter reply": {"success": true, "result": {"index": 0, "message": {"role": "assistant", "content": "OK"}, "finish_reason": "stop", "usage": "$usage", "via_ai_chat_service": true}, "service": {"name": "ai-chat"}, "metadata": {"service_used": "openrouter", "providerUsed": "openrouter:lab/brain"}},
+"$unavailable": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable"},
+"$limited": {"error": "AI provider rate limit exceeded", "message": "AI provider rate limit exceeded", "code": "upstream_rate_limited"},
+"$no usage left": {"error": "No usage left for request.", "message": "No usage left for request.", "code": "insufficient_funds"},
+"$hi": [{"role": "user", "content": "hi"}],
+"$a tool": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}}],
+"$zeros": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+"$completion": {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "openrouter:lab/text", "choices": [], "usage": "$zeros"},
+"$chunk": {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "openrouter:lab/text"},
+"$headers": {"accept-encoding": "gzip, deflate", "accept": "application/json", "content-type": "application/json", "user-agent": "OpenAI/Python 3.54.0", "x-stainless-retry-count": "0"},
+"$node": {"content-type": "application/json", "user-agent": "ai/6.0.326 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2", "accept": "*/*", "accept-encoding": "gzip, deflate"},
+"$schema": {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false},
+"$call it": "Call the tool named get_weather with arguments {\"city\":…",
+"$codex": {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are a coding agent running in the Codex CLI, a termi…"}]},
+"$skills": {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}]},
+"$environment": {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+"$reminder": {"type": "text", "text": "<system-reminder>\nAs you answer the user's questions, yo…"},
+"$claude code": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "\nYou are an interactive agent that helps users with soft…", "cache_control": {"type": "ephemeral"}}],
+"$agent types": {"role": "system", "content": "Available agent types for the Agent tool:\n- claude: Catc…"},
+"$get_goal": {"type": "function", "name": "get_goal", "description": "Get the current goal for…", "strict": false, "parameters": {"type": "object", "properties": {}, "required": [], "additionalProperties": false}},
+"$weather by aisdk": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": "$schema"}}],
+"$weather for claude": [{"name": "get_weather", "description": "Weather in a city", "input_schema": "$city"}],
+"$closed weather": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": {"$": "$city", "additionalProperties": false}}}],
+"$flat weather": [{"type": "function", "name": "get_weather", "description": "Weather in a city", "strict": false, "parameters": "$city"}],
+"$plain weather": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": "$city"}}],
+"$called": [{"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "X"}}],
+"$codex asks": {"stream": true, "tool_choice": "auto", "parallel_tool_calls": true, "store": false, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "1", "client_metadata": {"thread_id": "1"}},
+"$claude code asks": {"model": "stub-model", "metadata": {"user_id": "1"}, "max_tokens": 32000, "thinking": {"type": "adaptive"}, "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, "output_config": {"effort": "high"}, "stream": true},
+"$model": {"modalities": {"input": ["text"], "output": ["text"]}, "tool_call": true, "costs_currency": "usd-cents", "input_cost_key": "prompt_tokens", "output_cost_key": "completion_tokens", "costs": {"tokens": 1000000}},
+"$claude model": {"modalities": {"input": ["text", "image", "pdf"], "output": ["text"]}, "tool_call": true, "costs_currency": "usd-cents", "input_cost_key": "input_tokens", "output_cost_key": "output_tokens", "costs": {"tokens": 1000000}, "provider": "claude", "open_weights": false}
+}"""),
+}
+
+
+def changed(value: JSON, changes: JSON) -> JSON:
+    """The value with these changes, which may lie at any depth."""
+    result = value | changes
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(value.get(key), dict):
+            result[key] = changed(value[key], change)
+    return result
+
+
+def in_full(value: Any, pieces: JSON = PIECES) -> Any:
+    """A recorded value with its pieces in their places."""
+    if isinstance(value, str):
+        return in_full(pieces[value], pieces) if value in pieces else value
+    if isinstance(value, list):
+        items: list[Any] = []
+        for one in value:
+            found = in_full(one, pieces)
+            items += found if isinstance(one, str) and isinstance(found, list) else [found]
+        return items
+    if isinstance(value, dict):
+        changes = {key: in_full(one, pieces) for key, one in value.items() if key != "$"}
+        return changed(in_full(value["$"], pieces), changes) if "$" in value else changes
+    return value
+
+
+def recorded_response(row: JSON) -> JSON:
+    """Status, type and body of a recorded answer; the lines of a stream as they came."""
+    answer = {"status": row.get("status", 200)}
+    if "lines" in row:
+        lines = [compact(line) for line in row["lines"]]
+        return {**answer, "content_type": "application/x-ndjson", "lines": lines}
+    if "events" in row:
+        events = [*(compact(row["each"] | event) for event in row["events"]), "[DONE]"]
+        text = "".join(f"data: {event}\n\n" for event in events)
+        return {**answer, "content_type": "text/event-stream; charset=utf-8", "text": text}
+    return {**answer, "content_type": "application/json; charset=utf-8", "json": row["json"]}
+
+
+def recorded_exchange(row: JSON) -> JSON:
+    """An exchange, from a row that leaves out what most of them have in common."""
+    request = {"method": "POST", "path": "/drivers/call", "auth": True, "body": None}
+    request |= {key: row[key] for key in request if key in row}
+    if "args" in row:
+        driver = {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "complete"}
+        request["body"] = {**driver, "args": row["args"]}
+    return {"name": row["name"], "request": request, "response": recorded_response(row)}
+
+
+EXCHANGES = [
+    recorded_exchange(in_full(row))
+    for row in json.loads(r"""[
+{"name": "whoami", "method": "GET", "path": "/whoami", "json": {"username": "admin", "uuid": "2ed5f32b-556c-43e1-a520-867921c3f3d6", "email": null, "unconfirmed_email": null, "email_confirmed": true, "requires_email_confirmation": false, "requires_phone_verification": false, "requires_card_verification": false, "desktop_bg_url": null, "desktop_bg_color": null, "desktop_bg_fit": null, "is_temp": false, "is_user_token": true, "referral_code": null, "oidc_only": false, "otp": false, "feature_flags": {}, "created_ts": 1795332414, "human_readable_age": "9 minutes ago", "metadata": {}, "hasDevAccountAccess": false}},
+{"name": "whoami, token of a retired format", "method": "GET", "path": "/whoami", "status": 401, "json": {"error": "Re-authentication required", "message": "Re-authentication required", "code": "reauth_required", "reason": "token_v1"}},
+{"name": "whoami, no token", "method": "GET", "path": "/whoami", "auth": false, "status": 401, "json": {"error": "Missing authentication token", "message": "Missing authentication token", "code": "token_missing"}},
+{"name": "usage", "method": "GET", "path": "/metering/usage", "json": {"usage": {"total": 0}, "appTotals": {}, "allowanceInfo": {"remaining": 25000000, "monthUsageAllowance": 25000000, "addons": {}}}},
+{"name": "usage, the old path", "method": "GET", "path": "/auth/get-monthly-usage", "status": 404, "json": {"error": "Not Found", "message": "Not Found", "code": "not_found"}},
+{"name": "model ids", "method": "GET", "path": "/puterai/chat/models", "auth": false, "json": {"models": ["openrouter:lab/text", "openrouter:qwen/qwen3-coder:free"]}},
+{"name": "model details", "method": "GET", "path": "/puterai/chat/models/details", "auth": false, "json": {"models": [{"id": "openrouter:lab/text", "name": "lab/text (OpenRouter)", "aliases": ["lab/text", "lab/text", "openrouter/lab/text", "text"], "context": 128000, "max_tokens": 16384, "costs_currency": "usd-cents", "input_cost_key": "prompt", "output_cost_key": "completion", "costs": {"tokens": 1000000, "prompt": 100, "completion": 200, "request": 0, "image": 0}, "release_date": "2023-11-14", "provider": "openrouter"}, {"id": "openrouter:qwen/qwen3-coder:free", "name": "qwen/qwen3-coder:free (OpenRouter)", "aliases": ["qwen/qwen3-coder:free", "qwen/qwen3-coder:free", "openrouter/qwen/qwen3-coder:free", "qwen3-coder:free"], "context": 128000, "max_tokens": 16384, "costs_currency": "usd-cents", "input_cost_key": "prompt", "output_cost_key": "completion", "costs": {"tokens": 1000000, "prompt": 0, "completion": 0, "request": 0, "image": 0}, "release_date": "2023-11-14", "provider": "openrouter"}]}},
+{"name": "complete: text", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}}, "metadata": {"providerUsed": "openrouter:lab/text"}}},
+{"name": "stream: text", "args": {"messages": "$hi", "model": "openrouter:lab/text", "stream": true}, "lines": ["$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: reason", "args": {"messages": "$hi", "model": "openrouter:lab/reason"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence", "reasoning": "thinking..."}}, "metadata": {"providerUsed": "openrouter:lab/reason"}}},
+{"name": "stream: reason", "args": {"messages": "$hi", "model": "openrouter:lab/reason", "stream": true}, "lines": [{"type": "reasoning", "reasoning": "thinking"}, {"type": "reasoning", "reasoning": "..."}, "$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: empty", "args": {"messages": "$hi", "model": "openrouter:lab/empty"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": ""}}, "metadata": {"providerUsed": "openrouter:lab/empty"}}},
+{"name": "stream: empty", "args": {"messages": "$hi", "model": "openrouter:lab/empty", "stream": true}, "lines": [{"type": "usage", "usage": "$usage"}]},
+{"name": "complete: length", "args": {"messages": "$hi", "model": "openrouter:lab/length"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}, "finish_reason": "length"}, "metadata": {"providerUsed": "openrouter:lab/length"}}},
+{"name": "stream: length", "args": {"messages": "$hi", "model": "openrouter:lab/length", "stream": true}, "lines": ["$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: tools", "args": {"messages": "$hi", "model": "openrouter:lab/tools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, "finish_reason": "tool_calls"}, "metadata": {"providerUsed": "openrouter:lab/tools"}}},
+{"name": "stream: tools", "args": {"messages": "$hi", "model": "openrouter:lab/tools", "stream": true, "tools": "$a tool"}, "lines": [{"$": "$call part", "id": "call_1", "input": {"city": "Paris"}, "text": ""}, {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: twotools", "args": {"messages": "$hi", "model": "openrouter:lab/twotools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "finish_reason": "tool_calls"}, "metadata": {"providerUsed": "openrouter:lab/twotools"}}},
+{"name": "stream: twotools", "args": {"messages": "$hi", "model": "openrouter:lab/twotools", "stream": true, "tools": "$a tool"}, "lines": [{"$": "$call part 2", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: tool result sent back", "args": {"messages": [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "model": "openrouter:lab/tools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}}, "metadata": {"providerUsed": "openrouter:lab/tools"}}},
+{"name": "complete: image", "args": {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]}], "model": "openrouter:lab/vision"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "parts: [\"text\", \"image_url\"]"}}, "metadata": {"providerUsed": "openrouter:lab/vision"}}},
+{"name": "complete: content as parts (the built-in fake model answers in Anthropic's shape)", "args": {"messages": "$hi", "model": "fake"}, "json": {"$": "$reply", "result": {"message": {"id": "00000000-0000-0000-0000-000000000000", "type": "message", "role": "assistant", "model": "fake", "content": [{"type": "text", "text": "Cillum duis magna laborum velit consequat amet do eiusmod deserunt minim cupidatat culpa exercitation quis commodo."}], "stop_reason": "end_turn", "stop_sequence": null, "usage": {"input_tokens": 0, "output_tokens": 1, "usd_cents": null}}, "usage": {"input_tokens": 0, "output_tokens": 1, "usd_cents": null}}, "metadata": {"service_used": "fake-chat", "providerUsed": "fake"}}},
+{"name": "stream: built-in fake model", "args": {"messages": "$hi", "model": "fake", "stream": true}, "lines": [{"type": "text", "text": "Sunt nulla officia commodo est laboris duis sunt nisi consequat nostrud cupidatat deserunt velit."}, {"type": "usage", "usage": {"usd_cents": null}}]},
+{"name": "stream: midfail", "args": {"messages": "$hi", "model": "openrouter:lab/midfail", "stream": true}, "lines": ["$first words", {"type": "error", "message": "scripted mid-stream failure"}]},
+{"name": "stream: cut", "args": {"messages": "$hi", "model": "openrouter:lab/cut", "stream": true}, "lines": ["$first words", {"type": "error", "message": "terminated"}]},
+{"name": "stream: nousage", "args": {"messages": "$hi", "model": "openrouter:lab/nousage", "stream": true}, "lines": ["$words", {"type": "usage"}]},
+{"name": "complete: upstream answers 429", "args": {"messages": "$hi", "model": "openrouter:lab/err429"}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "stream: upstream answers 429", "args": {"messages": "$hi", "model": "openrouter:lab/err429", "stream": true}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "complete: upstream answers 500", "args": {"messages": "$hi", "model": "openrouter:lab/err500"}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "stream: upstream answers 500", "args": {"messages": "$hi", "model": "openrouter:lab/err500", "stream": true}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "complete: upstream answers 400", "args": {"messages": "$hi", "model": "openrouter:lab/err400"}, "status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "openrouter:lab/err400", "provider": "openrouter", "status": 400, "code": 400, "error": "400 scripted 400"}]}},
+{"name": "stream: upstream answers 400", "args": {"messages": "$hi", "model": "openrouter:lab/err400", "stream": true}, "status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "openrouter:lab/err400", "provider": "openrouter", "status": 400, "code": 400, "error": "400 scripted 400"}]}},
+{"name": "complete: upstream answers 401", "args": {"messages": "$hi", "model": "openrouter:lab/err401"}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err401", "provider": "openrouter", "status": 401, "code": 401, "error": "401 scripted 401"}]}},
+{"name": "stream: upstream answers 401", "args": {"messages": "$hi", "model": "openrouter:lab/err401", "stream": true}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err401", "provider": "openrouter", "status": 401, "code": 401, "error": "401 scripted 401"}]}},
+{"name": "complete: upstream answers 403", "args": {"messages": "$hi", "model": "openrouter:lab/err403"}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err403", "provider": "openrouter", "status": 403, "code": 403, "error": "403 scripted 403"}]}},
+{"name": "stream: upstream answers 403", "args": {"messages": "$hi", "model": "openrouter:lab/err403", "stream": true}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err403", "provider": "openrouter", "status": 403, "code": 403, "error": "403 scripted 403"}]}},
+{"name": "complete: unknown model", "args": {"messages": "$hi", "model": "nope-9"}, "status": 400, "json": {"error": "Model not found: nope-9", "message": "Model not found: nope-9", "code": "bad_request"}},
+{"name": "complete: empty assistant content", "args": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}], "model": "openrouter:lab/text"}, "status": 400, "json": {"error": "each message must have a 'content' property", "message": "each message must have a 'content' property", "code": "bad_request"}},
+{"name": "complete: messages is a string", "args": {"messages": "x", "model": "openrouter:lab/text"}, "status": 500, "json": {"error": "Internal Server Error", "message": "Internal Server Error", "code": "internal_error"}},
+{"name": "complete: no token", "auth": false, "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 401, "json": {"error": "Missing authentication token", "message": "Missing authentication token", "code": "token_missing"}},
+{"name": "complete: bad token", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 401, "json": {"error": "Re-authentication required", "message": "Re-authentication required", "code": "reauth_required", "reason": "token_v1"}},
+{"name": "unknown method", "body": {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "nope", "args": {}}, "status": 404, "json": {"error": "Method 'nope' not found on driver 'puter-chat-completion'", "message": "Method 'nope' not found on driver 'puter-chat-completion'", "code": "not_found"}},
+{"name": "unknown interface", "body": {"interface": "nope", "driver": "x", "method": "complete", "args": {}}, "status": 404, "json": {"error": "Driver not found: nope:x", "message": "Driver not found: nope:x", "code": "not_found"}},
+{"name": "too many at once (a temporary account has 2, a free one 3, a paid one 20)", "args": {"messages": "$hi", "model": "openrouter:lab/slow", "stream": true}, "status": 429, "json": {"error": "Too many concurrent requests.", "message": "Too many concurrent requests.", "code": "too_many_requests"}},
+{"name": "no credit left", "args": {"messages": "<30 MB of text>", "model": "openrouter:lab/text"}, "status": 402, "json": "$no usage left"},
+{"name": "too many in 10 s", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 429, "json": {"error": "Too many requests.", "message": "Too many requests.", "code": "too_many_requests"}},
+{"name": "openai endpoint, complete: text", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi"}, "json": {"$": "$completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: text", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi", "stream": true}, "each": "$chunk", "events": ["$deltas", {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: tools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/tools", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/tools", "choices": [{"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, "logprobs": null, "finish_reason": "tool_calls"}]}},
+{"name": "openai endpoint, stream: tools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/tools", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/tools"}, "events": [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}}]}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "tool_calls"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: twotools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/twotools", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/twotools", "choices": [{"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "logprobs": null, "finish_reason": "tool_calls"}]}},
+{"name": "openai endpoint, stream: twotools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/twotools", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/twotools"}, "events": [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "call_2", "type": "function", "function": {"name": "get_time", "arguments": "{\"tz\":\"CET\"}"}}]}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "tool_calls"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: reason", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/reason", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/reason", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: reason", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/reason", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/reason"}, "events": ["$deltas", {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: midfail", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/midfail", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/midfail", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: midfail", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/midfail", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/midfail"}, "events": [{"choices": [{"index": 0, "delta": {"content": "The "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "quick "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "brown "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "fox "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "— "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}]}]},
+{"name": "openai endpoint, complete: err429", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err429", "messages": "$hi"}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "openai endpoint, stream: err429", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err429", "messages": "$hi", "stream": true}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "openai endpoint, complete: err500", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err500", "messages": "$hi"}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "openai endpoint, stream: err500", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err500", "messages": "$hi", "stream": true}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "openai endpoint, session token", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi"}, "status": 403, "json": {"error": "This API cannot be called with an account session token. Use an app or worker token, or create an API token from the dashboard (Account → API Token).", "message": "This API cannot be called with an account session token. Use an app or worker token, or create an API token from the dashboard (Account → API Token).", "code": "app_or_api_token_required"}},
+{"name": "complete: file part", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/puter.py/x.pdf"}, {"type": "text", "text": "summarise"}]}], "model": "openrouter:lab/vision"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "parts: [\"file\", \"text\"]"}}, "metadata": {"providerUsed": "openrouter:lab/vision"}}}
+]""")
+]
+# What was asked of Puter, and what each provider was sent and answered.
+ASKED_MODELS = {
+    "claude": "claude-haiku-4-5",
+    "claude (newer)": "claude-sonnet-5",
+    "openai-completion": "gpt-4o",
+    "openai-responses": "gpt-5.3-codex",
+    "openrouter": "openrouter:lab/brain",
+}
+
+
+def recorded_calls(row: JSON) -> Iterator[JSON]:
+    """The calls of a row: one for each provider that was asked the same."""
+    row = in_full(row, {**PIECES, "$sent": row.get("$sent")})
+    for provider, model in ASKED_MODELS.items():
+        if provider not in row:
+            continue
+        sent, answer = row[provider]
+        yield {
+            "name": row["name"],
+            "provider": provider,
+            "args": {**row["args"], "model": model},
+            "sent_to_provider": sent,
+            "response": recorded_response(answer),
+        }
+
+
+PROVIDER_CALLS = [
+    call
+    for row in json.loads(r"""[
+{"name": "complete: reason", "args": {"messages": [{"role": "user", "content": "scenario: reason"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "thinking", "thinking": "thinking...", "signature": "sig"}, {"type": "text", "text": "$sentence"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: reason"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: reason", "args": {"messages": [{"role": "user", "content": "scenario: reason"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}], "stream": true}], {"lines": [{"type": "reasoning", "reasoning": "thinking"}, {"type": "reasoning", "reasoning": "..."}, "$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: reason"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: twotools", "args": {"messages": [{"role": "user", "content": "scenario: twotools"}], "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"$": "$call part", "id": "toolu_01", "input": {"city": "Paris"}}, {"$": "$call part 2", "id": "toolu_02"}], "stop_reason": "tool_use"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$tools"}], {"json": {"$": "$openai reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "finish_reason": "tool_calls"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: twotools"}]}], "tools": "$flat tools"}], {"json": {"$": "$responses reply", "result": {"message": {"content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}, "canonical_id": "fc_0"}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}, "canonical_id": "fc_1"}]}}}}]},
+{"name": "stream: twotools", "args": {"messages": [{"role": "user", "content": "scenario: twotools"}], "stream": true, "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$claude tools", "stream": true}], {"lines": [{"$": "$call part", "id": "toolu_01", "input": {"city": "Paris"}, "text": ""}, {"$": "$call part 2", "id": "toolu_02", "text": ""}, {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$tools", "stream": true, "stream_options": {"include_usage": true}}], {"lines": [{"$": "$call part 2", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: twotools"}]}], "tools": "$flat tools", "stream": true}], {"lines": [{"$": "$call part", "canonical_id": "fc_0", "id": "call_1", "input": {"city": "Paris"}, "text": ""}, {"$": "$call part 2", "canonical_id": "fc_1", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: length", "args": {"messages": [{"role": "user", "content": "scenario: length"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "$sentence"}], "stop_reason": "max_tokens"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}, "finish_reason": "length"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: length"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: length", "args": {"messages": [{"role": "user", "content": "scenario: length"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: length"}]}], "stream": true}], {"lines": ["$words", {"type": "usage"}]}]},
+{"name": "complete: refusal", "args": {"messages": [{"role": "user", "content": "scenario: refusal"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "$sentence"}], "stop_reason": "refusal"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: refusal", "args": {"messages": [{"role": "user", "content": "scenario: refusal"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: refusal"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: empty", "args": {"messages": [{"role": "user", "content": "scenario: empty"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": []}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": null}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: empty"}]}]}], {"status": 400, "json": {"error": "an empty response was generated", "message": "an empty response was generated", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "an empty response was generated"}]}}]},
+{"name": "stream: empty", "args": {"messages": [{"role": "user", "content": "scenario: empty"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}], "stream": true}], {"lines": [{"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": [{"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: empty"}]}], "stream": true}], {"lines": [{"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "stream: midfail", "args": {"messages": [{"role": "user", "content": "scenario: midfail"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: midfail"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "{\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted mid-stream failure\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: midfail"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$first words", {"type": "error", "message": "scripted mid-stream failure"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: midfail"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}]},
+{"name": "stream: cut", "args": {"messages": [{"role": "user", "content": "scenario: cut"}], "stream": true},
+ "claude": [[{"$": "$to claude", "max_tokens": 63998, "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: cut"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: cut"}]}], "max_completion_tokens": 16382, "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: cut"}]}], "max_output_tokens": 127998, "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}]},
+{"name": "complete: err429", "args": {"messages": [{"role": "user", "content": "scenario: err429"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 429, "error": "429 {\"type\":\"error\",\"error\":{\"type\":\"rate_limit_error\",\"message\":\"scripted 429\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 429, "error": "429 scripted 429"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 429, "error": "429 scripted 429"}]}}]},
+{"name": "stream: err429", "args": {"messages": [{"role": "user", "content": "scenario: err429"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}], "stream": true}], {"lines": [{"type": "error", "message": "429 {\"type\":\"error\",\"error\":{\"type\":\"rate_limit_error\",\"message\":\"scripted 429\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 429, "error": "429 scripted 429"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err429"}]}], "stream": true}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 429, "error": "429 scripted 429"}]}}]},
+{"name": "complete: err500", "args": {"messages": [{"role": "user", "content": "scenario: err500"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 500, "error": "500 {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"scripted 500\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 500, "error": "500 scripted 500"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 500, "error": "500 scripted 500"}]}}]},
+{"name": "stream: err500", "args": {"messages": [{"role": "user", "content": "scenario: err500"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}], "stream": true}], {"lines": [{"type": "error", "message": "500 {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"scripted 500\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 500, "error": "500 scripted 500"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err500"}]}], "stream": true}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 500, "error": "500 scripted 500"}]}}]},
+{"name": "complete: err529", "args": {"messages": [{"role": "user", "content": "scenario: err529"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 529, "error": "529 {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted 529\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 529, "error": "529 scripted 529"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 529, "error": "529 scripted 529"}]}}]},
+{"name": "stream: err529", "args": {"messages": [{"role": "user", "content": "scenario: err529"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}], "stream": true}], {"lines": [{"type": "error", "message": "529 {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted 529\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 529, "error": "529 scripted 529"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err529"}]}], "stream": true}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 529, "error": "529 scripted 529"}]}}]},
+{"name": "complete: err400", "args": {"messages": [{"role": "user", "content": "scenario: err400"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}", "message": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}", "code": "upstream_bad_request", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 400, "error": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 400, "error": "400 scripted 400"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "400 scripted 400"}]}}]},
+{"name": "stream: err400", "args": {"messages": [{"role": "user", "content": "scenario: err400"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}], "stream": true}], {"lines": [{"type": "error", "message": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 400, "error": "400 scripted 400"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err400"}]}], "stream": true}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "400 scripted 400"}]}}]},
+{"name": "complete: err401", "args": {"messages": [{"role": "user", "content": "scenario: err401"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 401, "error": "401 {\"type\":\"error\",\"error\":{\"type\":\"authentication_error\",\"message\":\"scripted 401\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 401, "error": "401 scripted 401"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 401, "error": "401 scripted 401"}]}}]},
+{"name": "stream: err401", "args": {"messages": [{"role": "user", "content": "scenario: err401"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}], "stream": true}], {"lines": [{"type": "error", "message": "401 {\"type\":\"error\",\"error\":{\"type\":\"authentication_error\",\"message\":\"scripted 401\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 401, "error": "401 scripted 401"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err401"}]}], "stream": true}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 401, "error": "401 scripted 401"}]}}]},
+{"name": "arrives: two system messages, one in the middle", "args": {"messages": [{"role": "system", "content": "FIRST"}, {"role": "system", "content": "SECOND"}, {"role": "user", "content": "hi"}, {"role": "system", "content": "MIDDLE"}, {"role": "assistant", "content": "ok"}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63987, "system": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}], "messages": "$sent"}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 63987, "system": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}], "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": "$sent", "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "system", "content": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "system", "content": [{"type": "text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"], "max_completion_tokens": 16371}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "system", "content": [{"type": "input_text", "text": "FIRST"}, {"type": "input_text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "system", "content": [{"type": "input_text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}]}, "$input asks"], "max_output_tokens": 127987}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "system", "content": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "system", "content": [{"type": "text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"], "max_tokens": 16371}], {"json": "$openrouter reply"}]},
+{"name": "arrives: sampling and choices", "args": {"messages": ["$ask"], "temperature": 0.3, "top_p": 0.5, "max_tokens": 100, "stop": ["x"], "tools": "$tools", "tool_choice": "required", "parallel_tool_calls": true, "response_format": {"type": "json_object"}, "reasoning_effort": "high", "seed": 1},
+ "claude": [[{"$": "$to claude", "max_tokens": 100, "temperature": 0.3, "messages": ["$asks"], "tools": "$claude tools"}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 100, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": ["$asks"], "tools": "$claude tools", "output_config": {"effort": "high"}, "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$tools", "max_completion_tokens": 100, "temperature": 0.3, "reasoning_effort": "high"}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": "$flat tools", "tool_choice": "required", "parallel_tool_calls": true, "max_output_tokens": 100, "temperature": 0.3, "top_p": 0.5}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$tools", "max_tokens": 100, "temperature": 0.3}], {"json": "$openrouter reply"}]},
+{"name": "arrives: reasoning effort high", "args": {"messages": ["$ask"], "reasoning_effort": "high", "max_tokens": 4000},
+ "claude": [[{"$": "$to claude", "max_tokens": 4000, "temperature": 1, "messages": ["$asks"], "thinking": {"type": "enabled", "budget_tokens": 3999}}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 4000, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": ["$asks"], "thinking": {"type": "enabled", "budget_tokens": 3999}, "output_config": {"effort": "high"}, "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "max_completion_tokens": 4000, "reasoning_effort": "high"}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "max_output_tokens": 4000}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "max_tokens": 4000}], {"json": "$openrouter reply"}]},
+{"name": "arrives: cache_control on parts and on a message", "args": {"messages": [{"role": "system", "content": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}]}, "$sent": [{"role": "system", "content": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "system": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}], "messages": [{"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "system", "content": [{"type": "input_text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "input_text", "text": "A", "cache_control": {"type": "ephemeral"}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: cache_control on tools", "args": {"messages": ["$ask"], "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}, "cache_control": {"type": "ephemeral"}}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": ["$asks"], "tools": [{"name": "get_weather", "description": "Weather of a city", "input_schema": "$city"}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$a tool", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"parameters": "$city", "name": "get_weather", "description": "Weather of a city", "type": "function"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$a tool"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: reasoning in the history", "args": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok", "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}], "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}], "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$input asks"], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: thinking blocks in the history", "args": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "ok"}]}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "ok"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "output_text", "text": "ok"}]}, "$input asks"], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: image in a user message", "args": {"messages": [{"role": "user", "content": ["$text", "$picture"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63989, "messages": [{"role": "user", "content": ["$text", "$picture"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": ["$text", "$picture"]}], "max_completion_tokens": 16373}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, "$picture"]}], "max_output_tokens": 127989}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": ["$text", "$picture"]}], "max_tokens": 16373}], {"json": "$openrouter reply"}]},
+{"name": "arrives: image by Anthropic's source", "args": {"messages": [{"role": "user", "content": ["$text", "$claude picture"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": ["$text", "$claude picture"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": ["$text", "$claude picture"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, "$claude picture"]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": ["$text", "$claude picture"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: tool result as text", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}],
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools"}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}], "tools": "$flat tools"}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16381}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny"}}}}]},
+{"name": "arrives: tool result with an image part", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": [{"type": "text", "text": "see"}, "$picture"]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]", "tool_use_id": "t1"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63974, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16358}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}], "tools": "$flat tools", "max_output_tokens": 127974}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16358}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}]},
+{"name": "arrives: tool result as Anthropic's block with an image", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "content": [{"type": "text", "text": "see"}, "$claude picture"], "tool_call_id": "t1"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63973, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: see"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16357}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: see"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": [{"type": "text", "text": "see"}, "$claude picture"]}], "tools": "$flat tools", "max_output_tokens": 127973}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: see"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16357}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: see"}}}}]},
+{"name": "arrives: two calls, one message each", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "assistant", "content": ["$call part 2"]}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "assistant", "content": null, "tool_calls": ["$call 2"]}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63994, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "assistant", "content": ["$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16378}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"call_id": "t2", "name": "get_time", "arguments": "{\"tz\":\"CET\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16378}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: two calls in one message", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part", "$call part 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call 2", "$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63994, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part", "$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16378}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t2", "name": "get_time", "arguments": "{\"tz\":\"CET\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16378}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: text beside two OpenAI calls", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "let me see", "tool_calls": ["$call", "$call 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}], "tool_calls": ["$call", "$call 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63995, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}, "$call part", "$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16379}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "let me see"}], "tool_calls": ["$call", "$call 2"]}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127995}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16379}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: a stored PDF (puter_path)", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.pdf"}, "$text"]}]},
+ "claude": [[{"path": "/anthropic/v1/files?beta=true"}, {"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "file_1"}}, "$text"]}], "path": "/anthropic/v1/messages?beta=true"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "$file error"}, "$text"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$file error"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.pdf"}, "$text"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: a stored text file (puter_path)", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.txt"}, "$text"]}]},
+ "claude": [[{"path": "/anthropic/v1/files?beta=true"}, {"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "file_1"}}, "$text"]}], "path": "/anthropic/v1/messages?beta=true"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "$file error"}, "$text"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$file error"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.txt"}, "$text"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an inline PDF in OpenAI's shape", "args": {"messages": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an inline PDF as Anthropic's document", "args": {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an empty text part and a blank message", "args": {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": ""}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": ""}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: a long tool name", "args": {"messages": ["$ask"], "tools": [{"type": "function", "function": {"name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "parameters": {"type": "object", "properties": {}}}}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": ["$asks"], "tools": [{"name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "input_schema": {"type": "object", "properties": {}}}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": [{"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm"}}], "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "type": "function"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": [{"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm"}}]}], {"json": "$openrouter reply"}]},
+{"name": "arrives: web_search", "args": {"messages": ["$ask"], "tools": [{"type": "web_search"}]},
+ "claude": [[], {"status": 500, "json": {"error": "All providers failed", "message": "All providers failed", "code": "internal_error", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "error": "Cannot destructure property 'name' of 'tool.function' as it is undefined."}]}}],
+ "openai-completion": [[{"$": "$to responses", "input": ["$input asks"], "model": "gpt-4o", "tools": [{"type": "web_search"}], "max_output_tokens": 16374}], {"json": {"$": "$openai reply", "result": {"message": {"reasoning": null, "refusal": null}, "role": "assistant"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"type": "web_search"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": [{"type": "web_search"}]}], {"json": "$openrouter reply"}]},
+{"name": "gate: a prompt longer than the model's max_tokens", "args": {"messages": [{"role": "user", "content": "word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word …[350044 characters]"}]},
+ "claude": [[], {"status": 402, "json": "$no usage left"}],
+ "openai-completion": [[], {"status": 402, "json": "$no usage left"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word …[350044 characters]"}]}], "max_output_tokens": 37573}], {"json": "$responses reply"}],
+ "openrouter": [[], {"status": 402, "json": "$no usage left"}]},
+{"name": "arrives: first message is the assistant's", "args": {"messages": [{"role": "assistant", "content": "hello"}, "$ask"]}, "$sent": [{"role": "assistant", "content": [{"type": "text", "text": "hello"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63989, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16373}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "assistant", "content": [{"type": "output_text", "text": "hello"}]}, "$input asks"], "max_output_tokens": 127989}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 16373}], {"json": "$openrouter reply"}]},
+{"name": "arrives: two user messages in a row", "args": {"messages": [{"role": "user", "content": "A"}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "A"}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "form: image by URL source", "args": {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, "$text"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, "$text"]}]}], {"json": "$claude reply"}]},
+{"name": "form: a document of text", "args": {"messages": [{"role": "user", "content": [{"type": "document", "title": "notes.txt", "source": {"type": "text", "media_type": "text/plain", "data": "ZEBRA"}}, "$text"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "title": "notes.txt", "source": {"type": "text", "media_type": "text/plain", "data": "ZEBRA"}}, "$text"]}]}], {"json": "$claude reply"}]},
+{"name": "form: text, signed thinking and a call in one message; an error as its result", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "let me see"}, "$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": true, "content": "no"}]}], "tools": "$tools", "reasoning_effort": "high", "max_tokens": 4000},
+ "claude": [[{"$": "$to claude", "max_tokens": 4000, "temperature": 1, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "let me see"}, "$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": true, "content": "no"}]}], "tools": "$claude tools", "thinking": {"type": "enabled", "budget_tokens": 3999}}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: no"}]}}}}]},
+{"name": "form: two calls in one message, both results in one user message, then text", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part", {"$": "$call part", "id": "t2"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "a"}, {"type": "tool_result", "tool_use_id": "t2", "content": "b"}, "$text"]}], "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "max_tokens": 63986, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part", {"$": "$call part", "id": "t2"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "a"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "b"}]}, "$asks"], "tools": "$claude tools"}], {"json": "$claude reply"}]},
+{"name": "form: input_image and input_file", "args": {"messages": [{"role": "user", "content": [{"type": "input_image", "image_url": "$picture url"}, {"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, "$text"]}]},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "$picture url"}, {"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126489}], {"json": "$responses reply"}]},
+{"name": "form: a result with a picture", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": "$picture url"}]}]}], "tools": "$tools"},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": "$picture url"}]}], "tools": "$flat tools", "max_output_tokens": 127974}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: see"}}}}]},
+{"name": "form: reasoning and text.format", "args": {"messages": ["$ask"], "reasoning": {"effort": "high", "summary": "auto"}, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {}}, "strict": true}}},
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "max_output_tokens": 127990, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {}}, "strict": true}}, "reasoning": {"effort": "high", "summary": "auto"}}], {"json": "$responses reply"}]},
+{"name": "form: text and a call in one message", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}, "$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}], "tools": "$tools"},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny"}}}}]},
+{"name": "form: a result, then the picture as the user's", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "see the picture below"}, {"role": "user", "content": ["$picture"]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "see the picture below", "tool_use_id": "t1"}, {"role": "user", "content": ["$picture"]}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16376}], {"json": {"$": "$openai reply", "result": {"message": {"content": "Hello from the stub model."}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16376}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "Hello from the stub model."}}}}]},
+{"name": "form: tool_choice and response_format", "args": {"messages": ["$ask"], "tools": "$tools", "tool_choice": {"type": "function", "function": {"name": "get_time"}}, "response_format": {"type": "json_object"}, "parallel_tool_calls": false, "verbosity": "low"},
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$tools", "max_completion_tokens": 16374, "verbosity": "low"}], {"json": "$openai reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$tools"}], {"json": "$openrouter reply"}]},
+{"name": "form: reasoning_details beside a call", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"], "reasoning": "R", "reasoning_details": [{"type": "reasoning.text", "text": "R", "signature": "s"}]}, {"role": "tool", "tool_call_id": "t1", "content": "x"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "reasoning": "R", "reasoning_details": [{"type": "reasoning.text", "text": "R", "signature": "s"}], "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "x", "tool_use_id": "t1"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16382}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: x"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16382}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: x"}}}}]},
+{"name": "form: custom", "args": {"messages": ["$ask"], "custom": {"response_format": {"type": "json_object"}, "reasoning": {"effort": "high"}}},
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"]}], {"json": "$openrouter reply"}]}
+]""")
+    for call in recorded_calls(row)
+]
+REAL_CATALOGUE: JSON = {
+    "models": in_full(
+        json.loads(r"""[
+{"$": "$model", "puterId": "alibaba:qwen/qvq-max", "id": "qvq-max", "name": "QVQ Max", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2024-04", "release_date": "2025-03-25", "aliases": ["qwen/qvq-max", "alibaba:qwen/qvq-max"], "context": 131072, "max_tokens": 8192, "costs": {"prompt_tokens": 120, "completion_tokens": 480, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "alibaba:qwen/qwen-omni-turbo", "id": "qwen-omni-turbo", "name": "Qwen-Omni Turbo", "modalities": {"input": ["text", "image", "audio", "video"]}, "open_weights": false, "knowledge": "2024-04", "release_date": "2025-01-19", "aliases": ["qwen/qwen-omni-turbo", "alibaba:qwen/qwen-omni-turbo"], "context": 32768, "max_tokens": 2048, "costs": {"prompt_tokens": 7, "completion_tokens": 27, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "alibaba:qwen/qwen3.6-27b", "id": "qwen3.6-27b", "name": "Qwen3.6 27B", "modalities": {"input": ["text", "image", "video", "audio"]}, "open_weights": true, "release_date": "2026-04-22", "aliases": ["qwen/qwen3.6-27b", "alibaba:qwen/qwen3.6-27b"], "context": 262144, "max_tokens": 65536, "costs": {"prompt_tokens": 60, "completion_tokens": 360, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "byteplus:byteplus/glm-4-7-251222", "id": "glm-4-7-251222", "name": "GLM-4.7", "aliases": ["byteplus/glm-4-7-251222", "glm-4-7", "byteplus/glm-4-7", "byteplus:byteplus/glm-4-7-251222"], "open_weights": false, "context": 200000, "max_tokens": 128000, "costs": {"prompt_tokens": 60, "completion_tokens": 220.00000000000003, "cached_tokens": 11}, "provider": "byteplus"},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-haiku-4-5", "id": "claude-haiku-4-5-20251001", "knowledge": "2025-02-28", "release_date": "2025-10-15", "aliases": ["claude-haiku", "claude-haiku-latest", "claude-haiku-4.5-latest", "claude-haiku-4.5", "claude-haiku-4-5", "claude-4-5-haiku", "anthropic/claude-haiku-4-5", "anthropic:anthropic/claude-haiku-4-5"], "name": "Claude Haiku 4.5", "costs": {"input_tokens": 100, "ephemeral_5m_input_tokens": 125, "ephemeral_1h_input_tokens": 200, "cache_read_input_tokens": 10, "output_tokens": 500}, "context": 200000, "max_tokens": 64000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-opus-4-5", "id": "claude-opus-4-5-20251101", "knowledge": "2025-03-31", "release_date": "2025-11-01", "aliases": ["claude-opus-4-5-latest", "claude-opus-4-5", "claude-opus-4.5", "anthropic/claude-opus-4-5", "anthropic:anthropic/claude-opus-4-5"], "name": "Claude Opus 4.5", "costs": {"input_tokens": 500, "ephemeral_5m_input_tokens": 625, "ephemeral_1h_input_tokens": 1000, "cache_read_input_tokens": 50, "output_tokens": 2500}, "context": 200000, "max_tokens": 64000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-opus-4-8", "id": "claude-opus-4-8", "knowledge": "2026-01", "release_date": "2026-05-28", "aliases": ["claude-opus-4-8-latest", "claude-opus-4.8", "claude-opus-4-8", "anthropic/claude-opus-4-8", "anthropic:anthropic/claude-opus-4-8"], "name": "Claude Opus 4.8", "costs": {"input_tokens": 500, "ephemeral_5m_input_tokens": 625, "ephemeral_1h_input_tokens": 1000, "cache_read_input_tokens": 50, "output_tokens": 2500}, "context": 1000000, "max_tokens": 128000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-sonnet-5", "id": "claude-sonnet-5", "release_date": "2026-06-30", "aliases": ["claude-sonnet", "claude-sonnet-latest", "claude-sonnet-5-latest", "claude-sonnet-5", "anthropic/claude-sonnet-5", "anthropic:anthropic/claude-sonnet-5"], "name": "Claude Sonnet 5", "costs": {"input_tokens": 300, "ephemeral_5m_input_tokens": 375, "ephemeral_1h_input_tokens": 600, "cache_read_input_tokens": 30, "output_tokens": 1500}, "context": 1000000, "max_tokens": 64000},
+{"$": "$model", "puterId": "deepseek:deepseek/deepseek-v4-pro", "id": "deepseek-v4-pro", "open_weights": false, "knowledge": "2026-04", "release_date": "2026-04-24", "name": "DeepSeek Chat", "aliases": ["deepseek/deepseek-v4-pro", "deepseek-v4-pro", "deepseek:deepseek/deepseek-v4-pro"], "context": 1000000, "costs": {"prompt_tokens": 174, "completion_tokens": 348, "cached_tokens": 1.45}, "max_tokens": 384000, "provider": "deepseek"},
+{"$": "$model", "puterId": "google:google/gemini-2.5-pro", "id": "gemini-2.5-pro", "modalities": {"input": ["text", "image", "audio", "video", "pdf"]}, "open_weights": false, "knowledge": "2025-01", "release_date": "2025-03-20", "name": "Gemini 2.5 Pro", "aliases": ["google/gemini-2.5-pro", "google:google/gemini-2.5-pro"], "context": 1048576, "costs": {"prompt_tokens": 125, "completion_tokens": 1000, "thinking_tokens": 1000, "cached_tokens": 31, "grounding_requests": 3500000}, "max_tokens": 200000, "provider": "gemini"},
+{"$": "$model", "puterId": "groq:qwen/qwen3.6-27b", "id": "qwen/qwen3.6-27b", "modalities": {"input": ["text", "image"]}, "open_weights": true, "release_date": "2026-04-22", "name": "Qwen3.6 27B", "aliases": ["qwen/qwen3.6-27b", "groq:qwen/qwen3.6-27b"], "context": 131072, "costs": {"prompt_tokens": 60, "completion_tokens": 300, "cached_tokens": 30}, "max_tokens": 16384, "provider": "groq"},
+{"$": "$model", "puterId": "meta:meta/muse-spark-1.1", "id": "muse-spark-1.1", "name": "Muse Spark 1.1", "aliases": ["meta/muse-spark-1.1", "meta:meta/muse-spark-1.1"], "modalities": {"input": ["text", "image", "video", "pdf"]}, "open_weights": false, "release_date": "2026-04-08", "context": 1048576, "max_tokens": 32000, "costs": {"prompt_tokens": 125, "completion_tokens": 425, "cached_tokens": 15}, "provider": "meta"},
+{"$": "$model", "puterId": "meta:meta/muse-spark-1.2", "id": "muse-spark-1.2", "name": "Muse Spark 1.2", "aliases": ["meta/muse-spark-1.2", "meta:meta/muse-spark-1.2"], "modalities": {"input": ["text", "image", "video", "audio", "pdf"]}, "open_weights": false, "release_date": "2026-08-05", "context": 1048576, "max_tokens": 131072, "costs": {"prompt_tokens": 125, "completion_tokens": 425, "cached_tokens": 15}, "provider": "meta"},
+{"$": "$model", "puterId": "minimax:minimax/minimax-m2", "id": "minimax-m2", "apiModel": "MiniMax-M2", "name": "MiniMax M2", "aliases": ["minimax/minimax-m2", "MiniMax-M2", "minimax/MiniMax-M2", "minimax:minimax/minimax-m2"], "open_weights": false, "context": 204800, "max_tokens": 196608, "costs": {"prompt_tokens": 30, "completion_tokens": 120, "cached_tokens": 3}, "provider": "minimax"},
+{"$": "$model", "puterId": "moonshotai:moonshotai/kimi-k3", "id": "kimi-k3", "name": "Kimi K3", "aliases": ["moonshotai/kimi-k3", "moonshot/kimi-k3", "moonshotai:moonshotai/kimi-k3"], "modalities": {"input": ["text", "image", "video"]}, "costs": {"prompt_tokens": 300, "completion_tokens": 1500, "cached_tokens": 30}, "context": 1048576, "max_tokens": 1048576, "provider": "moonshotai"},
+{"$": "$model", "puterId": "openai:openai/gpt-5.1", "id": "gpt-5.1", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2024-09-30", "release_date": "2025-11-13", "aliases": ["openai/gpt-5.1", "openai:openai/gpt-5.1"], "costs": {"prompt_tokens": 125, "cached_tokens": 13, "completion_tokens": 1000}, "context": 128000, "max_tokens": 128000, "provider": "openai-completion"},
+{"$": "$model", "puterId": "openai:openai/gpt-5.6-sol", "id": "gpt-5.6-sol", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2026-02-16", "aliases": ["gpt-5.6", "gpt-5.6-sol", "openai/gpt-5.6", "openai/gpt-5.6-sol", "openai:openai/gpt-5.6-sol"], "costs": {"prompt_tokens": 500, "cached_tokens": 50, "completion_tokens": 3000}, "context": 1050000, "max_tokens": 128000, "responses_api_only": true, "provider": "openai-responses"},
+{"$": "$model", "puterId": "x-ai:x-ai/grok-4.3", "id": "grok-4.3", "modalities": {"input": ["text", "image", "pdf"]}, "open_weights": false, "release_date": "2026-05-01", "name": "Grok 4.3", "aliases": ["x-ai/grok-4.3", "grok-4.3-latest", "x-ai:x-ai/grok-4.3"], "context": 1000000, "costs": {"prompt_tokens": 125, "completion_tokens": 250, "cached_tokens": 20}, "max_tokens": 30000, "provider": "xai"},
+{"$": "$model", "puterId": "z-ai:z-ai/glm-5", "id": "glm-5", "name": "GLM-5", "aliases": ["z-ai/glm-5", "zai/glm-5", "z-ai:z-ai/glm-5"], "open_weights": false, "context": 200000, "max_tokens": 128000, "costs": {"prompt_tokens": 100, "completion_tokens": 320, "cached_tokens": 20}, "provider": "zai"}
+]""")
+    )
+}
+# What OpenAI's clients send to a gateway.
+CLIENT_REQUESTS: list[JSON] = in_full(
+    json.loads(r"""[
+{"client": "openai-py", "method": "GET", "path": "/models", "headers": {"accept-encoding": "gzip, deflate", "accept": "application/json", "user-agent": "OpenAI/Python 3.54.0", "x-stainless-retry-count": "0"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "developer", "content": "Be terse."}, "$asks"], "max_completion_tokens": 64, "temperature": 0}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "parallel_tool_calls": false, "tool_choice": "auto", "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": ["$text", {"type": "image_url", "image_url": {"url": "$picture url", "detail": "low"}}]}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "no-such-model-xyz", "messages": [{"role": "user", "content": "x"}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": []}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "err-429", "messages": [{"role": "user", "content": "x"}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "x"}]}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [{"role": "system", "content": "You are a title generator. You output ONLY a thread title. N…"}, {"role": "user", "content": "Generate a title for this conversation:\n"}, {"role": "user", "content": "\"Reply with exactly this and nothing else: OK\""}], "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [{"role": "system", "content": "You are opencode, an interactive CLI tool that helps users w…"}, {"role": "user", "content": "\"Reply with exactly this and nothing else: OK\""}], "tools": [{"type": "function", "function": {"name": "webfetch", "description": "- Fetches content from a…", "parameters": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"url": {"type": "string", "description": "The URL to fetch content…"}, "format": {"type": "string", "enum": ["text", "markdown", "html"], "default": "markdown"}, "timeout": {"type": "number"}}, "required": ["url"]}}}], "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [
+  {"role": "system", "content": "You are opencode, an interactive CLI tool that helps users w…"},
+  {"role": "user", "content": "Call the tool named read with arguments {\"filePath\": \"/p…"},
+  {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"name": "read", "arguments": "{\"filePath\":\"/project\"}"}}]},
+  {"role": "tool", "tool_call_id": "call_1", "content": "<path>/project</path>\n<type>file</type>\n<content>\n1: SEC…"}], "tools": [{"type": "function", "function": {"name": "bash", "description": "Executes a given bash co…", "parameters": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"command": {"type": "string", "description": "The command to execute"}, "timeout": {"minimum": -9007199254740991, "exclusiveMinimum": 0, "type": "integer", "maximum": 9007199254740991}}, "required": ["command"]}}}], "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "system", "content": "Be terse."}, "$ask"]}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": ["$ask"], "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "tools": "$weather by aisdk", "tool_choice": "auto"}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "tools": "$weather by aisdk", "tool_choice": "auto"}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "tools": "$weather by aisdk", "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "tools": "$weather by aisdk", "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": ["$ask"], "model": "stub-model"}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": ["$ask"], "model": "stub-model", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": [{"role": "user", "content": "$call it"}], "model": "stub-model", "stream": true, "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "tool_calls": [{"$": "$call", "function": {"arguments": "{\"city\": \"Paris\"}"}, "id": "call_1"}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "model": "stub-model", "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": ["$ask"]}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}], "stream_options": {"include_usage": true}, "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "stream_options": {"include_usage": true}, "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": ["$text", "$picture"]}, {"role": "assistant", "content": "OK"}, {"role": "user", "content": "And now: Reply with exactly this and nothing else: OK-2"}], "stream_options": {"include_usage": true}}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": ["$ask"], "max_completion_tokens": 256, "temperature": 0.0}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": ["$ask"], "stream_options": {"include_usage": true}}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"content": "$call it", "role": "user"}], "stream_options": {"include_usage": true}, "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": [{"content": "$call it", "role": "user"}, {"content": null, "role": "assistant", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"content": "sunny in Paris OK", "role": "tool", "tool_call_id": "call_1"}], "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": [{"content": "Weather in Paris?", "role": "user"}], "parallel_tool_calls": false, "tool_choice": {"type": "function", "function": {"name": "City"}}, "tools": [{"type": "function", "function": {"name": "City", "description": "", "parameters": "$city"}}]}},
+{"client": "aider", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.20.0"}, "body": {"messages": [{"role": "system", "content": "Act as an expert software developer.\nTake requests for chang…"}, {"role": "user", "content": "Change the greeting to be more casual"}, {"role": "assistant", "content": "Ok, I will:\n\n1. Switch the greeting text from \"Hello\" to…"}, {"role": "user", "content": "I switched to a new code base. Please don't consider the…"}, {"role": "assistant", "content": "Ok."}, {"role": "user", "content": "I have *added these files to the chat* so you can go ahe…"}, {"role": "assistant", "content": "Ok, any changes I propose will be to those files."}, {"role": "user", "content": "Answer with the text between the triple angle brackets, with…"}], "model": "stub-model", "stream": true, "temperature": 0}},
+{"client": "aider", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.20.0"}, "body": {"messages": [{"role": "system", "content": "You are an expert software engineer that generates concise, …"}, {"role": "user", "content": "\nUSER: Answer with the text between the triple angle bracket…"}], "model": "stub-model", "temperature": 0}}
+]""")
+)
+# What agents and the vendors' SDKs send to its other two dialects, and the status they got.
+AGENT_REQUESTS: list[JSON] = in_full(
+    json.loads(r"""[
+{"client": "codex-cli 0.169.0", "scenario": "reasoning item sent back (encrypted_content)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": [
+  "$codex",
+  "$skills",
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named exec_command with arguments…"}]},
+  {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "**Planning**\n\nI am thinking."}], "content": null, "encrypted_content": "local:KipQbGFubmluZyoqCgpJIGFtIHRoaW5raW5nLg=="},
+  {"type": "message", "status": "completed", "id": "msg_5", "role": "assistant", "content": [{"type": "output_text", "text": "Let me see. ", "annotations": [], "logprobs": []}]},
+  {"type": "function_call", "status": "completed", "id": "fc_1", "name": "exec_command", "arguments": "{\"cmd\": \"echo AAA > a.txt\"}", "call_id": "call_1"},
+  {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "Chunk ID: e65e47\nWall time: 0.0000 seconds\nProcess exite…"}], "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "model gpt-5.5: apply_patch as custom tool", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-5.5", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, a coding agent based on GPT-5. You and th…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<tools>\nDeferred tool namespaces:\n- multi_agent_v1: Tool…"}]},
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named apply_patch with arguments {…"}]}], "tools": [
+  {"type": "custom", "name": "apply_patch", "description": "The `apply_patch` tool c…", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+…"}},
+  {"type": "tool_search", "execution": "client", "description": "# Tool discovery\n\nSearch…", "parameters": {"type": "object", "properties": {"limit": {"type": "number", "description": "Maximum number of tools…"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": false}},
+  {"type": "web_search", "external_web_access": true, "search_content_types": ["text", "image"]}], "reasoning": {"effort": "medium"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "model gpt-6-sol: tools in an additional_tools item, custom tool exec", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-6-sol", "input": [
+  {"type": "additional_tools", "id": "at_1", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "function", "name": "request_user_input_async", "description": "Ask the user one or more…", "strict": false, "parameters": {"type": "object", "properties": {"questions": {"type": "array", "description": "One or more self-contain…", "items": {"type": "object", "properties": {"options": {"type": "array", "description": "Suggested answers, in di…", "items": {"type": "string"}, "minItems": 1}}, "required": [], "additionalProperties": false}, "minItems": 1}}, "required": ["questions"], "additionalProperties": false}}]}]},
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, an agent based on GPT-6. You and the user…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<collaboration_mode># Collaboration Mode: Default\n\nYou a…"}]},
+  {"type": "message", "id": "msg_3", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_role>You are `/root`, the primary agent in…"}]},
+  {"type": "message", "id": "msg_4", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_mode>Any earlier instruction enabling proac…"}]},
+  {"type": "message", "id": "msg_5", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+  {"type": "message", "id": "msg_6", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named functions__exec with argumen…"}]}], "parallel_tool_calls": false, "reasoning": {"effort": "medium", "context": "all_turns"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "gpt-6-sol, custom_tool_call_output as content list", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-6-sol", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, an agent based on GPT-6. You and the user…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_role>You are `/root`, the primary agent in…"}]},
+  {"type": "message", "id": "msg_3", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_mode>Any earlier instruction enabling proac…"}]},
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+  {"type": "message", "id": "msg_5", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named functions__exec with argumen…"}]},
+  {"type": "custom_tool_call", "id": "ctc_1", "status": "completed", "call_id": "call_1", "name": "exec", "namespace": "functions", "input": "const r = await tools.exec_command({cmd: 'echo CODE66 >…"},
+  {"type": "custom_tool_call_output", "id": "ctco_1", "call_id": "call_1", "output": [{"type": "input_text", "text": "Script completed\nWall time 0.1 seconds\nOutput:\n"}, {"type": "input_text", "text": "CODE66\n"}]}], "parallel_tool_calls": false, "reasoning": {"effort": "medium", "context": "all_turns"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "tool_search_output brings new tools", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-5.5", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, a coding agent based on GPT-5. You and th…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<tools>\nDeferred tool namespaces:\n- mcp__wx\n- multi_agen…"}]},
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named tool_search with arguments {…"}]},
+  {"type": "tool_search_call", "id": "tsc_1", "call_id": "call_1", "status": "completed", "execution": "client", "arguments": {"query": "weather"}},
+  {"type": "tool_search_output", "id": "tso_1", "call_id": "call_1", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__wx", "description": "Tools in the mcp__wx nam…", "tools": [{"type": "function", "name": "get_weather", "description": "Weather in a city", "strict": false, "defer_loading": true, "parameters": "$city"}]}]}], "reasoning": {"effort": "medium"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "compaction request (plain request without tools)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named exec_command with arguments…"}]}, {"type": "function_call", "status": "completed", "id": "fc_1", "name": "exec_command", "arguments": "{\"cmd\": \"echo A\"}", "call_id": "call_1"}, {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "Chunk ID: ee29ba\nWall time: 0.0000 seconds\nProcess exite…"}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "You are performing a CONTEXT CHECKPOINT COMPACTION. Crea…"}]}], "tools": [], "parallel_tool_calls": false, "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "web_search disabled, features.multi_agent=false, effort high", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "$OK"}]}], "tools": ["$get_goal"], "reasoning": {"effort": "high", "summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "built-in provider with openai_base_url: WebSocket upgrade tried first", "method": "GET", "path": "/v1/responses", "status": 404},
+{"client": "codex-cli 0.169.0", "scenario": "image input (-i)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "openrouter:lab/brain", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "<image name=[Image #1] path=\"/home/user.png\">"}, {"type": "input_image", "image_url": "$picture url", "detail": "high"}, {"type": "input_text", "text": "</image>"}, {"type": "input_text", "text": "$OK"}]}], "tools": ["$get_goal"], "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "view_image: image in function_call_output", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "openrouter:lab/brain", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named view_image with arguments {\"…"}]}, {"type": "function_call", "status": "completed", "id": "fc_1", "name": "view_image", "arguments": "{\"path\": \"pic.png\"}", "call_id": "call_1"}, {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": [{"type": "input_image", "image_url": "$picture url", "detail": "high"}]}], "reasoning": {"summary": "auto"}}},
+{"client": "claude-code 2.1.197", "scenario": "HEAD probe", "method": "HEAD", "path": "/"},
+{"client": "claude-code 2.1.197", "scenario": "plain text", "path": "/v1/messages?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"$": "$claude code asks", "messages": [
+  {"role": "user", "content": ["$reminder", {"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]},
+  "$agent types"], "system": "$claude code", "tools": [
+  {"name": "Read", "description": "Reads a file from the lo…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"file_path": {"description": "The absolute path to the…", "type": "string"}, "offset": {"type": "integer", "minimum": 0, "maximum": 9007199254740991}, "limit": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991}}, "required": ["file_path"], "additionalProperties": false}},
+  {"name": "ReportFindings", "description": "Report code-review findi…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"level": {"description": "Effort level the review…", "type": "string", "enum": ["low", "medium", "high", "xhigh", "max"]}, "findings": {"maxItems": 32, "type": "array", "items": {"type": "object", "properties": {"file": {"description": "Repo-relative path of th…", "type": "string"}, "line": {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991}, "verdict": {"type": "string", "enum": ["CONFIRMED", "PLAUSIBLE"]}}, "required": ["file"], "additionalProperties": false}}}, "required": ["findings"], "additionalProperties": false}},
+  {"name": "TaskOutput", "description": "DEPRECATED: Background t…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"task_id": {"description": "The task ID to get outpu…", "type": "string"}, "block": {"default": true, "type": "boolean"}, "timeout": {"default": 30000, "type": "number", "minimum": 0, "maximum": 600000}}, "required": ["task_id", "block", "timeout"], "additionalProperties": false}},
+  {"name": "TaskUpdate", "description": "Use this tool to update…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"taskId": {"description": "The ID of the task to update", "type": "string"}, "status": {"anyOf": [{"type": "string", "enum": ["pending", "in_progress", "completed"]}, {"type": "string", "const": "deleted"}]}, "addBlocks": {"type": "array", "items": {"type": "string"}}, "metadata": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}}}, "required": ["taskId"], "additionalProperties": false}},
+  {"name": "WebFetch", "description": "Fetches a URL, converts…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"url": {"description": "The URL to fetch content…", "type": "string", "format": "uri"}}, "required": ["url"], "additionalProperties": false}},
+  {"name": "WebSearch", "description": "Search the web. Returns…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"query": {"description": "The search query to use", "type": "string", "minLength": 2}, "allowed_domains": {"type": "array", "items": {"type": "string"}}}, "required": ["query"], "additionalProperties": false}},
+  {"name": "Workflow", "description": "Execute a workflow scrip…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"script": {"description": "Self-contained workflow…", "type": "string", "maxLength": 524288}, "resumeFromRunId": {"type": "string", "pattern": "^wf_[a-z0-9-]{6,}$"}}, "additionalProperties": false}}]}},
+{"client": "claude-code 2.1.197", "scenario": "tool loop, round 2", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Write with arguments {\"file_…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Write", "input": {"file_path": "/project/made.txt", "content": "CONTENT88\n"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "File created successfully at: /project/made.txt (file st…", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "thinking sent back, two results", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Bash with arguments {\"comman…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "thinking", "thinking": "**Planning**\n\nI am thinking.", "signature": "sig_1"}, {"type": "text", "text": "Let me see. "}, {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"command": "echo A", "description": "a"}}, {"type": "tool_use", "id": "toolu_2", "name": "Bash", "input": {"command": "echo B", "description": "b"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "A", "is_error": false}, {"tool_use_id": "toolu_2", "type": "tool_result", "content": "B", "is_error": false, "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "WebSearch: inner request with a server tool", "path": "/v1/messages?beta=true", "body": {"model": "stub-model", "messages": [{"role": "user", "content": [{"type": "text", "text": "Perform a web search for the query: weather oslo"}]}], "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK."}, {"type": "text", "text": "You are an assistant for performing a web search tool use"}], "tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}], "tool_choice": {"type": "auto"}, "metadata": {"user_id": "1"}, "max_tokens": 32000, "output_config": {"effort": "high"}, "stream": true}},
+{"client": "claude-code 2.1.197", "scenario": "WebSearch: what the model is told", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named WebSearch with arguments {\"q…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "WebSearch", "input": {"query": "weather oslo"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "Web search results for query: \"weather oslo\"\n\nHello from…", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "Read of a PDF: document beside tool_result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Read with arguments {\"file_p…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/project/doc.pdf"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "PDF file read: /project/doc.pdf (542 bytes)"}, {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}, "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "sub-agent request (Explore): built-in haiku name, thinking disabled", "path": "/v1/messages?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "claude-haiku-4-5-20251001", "messages": [{"role": "user", "content": [{"type": "text", "text": "<system-reminder>\nThe following skills are available for…"}, "$reminder", {"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]}], "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "You are a file search specialist for Claude Code, Anthro…", "cache_control": {"type": "ephemeral"}}], "tools": [{"name": "CronList", "description": "List all cron jobs sched…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {}, "additionalProperties": false}}], "metadata": {"user_id": "1"}, "max_tokens": 32000, "thinking": {"type": "disabled"}, "temperature": 1, "stream": true}},
+{"client": "claude-code 2.1.197", "scenario": "sub-agent result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Agent with arguments {\"descr…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Agent", "input": {"description": "sub", "prompt": "$OK", "subagent_type": "Explore"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": [{"type": "text", "text": "SUBHI"}], "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "/context: count_tokens of a text", "path": "/v1/messages/count_tokens?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "foo"}], "tools": []}},
+{"client": "claude-code 2.1.197", "scenario": "is_error result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Read with arguments {\"file_p…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/nonexistent/x"}}]}, {"role": "user", "content": [{"type": "tool_result", "content": "File does not exist. Note: your current working directory is /project.", "is_error": true, "tool_use_id": "toolu_1", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "openai-python 3.57.0", "scenario": "instructions_and_message_items", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "developer", "content": "Be exact."}, {"role": "user", "content": "hello"}, {"type": "message", "role": "assistant", "status": "completed", "id": "msg_1", "content": [{"type": "output_text", "text": "hi", "annotations": []}]}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "$OK"}]}], "instructions": "Be terse."}},
+{"client": "openai-python 3.57.0", "scenario": "output_as_content_array", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "weather?"}, {"type": "function_call", "call_id": "call_9", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_9", "output": [{"type": "input_text", "text": "rain OK"}]}], "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "tool_choice": {"type": "function", "name": "get_weather"}, "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "tool_choice": "required", "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms #3", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "Call the tool named get_weather with arguments {\"city\": \"X\"}", "tool_choice": "none", "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "custom_tool", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "patch it"}, {"id": "ctc_1", "type": "custom_tool_call", "status": "completed", "call_id": "call_1", "name": "apply_patch", "input": "*** Begin Patch\n+OK\n*** End Patch\n"}, {"type": "custom_tool_call_output", "call_id": "call_1", "output": "Success OK"}], "tools": [{"type": "custom", "name": "apply_patch", "description": "Edits files", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}]}},
+{"client": "openai-python 3.57.0", "scenario": "namespace_tool #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "close"}, {"arguments": "{\"city\": \"Paris\"}", "call_id": "call_1", "name": "close_agent", "type": "function_call", "id": "fc_1", "namespace": "multi_agent_v1", "status": "completed"}, {"type": "function_call_output", "call_id": "call_1", "output": "closed OK"}], "tools": [{"type": "namespace", "name": "multi_agent_v1", "description": "d", "tools": [{"type": "function", "name": "close_agent", "description": "Weather in a city", "strict": false, "parameters": "$city"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "structured_output_parse", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "<<<{\"name\": \"OK\", \"n\": 7}>>>", "text": {"format": {"type": "json_schema", "strict": true, "name": "Out", "schema": {"properties": {"name": {"title": "Name", "type": "string"}, "n": {"title": "N", "type": "integer"}}, "required": ["name", "n"], "title": "Out", "type": "object", "additionalProperties": false}}}}},
+{"client": "openai-python 3.57.0", "scenario": "image_input", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, {"type": "input_image", "image_url": "$picture url", "detail": "auto"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "pdf_input", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": [{"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, {"type": "input_text", "text": "$OK"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "incomplete_by_length", "path": "/v1/responses", "body": {"model": "openrouter:lab/length", "input": "hi", "max_output_tokens": 16}},
+{"client": "openai-python 3.57.0", "scenario": "error_classes", "path": "/v1/responses", "body": {"model": "openrouter:lab/err429", "stream": false, "input": "hi"}, "status": 429},
+{"client": "openai-python 3.57.0", "scenario": "error_classes #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/err429", "stream": true, "input": "hi"}, "status": 429},
+{"client": "openai-python 3.57.0", "scenario": "wrong_key", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi"}, "status": 401},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "previous_response_id": "resp_0123456789"}, "status": 400},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #2", "method": "GET", "path": "/v1/responses/resp_x", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #3", "path": "/v1/responses/resp_x/cancel", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #4", "method": "DELETE", "path": "/v1/responses/resp_x", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #5", "method": "GET", "path": "/v1/responses/resp_x/input_items", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #6", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "$OK", "store": true}},
+{"client": "openai-python 3.57.0", "scenario": "cancel_while_streaming #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/slow", "stream": true, "input": "hi"}},
+{"client": "anthropic-python 2.13.0", "scenario": "system_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": [{"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]}], "model": "openrouter:lab/brain", "system": "Be terse."}},
+{"client": "anthropic-python 2.13.0", "scenario": "thinking_blocks", "path": "/v1/messages", "body": {"max_tokens": 2000, "messages": "$hi", "model": "openrouter:lab/reason", "thinking": {"type": "enabled", "budget_tokens": 1024}}},
+{"client": "anthropic-python 2.13.0", "scenario": "thinking_blocks #2", "path": "/v1/messages", "body": {"max_tokens": 2000, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"signature": "sig_1", "thinking": "thinking...", "type": "thinking"}, {"citations": null, "text": "The quick brown fox — naïve café, 日本語, 🦊 — jumps over th…", "type": "text"}]}, "$ask"], "model": "openrouter:lab/brain", "thinking": {"type": "enabled", "budget_tokens": 1024}}},
+{"client": "anthropic-python 2.13.0", "scenario": "two_calls_and_results #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": [{"$": "$call part", "id": "toolu_1", "caller": null, "toolset_name": null}, {"$": "$call part 2", "id": "toolu_2", "caller": null, "toolset_name": null}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "out0ZQ75aa0047", "is_error": false}, {"type": "tool_result", "tool_use_id": "toolu_2", "content": "out1ZQ75aa0047", "is_error": false}]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": ""}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms #5", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": []}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/brain", "tool_choice": {"type": "tool", "name": "get_weather"}, "tools": ["$weather for claude", {"name": "get_time", "description": "Time in a zone", "input_schema": "$tz"}]}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/brain", "tool_choice": {"type": "any", "disable_parallel_tool_use": true}, "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "Call the tool named get_weather with arguments {\"city\": \"X\"}"}], "model": "openrouter:lab/brain", "tool_choice": {"type": "none"}, "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "image_and_pdf", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": ["$claude picture", "$text"]}], "model": "openrouter:lab/brain"}},
+{"client": "anthropic-python 2.13.0", "scenario": "image_and_pdf #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "plain"}}, "$text"]}], "model": "openrouter:lab/brain"}},
+{"client": "anthropic-python 2.13.0", "scenario": "max_tokens_reason", "path": "/v1/messages", "body": {"max_tokens": 16, "messages": "$hi", "model": "openrouter:lab/length"}},
+{"client": "anthropic-python 2.13.0", "scenario": "failure_in_midstream #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/cut", "stream": true}},
+{"client": "anthropic-python 2.13.0", "scenario": "error_classes", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/err429", "stream": false}, "status": 429},
+{"client": "anthropic-python 2.13.0", "scenario": "error_classes #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/err429", "stream": true}, "status": 429},
+{"client": "anthropic-python 2.13.0", "scenario": "wrong_key", "path": "/v1/messages", "body": {"max_tokens": 5, "messages": "$hi", "model": "openrouter:lab/brain"}, "status": 401},
+{"client": "anthropic-python 2.13.0", "scenario": "models_list_still_parses", "method": "GET", "path": "/v1/models", "headers": {"anthropic-version": "2026-10-21"}},
+{"client": "anthropic-python 2.13.0", "scenario": "cancel_while_streaming #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/slow", "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 2 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "system", "content": "Be terse."}, "$input asks"], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 7 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/reason", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}], "store": false, "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 13 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/midfail", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 20 of the run", "path": "/v1/messages", "body": {"model": "openrouter:lab/brain", "max_tokens": 4096, "messages": [{"role": "user", "content": [{"type": "text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}], "tools": [{"name": "get_weather", "description": "Weather in a city", "input_schema": "$schema", "eager_input_streaming": true}], "tool_choice": {"type": "auto"}, "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 22 of the run", "path": "/v1/messages", "body": {"model": "openrouter:lab/reason", "max_tokens": 5120, "thinking": {"type": "enabled", "budget_tokens": 1024}, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 24 of the run", "path": "/v1/messages", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "openrouter:lab/brain", "max_tokens": 4096, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}, "title": "a.pdf"}, "$text"]}]}},
+{"client": "openai-js 6.49.0", "scenario": "request", "path": "/v1/responses", "body": {"model": "openrouter:lab/not-there", "input": "hi"}, "status": 404},
+{"client": "anthropic-js 1.13.0", "scenario": "request", "path": "/v1/messages", "body": {"model": "openrouter:lab/midfail", "max_tokens": 64, "messages": "$hi", "stream": true}},
+{"client": "anthropic-js 1.13.0", "scenario": "request", "path": "/v1/messages", "body": {"model": "openrouter:lab/not-there", "max_tokens": 6, "messages": "$hi"}, "status": 404},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "store not given: text and reasoning come back as item_reference", "path": "/v1/responses", "body": {"model": "gpt-5", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}, {"type": "item_reference", "id": "rs_1"}, {"type": "item_reference", "id": "msg_1"}, {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}], "tools": [{"type": "function", "name": "get_weather", "parameters": "$schema"}], "tool_choice": "auto"}, "status": 404},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "store: false: the items themselves come back", "path": "/v1/responses", "body": {"model": "gpt-5", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}, {"type": "reasoning", "id": "rs_1", "encrypted_content": "local:KipQbGFubmluZyoqCgpJIGFtIHRoaW5raW5nLg==", "summary": [{"type": "summary_text", "text": "**Planning**\n\nI am thinking."}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see. "}], "id": "msg_1"}, {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}], "store": false, "include": ["reasoning.encrypted_content"], "tools": [{"type": "function", "name": "get_weather", "parameters": "$schema"}], "tool_choice": "auto"}}
+]""")
+)
+
+
+# =============================================================================
 # The demo
 # =============================================================================
 DEMO_ANSWER = (
@@ -2475,13 +3144,9 @@ from pydantic import TypeAdapter
 # =============================================================================
 # Tests of FakePuter itself
 # =============================================================================
-# Recordings of a real server, where they lie beside the repository.
-WIRE = Path(__file__).resolve().parent.parent / "shared" / "wire"
 CHAT = "/drivers/call"
 OPENAI_CHAT = "/puterai/openai/v1/chat/completions"
 
-# What nothing here asks for.
-UNUSED = ("/auth/create-access-token", "/auth/get-user-app-token", "/batch", "/delete")
 # What must be wrong with the account for an exchange to go as it was recorded.
 SET_UPS: dict[str, dict[str, Any]] = {
     "whoami, token of a retired format": {"dead": True},
@@ -2493,24 +3158,6 @@ SET_UPS: dict[str, dict[str, Any]] = {
     "too many in 10 s": {"max_in_window": 0},
     "openai endpoint, session token": {"session_token": True},
 }
-
-
-def recordings(name: str) -> Any:
-    """What a recorded file holds; an empty list, which skips its tests, where there is none."""
-    path = WIRE / name
-    return json.loads(path.read_text("utf-8")) if path.is_file() else []
-
-
-def recorded_exchanges() -> list[Any]:
-    """The recorded exchanges as test parameters."""
-    exchanges = recordings("exchanges.json")
-    return [pytest.param(e, id=e["name"]) for e in exchanges if e["request"]["path"] not in UNUSED]
-
-
-def recorded_calls() -> list[Any]:
-    """The exchanges that were recorded at both ends, Puter's and its provider's."""
-    calls = recordings("providers.json")
-    return [pytest.param(call, id=f"{call['provider']}: {call['name']}") for call in calls]
 
 
 # What the recorded hosts took, since they take anything, and the providers' own do not.
@@ -2672,14 +3319,14 @@ def rebuilt(value: Any) -> Any:
     """A recorded value with its long texts, and without what no two servers have in common."""
     text = compact(value).replace("toolu_0", "call_")
     tail = "Reply with exactly this and nothing else: OK"
-    text = SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text)
-    return json.loads(text, object_hook=lambda found: {k: found[k] for k in found if k != "bytes"})
+    return json.loads(SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text))
 
 
 def as_sent(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded request for `requests`, with its placeholders filled in."""
-    text = json.dumps(request.get("body")).replace("<username>", "admin")
-    text = text.replace('"<30 MB of text>"', '[{"role": "user", "content": "long"}]')
+    """A recorded request for `requests`, with its placeholder filled in."""
+    text = json.dumps(request["body"]).replace(
+        '"<30 MB of text>"', '[{"role": "user", "content": "long"}]'
+    )
     headers = {"Authorization": "Bearer t"} if request["auth"] else None
     return {"json": json.loads(text), "headers": headers}
 
@@ -2800,7 +3447,7 @@ def no_token_gets_out(
 class TestFakePuter:
     """The scripted server answers as the real one was recorded, and its machinery works."""
 
-    @pytest.mark.parametrize("exchange", recorded_exchanges())
+    @pytest.mark.parametrize("exchange", EXCHANGES, ids=operator.itemgetter("name"))
     def test_answers_as_recorded(self, fake, exchange):
         fake.add_account("admin", "t", **SET_UPS.get(exchange["name"], {}))
         request, recorded = exchange["request"], exchange["response"]
@@ -2825,7 +3472,9 @@ class TestFakePuter:
         else:
             assert without_ids(got.content.decode()) == without_ids(recorded["text"])
 
-    @pytest.mark.parametrize("call", recorded_calls())
+    @pytest.mark.parametrize(
+        "call", PROVIDER_CALLS, ids=lambda call: f"{call['provider']}: {call['name']}"
+    )
     def test_sends_on_as_recorded(self, fake, call):
         fake.add_account("admin", "t", credit_microcents=10**12)
         args, recorded = rebuilt(call["args"]), call["response"]
@@ -3022,15 +3671,9 @@ def table(*rows: Any) -> list[Any]:
     return [row if not isinstance(row, list) else pytest.param(*row[1:], id=row[0]) for row in rows]
 
 
-def recorded(name: str) -> Any:
-    """One recorded file, or a skipped test."""
-    return recordings(name) or pytest.skip("there are no recordings beside the repository")
-
-
 def recorded_answer(name: str) -> JSON:
     """The response of the recorded exchange of this name."""
-    found = next(e for e in recorded("exchanges.json") if e["name"] == name)
-    answer: JSON = found["response"]
+    answer: JSON = next(e["response"] for e in EXCHANGES if e["name"] == name)
     return answer
 
 
@@ -4228,7 +4871,7 @@ class TestMessages:
         """Where no credit and nobody else limits it, the answer's limit tells the estimate."""
         models = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
         checked = 0
-        for call in recorded("providers.json"):
+        for call in PROVIDER_CALLS:
             args, bodies = rebuilt(call["args"]), rebuilt(call["sent_to_provider"])
             if not bodies or call["name"] in SHAPES_WE_NEVER_SEND:
                 continue
@@ -4750,9 +5393,8 @@ class TestMessages:
             puter.models_from(body)
 
     def test_the_real_catalogue(self):
-        body = recorded("catalogue.json")
-        models = puter.models_from(body)
-        assert ids(models) == [entry["id"] for entry in body["models"]]
+        models = puter.models_from(REAL_CATALOGUE)
+        assert ids(models) == [entry["id"] for entry in REAL_CATALOGUE["models"]]
         assert all(m.provider and m.inputs and m.context for m in models)
         assert all(m.input_usd_per_million is not None for m in models)
         opus = models.find("puter/Claude-Opus-4-5")
@@ -5430,7 +6072,7 @@ class TestPolicies:
     def test_a_recorded_first_line_is_the_whole_replys_error(self, status):
         answers = {
             call["name"]: call["response"]
-            for call in recorded("providers.json")
+            for call in PROVIDER_CALLS
             if call["provider"] == "claude" and call["name"].endswith(f": err{status}")
         }
         (line,) = answers[f"stream: err{status}"]["lines"]
@@ -5457,7 +6099,7 @@ class TestPolicies:
 
     def test_every_recorded_error_is_known(self):
         seen = set()
-        for exchange in recorded("exchanges.json"):
+        for exchange in EXCHANGES:
             answer = exchange["response"]
             if answer["status"] >= 400 and answer.get("json"):
                 error = puter.error_from(answer["status"], answer["json"])
@@ -12023,11 +12665,6 @@ class TestMessagesDialect:
             puter.count_tokens({"model": "m"})
 
 
-def real_catalogue() -> list[puter.Model]:
-    """The models of a real server."""
-    return puter.models_from(recorded("catalogue.json"))
-
-
 def served_model(name: str, models: Sequence[puter.Model]) -> str:
     """The name that is asked for at last."""
     return puter.with_served_model(messages_request(), name, puter.ModelList(models)).model
@@ -12056,7 +12693,7 @@ class TestServedModel:
         ],
     )
     def test_names(self, name, want):
-        models = real_catalogue()
+        models = puter.models_from(REAL_CATALOGUE)
         if want is None:
             with pytest.raises(puter.ModelNotFoundError) as caught:
                 served_model(name, models)
@@ -12081,39 +12718,20 @@ class TestServedModel:
         assert puter.with_served_model(request, "x", puter.ModelList()).args == request.args
 
 
-def agent_requests() -> list[Any]:
-    """What real agents and SDKs sent to the two dialects, as test parameters."""
-    found = dict(recordings("responses-and-messages.json")).get("recordings", [])
-    for one in found:
-        if "…" in (one["request"]["body"] or {}):  # "as in: plain text"
-            one["request"]["body"] = found[0]["request"]["body"]
-    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
-
-
-def as_recorded(value: Any) -> Any:
-    """A body with its cut parts mended: repeated items are left out, PDFs are whole."""
-    if isinstance(value, dict):
-        return {k: as_recorded(v) for k, v in value.items() if not is_reference(v)}
-    if isinstance(value, list):
-        return [as_recorded(v) for v in value if not is_reference(v)]
-    if isinstance(value, str) and value.endswith("…") and "JVBERi" in value:
-        return value.partition("JVBERi")[0] + DOCUMENT
-    return value
-
-
-def is_reference(value: Any) -> bool:
-    """Whether it only names a part of another recording."""
-    return isinstance(value, str) and value.startswith("<the same ")
+def by_client(recorded: Sequence[JSON]) -> list[Any]:
+    """What real clients sent, as test parameters."""
+    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(recorded)]
 
 
 def status_recorded(recording: JSONObject) -> int:
     """The status that our gateway must give for a recording."""
-    model_asked = (recording["request"]["body"] or {}).get("model", "")
-    if "err429" in model_asked or "not-there" in model_asked or recording["status"] == 400:
-        return int(recording["status"])
-    if recording["request"]["method"] == "POST" and "resp_x" not in recording["request"]["path"]:
+    model_asked = recording["body"]["model"] if recording["body"] else ""
+    status = int(recording["status"])
+    if "err429" in model_asked or "not-there" in model_asked or status == 400:
+        return status
+    if recording["method"] == "POST" and "resp_x" not in recording["path"]:
         return 404 if "item_reference" in recording["scenario"] else 200
-    return 405 if recording["request"]["path"] == "/v1/responses" else int(recording["status"])
+    return 405 if recording["path"] == "/v1/responses" else status
 
 
 def two_calls_then_text(handler: FakeHandler, args: JSONObject) -> Answer:
@@ -12204,19 +12822,19 @@ def event_data(reply: requests.Response) -> list[JSONObject]:
 class TestDialectsOfAgents:
     """Both dialects over real sockets, with the real SDKs."""
 
-    @pytest.mark.parametrize("recording", agent_requests())
+    @pytest.mark.parametrize("recording", by_client(AGENT_REQUESTS))
     def test_what_real_agents_send(self, server, recording):
-        sent = recording["request"]
-        body = as_recorded(sent["body"])
+        sent = {"method": "POST", "headers": {}, "body": None, "status": 200, **recording}
+        body = sent["body"]
         # what they ask by themselves, and our catalogue has not
         names = ("openrouter:lab/brain", "stub-model", "gpt-5", "gpt-5.5", "gpt-6-sol")
         for name in names if body else ():
             body = json.loads(json.dumps(body).replace(f'"{name}"', f'"{lab("text")}"'))
         url = server.url.removesuffix("/v1") + sent["path"]
-        headers = {} if isinstance(sent["headers"], str) else sent["headers"]
-        headers = {k: v for k, v in headers.items() if k.lower() in ("anthropic-version",)}
-        reply = requests.request(sent["method"], url, json=body, headers=headers, timeout=20)
-        assert reply.status_code == status_recorded(recording), reply.text
+        reply = requests.request(
+            sent["method"], url, json=body, headers=sent["headers"], timeout=20
+        )
+        assert reply.status_code == status_recorded(sent), reply.text
         dialect = "messages" if "/messages" in sent["path"] else "responses"
         if not reply.ok:
             shown = reply.json() if dialect == "messages" else {"error": error_of(reply)}
@@ -12337,12 +12955,6 @@ class TestDialectsOfAgents:
 # =============================================================================
 # Openai server: sockets
 # =============================================================================
-def client_requests() -> list[Any]:
-    """What real clients sent, as test parameters."""
-    found = recordings("client-requests.json")
-    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
-
-
 def two_tools(handler: FakeHandler, args: JSONObject) -> Answer:
     """Two calls in one turn, which arrive both from such a provider."""
     calls = (
@@ -12441,16 +13053,15 @@ class TestOpenAIServer:
 
     # Requests as clients send them.
 
-    @pytest.mark.parametrize("request_sent", client_requests())
+    @pytest.mark.parametrize("request_sent", by_client(CLIENT_REQUESTS))
     def test_what_real_clients_send(self, server, fake, request_sent):
         model = "gemini-2.5-flash"
-        sent = json.dumps(request_sent["body"]).replace("stub-model", model)
+        sent = json.dumps(request_sent.get("body")).replace("stub-model", model)
         body = json.loads(sent.replace("err-429", lab("err429")))
-        headers = {k: v for k, v in request_sent["headers"].items() if k != "connection"}
-        url = server.url.removesuffix("/v1") + request_sent["path"]
-        reply = requests.request(
-            request_sent["method"], url, headers=headers, json=body, timeout=10
-        )
+        method = request_sent.get("method", "POST")
+        url = server.url + request_sent.get("path", "/chat/completions")
+        headers = request_sent["headers"]
+        reply = requests.request(method, url, headers=headers, json=body, timeout=10)
         if body is None:
             assert reply.json()["data"]
         elif body["model"] != model or not body["messages"]:
@@ -18375,26 +18986,21 @@ PLUGIN_SETTINGS: JSON = {
     "log_dir": "~/logs",
     "auto_update": True,
 }
-SEED = WIRE.parent / "seed"
-
-
-def example_settings() -> list[Any]:
-    """The settings that the plugin's manual shows, where it stands beside the repository."""
-    texts = [path.read_text("utf-8") for path in sorted(SEED.glob("*"))] if SEED.is_dir() else []
-    found = [one for text in texts for one in re.findall(r"(?m)^\{\n(?:  .*\n)+?\}$", text)]
-    known = []
-    for one in found:
-        with suppress(ValueError):
-            data = json.loads(one)
-            if data.keys() & set(puter._SETTINGS):
-                known.append(pytest.param(data, id=", ".join([*data][:2])))
-    return [pytest.param(PLUGIN_SETTINGS, id="all"), *known]
+# And as it shows them one by one.
+EXAMPLE_SETTINGS = table(
+    ["all", PLUGIN_SETTINGS],
+    ["quiet_mode, debug", {"quiet_mode": False, "debug": False, "api_timeout_ms": 120_000, "auto_create_temp_user": True, "max_retries": 3, "cache_ttl_ms": 300_000}],
+    ["fallback_enabled, fallback_cooldown_ms", {"fallback_enabled": True, "fallback_cooldown_ms": 60_000, "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free", "openrouter:deepseek/deepseek-r1-0528:free", "openrouter:mistralai/devstral-2512:free"]}],
+    ["fallback_enabled", {"fallback_enabled": False}],
+    ["account_rotation_enabled, account_rotation_strategy", {"account_rotation_enabled": True, "account_rotation_strategy": "round-robin", "account_rotation_cooldown_ms": 300_000}],
+    ["api_timeout_ms", {"api_timeout_ms": 300_000}],
+)  # fmt: skip
 
 
 class TestPluginsFiles:
     """What a user of the plugin brings along."""
 
-    @pytest.mark.parametrize("settings", example_settings())
+    @pytest.mark.parametrize("settings", EXAMPLE_SETTINGS)
     def test_its_settings_are_read(self, tmp_path, settings):
         write_settings(tmp_path, json.dumps(settings))
         config = load(tmp_path)
