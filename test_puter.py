@@ -3191,44 +3191,57 @@ REFUSED = {
         "arrives: a stored text file (puter_path)",
     ),
 }
-ONE_PDF = "JVBERi0xLjQ="
+PNG = base64.b64decode(ONE_PIXEL)
+PNG_URL = f"data:image/png;base64,{ONE_PIXEL}"
+PDF = b"%PDF-1.4 a small document"
+PDF_DATA = base64.b64encode(PDF).decode()
+PDF_URL = f"data:application/pdf;base64,{PDF_DATA}"
 PICTURES: dict[str, dict[str, Any]] = {
     "claude": {
         "type": "image",
         "source": {"type": "base64", "media_type": "image/png", "data": ONE_PIXEL},
     },
-    "chat": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ONE_PIXEL}"}},
-    "responses": {"type": "input_image", "image_url": f"data:image/png;base64,{ONE_PIXEL}"},
+    "chat": {"type": "image_url", "image_url": {"url": PNG_URL}},
+    "responses": {"type": "input_image", "image_url": PNG_URL},
 }
 PDFS: dict[str, dict[str, Any]] = {
     "claude": {
         "type": "document",
-        "source": {"type": "base64", "media_type": "application/pdf", "data": ONE_PDF},
+        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF_DATA},
     },
-    "chat": {
-        "type": "file",
-        "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{ONE_PDF}"},
-    },
-    "responses": {
-        "type": "input_file",
-        "filename": "a.pdf",
-        "file_data": f"data:application/pdf;base64,{ONE_PDF}",
-    },
+    "chat": {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}},
+    "responses": {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
 }
-ASKED = {"role": "user", "content": "w?"}
 SIGNED = {"type": "thinking", "thinking": "T", "signature": "s"}
 EFFORT = {"reasoning_effort": "high", "max_tokens": 4000}
 
 
-def asks(*parts: Any) -> dict[str, Any]:
-    """A message of the user's with these parts."""
-    return {"role": "user", "content": list(parts)}
+def user(content: Any, **more: Any) -> JSON:
+    return {"role": "user", "content": content, **more}
 
 
-def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
+    said = {"role": "assistant", "content": content, **more}
+    return {**said, "tool_calls": list(calls)} if calls else said
+
+
+def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
+    """A call as a `tool_use` part."""
+    part = {"type": "tool_use", "id": call_id, "name": name}
+    return {**part, "input": {} if given is None else given, **more}
+
+
+def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
+
+
+def text_part(text: Any) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> JSON:
     """A message with calls, as parts."""
-    calls = [{"type": "tool_use", "id": name, "name": "f", "input": {}} for name in names]
-    return {"role": "assistant", "content": [*before, *calls], **more}
+    return assistant([*before, *map(used, names)], **more)
 
 
 def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
@@ -3236,33 +3249,29 @@ def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
     return {"type": "tool_result", "tool_use_id": name, "content": content}
 
 
-def tool_says(name: str, content: Any = "sunny") -> dict[str, Any]:
-    """A call's result as OpenAI's message."""
-    return {"role": "tool", "tool_call_id": name, "content": content}
-
-
 CODEX, GPT, CLAUDE = "gpt-5.3-codex", "gpt-4o", "claude-haiku-4-5"
 FAMILIES = {"claude": CLAUDE, "chat": GPT, "responses": CODEX}
-TOO_MANY_MARKS = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}] * 5
+MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+ASKED = user("w?")
 WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
     *(
-        (model, [asks(parts[form])], {}, "does not match any of the expected tags")
+        (model, [user([parts[form]])], {}, "does not match any of the expected tags")
         for parts in (PICTURES, PDFS)
         for form in parts
         for family, model in FAMILIES.items()
         if form != family
     ),
-    (CLAUDE, [asks({"type": "image", "source": "x"})], {}, "image.source: Input tag"),
+    (CLAUDE, [user([{"type": "image", "source": "x"}])], {}, "image.source: Input tag"),
     (CLAUDE, [{**ASKED, "name": "al"}], {}, "messages.0.name: Extra inputs"),
-    (CLAUDE, [asks({"type": "text", "text": " "})], {}, "must be non-empty"),
-    (CLAUDE, [asks(*TOO_MANY_MARKS)], {}, "Found 5."),
+    (CLAUDE, [user([{"type": "text", "text": " "}])], {}, "must be non-empty"),
+    (CLAUDE, [user([MARKED] * 5)], {}, "Found 5."),
     (
         CLAUDE,
         [ASKED, calls_for("t", before=[{**SIGNED, "cache_control": {}}])],
         {},
         "thinking.cache_control",
     ),
-    (CLAUDE, [ASKED, calls_for("t"), tool_says("t")], EFFORT, "Expected `thinking` or"),
+    (CLAUDE, [ASKED, calls_for("t"), result("t")], EFFORT, "Expected `thinking` or"),
     (
         CLAUDE,
         [ASKED, calls_for("t"), ASKED],
@@ -3271,46 +3280,51 @@ WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ),
     (
         CLAUDE,
-        [ASKED, calls_for("t"), asks({"type": "text", "text": "a"}, result_part("t"))],
+        [ASKED, calls_for("t"), user([{"type": "text", "text": "a"}, result_part("t")])],
         {},
         "without",
     ),
-    (CLAUDE, [ASKED, tool_says("t")], {}, "unexpected `tool_use_id`"),
+    (CLAUDE, [ASKED, result("t")], {}, "unexpected `tool_use_id`"),
     (
         CLAUDE,
-        [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))],
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
         {},
         "'image_url'",
     ),
-    (GPT, [asks({"type": "file", "file": {"file_id": "f"}})], {}, "Invalid file"),
-    (GPT, [asks({"type": "image_url", "image_url": "data:"})], {}, "Invalid image_url"),
-    (GPT, [asks(TOO_MANY_MARKS[0])], {}, "cache_control"),
+    (GPT, [user([{"type": "file", "file": {"file_id": "f"}}])], {}, "Invalid file"),
+    (GPT, [user([{"type": "image_url", "image_url": "data:"}])], {}, "Invalid image_url"),
+    (GPT, [user([MARKED])], {}, "cache_control"),
     (GPT, [ASKED, calls_for("t"), ASKED], {}, "No tool output found for function call t."),
-    (GPT, [ASKED, tool_says("t")], {}, "No tool call found"),
-    (GPT, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))], {}, "'image_url'"),
-    ("gemini-2.5-flash", [asks(PDFS["chat"])], {}, "Invalid file"),
-    ("lab/text", [asks({"type": "file", "puter_path": "/a"})], {}, "file.file: Field required"),
-    (CODEX, [ASKED, calls_for("t", "u"), tool_says("t"), tool_says("u")], {}, "call_id t."),
-    (CODEX, [ASKED, calls_for("t", reasoning="R"), tool_says("t")], {}, "reasoning: Extra inputs"),
+    (GPT, [ASKED, result("t")], {}, "No tool call found"),
+    (GPT, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])], {}, "'image_url'"),
+    ("gemini-2.5-flash", [user([PDFS["chat"]])], {}, "Invalid file"),
+    ("lab/text", [user([{"type": "file", "puter_path": "/a"}])], {}, "file.file: Field required"),
+    (CODEX, [ASKED, calls_for("t", "u"), result("t"), result("u")], {}, "call_id t."),
+    (CODEX, [ASKED, calls_for("t", reasoning="R"), result("t")], {}, "reasoning: Extra inputs"),
     (CODEX, [ASKED, calls_for("t")], {}, "No tool output found for function call t."),
-    (CODEX, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))], {}, "'image_url'"),
+    (
+        CODEX,
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
+        {},
+        "'image_url'",
+    ),
 ]
 WHAT_VENDORS_TAKE: list[tuple[str, list[Any], dict[str, Any]]] = [
     *(
-        (FAMILIES[form], [asks(parts[form], {"type": "text", "text": "What is it?"})], {})
+        (FAMILIES[form], [user([parts[form], {"type": "text", "text": "What is it?"}])], {})
         for parts in (PICTURES, PDFS)
         for form in parts
     ),
-    ("lab/text", [asks(TOO_MANY_MARKS[0], PDFS["chat"])], {}),
-    ("lab/text", [ASKED, calls_for("t", reasoning="R"), tool_says("t")], {}),
-    (CLAUDE, [ASKED, calls_for("t", "u"), tool_says("t"), tool_says("u"), ASKED], {}),
-    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), tool_says("t")], EFFORT),
-    (CLAUDE, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["claude"]]))], {}),
-    (CLAUDE, [asks({"type": "file", "puter_path": "/alice/a.pdf"})], {}),
-    (GPT, [ASKED, calls_for("t", "u"), tool_says("u"), tool_says("t")], {}),
+    ("lab/text", [user([MARKED, PDFS["chat"]])], {}),
+    ("lab/text", [ASKED, calls_for("t", reasoning="R"), result("t")], {}),
+    (CLAUDE, [ASKED, calls_for("t", "u"), result("t"), result("u"), ASKED], {}),
+    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), result("t")], EFFORT),
+    (CLAUDE, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["claude"]])])], {}),
+    (CLAUDE, [user([{"type": "file", "puter_path": "/alice/a.pdf"}])], {}),
+    (GPT, [ASKED, calls_for("t", "u"), result("u"), result("t")], {}),
     (GPT, [ASKED], {"tools": [{"type": "web_search"}]}),
-    (CODEX, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["responses"]]))], {}),
-    (CODEX, [ASKED, calls_for("t"), tool_says("t"), calls_for("u"), tool_says("u")], {}),
+    (CODEX, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["responses"]])])], {}),
+    (CODEX, [ASKED, calls_for("t"), result("t"), calls_for("u"), result("u")], {}),
 ]
 SHORTENED = re.compile(r"(?s)(word )+(word)? ?…\[(\d+) characters\]")
 
@@ -3700,32 +3714,6 @@ def config_fault(folder: Path, env: Mapping[str, str] | None = None, **given: An
     return str(caught.value)
 
 
-def user(content: Any, **more: Any) -> JSON:
-    return {"role": "user", "content": content, **more}
-
-
-def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
-    said = {"role": "assistant", "content": content, **more}
-    return {**said, "tool_calls": list(calls)} if calls else said
-
-
-called = tool_call
-
-
-def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
-    """A call as a `tool_use` part."""
-    part = {"type": "tool_use", "id": call_id, "name": name}
-    return {**part, "input": {} if given is None else given, **more}
-
-
-def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
-
-
-def text_part(text: Any) -> JSON:
-    return {"type": "text", "text": text}
-
-
 def as_it_arrives(messages: Sequence[JSON]) -> list[tuple[Any, ...]]:
     """What a model gets to see of wire messages, by what was recorded of the server.
 
@@ -3775,15 +3763,10 @@ def sent_as(form: str, messages: Any) -> Any:
     return puter.messages_for(form, puter.messages_from(messages))
 
 
-def used_once(call_id: str) -> JSON:
-    """A message of one call, as it is sent."""
-    return assistant([used(call_id)])
-
-
 UNANSWERED = result("1", "(this call was not answered)")
 THOUGHT_SIGNATURE = {"google": {"thought_signature": "abc"}}
 # A model of each form whose vendor says what is wrong.
-MODEL_OF = {"claude": CLAUDE, "responses": CODEX, "chat": GPT, "openrouter": "openrouter:lab/text"}
+MODEL_OF = {**FAMILIES, "openrouter": "openrouter:lab/text"}
 BY_NAME = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
 
 
@@ -3801,7 +3784,6 @@ SHAPES_WE_NEVER_SEND = (
     "arrives: tool result with an image part",
     "arrives: text beside two OpenAI calls",
 )
-MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
 WEB_PICTURES = {
     "claude": {"type": "image", "source": {"type": "url", "url": "https://x.org/a.png"}},
     "chat": {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
@@ -3809,8 +3791,8 @@ WEB_PICTURES = {
 }
 TITLED_PDFS = {**PDFS, "claude": {**PDFS["claude"], "title": "a.pdf"}}
 A_PICTURE, A_PDF = PICTURES["chat"], PDFS["chat"]
-SEEN = [user("a"), assistant(None, called("1")), result("1", [text_part("b"), A_PICTURE])]
-SEEN_BY_CHAT = [user("a"), used_once("1"), result("1", "b"), user([A_PICTURE])]
+SEEN = [user("a"), assistant(None, tool_call("1")), result("1", [text_part("b"), A_PICTURE])]
+SEEN_BY_CHAT = [user("a"), calls_for("1"), result("1", "b"), user([A_PICTURE])]
 
 
 def claude_result_of(call_id: str, content: Any, **more: Any) -> JSON:
@@ -3850,10 +3832,10 @@ BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
         "claude": [user("a")],
         "chat": [{"role": "system", "content": "a"}],
     }),
-    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], called("1"), called("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
+    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
         "claude": [user("a"), assistant([SIGNED, text_part("b"), used("1"), used("2", "g", {"x": 1})]), user([result_part("1", "done"), result_part("2", "(no output)")])],
-        "chat": [user("a"), assistant([text_part("b")]), used_once("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
-        "openai": [user("a"), assistant([text_part("b")], called("1"), called("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
+        "chat": [user("a"), assistant([text_part("b")]), calls_for("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
+        "openai": [user("a"), assistant([text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
     }),
     ("unsigned thinking", [user("a"), assistant([{"type": "thinking", "thinking": "T"}, text_part("b")]), user("c")], {
         "chat": [user("a"), assistant([text_part("b")]), user("c")],
@@ -3862,47 +3844,47 @@ BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
         "claude": [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")],
         "chat": [user("a"), user("c")],
     }),
-    ("Google's signature", [user("a"), assistant(None, called("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
-        "claude": [user("a"), used_once("1"), user([result_part("1", "done")])],
-        "responses": [user("a"), used_once("1"), result("1")],
+    ("Google's signature", [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "responses": [user("a"), calls_for("1"), result("1")],
         "chat": [user("a"), assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
-        "openai": [user("a"), assistant(None, called("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
     }),
     ("result with a picture", SEEN, {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
         "chat": SEEN_BY_CHAT,
-        "openai": [user("a"), assistant(None, called("1")), *SEEN_BY_CHAT[2:]],
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:]],
     }),
     ("Anthropic's result with a picture", [user("a"), assistant([used("1")]), user([result_part("1", [text_part("b"), PICTURES["claude"]]), text_part("c")])], {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
         "chat": [*SEEN_BY_CHAT, user([text_part("c")])],
-        "openai": [user("a"), assistant(None, called("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
     }),
-    ("pictures follow the last result", [user("a"), assistant(None, called("1"), called("2")), result("1", [A_PICTURE]), result("2", "d")], {
+    ("pictures follow the last result", [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", [A_PICTURE]), result("2", "d")], {
         "claude": [user("a"), assistant([used("1"), used("2")]), user([result_part("1", [PICTURES["claude"]]), result_part("2", "d")])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [PICTURES["responses"]]), used_once("2"), result("2", "d")],
-        "chat": [user("a"), used_once("1"), result("1", "(see the picture below)"), used_once("2"), result("2", "d"), user([A_PICTURE])],
-        "openai": [user("a"), assistant(None, called("1"), called("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [PICTURES["responses"]]), calls_for("2"), result("2", "d")],
+        "chat": [user("a"), calls_for("1"), result("1", "(see the picture below)"), calls_for("2"), result("2", "d"), user([A_PICTURE])],
+        "openai": [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
     }),
     ("failed result", [user("a"), assistant([used("1")]), claude_result_of("1", "no", is_error=True)], {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", "no", is_error=True)],
-        "chat": [user("a"), used_once("1"), result("1", "Error: no")],
-        "openai": [user("a"), assistant(None, called("1")), result("1", "Error: no")],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", "no", is_error=True)],
+        "chat": [user("a"), calls_for("1"), result("1", "Error: no")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1", "Error: no")],
     }),
     ("cache marks", [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), assistant([used("1")]), claude_result_of("1", "b", cache_control={"type": "ephemeral"})], {
-        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), used_once("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
-        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), used_once("1"), result("1", "b")],
-        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), used_once("1"), result("1", "b")],
-        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), used_once("1"), result("1", "b")],
-        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, called("1")), result("1", "b")],
+        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), calls_for("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
+        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), calls_for("1"), result("1", "b")],
+        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), calls_for("1"), result("1", "b")],
+        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), calls_for("1"), result("1", "b")],
+        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, tool_call("1")), result("1", "b")],
     }),
-    ("reasoning beside a call", [user("a"), assistant(None, called("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
-        "claude": [user("a"), used_once("1"), user([result_part("1", "done")])],
-        "chat": [user("a"), used_once("1"), result("1")],
-        "openrouter": [user("a"), {**used_once("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
-        "openai": [user("a"), assistant(None, called("1")), result("1")],
+    ("reasoning beside a call", [user("a"), assistant(None, tool_call("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "chat": [user("a"), calls_for("1"), result("1")],
+        "openrouter": [user("a"), {**calls_for("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1")],
     }),
     ("keys of other vendors", [user("a", name="al", audio={}), assistant("b", refusal="r", annotations=[1])], {
         "claude": [user("a"), assistant("b")],
@@ -3953,7 +3935,9 @@ def turns(
         number = draw(st.integers(0, 1 if few else 3))
         given = [draw(ARGUMENTS) for _ in range(number)]
         extra = {"extra_content": THOUGHT_SIGNATURE} if signed else {}
-        calls = [called(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)]
+        calls = [
+            tool_call(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)
+        ]
         order = draw(st.permutations(range(number)))
         said: Any = [text_part(spoken)] if spoken and draw(st.booleans()) else spoken
         messages.append(assistant(said, *calls))
@@ -3973,13 +3957,8 @@ def turns(
     return messages, meant
 
 
-TINY_PNG = b"\x89PNG\r\n\x1a\n....."
-TINY_URL = f"data:image/png;base64,{base64.b64encode(TINY_PNG).decode()}"
-PDF = b"%PDF-1.4 small"
-PDF_URL = f"data:application/pdf;base64,{base64.b64encode(PDF).decode()}"
-PDF_PART: JSON = {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}
 IMAGES = table(
-    ["png", TINY_PNG, "image/png"],
+    ["png", PNG, "image/png"],
     ["jpeg", b"\xff\xd8\xff\xe0....", "image/jpeg"],
     ["gif87", b"GIF87a....", "image/gif"],
     ["gif89", b"GIF89a....", "image/gif"],
@@ -3990,7 +3969,7 @@ IMAGES = table(
 def stream_line(kind: str, **more: Any) -> bytes:
     """One line of Puter's stream, its text unescaped as the server sends it."""
     event = {"type": kind, **more}
-    return json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return compact(event).encode() + b"\n"
 
 
 USAGE_LINE = stream_line("usage", usage={"prompt": 11, "completion": 22})
@@ -4603,26 +4582,26 @@ class TestMessages:
             ["part of null goes", [user([text_part(None), text_part("a")])], [user([text_part("a")])]],
             ["parts in a tuple", [user((text_part("a"),))], [user([text_part("a")])]],
             ["what only replies carry goes", [assistant("a", reasoning="r", reasoning_content="r", refusal="no", audio={}, annotations=[])], [assistant("a")]],
-            ["text, then the call, then its result", [assistant("a", called("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
-            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], called("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
-            ["call beside null", [assistant(None, called("1")), result("1")], [assistant([used("1")]), result("1")]],
+            ["text, then the call, then its result", [assistant("a", tool_call("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
+            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], tool_call("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
+            ["call beside null", [assistant(None, tool_call("1")), result("1")], [assistant([used("1")]), result("1")]],
             [
                 "each result follows its call",
-                [assistant(None, called("1"), called("2")), result("1", "a"), result("2", "b")],
+                [assistant(None, tool_call("1"), tool_call("2")), result("1", "a"), result("2", "b")],
                 [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
             ],
             [
                 "results the other way round",
-                [assistant(None, called("1"), called("2")), result("2", "b"), result("1", "a")],
+                [assistant(None, tool_call("1"), tool_call("2")), result("2", "b"), result("1", "a")],
                 [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
             ],
-            ["late result", [assistant(None, called("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
-            ["one result of two", [assistant(None, called("1"), called("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
+            ["late result", [assistant(None, tool_call("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
+            ["one result of two", [assistant(None, tool_call("1"), tool_call("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
             [
                 "same id in every turn",
                 [
-                    *(assistant(None, called("1", "f")), result("1", "a")),
-                    *(assistant(None, called("1", "g")), result("1", "b")),
+                    *(assistant(None, tool_call("1", "f")), result("1", "a")),
+                    *(assistant(None, tool_call("1", "g")), result("1", "b")),
                 ],
                 [
                     *(assistant([used("1", "f")]), result("1", "a")),
@@ -4631,47 +4610,47 @@ class TestMessages:
             ],
             [
                 "same id again after a call without result",
-                [assistant(None, called("1", "f")), assistant(None, called("1", "g")), result("1")],
+                [assistant(None, tool_call("1", "f")), assistant(None, tool_call("1", "g")), result("1")],
                 [assistant([used("1", "f")]), UNANSWERED, assistant([used("1_2", "g")]), result("1_2")],
             ],
             ["result of no call", [user("a"), result("9")], [user("a"), user([text_part("The result of the call 9:"), text_part("done")])]],
-            ["second result of one call", [assistant(None, called("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
-            ["an id that vendors refuse", [assistant(None, called("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
-            ["a long id", [assistant(None, called("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
+            ["second result of one call", [assistant(None, tool_call("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
+            ["an id that vendors refuse", [assistant(None, tool_call("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
+            ["a long id", [assistant(None, tool_call("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
             [
                 "calls as parts",
                 [assistant([text_part("a"), used("1"), used("2")]), result("2"), result("1")],
                 [assistant([text_part("a")]), assistant([used("1")]), result("1"), assistant([used("2")]), result("2")],
             ],
-            ["no arguments", [assistant(None, called("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
+            ["no arguments", [assistant(None, tool_call("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
             [
                 "arguments as an object",
-                [assistant(None, called("1", "f", {"x": 1}))],  # type: ignore[arg-type]
+                [assistant(None, tool_call("1", "f", {"x": 1}))],  # type: ignore[arg-type]
                 [assistant([used("1", "f", {"x": 1})]), UNANSWERED],
             ],
-            ["blank text beside a call", [assistant(" \n", called("1"))], [assistant([used("1")]), UNANSWERED]],
-            ["broken arguments, as the model gave them", [assistant(None, called("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
-            ["blank result", [used_once("1"), result("1", " \n")], [used_once("1"), result("1", "(no output)")]],
-            ["blank parts of a result", [used_once("1"), result("1", [text_part("\n")])], [used_once("1"), result("1", "(no output)")]],
-            ["empty result", [used_once("1"), result("1", "")], [used_once("1"), result("1", "(no output)")]],
-            ["result of texts", [used_once("1"), result("1", [text_part("a"), "b"])], [used_once("1"), result("1", "a\nb")]],
+            ["blank text beside a call", [assistant(" \n", tool_call("1"))], [assistant([used("1")]), UNANSWERED]],
+            ["broken arguments, as the model gave them", [assistant(None, tool_call("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
+            ["blank result", [calls_for("1"), result("1", " \n")], [calls_for("1"), result("1", "(no output)")]],
+            ["blank parts of a result", [calls_for("1"), result("1", [text_part("\n")])], [calls_for("1"), result("1", "(no output)")]],
+            ["empty result", [calls_for("1"), result("1", "")], [calls_for("1"), result("1", "(no output)")]],
+            ["result of texts", [calls_for("1"), result("1", [text_part("a"), "b"])], [calls_for("1"), result("1", "a\nb")]],
             [
                 "signed calls stay with their text",
-                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("2"), result("1")],
-                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("1"), result("2")],
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("2"), result("1")],
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1"), result("2")],
             ],
             [
                 # Parts of one message arrive in reverse, so they leave in reverse.
                 "signed calls without text",
-                [assistant(None, called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("1")],
+                [assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1")],
                 [assistant([used("2"), used("1", extra_content=THOUGHT_SIGNATURE)]), result("1"), {**UNANSWERED, "tool_call_id": "2"}],
             ],
             ["one signed part", [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")], [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")]],
-            pytest.param([assistant(" \n", called("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+            pytest.param([assistant(" \n", tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
                 [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
                 id="signed call beside a blank text",
             ),
-            ["empty note is none", [assistant(None, called("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
+            ["empty note is none", [assistant(None, tool_call("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
         ),
     )  # fmt: skip
     def test_history(self, messages, sent):
@@ -4710,20 +4689,20 @@ class TestMessages:
     @pytest.mark.parametrize("form", MODEL_OF)
     def test_a_text_before_signed_calls_loses_none(self, form):
         """Puter makes one message of two that follow one another, and keeps the first's keys."""
-        signed = called("1", extra_content=THOUGHT_SIGNATURE)
+        signed = tool_call("1", extra_content=THOUGHT_SIGNATURE)
         history = [user("a"), assistant("b"), assistant("c", signed), result("1")]
         assert vendor_fault(form, sent_as(form, history)) == ""
 
     def test_openais_form_keeps_the_calls_of_a_turn_together(self):
-        calls = [called("1", "f", '{"x": 1}'), called("2", extra_content=THOUGHT_SIGNATURE)]
+        calls = [tool_call("1", "f", '{"x": 1}'), tool_call("2", extra_content=THOUGHT_SIGNATURE)]
         turn = [assistant("a", *calls, reasoning="r"), user("Well?"), result("2"), result("1", " ")]
         sent = sent_as("openai", [{"role": "developer", "content": "Hi"}, *turn, user("")])
         assert sent == [
             {"role": "system", "content": "Hi"},
             *(assistant("a", *calls), result("1", "(no output)"), result("2"), user("Well?")),
         ]
-        broken = sent_as("openai", [assistant(" ", called("1", "f", "{"))])
-        assert broken == [assistant(None, called("1", "f", "{}")), UNANSWERED]
+        broken = sent_as("openai", [assistant(" ", tool_call("1", "f", "{"))])
+        assert broken == [assistant(None, tool_call("1", "f", "{}")), UNANSWERED]
 
     @pytest.mark.parametrize(
         ("messages", "form", "sent"),
@@ -4800,11 +4779,11 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("turn", "kept"),
         table(
-            ["unsigned", [assistant(None, called("1")), result("1")], False],
-            ["signed", [assistant([SIGNED], called("1")), result("1")], True],
-            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], called("1")), result("1")], True],
-            ["one of two", [assistant([SIGNED], called("1")), result("1"), assistant(None, called("2")), result("2")], False],
-            ["before a question", [assistant(None, called("1")), result("1"), user("and?")], True],
+            ["unsigned", [assistant(None, tool_call("1")), result("1")], False],
+            ["signed", [assistant([SIGNED], tool_call("1")), result("1")], True],
+            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], tool_call("1")), result("1")], True],
+            ["one of two", [assistant([SIGNED], tool_call("1")), result("1"), assistant(None, tool_call("2")), result("2")], False],
+            ["before a question", [assistant(None, tool_call("1")), result("1"), user("and?")], True],
             ["no call", [assistant("a")], True],
         ),
     )  # fmt: skip
@@ -4828,18 +4807,18 @@ class TestMessages:
         table(
             ["no messages", [], "nothing to send"],
             ["only empty ones", [user(""), assistant(None)], "nothing to send"],
-            ["call without id", [assistant(None, called(""))], "tool_calls[0] lacks"],
-            ["call without name", [assistant(None, called("1", ""))], "tool_calls[0]"],
+            ["call without id", [assistant(None, tool_call(""))], "tool_calls[0] lacks"],
+            ["call without name", [assistant(None, tool_call("1", ""))], "tool_calls[0]"],
             ["call of no function", [user("a"), assistant(None, {"id": "1"})], "messages[1].tool_calls[0] lacks"],
             ["call that is a text", [assistant(None, "f")], "tool_calls[0] lacks"],  # type: ignore[arg-type]
-            ["arguments of a number", [assistant(None, called("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
+            ["arguments of a number", [assistant(None, tool_call("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
             ["wrong message", [5], "messages[0] is 5"],
             pytest.param([assistant([{"type": "tool_use", "name": "f"}])], "messages[0]", id="part without id"),
             pytest.param([assistant([{"type": "tool_use", "id": "1", "extra_content": {"a": 1}}, text_part("a")])], "messages[0]", id="signed part without name"),
             pytest.param([assistant([used("1", "f", [1])])], "messages[0]", id="part with a list as input"),
             pytest.param([{"role": "assistant", "tool_calls": 5}], "messages[0]", id="number of calls"),
             pytest.param([result(["1"])], "messages[0]", id="result of a list"),  # type: ignore[arg-type]
-            pytest.param([assistant(None, called(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
+            pytest.param([assistant(None, tool_call(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
             pytest.param([user([text_part(5)])], "messages[0].content[0]", id="text of a number"),
         ),
     )  # fmt: skip
@@ -4858,7 +4837,7 @@ class TestMessages:
             ["search and a tool", [user("a")], [{"type": "web_search"}, {}], puter.Needs(True, frozenset({"web search"}))],
             ["nothing", [assistant(None)], [], puter.Needs()],
             ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}), context=2)],
-            ["PDF", [user([PDF_PART])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
+            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
             ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}), context=1_500)],
             ["a picture that was drawn", [assistant("a", images=[PICTURES["chat"]])], [], puter.Needs(inputs=frozenset({"image"}))],
             ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs(context=2)],
@@ -4869,7 +4848,6 @@ class TestMessages:
 
     def test_the_estimate_is_the_servers(self):
         """Where no credit and nobody else limits it, the answer's limit tells the estimate."""
-        models = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
         checked = 0
         for call in PROVIDER_CALLS:
             args, bodies = rebuilt(call["args"]), rebuilt(call["sent_to_provider"])
@@ -4878,7 +4856,7 @@ class TestMessages:
             keys = ("max_tokens", "max_completion_tokens", "max_output_tokens")
             limit = next((bodies[-1][key] for key in keys if key in bodies[-1]), None)
             if limit not in (None, args.get("max_tokens")):
-                tokens = models[args["model"]]["max_tokens"] - limit
+                tokens = BY_NAME[args["model"]]["max_tokens"] - limit
                 assert puter.estimated_tokens(args["messages"]) == tokens, call["name"]
                 checked += 1
         assert checked > 100
@@ -4938,9 +4916,9 @@ class TestMessages:
         assert caught.value.hint
 
     def test_a_file_whose_name_begins_with_a_tilde(self, tmp_path, monkeypatch):
-        (tmp_path / "~copy.png").write_bytes(TINY_PNG)
+        (tmp_path / "~copy.png").write_bytes(PNG)
         monkeypatch.chdir(tmp_path)
-        assert puter.image_part("~copy.png") == puter.image_part(TINY_PNG)
+        assert puter.image_part("~copy.png") == puter.image_part(PNG)
 
     # ---- files ----
 
@@ -4949,15 +4927,15 @@ class TestMessages:
         path.write_bytes(PDF)
         files: list[Any] = [path, str(path), ("a.pdf", PDF), ("C:\\x\\a.pdf", PDF)]
         for file in files:
-            assert puter.file_part(file) == PDF_PART
+            assert puter.file_part(file) == A_PDF
         assert puter.file_part(PDF)["file"]["filename"] == "document.pdf"
 
     @pytest.mark.parametrize(
         ("file", "part"),
         table(
-            ["PDF by its bytes", ("a.txt", PDF), {**PDF_PART, "file": {**PDF_PART["file"], "filename": "a.txt"}}],
-            ["PDF without an ending", ("a", PDF), PDF_PART],
-            ["image", ("a.pdf", TINY_PNG), {"type": "image_url", "image_url": {"url": TINY_URL}}],
+            ["PDF by its bytes", ("a.txt", PDF), {**A_PDF, "file": {**A_PDF["file"], "filename": "a.txt"}}],
+            ["PDF without an ending", ("a", PDF), A_PDF],
+            ["image", ("a.pdf", PNG), {"type": "image_url", "image_url": {"url": PNG_URL}}],
             ["UTF-8", ("a.csv", "é,1\n\n".encode()), text_part("a.csv:\n```\né,1\n```")],
             ["UTF-8 with its mark", ("a", "é".encode("utf-8-sig")), text_part("a:\n```\né\n```")],
             ["UTF-16 with its mark", ("a", "é, 日".encode("utf-16")), text_part("a:\n```\né, 日\n```")],
@@ -5110,15 +5088,15 @@ class TestMessages:
             ["other reasoning", {"content": "a", "reasoning_content": "r"}, {"text": "a", "reasoning": "r"}],
             ["thinking", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a"), used("1")]}, {"text": "a", "reasoning": "r", "tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls", "extra": {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a")]}}],
             ["OpenRouter's reasoning", {"content": "a", "reasoning": "r", "reasoning_details": [{"text": "r"}]}, {"text": "a", "reasoning": "r", "extra": {"reasoning": "r", "reasoning_details": [{"text": "r"}]}}],
-            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": TINY_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(TINY_PNG), puter.Picture(url="https://x.org/a.png"))}],
-            ["calls", {"content": None, "tool_calls": [called("1", "f", '{"x": 1}'), called("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
+            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": PNG_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(PNG), puter.Picture(url="https://x.org/a.png"))}],
+            ["calls", {"content": None, "tool_calls": [tool_call("1", "f", '{"x": 1}'), tool_call("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
             ["calls as parts", {"content": [text_part("a"), used("1", "f", {"x": 1})]}, {"text": "a", "tool_calls": (puter.ToolCall("1", "f", {"x": 1}),), "finish_reason": "tool_calls"}],
-            ["signature", {"tool_calls": [called("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["signature", {"tool_calls": [tool_call("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
             ["signature of a part", {"content": [used("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
-            ["no arguments", {"tool_calls": [called("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["null for arguments", {"tool_calls": [called("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["empty list for arguments", {"tool_calls": [called("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["text of null for arguments", {"tool_calls": [called("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["no arguments", {"tool_calls": [tool_call("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["null for arguments", {"tool_calls": [tool_call("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["empty list for arguments", {"tool_calls": [tool_call("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["text of null for arguments", {"tool_calls": [tool_call("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
             ["refusal", {"content": None, "refusal": "I can't."}, {"text": "I can't."}],
             ["part of a refusal", {"content": [{"type": "refusal", "refusal": "No."}]}, {"text": "No."}],
             ["halves of an emoji", {"content": [text_part("a\ud83e"), text_part("\udd8a")], "reasoning": "\ud83e"}, {"text": "a🦊", "reasoning": "\ufffd"}],
@@ -5145,14 +5123,14 @@ class TestMessages:
             ["Anthropic's stop", "end_turn", [], "stop"],
             ["stop sequence", "stop_sequence", [], "stop"],
             ["Anthropic's length", "max_tokens", [], "length"],
-            ["Anthropic's calls", "tool_use", [called("1")], "tool_calls"],
-            ["old word for calls", "function_call", [called("1")], "tool_calls"],
+            ["Anthropic's calls", "tool_use", [tool_call("1")], "tool_calls"],
+            ["old word for calls", "function_call", [tool_call("1")], "tool_calls"],
             ["own word", "content_filter", [], "content_filter"],
             ["Anthropic's refusal", "refusal", [], "content_filter"],
             ["context full", "model_context_window_exceeded", [], "length"],
             ["nothing told", None, [], "stop"],
-            ["nothing told, calls", None, [called("1")], "tool_calls"],
-            ["empty", "", [called("1")], "tool_calls"],
+            ["nothing told, calls", None, [tool_call("1")], "tool_calls"],
+            ["empty", "", [tool_call("1")], "tool_calls"],
             ["no text", 5, [], "stop"],
         ),
     )
@@ -5179,7 +5157,7 @@ class TestMessages:
     )
     def test_broken_arguments_keep_their_text(self, arguments, raw):
         call = puter.ToolCall("1", "f", {}, invalid=raw)
-        one, other = called("1", "f", arguments), used("1", "f", arguments)
+        one, other = tool_call("1", "f", arguments), used("1", "f", arguments)
         for message in ({"tool_calls": [one]}, {"content": [other]}):
             reply = puter.reply_from_driver({"result": {"message": message}}, "m")
             assert reply.tool_calls == (call,)
@@ -5195,7 +5173,7 @@ class TestMessages:
         "call_ids", [["", ""], [None, None], ["a", "a"], ["a", ""], ["call_1", "call_1", "call_1"]]
     )
     def test_every_call_has_an_id_of_its_own(self, call_ids):
-        calls = [called(one, f"f{n}") for n, one in enumerate(call_ids)]
+        calls = [tool_call(one, f"f{n}") for n, one in enumerate(call_ids)]
         lines = [stream_line("tool_use", id=one, name="f", input={}) for one in call_ids]
         events = [delta(tool_calls=[{"index": n, **call}]) for n, call in enumerate(calls)]
         body = {"result": {"message": {"tool_calls": calls}}}
@@ -7645,8 +7623,7 @@ class TestLogin:
         assert urlsplit(callback_url(browser.shown[0])).port != port
 
     def test_the_wanted_port(self, fake, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         browser = Browser(fake)
         for _ in range(2):  # the second one finds the first one's closed connections
             browser.sign_in(config_for(fake, folder), port=port)
@@ -7704,7 +7681,7 @@ class TestLogin:
 
         def open_browser(url: str) -> None:
             back = urlsplit(callback_url(url))
-            with socket.create_connection(("127.0.0.1", back.port), 5) as tab:
+            with connected(back) as tab:
                 reset_when_closed(tab)  # as when a browser is killed
                 tab.sendall(
                     f"GET {back.path}?token=token-bob HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
@@ -7754,16 +7731,22 @@ def run_here(
     return code, out, err
 
 
-def run_apart(
-    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+def run_command(
+    command: Sequence[Any], environ: Mapping[str, str], stdin: str | bytes = b""
 ) -> tuple[int, str, str]:
-    """The same of a command in a process of its own."""
+    """The same of any command, in a process of its own."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    command = [sys.executable, "-m", "puter", *argv]
     done = subprocess.run(
         command, check=False, input=data, capture_output=True, env=environ, timeout=50
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def run_apart(
+    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+) -> tuple[int, str, str]:
+    """The same of `puter` in a process of its own."""
+    return run_command([sys.executable, "-m", "puter", *argv], environ, stdin)
 
 
 class Shell:
@@ -8124,19 +8107,13 @@ class TestAccountCommands:
         ],
     )
     def test_streams_that_are_closed_or_full(self, two, redirection, args, code, words):
-        done = subprocess.run(
-            ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable],
-            env=two.environ,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        assert (done.returncode, done.stderr[: len(words)]) == (code, words), done.stderr
-        assert done.stderr.count("\n") == bool(words)
+        command = ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable]
+        ended, out, err = run_command(command, two.environ)
+        assert (ended, err[: len(words)]) == (code, words), err
+        assert err.count("\n") == bool(words)
         if "ask" in args:
             assert len(two.fake.chat_calls()) == (code == 0)
-            assert bool(done.stdout) is (code == 0)
+            assert bool(out) is (code == 0)
 
     @pytest.mark.parametrize(
         ("command", "key", "value"),
@@ -8190,7 +8167,6 @@ FREE = (
 )
 OPUS = "claude-opus-4-5-20251101"
 HAIKU, SONNET = "claude-haiku-4-5-20251001", "claude-sonnet-5"
-PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 16
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 NO_MODEL = (400, {"code": "bad_request", "message": "Model not found: x"})
 
@@ -8269,14 +8245,9 @@ def calls_of(reply: puter.Reply) -> list[tuple[str, dict[str, Any]]]:
     return [(call.name, call.arguments) for call in reply.tool_calls]
 
 
-def line(kind: str, **fields: Any) -> bytes:
-    """A line of a driver stream."""
-    return compact({"type": kind, **fields}).encode() + b"\n"
-
-
-def event(**delta: Any) -> bytes:
+def event(**given: Any) -> bytes:
     """An event of an OpenAI stream."""
-    return f"data: {compact({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode()
+    return f"data: {delta(**given)}\n\n".encode()
 
 
 def streams(*chunks: bytes, content_type: str | None = None) -> Script:
@@ -8458,7 +8429,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "unicode": {"text": ODD_TEXT},
     "echo": {"text": "hi"},
     "extra": {"text": "", "finish_reason": "tool_calls"},
-    "draw": {"text": "", "images": (puter.Picture(base64.b64decode(ONE_PIXEL)),)},
+    "draw": {"text": "", "images": (puter.Picture(PNG),)},
 }
 PARIS = ("get_weather", {"city": "Paris"})
 CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -8591,7 +8562,7 @@ class TestTransport:
         ],
     )
     def test_a_stream_is_known_by_its_content_type(self, make, fake, content_type, is_stream):
-        pieces = [line("text", text="yes"), line("usage", usage=USAGE)]
+        pieces = [stream_line("text", text="yes"), stream_line("usage", usage=USAGE)]
         if content_type == SSE_TYPE:
             pieces = [event(content="yes"), b"data: [DONE]\n\n"]
         fake.script[lab("text")] = streams(*pieces, content_type=content_type)
@@ -8696,7 +8667,7 @@ class TestTransport:
     def test_a_slow_upload_has_as_much_time_as_a_slow_reply(self, home, monkeypatch, how):
         # A picture on a slow line: the server takes the bytes late, within `timeout_ms`.
         monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
-        body = line("text", text="seen") + line("usage", usage=USAGE)
+        body = stream_line("text", text="seen") + stream_line("usage", usage=USAGE)
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {NDJSON_TYPE}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
 
@@ -8856,7 +8827,11 @@ def wire_parts(how: str) -> tuple[bytes, list[bytes]]:
         body = [compact(driver_reply(Turn(WIRE_TEXT), openrouter_model("m"))).encode()]
     else:
         first, rest = WIRE_TEXT.split(" ")
-        body = [line("text", text=first), line("text", text=f" {rest}"), line("usage", usage=USAGE)]
+        body = [
+            stream_line("text", text=first),
+            stream_line("text", text=f" {rest}"),
+            stream_line("usage", usage=USAGE),
+        ]
     kind = JSON_TYPE if how == "chat" else NDJSON_TYPE
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
     pieces = [b"%x\r\n%b\r\n" % (len(part), part) for part in body]
@@ -9122,11 +9097,11 @@ class TestInterrupts:
         """A scenario that presses Ctrl-C at a stage of its answer, and then says no more."""
 
         def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            words = line("text", text="one")
+            words = stream_line("text", text="one")
             parts = {
                 "a line": words,
                 "half a line": words + b'{"type": "te',
-                "no end": words + line("usage", usage=USAGE),
+                "no end": words + stream_line("usage", usage=USAGE),
             }
             if stage != "no head":
                 handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
@@ -9617,7 +9592,9 @@ class TestStream:
     def test_each_chunk_arrives_when_its_line_does(self, make, fake, framing, dialect):
         words = ["one ", "two ", "three"]
         if dialect == "lines":
-            pieces = [line("text", text=word) for word in words] + [line("usage", usage=USAGE)]
+            pieces = [stream_line("text", text=word) for word in words] + [
+                stream_line("usage", usage=USAGE)
+            ]
         else:
             pieces = [event(content=w) for w in words] + [b"data: [DONE]\n\n"]
         steps = threading.Semaphore(1)
@@ -9656,7 +9633,7 @@ class TestStream:
 
     @pytest.mark.parametrize("session", ["own", pytest.param("given")])
     def test_close_from_another_thread_wakes_the_reader(self, make, fake, session):
-        fake.script[lab("text")] = stalls(line("text", text="one"))
+        fake.script[lab("text")] = stalls(stream_line("text", text="one"))
         wanted = requests.Session() if session == "given" else None
         client = make("alice", "bob", session=wanted, api_timeout_ms=2_500)
         stream = client.stream("hi", model=lab("text"))
@@ -9716,7 +9693,7 @@ class TestStream:
         assert running_on(client) == 0
 
     def test_a_stall_ends_with_the_timeout(self, make, fake):
-        fake.script[lab("text")] = stalls(line("text", text="one"))
+        fake.script[lab("text")] = stalls(stream_line("text", text="one"))
         client = make("alice", "bob")
         stream = client.stream("hi", model=lab("text"), timeout_ms=150)
         with pytest.raises(puter.StreamError, match=r"silent for 0\.15 s") as caught:
@@ -9732,12 +9709,16 @@ class TestStream:
         assert text_of_chunks(list(stream)) == SENTENCE
 
     def test_a_body_that_stays_open_after_the_last_line(self, make, fake):
-        fake.script[lab("text")] = stalls(line("text", text="whole") + line("usage", usage=USAGE))
+        fake.script[lab("text")] = stalls(
+            stream_line("text", text="whole") + stream_line("usage", usage=USAGE)
+        )
         assert ask(make(api_timeout_ms=150), "stream", lab("text")).text == "whole"
         assert eventually(lambda: fake.open_streams == 0, 0.5)
 
     @pytest.mark.parametrize(
-        "first", [streams(line("error", message="no luck")), stalls()], ids=["error", "silence"]
+        "first",
+        [streams(stream_line("error", message="no luck")), stalls()],
+        ids=["error", "silence"],
     )
     def test_before_the_first_chunk_another_may_answer(self, make, fake, first):
         fake.script[lab("text")] = [first, "text"]
@@ -10728,7 +10709,7 @@ class TestAskCommand:
         assert sent.args.get("stream", False) is not bool(how)
 
     def test_it_is_printed_as_it_comes(self, signed_in):
-        signed_in.script[lab("text")] = stalls(line("text", text="first"))
+        signed_in.script[lab("text")] = stalls(stream_line("text", text="first"))
         with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
             assert process.stdout and process.stdout.read(5) == b"first"
 
@@ -10969,16 +10950,13 @@ class TestCatalogueCommands:
 # =============================================================================
 # Helpers of the server's tests
 # =============================================================================
-JSONObject = dict[str, Any]
 Serve = Callable[..., puter.OpenAIServer]
 
-HI: list[JSONObject] = [{"role": "user", "content": "hi"}]
-A_PDF_URL = "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.4 x").decode()
-PNG_URL = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+HI: list[JSON] = [{"role": "user", "content": "hi"}]
 KEY = "the-key-of-the-server"
 
 
-def function_tool(name: str = "get_weather", **more: Any) -> JSONObject:
+def function_tool(name: str = "get_weather", **more: Any) -> JSON:
     """A tool in OpenAI's shape."""
     parameters = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -10990,7 +10968,7 @@ def function_tool(name: str = "get_weather", **more: Any) -> JSONObject:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def body_for(scenario: Any = "text", **more: Any) -> JSONObject:
+def body_for(scenario: Any = "text", **more: Any) -> JSON:
     """The body of a chat completion."""
     return {"model": lab(scenario), "messages": HI, **more}
 
@@ -11000,17 +10978,23 @@ def understood(**more: Any) -> puter.ChatRequest:
     return puter.chat_request(body_for(**more), puter.ResponseMemory())
 
 
+CHAT_PATH = "/v1/chat/completions"
+
+
 def post_to(
-    server: puter.OpenAIServer, body: Any, stream: Any = False, **headers: Any
+    server: puter.OpenAIServer,
+    body: Any,
+    stream: Any = False,
+    path: str = CHAT_PATH,
+    **headers: Any,
 ) -> requests.Response:
     """A chat completion, by plain `requests`; bytes are sent as they are."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return requests.post(
-        f"{server.url}/chat/completions",
-        data=data,
+        server.url.removesuffix("/v1") + path,
+        data=body if isinstance(body, bytes) else json.dumps(body).encode(),
         headers={"Content-Type": "application/json", **headers},
         stream=stream,
-        timeout=10,
+        timeout=20,
     )
 
 
@@ -11022,7 +11006,7 @@ def get_from(
     return requests.request(method, root + path, headers=headers, timeout=10)
 
 
-def error_of(reply: requests.Response) -> JSONObject:
+def error_of(reply: requests.Response) -> JSON:
     """The error of a reply, which must have OpenAI's shape."""
     body = reply.json()
     assert list(body) == ["error"]
@@ -11039,7 +11023,7 @@ def events_of(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in blocks]
 
 
-def frames_of(reply: requests.Response) -> list[JSONObject]:
+def frames_of(reply: requests.Response) -> list[JSON]:
     """The frames of a stream that ended well."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["Content-Type"].startswith("text/event-stream")
@@ -11048,24 +11032,24 @@ def frames_of(reply: requests.Response) -> list[JSONObject]:
     return [json.loads(frame) for frame in frames]
 
 
-def deltas_of(frames: Sequence[JSONObject]) -> list[JSONObject]:
+def deltas_of(frames: Sequence[JSON]) -> list[JSON]:
     """What each frame adds."""
     return [choice["delta"] for frame in frames for choice in frame["choices"]]
 
 
-def joined(frames: Sequence[JSONObject], key: str = "content") -> str:
+def joined(frames: Sequence[JSON], key: str = "content") -> str:
     """A text that came in frames."""
     return "".join(delta.get(key) or "" for delta in deltas_of(frames))
 
 
-def finish_of(frames: Sequence[JSONObject]) -> str:
+def finish_of(frames: Sequence[JSON]) -> str:
     """The one finish reason, which must come with the last choice."""
     reasons = [c["finish_reason"] for frame in frames for c in frame["choices"]]
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     return reasons[-1]
 
 
-def answer_of(server: puter.OpenAIServer, body: JSONObject) -> tuple[str, str]:
+def answer_of(server: puter.OpenAIServer, body: JSON) -> tuple[str, str]:
     """(text, finish reason) of a request, streamed or not."""
     reply = post_to(server, body)
     if body.get("stream"):
@@ -11075,14 +11059,14 @@ def answer_of(server: puter.OpenAIServer, body: JSONObject) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
-def sent_to(fake: FakePuter) -> JSONObject:
+def sent_to(fake: FakePuter) -> JSON:
     """The arguments of the last chat call that reached Puter."""
     return [one for one in fake.requests if one.path == CHAT][-1].args
 
 
 @contextmanager
-def connected(server: puter.OpenAIServer) -> Iterator[socket.socket]:
-    """A bare connection to the server."""
+def connected(server: Any) -> Iterator[socket.socket]:
+    """A bare connection to the port of a server, or of a URL in its parts."""
     with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
         yield sock
 
@@ -11097,10 +11081,10 @@ def head_of(
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def chat_request(body: JSONObject, version: str = "1.1", **headers: Any) -> bytes:
+def chat_request(body: JSON, version: str = "1.1", **headers: Any) -> bytes:
     """A whole chat completion as bytes."""
     data = json.dumps(body).encode()
-    head = head_of("POST", "/v1/chat/completions", version, **headers)
+    head = head_of("POST", CHAT_PATH, version, **headers)
     return head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
@@ -11196,7 +11180,7 @@ def text_chunk(text: str) -> puter.Chunk:
     return puter.Chunk("text", text)
 
 
-def call_chunk(name: str, arguments: JSONObject, call_id: str = "call_7") -> puter.Chunk:
+def call_chunk(name: str, arguments: JSON, call_id: str = "call_7") -> puter.Chunk:
     """A call in a stream."""
     return puter.Chunk("tool_call", tool_call=puter.ToolCall(call_id, name, arguments))
 
@@ -11216,17 +11200,12 @@ ANSWER_CHUNKS = st.lists(
 )
 
 
-def said(*parts: Any) -> JSONObject:
-    """What a user says in parts."""
-    return {"role": "user", "content": list(parts)}
-
-
-def image_of(url: str, **more: Any) -> JSONObject:
+def image_of(url: str, **more: Any) -> JSON:
     """An image as a part."""
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
-def allowing(mode: str, *tools: JSONObject) -> JSONObject:
+def allowing(mode: str, *tools: JSON) -> JSON:
     """A tool_choice of some tools."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
@@ -11255,9 +11234,7 @@ def code_of_refusal(rules: puter.AccessRules, path: str = "/v1/models", **header
     return refused and refused.code
 
 
-def frames_for(
-    chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any
-) -> list[JSONObject]:
+def frames_for(chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any) -> list[JSON]:
     """The frames of these chunks."""
     wanted = understood(stream=True, **asked)
     usage = next((chunk.usage for chunk in chunks if chunk.usage), puter.Usage())
@@ -11268,13 +11245,13 @@ def frames_for(
     return frames
 
 
-def completion_of(reply: puter.Reply, **asked: Any) -> JSONObject:
+def completion_of(reply: puter.Reply, **asked: Any) -> JSON:
     """A whole answer."""
     wanted = understood(**asked)
     return puter.chat_body(wanted, *puter.whole_answer(wanted, reply))
 
 
-def error_body(error: puter.PuterError) -> JSONObject:
+def error_body(error: puter.PuterError) -> JSON:
     """An error as callers see it."""
     public = puter.public_error(error, ["alice"], "https://api.example:8443/v9")
     return puter.chat_error(public, puter.error_status(error), "req_1")["error"]
@@ -11341,7 +11318,7 @@ class TestTranslation:
         [
             *(({"model": wrong}, "model") for wrong in ("  ", "puter/", 5, ["m"])),
             *(({"messages": wrong}, "messages") for wrong in (None, [], "hi", {})),
-            *(({"messages": [said(part)]}, "messages") for part in WRONG_PARTS),
+            *(({"messages": [user([part])]}, "messages") for part in WRONG_PARTS),
             *(({"n": wrong}, "n") for wrong in (2, 0, "1")),
             *(
                 ({"stop": wrong}, "stop")
@@ -11378,7 +11355,7 @@ class TestTranslation:
                 image_of(PNG_URL, detail="low"),
             ),
             ({"type": "image_url", "image_url": PNG_URL}, image_of(PNG_URL)),
-            ({**PDF_PART, "file": {**PDF_PART["file"], "path": "c"}, "x": 1}, PDF_PART),
+            ({**A_PDF, "file": {**A_PDF["file"], "path": "c"}, "x": 1}, A_PDF),
             (
                 {"type": "input_file", "filename": "a", "file_data": "data:text/csv;base64,YSxi"},
                 "a:\n```\na,b\n```",
@@ -11386,8 +11363,8 @@ class TestTranslation:
         ],
     )
     def test_known_keys_of_parts(self, part, want):
-        want = user(want) if isinstance(want, str) else said(want)
-        assert understood(messages=[said(part)]).messages == [want]
+        want = user(want) if isinstance(want, str) else user([want])
+        assert understood(messages=[user([part])]).messages == [want]
 
     @pytest.mark.parametrize(
         ("part", "want"),
@@ -11398,18 +11375,18 @@ class TestTranslation:
                 {"type": "image", "source": {"type": "url", "url": PNG_URL}, "detail": "low"},
                 "image",
             ),
-            ({"type": "input_file", **PDF_PART["file"]}, "file"),
-            ({"type": "file", "file": {**PDF_PART["file"], "x": 1}}, "file"),
+            ({"type": "input_file", **A_PDF["file"]}, "file"),
+            ({"type": "file", "file": {**A_PDF["file"], "x": 1}}, "file"),
         ],
     )
     def test_any_part_in_any_dialect(self, part, want):
-        want = {"image": image_of(PNG_URL, detail="low"), "file": PDF_PART}.get(str(want), want)
-        message = said({**part, "path": "/alice/taxes.pdf", "x": 1}, "and")
+        want = {"image": image_of(PNG_URL, detail="low"), "file": A_PDF}.get(str(want), want)
+        message = user([{**part, "path": "/alice/taxes.pdf", "x": 1}, "and"])
         body = {"model": "m", "max_tokens": 9, "messages": [message], "input": [message]}
         for path in ("chat/completions", "responses", "messages"):
             asked = puter.DIALECTS[f"/v1/{path}"].parse(body, MEMORY)
             is_text = want == {"type": "text", "text": "Hi"}
-            wanted = user("Hi\n\nand") if is_text else said(want, text_part("and"))
+            wanted = user("Hi\n\nand") if is_text else user([want, text_part("and")])
             assert asked.messages == [wanted], path
 
     def test_known_keys_of_messages(self):
@@ -11958,8 +11935,6 @@ A_RESULT = {"type": "function_call_output", "call_id": "c1"}
 FUNCTIONS_CALL = {"namespace": "functions", "input": "a\nb"}
 SEE_IT = [{"type": "input_text", "text": text} for text in ("see", "it")]
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
-DOCUMENT = base64.b64encode(b"%PDF-1.4 x").decode()
-PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": DOCUMENT}
 
 
 def responses_request(memory: Any = None, **body: Any) -> puter.ChatRequest:
@@ -11974,32 +11949,32 @@ def messages_request(*messages: Any, **body: Any) -> puter.ChatRequest:
     return puter.messages_request(asked, puter.ResponseMemory())
 
 
-def typed(kind: str, **more: Any) -> JSONObject:
+def typed(kind: str, **more: Any) -> JSON:
     """An item or a block of a kind."""
     return {"type": kind, **more}
 
 
-def claude_tool(name: str) -> JSONObject:
+def claude_tool(name: str) -> JSON:
     """A function as Anthropic's clients offer it."""
     return {"name": name, "description": "d", "input_schema": {"type": "object"}}
 
 
-def offering(*tools: JSONObject, **choice: Any) -> JSONObject:
+def offering(*tools: JSON, **choice: Any) -> JSON:
     """The function f and other tools, and a choice among them."""
     return {"tools": [claude_tool("f"), *tools], "tool_choice": choice}
 
 
-def flat_tool(name: str, kind: str = "function", **more: Any) -> JSONObject:
+def flat_tool(name: str, kind: str = "function", **more: Any) -> JSON:
     """A tool as clients of responses offer it."""
     return {"type": kind, "name": name, "description": "d", **more}
 
 
-def image_block(**source: Any) -> JSONObject:
+def image_block(**source: Any) -> JSON:
     """An image as Anthropic's clients send it."""
     return {"type": "image", "source": {"type": "base64", "media_type": "image/png", **source}}
 
 
-def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSONObject]:
+def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSON]:
     """The frames for these events, which all say their name."""
     request = responses_request(**asked) if dialect == "responses" else messages_request(**asked)
     frames = list(puter.DIALECTS[f"/v1/{dialect}"].frames(request, lambda: "m", events))
@@ -12007,12 +11982,12 @@ def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSONObject]:
     return [json.loads(json.dumps(frame)) for frame in frames]
 
 
-def types_of(frames: Sequence[JSONObject]) -> list[str]:
+def types_of(frames: Sequence[JSON]) -> list[str]:
     """The kinds of frames, without the dialect's prefix."""
     return [frame["type"].removeprefix("response.") for frame in frames]
 
 
-def parsed_frames(dialect: str, frames: Sequence[JSONObject]) -> list[JSONObject]:
+def parsed_frames(dialect: str, frames: Sequence[JSON]) -> list[JSON]:
     """The frames, each of which the SDK's own model of events must accept."""
     model = RESPONSE_EVENT if dialect == "responses" else CLAUDE_EVENT
     for number, frame in enumerate(frames):
@@ -12046,7 +12021,7 @@ AGENT_JSON: Any = st.recursive(
 )
 
 
-def sse_client(dialect: str, frames: Sequence[JSONObject]) -> Any:
+def sse_client(dialect: str, frames: Sequence[JSON]) -> Any:
     """An SDK whose server answers with these frames."""
     text = "".join(f"event: {f['type']}\ndata: {json.dumps(f)}\n\n" for f in frames)
     answer = HTTPX.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)
@@ -12071,7 +12046,7 @@ def essence(dialect: str, whole: Any) -> list[Any]:
     return [*found, usage]
 
 
-def final_of(dialect: str, frames: Sequence[JSONObject]) -> Any:
+def final_of(dialect: str, frames: Sequence[JSON]) -> Any:
     """What the SDK's stream helper makes of frames."""
     client = sse_client(dialect, frames)
     if dialect == "responses":
@@ -12089,7 +12064,7 @@ class TestResponses:
         [
             ("hi", HI),
             ([{"role": "user", "content": "hi"}], HI),
-            ([said({"type": "input_text", "text": "hi"})], HI),
+            ([user([{"type": "input_text", "text": "hi"}])], HI),
             ([assistant([{"type": "refusal", "refusal": "no"}]), *HI], [assistant("no"), *HI]),
             (
                 [{"role": "developer", "content": "d"}, {"role": "system", "content": "s"}, *HI],
@@ -12097,17 +12072,14 @@ class TestResponses:
             ),
             (
                 [
-                    said(
-                        {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
-                        {"type": "input_file", "filename": "a.pdf", "file_data": A_PDF_URL},
+                    user(
+                        [
+                            {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
+                            {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
+                        ]
                     )
                 ],
-                [
-                    said(
-                        image_of(PNG_URL, detail="high"),
-                        {"type": "file", "file": {"filename": "a.pdf", "file_data": A_PDF_URL}},
-                    )
-                ],
+                [user([image_of(PNG_URL, detail="high"), A_PDF])],
             ),
             # Text and calls of a turn are one message; reasoning does not part them.
             (
@@ -12121,7 +12093,7 @@ class TestResponses:
                 ],
                 [
                     assistant(
-                        "so", called("c1"), called("c2", "functions__exec", {"input": "a\nb"})
+                        "so", tool_call("c1"), tool_call("c2", "functions__exec", {"input": "a\nb"})
                     ),
                     result("c1", "one"),
                     result("c2", None),
@@ -12135,7 +12107,7 @@ class TestResponses:
                     *HI,
                 ],
                 [
-                    assistant(None, called("c1")),
+                    assistant(None, tool_call("c1")),
                     result("c1", [text_part("see"), text_part("it"), image_of(PNG_URL)]),
                     *HI,
                 ],
@@ -12155,7 +12127,7 @@ class TestResponses:
                     ),
                 ],
                 [
-                    assistant(None, called("c1", "tool_search", {"query": "x"})),
+                    assistant(None, tool_call("c1", "tool_search", {"query": "x"})),
                     result("c1", "Tools to call now: mcp__wx__get"),
                 ],
             ),
@@ -12259,10 +12231,14 @@ class TestResponses:
             *(({"input": wrong}, "input", 400, "invalid_input") for wrong in (None, [], [5])),
             *(
                 ({"input": [wrong]}, "input", 400, "invalid_input")
-                for wrong in (typed("nonsense"), said(typed("video")), user("x") | {"role": "tool"})
+                for wrong in (
+                    typed("nonsense"),
+                    user([typed("video")]),
+                    user("x") | {"role": "tool"},
+                )
             ),
             *(
-                ({"input": [said(typed(f"input_{kind}", file_id="f"))]}, "input", 400, None)
+                ({"input": [user([typed(f"input_{kind}", file_id="f")])]}, "input", 400, None)
                 for kind in ("file", "image")
             ),
             ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", 404, None),
@@ -12418,28 +12394,25 @@ class TestMessagesDialect:
             ([{"role": "user", "content": [text_part("hi")]}], HI),
             ([*HI, {"role": "system", "content": "s"}], [*HI, {"role": "system", "content": "s"}]),
             (
-                [said(image_block(data="AA=="), text_part("hi"))],
-                [said(image_of("data:image/png;base64,AA=="), text_part("hi"))],
+                [user([image_block(data="AA=="), text_part("hi")])],
+                [user([image_of("data:image/png;base64,AA=="), text_part("hi")])],
             ),
             (
-                [said({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})] * 2,
+                [user([{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]
+                * 2,
                 [user([image_of("https://x/y.png")])] * 2,
             ),
             (
                 [
-                    said(
-                        typed("document", title="a.pdf", source=PDF_SOURCE),
-                        {"type": "document", "source": {"type": "text", "data": "plain"}},
-                        {"type": "document", "source": {"type": "content", "content": "more"}},
+                    user(
+                        [
+                            typed("document", title="a.pdf", source=PDFS["claude"]["source"]),
+                            {"type": "document", "source": {"type": "text", "data": "plain"}},
+                            {"type": "document", "source": {"type": "content", "content": "more"}},
+                        ]
                     )
                 ],
-                [
-                    said(
-                        {"type": "file", "file": {"filename": "a.pdf", "file_data": A_PDF_URL}},
-                        text_part("plain"),
-                        text_part("more"),
-                    )
-                ],
+                [user([A_PDF, text_part("plain"), text_part("more")])],
             ),
             (
                 [
@@ -12451,20 +12424,22 @@ class TestMessagesDialect:
                             {"type": "tool_use", "id": "t2", "name": "g", "input": {}},
                         ]
                     ),
-                    said(
-                        text_part("then"),
-                        typed(
-                            "tool_result",
-                            tool_use_id="t1",
-                            content=[text_part("see"), image_block(data="AA==")],
-                        ),
-                        {"type": "tool_result", "tool_use_id": "t2", "is_error": True},
+                    user(
+                        [
+                            text_part("then"),
+                            typed(
+                                "tool_result",
+                                tool_use_id="t1",
+                                content=[text_part("see"), image_block(data="AA==")],
+                            ),
+                            {"type": "tool_result", "tool_use_id": "t2", "is_error": True},
+                        ]
                     ),
                 ],
                 [
                     assistant(
                         [{**SIGNED, "thinking": "hm"}, text_part("so")],
-                        *(called("t1", "f", '{"a": 1}'), called("t2", "g")),
+                        *(tool_call("t1", "f", '{"a": 1}'), tool_call("t2", "g")),
                     ),
                     result("t1", [text_part("see"), image_of("data:image/png;base64,AA==")]),
                     result("t2", None, is_error=True),
@@ -12486,9 +12461,11 @@ class TestMessagesDialect:
             ),
             (
                 [
-                    said(
-                        typed("search_result", source="s", title="t", content=[text_part("c")]),
-                        typed("tool_reference", tool_name="f"),
+                    user(
+                        [
+                            typed("search_result", source="s", title="t", content=[text_part("c")]),
+                            typed("tool_reference", tool_name="f"),
+                        ]
                     )
                 ],
                 [user("t (s)\n\nc\n\nThe tool f can be called.")],
@@ -12556,9 +12533,9 @@ class TestMessagesDialect:
             ({"model": None}, "model"),
             *(({"messages": wrong}, "messages") for wrong in (None, [], [5])),
             ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-            ({"messages": [said({"type": "nonsense"})]}, "messages"),
-            ({"messages": [said(image_block(type="file", file_id="f"))]}, "messages"),
-            ({"messages": [said({"type": "document", "source": {"type": "url"}})]}, "messages"),
+            ({"messages": [user([{"type": "nonsense"}])]}, "messages"),
+            ({"messages": [user([image_block(type="file", file_id="f")])]}, "messages"),
+            ({"messages": [user([{"type": "document", "source": {"type": "url"}}])]}, "messages"),
             ({"stop_sequences": [5]}, "stop"),
             *(({"tools": wrong}, "tools") for wrong in ([{"name": 5}], 5)),
             *(
@@ -12655,7 +12632,7 @@ class TestMessagesDialect:
             ({}, 5, 20),
             ({"messages": [user("x" * 4_000)]}, 1_000, 1_020),
             ({"system": "x" * 4_000, "tools": [claude_tool("f")]}, 1_000, 1_060),
-            ({"messages": [said(image_block(data="A" * 40_000))]}, 1_500, 1_550),
+            ({"messages": [user([image_block(data="A" * 40_000)])]}, 1_500, 1_550),
         ],
     )
     def test_count_tokens(self, more, low, high):
@@ -12723,7 +12700,7 @@ def by_client(recorded: Sequence[JSON]) -> list[Any]:
     return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(recorded)]
 
 
-def status_recorded(recording: JSONObject) -> int:
+def status_recorded(recording: JSON) -> int:
     """The status that our gateway must give for a recording."""
     model_asked = recording["body"]["model"] if recording["body"] else ""
     status = int(recording["status"])
@@ -12734,7 +12711,7 @@ def status_recorded(recording: JSONObject) -> int:
     return 405 if recording["path"] == "/v1/responses" else status
 
 
-def two_calls_then_text(handler: FakeHandler, args: JSONObject) -> Answer:
+def two_calls_then_text(handler: FakeHandler, args: JSON) -> Answer:
     """A tool loop of three rounds, from a model that gives every call the same id."""
     results = [m["content"] for m in args["messages"] if m.get("role") == "tool"]
     if len(results) < 2:
@@ -12810,7 +12787,7 @@ def claude(server: puter.OpenAIServer, key: str = "any") -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=base, api_key=key, http_client=web, **AT_ONCE)
 
 
-def event_data(reply: requests.Response) -> list[JSONObject]:
+def event_data(reply: requests.Response) -> list[JSON]:
     """The data of named events."""
     assert reply.headers["Content-Type"].startswith("text/event-stream")
     found = re.findall(r"event: (.+)\ndata: (.+)\n\n", reply.content.decode())
@@ -12886,7 +12863,7 @@ class TestDialectsOfAgents:
             answer = client.messages.create(**asked, messages=HI)
             call: Any = answer.content[-1]
             done = {"type": "tool_result", "tool_use_id": call.id, "content": "ok"}
-            again: Any = [*HI, {"role": "assistant", "content": [call]}, said(done)]
+            again: Any = [*HI, {"role": "assistant", "content": [call]}, user([done])]
             client.messages.create(**asked, messages=again)
         assert json.dumps(SIGNATURE) in json.dumps(sent_to(fake)["messages"])
 
@@ -12955,15 +12932,6 @@ class TestDialectsOfAgents:
 # =============================================================================
 # Openai server: sockets
 # =============================================================================
-def two_tools(handler: FakeHandler, args: JSONObject) -> Answer:
-    """Two calls in one turn, which arrive both from such a provider."""
-    calls = (
-        tool_call("call_1", "get_weather", '{"city": "Paris"}'),
-        tool_call("call_2", "get_time", '{"tz": "CET"}'),
-    )
-    return Turn(calls=calls, finish="tool_calls", form="claude")
-
-
 KNOWN_KEYS = (
     *("model", "messages", "tools", "tool_choice", "stop", "n", "max_tokens"),
     *("max_completion_tokens", "response_format", "stream", "stream_options"),
@@ -13129,7 +13097,7 @@ class TestOpenAIServer:
     def test_frames_come_as_they_are_made(self, server, fake):
         more = threading.Event()
 
-        def speak(handler: FakeHandler, args: JSONObject) -> Answer:
+        def speak(handler: FakeHandler, args: JSON) -> Answer:
             handler.begin_stream()
             handler.chunk(b'{"type":"text","text":"first"}\n')
             more.wait(5)
@@ -13246,7 +13214,7 @@ class TestOpenAIServer:
             {"role": "assistant", "content": "x", "tool_calls": 5},
             *(assistant("x", 5), assistant([{"type": "tool_use"}])),
             assistant(None, {"id": [1], "function": {"name": "f"}}),
-            assistant(None, called("1", "f", 5)),
+            assistant(None, tool_call("1", "f", 5)),
         ],
     )
     def test_bad_messages(self, server, message):
@@ -13489,8 +13457,8 @@ class TestOpenAIServer:
     @pytest.mark.parametrize(
         "message",
         [
-            said({"type": "file", "puter_path": "/alice/taxes.pdf"}),
-            said(typed("tool_result", tool_use_id="c", content=[typed("file", puter_path="/x")])),
+            user([{"type": "file", "puter_path": "/alice/taxes.pdf"}]),
+            user([typed("tool_result", tool_use_id="c", content=[typed("file", puter_path="/x")])]),
             result("c", [{"type": "input_file", "puter_path": "/x"}]),
         ],
     )
@@ -13501,7 +13469,7 @@ class TestOpenAIServer:
 
     def test_paths_beside_what_is_known_are_dropped(self, server, fake):
         text = {"type": "text", "text": "x", "puter_path": "/alice/taxes.pdf"}
-        assert post_to(server, body_for(messages=[{**said(text), "puter_path": "/x"}])).ok
+        assert post_to(server, body_for(messages=[{**user([text]), "puter_path": "/x"}])).ok
         assert sent_to(fake)["messages"] == [user("x")]
 
     def test_no_body_is_read_of_who_may_not(self, serve, monkeypatch):
@@ -13811,7 +13779,9 @@ class TestOpenAIServer:
             assert client.models.retrieve("qwen/qwen3-coder:free").id == FREE[3]
 
     def test_sdk_parallel_calls(self, server, fake):
-        fake.script["claude-opus-4-5-20251101"] = two_tools
+        fake.script["claude-opus-4-5-20251101"] = says(
+            "", calls=(WEATHER_CALL, TIME_CALL), finish="tool_calls", form="claude"
+        )
         body: Any = {"model": "claude-opus-4-5", "messages": HI, "tools": TOOLS}
         with sdk(server) as client, client.chat.completions.stream(**body) as stream:
             message = stream.get_final_completion().choices[0].message
@@ -13874,7 +13844,6 @@ class TestOpenAIServer:
 # The gateway under attack, and what odd clients send
 # =============================================================================
 LONG_NAME = "a." * 200_000
-CHAT_PATH = "/v1/chat/completions"
 SILENT = b""
 
 
@@ -13882,12 +13851,6 @@ def cpu_of(work: Callable[[], Any]) -> tuple[Any, float]:
     """What the work gives, and how long all threads of this process have computed for it."""
     began = time.process_time()
     return work(), time.process_time() - began
-
-
-def raw_post(server: puter.OpenAIServer, path: str, data: bytes, **headers: str) -> Any:
-    """A request whose body is sent as it is."""
-    url = server.url.removesuffix("/v1") + path
-    return requests.post(url, data=data, headers=headers, timeout=20)
 
 
 class TestGatewayUnderAttack:
@@ -13941,7 +13904,7 @@ class TestGatewayUnderAttack:
     )
     def test_a_body_of_too_many_values(self, server, data, status):
         coding = {"Content-Encoding": "gzip"} if data[:2] == b"\x1f\x8b" else {}
-        reply, cpu_s = cpu_of(lambda: raw_post(server, CHAT_PATH, data, **coding))
+        reply, cpu_s = cpu_of(lambda: post_to(server, data, **coding))
         assert reply.status_code == status and cpu_s < 2.0
 
     def test_what_is_announced_takes_no_memory(self, server):
@@ -14042,7 +14005,7 @@ class TestGatewayUnderAttack:
         puter._remember(asked, "call_1", call={"google": "signature"})
         for number in range(3):
             memory.put(f"history_{number}", "x" * 7_000_000)
-        message = assistant(None, called("call_1"))
+        message = assistant(None, tool_call("call_1"))
         assert puter._restored(message, memory)["tool_calls"][0]["extra_content"]
 
     def test_the_owners_name_is_not_told(self, serve, fake):
@@ -14062,10 +14025,12 @@ class TestOddClients:
         ["/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions?x=1"],
     )  # fmt: skip
     def test_a_slash_too_many(self, server, path):
-        assert raw_post(server, path, json.dumps(body_for()).encode()).ok
+        assert post_to(server, body_for(), path=path).ok
 
     def test_a_doubled_base_is_explained(self, server):
-        reply = raw_post(server, "/v1/v1/messages", b"{}", **{"anthropic-version": "2023-06-01"})
+        reply = post_to(
+            server, b"{}", path="/v1/v1/messages", **{"anthropic-version": "2023-06-01"}
+        )
         assert reply.status_code == 404 and reply.json()["type"] == "error"
         assert "leave /v1 out" in reply.json()["error"]["message"]
 
@@ -14082,7 +14047,7 @@ class TestOddClients:
     )
     def test_packed_bodies(self, server, coding, pack, status):
         data = pack(json.dumps(body_for()).encode())
-        reply = raw_post(server, CHAT_PATH, data, **{"Content-Encoding": coding})
+        reply = post_to(server, data, **{"Content-Encoding": coding})
         assert reply.status_code == status
 
     def test_heads_of_refusals_and_streams(self, serve, fake):
@@ -14108,7 +14073,7 @@ class TestOddClients:
             assert name in reply.text
             sent_name = sent_to(fake)["tools"][0]["function"]["name"]
             assert len(sent_name) <= 64 and sent_name != name
-        history = [*HI, assistant(None, called("1", name)), result("1")]
+        history = [*HI, assistant(None, tool_call("1", name)), result("1")]
         assert post_to(server, body_for(tools=[function_tool(name)], messages=history)).ok
         assert sent_name in json.dumps(sent_to(fake)["messages"]) and name not in json.dumps(
             sent_to(fake)
@@ -14232,13 +14197,13 @@ class TestArguments:
             [user("hi"), assistant(" \n"), user("so?")],
             [
                 user("hi"),
-                assistant(None, called("c", "f", '{"x": 1e400}')),
+                assistant(None, tool_call("c", "f", '{"x": 1e400}')),
                 result("c"),
                 user("so?"),
             ],
             [
                 user("hi"),
-                assistant(None, called("c"), called("c")),
+                assistant(None, tool_call("c"), tool_call("c")),
                 result("c"),
                 result("c"),
                 user("so?"),
@@ -14456,7 +14421,6 @@ VERSIONS = puter.MCP_HANDSHAKE_VERSIONS
 NEWEST = "2025-11-25"
 META = "io.modelcontextprotocol/"
 ENVELOPE: dict[str, Any] = {f"{META}protocolVersion": "2026-07-28", f"{META}clientCapabilities": {}}
-DETAILS_PATH = ("GET", "/puterai/chat/models/details")
 
 
 def rpc(method: str, params: Any = None, request_id: Any = 1) -> dict[str, Any]:
@@ -15038,7 +15002,7 @@ class TestMcpMessages:
 
     @pytest.mark.parametrize("tool", ["models", "account"])
     def test_every_tool_answers_at_the_limit(self, talk, fake, tool):
-        for route in (DETAILS_PATH, ("GET", "/metering/usage")):
+        for route in (("GET", DETAILS), ("GET", "/metering/usage")):
             fake.routes[route] = lambda handler: handler.pause(2.5)
         server = talk("alice", limit_s=0.2)
         server.send(tool_request(tool, None, 5))
@@ -15221,7 +15185,7 @@ class TestMcpCommand:
         assert not any(answer["result"]["isError"] for answer in answers)
         assert (code, log) == (0, b"")
 
-    @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+    @posix_only
     @pytest.mark.parametrize("waits", [False, True])
     def test_ctrl_c_ends_it_at_once_and_quietly(self, start_mcp, fake, waits):
         server = start_mcp()
@@ -15234,16 +15198,15 @@ class TestMcpCommand:
         assert server.process.wait(2.0) == -signal.SIGINT and server.stderr.read() == b""
         assert eventually(lambda: fake.open_streams == 0)
 
-    @pytest.mark.skipif(os.name == "nt", reason="the shell of Unix closes the streams")
+    @posix_only
     @pytest.mark.parametrize(
-        ("closed", "code", "says"), [("<&-", 0, b""), (">&-", 1, b"closed"), ("2>&-", 0, b"")]
+        ("closed", "code", "says"), [("<&-", 0, ""), (">&-", 1, "closed"), ("2>&-", 0, "")]
     )
     def test_closed_streams_are_a_clear_end(self, mcp_env, closed, code, says):
         shell = ["sh", "-c", f"{shlex.join(mcp_argv())} {closed}"]
-        ping = as_line(rpc("ping"))
-        done = subprocess.run(shell, check=False, env=mcp_env, input=ping, capture_output=True)
-        assert done.returncode == code and says in done.stderr and b"Traceback" not in done.stderr
-        assert bool(done.stdout) is (closed == "2>&-")
+        ended, out, err = run_command(shell, mcp_env, as_line(rpc("ping")))
+        assert ended == code and says in err and "Traceback" not in err
+        assert bool(out) is (closed == "2>&-")
 
     def test_it_ends_with_its_input_when_nobody_reads(self, start_mcp):
         server = start_mcp()
@@ -15576,7 +15539,6 @@ class TestConfigCommand:
 # =============================================================================
 # Helpers of the tests of everyday use
 # =============================================================================
-SMALL_PDF = b"%PDF-1.4 a small document"
 
 
 def chats(fake: FakePuter) -> list[dict[str, Any]]:
@@ -16246,7 +16208,7 @@ class TestConversation:
 
     def test_images_and_files_stay_with_their_turn(self, make, fake):
         talk = make().conversation(model=lab("vision"))
-        talk.say("look", images=[PNG], files=[("a.pdf", SMALL_PDF)])
+        talk.say("look", images=[PNG], files=[("a.pdf", PDF)])
         talk.say("again")
         kinds = [p["type"] for p in sent(fake)[0]["content"]]
         assert kinds == ["text", "image_url", "file"]
@@ -16282,13 +16244,12 @@ class TestFiles:
     @pytest.mark.parametrize("how", ["path", "text", "bytes", "named", "alone"])
     def test_a_pdf_goes_along(self, make, fake, tmp_path, how):
         path = tmp_path / "über uns.pdf"
-        path.write_bytes(SMALL_PDF)
-        named = ("C:\\docs\\über uns.pdf", SMALL_PDF)
-        ways = {"path": [path], "text": [str(path)], "bytes": [SMALL_PDF], "named": [named]}
+        path.write_bytes(PDF)
+        named = ("C:\\docs\\über uns.pdf", PDF)
+        ways = {"path": [path], "text": [str(path)], "bytes": [PDF], "named": [named]}
         name = "document.pdf" if how == "bytes" else "über uns.pdf"
         assert str(make().chat("Sum up", files=ways.get(how, path), model=lab("text"))) == SENTENCE
-        url = f"data:application/pdf;base64,{base64.b64encode(SMALL_PDF).decode()}"
-        file = {"type": "file", "file": {"filename": name, "file_data": url}}
+        file = {"type": "file", "file": {"filename": name, "file_data": PDF_URL}}
         assert sent(fake)[0]["content"] == [text_part("Sum up"), file]
 
     def test_texts_and_images_are_files_too(self, make, fake):
@@ -16306,14 +16267,14 @@ class TestFiles:
         with pytest.raises(
             puter.BadRequestError, match=r"has 5\d,\d+ bytes, but Puter takes 50,000"
         ):
-            make().chat("hi", files=[SMALL_PDF + b"0" * 40_000], model=lab("text"))
+            make().chat("hi", files=[PDF + b"0" * 40_000], model=lab("text"))
         assert not fake.chat_calls()
 
     @pytest.mark.parametrize(
         ("given", "words"),
         [
             ([("empty.pdf", b"")], "0 bytes"),
-            ([("large.pdf", SMALL_PDF * 9)], r"225 bytes.*1 to 99"),
+            ([("large.pdf", PDF * 9)], r"225 bytes.*1 to 99"),
             (["no-such.pdf"], "no-such.pdf.*cannot be read"),
             ([Path("/")], "cannot be read"),
             ([None], "cannot be read"),
@@ -16322,7 +16283,7 @@ class TestFiles:
     def test_limits_are_named_before_anything_is_sent(self, make, fake, monkeypatch, given, words):
         monkeypatch.setattr(puter, "MAX_FILE_BYTES", 99)
         with pytest.raises(puter.BadRequestError, match=words):
-            make().chat("hi", files=[SMALL_PDF, *given], model=lab("text"))
+            make().chat("hi", files=[PDF, *given], model=lab("text"))
         assert not fake.requests
 
     def test_what_nobody_reads(self, make, fake):
@@ -16333,13 +16294,9 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("more", "problem", "near"),
         [
-            ({"files": [SMALL_PDF]}, "does not read PDFs", FREE[1]),
+            ({"files": [PDF]}, "does not read PDFs", FREE[1]),
             ({"images": [PNG]}, "does not see images", "gemini-2.5-flash"),
-            (
-                {"images": PNG, "files": SMALL_PDF},
-                "does not see images and does not read PDFs",
-                HAIKU,
-            ),
+            ({"images": PNG, "files": PDF}, "does not see images and does not read PDFs", HAIKU),
             ({"tools": [{"type": "web_search"}]}, "does not search the web", "gpt-4o"),
         ],
     )
@@ -16730,7 +16687,10 @@ class TestProviders:
 
     @pytest.mark.parametrize("form", MODEL_OF)
     def test_halves_of_an_emoji_become_a_mark(self, make, fake, form):
-        calls = [called("1", "f", '{"a": "\\ud83e"}'), called("2", "f", '{"a": "\\ud83e\\udd8a"}')]
+        calls = [
+            tool_call("1", "f", '{"a": "\\ud83e"}'),
+            tool_call("2", "f", '{"a": "\\ud83e\\udd8a"}'),
+        ]
         history = [user("a\ud83e"), assistant(None, *calls), result("1", "\udd8ab"), result("2")]
         make().chat(history, model=MODEL_OF[form], tools=[WEATHER])
         told = compact(arrived(fake))
@@ -16869,10 +16829,10 @@ class TestProviders:
                 {**A_RESULT, "call_id": "t1", "output": [*SEE_IT, PICTURES["responses"]]},
             ]
         elif path == "messages":
-            history = [calls_for("t1", before=[SIGNED]), asks(result_part("t1", seen))]
+            history = [calls_for("t1", before=[SIGNED]), user([result_part("t1", seen)])]
         else:
-            history = [assistant(None, called("t1")), result("t1", seen)]
-        history = [asks(MARKED), *history, {"role": "system", "content": "later"}]
+            history = [assistant(None, tool_call("t1")), result("t1", seen)]
+        history = [user([MARKED]), *history, {"role": "system", "content": "later"}]
         body = {"model": MODEL_OF[form], "max_tokens": 4_000, "messages": history, "input": history}
         reply = requests.post(f"{server.url}/{path}", json=body, timeout=10)
         assert reply.ok, reply.text
@@ -16893,7 +16853,7 @@ class TestProviders:
                 body = {**asked, "messages": history, "tools": [claude_tool("get_weather")]}
                 told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
                 ids = [part["id"] for part in told["content"] if part["type"] == "tool_use"]
-                history += [assistant(told["content"]), asks(*map(result_part, ids))]
+                history += [assistant(told["content"]), user([*map(result_part, ids)])]
             elif path == "responses":
                 asked |= {"reasoning": {"effort": "low"}, "max_output_tokens": 4_000}
                 body = {**asked, "input": history, "tools": [flat_tool("get_weather")]}
@@ -17063,26 +17023,26 @@ class TestPictures:
         assert first == again != () and len(fake.chat_calls()) == 1
 
     def test_files_and_notebooks(self, tmp_path):
-        picture, url = puter.Picture(TINY_PNG), puter.Picture(url="https://x.org/a.png")
+        picture, url = puter.Picture(PNG), puter.Picture(url="https://x.org/a.png")
         picture.save(tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes() == TINY_PNG
+        assert (tmp_path / "a.png").read_bytes() == PNG
         with pytest.raises(FileExistsError):
             picture.save(tmp_path / "a.png")
         with pytest.raises(puter.BadRequestError, match="only a URL"):
             url.save(tmp_path / "b.png")
-        assert picture._repr_mimebundle_() == {"image/png": TINY_PNG}
+        assert picture._repr_mimebundle_() == {"image/png": PNG}
         assert url._repr_mimebundle_() == {"text/markdown": "![](https://x.org/a.png)"}
-        assert (picture.as_url(), url.as_url()) == (TINY_URL, "https://x.org/a.png")
+        assert (picture.as_url(), url.as_url()) == (PNG_URL, "https://x.org/a.png")
 
     @pytest.mark.parametrize(
         ("image", "picture"),
         table(
-            ["a URL", TINY_URL, puter.Picture(TINY_PNG)],
-            ["OpenAI's part", {"type": "image_url", "image_url": {"url": TINY_URL}}, puter.Picture(TINY_PNG)],
-            ["its URL bare", {"image_url": TINY_URL}, puter.Picture(TINY_PNG)],
-            ["of Responses", {"b64_json": TINY_URL.partition(",")[2]}, puter.Picture(TINY_PNG)],
+            ["a URL", PNG_URL, puter.Picture(PNG)],
+            ["OpenAI's part", {"type": "image_url", "image_url": {"url": PNG_URL}}, puter.Picture(PNG)],
+            ["its URL bare", {"image_url": PNG_URL}, puter.Picture(PNG)],
+            ["of Responses", {"b64_json": PNG_URL.partition(",")[2]}, puter.Picture(PNG)],
             ["another kind than it says", {"data": "R0lGODlhAAAA", "mime_type": "image/png"}, puter.Picture(b"GIF89a\0\0\0", "image/gif")],
-            ["Anthropic's part", PICTURES["claude"], puter.Picture(base64.b64decode(ONE_PIXEL))],
+            ["Anthropic's part", PICTURES["claude"], puter.Picture(PNG)],
             ["elsewhere", {"url": "https://x.org/a"}, puter.Picture(url="https://x.org/a")],
         ),
     )  # fmt: skip
@@ -17104,7 +17064,7 @@ class TestPictures:
             done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "fox.png", "Draw")
             assert (done.returncode, done.stdout.strip()) == (0, "")
             assert f"picture: {name}" in done.stderr
-            assert Path(name).read_bytes() == base64.b64decode(ONE_PIXEL)
+            assert Path(name).read_bytes() == PNG
         run_cli(desk, "ask", "-m", lab("draw"), *flags, "Draw")
         assert Path("picture.png").is_file()
         done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "none/a.png", "Draw")
@@ -17112,8 +17072,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_the_gateway_and_the_way_back(self, server, fake, stream):
-        url = f"data:image/png;base64,{ONE_PIXEL}"
-        shown = f"![image]({url})"
+        shown = f"![image]({PNG_URL})"
         body = body_for("draw", stream=stream)
         text, _ = answer_of(server, body)
         assert text == shown
@@ -17265,7 +17224,7 @@ class TestReplies:
     def test_a_file_is_not_sent_for_a_cached_reply(self, make, fake):
         client = make(cache_enabled=True)
         for _ in range(2):
-            self.ask(client, "chat", files=[SMALL_PDF])
+            self.ask(client, "chat", files=[PDF])
         assert len(fake.chat_calls()) == 1
 
     def test_a_conversation_remembers_a_cached_reply(self, make):
@@ -17473,7 +17432,6 @@ AT_TERMINAL = (
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     "sys.exit(puter.main())"
 )
-needs_pty = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are of Unix")
 
 
 def plain(text: str) -> str:
@@ -17615,7 +17573,7 @@ class TestAsk:
     def test_attachments_by_what_they_hold(self, desk):
         Path("notes.txt").write_text("remember\n", "utf-8")
         Path("image.dat").write_bytes(PNG)
-        Path("report.bin").write_bytes(SMALL_PDF)
+        Path("report.bin").write_bytes(PDF)
         page = web(desk, "/page.html?x=1".partition("?")[0], Raw(b"<p>hello</p>"))
         picture = web(desk, "/picture", Raw(PNG, content_type="image/png"))
         options = [f"-a{name}" for name in ("notes.txt", "image.dat", "report.bin")]
@@ -17768,7 +17726,7 @@ class TestAsk:
         assert rows[0][3:] == ["(default)", f"{('word ' * 12)[:59]}…"]
         assert rows[1][1].startswith("2001-09-") and rows[1][2:] == ["2", lab("echo"), "one two"]
 
-    @needs_pty
+    @posix_only
     def test_conversations_at_a_terminal(self, desk, home):
         (home / "conversation.json").write_text(json.dumps({"messages": []}))
         os.utime(home / "conversation.json", (time.time() - 7205,) * 2)
@@ -17796,7 +17754,7 @@ class TestAsk:
         done = run_cli(desk, "ask", "-m", lab("nousage"), "--no-stream", "--usage", "hi")
         assert "not reported" in done.stderr
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     @pytest.mark.parametrize("how", [[], ["--no-stream"]])
     def test_the_spinner(self, desk, columns, how):
@@ -17810,7 +17768,7 @@ class TestAsk:
         frames = plain(before).split("\r")
         assert len(frames) > 2 and all(len(one) < columns for one in frames)
 
-    @needs_pty
+    @posix_only
     def test_stdout_in_a_pipe_stays_clean(self, desk):
         desk.script[lab("text")] = late(0.3, Turn("done", reasoning=("so",)))
         argv = ("ask", "-m", lab("text"), "hi")
@@ -17824,7 +17782,7 @@ class TestAsk:
         done = run_cli(desk, "ask", "-m", lab("text"), "hi", apart=True)
         assert (done.stdout, done.stderr) == ("done\n", "")
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("env", "colour", "spinner"),
         [
@@ -17843,7 +17801,7 @@ class TestAsk:
         if not spinner and not colour:
             assert terminal.shown == "so\r\ndone\r\n"
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("scenario", ["midfail", "closed"])
     def test_a_failure_half_way(self, desk, scenario):
         with at_terminal(desk, "ask", "-m", lab(scenario), "hi") as terminal:
@@ -17853,7 +17811,7 @@ class TestAsk:
         assert any(one.startswith("error: ") for one in rest)
         assert "Traceback" not in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_ctrl_c(self, desk):
         with at_terminal(desk, "ask", "-m", lab("slow"), "hi") as terminal:
             terminal.expect("The ")
@@ -17873,13 +17831,13 @@ class TestAsk:
     def test_visible(self, text, want):
         assert puter.visible(text) == want
 
-    @needs_pty
+    @posix_only
     def test_no_answer_drives_the_terminal(self, desk):
         pieces = ["\x1b", "]0;title\x07", "\x9b", "2Jred", "\x1b[8mhidden"]
         desk.script[lab("text")] = streams(
-            line("reasoning", reasoning="\x1b[2Jso"),
-            *(line("text", text=t) for t in pieces),
-            line("usage", usage=dict(USAGE)),
+            stream_line("reasoning", reasoning="\x1b[2Jso"),
+            *(stream_line("text", text=t) for t in pieces),
+            stream_line("usage", usage=dict(USAGE)),
         )
         argv = ("ask", "-m", lab("text"), "hi")
         with at_terminal(desk, *argv) as terminal:
@@ -17898,7 +17856,7 @@ class TestAsk:
         log = [one for one in done.stderr.splitlines() if one.startswith("[puter-auth]")]
         assert log and "␛[2J" in "".join(log) and "\x1b" not in "".join(log)
 
-    @needs_pty
+    @posix_only
     def test_a_prompt_is_read_at_a_terminal(self, desk):
         with at_terminal(desk, "ask", "-m", lab("echo"), "-", piped=True) as terminal:
             terminal.expect("Waiting for the end of standard input")
@@ -17906,7 +17864,7 @@ class TestAsk:
             assert terminal.end() == 0
         assert terminal.piped_out == b"one\ntwo\n"
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("argv", "signed_in", "steps", "code", "out"),
         [
@@ -18074,7 +18032,7 @@ class TestChatCommand:
         lines = self.talk(desk, "/models").stderr.splitlines()
         assert len(lines) == 21 and lines[-1] == f"and {len(desk.catalogue) - 20} more"
 
-    @needs_pty
+    @posix_only
     def test_how_it_stood(self, desk):
         desk.script[lab("echo")] = says("so " * 100)
         run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "one\ntwo")
@@ -18107,7 +18065,7 @@ class TestChatCommand:
         assert run_cli(desk, "ask", "-c", "four").returncode == 0
         assert len(sent(desk)) == 7
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     def test_at_a_terminal(self, desk, home, columns):
         argv = ("chat", "-m", lab("echo"))
@@ -18137,7 +18095,7 @@ class TestChatCommand:
             assert terminal.end() == 0
         assert [m["content"] for m in sent(desk)] == ["one"]
 
-    @needs_pty
+    @posix_only
     def test_ctrl_c_stops_the_answer_only(self, desk):
         desk.script[lab("text")] = [says("a"), "slow", says("b")]
         with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
@@ -18164,7 +18122,7 @@ class TestChatCommand:
         assert [m["content"] for m in sent(desk)] == ["one", "a", "three"]
         assert "Traceback" not in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_tab_completes(self, desk):
         pytest.importorskip("readline")
         Path("remember-this.txt").write_text("x", "utf-8")
@@ -18194,7 +18152,7 @@ class TestReports:
         assert prices[:5] == [0.0] * 5 and told[-1]["id"] == OPUS
         assert run_cli(desk, "models", "--sort", "size").returncode == 2
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     def test_a_row_of_models_stays_a_line(self, desk, columns):
         with at_terminal(desk, "models", "--vision", columns=columns) as terminal:
@@ -18202,7 +18160,7 @@ class TestReports:
         assert max(map(len, plain(terminal.shown).splitlines())) <= columns
         assert OPUS in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_a_table_at_a_terminal(self, desk):
         head, first, second, *_ = styled(desk, "models", "--free", columns=100).splitlines()
         assert head.startswith("\x1b[2;4mMODEL ") and head.endswith("$/M OUT\x1b[0m")
@@ -18215,7 +18173,7 @@ class TestReports:
         for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
             assert styled(desk, "models", "--free", columns=100, **env) == flat
 
-    @needs_pty
+    @posix_only
     def test_what_is_the_same_in_all_rows_is_said_once(self, desk):
         shown = styled(desk, "models", "claude", columns=50)
         assert shown.startswith("\x1b[2mPROVIDER: claude\x1b[0m\n")
@@ -18230,14 +18188,14 @@ class TestReports:
         assert screen(desk, "models", "claude", columns=100)[0].startswith("MODEL ")
         assert screen(desk, "models", "opus", columns=50)[0].startswith("MODEL ")
 
-    @needs_pty
+    @posix_only
     def test_settings_at_a_narrow_terminal(self, desk):
         lines = screen(desk, "config", "show", columns=60)
         assert max(map(len, lines)) <= 60
         (row,) = [line for line in lines if line.startswith("fallback_models")]
         assert re.search(r"  \[\S+…  default$", row)
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [100, 50])
     def test_usage_at_a_terminal(self, desk, home, columns):
         self.metering(desk)
@@ -18261,7 +18219,7 @@ class TestReports:
         assert [line.split()[0] for line in plain(shown).splitlines()[3:]] == ["a", "and"]
         assert "\x1b[31m██░" in shown
 
-    @needs_pty
+    @posix_only
     def test_stats_at_a_terminal(self, desk, home):
         state = puter.State(home / STATE, desk.url)
         for seconds in (8.0, 1.0, 4.0, 0.0):
@@ -18280,7 +18238,7 @@ class TestReports:
         assert json.loads(run_cli(desk, "stats", "--json").stdout)[0]["times"] == [8, 1, 4, 0]
         assert max(map(len, screen(desk, "stats", columns=50)[:-1])) <= 50
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("ago_s", "words"),
         [
@@ -18304,7 +18262,7 @@ class TestReports:
         assert shown.count("\x1b[32m●\x1b[0m") == shown.count("○") == 1
         assert f"\x1b[32m●\x1b[0m\x1b[1m {active}\x1b[0m" in shown
 
-    @needs_pty
+    @posix_only
     def test_check_at_a_terminal(self, desk, home):
         sign_in(desk, home, "bob")
         desk.accounts["token-bob"].dead = True
@@ -18313,7 +18271,7 @@ class TestReports:
         assert "\x1b[31m✗ \x1b[0mthe token of bob: " in shown
         assert all(line[:2] in ("✓ ", "✗ ") for line in plain(shown).splitlines() if line)
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
     def test_an_error_at_a_terminal(self, desk, env):
         shown = styled(desk, "switch", "alise", code=1, **env)
@@ -18540,7 +18498,9 @@ class TestClientUnderAttack:
     def test_what_comes_behind_the_end_is_nothing(self):
         decoder = puter.LineDecoder("m")
         decoder.feed(
-            line("text", text="all") + line("usage", usage=USAGE) + line("text", text="no")
+            stream_line("text", text="all")
+            + stream_line("usage", usage=USAGE)
+            + stream_line("text", text="no")
         )
         decoder.finish()
         assert decoder.error is None and decoder.reply().text == "all"
@@ -19420,23 +19380,17 @@ class TestOtherPythons:
 
     @pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda p: str(p.parent.parent.name))
     def test_tools_or_a_clear_word(self, python, tmp_path):
-        asked = subprocess.run(
-            [python, "-c", "import sys; print(sys.version_info[1])"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if asked.returncode or int(asked.stdout) < 8:
+        which = [python, "-c", "import sys; print(sys.version_info[1])"]
+        code, minor, _ = run_command(which, os.environ)
+        if code or int(minor) < 8:
             pytest.skip("no Python 3.8 or newer behind this name")
         env = clean_environ(tmp_path, PYTHONDONTWRITEBYTECODE="1")
-        done = subprocess.run(
-            [python, "-c", ON_ANY_PYTHON], env=env, capture_output=True, text=True, check=False
-        )
-        if int(asked.stdout) >= 10:
-            assert (done.returncode, done.stderr) == (0, "")
+        code, _, err = run_command([python, "-c", ON_ANY_PYTHON], env)
+        if int(minor) >= 10:
+            assert (code, err) == (0, "")
         else:
-            assert done.returncode == 1 and done.stderr.count("\n") == 1
-            assert "needs Python 3.10" in done.stderr
+            assert code == 1 and err.count("\n") == 1
+            assert "needs Python 3.10" in err
 
 
 # =============================================================================
@@ -20193,7 +20147,7 @@ def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a reader who tries the examples: two accounts, and some files."""
     config = tmp_path / ".config" / "puter"
     (tmp_path / "photo.png").write_bytes(PNG)
-    (tmp_path / "invoice.pdf").write_bytes(b"%PDF-1.4\n%%EOF\n")
+    (tmp_path / "invoice.pdf").write_bytes(PDF)
     (tmp_path / "app.log").write_text("03:12 write failed: no space left\n", "utf-8")
     hidden = ("XDG_", "COLUMNS", "NO_COLOR", "HTTP_", "ALL_", "PUTER_")
     own = {n: v for n, v in os.environ.items() if not n.upper().startswith(hidden)}
@@ -20250,7 +20204,7 @@ class TestReadme:
                 waiting = []
         assert not waiting
 
-    @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
+    @posix_only
     @pytest.mark.parametrize(("block", "more"), readme_blocks("console"))
     def test_console(self, block, more, reader):
         assert more is None
