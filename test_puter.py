@@ -4876,6 +4876,10 @@ class TestMessages:
         args = {"messages": [user("one two three four")], **args}
         assert puter.answer_limit(known, args) == limit
 
+
+class TestFileParts:
+    """Images and files become parts of a message."""
+
     # ---- images ----
 
     @pytest.mark.parametrize(("data", "kind"), IMAGES)
@@ -5011,7 +5015,9 @@ class TestMessages:
         with pytest.raises(puter.BadRequestError, match="is audio"):
             sent_as("chat", [user([{"type": "input_audio"}])])
 
-    # ---- tools ----
+
+class TestToolSchemas:
+    """What is offered as a tool, and what is none."""
 
     @pytest.mark.parametrize(
         "tool",
@@ -5048,6 +5054,10 @@ class TestMessages:
         good = {"type": "function", "function": {"name": "f"}}
         with pytest.raises(puter.BadRequestError, match=r"tools\[1\] is .*Give a function"):
             puter.tool_schemas([good, tool])
+
+
+class TestReplyValues:
+    """Whole replies become values, and values replies."""
 
     # ---- usage ----
 
@@ -5289,7 +5299,9 @@ class TestMessages:
         ]
         assert puter.chunks_of(puter.Reply()) == [puter.Chunk("usage", usage=puter.Usage())]
 
-    # ---- the catalogue and the credit ----
+
+class TestCatalogueValues:
+    """The lists of models and the reports of credit become values."""
 
     def test_models(self):
         paid = model_entry(
@@ -5836,7 +5848,7 @@ SMALL_CATALOGUE = puter.ModelList(
 )
 
 
-# ---- whom to ask next: the specification of fallback and rotation ----
+# Whom to ask next: the specification of fallback and rotation.
 #
 # The models: `ask` costs money, f1 to f6 are free and say so in their names, s is free by the
 # list alone. f1 to f3 are of one provider, all others of others.
@@ -5958,8 +5970,8 @@ def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
     return f"{words} @{target.not_before_s:g}" if target.not_before_s else words
 
 
-class TestPolicies:
-    # ---- what an error means ----
+class TestServersErrors:
+    """What a server's codes, texts and first lines mean."""
 
     @pytest.mark.parametrize(("status", "code", "kind", "scope", "retryable"), WIRE_ERRORS)
     def test_kind(self, status, code, kind, scope, retryable):
@@ -6087,6 +6099,10 @@ class TestPolicies:
                     assert one["error"] in error.message
                 seen.add(type(error))
         assert len(seen) >= 8
+
+
+class TestPolicies:
+    """The plain functions that decide."""
 
     # ---- how long, and whether ----
 
@@ -6324,7 +6340,9 @@ class TestPolicies:
     def test_cooldown(self, strikes, times):
         assert puter.cooldown_s(strikes, 300.0) == 300.0 * times
 
-    # ---- names of models ----
+
+class TestModelNames:
+    """A name leads to a model, or to those that are meant."""
 
     @pytest.mark.parametrize(
         ("name", "found"),
@@ -11843,7 +11861,9 @@ class TestTranslation:
         assert puter.dialect_of("/v1/other/x/y") is other
         assert puter.dialect_of("/v1/other/longer/y") is chat
 
-    # Who may call.
+
+class TestAccessRules:
+    """Who may call the gateway: hosts, origins, and keys."""
 
     @pytest.mark.parametrize(
         ("bound", "welcome", "refused"),
