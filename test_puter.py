@@ -16345,7 +16345,7 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
-class Place(TypedDict):
+class City(TypedDict):
     city: str
 
 
@@ -16371,7 +16371,7 @@ class TestTypedAnswers:
         ("kind", "given", "want"),
         [
             (Person, {"name": "Al", "age": 3}, Person("Al", 3)),
-            (Place, {"city": "Rome"}, {"city": "Rome"}),
+            (City, {"city": "Rome"}, {"city": "Rome"}),
             (Colour, {"value": "blue"}, Colour.BLUE),
             (Literal["a", 1], {"value": 1}, 1),
             (list[Person], {"value": [{"name": "Al", "age": 3}]}, [Person("Al", 3)]),
@@ -16442,16 +16442,16 @@ class TestTypedAnswers:
         ]
         fake.script[HAIKU] = turns + answers_in_form(HAIKU, {"city": "Rome"})
         client = make()
-        reply = client.run("Where?", [weather], model=HAIKU, returns=Place)
+        reply = client.run("Where?", [weather], model=HAIKU, returns=City)
         assert reply.value == {"city": "Rome"}
         fake.script[HAIKU] = turns
-        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=Place)
+        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=City)
         assert (calls.tool_calls[0].name, calls.value) == ("weather", None)
 
     def test_conversation(self, make, fake):
         """The history has the JSON as the assistant's text, whichever way it came."""
         fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
-        talk = make().conversation(model=HAIKU, returns=Place)
+        talk = make().conversation(model=HAIKU, returns=City)
         assert talk.say("Where?").value == {"city": "Rome"}
         assert talk.messages[-1]["content"] == '{"city": "Rome"}'
         assert "returns" not in talk.to_json()["options"]
@@ -16459,7 +16459,7 @@ class TestTypedAnswers:
     def test_cached(self, make, fake):
         fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
         one = make(cache_enabled=True)
-        values = [one.chat("Where?", model=HAIKU, returns=Place).value for _ in range(2)]
+        values = [one.chat("Where?", model=HAIKU, returns=City).value for _ in range(2)]
         assert values == [{"city": "Rome"}] * 2 and len(fake.sent) == 1
 
     @pytest.mark.parametrize(
