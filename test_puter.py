@@ -7,6 +7,10 @@
 
 FakePuter is a real HTTP server on a real socket. It answers as a Puter server was recorded to
 answer, and can be told to fail in every way that such a server, or the road to it, can fail.
+
+The tests stand in the order of the module's sections. Above them stand FakePuter, the recordings
+and the commands, which need nothing of pytest, and then the helpers of more than one section; a
+helper of one section stands there, above the first test that needs it.
 """
 
 from __future__ import annotations
