@@ -3045,6 +3045,11 @@ class Soak:
         return talk.say(words)
 
 
+def running_on(client: puter.Puter, username: str = "alice") -> int:
+    """How many places of an account are taken in this client."""
+    return client._limits[username]._running
+
+
 def soak(folder: Path, threads: int, seconds: float) -> Soak:
     """Many threads share one client with three accounts; the server fails at random."""
     with FakePuter() as fake:
@@ -8330,11 +8335,6 @@ def opening(
     call = puter._Cancellation()
     request = client._build_request("hi", model, **more)
     return (call, *in_background(lambda: client._open(request, call)))
-
-
-def running_on(client: puter.Puter, username: str = "alice") -> int:
-    """How many places of an account are taken in this client."""
-    return client._limits[username]._running
 
 
 @pytest.fixture
@@ -20081,6 +20081,11 @@ class TestBench:
         bench = Bench("a line", crowds, "ours", "floor" if floor else "", target)
         reached, line = verdict(bench, {"ours": ours, "floor": floor} if floor else {"ours": ours})
         assert reached is ok and line.endswith("ok" if ok else "SHORT")
+
+    def test_the_soak_needs_nothing_of_pytests(self):
+        command = [sys.executable, __file__, "soak", "--threads", "2", "--seconds", "0.1"]
+        code, out, err = run_command(command, {**os.environ, **UNCOUNTED})
+        assert code == 0 and "answered" in out, err
 
 
 # =============================================================================
