@@ -3542,6 +3542,7 @@ class Asked(NamedTuple):
     is_plain: bool = True
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
+    is_chat: bool = True
 
 
 class World(NamedTuple):
@@ -4230,10 +4231,11 @@ class _Job(NamedTuple):
     read: Callable[[Any], Any]
 
 
+_JOB_ARGUMENTS = ("model", "provider", "test_mode")
 # By what comes of them. Without a provider, Puter takes one that a server may lack (recorded).
 _JOBS: dict[type[Any], _Job] = {
     Picture: _Job(
-        *("puter-image-generation", "generate", "images quality ratio aspect_ratio"),
+        *("puter-image-generation", "generate", "quality ratio aspect_ratio"),
         *(lambda prompt: {"prompt": prompt}, picture_from),
     ),
     Audio: _Job(
@@ -4264,9 +4266,6 @@ class _Exchange:
     cancellation: _Cancellation
     # how it is sent to a model on an account
     open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
-    # the list of the models that it may name, if there is one
-    catalogue: _Catalogue | None
-    is_chat: bool = True
     attempts: list[Attempt] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
@@ -4539,6 +4538,7 @@ class _Api(NamedTuple):
     config: Config
     transport: _Transport
     catalogue: _Catalogue
+    drawing: _Catalogue
 
     def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
@@ -4585,18 +4585,17 @@ class _Api(NamedTuple):
         if model != job.interface:
             args["model"] = model
         body = {"interface": job.interface, "method": job.method, "args": args}
-        timeout_s = max(self.config.api_timeout_ms / 1000, WHOLE_REPLY_TIMEOUT_S)
-        how: JSON = {"timeout_s": call.asked.timeout_s or timeout_s, "body": body}
-        how |= {"token": account.token, "cancellation": call.cancellation}
+        how: JSON = {"timeout_s": call.asked.timeout_s, "cancellation": call.cancellation}
+        url = f"{_api_origin(self.config)}/drivers/call"
         _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
-        response = self.transport.send("POST", f"{_api_origin(self.config)}/drivers/call", **how)
+        response = self.transport.send("POST", url, token=account.token, body=body, **how)
         kind, cost = content_type(response), 0.0 if args.get("test_mode") else None
         if response.status_code == 200 and kind.startswith("audio/"):
             result: Any = Audio(response.content, kind)
         else:
             result = self._result(job, body_of(response), call.cancellation)
-        if cost is None and "model" in args and call.catalogue:
-            known = call.catalogue.models_if_any("The price is not known").get(model)
+        if cost is None and "model" in args and isinstance(result, Picture):
+            known = self.drawing.models_if_any("The price is not known").get(model)
             cost = known.usd_per_image if known else None
         raw = {"result": result}
         return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
@@ -4867,7 +4866,7 @@ class Puter:
         self._catalogue = _Catalogue(*own, token or "", place)
         self._drawing = _Catalogue(*own, "", f"{place}#image", "image")
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
-        self._api = _Api(self.config, self._transport, self._catalogue)
+        self._api = _Api(self.config, self._transport, self._catalogue, self._drawing)
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
         self._on_wait: Callable[[str], object] = lambda why: None
@@ -5167,23 +5166,12 @@ class Puter:
             deque(stream, maxlen=0)
             return stream.reply
 
-    def _open(
-        self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
-    ) -> Stream:
-        """The reply to a request as it comes; returns once its first chunk, or all, is there."""
-        cancellation = cancellation or _Cancellation()
-        if cached := self._cached(asked):
-            who = (cached.model, cached.account, ())
-            return Stream(_Incoming.of(cached), cancellation, who)
-        call = _Exchange(asked, is_stream, cancellation, self._api.open, self._catalogue)
-        return self._answer_to(call)
-
     def _make(
         self, kind: type[_T], given: Any, cancellation: _Cancellation | None = None, **args: Any
     ) -> tuple[_T, Reply]:
         """Have one of the `_JOBS` done: what came of it, and the reply that brought it."""
         job, args = _JOBS[kind], {k: v for k, v in args.items() if v is not None}
-        known = ("model", "provider", "test_mode", "timeout_ms", *job.names.split())
+        known = (*_JOB_ARGUMENTS, "images", "timeout_ms", *job.names.split())
         for argument in args.keys() - known:
             if hint := what_is_meant(argument, known):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
@@ -5193,21 +5181,32 @@ class Puter:
         content = job.args(given)
         _require(all(map(_is_text, content.values())), "What is asked", given, "Give a text.")
         # without a model the server's own does it, which goes by the name of the interface here
-        model, timeout_ms = args.pop("model", job.interface), args.pop("timeout_ms", None)
+        model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
+        timeout_ms = args.pop("timeout_ms", longest)
         asked = self._build_request("-", model, fallback=False, timeout_ms=timeout_ms)
         if images := _as_list(args.pop("images", ()), "images"):
             # only data URLs are taken (recorded)
             is_url = re.compile("(?i)https?://").match
             own = [self._download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
-        asked = asked._replace(args=content | args)
-        catalogue = self._drawing if kind is Picture else None
-        way = (cancellation or _Cancellation(), partial(self._api.work, job), catalogue, False)
-        with self._answer_to(_Exchange(asked, False, *way)) as stream:
+        asked = asked._replace(args=content | args, is_chat=False)
+        with self._open(asked, cancellation, False, partial(self._api.work, job)) as stream:
             deque(stream, maxlen=0)
             return stream.reply.raw["result"], stream.reply
 
-    def _answer_to(self, call: _Exchange) -> Stream:
+    def _open(
+        self,
+        asked: Asked,
+        cancellation: _Cancellation | None = None,
+        is_stream: bool = True,
+        way: Callable[..., _Incoming] | None = None,
+    ) -> Stream:
+        """The reply to a request as it comes; returns once its first chunk, or all, is there."""
+        cancellation = cancellation or _Cancellation()
+        call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
+        if cached := self._cached(asked):
+            who: Any = (cached.model, cached.account, ())
+            return Stream(_Incoming.of(cached), call.cancellation, who)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
@@ -5249,7 +5248,7 @@ class Puter:
 
     def _cached(self, request: Asked) -> Reply | None:
         """The cached reply to the same request, if replies are cached and it is fresh."""
-        if not self.config.cache_enabled:
+        if not (self.config.cache_enabled and request.is_chat):
             return None
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
@@ -5366,7 +5365,7 @@ class Puter:
     ) -> PuterError:
         """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
-        if isinstance(error, CreditError) and call.is_chat:
+        if isinstance(error, CreditError) and call.asked.is_chat:
             error = self._explained(error, call.asked, model, account)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
@@ -5429,18 +5428,18 @@ class Puter:
             # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
             is_busy = "concurrent" in error.message
             # what is too little for a picture may do for a chat
-            is_busy |= isinstance(error, CreditError) and not call.is_chat
+            is_busy |= isinstance(error, CreditError) and not call.asked.is_chat
             if not is_busy and self._world(call).has_substitute(account):
                 self._cool(error, account)
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
         why = "No similar name was looked up"
-        models = call.catalogue.models_if_any(why) if call.catalogue else ModelList()
+        models = (self._catalogue if call.asked.is_chat else self._drawing).models_if_any(why)
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
-            if not call.is_chat:
+            if not call.asked.is_chat:
                 # the command does not list them
                 unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip()
                 error.hint = unknown.hint
@@ -5478,7 +5477,7 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if self.config.cache_enabled and call.is_chat and not is_odd:
+        if self.config.cache_enabled and request.is_chat and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
         self._on_answer(request.model, reply)
@@ -7119,23 +7118,23 @@ def model_object(model: Model) -> JSON:
 
 # ---- pictures and sound ----
 
-# (what a path makes, the field of what it is made of, others that are passed on)
-MEDIA: dict[str, tuple[type[Any], str, str]] = {
-    "/v1/images/generations": (Picture, "prompt", "quality"),
-    "/v1/audio/speech": (Audio, "input", "voice instructions response_format"),
-    "/v1/audio/transcriptions": (Transcript, "file", "language prompt response_format"),
+# What a path makes, and the field of what it is made of.
+MEDIA: dict[str, tuple[type[Any], str]] = {
+    "/v1/images/generations": (Picture, "prompt"),
+    "/v1/audio/speech": (Audio, "input"),
+    "/v1/audio/transcriptions": (Transcript, "file"),
 }
 
 
 def media_args(path: str, body: JSON) -> JSON:
     """The arguments of a job, from what OpenAI's clients send; raises `BadRequestError`."""
-    kind, given, others = MEDIA[path]
-    # a path would be one of this computer
+    kind, given = MEDIA[path]
+    # a text would be a path of this computer
     if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
         raise _wrong(f"{given} is missing, or not sent as it must be", given)
     if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
         raise _wrong("one result is given out whole: leave out n and stream")
-    names = ("model", "provider", "test_mode", *others.split())
+    names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
     args = {key: value for key, value in _only(body, *names).items() if value != "auto"}
     if (size := body.get("size")) not in (None, "auto"):
         if not (found := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(size))):
@@ -7697,7 +7696,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def _answer_media(self, path: str, data: bytes) -> None:
         form = self.headers.get("Content-Type", "")
         body = form_body(data, form) if form.lower().startswith("multipart/") else _json_body(data)
-        args, (kind, given, _) = media_args(path, body), MEDIA[path]
+        args, (kind, given) = media_args(path, body), MEDIA[path]
         result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
         self.reply_headers |= answer_headers(reply)
         self._send(200, *media_body(body, result))
