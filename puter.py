@@ -508,7 +508,7 @@ _HINT_BY_CODE = {
     "`python -m puter login`, which gets a token of the right kind.",
     "not_found": "The server does not know this call: check `api_base_url`.",
     "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
-    "moderation_blocked": "Word it differently: the provider does not do it as it is.",
+    "moderation_blocked": "The provider's moderation blocked the request: word it differently.",
 }
 # What a provider's own status would have been called, had it come before a stream (recorded).
 _UPSTREAM_CODES = {
@@ -551,10 +551,6 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
         kind = ModelNotFoundError
     if kind is BadRequestError and _TOO_LONG.search(message):
         kind, code = ContextLengthError, "context_length_exceeded"
-    if isinstance(body, Mapping) and body.get("upstreamCode") == "moderation_blocked":
-        # the code of the answer says only that the provider refused it (recorded)
-        kind, code = BadRequestError, "moderation_blocked"
-        message = f"The provider's moderation blocked the request: {message}"
     text = message or f"The server answered {status} without saying why"
     if provider_words not in text:
         text = f"{text} (the provider said: {provider_words})"
@@ -575,6 +571,8 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     last = attempts[-1] if isinstance(attempts, list) and attempts else None
     words = provider_error(last.get("error"))[1] if isinstance(last, Mapping) else ""
     code = error["code"] if isinstance(error.get("code"), str) else None
+    # more telling than that the provider refused it (recorded)
+    code = "moderation_blocked" if error.get("upstreamCode") == "moderation_blocked" else code
     status = error["status"] if isinstance(error.get("status"), int) else None
     return provider_error(message)[1][:2_000], code, status, words[:500]
 
@@ -4589,31 +4587,31 @@ class _Api(NamedTuple):
         url = f"{_api_origin(self.config)}/drivers/call"
         _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
         response = self.transport.send("POST", url, token=account.token, body=body, **how)
-        kind, cost = content_type(response), 0.0 if args.get("test_mode") else None
-        if response.status_code == 200 and kind.startswith("audio/"):
-            result: Any = Audio(response.content, kind)
-        else:
-            result = self._result(job, body_of(response), call.cancellation)
+        result = self._result(job, response, call.cancellation)
+        cost = 0.0 if args.get("test_mode") else None
         if cost is None and "model" in args and isinstance(result, Picture):
             known = self.drawing.models_if_any("The price is not known").get(model)
             cost = known.usd_per_image if known else None
         raw = {"result": result}
         return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
 
-    def _result(self, job: _Job, body: JSON, cancellation: _Cancellation) -> Any:
+    def _result(self, job: _Job, response: requests.Response, cancellation: _Cancellation) -> Any:
+        kind = content_type(response)
+        if response.status_code == 200 and kind.startswith("audio/"):
+            return Audio(response.content, kind)
+        body = body_of(response)
         try:
             result = job.read(body["result"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _no_reply(f"The result has an unknown format ({error!r})", body) from error
-        if not isinstance(result, _Medium) or result.data:
-            return result
-        try:
-            data, kind = self.transport.download(result.url, cancellation)
-        except PuterError as error:
-            # it is made, and paid for: whoever asked can still load it
-            _log.warning("%s could not be loaded: %s", result.url, error)
-            return result
-        return replace(result, data=data, mime=image_kind(data) or kind or result.mime)
+        if isinstance(result, _Medium) and not result.data:
+            try:
+                data, kind = self.transport.download(result.url, cancellation)
+                return replace(result, data=data, mime=image_kind(data) or kind or result.mime)
+            except PuterError as error:
+                # it is made, and paid for: whoever asked can still load it
+                _log.warning("%s could not be loaded: %s", result.url, error)
+        return result
 
     def form(self, request: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
@@ -5005,7 +5003,7 @@ class Puter:
         """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
         return Conversation(system, model=model, client=self, **options)
 
-    # ---- pictures and sound: no other model answers instead ----
+    # ---- pictures and sound: no other model answers; `args` are passed on, as `image` says ----
 
     def image(
         self,
@@ -5016,31 +5014,28 @@ class Puter:
     ) -> Picture:
         """Have a picture drawn, or `images` (paths, bytes, URLs) changed.
 
-        Without a `model` the server's own draws. `args` are passed on to Puter: quality, ratio
-        ({"w": 3, "h": 2}), aspect_ratio ("16:9"), provider…; `test_mode=True` gives a sample
-        without cost. `timeout_ms` is as for `chat`, by default ten minutes.
+        Without a `model` the server's own draws. `args` go to Puter: quality, ratio ({"w": 3,
+        "h": 2}), aspect_ratio ("16:9"), provider…; `test_mode=True` gives a sample without
+        cost. `timeout_ms` is as for `chat`, by default ten minutes.
         """
         return self._make(Picture, prompt, model=model, images=images, **args)[0]
 
     def speech(
         self, text: str, voice: str | None = None, model: str | Model | None = None, **args: Any
     ) -> Audio:
-        """Have a text spoken, by OpenAI unless a `provider` is named.
-
-        `args` as for `image`, and response_format ("mp3", "wav", "opus"…), instructions.
-        """
+        """Have a text spoken; other `args`: response_format ("mp3", "wav"…), instructions."""
         return self._make(Audio, text, voice=voice, model=model, **args)[0]
 
     def transcribe(self, audio: File, **args: Any) -> Transcript:
-        """Have a recording (a path, bytes or (name, bytes)) written down.
+        """What is said in a recording: a path, bytes or (name, bytes).
 
-        `args` as for `image`, and language, prompt, response_format ("text"; with
-        `model="whisper-1"` also "srt", "vtt" and "verbose_json", which has segments).
+        Other `args`: language, prompt, response_format ("text"; with `model="whisper-1"` also
+        "srt", "vtt" and "verbose_json", which has segments).
         """
         return self._make(Transcript, audio, **args)[0]
 
     def ocr(self, source: File, **args: Any) -> str:
-        """The text of a picture or PDF (a path, bytes or (name, bytes)); `args` as for `image`."""
+        """The text of a picture or PDF: a path, bytes or (name, bytes)."""
         return self._make(str, source, **args)[0]
 
     # ---- the account and the catalogue ----
@@ -5175,9 +5170,8 @@ class Puter:
         for argument in args.keys() - known:
             if hint := what_is_meant(argument, known):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
-        if is_foreign(self.config):
-            problem = f"{self.config.api_base_url} is not Puter's server, which alone does this"
-            raise BadRequestError(problem, hint='Set "api_style" to "drivers" for it.')
+        hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
+        _require(not is_foreign(self.config), "api_style", style, hint)
         content = job.args(given)
         _require(all(map(_is_text, content.values())), "What is asked", given, "Give a text.")
         # without a model the server's own does it, which goes by the name of the interface here
@@ -5442,7 +5436,6 @@ class Puter:
             if not call.asked.is_chat:
                 # the command does not list them
                 unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip()
-                error.hint = unknown.hint
             if models:
                 error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
             if call.asked.model == self.config.default_model:
@@ -5491,12 +5484,11 @@ class Puter:
 
 
 @lru_cache
-def what_is_meant(
-    name: str, names: tuple[str, ...] = ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
-) -> str:
+def what_is_meant(name: str, names: tuple[str, ...] = ()) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
+    names = names or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
@@ -7171,10 +7163,10 @@ def form_body(data: bytes, kind: str) -> JSON:
         raise _wrong("the form has no end, or too many parts")
     for part in parts[1:-1]:
         head, _, content = part.partition(b"\r\n\r\n")
-        headers = read(head.lstrip(b"\r\n"))
+        headers = read(head[:8_192].lstrip(b"\r\n"))
         name, file = headers.get_param("name", "", "content-disposition"), headers.get_filename()
-        text = content.decode("utf-8", "replace")
-        fields[str(name)] = text if file is None else (file, content)
+        is_file = file is not None
+        fields[str(name)] = (file, content) if is_file else content.decode("utf-8", "replace")
     return fields
 
 
@@ -8884,8 +8876,8 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 
 _READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
 _MADE_OPTIONS = (
-    _opt("given", "what it is; - reads standard input", nargs="*", type=str, metavar="text"),
-    _opt("-o --output FILE", "where it goes"),
+    _opt("given", "its text; - reads standard input", nargs="*", type=str, metavar="text"),
+    _opt("-o --output FILE", "where it is saved"),
     _opt("--force", "replace the file if it exists"),
     *_READ_OPTIONS,
 )
@@ -8937,8 +8929,8 @@ def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
         cost, quiet = reply.usage.cost_usd, client.config.quiet_mode
     report = {"model": reply.model, "account": reply.account, "cost_usd": cost}
     shown = _saved(result, output or name, bool(force)) if name else str(result)
-    report |= {"file": shown, "mime": result.mime} if name else {"text": shown}
-    report |= {"segments": result.segments} if kind is Transcript else {}
+    found = {"file": shown, "mime": result.mime} if name else {"text": shown}
+    report |= found | getattr(result, "raw", {})
     _report(args, report, [shown])
     if not quiet:
         price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
