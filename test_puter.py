@@ -1625,6 +1625,7 @@ def synthesize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -
         more = {"key": "voice", "expected": VOICES, "got": voice}
         raise Refusal(400, "field_invalid", f"Invalid voice: {voice}. Expected: {VOICES}", **more)
     play_media(handler, args["text"])
+    handler.fake.spoken = args["text"]
     is_wav = args.get("response_format") == "wav" or args.get("provider") == "gemini"
     return Raw(SOUND, content_type="audio/wav" if is_wav else "audio/mpeg")
 
@@ -1638,14 +1639,14 @@ def transcribe(handler: FakeHandler, args: dict[str, Any], driver: str | None) -
         told = {"language": "en", "duration_seconds": 2, "words": words}
         return {"text": "Hello! This is a sample.", **told, "model": "gpt-4o-mini-transcribe"}
     play_media(handler, str(args.get("prompt")))
-    wanted = args.get("response_format", "json")
+    heard, wanted = handler.fake.spoken, args.get("response_format", "json")
     if wanted == "verbose_json":
-        timed = {"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": f" {HEARD}", "tokens": [1]}
+        timed = {"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": f" {heard}", "tokens": [1]}
         timed |= {"temperature": 0, "avg_logprob": -0.1, "compression_ratio": 1}
-        told = {"task": "transcribe", "language": "english", "duration": 1.5, "text": HEARD}
+        told = {"task": "transcribe", "language": "english", "duration": 1.5, "text": heard}
         return {**told, "segments": [{**timed, "no_speech_prob": 0.01}]}
     usage = {"type": "tokens", "total_tokens": 10, "input_tokens": 5, "output_tokens": 5}
-    return {"json": {"text": HEARD, "usage": usage}, "srt": SRT}.get(wanted, HEARD)
+    return {"json": {"text": heard, "usage": usage}, "srt": SRT}.get(wanted, heard)
 
 
 def recognize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
@@ -1780,6 +1781,7 @@ class FakePuter:
         self.script: dict[str, Any] = {}
         self.routes: dict[tuple[str, str], Route] = dict(ROUTES)
         self.open_streams = 0
+        self.spoken = HEARD  # the latest text that was spoken: what every recording says
         self.add_account("alice")
         self.login_token = self.add_account("bob").token
         self._calls: Counter[str] = Counter()
@@ -16522,9 +16524,10 @@ class TestMedia:
         client = make()
         client.image("a dot", SEEDREAM)
         assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
-        again = make()
+        again, ended = make(), []
+        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
         again.image("a dot", SEEDREAM)
-        assert OPUS in ids(again.models())
+        assert OPUS in ids(again.models()) and ended == [0.03]
         assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
 
     # What is refused before anything is sent
@@ -16671,6 +16674,8 @@ class TestMedia:
         for _ in range(2):
             client.image("a dot")
         assert len(fake.chat_calls()) == 2
+        stats = client._reply_cache.cache_stats(time.time(), 60)
+        assert (stats["entries"], stats["misses"]) == (0, 0)
 
     def test_a_name_that_is_put_right(self, make, fake):
         client = make()
