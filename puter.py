@@ -4607,7 +4607,8 @@ class _Api(NamedTuple):
         if isinstance(result, _Medium) and not result.data:
             try:
                 data, kind = self.transport.download(result.url, cancellation)
-                return replace(result, data=data, mime=image_kind(data) or kind or result.mime)
+                kind = image_kind(data, _IMAGE_KINDS | _AUDIO_KINDS) or kind
+                return replace(result, data=data, mime=kind or result.mime)
             except PuterError as error:
                 # it is made, and paid for: whoever asked can still load it
                 _log.warning("%s could not be loaded: %s", result.url, error)
@@ -8876,7 +8877,7 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 
 _READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
 _MADE_OPTIONS = (
-    _opt("given", "its text; - reads standard input", nargs="*", type=str, metavar="text"),
+    _opt("given", "the words; - reads standard input", nargs="*", type=str, metavar="text"),
     _opt("-o --output FILE", "where it is saved"),
     _opt("--force", "replace the file if it exists"),
     *_READ_OPTIONS,

@@ -16499,6 +16499,12 @@ class TestMedia:
             assert str(made)
         assert ended[0].usage.cost_usd == 0.0
 
+    def test_a_host_that_does_not_know_what_it_holds(self, make, fake):
+        for name, data in (("image_example.png", PNG), ("tts_example.mp3", SOUND)):
+            web(fake, f"/samples/{name}", Raw(data, content_type="application/octet-stream"))
+        assert make().image("a dot", test_mode=True).mime == "image/png"
+        assert make().speech("Hello", test_mode=True).mime == "audio/mpeg"
+
     def test_a_result_that_cannot_be_loaded(self, make, fake, caplog):
         fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
         picture = make().image("a dot", test_mode=True)
@@ -16730,6 +16736,13 @@ class TestMediaCommands:
         done = run_cli(desk, "image", "hi", "-o", "none/a.png")
         assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
         assert desk.requests == []
+
+    def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
+        url = f"{desk.url}/samples/none.png"
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
+        done = run_cli(desk, "image", "hi", "-o", "a.png")
+        assert (done.returncode, done.stdout) == (0, f"{url}\n")
+        assert not Path("a.png").exists() and len(desk.chat_calls()) == 1
 
     def test_speak(self, desk):
         done = run_cli(desk, "speak", "Good morning", "--voice", "nova", "--json")
