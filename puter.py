@@ -86,14 +86,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt",
+    "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt", "Audio",
     "AuthError", "BadRequestError", "BudgetError", "BusyError", "Chunk", "Config", "ConfigError",
     "ContextLengthError", "Conversation", "Cooldown", "Credit", "CreditError", "Model",
     "ModelAccessError", "ModelNotFoundError", "ModelRateLimitError", "ModelStats",
     "ModelUnavailableError", "NetworkError", "OpenAIServer", "Picture", "ProviderAuthError",
     "Puter", "PuterError", "RateLimitError", "Reply", "ReplyError", "RequestTimeoutError",
     "ServerError", "State", "StoreError", "Stream", "StreamError", "SubscriptionError",
-    "ToolCall", "Usage", "chat", "stream",
+    "ToolCall", "Transcript", "Usage", "chat", "stream",
 ]  # fmt: skip
 
 # Puter's own default: cheap, so that a forgotten `model=` costs little.
@@ -517,6 +517,7 @@ _HINT_BY_CODE = {
     "`python -m puter login`, which gets a token of the right kind.",
     "not_found": "The server does not know this call: check `api_base_url`.",
     "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
+    "moderation_blocked": "The provider's moderation blocked the request: word it differently.",
 }
 # What a provider's own status would have been called, had it come before a stream (recorded).
 _UPSTREAM_CODES = {
@@ -579,6 +580,8 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     last = attempts[-1] if isinstance(attempts, list) and attempts else None
     words = provider_error(last.get("error"))[1] if isinstance(last, Mapping) else ""
     code = error["code"] if isinstance(error.get("code"), str) else None
+    # more telling than that the provider refused it (recorded)
+    code = "moderation_blocked" if error.get("upstreamCode") == "moderation_blocked" else code
     status = error["status"] if isinstance(error.get("status"), int) else None
     return provider_error(message)[1][:2_000], code, status, words[:500]
 
@@ -662,26 +665,59 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
+class _Medium:
+    """What a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
     data: bytes = field(default=b"", repr=False)
-    mime: str = "image/png"
+    mime: str = ""
     url: str = ""
 
     def as_url(self) -> str:
-        """The picture as a URL: its own, or a data URL."""
+        """A URL of it: its own, or a data URL."""
         return self.url or f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture to a new file; raises OSError, and `BadRequestError` without data."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write it to a new file; raises OSError, and `BadRequestError` without data."""
         if not self.data:
-            raise BadRequestError("The picture is only a URL", hint=f"Load it from {self.url}.")
-        with open(path, "xb") as file:
+            raise BadRequestError("There is only a URL", hint=f"Load it from {self.url}.")
+        with open(path, "wb" if overwrite else "xb") as file:
             file.write(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(_Medium):
+    """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
+
+    mime: str = "image/png"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {self.mime: self.data} if self.data else {"text/markdown": f"![]({self.url})"}
+
+
+@dataclass(frozen=True, slots=True)
+class Audio(_Medium):
+    """A sound that a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
+
+    mime: str = "audio/mpeg"
+
+    def _repr_html_(self) -> str:
+        return f'<audio controls src="{self.as_url()}"></audio>'
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What a recording says; `raw` holds what else the model told of it."""
+
+    text: str
+    raw: JSON = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def segments(self) -> list[JSON]:
+        """The pieces with their times, where the model gives them."""
+        return self.raw.get("segments") or []
 
 
 @dataclass(slots=True)
@@ -759,6 +795,7 @@ class Model:
 
     `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
     not say (then it may well work). `released` is a date such as "2025-11-01", or None.
+    `usd_per_image` is the price of a picture where it is one for all of them.
     """
 
     id: str
@@ -773,6 +810,7 @@ class Model:
     input_usd_per_million: float | None = None
     output_usd_per_million: float | None = None
     released: str | None = None
+    usd_per_image: float | None = None
 
     @property
     def window(self) -> int | None:
@@ -2316,6 +2354,15 @@ _IMAGE_KINDS = {
     "image/gif": rb"GIF8[79]a",
     "image/webp": rb"RIFF....WEBP",
 }
+_PAGE_KINDS = {**_IMAGE_KINDS, "application/pdf": rb"%PDF-"}
+_AUDIO_KINDS = {
+    "audio/wav": rb"RIFF....WAVE",
+    "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",
+    "audio/mp4": rb"....ftyp",
+    "audio/ogg": rb"OggS",
+    "audio/flac": rb"fLaC",
+    "audio/webm": rb"\x1aE\xdf\xa3",
+}
 
 
 def image_part(image: Image) -> JSON:
@@ -2396,10 +2443,19 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         raise BadRequestError(problem, hint="Check the path.") from error
 
 
-def image_kind(data: bytes) -> str | None:
-    """The MIME type of an image by its first bytes, or None if it is none we know."""
-    kinds = _IMAGE_KINDS.items()
-    return next((kind for kind, start in kinds if re.match(start, data, re.DOTALL)), None)
+def image_kind(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | None:
+    """The MIME type of an image (or another of `kinds`) by its first bytes; None for others."""
+    return next((k for k, start in kinds.items() if re.match(start, data, re.DOTALL)), None)
+
+
+def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
+    """A path, bytes or (name, bytes) as a data URL; `BadRequestError` if it is none of `kinds`."""
+    named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
+    data, name = source[::-1] if named else _bytes_of(source, what)
+    if kind := image_kind(data, kinds):
+        return _Medium(data, kind).as_url()
+    known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
+    raise BadRequestError(f"{name} is none of {known}", hint="Convert it first.", param=what)
 
 
 # ---- tools: functions to schemas, a model's arguments to Python values ----
@@ -3444,6 +3500,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         input_usd_per_million=usd.get(entry.get("input_cost_key")),
         output_usd_per_million=usd.get(entry.get("output_cost_key")),
         released=entry.get("release_date"),
+        usd_per_image=usd.get("per-image") if len(costs) == 1 else None,
     )
 
 
@@ -3661,6 +3718,7 @@ class Asked(NamedTuple):
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
     returns: Returns | None = None
+    is_chat: bool = True
 
 
 class World(NamedTuple):
@@ -4061,15 +4119,16 @@ class _Transport:
                     # it was worked for, and billed: nobody asks for it again
                     raise ReplyError(f"The answer broke off: {error.message}") from error
                 raise
-        response._content = without_token(data.decode("utf-8", "replace"), token).encode()
+        # byte by byte: it may be a sound
+        response._content = without_token(data.decode("latin-1"), token).encode("latin-1")
         response.headers["Location"] = without_token(response.headers.get("Location", ""), token)
 
-    def download(self, url: str) -> tuple[bytes, str]:
+    def download(self, url: str, cancellation: _Cancellation | None = None) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        options = {"auth": _bearer("")}
+        options, cancellation = {"auth": _bearer("")}, cancellation or _Cancellation()
         try:
-            with self._open("GET", url, options, timeout_s, _Cancellation()) as response:
+            with self._open("GET", url, options, timeout_s, cancellation) as response:
                 _read_into(data, response, timeout_s, MAX_FILE_BYTES)
         except NetworkError as error:
             error.hint = "Check the URL and the network."
@@ -4331,6 +4390,47 @@ _OTHER_NAMES = {
     "stream": "the method `stream`",
     "max_rounds": "`run`, which takes it",
     "on_tool": "`run`, which takes it",
+    # it would write into the storage of the account
+    "puter_output_path": "`save` of the result",
+}
+
+
+class _Job(NamedTuple):
+    """Work that is no chat: how it is called, how its arguments are made, its result is read.
+
+    `names` are the arguments that are known beside those of every job; all are passed on.
+    """
+
+    interface: str
+    method: str
+    names: str
+    args: Callable[[Any], JSON]
+    read: Callable[[Any], Any]
+
+
+_JOB_ARGUMENTS = ("model", "provider", "test_mode")
+# By what comes of them. Without a provider, Puter takes one that a server may lack (recorded).
+_JOBS: dict[type[Any], _Job] = {
+    Picture: _Job(
+        *("puter-image-generation", "generate", "quality ratio aspect_ratio"),
+        *(lambda prompt: {"prompt": prompt}, picture_from),
+    ),
+    Audio: _Job(
+        *("puter-tts", "synthesize", "voice response_format instructions"),
+        lambda text: {"text": text, "provider": "openai"},
+        lambda result: Audio(url=picture_from(result).url),
+    ),
+    Transcript: _Job(
+        *("puter-speech2txt", "transcribe", "response_format language prompt"),
+        lambda audio: {"file": data_url(audio, "audio", _AUDIO_KINDS)},
+        # a text where a form of text was asked for (recorded)
+        lambda r: Transcript(r) if isinstance(r, str) else Transcript(joined_halves(r["text"]), r),
+    ),
+    str: _Job(
+        *("puter-ocr", "recognize", ""),
+        lambda source: {"source": data_url(source, "source", _PAGE_KINDS)},
+        lambda result: "\n".join(b["text"] for b in result["blocks"] if _is_text(b.get("text"))),
+    ),
 }
 
 
@@ -4341,6 +4441,8 @@ class _Exchange:
     asked: Asked
     is_stream: bool
     cancellation: _Cancellation
+    # how it is sent to a model on an account
+    open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
     attempts: list[Attempt] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
@@ -4526,13 +4628,16 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks.
 
-    `key` is a foreign server's; Puter's own list needs no token.
+    `key` is a foreign server's; Puter's own lists need no token. `place` is where the state
+    keeps it.
     """
 
     config: Config
     state: State
     transport: _Transport
     key: str
+    place: str
+    kind: str = "chat"
     _models: ModelList | None = None
     _fetched_at: float = 0.0
     # whether it is older than asked for, since the server could not be reached
@@ -4573,7 +4678,7 @@ class _Catalogue:
         """The list as far as is known without asking anybody; read from the disk once."""
         if self._models is None:
             self._models = ModelList()
-            stored = self.state.catalogue(self.config.api_base_url)
+            stored = self.state.catalogue(self.place)
             # one that cannot be read is as good as none
             with suppress(PuterError, ValueError):
                 if stored:
@@ -4591,7 +4696,7 @@ class _Catalogue:
             raise copy.copy(error).with_traceback(None)
         url, key = f"{self.config.api_base_url}/models", self.key
         if not is_foreign(self.config):
-            url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
+            url, key = f"{_api_origin(self.config)}/puterai/{self.kind}/models/details", ""
         timeout_s = min(MODELS_TIMEOUT_S, self.config.api_timeout_ms / 1000)
         try:
             body = body_of(self.transport.send("GET", url, token=key, timeout_s=timeout_s))
@@ -4600,7 +4705,7 @@ class _Catalogue:
             self._failure = (copy.copy(error), time.monotonic())
             raise
         self._models, self._fetched_at, self._failure = models, time.time(), None
-        self.state.put_catalogue(self.config.api_base_url, json.dumps(body), self._fetched_at)
+        self.state.put_catalogue(self.place, json.dumps(body), self._fetched_at)
         return models
 
 
@@ -4610,6 +4715,7 @@ class _Api(NamedTuple):
     config: Config
     transport: _Transport
     catalogue: _Catalogue
+    drawing: _Catalogue
 
     def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
@@ -4650,6 +4756,45 @@ class _Api(NamedTuple):
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
         return _Incoming(batches, lambda: with_true_end(decoder.reply(), limit), started)
+
+    def work(
+        self, job: _Job, call: _Exchange, model: str, account: Account, stack: ExitStack
+    ) -> _Incoming:
+        """Have a job done; what came of it is the `result` in the `raw` of the reply."""
+        started, args = time.monotonic(), dict(call.asked.args)
+        if model != job.interface:
+            args["model"] = model
+        body = {"interface": job.interface, "method": job.method, "args": args}
+        how: JSON = {"timeout_s": call.asked.timeout_s, "cancellation": call.cancellation}
+        url = f"{_api_origin(self.config)}/drivers/call"
+        _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
+        response = self.transport.send("POST", url, token=account.token, body=body, **how)
+        result = self._result(job, response, call.cancellation)
+        cost = 0.0 if args.get("test_mode") else None
+        if cost is None and "model" in args and isinstance(result, Picture):
+            known = self.drawing.models_if_any("The price is not known").get(model)
+            cost = known.usd_per_image if known else None
+        raw = {"result": result}
+        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
+
+    def _result(self, job: _Job, response: requests.Response, cancellation: _Cancellation) -> Any:
+        kind = content_type(response)
+        if response.status_code == 200 and kind.startswith("audio/"):
+            return Audio(response.content, kind)
+        body = body_of(response)
+        try:
+            result = job.read(body["result"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _no_reply(f"The result has an unknown format ({error!r})", body) from error
+        if isinstance(result, _Medium) and not result.data:
+            try:
+                data, kind = self.transport.download(result.url, cancellation)
+                kind = image_kind(data, _IMAGE_KINDS | _AUDIO_KINDS) or kind
+                return replace(result, data=data, mime=kind or result.mime)
+            except PuterError as error:
+                # it is made, and paid for: whoever asked can still load it
+                _log.warning("%s could not be loaded: %s", result.url, error)
+        return result
 
     def form(self, request: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
@@ -4901,9 +5046,11 @@ class Puter:
         self._metrics = self._state_in(self.config.metrics_file)
         self._reply_cache = self._state_in(self.config.cache_directory, "cache.sqlite3")
         self._transport = _Transport(self.config, session)
-        self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
+        own, place = (self.config, self.state, self._transport), self.config.api_base_url
+        self._catalogue = _Catalogue(*own, token or "", place)
+        self._drawing = _Catalogue(*own, "", f"{place}#image", "image")
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
-        self._api = _Api(self.config, self._transport, self._catalogue)
+        self._api = _Api(self.config, self._transport, self._catalogue, self._drawing)
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._costs_usd: list[float] = []
         self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
@@ -4939,6 +5086,7 @@ class Puter:
         """A forked child begins without connections, and with nothing running."""
         self._transport.after_fork()
         self._catalogue.after_fork()
+        self._drawing.after_fork()
         self._limits = {}
 
     # ---- asking ----
@@ -5049,6 +5197,41 @@ class Puter:
     ) -> Conversation:
         """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
         return Conversation(system, model=model, client=self, **options)
+
+    # ---- pictures and sound: no other model answers; `args` are passed on, as `image` says ----
+
+    def image(
+        self,
+        prompt: str,
+        model: str | Model | None = None,
+        images: Sequence[Image] = (),
+        **args: Any,
+    ) -> Picture:
+        """Have a picture drawn, or `images` (paths, bytes, URLs) changed.
+
+        Without a `model` the server's own draws. `args` go to Puter: quality, ratio ({"w": 3,
+        "h": 2}), aspect_ratio ("16:9"), provider…; `test_mode=True` gives a sample without
+        cost. `timeout_ms` is as for `chat`, by default ten minutes.
+        """
+        return self._make(Picture, prompt, model=model, images=images, **args)[0]
+
+    def speech(
+        self, text: str, voice: str | None = None, model: str | Model | None = None, **args: Any
+    ) -> Audio:
+        """Have a text spoken; other `args`: response_format ("mp3", "wav"…), instructions."""
+        return self._make(Audio, text, voice=voice, model=model, **args)[0]
+
+    def transcribe(self, audio: File, **args: Any) -> Transcript:
+        """What is said in a recording: a path, bytes or (name, bytes).
+
+        Other `args`: language, prompt, response_format ("text"; with `model="whisper-1"` also
+        "srt", "vtt" and "verbose_json", which has segments).
+        """
+        return self._make(Transcript, audio, **args)[0]
+
+    def ocr(self, source: File, **args: Any) -> str:
+        """The text of a picture or PDF: a path, bytes or (name, bytes)."""
+        return self._make(str, source, **args)[0]
 
     # ---- the account and the catalogue ----
 
@@ -5184,6 +5367,34 @@ class Puter:
             deque(stream, maxlen=0)
             return stream.reply
 
+    def _make(
+        self, kind: type[_T], given: Any, cancellation: _Cancellation | None = None, **args: Any
+    ) -> tuple[_T, Reply]:
+        """Have one of the `_JOBS` done: what came of it, and the reply that brought it."""
+        job, args = _JOBS[kind], {k: v for k, v in args.items() if v is not None}
+        known = (*_JOB_ARGUMENTS, "images", "timeout_ms", *job.names.split())
+        for argument in args.keys() - known:
+            if hint := what_is_meant(argument, known):
+                raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
+        hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
+        _require(not is_foreign(self.config), "api_style", style, hint)
+        content = job.args(given)
+        _require(all(map(_is_text, content.values())), "What is asked", given, "Give a text.")
+        # without a model the server's own does it, which goes by the name of the interface here
+        model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
+        timeout_ms = args.pop("timeout_ms", longest)
+        asked = self._build_request("-", model, fallback=False, timeout_ms=timeout_ms)
+        if images := _as_list(args.pop("images", ()), "images"):
+            # only data URLs are taken (recorded)
+            is_url = re.compile("(?i)https?://").match
+            own = [self._download(i)[0] if is_url(str(i)) else i for i in images]
+            args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
+        asked = asked._replace(args=content | args, is_chat=False)
+        way = partial(self._api.work, job)
+        with self._open_once(asked, cancellation or _Cancellation(), False, way) as stream:
+            deque(stream, maxlen=0)
+            return stream.reply.raw["result"], stream.reply
+
     def _open(
         self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
     ) -> Stream:
@@ -5220,8 +5431,14 @@ class Puter:
         message = f"The answer of {reply.model} does not fit `returns`: {problem}"
         raise ReplyError(message, raw=said, reply=reply, hint=hint, **who)
 
-    def _open_once(self, asked: Asked, cancellation: _Cancellation, is_stream: bool) -> Stream:
-        call = _Exchange(asked, is_stream, cancellation)
+    def _open_once(
+        self,
+        asked: Asked,
+        cancellation: _Cancellation,
+        is_stream: bool,
+        way: Callable[..., _Incoming] | None = None,
+    ) -> Stream:
+        call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
         if cached := self._cached(asked):
             who: Any = (cached.model, cached.account, ())
             return Stream(_Incoming.of(cached), call.cancellation, who)
@@ -5266,7 +5483,7 @@ class Puter:
 
     def _cached(self, request: Asked) -> Reply | None:
         """The cached reply to the same request, if replies are cached and it is fresh."""
-        if not self.config.cache_enabled:
+        if not (self.config.cache_enabled and request.is_chat):
             return None
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
@@ -5361,7 +5578,7 @@ class Puter:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
                 started = time.monotonic()
                 try:
-                    source = self._api.open(call, model, account, stack)
+                    source = call.open(call, model, account, stack)
                 except PuterError as error:
                     failure = error
                 else:
@@ -5398,7 +5615,7 @@ class Puter:
     ) -> PuterError:
         """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
-        if isinstance(error, CreditError):
+        if isinstance(error, CreditError) and call.asked.is_chat:
             error = self._explained(error, call.asked, model, account)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
@@ -5460,15 +5677,21 @@ class Puter:
         elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
             # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
             is_busy = "concurrent" in error.message
+            # what is too little for a picture may do for a chat
+            is_busy |= isinstance(error, CreditError) and not call.asked.is_chat
             if not is_busy and self._world(call).has_substitute(account):
                 self._cool(error, account)
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
-        models = self._catalogue.models_if_any("No similar name was looked up")
+        why = "No similar name was looked up"
+        models = (self._catalogue if call.asked.is_chat else self._drawing).models_if_any(why)
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
+            if not call.asked.is_chat:
+                # the command does not list them
+                unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip()
             if models:
                 error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
             if call.asked.model == self.config.default_model:
@@ -5505,7 +5728,7 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if self.config.cache_enabled and not is_odd:
+        if self.config.cache_enabled and request.is_chat and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
         self._on_answer(request.model, reply)
@@ -5519,11 +5742,11 @@ class Puter:
 
 
 @lru_cache
-def what_is_meant(name: str) -> str:
+def what_is_meant(name: str, names: tuple[str, ...] = ()) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    names = ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    names = names or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
@@ -7130,6 +7353,68 @@ def model_object(model: Model) -> JSON:
     }
 
 
+# ---- pictures and sound ----
+
+# What a path makes, and the field of what it is made of.
+MEDIA: dict[str, tuple[type[Any], str]] = {
+    "/v1/images/generations": (Picture, "prompt"),
+    "/v1/audio/speech": (Audio, "input"),
+    "/v1/audio/transcriptions": (Transcript, "file"),
+}
+
+
+def media_args(path: str, body: JSON) -> JSON:
+    """The arguments of a job, from what OpenAI's clients send; raises `BadRequestError`."""
+    kind, given = MEDIA[path]
+    # a text would be a path of this computer
+    if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
+        raise _wrong(f"{given} is missing, or not sent as it must be", given)
+    if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
+        raise _wrong("one result is given out whole: leave out n and stream")
+    names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
+    args = {key: value for key, value in _only(body, *names).items() if value != "auto"}
+    if (size := body.get("size")) not in (None, "auto"):
+        if not (found := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(size))):
+            raise _wrong("size must be WIDTHxHEIGHT", "size")
+        args["ratio"] = {"w": int(found[1]), "h": int(found[2])}
+    return args
+
+
+def media_body(body: JSON, result: Any) -> tuple[JSON | bytes, str]:
+    """(what came of a job as OpenAI's clients await it, its MIME type)"""
+    wanted = body.get("response_format")
+    if isinstance(result, Audio):
+        if not result.data:
+            raise ReplyError("The sound is only a URL", hint=f"Load it from {result.url}.")
+        return result.data, result.mime
+    if isinstance(result, Picture):
+        shown = {"url": result.as_url()}
+        if result.data and wanted != "url":
+            shown = {"b64_json": base64.b64encode(result.data).decode()}
+        return {"created": int(time.time()), "data": [shown]}, "application/json"
+    if wanted in ("text", "srt", "vtt"):
+        return result.text.encode(), "text/plain; charset=utf-8"
+    return {**result.raw, "text": result.text}, "application/json"
+
+
+def form_body(data: bytes, kind: str) -> JSON:
+    """The fields of a form (multipart/form-data, RFC 7578); a file is (name, bytes)."""
+    from email.parser import BytesHeaderParser
+
+    read, fields = BytesHeaderParser().parsebytes, {}
+    boundary = read(f"Content-Type: {kind}".encode("latin-1")).get_boundary("")
+    parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
+    if not boundary or parts[-1][:2] != b"--":
+        raise _wrong("the form has no end, or too many parts")
+    for part in parts[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        headers = read(head[:8_192].lstrip(b"\r\n"))
+        name, file = headers.get_param("name", "", "content-disposition"), headers.get_filename()
+        is_file = file is not None
+        fields[str(name)] = (file, content) if is_file else content.decode("utf-8", "replace")
+    return fields
+
+
 # ---- who may call ----
 
 
@@ -7598,16 +7883,20 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self.close_connection = True
             raise refused
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
+        # what serves chosen models alone makes nothing else
+        is_posted = path in DIALECTS or (path in MEDIA and not self.app.models)
         if is_preflight:
             self._send(204, None)
-        elif not (is_models or path in DIALECTS or path in ("/", "/health")):
+        elif not (is_models or is_posted or path in ("/", "/health")):
             advice = "leave /v1 out of the URL" if path.startswith("/v1/v1/") else "the base is /v1"
             raise _wrong(f"there is no {path[:200]} here; {advice}", status=404)
-        elif self.command not in (allowed := ("POST",) if path in DIALECTS else ("GET", "HEAD")):
+        elif self.command not in (allowed := ("POST",) if is_posted else ("GET", "HEAD")):
             self.reply_headers["Allow"] = ", ".join(allowed)
             raise _wrong(f"{self.command} is not for {path[:200]}", status=405)
         elif path in DIALECTS:
             self._answer_dialect(DIALECTS[path], self._read_body())
+        elif is_posted:
+            self._answer_media(path, self._read_body())
         elif path == "/v1/models":
             served = self.app.models
             listed = [m for m in client.models() if not served or m.id in served]
@@ -7640,6 +7929,14 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             reply = self._complete(asked, request)
             self.reply_headers |= answer_headers(reply)
             self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
+
+    def _answer_media(self, path: str, data: bytes) -> None:
+        form = self.headers.get("Content-Type", "")
+        body = form_body(data, form) if form.lower().startswith("multipart/") else _json_body(data)
+        args, (kind, given) = media_args(path, body), MEDIA[path]
+        result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
+        self.reply_headers |= answer_headers(reply)
+        self._send(200, *media_body(body, result))
 
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.answer:
@@ -7731,14 +8028,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.close_connection = True
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
-    def _send(self, status: int, body: JSON | None) -> None:
-        data = b"" if body is None else json.dumps(body).encode()
-        if data:
-            length = str(len(data))
-            self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
+    def _send(self, status: int, body: JSON | bytes | None, kind: str = "application/json") -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if body is not None:
+            self.reply_headers |= {"Content-Type": kind, "Content-Length": str(len(data))}
         self.close_connection |= self.unread
         self._send_head(status)
-        self.wfile.write(b"" if self.command == "HEAD" else data)
+        self.wfile.write(b"" if self.command == "HEAD" or body is None else data)
         self.wfile.flush()
         if self.unread:
             self._discard()
@@ -8650,16 +8946,21 @@ def _schema_from(source: str) -> JSON:
 
 
 def _save_images(reply: Reply, output: str | None = None) -> None:
-    kinds = {"image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
     for image in reply.images:
-        if not image.data:
-            _info(f"picture: {image.url}")
-            continue
-        stem, ending = os.path.splitext(output or "picture")
-        path = _free_name(stem, ending or kinds.get(image.mime, ".png"))
-        with _failing(f"{path} cannot be written", "Choose another place with -o."):
-            image.save(path)
-        _info(f"picture: {path}")
+        _info(f"picture: {_saved(image, output or 'picture')}")
+
+
+def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
+    """Where it is now: in a file of this name, or one like it that is free; else its URL."""
+    if not medium.data:
+        return medium.url
+    stem, ending = os.path.splitext(output)
+    kinds = {"image/jpeg": ".jpg", "audio/mpeg": ".mp3"}
+    ending = ending or kinds.get(medium.mime, f".{medium.mime.rpartition('/')[2]}")
+    path = stem + ending if overwrite else _free_name(stem, ending)
+    with _failing(f"{path} cannot be written", "Choose another place with -o."):
+        medium.save(path, overwrite)
+    return path
 
 
 def _free_name(stem: str, ending: str) -> str:
@@ -8903,6 +9204,71 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
         errors = (a.error.message for a in attempts if a.error)
         why = next(errors, "what was asked is on cooldown")
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
+
+
+# pictures and sound
+
+_READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
+_MADE_OPTIONS = (
+    _opt("given", "the words; - reads standard input", nargs="*", type=str, metavar="text"),
+    _opt("-o --output FILE", "where it is saved"),
+    _opt("--force", "replace the file if it exists"),
+    *_READ_OPTIONS,
+)
+
+
+@_command(_opt("-a --attach FILE", "a picture to change, or several", **_SEVERAL), *_MADE_OPTIONS)
+def cmd_image(args: Any) -> None:
+    """Draw a picture, or change one."""
+    _make(args, Picture, "picture", images=args.attach)
+
+
+@_command(_opt("--voice NAME", "who speaks"), *_MADE_OPTIONS)
+def cmd_speak(args: Any) -> None:
+    """Speak a text."""
+    _make(args, Audio, "speech", voice=args.voice)
+
+
+@_command(_opt("given", "a recording", metavar="file"), *_READ_OPTIONS)
+def cmd_transcribe(args: Any) -> None:
+    """Write down what a recording says."""
+    _make(args, Transcript)
+
+
+@_command(_opt("given", "a picture or PDF", metavar="file"), *_READ_OPTIONS)
+def cmd_ocr(args: Any) -> None:
+    """Read the text of a picture or PDF."""
+    _make(args, str)
+
+
+def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
+    """Have a job done, and print what came of it, or where it was saved."""
+    output, force, given = (getattr(args, key, None) for key in ("output", "force", "given"))
+    if output and os.path.exists(output) and not force:
+        hint = "Choose another name, or replace it with --force."
+        raise BadRequestError(f"{output} exists already", hint=hint)
+    if output and not os.access(os.path.dirname(output) or ".", os.W_OK):
+        raise BadRequestError(f"{output} cannot be written", hint="Choose another place.")
+    if isinstance(given, list):
+        given = " ".join(given)
+        given = _text_of_pipe(_read_stdin()).strip() if given in ("", "-") else given
+    with _client() as client:
+
+        def make() -> tuple[Any, Reply]:
+            with closing(_Spinner(client.config.quiet_mode)) as spinner:
+                client._on_wait = partial(setattr, spinner, "reason")
+                return client._make(kind, given, model=args.model, **options)
+
+        result, reply = _signed_in(client, make)
+        cost, quiet = reply.usage.cost_usd, client.config.quiet_mode
+    report = {"model": reply.model, "account": reply.account, "cost_usd": cost}
+    shown = _saved(result, output or name, bool(force)) if name else str(result)
+    found = {"file": shown, "mime": result.mime} if name else {"text": shown}
+    report |= found | getattr(result, "raw", {})
+    _report(args, report, [shown])
+    if not quiet:
+        price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
+        _info(f"{reply.model} on {reply.account}; {price}", dim=True)
 
 
 # chat

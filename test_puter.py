@@ -1530,11 +1530,147 @@ def driver_call(handler: FakeHandler) -> None:
         return
     body = handler.fields()
     interface, driver, method = (body.get(key) for key in ("interface", "driver", "method"))
+    if does := MEDIA.get((interface, method)):
+        made = does(handler, handler.seen.args, driver)
+        is_raw = isinstance(made, Raw)
+        handler.send(made if is_raw else Raw({"success": True, "result": made, "service": {}}))
+        return
     if (interface, driver) != ("puter-chat-completion", "ai-chat"):
         raise Refusal(404, "not_found", f"Driver not found: {interface}:{driver}")
     if method != "complete":
         raise Refusal(404, "not_found", f"Method '{method}' not found on driver '{interface}'")
     handler.converse(handler.seen.args, account, DRIVER_SHAPES)
+
+
+# Pictures and sound: the wire's own words, with pictures and sounds of the fake's own.
+SOUND = b"ID3\x04\0\0\0\0\0\0" + bytes(range(256)) + b"token-like \xff\xfb\x90\r\n\r\n"
+WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0@\x1f\0\0\x80>\0\0\x02\0\x10\0data"
+HEARD = "Hello from the scripted host."
+SRT = f"1\n00:00:00,000 --> 00:00:01,500\n{HEARD}\n"
+VOICES = "alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer"
+SEEDREAM = "seedream-4-0-250828"
+IMAGE_MODELS: list[dict[str, Any]] = [
+    {
+        "id": SEEDREAM,
+        "puterId": f"byteplus:byteplus/{SEEDREAM}",
+        "aliases": ["seedream-4-0"],
+        "costs_currency": "usd-cents",
+        "pricing_unit": "per-image",
+        "index_cost_key": "per-image",
+        "costs": {"per-image": 3},
+        "provider": "byteplus-image-generation",
+    },
+    *(
+        {
+            "id": name,
+            "costs_currency": "usd-cents",
+            "pricing_unit": "per-tier",
+            "index_cost_key": "low:1024x1024",
+            "costs": {"low:1024x1024": 0.5, "high:1024x1024": 3.6},
+            "provider": "openai-image-generation",
+        }
+        for name in ("gpt-image-1-mini", "gpt-image-1", "gpt-image-2", "gemini-2.5-flash-image")
+    ),
+]
+# What the media's providers answer to "scenario: NAME".
+PROVIDER_ERRORS = {
+    "err400": (400, "scripted 400", "upstream_bad_request", 400, "moderation_blocked"),
+    "err401": (500, "scripted 401", "upstream_auth_failed", 401, None),
+    "err429": (429, "scripted 429", "upstream_rate_limited", 429, None),
+    "err500": (400, "AI provider unavailable", "upstream_provider_unavailable", 500, None),
+}
+
+
+def play_media(handler: FakeHandler, asked: str) -> None:
+    """What a prompt of the form `scenario: NAME` lets a picture or sound come to."""
+    name = asked.removeprefix("scenario: ")
+    if name in PROVIDER_ERRORS:
+        status, message, code, upstream, word = PROVIDER_ERRORS[name]
+        raise Refusal(status, code, message, upstreamStatus=upstream, upstreamCode=word)
+    if name == "hang":
+        handler.pause(30)
+    if name == "closed":
+        handler.send(Raw(b'{"success": true, "result": "data:image'), 9_999)
+        handler.drop()
+        raise ConnectionAbortedError
+
+
+def sample(handler: FakeHandler, name: str) -> str:
+    """The address of what `test_mode` gives."""
+    return f"{handler.fake.url}/samples/{name}"
+
+
+def draw(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-image-generation, generate."""
+    if driver == "ai-image" and not args.keys() & {"model", "provider"}:
+        raise Refusal(400, "bad_request", "Missing `model`")
+    names = {n for m in IMAGE_MODELS for n in (m["id"], m.get("puterId"), *m.get("aliases", ()))}
+    if args.get("model", SEEDREAM) not in names:
+        raise Refusal(400, "bad_request", f"Model not found: {args['model']}")
+    if args.get("test_mode"):
+        return sample(handler, "image_example.png")
+    account, ratio = handler.signed_in(), args.get("ratio") or {"w": 1, "h": 1}
+    is_dear = args.get("quality") == "high" and ratio["w"] * ratio["h"] > 4_000_000
+    if account.credit_microcents <= 0 or (is_dear and account.temporary):
+        raise Refusal(402, "insufficient_funds", "Insufficient credits for image generation")
+    play_media(handler, str(args.get("prompt")))
+    return f"data:image/png;base64,{ONE_PIXEL}"
+
+
+def synthesize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-tts, synthesize."""
+    if not args.get("text"):
+        raise Refusal(400, "field_required", "Missing required field: text", key="text")
+    if args.get("test_mode"):
+        return {"url": sample(handler, "tts_example.mp3"), "content_type": "audio"}
+    if "provider" not in args and driver != "openai-tts":
+        raise Refusal(500, "internal_error", "Internal Server Error")
+    voice = args.get("voice")
+    if voice and voice not in VOICES.split(", "):
+        more = {"key": "voice", "expected": VOICES, "got": voice}
+        raise Refusal(400, "field_invalid", f"Invalid voice: {voice}. Expected: {VOICES}", **more)
+    play_media(handler, args["text"])
+    handler.fake.spoken = args["text"]
+    is_wav = args.get("response_format") == "wav" or args.get("provider") == "gemini"
+    return Raw(SOUND, content_type="audio/wav" if is_wav else "audio/mpeg")
+
+
+def transcribe(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-speech2txt, transcribe and translate."""
+    if not str(args.get("file")).startswith("data:audio/"):
+        raise Refusal(400, "bad_request", "`file` is required")
+    if args.get("test_mode"):
+        words = [{"start": 0, "end": 0.5, "text": "Hello"}]
+        told = {"language": "en", "duration_seconds": 2, "words": words}
+        return {"text": "Hello! This is a sample.", **told, "model": "gpt-4o-mini-transcribe"}
+    play_media(handler, str(args.get("prompt")))
+    heard, wanted = handler.fake.spoken, args.get("response_format", "json")
+    if wanted == "verbose_json":
+        timed = {"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": f" {heard}", "tokens": [1]}
+        timed |= {"temperature": 0, "avg_logprob": -0.1, "compression_ratio": 1}
+        told = {"task": "transcribe", "language": "english", "duration": 1.5, "text": heard}
+        return {**told, "segments": [{**timed, "no_speech_prob": 0.01}]}
+    usage = {"type": "tokens", "total_tokens": 10, "input_tokens": 5, "output_tokens": 5}
+    return {"json": {"text": heard, "usage": usage}, "srt": SRT}.get(wanted, heard)
+
+
+def recognize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-ocr, recognize."""
+    if not re.match("data:(image/|application/pdf)", str(args.get("source"))):
+        raise Refusal(400, "bad_request", "`source` is required")
+    texts = ["test_mode is enabled"] if args.get("test_mode") else ["First line", "Second line"]
+    blocks = [{"type": "text/x", "confidence": 1, "text": text} for text in texts]
+    return {"blocks": [*blocks, {"type": "figure", "confidence": 1}][: len(texts) + 1]}
+
+
+# By interface and method.
+MEDIA: dict[Any, Callable[[FakeHandler, dict[str, Any], str | None], Any]] = {
+    ("puter-image-generation", "generate"): draw,
+    ("puter-tts", "synthesize"): synthesize,
+    ("puter-speech2txt", "transcribe"): transcribe,
+    ("puter-speech2txt", "translate"): transcribe,
+    ("puter-ocr", "recognize"): recognize,
+}
 
 
 def sign_in_page(handler: FakeHandler) -> None:
@@ -1556,6 +1692,15 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     ("GET", "/puterai/chat/models/details"): lambda handler: handler.send(
         Raw({"models": handler.fake.catalogue})
+    ),
+    ("GET", "/puterai/image/models/details"): lambda handler: handler.send(
+        Raw({"models": IMAGE_MODELS})
+    ),
+    ("GET", "/samples/image_example.png"): lambda handler: handler.send(
+        Raw(base64.b64decode(ONE_PIXEL), content_type="image/png")
+    ),
+    ("GET", "/samples/tts_example.mp3"): lambda handler: handler.send(
+        Raw(SOUND, content_type="audio/mpeg")
     ),
     ("POST", "/drivers/call"): driver_call,
     ("POST", "/puterai/openai/v1/chat/completions"): lambda handler: handler.converse(
@@ -1641,6 +1786,7 @@ class FakePuter:
         self.script: dict[str, Any] = {}
         self.routes: dict[tuple[str, str], Route] = dict(ROUTES)
         self.open_streams = 0
+        self.spoken = HEARD  # the latest text that was spoken: what every recording says
         self.add_account("alice")
         self.login_token = self.add_account("bob").token
         self._calls: Counter[str] = Counter()
@@ -1966,6 +2112,57 @@ ASKED_MODELS = {
     "openai-responses": "gpt-5.3-codex",
     "openrouter": "openrouter:lab/brain",
 }
+
+
+# Pictures, speech, transcription and reading; of sounds the type alone.
+MEDIA_EXCHANGES: list[JSON] = json.loads(r"""[
+{"name": "txt2img test_mode by admin-api-token", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img test_mode by temp-session", "token": "temp-session", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img test_mode by temp-api-token", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img default", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img gpt-image-1-mini low", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "quality": "low"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img ratio 16:9", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "ratio": {"w": 1536, "h": 1024}}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img aspect_ratio", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-2", "aspect_ratio": "16:9"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img input_images (edit)", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "make it blue", "model": "gpt-image-1", "input_images": ["data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="]}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img gemini", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gemini-2.5-flash-image"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img cloudflare", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "provider": "cloudflare-image-generation"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img byteplus", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "provider": "byteplus-image-generation"}}, "json": {"success": true, "result": "data:image/jpeg;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img output_path", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "puter_output_path": "~/dot.png"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img unknown model", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "x", "model": "nope"}}, "json": {"error": "Model not found: nope", "message": "Model not found: nope", "code": "bad_request"}},
+{"name": "txt2img no prompt", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img moderation 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err400"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img provider 429", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err429"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img provider 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err500"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img driver left out, no model", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img driver left out, test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"success": true, "result": "https://puter-sample-data.puter.site/image_example.png", "service": {"name": "ai-image"}}},
+{"name": "txt2img model and test_mode by admin-api-token", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "test_mode": true}}, "json": {"success": true, "result": "https://puter-sample-data.puter.site/image_example.png", "service": {"name": "ai-image"}}},
+{"name": "txt2img with model, provider answers 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err400", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 400", "message": "scripted 400", "code": "upstream_bad_request", "upstreamStatus": 400, "upstreamCode": "moderation_blocked"}},
+{"name": "txt2img with model, provider answers 401", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err401", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 401", "message": "scripted 401", "code": "upstream_auth_failed", "upstreamStatus": 401, "upstreamCode": null}},
+{"name": "txt2img with model, provider answers 429", "token": "admin-api-token", "status": 429, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err429", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 429", "message": "scripted 429", "code": "upstream_rate_limited", "upstreamStatus": 429, "upstreamCode": null}},
+{"name": "txt2img with model, provider answers 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err500", "model": "gpt-image-1-mini"}}, "json": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable", "upstreamStatus": 500, "upstreamCode": null}},
+{"name": "txt2img by temp account, gpt-image-2 4K high", "token": "temp-api-token", "status": 402, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-2", "quality": "high", "ratio": {"w": 3840, "h": 2160}}}, "json": {"error": "Insufficient credits for image generation", "message": "Insufficient credits for image generation", "code": "insufficient_funds"}},
+{"name": "txt2img driver=openai-image-generation", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "openai-image-generation", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "tts test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "test_mode": true}}, "json": {"success": true, "result": {"url": "https://puter-sample-data.puter.site/tts_example.mp3", "content_type": "audio"}, "service": {"name": "ai-tts"}}},
+{"name": "tts openai real", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai"}}},
+{"name": "tts openai wav", "token": "admin-api-token", "status": 200, "type": "audio/wav", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova", "response_format": "wav"}}},
+{"name": "tts gemini real", "token": "admin-api-token", "status": 200, "type": "audio/wav", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "gemini"}}},
+{"name": "tts default (no provider)", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello"}}, "json": {"error": "Internal Server Error", "message": "Internal Server Error", "code": "internal_error"}},
+{"name": "tts no text", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"provider": "openai"}}, "json": {"error": "Missing required field: text", "message": "Missing required field: text", "code": "field_required", "key": "text"}},
+{"name": "tts bad voice", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "voice": "nobody"}}, "json": {"error": "Invalid voice: nobody. Expected: alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "message": "Invalid voice: nobody. Expected: alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "code": "field_invalid", "key": "voice", "expected": "alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "got": "nobody"}},
+{"name": "tts openai, provider answers 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err400", "provider": "openai"}}, "json": {"error": "scripted 400", "message": "scripted 400", "code": "upstream_bad_request", "upstreamStatus": 400, "upstreamCode": "moderation_blocked"}},
+{"name": "tts openai, provider answers 401", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err401", "provider": "openai"}}, "json": {"error": "scripted 401", "message": "scripted 401", "code": "upstream_auth_failed", "upstreamStatus": 401, "upstreamCode": null}},
+{"name": "tts openai, provider answers 429", "token": "admin-api-token", "status": 429, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err429", "provider": "openai"}}, "json": {"error": "scripted 429", "message": "scripted 429", "code": "upstream_rate_limited", "upstreamStatus": 429, "upstreamCode": null}},
+{"name": "tts openai, provider answers 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err500", "provider": "openai"}}, "json": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable", "upstreamStatus": 500, "upstreamCode": null}},
+{"name": "tts driver left out", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai"}}},
+{"name": "tts driver=openai-tts", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "driver": "openai-tts", "method": "synthesize", "args": {"text": "Hello"}}},
+{"name": "stt test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "test_mode": true}}, "json": {"success": true, "result": {"text": "Hello! This is a sample transcription returned while test mode is enabled.", "language": "en", "duration_seconds": 2, "words": [{"start": 0, "end": 0.5, "text": "Hello"}, {"start": 1.1, "end": 2, "text": "This is a sample transcription."}], "model": "gpt-4o-mini-transcribe"}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt transcribe", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA=="}}, "json": {"success": true, "result": {"text": "Hello from the scripted host.", "usage": {"type": "tokens", "total_tokens": 10, "input_tokens": 5, "output_tokens": 5}}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt text", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "response_format": "text"}}, "json": {"success": true, "result": "Hello from the scripted host.", "service": {"name": "ai-speech2txt"}}},
+{"name": "stt verbose_json whisper-1", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "model": "whisper-1", "response_format": "verbose_json"}}, "json": {"success": true, "result": {"task": "transcribe", "language": "english", "duration": 1.5, "text": "Hello from the scripted host.", "segments": [{"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": " Hello from the scripted host.", "tokens": [1], "temperature": 0, "avg_logprob": -0.1, "compression_ratio": 1, "no_speech_prob": 0.01}]}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt srt whisper-1", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "model": "whisper-1", "response_format": "srt"}}, "json": {"success": true, "result": "1\n00:00:00,000 --> 00:00:01,500\nHello from the scripted host.\n", "service": {"name": "ai-speech2txt"}}},
+{"name": "stt no file", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {}}, "json": {"error": "`file` is required", "message": "`file` is required", "code": "bad_request"}},
+{"name": "ocr test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-ocr", "driver": "ai-ocr", "method": "recognize", "args": {"source": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==", "test_mode": true}}, "json": {"success": true, "result": {"blocks": [{"type": "text/puter:sample-output", "confidence": 1, "text": "test_mode is enabled; this is a sample OCR response."}]}, "service": {"name": "ai-ocr"}}}
+]""")
 
 
 def recorded_calls(row: JSON) -> Iterator[JSON]:
@@ -17137,6 +17334,610 @@ class TestPictures:
         told = compact(arrived(fake))
         assert told.count(ONE_PIXEL) == 1 and compact(PICTURES["claude"]) in told
         assert "![image]" not in told and text in told
+
+
+# =============================================================================
+# Pictures and sound
+# =============================================================================
+DREW = puter.Picture(base64.b64decode(ONE_PIXEL))
+DATA_URL = f"data:image/png;base64,{ONE_PIXEL}"
+# One call of each job.
+JOBS_DONE: dict[str, Callable[..., Any]] = {
+    "image": lambda client, text="a dot", **args: client.image(text, **args),
+    "speech": lambda client, text="Hello", **args: client.speech(text, **args),
+    "transcribe": lambda client, text=None, **args: client.transcribe(WAV, prompt=text, **args),
+    "ocr": lambda client, text=None, **args: client.ocr(PNG, **args),
+}
+
+
+def args_sent(fake: FakePuter) -> list[JSON]:
+    """The arguments of every driver call."""
+    return [seen.args for seen in fake.requests if seen.path == CHAT]
+
+
+class TestMedia:
+    """image, speech, transcribe and ocr: what is sent, what is read, and who is asked."""
+
+    @pytest.mark.parametrize("exchange", MEDIA_EXCHANGES, ids=lambda one: one["name"])
+    def test_the_fake_answers_as_recorded(self, fake, exchange):
+        fake.add_account("a", "t", temporary=exchange["token"] == "temp-api-token")
+        got = post(fake, CHAT, exchange["body"], "t")
+        assert got.status_code == exchange["status"]
+        assert got.headers["Content-Type"].partition(";")[0] == exchange["type"]
+        if "json" not in exchange:
+            return  # a sound
+        if got.status_code != 200:
+            assert got.json() == exchange["json"]
+        else:
+            told, wanted = got.json()["result"], exchange["json"]["result"]
+            assert shape(told) == shape(wanted) or "ocr" in exchange["name"]
+
+    def test_image(self, make, fake):
+        client = make()
+        assert client.image("a dot") == DREW
+        (seen,) = [seen for seen in fake.requests if seen.path == CHAT]
+        assert seen.body == {
+            "interface": "puter-image-generation",
+            "method": "generate",
+            "args": {"prompt": "a dot"},
+        }
+        client.image("a dot", SEEDREAM, quality="low", aspect_ratio="16:9", provider=None)
+        wanted = {"prompt": "a dot", "quality": "low", "aspect_ratio": "16:9"}
+        assert args_sent(fake)[1] == {**wanted, "model": SEEDREAM}
+
+    def test_pictures_to_change(self, make, fake, tmp_path):
+        (tmp_path / "a.png").write_bytes(DREW.data)
+        url = f"{fake.url}/samples/image_example.png"
+        images = [tmp_path / "a.png", DREW.data, DATA_URL, url]
+        assert make().image("blue", model="puter/gpt-image-1", images=images) == DREW
+        assert args_sent(fake) == [
+            {"prompt": "blue", "model": "gpt-image-1", "input_images": [DATA_URL] * 4}
+        ]
+        assert make().image("blue", images=url) == DREW
+        assert args_sent(fake)[1]["input_images"] == [DATA_URL]
+        loaded = [seen for seen in fake.requests if seen.path.startswith("/samples/")]
+        assert [seen.token for seen in loaded] == [None, None]
+
+    def test_speech(self, make, fake):
+        client = make()
+        assert client.speech("Hello") == puter.Audio(SOUND, "audio/mpeg")
+        assert client.speech("Hello", "nova", "tts-1", response_format="wav") == puter.Audio(
+            SOUND, "audio/wav"
+        )
+        assert client.speech("Hello", provider="gemini").mime == "audio/wav"
+        said = {"text": "Hello", "provider": "openai"}
+        more = {"voice": "nova", "model": "tts-1", "response_format": "wav"}
+        assert args_sent(fake) == [said, {**said, **more}, {**said, "provider": "gemini"}]
+        assert not any("driver" in seen.body for seen in fake.requests if seen.path == CHAT)
+
+    def test_a_sound_stays_as_it_is_but_for_the_token(self, make, fake, monkeypatch):
+        sound = Raw(b"\xff\xfb\x80 Bearer token-alice\x80\r\n", content_type="audio/mpeg")
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
+        assert make().speech("Hello").data == b"\xff\xfb\x80 Bearer <token>\x80\r\n"
+
+    def test_transcribe(self, make, fake, tmp_path):
+        client, url = make(), "data:audio/wav;base64," + base64.b64encode(WAV).decode()
+        (tmp_path / "a.txt").write_bytes(WAV)  # its contents count
+        for audio in (WAV, ("a.bin", WAV), tmp_path / "a.txt", str(tmp_path / "a.txt")):
+            told = client.transcribe(audio, language="en")
+            assert (str(told), told.segments, told.raw["usage"]["total_tokens"]) == (HEARD, [], 10)
+        assert args_sent(fake) == [{"file": url, "language": "en"}] * 4
+        assert client.transcribe(WAV, model="whisper-1", response_format="srt").text == SRT
+        whole = client.transcribe(WAV, model="whisper-1", response_format="verbose_json")
+        assert whole.segments[0]["end"] == 1.5 and str(whole) == HEARD
+        assert repr(whole) == f"Transcript(text={HEARD!r})"
+
+    def test_ocr(self, make, fake):
+        client = make()
+        assert client.ocr(PNG) == client.ocr(("a.pdf", PDF)) == "First line\nSecond line"
+        kinds = [args["source"].partition(";")[0] for args in args_sent(fake)]
+        assert kinds == ["data:image/png", "data:application/pdf"]
+
+    @pytest.mark.parametrize(
+        ("head", "kind"),
+        [
+            [b"RIFF....WAVE", "wav"],
+            [b"ID3\x04", "mpeg"],
+            [b"\xff\xfb\x90", "mpeg"],
+            [b"OggS", "ogg"],
+            [b"fLaC", "flac"],
+            [b"\0\0\0\x20ftypM4A ", "mp4"],
+            [b"\x1aE\xdf\xa3", "webm"],
+        ],
+    )
+    def test_kinds_of_recordings(self, make, fake, head, kind):
+        make().transcribe(head)
+        assert args_sent(fake)[0]["file"].startswith(f"data:audio/{kind};base64,")
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_samples_cost_nothing(self, make, fake, job):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        made = JOBS_DONE[job](client, test_mode=True)
+        if job in ("image", "speech"):
+            wanted = (DREW.data, "image/png") if job == "image" else (SOUND, "audio/mpeg")
+            assert (made.data, made.mime) == wanted and made.url.startswith(f"{fake.url}/samples/")
+            assert fake.requests[-1].token is None
+        else:
+            assert str(made)
+        assert ended[0].usage.cost_usd == 0.0
+
+    def test_a_host_that_does_not_know_what_it_holds(self, make, fake):
+        for name, data in (("image_example.png", PNG), ("tts_example.mp3", SOUND)):
+            web(fake, f"/samples/{name}", Raw(data, content_type="application/octet-stream"))
+        assert make().image("a dot", test_mode=True).mime == "image/png"
+        assert make().speech("Hello", test_mode=True).mime == "audio/mpeg"
+
+    def test_a_result_that_cannot_be_loaded(self, make, fake, caplog):
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        picture = make().image("a dot", test_mode=True)
+        assert picture == puter.Picture(url=f"{fake.url}/samples/image_example.png")
+        assert "could not be loaded" in caplog.text and len(fake.chat_calls()) == 1
+
+    # What it costs
+
+    @pytest.mark.parametrize(
+        ("model", "cost"), [(SEEDREAM, 0.03), ("SEEDREAM-4-0", 0.03), ("gpt-image-1-mini", None), (None, None)]
+    )  # fmt: skip
+    def test_price(self, make, fake, model, cost):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        client.image("a dot", model)
+        assert ended[0].usage.cost_usd == cost
+        (stats,) = client.stats()
+        assert (stats.successes, stats.cost_usd) == (1, cost or 0.0)
+        lists = [seen for seen in fake.requests if seen.path == "/puterai/image/models/details"]
+        assert [seen.token for seen in lists] == [None] * (model is not None)
+
+    def test_the_lists_of_models_do_not_mix(self, make, fake):
+        client = make()
+        client.image("a dot", SEEDREAM)
+        assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
+        again, ended = make(), []
+        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
+        again.image("a dot", SEEDREAM)
+        assert OPUS in ids(again.models()) and ended == [0.03]
+        assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
+
+    # What is refused before anything is sent
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            [lambda c: c.image(""), "Give a text"],
+            [lambda c: c.speech(5), "Give a text"],
+            [lambda c: c.image("x", model=""), "model is ''"],
+            [lambda c: c.image("x", qualty="low"), "Did you mean quality"],
+            [lambda c: c.image("x", timeout=5), "Did you mean timeout_ms"],
+            [lambda c: c.image("x", timeout_ms=0), "timeout_ms is 0"],
+            [lambda c: c.image("x", max_retries=1), "max_retries belongs to the client"],
+            [
+                lambda c: c.image("x", puter_output_path="~/a.png"),
+                "no argument 'puter_output_path'",
+            ],
+            [lambda c: c.image("x", images=[b"text"]), "not an image"],
+            [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
+            [lambda c: c.transcribe(PNG), "none of WAV"],
+            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
+            [lambda c: c.transcribe("/no/such.wav"), "cannot be read"],
+            [lambda c: c.transcribe(5), "cannot be read"],
+            [lambda c: c.transcribe(("a.wav", "text")), "cannot be read"],
+            [lambda c: c.transcribe(WAV, langage="en"), "Did you mean language"],
+            [lambda c: c.ocr(WAV), "none of PNG"],
+        ],
+    )
+    def test_wrong_arguments(self, make, fake, call, words):
+        with pytest.raises(puter.BadRequestError, match=re.escape(words)):
+            call(make())
+        assert fake.requests == []
+
+    def test_servers_that_are_not_puters(self, make, fake):
+        client = make(api_style="openai", api_base_url=f"{fake.url}/v1", openai_api_key="sk-none")
+        with pytest.raises(puter.BadRequestError, match="Only Puter's own server"):
+            client.image("a dot")
+        assert fake.requests == []
+        assert make(api_style="openai").image("a dot") == DREW
+
+    # What goes wrong
+
+    @pytest.mark.parametrize(
+        ("call", "kind", "words", "calls"),
+        [
+            [lambda c: c.image("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.speech("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.image("scenario: err401"), puter.ProviderAuthError, "scripted 401", 1],
+            [lambda c: c.image("scenario: err429"), puter.ModelRateLimitError, "scripted 429", 1],
+            [lambda c: c.image("scenario: err500"), puter.ModelUnavailableError, "unavailable", 2],
+            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, "No model is called 'nope'", 1],
+            [lambda c: c.image("x", "seedream-4"), puter.ModelNotFoundError, f"mean {SEEDREAM}?", 1],
+            [lambda c: c.speech("x", "nobody"), puter.BadRequestError, f"Expected: {VOICES}", 1],
+            [lambda c: c.speech("x", provider=""), puter.ServerError, "Internal Server Error", 3],
+            [lambda c: c.image("scenario: closed"), puter.ReplyError, "broke off", 1],
+            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "silent", 1],
+        ],
+    )  # fmt: skip
+    def test_errors(self, make, fake, call, kind, words, calls):
+        client = make("alice", "bob", max_retries=2)
+        if "Internal" in words:
+            fake.accounts["token-alice"].error = recorded_error(500, "internal_error", words)
+        with pytest.raises(kind, match=re.escape(words)) as caught:
+            call(client)
+        assert type(caught.value) is kind
+        assert fake.chat_calls().count(("alice", fake.chat_calls()[0][1])) == calls
+        assert len(caught.value.attempts) == len(fake.chat_calls()) == calls
+        assert "puter models" not in str(caught.value) or kind is not puter.ModelNotFoundError
+
+    @pytest.mark.parametrize(
+        "result", [None, 5, {}, {"url": None}, "ftp://x", {"text": None, "segments": 5}, []]
+    )
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_results_that_cannot_be_read(self, make, fake, monkeypatch, job, result):
+        for known in MEDIA:
+            monkeypatch.setitem(MEDIA, known, lambda *_: result)
+        if job == "transcribe" and isinstance(result, str):
+            return
+        with pytest.raises(puter.ReplyError, match="unknown format"):
+            JOBS_DONE[job](make())
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_page_in_place_of_a_sound(self, make, fake, monkeypatch):
+        page = Raw(b"<html>Sign in</html>", content_type=HTML_TYPE)
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: page)
+        with pytest.raises(puter.ReplyError, match="answered text/html"):
+            make().speech("Hello")
+        assert len(fake.chat_calls()) == 1
+
+    # Who is asked
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_the_next_account_when_one_is_limited(self, make, fake, job):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].max_in_window = 0
+        assert JOBS_DONE[job](client)
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        assert [(c.account, c.reason) for c in client.cooldowns()] == [
+            ("alice", "too_many_requests")
+        ]
+        assert JOBS_DONE[job](client)
+        assert fake.chat_calls()[2][0] == "bob"
+
+    def test_credit(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].credit_microcents = 0
+        assert client.image("a dot") == DREW
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        # what is too little for a picture may do for a chat
+        assert client.cooldowns() == []
+        fake.accounts["token-bob"].credit_microcents = 0
+        with pytest.raises(puter.CreditError, match="Insufficient credits for image") as caught:
+            client.image("a dot")
+        assert type(caught.value) is puter.CreditError and len(caught.value.attempts) == 2
+        assert not any(seen.path == "/metering/usage" for seen in fake.requests)
+
+    def test_a_dead_token(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].dead = True
+        assert client.image("a dot") == DREW
+        assert [c.reason for c in client.cooldowns()] == ["login"]
+
+    def test_no_other_model_answers(self, make, fake):
+        fake.accounts["token-alice"].error = recorded_error(
+            400, "upstream_provider_unavailable", "down"
+        )
+        with pytest.raises(puter.ModelUnavailableError):
+            make().image("a dot", SEEDREAM)
+        assert {model for _, model in fake.chat_calls()} == {SEEDREAM}
+
+    def test_the_limit_of_requests_at_once(self, make, fake, monkeypatch):
+        monkeypatch.setitem(MEDIA, ("puter-ocr", "recognize"), lambda handler, *_: [
+            handler.pause(0.02), recognize(handler, handler.seen.args, None)
+        ][1])  # fmt: skip
+        fake.accounts["token-alice"].max_concurrent = 1
+        client = make(max_concurrent=1, max_retries=0)
+        with ThreadPoolExecutor(4) as pool:
+            texts = list(pool.map(lambda _: client.ocr(PNG), range(8)))
+        assert set(texts) == {"First line\nSecond line"}
+
+    def test_nothing_is_cached(self, make, fake):
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            client.image("a dot")
+        assert len(fake.chat_calls()) == 2
+        stats = client._reply_cache.cache_stats(time.time(), 60)
+        assert (stats["entries"], stats["misses"]) == (0, 0)
+
+    def test_a_name_that_is_put_right(self, make, fake):
+        client = make()
+        assert client.image("a dot", "SeeDream-4-0") == DREW
+        assert [model for _, model in fake.chat_calls()] == ["SeeDream-4-0", SEEDREAM]
+
+    def test_values(self, tmp_path):
+        audio = puter.Audio(b"ID3", url="")
+        assert audio._repr_html_() == '<audio controls src="data:audio/mpeg;base64,SUQz"></audio>'
+        audio.save(tmp_path / "a.mp3")
+        with pytest.raises(FileExistsError):
+            audio.save(tmp_path / "a.mp3")
+        puter.Audio(b"ID3 new").save(tmp_path / "a.mp3", overwrite=True)
+        assert (tmp_path / "a.mp3").read_bytes() == b"ID3 new"
+        assert "SUQz" not in repr(audio) and not isinstance(audio, puter.Picture)
+
+
+def recorded_error(status: int, code: str, message: str) -> tuple[int, JSON]:
+    """An error as the answer of an account."""
+    return status, {"error": message, "message": message, "code": code}
+
+
+class TestMediaCommands:
+    """image, speak, transcribe and ocr on the command line."""
+
+    def test_image(self, desk):
+        done = run_cli(desk, "image", "a", "red", "dot", "-o", "cat.png", "-m", SEEDREAM)
+        assert (done.returncode, done.stdout) == (0, "cat.png\n")
+        assert done.stderr == f"{SEEDREAM} on alice; cost $0.0300\n"
+        assert Path("cat.png").read_bytes() == DREW.data
+        assert args_sent(desk) == [{"prompt": "a red dot", "model": SEEDREAM}]
+        for name in ("picture.png", "picture-1.png"):
+            done = run_cli(desk, "image", "-a", "cat.png", stdin="a dot\n")
+            assert (done.returncode, done.stdout) == (0, f"{name}\n")
+            assert done.stderr == "puter-image-generation on alice; cost not reported\n"
+            assert Path(name).read_bytes() == DREW.data
+        assert args_sent(desk)[-1] == {"prompt": "a dot", "input_images": [DATA_URL]}
+
+    @pytest.mark.parametrize("command", ["image", "speak"])
+    def test_a_file_that_exists(self, desk, command):
+        Path("a.bin").write_bytes(b"mine")
+        done = run_cli(desk, command, "hi", "-o", "a.bin")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: a.bin exists already.") and desk.requests == []
+        assert Path("a.bin").read_bytes() == b"mine"
+        done = run_cli(desk, command, "hi", "-o", "a.bin", "--force")
+        assert (done.returncode, done.stdout) == (0, "a.bin\n")
+        assert Path("a.bin").read_bytes() in (DREW.data, SOUND)
+        assert not Path("a-1.bin").exists()
+
+    def test_a_place_that_cannot_be(self, desk):
+        done = run_cli(desk, "image", "hi", "-o", "none/a.png")
+        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
+        assert desk.requests == []
+
+    def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
+        url = f"{desk.url}/samples/none.png"
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
+        done = run_cli(desk, "image", "hi", "-o", "a.png")
+        assert (done.returncode, done.stdout) == (0, f"{url}\n")
+        assert not Path("a.png").exists() and len(desk.chat_calls()) == 1
+
+    def test_speak(self, desk):
+        done = run_cli(desk, "speak", "Good morning", "--voice", "nova", "--json")
+        assert done.returncode == 0 and Path("speech.mp3").read_bytes() == SOUND
+        report = json.loads(done.stdout)
+        assert report == {
+            "model": "puter-tts",
+            "account": "alice",
+            "cost_usd": None,
+            "file": "speech.mp3",
+            "mime": "audio/mpeg",
+        }
+        run_cli(desk, "speak", "-", "-o", "x", "-m", "tts-1", stdin="From a pipe.\n")
+        assert Path("x.mp3").read_bytes() == SOUND
+        texts = [args["text"] for args in args_sent(desk)]
+        assert texts == ["Good morning", "From a pipe."] and args_sent(desk)[1]["model"] == "tts-1"
+
+    def test_transcribe_and_ocr(self, desk):
+        Path("a.wav").write_bytes(WAV)
+        Path("page.png").write_bytes(PNG)
+        done = run_cli(desk, "transcribe", "a.wav")
+        assert (done.returncode, done.stdout) == (0, f"{HEARD}\n")
+        assert done.stderr == "puter-speech2txt on alice; cost not reported\n"
+        report = json.loads(run_cli(desk, "transcribe", "a.wav", "--json").stdout)
+        assert (report["text"], report["usage"]["total_tokens"]) == (HEARD, 10)
+        done = run_cli(desk, "ocr", "page.png", PUTER_QUIET_MODE="1")
+        assert (done.stdout, done.stderr) == ("First line\nSecond line\n", "")
+        report = json.loads(run_cli(desk, "ocr", "page.png", "--json").stdout)
+        assert report["text"] == "First line\nSecond line"
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            [["image", "scenario: err400"], "moderation blocked"],
+            [["image", ""], "Give a text"],
+            [["image", "hi", "-a", "no.png"], "cannot be read"],
+            [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
+            [["transcribe", "no.wav"], "cannot be read"],
+            [["ocr", "notes.txt"], "none of PNG"],
+        ],
+    )
+    def test_errors(self, desk, argv, words):
+        Path("notes.txt").write_text("remember", "utf-8")
+        done = run_cli(desk, *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and words in done.stderr
+        assert not list(Path().glob("*.png"))
+
+    def test_signs_of_life_at_a_terminal(self, desk):
+        with at_terminal(desk, "image", "scenario: hang") as terminal:
+            assert terminal.expect("1 s")
+
+
+def form_of_parts(*parts: tuple[str, bytes], end: bytes = b"--") -> bytes:
+    """A form of (head, content) with the boundary `b`."""
+    body = b"".join(b"--b\r\n%b\r\n\r\n%b\r\n" % (h.encode(), c) for h, c in parts)
+    return body + b"--b" + end + b"\r\n"
+
+
+A_FILE = ('Content-Disposition: form-data; name="file"; filename="a.wav"', WAV)
+A_FORM = "multipart/form-data; boundary=b"
+
+
+class TestMediaGateway:
+    """OpenAI's paths of pictures and sound, with its SDK."""
+
+    @staticmethod
+    def post(
+        server: puter.OpenAIServer,
+        path: str,
+        body: Any,
+        kind: str = "application/json",
+        **head: str,
+    ) -> requests.Response:
+        """A request, by plain `requests`; bytes are sent as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": kind, **head}
+        return requests.post(f"{server.url}/{path}", data=data, headers=headers, timeout=10)
+
+    def test_images(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"prompt": "a dot", "model": "gpt-image-1-mini", "n": 1}
+            made = client.images.generate(**asked, size="1536x1024", quality="low")
+            assert base64.b64decode(made.data[0].b64_json) == DREW.data and made.created > 1e9
+            assert client.images.generate(**asked, response_format="url").data[0].url == DATA_URL
+            client.images.generate(**asked, size="auto", quality="auto", user="u")
+            sample = {"response_format": "url", "extra_body": {"test_mode": True}}
+            made = client.images.generate(prompt="a dot", **sample)
+            assert made.data[0].url == f"{fake.url}/samples/image_example.png"
+        plain = {"prompt": "a dot", "model": "gpt-image-1-mini"}
+        ratio = {"quality": "low", "ratio": {"w": 1536, "h": 1024}}
+        wanted = [{**plain, **ratio}, plain, plain, {"prompt": "a dot", "test_mode": True}]
+        assert args_sent(fake) == wanted
+
+    def test_speech(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"input": "Hello", "model": "tts-1", "voice": "nova"}
+            made = client.audio.speech.create(**asked, response_format="wav", speed=1.5)
+            assert made.content == SOUND and made.response.headers["Content-Type"] == "audio/wav"
+            assert made.response.headers["x-puter-model"] == "tts-1"
+            with client.audio.speech.with_streaming_response.create(**asked) as streamed:
+                assert b"".join(streamed.iter_bytes(100)) == SOUND
+                assert streamed.headers["Content-Type"] == "audio/mpeg"
+        said = {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova"}
+        assert args_sent(fake) == [{**said, "response_format": "wav"}, said]
+
+    def test_transcriptions(self, server, fake):
+        audio = WAV + os.urandom(100_000) + b"\r\n--\r\n\r\n\r"
+        with sdk(server) as client:
+            create: Any = client.audio.transcriptions.create
+            asked = {"file": ("é.wav", audio), "model": "whisper-1"}
+            assert create(**asked, language="en", prompt="Hé").text == HEARD
+            assert create(**asked, response_format="text") == HEARD
+            assert create(**asked, response_format="srt") == SRT
+            whole = create(**asked, response_format="verbose_json")
+            assert whole.segments[0].end == 1.5 and whole.language == "english"
+        url = "data:audio/wav;base64," + base64.b64encode(audio).decode()
+        assert {args["file"] for args in args_sent(fake)} == {url}
+        wanted = {"file": url, "model": "whisper-1", "language": "en", "prompt": "Hé"}
+        assert args_sent(fake)[0] == wanted
+
+    @pytest.mark.parametrize(
+        ("asked", "status", "code", "words"),
+        [
+            [{"prompt": "scenario: err400"}, 400, "moderation_blocked", "moderation blocked"],
+            [{"prompt": "x", "model": "nope"}, 404, "model_not_found", "No model is called 'nope'"],
+            [{"prompt": "scenario: err429"}, 429, "upstream_rate_limited", "scripted 429"],
+            [{"prompt": "scenario: err401"}, 502, "upstream_auth_failed", "scripted 401"],
+        ],
+    )
+    def test_errors(self, server, fake, asked, status, code, words):
+        with sdk(server) as client, pytest.raises(openai.APIStatusError, match=words) as caught:
+            client.images.generate(**asked)
+        assert (caught.value.status_code, caught.value.code) == (status, code)
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+    def test_other_errors(self, server, fake):
+        with sdk(server) as client:
+            with pytest.raises(openai.BadRequestError, match="Expected: alloy"):
+                client.audio.speech.create(input="x", model="tts-1", voice="nobody")
+            fake.accounts["token-alice"].credit_microcents = 0
+            with pytest.raises(openai.APIStatusError, match="Insufficient credits") as caught:
+                client.images.generate(prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (402, "insufficient_funds")
+        assert len(fake.chat_calls()) == 2
+
+    @pytest.mark.parametrize(
+        ("path", "body", "words"),
+        [
+            ["images/generations", {}, "prompt is missing"],
+            ["images/generations", {"prompt": ["x"]}, "prompt is missing"],
+            ["images/generations", {"prompt": "x", "n": 2}, "leave out n"],
+            ["images/generations", {"prompt": "x", "stream": True}, "leave out n and stream"],
+            ["images/generations", {"prompt": "x", "size": "big"}, "size must be"],
+            ["images/generations", {"prompt": "x", "model": 5}, "model is 5"],
+            ["audio/speech", {"input": "", "model": "tts-1"}, "input is missing"],
+            # it would be read from the disk of the gateway
+            ["audio/transcriptions", {"file": "a.wav"}, "file is missing"],
+            ["audio/transcriptions", {"file": ["a.wav", "x"]}, "file is missing"],
+        ],
+    )  # fmt: skip
+    def test_wrong_requests(self, server, fake, tmp_path, monkeypatch, path, body, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, path, body)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+
+    @pytest.mark.parametrize(
+        ("body", "kind", "words"),
+        [
+            [form_of_parts(A_FILE), "multipart/form-data", "no end"],
+            [form_of_parts(A_FILE), "multipart/form-data; boundary=c", "no end"],
+            [form_of_parts(A_FILE, end=b""), A_FORM, "no end"],
+            [form_of_parts(A_FILE)[:-8], A_FORM, "no end"],
+            [form_of_parts(*[A_FILE] * 99), A_FORM, "too many parts"],
+            [form_of_parts((A_FILE[0].replace("file", "data"), WAV)), A_FORM, "file is missing"],
+            [form_of_parts((A_FILE[0].partition("; filename")[0], b"a.wav")), A_FORM, "file is miss"],
+            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
+            [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
+            [b"", A_FORM, "no end"],
+        ],
+    )  # fmt: skip
+    def test_wrong_forms(self, server, fake, tmp_path, monkeypatch, body, kind, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, "audio/transcriptions", body, kind)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+        told = self.post(server, "audio/transcriptions", form_of_parts(A_FILE), A_FORM)
+        assert told.json()["text"] == HEARD
+
+    def test_a_form_that_is_too_large(self, server, fake, monkeypatch):
+        monkeypatch.setattr(puter, "MAX_REQUEST_BYTES", 1_000)
+        body = form_of_parts((A_FILE[0], WAV + bytes(2_000)))
+        assert self.post(server, "audio/transcriptions", body, A_FORM).status_code == 413
+        assert fake.chat_calls() == []
+
+    def test_who_may_call(self, serve, make, fake):
+        server = serve(make(), api_key=KEY, allowed_origins=["https://app.example"])
+        asked = {"prompt": "a dot"}
+        assert self.post(server, "images/generations", asked).status_code == 401
+        key = {"Authorization": f"Bearer {KEY}", "Origin": "https://app.example"}
+        told = self.post(server, "images/generations", asked, **key)
+        assert told.ok and told.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        told = get_from(server, "/v1/audio/speech", **key)
+        assert (told.status_code, told.headers["Allow"]) == (405, "POST")
+        told = get_from(server, "/v1/images/generations", "OPTIONS", Origin="https://app.example")
+        assert told.status_code == 204
+        # who may use chosen models alone is not to spend on others
+        few = serve(make(), models=[OPUS])
+        assert self.post(few, "images/generations", asked).status_code == 404
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_client_that_hangs_up(self, server, fake):
+        body = b'{"prompt": "scenario: hang"}'
+        with connected(server) as sock:
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            assert eventually(lambda: fake.accounts["token-alice"].running == 1)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0)
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_sound_that_is_only_a_url(self, server, fake):
+        fake.routes["GET", "/samples/tts_example.mp3"] = refuses(404, "not_found", "Not Found")
+        asked = {"input": "x", "model": "tts-1", "voice": "nova", "test_mode": True}
+        told = self.post(server, "audio/speech", asked)
+        assert told.status_code == 502 and "only a URL" in told.json()["error"]["message"]
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        told = self.post(server, "images/generations", {"prompt": "x", "test_mode": True})
+        assert told.json()["data"] == [{"url": f"{fake.url}/samples/image_example.png"}]
 
 
 # =============================================================================
