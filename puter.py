@@ -8384,12 +8384,12 @@ def _prepare_streams() -> None:
 
 def _parsed(argv: Sequence[str] | None) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
-    is_split = words[:1] == ["launch"] and "--" in words
-    end = words.index("--") if is_split else len(words)
+    end = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
     parser = build_parser()
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
-        meant = _did_you_mean(unknown[0], args.names) if unknown[0].startswith("-") else ""
+        is_option = unknown[0].startswith("-")
+        meant = _did_you_mean(unknown[0], _words_of(args.command)) if is_option else ""
         if not meant and args.run is cmd_ask:
             meant = "Put the question into quotes, behind the options."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
@@ -8397,11 +8397,11 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     return args
 
 
-# The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
-# a list of them excludes one another.
+# Names and keywords for argparse's `add_argument`.
 _Option = tuple[list[str], JSON]
 _Run = Callable[[Any], int | None]
-_COMMANDS: dict[str, tuple[_Run, tuple[_Option | list[_Option], ...], str]] = {}
+# By name: the function, its arguments (several in a list exclude one another), the epilog.
+_COMMANDS: dict[str, tuple[_Run, list[list[_Option]], str]] = {}
 
 
 def _opt(usage: str, help: str, **keywords: Any) -> _Option:
@@ -8417,7 +8417,8 @@ def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_
     """Makes a function `cmd_x` the command `x`; its docstring is the help."""
 
     def add(run: _Run) -> _Run:
-        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
+        groups = [one if isinstance(one, list) else [one] for one in options]
+        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, groups, epilog)
         return run
 
     return add
@@ -8436,19 +8437,23 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, options, epilog) in _COMMANDS.items():
+    for name, (run, groups, epilog) in _COMMANDS.items():
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
-        known: list[str] = []
-        command.set_defaults(run=run, names=known)
-        for option in options:
-            alone = isinstance(option, list)
-            group = command.add_mutually_exclusive_group() if alone else command
-            for names, keywords in option if isinstance(option, list) else [option]:
+        command.set_defaults(run=run, command=name)
+        for options in groups:
+            group = command.add_mutually_exclusive_group() if len(options) > 1 else command
+            for names, keywords in options:
                 group.add_argument(*names, **keywords)
-                known += names
     return parser
+
+
+def _words_of(command: str) -> list[str]:
+    """The options of a command, and what it may be given."""
+    options = [option for group in _COMMANDS[command][1] for option in group]
+    names = [name for names, _ in options for name in names if name.startswith("-")]
+    return ["--help", *names, *(c for _, more in options for c in more.get("choices", ()))]
 
 
 def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
@@ -8513,16 +8518,12 @@ def _has_style(output: Any) -> bool:
     return output.isatty() and not plain
 
 
-def _shown(text: str, style: str, output: Any) -> str:
-    """A text as this output gets it: no control character of it reaches a terminal."""
-    text = visible(text) if output.isatty() else text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and _has_style(output) else text
-
-
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
+    output, shown = output or sys.stdout, ""
     pieces = [(line, style)] if isinstance(line, str) else line
-    output = output or sys.stdout
-    shown = "".join(_shown(*piece, output) for piece in pieces)
+    for text, look in pieces:
+        text = visible(text) if output.isatty() else text
+        shown += f"\x1b[{_STYLES[look]}m{text}\x1b[0m" if look and _has_style(output) else text
     print(shown, end=end, file=output, flush=True)
     _StderrHandler.is_line_open = not (pieces[-1][0] + end).endswith("\n")
 
@@ -8570,10 +8571,6 @@ def _budget(args: Any) -> JSON:
     return {} if args.budget is None else {"budget_usd": args.budget}
 
 
-def _is_interactive() -> bool:
-    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
-
-
 def _read_line(prompt: str) -> str:
     if sys.stdout.isatty():
         return input(prompt)
@@ -8585,7 +8582,8 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     try:
         return work()
     except AuthError:
-        if client.accounts or not _is_interactive():
+        is_interactive = sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+        if client.accounts or not is_interactive:
             raise
     _info("You are not signed in.")
     answer = "no"
@@ -8728,10 +8726,8 @@ class _SavedTalk(Conversation):
 
     @property
     def path(self) -> Path:
-        """The file."""
-        if not self.name:
-            return self.folder / CONVERSATION_NAME
-        return self.folder / CONVERSATIONS_FOLDER / f"{self.name}.json"
+        name = f"{CONVERSATIONS_FOLDER}/{self.name}.json" if self.name else CONVERSATION_NAME
+        return self.folder / name
 
     def read(self) -> None:
         """Become what is saved; raises `StoreError` for a file that holds no conversation."""
@@ -8830,7 +8826,7 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
         if thinking:
             _info("")
         if last and not last.endswith("\n"):
-            print(flush=True)
+            _print("")
 
 
 class _Spinner(threading.Thread):
@@ -8971,8 +8967,7 @@ class _Chat:
 
     def commands(self) -> dict[str, Callable[[str], None]]:
         """What each command does, by its name with the slash."""
-        names = [name for name in vars(_Chat) if name.startswith("do_")]
-        return {f"/{name[3:]}": getattr(self, name) for name in names}
+        return {f"/{n[3:]}": getattr(self, n) for n in vars(_Chat) if n.startswith("do_")}
 
     def do_model(self, name: str) -> None:
         """/model NAME    ask another model (alone: say which)"""
@@ -9060,16 +9055,16 @@ class _Chat:
         """For readline: the command, model or file number `state` that begins so."""
         import readline
 
-        command, space, _ = readline.get_line_buffer().partition(" ")
-        names: Iterable[str] = ()
-        if state == 0 and not space:
-            names = self.commands()
-        elif state == 0 and command in ("/attach", "/save"):
-            names = glob.glob(glob.escape(text) + "*")
-        elif state == 0 and command == "/model":
-            with suppress(PuterError):  # none without the list
-                names = [m.id for m in self.client.models()]
         if state == 0:
+            command, space, _ = readline.get_line_buffer().partition(" ")
+            names: Iterable[str] = ()
+            if not space:
+                names = self.commands()
+            elif command in ("/attach", "/save"):
+                names = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    names = [m.id for m in self.client.models()]
             self.matches = [name for name in names if name.startswith(text)]
         return self.matches[state] if state < len(self.matches) else None
 
@@ -9178,11 +9173,12 @@ def cmd_conversations(args: Any) -> None:
     ],
     _opt("--port PORT", f"where to wait, and only there ({LOGIN_PORT}, or any free)", type=_PORT),
 )
-def cmd_login(args: Any) -> int:
+def cmd_login(args: Any) -> None:
     """Sign in and keep the account."""
     with _client() as client:
         if args.file is not None:
-            return _import_accounts(client, args.file)
+            _import_accounts(client, args.file)
+            return
         if args.with_token:
             if not (token := _read_token()):
                 hint = "Try: python -m puter login --with-token < FILE"
@@ -9195,7 +9191,6 @@ def cmd_login(args: Any) -> int:
         else:
             account = _sign_in(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
-    return 0
 
 
 def _read_token() -> str:
@@ -9240,7 +9235,7 @@ def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _import_accounts(client: Puter, name: str) -> int:
+def _import_accounts(client: Puter, name: str) -> None:
     store = client.store
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
@@ -9265,7 +9260,6 @@ def _import_accounts(client: Puter, name: str) -> int:
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
     _print(f"{_plural(len(imported), 'account')} from {path}")
-    return 0
 
 
 @_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
@@ -9488,11 +9482,9 @@ def _table(
     for row in rows:
         cells = [f"{_cut(row[i], widths[i]):{sides[i]}{widths[i]}}" for i in columns]
         cells[-1] = cells[-1].rstrip()
-        if row is rows[0]:
-            yield [("  ".join(cells), "head")]
-            continue
         styles = ["bold", *("green" if row[i] == "free" else "" for i in columns[1:])]
-        yield [piece for one in zip(cells, styles) for piece in (("  ", ""), one)][1:]
+        gapped = chain.from_iterable((("  ", ""), cell) for cell in zip(cells, styles))
+        yield [("  ".join(cells), "head")] if row is rows[0] else list(gapped)[1:]
 
 
 def _columns() -> int:
@@ -9575,18 +9567,15 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Li
         ended = one.successes + sum(one.failures.values())
         rate = f"{100 * one.successes / ended:.0f}" if ended else "-"
         counts = (str(one.requests), rate if styled else str(one.successes))
+        longest = max(one.times, default=0.0) or 1.0
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cells = (one.model, *counts, *times, speed, f"${one.cost_usd:.4f}")
-        rows.append((*cells, *[_sparkline(one.times)] * styled))
+        rows.append((*cells, *[bars or "-"] * styled))
     yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
-
-
-def _sparkline(times: Sequence[float]) -> str:
-    longest = max(times, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in times) or "-"
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -10397,27 +10386,16 @@ autoload -Uz bashcompinit && bashcompinit
 def cmd_completion(args: Any) -> None:
     """Print a script that completes the commands and options of `puter`."""
     is_fish, cases = args.shell == "fish", ""
-    for command, words in _completions().items():
+    for command in ("", *_COMMANDS):  # none yet, and each
+        words = " ".join(_words_of(command) if command else _COMMANDS)
         if is_fish:
             when = f"seen_subcommand_from {command}" if command else "use_subcommand"
-            cases += f"complete -c puter -n '__fish_{when}' -a '{' '.join(words)}'\n"
+            cases += f"complete -c puter -n '__fish_{when}' -a '{words}'\n"
         else:
             place = f"*:{command}" if command else "1:*"
-            cases += f"        {place}) words='{' '.join(words)}' ;;\n"
+            cases += f"        {place}) words='{words}' ;;\n"
     head = _ZSH_HEAD if args.shell == "zsh" else ""
     _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
-
-
-def _completions() -> dict[str, list[str]]:
-    """The words that may follow each command ("": none yet)."""
-    words = {"": list(_COMMANDS)}
-    for command, (_, options, _) in _COMMANDS.items():
-        words[command] = ["--help"]
-        for option in options:
-            for names, keywords in option if isinstance(option, list) else [option]:
-                words[command] += (name for name in names if name.startswith("-"))
-                words[command] += keywords.get("choices", ())
-    return words
 
 
 if __name__ == "__main__":
