@@ -8568,6 +8568,10 @@ def _budget(args: Any) -> JSON:
     return {} if args.budget is None else {"budget_usd": args.budget}
 
 
+def _is_interactive() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
+
+
 def _read_line(prompt: str) -> str:
     if sys.stdout.isatty():
         return input(prompt)
@@ -8579,8 +8583,7 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     try:
         return work()
     except AuthError:
-        is_interactive = sys.stdin.isatty() and sys.stderr.isatty() and not os.environ.get("CI")
-        if client.accounts or not is_interactive:
+        if client.accounts or not _is_interactive():
             raise
     _info("You are not signed in.")
     answer = "no"
@@ -8853,8 +8856,7 @@ class _Spinner(threading.Thread):
             reason = self._reason if time.monotonic() < self._until else reason
             words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
             _info(_cut(words.rstrip(), _columns() - 1), dim=True, end="")
-        sys.stderr.write(_WIPE)
-        sys.stderr.flush()
+        _info("", end=_WIPE)
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -10231,11 +10233,10 @@ def _launch_log(config: Config) -> Iterator[None]:
     os.makedirs(path.parent, 0o700, exist_ok=True)
     with _failing(f"{path} cannot be opened", "Move it away."):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with open(descriptor, "a", 1, encoding="utf-8") as log:
+    with open(descriptor, "a", 1, encoding="utf-8") as log, redirect_stderr(log):
         size = log.tell()
-        with redirect_stderr(log):
-            _show_log(logging.DEBUG if config.debug else logging.WARNING)
-            yield
+        _show_log(logging.DEBUG if config.debug else logging.WARNING)
+        yield
         has_grown = log.tell() > size
     if has_grown:
         _info(f"What happened meanwhile is in {path}")
