@@ -67,7 +67,7 @@ import typing
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache, partial, wraps
@@ -86,14 +86,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
-    "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt",
+    "AccessError", "Account", "AccountStore", "AllAccountsOnCooldownError", "Attempt", "Audio",
     "AuthError", "BadRequestError", "BudgetError", "BusyError", "Chunk", "Config", "ConfigError",
     "ContextLengthError", "Conversation", "Cooldown", "Credit", "CreditError", "Model",
     "ModelAccessError", "ModelNotFoundError", "ModelRateLimitError", "ModelStats",
     "ModelUnavailableError", "NetworkError", "OpenAIServer", "Picture", "ProviderAuthError",
     "Puter", "PuterError", "RateLimitError", "Reply", "ReplyError", "RequestTimeoutError",
     "ServerError", "State", "StoreError", "Stream", "StreamError", "SubscriptionError",
-    "ToolCall", "Usage", "chat", "stream",
+    "ToolCall", "Transcript", "Usage", "chat", "stream",
 ]  # fmt: skip
 
 # Puter's own default: cheap, so that a forgotten `model=` costs little.
@@ -517,6 +517,7 @@ _HINT_BY_CODE = {
     "`python -m puter login`, which gets a token of the right kind.",
     "not_found": "The server does not know this call: check `api_base_url`.",
     "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
+    "moderation_blocked": "The provider's moderation blocked the request: word it differently.",
 }
 # What a provider's own status would have been called, had it come before a stream (recorded).
 _UPSTREAM_CODES = {
@@ -579,6 +580,8 @@ def _error_fields(body: Any) -> tuple[str, str | None, int | None, str]:
     last = attempts[-1] if isinstance(attempts, list) and attempts else None
     words = provider_error(last.get("error"))[1] if isinstance(last, Mapping) else ""
     code = error["code"] if isinstance(error.get("code"), str) else None
+    # more telling than that the provider refused it (recorded)
+    code = "moderation_blocked" if error.get("upstreamCode") == "moderation_blocked" else code
     status = error["status"] if isinstance(error.get("status"), int) else None
     return provider_error(message)[1][:2_000], code, status, words[:500]
 
@@ -662,26 +665,59 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
+class _Medium:
+    """What a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
     data: bytes = field(default=b"", repr=False)
-    mime: str = "image/png"
+    mime: str = ""
     url: str = ""
 
     def as_url(self) -> str:
-        """The picture as a URL: its own, or a data URL."""
+        """A URL of it: its own, or a data URL."""
         return self.url or f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture to a new file; raises OSError, and `BadRequestError` without data."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write it to a new file; raises OSError, and `BadRequestError` without data."""
         if not self.data:
-            raise BadRequestError("The picture is only a URL", hint=f"Load it from {self.url}.")
-        with open(path, "xb") as file:
+            raise BadRequestError("There is only a URL", hint=f"Load it from {self.url}.")
+        with open(path, "wb" if overwrite else "xb") as file:
             file.write(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(_Medium):
+    """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
+
+    mime: str = "image/png"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {self.mime: self.data} if self.data else {"text/markdown": f"![]({self.url})"}
+
+
+@dataclass(frozen=True, slots=True)
+class Audio(_Medium):
+    """A sound that a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
+
+    mime: str = "audio/mpeg"
+
+    def _repr_html_(self) -> str:
+        return f'<audio controls src="{self.as_url()}"></audio>'
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What a recording says; `raw` holds what else the model told of it."""
+
+    text: str
+    raw: JSON = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def segments(self) -> list[JSON]:
+        """The pieces with their times, where the model gives them."""
+        return self.raw.get("segments") or []
 
 
 @dataclass(slots=True)
@@ -759,6 +795,7 @@ class Model:
 
     `inputs` are kinds such as "text", "image", "pdf"; `tools` is None when the catalogue does
     not say (then it may well work). `released` is a date such as "2025-11-01", or None.
+    `usd_per_image` is the price of a picture where it is one for all of them.
     """
 
     id: str
@@ -773,6 +810,7 @@ class Model:
     input_usd_per_million: float | None = None
     output_usd_per_million: float | None = None
     released: str | None = None
+    usd_per_image: float | None = None
 
     @property
     def window(self) -> int | None:
@@ -2279,6 +2317,15 @@ _IMAGE_KINDS = {
     "image/gif": rb"GIF8[79]a",
     "image/webp": rb"RIFF....WEBP",
 }
+_PAGE_KINDS = {**_IMAGE_KINDS, "application/pdf": rb"%PDF-"}
+_AUDIO_KINDS = {
+    "audio/wav": rb"RIFF....WAVE",
+    "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",
+    "audio/mp4": rb"....ftyp",
+    "audio/ogg": rb"OggS",
+    "audio/flac": rb"fLaC",
+    "audio/webm": rb"\x1aE\xdf\xa3",
+}
 
 
 def image_part(image: Image) -> JSON:
@@ -2351,10 +2398,19 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         raise BadRequestError(problem, hint="Check the path.") from error
 
 
-def image_kind(data: bytes) -> str | None:
-    """The MIME type of an image by its first bytes, or None if it is none we know."""
-    kinds = _IMAGE_KINDS.items()
-    return next((kind for kind, start in kinds if re.match(start, data, re.DOTALL)), None)
+def image_kind(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | None:
+    """The MIME type of an image (or another of `kinds`) by its first bytes; None for others."""
+    return next((k for k, start in kinds.items() if re.match(start, data, re.DOTALL)), None)
+
+
+def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
+    """A path, bytes or (name, bytes) as a data URL; `BadRequestError` if it is none of `kinds`."""
+    named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
+    data, name = source[::-1] if named else _bytes_of(source, what)
+    if kind := image_kind(data, kinds):
+        return _Medium(data, kind).as_url()
+    known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
+    raise BadRequestError(f"{name} is none of {known}", hint="Convert it first.", param=what)
 
 
 # ---- tools: functions to schemas, a model's arguments to Python values ----
@@ -3346,6 +3402,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         input_usd_per_million=usd.get(entry.get("input_cost_key")),
         output_usd_per_million=usd.get(entry.get("output_cost_key")),
         released=entry.get("release_date"),
+        usd_per_image=usd.get("per-image") if len(costs) == 1 else None,
     )
 
 
@@ -3561,6 +3618,7 @@ class Asked(NamedTuple):
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
     returns: Returns | None = None
+    is_chat: bool = True
 
 
 class World(NamedTuple):
@@ -3961,15 +4019,16 @@ class _Transport:
                     # it was worked for, and billed: nobody asks for it again
                     raise ReplyError(f"The answer broke off: {error.message}") from error
                 raise
-        response._content = without_token(data.decode("utf-8", "replace"), token).encode()
+        # byte by byte: it may be a sound
+        response._content = without_token(data.decode("latin-1"), token).encode("latin-1")
         response.headers["Location"] = without_token(response.headers.get("Location", ""), token)
 
-    def download(self, url: str) -> tuple[bytes, str]:
+    def download(self, url: str, cancellation: _Cancellation | None = None) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        options = {"auth": _bearer("")}
+        options, cancellation = {"auth": _bearer("")}, cancellation or _Cancellation()
         try:
-            with self._open("GET", url, options, timeout_s, _Cancellation()) as response:
+            with self._open("GET", url, options, timeout_s, cancellation) as response:
                 _read_into(data, response, timeout_s, MAX_FILE_BYTES)
         except NetworkError as error:
             error.hint = "Check the URL and the network."
@@ -4231,6 +4290,47 @@ _OTHER_NAMES = {
     "stream": "the method `stream`",
     "max_rounds": "`run`, which takes it",
     "on_tool": "`run`, which takes it",
+    # it would write into the storage of the account
+    "puter_output_path": "`save` of the result",
+}
+
+
+class _Job(NamedTuple):
+    """Work that is no chat: how it is called, how its arguments are made, its result is read.
+
+    `names` are the arguments that are known beside those of every job; all are passed on.
+    """
+
+    interface: str
+    method: str
+    names: str
+    args: Callable[[Any], JSON]
+    read: Callable[[Any], Any]
+
+
+_JOB_ARGUMENTS = ("model", "provider", "test_mode")
+# By what comes of them. Without a provider, Puter takes one that a server may lack (recorded).
+_JOBS: dict[type[Any], _Job] = {
+    Picture: _Job(
+        *("puter-image-generation", "generate", "quality ratio aspect_ratio"),
+        *(lambda prompt: {"prompt": prompt}, picture_from),
+    ),
+    Audio: _Job(
+        *("puter-tts", "synthesize", "voice response_format instructions"),
+        lambda text: {"text": text, "provider": "openai"},
+        lambda result: Audio(url=picture_from(result).url),
+    ),
+    Transcript: _Job(
+        *("puter-speech2txt", "transcribe", "response_format language prompt"),
+        lambda audio: {"file": data_url(audio, "audio", _AUDIO_KINDS)},
+        # a text where a form of text was asked for (recorded)
+        lambda r: Transcript(r) if isinstance(r, str) else Transcript(joined_halves(r["text"]), r),
+    ),
+    str: _Job(
+        *("puter-ocr", "recognize", ""),
+        lambda source: {"source": data_url(source, "source", _PAGE_KINDS)},
+        lambda result: "\n".join(b["text"] for b in result["blocks"] if _is_text(b.get("text"))),
+    ),
 }
 
 
@@ -4241,6 +4341,8 @@ class _Exchange:
     asked: Asked
     is_stream: bool
     cancellation: _Cancellation
+    # how it is sent to a model on an account
+    open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
     attempts: list[Attempt] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
@@ -4426,8 +4528,11 @@ class _Catalogue:
     config: Config
     state: State
     transport: _Transport
-    # a foreign server's; Puter's own list needs no token
+    # a foreign server's; Puter's own lists need no token
     key: str
+    # where the state keeps it
+    place: str
+    kind: str = "chat"
     _models: ModelList | None = None
     _fetched_at: float = 0.0
     # whether it is older than asked for, since the server could not be reached
@@ -4468,7 +4573,7 @@ class _Catalogue:
         """The list as far as is known without asking anybody; read from the disk once."""
         if self._models is None:
             self._models = ModelList()
-            stored = self.state.catalogue(self.config.api_base_url)
+            stored = self.state.catalogue(self.place)
             # one that cannot be read is as good as none
             with suppress(PuterError, ValueError):
                 if stored:
@@ -4486,7 +4591,7 @@ class _Catalogue:
             raise copy.copy(error).with_traceback(None)
         url, key = f"{self.config.api_base_url}/models", self.key
         if not is_foreign(self.config):
-            url, key = f"{_api_origin(self.config)}/puterai/chat/models/details", ""
+            url, key = f"{_api_origin(self.config)}/puterai/{self.kind}/models/details", ""
         timeout_s = min(MODELS_TIMEOUT_S, self.config.api_timeout_ms / 1000)
         try:
             body = body_of(self.transport.send("GET", url, token=key, timeout_s=timeout_s))
@@ -4495,7 +4600,7 @@ class _Catalogue:
             self._failure = (copy.copy(error), time.monotonic())
             raise
         self._models, self._fetched_at, self._failure = models, time.time(), None
-        self.state.put_catalogue(self.config.api_base_url, json.dumps(body), self._fetched_at)
+        self.state.put_catalogue(self.place, json.dumps(body), self._fetched_at)
         return models
 
 
@@ -4505,6 +4610,7 @@ class _Api(NamedTuple):
     config: Config
     transport: _Transport
     catalogue: _Catalogue
+    drawing: _Catalogue
 
     def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
         """Ask, and read up to the first chunk, or all of a whole reply.
@@ -4545,6 +4651,45 @@ class _Api(NamedTuple):
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
         return _Incoming(batches, lambda: with_true_end(decoder.reply(), limit), started)
+
+    def work(
+        self, job: _Job, call: _Exchange, model: str, account: Account, stack: ExitStack
+    ) -> _Incoming:
+        """Have a job done; what came of it is the `result` in the `raw` of the reply."""
+        started, args = time.monotonic(), dict(call.asked.args)
+        if model != job.interface:
+            args["model"] = model
+        body = {"interface": job.interface, "method": job.method, "args": args}
+        how: JSON = {"timeout_s": call.asked.timeout_s, "cancellation": call.cancellation}
+        url = f"{_api_origin(self.config)}/drivers/call"
+        _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
+        response = self.transport.send("POST", url, token=account.token, body=body, **how)
+        result = self._result(job, response, call.cancellation)
+        cost = 0.0 if args.get("test_mode") else None
+        if cost is None and "model" in args and isinstance(result, Picture):
+            known = self.drawing.models_if_any("The price is not known").get(model)
+            cost = known.usd_per_image if known else None
+        raw = {"result": result}
+        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
+
+    def _result(self, job: _Job, response: requests.Response, cancellation: _Cancellation) -> Any:
+        kind = content_type(response)
+        if response.status_code == 200 and kind.startswith("audio/"):
+            return Audio(response.content, kind)
+        body = body_of(response)
+        try:
+            result = job.read(body["result"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _no_reply(f"The result has an unknown format ({error!r})", body) from error
+        if isinstance(result, _Medium) and not result.data:
+            try:
+                data, kind = self.transport.download(result.url, cancellation)
+                kind = image_kind(data, _IMAGE_KINDS | _AUDIO_KINDS) or kind
+                return replace(result, data=data, mime=kind or result.mime)
+            except PuterError as error:
+                # it is made, and paid for: whoever asked can still load it
+                _log.warning("%s could not be loaded: %s", result.url, error)
+        return result
 
     def form(self, request: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
@@ -4789,9 +4934,11 @@ class Puter:
         self._metrics = self._state_in(self.config.metrics_file)
         self._reply_cache = self._state_in(self.config.cache_directory, "cache.sqlite3")
         self._transport = _Transport(self.config, session)
-        self._catalogue = _Catalogue(self.config, self.state, self._transport, token or "")
+        own, place = (self.config, self.state, self._transport), self.config.api_base_url
+        self._catalogue = _Catalogue(*own, token or "", place)
+        self._drawing = _Catalogue(*own, "", f"{place}#image", "image")
         self._accounts = _Accounts(self.config, self.store, self.state, token, account)
-        self._api = _Api(self.config, self._transport, self._catalogue)
+        self._api = _Api(self.config, self._transport, self._catalogue, self._drawing)
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._costs_usd: list[float] = []
         self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
@@ -4827,6 +4974,7 @@ class Puter:
         """A forked child begins without connections, and with nothing running."""
         self._transport.after_fork()
         self._catalogue.after_fork()
+        self._drawing.after_fork()
         self._limits = {}
 
     # ---- asking ----
@@ -4935,6 +5083,41 @@ class Puter:
     ) -> Conversation:
         """A conversation that remembers its turns; `options` are `chat`'s, for each turn."""
         return Conversation(system, model=model, client=self, **options)
+
+    # ---- pictures and sound: no other model answers; `args` are passed on, as `image` says ----
+
+    def image(
+        self,
+        prompt: str,
+        model: str | Model | None = None,
+        images: Sequence[Image] = (),
+        **args: Any,
+    ) -> Picture:
+        """Have a picture drawn, or `images` (paths, bytes, URLs) changed.
+
+        Without a `model` the server's own draws. `args` go to Puter: quality, ratio ({"w": 3,
+        "h": 2}), aspect_ratio ("16:9"), provider…; `test_mode=True` gives a sample without
+        cost. `timeout_ms` is as for `chat`, by default ten minutes.
+        """
+        return self._make(Picture, prompt, model=model, images=images, **args)[0]
+
+    def speech(
+        self, text: str, voice: str | None = None, model: str | Model | None = None, **args: Any
+    ) -> Audio:
+        """Have a text spoken; other `args`: response_format ("mp3", "wav"…), instructions."""
+        return self._make(Audio, text, voice=voice, model=model, **args)[0]
+
+    def transcribe(self, audio: File, **args: Any) -> Transcript:
+        """What is said in a recording: a path, bytes or (name, bytes).
+
+        Other `args`: language, prompt, response_format ("text"; with `model="whisper-1"` also
+        "srt", "vtt" and "verbose_json", which has segments).
+        """
+        return self._make(Transcript, audio, **args)[0]
+
+    def ocr(self, source: File, **args: Any) -> str:
+        """The text of a picture or PDF: a path, bytes or (name, bytes)."""
+        return self._make(str, source, **args)[0]
 
     # ---- the account and the catalogue ----
 
@@ -5069,6 +5252,34 @@ class Puter:
             deque(stream, maxlen=0)
             return stream.reply
 
+    def _make(
+        self, kind: type[_T], given: Any, cancellation: _Cancellation | None = None, **args: Any
+    ) -> tuple[_T, Reply]:
+        """Have one of the `_JOBS` done: what came of it, and the reply that brought it."""
+        job, args = _JOBS[kind], {k: v for k, v in args.items() if v is not None}
+        known = (*_JOB_ARGUMENTS, "images", "timeout_ms", *job.names.split())
+        for argument in args.keys() - known:
+            if hint := what_is_meant(argument, known):
+                raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
+        hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
+        _require(not is_foreign(self.config), "api_style", style, hint)
+        content = job.args(given)
+        _require(all(map(_is_text, content.values())), "What is asked", given, "Give a text.")
+        # without a model the server's own does it, which goes by the name of the interface here
+        model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
+        timeout_ms = args.pop("timeout_ms", longest)
+        asked = self._build_request("-", model, fallback=False, timeout_ms=timeout_ms)
+        if images := _as_list(args.pop("images", ()), "images"):
+            # only data URLs are taken (recorded)
+            is_url = re.compile("(?i)https?://").match
+            own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
+            args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
+        asked = asked._replace(args=content | args, is_chat=False)
+        way = partial(self._api.work, job)
+        with self._open_once(asked, cancellation or _Cancellation(), False, way) as stream:
+            deque(stream, maxlen=0)
+            return stream.reply.raw["result"], stream.reply
+
     def _open(
         self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
     ) -> Stream:
@@ -5104,9 +5315,16 @@ class Puter:
         message = f"The answer of {reply.model} does not fit `returns`: {problem}"
         raise ReplyError(message, raw=said, reply=reply, hint=hint, **who)
 
-    def _open_once(self, asked: Asked, cancellation: _Cancellation, is_stream: bool) -> Stream:
-        call = _Exchange(asked, is_stream, cancellation)
-        if self.config.cache_enabled and (cached := self._cached(asked)):
+    def _open_once(
+        self,
+        asked: Asked,
+        cancellation: _Cancellation,
+        is_stream: bool,
+        way: Callable[..., _Incoming] | None = None,
+    ) -> Stream:
+        call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
+        may_be_cached = self.config.cache_enabled and asked.is_chat
+        if may_be_cached and (cached := self._cached(asked)):
             return Stream(_Incoming.of(cached), cancellation, cached.model, cached.account)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
@@ -5232,7 +5450,7 @@ class Puter:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
                 started = time.monotonic()
                 try:
-                    source = self._api.open(call, model, account, stack)
+                    source = call.open(call, model, account, stack)
                 except PuterError as error:
                     failure = error
                 else:
@@ -5269,7 +5487,7 @@ class Puter:
     ) -> PuterError:
         """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
-        if isinstance(error, CreditError):
+        if isinstance(error, CreditError) and call.asked.is_chat:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
@@ -5329,6 +5547,8 @@ class Puter:
         # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
         is_own = error.code in _KIND_BY_CODE and code != "invalid_api_key"
         is_limit = error.scope == "account" and is_own and "concurrent" not in error.message
+        # what is too little for a picture may do for a chat
+        is_limit &= call.asked.is_chat or not isinstance(error, CreditError)
         if error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
             model_id, ms = self._world(call).models.id_of(target.model), config.fallback_cooldown_ms
@@ -5343,10 +5563,14 @@ class Puter:
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
-        models = self._catalogue.models_if_any("No similar name was looked up")
+        why = "No similar name was looked up"
+        models = (self._catalogue if call.asked.is_chat else self._drawing).models_if_any(why)
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
+            if not call.asked.is_chat:
+                # the command does not list them
+                unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip()
             if models:
                 error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
             if call.asked.model == self.config.default_model:
@@ -5375,7 +5599,7 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if self.config.cache_enabled and not is_odd:
+        if self.config.cache_enabled and request.is_chat and not is_odd:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
         self._on_answer(request.model, reply)
@@ -5389,11 +5613,11 @@ class Puter:
 
 
 @lru_cache
-def what_is_meant(name: str) -> str:
+def what_is_meant(name: str, names: tuple[str, ...] = ()) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    names = ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    names = names or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
@@ -6998,6 +7222,68 @@ def model_object(model: Model) -> JSON:
     }
 
 
+# ---- pictures and sound ----
+
+# What a path makes, and the field of what it is made of.
+MEDIA: dict[str, tuple[type[Any], str]] = {
+    "/v1/images/generations": (Picture, "prompt"),
+    "/v1/audio/speech": (Audio, "input"),
+    "/v1/audio/transcriptions": (Transcript, "file"),
+}
+
+
+def media_args(path: str, body: JSON) -> JSON:
+    """The arguments of a job, from what OpenAI's clients send; raises `BadRequestError`."""
+    kind, given = MEDIA[path]
+    # a text would be a path of this computer
+    if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
+        raise _wrong(f"{given} is missing, or not sent as it must be", given)
+    if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
+        raise _wrong("one result is given out whole: leave out n and stream")
+    names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
+    args = {key: value for key, value in _only(body, *names).items() if value != "auto"}
+    if (size := body.get("size")) not in (None, "auto"):
+        if not (found := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(size))):
+            raise _wrong("size must be WIDTHxHEIGHT", "size")
+        args["ratio"] = {"w": int(found[1]), "h": int(found[2])}
+    return args
+
+
+def media_body(body: JSON, result: Any) -> tuple[JSON | bytes, str]:
+    """(what came of a job as OpenAI's clients await it, its MIME type)"""
+    wanted = body.get("response_format")
+    if isinstance(result, Audio):
+        if not result.data:
+            raise ReplyError("The sound is only a URL", hint=f"Load it from {result.url}.")
+        return result.data, result.mime
+    if isinstance(result, Picture):
+        shown = {"url": result.as_url()}
+        if result.data and wanted != "url":
+            shown = {"b64_json": base64.b64encode(result.data).decode()}
+        return {"created": int(time.time()), "data": [shown]}, "application/json"
+    if wanted in ("text", "srt", "vtt"):
+        return result.text.encode(), "text/plain; charset=utf-8"
+    return {**result.raw, "text": result.text}, "application/json"
+
+
+def form_body(data: bytes, kind: str) -> JSON:
+    """The fields of a form (multipart/form-data, RFC 7578); a file is (name, bytes)."""
+    from email.parser import BytesHeaderParser
+
+    read, fields = BytesHeaderParser().parsebytes, {}
+    boundary = read(f"Content-Type: {kind}".encode("latin-1")).get_boundary("")
+    parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
+    if not boundary or parts[-1][:2] != b"--":
+        raise _wrong("the form has no end, or too many parts")
+    for part in parts[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        headers = read(head[:8_192].lstrip(b"\r\n"))
+        name, file = headers.get_param("name", "", "content-disposition"), headers.get_filename()
+        is_file = file is not None
+        fields[str(name)] = (file, content) if is_file else content.decode("utf-8", "replace")
+    return fields
+
+
 # ---- who may call ----
 
 
@@ -7466,16 +7752,20 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self.close_connection = True
             raise refused
         is_models = path == "/v1/models" or path.startswith("/v1/models/")
+        # what serves chosen models alone makes nothing else
+        is_posted = path in DIALECTS or (path in MEDIA and not self.app.models)
         if is_preflight:
             self._send(204, None)
-        elif not (is_models or path in DIALECTS or path in ("/", "/health")):
+        elif not (is_models or is_posted or path in ("/", "/health")):
             advice = "leave /v1 out of the URL" if path.startswith("/v1/v1/") else "the base is /v1"
             raise _wrong(f"there is no {path[:200]} here; {advice}", status=404)
-        elif self.command not in (allowed := ("POST",) if path in DIALECTS else ("GET", "HEAD")):
+        elif self.command not in (allowed := ("POST",) if is_posted else ("GET", "HEAD")):
             self.reply_headers["Allow"] = ", ".join(allowed)
             raise _wrong(f"{self.command} is not for {path[:200]}", status=405)
         elif path in DIALECTS:
             self._answer_dialect(DIALECTS[path], self._read_body())
+        elif is_posted:
+            self._answer_media(path, self._read_body())
         elif path == "/v1/models":
             served = self.app.models
             listed = [m for m in client.models() if not served or m.id in served]
@@ -7508,6 +7798,14 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             reply = self._complete(asked, request)
             self.reply_headers |= answer_headers(reply)
             self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
+
+    def _answer_media(self, path: str, data: bytes) -> None:
+        form = self.headers.get("Content-Type", "")
+        body = form_body(data, form) if form.lower().startswith("multipart/") else _json_body(data)
+        args, (kind, given) = media_args(path, body), MEDIA[path]
+        result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
+        self.reply_headers |= answer_headers(reply)
+        self._send(200, *media_body(body, result))
 
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.answer:
@@ -7599,14 +7897,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.close_connection = True
         self._fail(_wrong(message or "it cannot be read", status=int(code)))
 
-    def _send(self, status: int, body: JSON | None) -> None:
-        data = b"" if body is None else json.dumps(body).encode()
-        if data:
-            length = str(len(data))
-            self.reply_headers |= {"Content-Type": "application/json", "Content-Length": length}
+    def _send(self, status: int, body: JSON | bytes | None, kind: str = "application/json") -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if body is not None:
+            self.reply_headers |= {"Content-Type": kind, "Content-Length": str(len(data))}
         self.close_connection |= self.unread
         self._send_head(status)
-        self.wfile.write(b"" if self.command == "HEAD" else data)
+        self.wfile.write(b"" if self.command == "HEAD" or body is None else data)
         self.wfile.flush()
         if self.unread:
             self._discard()
@@ -8252,12 +8549,12 @@ def _prepare_streams() -> None:
 
 def _parsed(argv: Sequence[str] | None) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
-    is_split = words[:1] == ["launch"] and "--" in words
-    end = words.index("--") if is_split else len(words)
+    end = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
     parser = build_parser()
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
-        meant = _did_you_mean(unknown[0], args.names) if unknown[0].startswith("-") else ""
+        is_option = unknown[0].startswith("-")
+        meant = _did_you_mean(unknown[0], _words_of(args.command)) if is_option else ""
         if not meant and args.run is cmd_ask:
             meant = "Put the question into quotes, behind the options."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
@@ -8265,11 +8562,11 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     return args
 
 
-# The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
-# a list of them excludes one another.
+# Names and keywords for argparse's `add_argument`.
 _Option = tuple[list[str], JSON]
 _Run = Callable[[Any], int | None]
-_COMMANDS: dict[str, tuple[_Run, tuple[_Option | list[_Option], ...], str]] = {}
+# By name: the function, its arguments (several in a list exclude one another), the epilog.
+_COMMANDS: dict[str, tuple[_Run, list[list[_Option]], str]] = {}
 
 
 def _opt(usage: str, help: str, **keywords: Any) -> _Option:
@@ -8285,7 +8582,8 @@ def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_
     """Makes a function `cmd_x` the command `x`; its docstring is the help."""
 
     def add(run: _Run) -> _Run:
-        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
+        groups = [one if isinstance(one, list) else [one] for one in options]
+        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, groups, epilog)
         return run
 
     return add
@@ -8304,19 +8602,23 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, options, epilog) in _COMMANDS.items():
+    for name, (run, groups, epilog) in _COMMANDS.items():
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
-        known: list[str] = []
-        command.set_defaults(run=run, names=known)
-        for option in options:
-            alone = isinstance(option, list)
-            group = command.add_mutually_exclusive_group() if alone else command
-            for names, keywords in option if isinstance(option, list) else [option]:
+        command.set_defaults(run=run, command=name)
+        for options in groups:
+            group = command.add_mutually_exclusive_group() if len(options) > 1 else command
+            for names, keywords in options:
                 group.add_argument(*names, **keywords)
-                known += names
     return parser
+
+
+def _words_of(command: str) -> list[str]:
+    """The options of a command, and what it may be given."""
+    options = [option for group in _COMMANDS[command][1] for option in group]
+    names = [name for names, _ in options for name in names if name.startswith("-")]
+    return ["--help", *names, *(c for _, more in options for c in more.get("choices", ()))]
 
 
 def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
@@ -8350,7 +8652,6 @@ _FREE_FLAG = _opt("--free", "only models that cost nothing")
 _BUDGET_OPTION = _opt("--budget USD", "stop when so much is spent", type=_number(float, 0, 10**6))
 # None without it, "" without a name; argparse gives a const that is a text to `type`
 _NAMED: JSON = {"dest": "continue_", "nargs": "?", "const": ()}
-# What `ask` and `chat` share.
 _TALK_OPTIONS = (
     _MODEL_OPTION,
     _opt("-s --system TEXT", "a system text"),
@@ -8361,7 +8662,6 @@ _TALK_OPTIONS = (
         _opt("-n --new", "begin a new one (the default)"),
     ],
 )
-# The options that choose models of the catalogue.
 _MODEL_CHOICE = (
     _FREE_FLAG,
     _opt("--provider NAME", "only models of a provider"),
@@ -8370,7 +8670,6 @@ _MODEL_CHOICE = (
 
 
 _WIPE = "\r\x1b[K"  # empties the line of a terminal
-# What makes a style on a terminal.
 _STYLES = {"bold": "1", "dim": "2", "head": "2;4", "red": "31", "green": "32"}
 # A text, or (text, style) for each piece of it; "" is no style.
 _Line = str | Sequence[tuple[str, str]]
@@ -8381,16 +8680,12 @@ def _has_style(output: Any) -> bool:
     return output.isatty() and not plain
 
 
-def _shown(text: str, style: str, output: Any) -> str:
-    """A text as this output gets it: no control character of it reaches a terminal."""
-    text = visible(text) if output.isatty() else text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and _has_style(output) else text
-
-
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
+    output, shown = output or sys.stdout, ""
     pieces = [(line, style)] if isinstance(line, str) else line
-    output = output or sys.stdout
-    shown = "".join(_shown(*piece, output) for piece in pieces)
+    for text, look in pieces:
+        text = visible(text) if output.isatty() else text
+        shown += f"\x1b[{_STYLES[look]}m{text}\x1b[0m" if look and _has_style(output) else text
     print(shown, end=end, file=output, flush=True)
     _StderrHandler.is_line_open = not (pieces[-1][0] + end).endswith("\n")
 
@@ -8465,9 +8760,6 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
     return work()
 
 
-# ask
-
-
 @_command(
     _opt("prompt", "the question; - reads standard input", nargs="*", type=str),
     _opt("-a --attach FILE", "a text, image, PDF or URL, - for stdin; several times", **_SEVERAL),
@@ -8518,16 +8810,21 @@ def _schema_from(source: str) -> JSON:
 
 
 def _save_images(reply: Reply, output: str | None = None) -> None:
-    kinds = {"image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
     for image in reply.images:
-        if not image.data:
-            _info(f"picture: {image.url}")
-            continue
-        stem, ending = os.path.splitext(output or "picture")
-        path = _free_name(stem, ending or kinds.get(image.mime, ".png"))
-        with _failing(f"{path} cannot be written", "Choose another place with -o."):
-            image.save(path)
-        _info(f"picture: {path}")
+        _info(f"picture: {_saved(image, output or 'picture')}")
+
+
+def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
+    """Where it is now: in a file of this name, or one like it that is free; else its URL."""
+    if not medium.data:
+        return medium.url
+    stem, ending = os.path.splitext(output)
+    kinds = {"image/jpeg": ".jpg", "audio/mpeg": ".mp3"}
+    ending = ending or kinds.get(medium.mime, f".{medium.mime.rpartition('/')[2]}")
+    path = stem + ending if overwrite else _free_name(stem, ending)
+    with _failing(f"{path} cannot be written", "Choose another place with -o."):
+        medium.save(path, overwrite)
+    return path
 
 
 def _free_name(stem: str, ending: str) -> str:
@@ -8596,10 +8893,8 @@ class _SavedTalk(Conversation):
 
     @property
     def path(self) -> Path:
-        """The file."""
-        if not self.name:
-            return self.folder / CONVERSATION_NAME
-        return self.folder / CONVERSATIONS_FOLDER / f"{self.name}.json"
+        name = f"{CONVERSATIONS_FOLDER}/{self.name}.json" if self.name else CONVERSATION_NAME
+        return self.folder / name
 
     def read(self) -> None:
         """Become what is saved; raises `StoreError` for a file that holds no conversation."""
@@ -8698,7 +8993,7 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
         if thinking:
             _info("")
         if last and not last.endswith("\n"):
-            print(flush=True)
+            _print("")
 
 
 class _Spinner(threading.Thread):
@@ -8731,8 +9026,7 @@ class _Spinner(threading.Thread):
             reason = self._reason if time.monotonic() < self._until else reason
             words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
             _info(_cut(words.rstrip(), _columns() - 1), dim=True, end="")
-        sys.stderr.write(_WIPE)
-        sys.stderr.flush()
+        _info("", end=_WIPE)
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -8768,12 +9062,73 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
     is_other = active not in (None, reply.account)
     wanted = client.config.model_name(asked)
     if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
-        errors = (a.error.message for a in attempts if a.error)
-        why = next(errors, "what was asked is on cooldown")
+        why = next((a.error.message for a in attempts if a.error), "what was asked is on cooldown")
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
-# chat
+# pictures and sound
+
+_READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
+_MADE_OPTIONS = (
+    _opt("given", "the words; - reads standard input", nargs="*", type=str, metavar="text"),
+    _opt("-o --output FILE", "where it is saved"),
+    _opt("--force", "replace the file if it exists"),
+    *_READ_OPTIONS,
+)
+
+
+@_command(_opt("-a --attach FILE", "a picture to change, or several", **_SEVERAL), *_MADE_OPTIONS)
+def cmd_image(args: Any) -> None:
+    """Draw a picture, or change one."""
+    _make(args, Picture, "picture", images=args.attach)
+
+
+@_command(_opt("--voice NAME", "who speaks"), *_MADE_OPTIONS)
+def cmd_speak(args: Any) -> None:
+    """Speak a text."""
+    _make(args, Audio, "speech", voice=args.voice)
+
+
+@_command(_opt("given", "a recording", metavar="file"), *_READ_OPTIONS)
+def cmd_transcribe(args: Any) -> None:
+    """Write down what a recording says."""
+    _make(args, Transcript)
+
+
+@_command(_opt("given", "a picture or PDF", metavar="file"), *_READ_OPTIONS)
+def cmd_ocr(args: Any) -> None:
+    """Read the text of a picture or PDF."""
+    _make(args, str)
+
+
+def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
+    """Have a job done, and print what came of it, or where it was saved."""
+    output, force, given = (getattr(args, key, None) for key in ("output", "force", "given"))
+    if output and os.path.exists(output) and not force:
+        hint = "Choose another name, or replace it with --force."
+        raise BadRequestError(f"{output} exists already", hint=hint)
+    if output and not os.access(os.path.dirname(output) or ".", os.W_OK):
+        raise BadRequestError(f"{output} cannot be written", hint="Choose another place.")
+    if isinstance(given, list):
+        given = " ".join(given)
+        given = _text_of_pipe(_read_stdin()).strip() if given in ("", "-") else given
+    with _client() as client:
+
+        def make() -> tuple[Any, Reply]:
+            with closing(_Spinner(client.config.quiet_mode)) as spinner:
+                client._on_wait = partial(setattr, spinner, "reason")
+                return client._make(kind, given, model=args.model, **options)
+
+        result, reply = _signed_in(client, make)
+        cost, quiet = reply.usage.cost_usd, client.config.quiet_mode
+    report = {"model": reply.model, "account": reply.account, "cost_usd": cost}
+    shown = _saved(result, output or name, bool(force)) if name else str(result)
+    found = {"file": shown, "mime": result.mime} if name else {"text": shown}
+    report |= found | getattr(result, "raw", {})
+    _report(args, report, [shown])
+    if not quiet:
+        price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
+        _info(f"{reply.model} on {reply.account}; {price}", dim=True)
 
 
 class _Chat:
@@ -8786,7 +9141,7 @@ class _Chat:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        self.asked = self.answered = 0
+        self.answered = 0
         self.used: list[Usage] = []
         self.matches: list[str] = []
 
@@ -8828,7 +9183,6 @@ class _Chat:
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.asked += 1
         self.used.append(Usage())  # one that is stopped counts
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
@@ -8838,9 +9192,7 @@ class _Chat:
         _comment(self.client, self.talk.model, reply)
 
     def commands(self) -> dict[str, Callable[[str], None]]:
-        """What each command does, by its name with the slash."""
-        names = [name for name in vars(_Chat) if name.startswith("do_")]
-        return {f"/{name[3:]}": getattr(self, name) for name in names}
+        return {f"/{n[3:]}": getattr(self, n) for n in vars(_Chat) if n.startswith("do_")}
 
     def do_model(self, name: str) -> None:
         """/model NAME    ask another model (alone: say which)"""
@@ -8928,16 +9280,16 @@ class _Chat:
         """For readline: the command, model or file number `state` that begins so."""
         import readline
 
-        command, space, _ = readline.get_line_buffer().partition(" ")
-        names: Iterable[str] = ()
-        if state == 0 and not space:
-            names = self.commands()
-        elif state == 0 and command in ("/attach", "/save"):
-            names = glob.glob(glob.escape(text) + "*")
-        elif state == 0 and command == "/model":
-            with suppress(PuterError):  # none without the list
-                names = [m.id for m in self.client.models()]
         if state == 0:
+            command, space, _ = readline.get_line_buffer().partition(" ")
+            names: Iterable[str] = ()
+            if not space:
+                names = self.commands()
+            elif command in ("/attach", "/save"):
+                names = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    names = [m.id for m in self.client.models()]
             self.matches = [name for name in names if name.startswith(text)]
         return self.matches[state] if state < len(self.matches) else None
 
@@ -8947,11 +9299,10 @@ def cmd_chat(args: Any) -> int:
     """Talk with a model; /help lists its commands."""
     with _client() as client:
         talk = _conversation(args, client)
-        options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-        chat = _Chat(client, talk, options)
+        chat = _Chat(client, talk, {"max_tokens": args.max_tokens, "temperature": args.temperature})
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if chat.asked > chat.answered else 0
+            return 1 if len(chat.used) > chat.answered else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
         for role, mark in (("user", "> "), ("assistant", "")):
@@ -9035,9 +9386,6 @@ def cmd_conversations(args: Any) -> None:
     _report(args, rows, _table(table, "<<><<", (3,), cut=4) if rows else nothing)
 
 
-# accounts
-
-
 @_command(
     [
         _opt("--with-token", "read a token from stdin"),
@@ -9046,11 +9394,12 @@ def cmd_conversations(args: Any) -> None:
     ],
     _opt("--port PORT", f"where to wait, and only there ({LOGIN_PORT}, or any free)", type=_PORT),
 )
-def cmd_login(args: Any) -> int:
+def cmd_login(args: Any) -> None:
     """Sign in and keep the account."""
     with _client() as client:
         if args.file is not None:
-            return _import_accounts(client, args.file)
+            _import_accounts(client, args.file)
+            return
         if args.with_token:
             if not (token := _read_token()):
                 hint = "Try: python -m puter login --with-token < FILE"
@@ -9063,7 +9412,6 @@ def cmd_login(args: Any) -> int:
         else:
             account = _sign_in(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
-    return 0
 
 
 def _read_token() -> str:
@@ -9108,7 +9456,7 @@ def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _import_accounts(client: Puter, name: str) -> int:
+def _import_accounts(client: Puter, name: str) -> None:
     store = client.store
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
@@ -9133,7 +9481,6 @@ def _import_accounts(client: Puter, name: str) -> int:
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
     _print(f"{_plural(len(imported), 'account')} from {path}")
-    return 0
 
 
 @_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
@@ -9243,8 +9590,7 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
     config, what = client.config, ""
     settings = config.folder / CONFIG_NAME
     yield True, f"settings: {settings if settings.exists() else 'no settings file'}"
-    rivals = {*packages_distributions().get("puter", ())} - {"puter-py"}
-    for rival in sorted(rivals):
+    for rival in sorted({*packages_distributions().get("puter", ())} - {"puter-py"}):
         yield False, f"the package {rival} hides this one; do: pip uninstall {rival}"
     for path in (client.store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
@@ -9279,9 +9625,6 @@ def cmd_whoami(args: Any) -> None:
     with _client() as client:
         user = _signed_in(client, client.whoami)
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
-
-
-# models, credit, statistics, cache
 
 
 def _prices(model: Model) -> tuple[float | None, float | None]:
@@ -9320,8 +9663,7 @@ def cmd_models(args: Any) -> None:
         prices = ("free" if m.free else "?" if p is None else f"{p:g}" for p in _prices(m))
         tools = {True: "yes", False: "no", None: "?"}[m.tools]
         rows.append((m.id, m.provider, context, inputs, tools, *prices))
-    lines = _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5))
-    _report(args, [asdict(m) for m in models], lines)
+    _report(args, [asdict(m) for m in models], _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5)))
     if not models:
         _info("No models match.")
 
@@ -9356,11 +9698,9 @@ def _table(
     for row in rows:
         cells = [f"{_cut(row[i], widths[i]):{sides[i]}{widths[i]}}" for i in columns]
         cells[-1] = cells[-1].rstrip()
-        if row is rows[0]:
-            yield [("  ".join(cells), "head")]
-            continue
         styles = ["bold", *("green" if row[i] == "free" else "" for i in columns[1:])]
-        yield [piece for one in zip(cells, styles) for piece in (("  ", ""), one)][1:]
+        gapped = chain.from_iterable((("  ", ""), cell) for cell in zip(cells, styles))
+        yield [("  ".join(cells), "head")] if row is rows[0] else list(gapped)[1:]
 
 
 def _columns() -> int:
@@ -9443,18 +9783,15 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Li
         ended = one.successes + sum(one.failures.values())
         rate = f"{100 * one.successes / ended:.0f}" if ended else "-"
         counts = (str(one.requests), rate if styled else str(one.successes))
+        longest = max(one.times, default=0.0) or 1.0
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cells = (one.model, *counts, *times, speed, f"${one.cost_usd:.4f}")
-        rows.append((*cells, *[_sparkline(one.times)] * styled))
+        rows.append((*cells, *[bars or "-"] * styled))
     yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
-
-
-def _sparkline(times: Sequence[float]) -> str:
-    longest = max(times, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in times) or "-"
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -9478,9 +9815,6 @@ def cmd_cache(args: Any) -> None:
         f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
     )
     _report(args, stats, lines)
-
-
-# serve
 
 
 @_command(
@@ -9567,9 +9901,9 @@ def _file_text(file: str, content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
+def _yaml_items(items: Iterable[JSON]) -> str:
     """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
-    return "".join(f"{indent}- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
+    return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
 
 
 def _toml_value(value: Any) -> str:
@@ -9634,12 +9968,14 @@ def _opencode_model(model: Model) -> JSON:
 
 def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    keys = ("name", "display_name", "max_tokens")
-    models = [dict(zip(keys, (m.id, m.name, m.window or 128_000))) for m in setup.models]
+    models = [
+        {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
+        for m in setup.models
+    ]
     provider = {"puter": {"api_url": setup.url, "available_models": models}}
-    settings = {"language_models": {"openai_compatible": provider}}
-    servers = {"context_servers": {"puter": _mcp_server()}}
-    return {"settings.json (in Zed: open settings)": {**settings, **servers}}
+    settings: JSON = {"language_models": {"openai_compatible": provider}}
+    settings["context_servers"] = {"puter": _mcp_server()}
+    return {"settings.json (in Zed: open settings)": settings}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
@@ -9697,19 +10033,17 @@ def codex_files(setup: Setup) -> JSON:
 
 def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    models = []
-    base: JSON = {"apiBase": setup.url, "apiKey": setup.key_as("${{ secrets.KEY }}")}
+    key, models = setup.key_as("${{ secrets.KEY }}"), []
+    same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
     for m in setup.models:
         # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
         full = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
         name = full if re.match(r"gpt-5|o\d", m.id) else m.id
         can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
-        head = {"name": f"Puter: {m.name}", "provider": "openai", "model": name}
-        models.append({**head, **base, "capabilities": can})
-    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
-    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
-    text += f"{_yaml_items(models, '  ')}mcpServers:\n{server}"
-    return {"~/.continue/config.yaml": text}
+        models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
+    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}])
+    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_yaml_items(models)}"
+    return {"~/.continue/config.yaml": f"{text}mcpServers:\n{server}"}
 
 
 def aider_files(setup: Setup) -> JSON:
@@ -9770,9 +10104,8 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
-    words, files = _mcp_words(setup, folder, "--mcp-config=")
-    files["settings.json"] = {"env": {**variables, **dict.fromkeys(others, "")}}
-    words = ["--settings", str(folder / "settings.json"), *words]
+    files = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
+    words = ["--settings", str(folder / "settings.json")]
     return words, {**dict.fromkeys(others), **variables}, files
 
 
@@ -9836,7 +10169,7 @@ def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     return words, {"OPENAI_API_KEY": setup.key}, files
 
 
-def _plan_copilot(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_copilot(setup: Setup, _: Path) -> LaunchPlan:
     """Copilot takes variables, and needs no login then."""
     model = setup.models[0]
     settings = {
@@ -9849,21 +10182,20 @@ def _plan_copilot(setup: Setup, folder: Path) -> LaunchPlan:
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
     variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    words, files = _mcp_words(setup, folder, "--additional-mcp-config=@")
-    return words, {**variables, "COPILOT_MODEL": model.id}, files
+    return [], {**variables, "COPILOT_MODEL": model.id}, {}
 
 
 def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
     """Qwen Code takes a file of settings that win over the user's."""
-    words, files = _mcp_words(setup, folder, "--mcp-config=")
-    words += ["--auth-type", "openai", "--model", setup.models[0].id]
     same = {"baseUrl": setup.url, "envKey": setup.key_variable}
     models = [
         {"id": m.id, **same, "generationConfig": {"contextWindowSize": m.window or AGENT_CONTEXT}}
         for m in setup.models
     ]
-    files["settings.json"] = {"modelProviders": {"openai": models}, "fastModel": setup.small}
-    return words, {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}, files
+    settings = {"modelProviders": {"openai": models}, "fastModel": setup.small}
+    variables = {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}
+    words = ["--auth-type", "openai", "--model", setup.models[0].id]
+    return words, variables, {"settings.json": settings}
 
 
 def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
@@ -9900,19 +10232,13 @@ def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
     return [], variables, {}
 
 
-def _mcp_words(setup: Setup, folder: Path, flag: str) -> tuple[list[str], JSON]:
-    """The flag for a file with the MCP server, and that file, if the program gets it."""
-    if not setup.mcp:
-        return [], {}
-    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-    return [f"{flag}{folder / 'mcp.json'}"], {"mcp.json": server}
-
-
 class Launcher(NamedTuple):
     """How `launch` starts a program; `install` is the command that installs it."""
 
     plan: Callable[[Setup, Path], LaunchPlan]
     install: str = ""
+    # the flag for a file with MCP servers, where that is not part of the plan
+    mcp_flag: str = ""
     # whether it calls tools, and takes MCP servers
     uses_tools: bool = True
 
@@ -9937,17 +10263,16 @@ PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
 # By the commands that start them.
 LAUNCHED = {
     "opencode": Launcher(_plan_opencode, "npm install -g opencode-ai"),
-    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code"),
+    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code", "--mcp-config="),
     "codex": Launcher(_plan_codex, "npm install -g @openai/codex"),
-    "copilot": Launcher(_plan_copilot, "npm install -g @github/copilot"),
-    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code"),
+    "copilot": Launcher(
+        _plan_copilot, "npm install -g @github/copilot", "--additional-mcp-config=@"
+    ),
+    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code", "--mcp-config="),
     "kilo": Launcher(_plan_opencode, "npm install -g @kilocode/cli"),
     "pi": Launcher(_plan_pi, "npm install -g @earendil-works/pi-coding-agent"),
     "aider": Launcher(_plan_aider, "python -m pip install aider-chat", uses_tools=False),
 }
-
-
-# config
 
 
 @_command(
@@ -9960,7 +10285,7 @@ LAUNCHED = {
     _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
     *_MODEL_CHOICE,
 )
-def cmd_config(args: Any) -> int:
+def cmd_config(args: Any) -> None:
     """Show the settings, or print those that another program needs."""
     if args.what == "show":
         config = Config.load()
@@ -9980,11 +10305,10 @@ def cmd_config(args: Any) -> int:
         path = str(config_dir() / CONFIG_NAME)
         _report(args, {"path": path}, [path])
     else:
-        return _config_program(args)
-    return 0
+        _config_program(args)
 
 
-def _config_program(args: Any) -> int:
+def _config_program(args: Any) -> None:
     models: list[Model] = []
     if args.what != "claude-desktop":
         with _client() as client:
@@ -9992,22 +10316,20 @@ def _config_program(args: Any) -> int:
             first = _agent_model(models, client.config)
             models.sort(key=lambda m: m != first)
         if not models:
-            _error("No models match, so there is nothing to set up.")
-            return 1
+            raise PuterError("No models match, so there is nothing to set up")
     variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
     files_of, note = PROGRAMS[args.what]
     files = files_of(Setup(models, url=args.base_url, key_variable=variable))
     texts = {file: _file_text(file, content) for file, content in files.items()}
     if args.json:
         _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
-        return 0
+        return
     for file, text in texts.items():
         _info(f"# {file}", dim=True)
         _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
     _info(note)
-    return 0
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
@@ -10018,9 +10340,6 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
     suitable = (m for m in order if m.tools is not False and (m.window or 0) >= AGENT_CONTEXT)
     return next(suitable, None)
-
-
-# launch
 
 
 @_command(
@@ -10038,8 +10357,6 @@ def cmd_launch(args: Any) -> int:
 
     command = [args.program, *args.arguments] if args.program else args.arguments
     if not command:
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor() as pool:  # each may take a second to say its version
             rows = [("PROGRAM", "VERSION", "PLACE"), *pool.map(_launcher_row, LAUNCHED)]
         for line in _table(rows, "<<<"):
@@ -10052,8 +10369,7 @@ def cmd_launch(args: Any) -> int:
         _error(f"{command[0]} is not installed. {how}")
         return 127
     if args.mcp and not program.uses_tools:
-        _error(f"{command[0]} cannot be given MCP servers. Leave out --mcp.")
-        return 2
+        raise ConfigError(f"{command[0]} cannot be given MCP servers", hint="Leave out --mcp.")
     config = Config.load(**_budget(args))
     with _LaunchClient(config, args.free) as client:
         if not client.accounts:
@@ -10108,7 +10424,6 @@ class _LaunchClient(Puter):
         self._answers.append((reply.model, fell_back, reply.usage))
 
     def summary(self) -> str:
-        """One line: who answered what, and what is left."""
         parts = [_plural(self._requests, "request")]
         if self._answers:
             models, fallbacks, usages = zip(*self._answers)
@@ -10116,8 +10431,8 @@ class _LaunchClient(Puter):
             parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
             parts += [_plural(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
-        for row in credit_rows(self, [active] if active else []):
-            parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
+        credit = credit_rows(self, [active] if active else [])
+        parts += (f"{row['username']}: {credit_text(row)}" for row in credit if not row["error"])
         return "; ".join(parts)
 
 
@@ -10131,14 +10446,13 @@ def _launch_setup(args: Any, client: Puter, uses_tools: bool) -> Setup:
         _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
-        problem = hint = ""
         if uses_tools and one.tools is False:
             problem = f"{one.id} cannot call tools, and {args.program} needs them"
             hint = "`python -m puter models --tools` lists those that can."
-        elif args.free and not one.free:
-            problem, hint = f"{one.id} is not free", "Leave out --free, or choose a free model."
-        if problem:
             raise BadRequestError(problem, hint=hint)
+        if args.free and not one.free:
+            hint = "Leave out --free, or choose a free model."
+            raise BadRequestError(f"{one.id} is not free", hint=hint)
     served = [model, small]
     if args.program == "claude":  # its /model offers those of Claude; none may be dearer
         limits = [price or 0 for price in _prices(model)]
@@ -10154,28 +10468,27 @@ def _launch_log(config: Config) -> Iterator[None]:
     os.makedirs(path.parent, 0o700, exist_ok=True)
     with _failing(f"{path} cannot be opened", "Move it away."):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with open(descriptor, "a", 1, encoding="utf-8") as log:
+    with open(descriptor, "a", 1, encoding="utf-8") as log, redirect_stderr(log):
         size = log.tell()
-        with redirect_stderr(log):
-            _show_log(logging.DEBUG if config.debug else logging.WARNING)
-            yield
+        _show_log(logging.DEBUG if config.debug else logging.WARNING)
+        yield
         has_grown = log.tell() > size
     if has_grown:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(
-    client: Puter, setup: Setup, program: Launcher, command: Sequence[str]
-) -> int:
+def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: list[str]) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
     folder = TemporaryDirectory(prefix=f"puter-{os.getpid()}-")
-    gateway = OpenAIServer(client, port=0, api_key=key, models=models)
-    with folder as name, gateway as server:
+    with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
         words, variables, files = program.plan(setup, Path(name))
+        if setup.mcp and program.mcp_flag:
+            words.append(f"{program.mcp_flag}{Path(name, 'mcp.json')}")
+            files["mcp.json"] = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
@@ -10218,11 +10531,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
             killer.daemon = True
             killer.start()
 
-    def leave(number: int, frame: Any) -> None:
-        """A terminal sends it to the program as well."""
-        if not sys.stdin.isatty():
-            forward(number, frame)
-
+    # at a terminal, these reach the program as well
+    leave = (lambda *_: None) if sys.stdin.isatty() else forward
     with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
         with _failing(f"{command[0]} cannot be started", "", BadRequestError):
             process = subprocess.Popen(command, env=environ)
@@ -10239,8 +10549,6 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
-
-# completion
 
 # For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
 _COMPLETION = """\
@@ -10265,27 +10573,16 @@ autoload -Uz bashcompinit && bashcompinit
 def cmd_completion(args: Any) -> None:
     """Print a script that completes the commands and options of `puter`."""
     is_fish, cases = args.shell == "fish", ""
-    for command, words in _completions().items():
+    for command in ("", *_COMMANDS):  # none yet, and each
+        words = " ".join(_words_of(command) if command else _COMMANDS)
         if is_fish:
             when = f"seen_subcommand_from {command}" if command else "use_subcommand"
-            cases += f"complete -c puter -n '__fish_{when}' -a '{' '.join(words)}'\n"
+            cases += f"complete -c puter -n '__fish_{when}' -a '{words}'\n"
         else:
             place = f"*:{command}" if command else "1:*"
-            cases += f"        {place}) words='{' '.join(words)}' ;;\n"
+            cases += f"        {place}) words='{words}' ;;\n"
     head = _ZSH_HEAD if args.shell == "zsh" else ""
     _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
-
-
-def _completions() -> dict[str, list[str]]:
-    """The words that may follow each command ("": none yet)."""
-    words = {"": list(_COMMANDS)}
-    for command, (_, options, _) in _COMMANDS.items():
-        words[command] = ["--help"]
-        for option in options:
-            for names, keywords in option if isinstance(option, list) else [option]:
-                words[command] += (name for name in names if name.startswith("-"))
-                words[command] += keywords.get("choices", ())
-    return words
 
 
 if __name__ == "__main__":

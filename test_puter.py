@@ -7,6 +7,10 @@
 
 FakePuter is a real HTTP server on a real socket. It answers as a Puter server was recorded to
 answer, and can be told to fail in every way that such a server, or the road to it, can fail.
+
+The tests stand in the order of the module's sections. Above them stand FakePuter, the recordings
+and the commands, which need nothing of pytest, and then the helpers of more than one section; a
+helper of one section stands there, above the first test that needs it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
@@ -1525,11 +1530,147 @@ def driver_call(handler: FakeHandler) -> None:
         return
     body = handler.fields()
     interface, driver, method = (body.get(key) for key in ("interface", "driver", "method"))
+    if does := MEDIA.get((interface, method)):
+        made = does(handler, handler.seen.args, driver)
+        is_raw = isinstance(made, Raw)
+        handler.send(made if is_raw else Raw({"success": True, "result": made, "service": {}}))
+        return
     if (interface, driver) != ("puter-chat-completion", "ai-chat"):
         raise Refusal(404, "not_found", f"Driver not found: {interface}:{driver}")
     if method != "complete":
         raise Refusal(404, "not_found", f"Method '{method}' not found on driver '{interface}'")
     handler.converse(handler.seen.args, account, DRIVER_SHAPES)
+
+
+# Pictures and sound: the wire's own words, with pictures and sounds of the fake's own.
+SOUND = b"ID3\x04\0\0\0\0\0\0" + bytes(range(256)) + b"token-like \xff\xfb\x90\r\n\r\n"
+WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0@\x1f\0\0\x80>\0\0\x02\0\x10\0data"
+HEARD = "Hello from the scripted host."
+SRT = f"1\n00:00:00,000 --> 00:00:01,500\n{HEARD}\n"
+VOICES = "alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer"
+SEEDREAM = "seedream-4-0-250828"
+IMAGE_MODELS: list[dict[str, Any]] = [
+    {
+        "id": SEEDREAM,
+        "puterId": f"byteplus:byteplus/{SEEDREAM}",
+        "aliases": ["seedream-4-0"],
+        "costs_currency": "usd-cents",
+        "pricing_unit": "per-image",
+        "index_cost_key": "per-image",
+        "costs": {"per-image": 3},
+        "provider": "byteplus-image-generation",
+    },
+    *(
+        {
+            "id": name,
+            "costs_currency": "usd-cents",
+            "pricing_unit": "per-tier",
+            "index_cost_key": "low:1024x1024",
+            "costs": {"low:1024x1024": 0.5, "high:1024x1024": 3.6},
+            "provider": "openai-image-generation",
+        }
+        for name in ("gpt-image-1-mini", "gpt-image-1", "gpt-image-2", "gemini-2.5-flash-image")
+    ),
+]
+# What the media's providers answer to "scenario: NAME".
+PROVIDER_ERRORS = {
+    "err400": (400, "scripted 400", "upstream_bad_request", 400, "moderation_blocked"),
+    "err401": (500, "scripted 401", "upstream_auth_failed", 401, None),
+    "err429": (429, "scripted 429", "upstream_rate_limited", 429, None),
+    "err500": (400, "AI provider unavailable", "upstream_provider_unavailable", 500, None),
+}
+
+
+def play_media(handler: FakeHandler, asked: str) -> None:
+    """What a prompt of the form `scenario: NAME` lets a picture or sound come to."""
+    name = asked.removeprefix("scenario: ")
+    if name in PROVIDER_ERRORS:
+        status, message, code, upstream, word = PROVIDER_ERRORS[name]
+        raise Refusal(status, code, message, upstreamStatus=upstream, upstreamCode=word)
+    if name == "hang":
+        handler.pause(30)
+    if name == "closed":
+        handler.send(Raw(b'{"success": true, "result": "data:image'), 9_999)
+        handler.drop()
+        raise ConnectionAbortedError
+
+
+def sample(handler: FakeHandler, name: str) -> str:
+    """The address of what `test_mode` gives."""
+    return f"{handler.fake.url}/samples/{name}"
+
+
+def draw(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-image-generation, generate."""
+    if driver == "ai-image" and not args.keys() & {"model", "provider"}:
+        raise Refusal(400, "bad_request", "Missing `model`")
+    names = {n for m in IMAGE_MODELS for n in (m["id"], m.get("puterId"), *m.get("aliases", ()))}
+    if args.get("model", SEEDREAM) not in names:
+        raise Refusal(400, "bad_request", f"Model not found: {args['model']}")
+    if args.get("test_mode"):
+        return sample(handler, "image_example.png")
+    account, ratio = handler.signed_in(), args.get("ratio") or {"w": 1, "h": 1}
+    is_dear = args.get("quality") == "high" and ratio["w"] * ratio["h"] > 4_000_000
+    if account.credit_microcents <= 0 or (is_dear and account.temporary):
+        raise Refusal(402, "insufficient_funds", "Insufficient credits for image generation")
+    play_media(handler, str(args.get("prompt")))
+    return f"data:image/png;base64,{ONE_PIXEL}"
+
+
+def synthesize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-tts, synthesize."""
+    if not args.get("text"):
+        raise Refusal(400, "field_required", "Missing required field: text", key="text")
+    if args.get("test_mode"):
+        return {"url": sample(handler, "tts_example.mp3"), "content_type": "audio"}
+    if "provider" not in args and driver != "openai-tts":
+        raise Refusal(500, "internal_error", "Internal Server Error")
+    voice = args.get("voice")
+    if voice and voice not in VOICES.split(", "):
+        more = {"key": "voice", "expected": VOICES, "got": voice}
+        raise Refusal(400, "field_invalid", f"Invalid voice: {voice}. Expected: {VOICES}", **more)
+    play_media(handler, args["text"])
+    handler.fake.spoken = args["text"]
+    is_wav = args.get("response_format") == "wav" or args.get("provider") == "gemini"
+    return Raw(SOUND, content_type="audio/wav" if is_wav else "audio/mpeg")
+
+
+def transcribe(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-speech2txt, transcribe and translate."""
+    if not str(args.get("file")).startswith("data:audio/"):
+        raise Refusal(400, "bad_request", "`file` is required")
+    if args.get("test_mode"):
+        words = [{"start": 0, "end": 0.5, "text": "Hello"}]
+        told = {"language": "en", "duration_seconds": 2, "words": words}
+        return {"text": "Hello! This is a sample.", **told, "model": "gpt-4o-mini-transcribe"}
+    play_media(handler, str(args.get("prompt")))
+    heard, wanted = handler.fake.spoken, args.get("response_format", "json")
+    if wanted == "verbose_json":
+        timed = {"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": f" {heard}", "tokens": [1]}
+        timed |= {"temperature": 0, "avg_logprob": -0.1, "compression_ratio": 1}
+        told = {"task": "transcribe", "language": "english", "duration": 1.5, "text": heard}
+        return {**told, "segments": [{**timed, "no_speech_prob": 0.01}]}
+    usage = {"type": "tokens", "total_tokens": 10, "input_tokens": 5, "output_tokens": 5}
+    return {"json": {"text": heard, "usage": usage}, "srt": SRT}.get(wanted, heard)
+
+
+def recognize(handler: FakeHandler, args: dict[str, Any], driver: str | None) -> Any:
+    """puter-ocr, recognize."""
+    if not re.match("data:(image/|application/pdf)", str(args.get("source"))):
+        raise Refusal(400, "bad_request", "`source` is required")
+    texts = ["test_mode is enabled"] if args.get("test_mode") else ["First line", "Second line"]
+    blocks = [{"type": "text/x", "confidence": 1, "text": text} for text in texts]
+    return {"blocks": [*blocks, {"type": "figure", "confidence": 1}][: len(texts) + 1]}
+
+
+# By interface and method.
+MEDIA: dict[Any, Callable[[FakeHandler, dict[str, Any], str | None], Any]] = {
+    ("puter-image-generation", "generate"): draw,
+    ("puter-tts", "synthesize"): synthesize,
+    ("puter-speech2txt", "transcribe"): transcribe,
+    ("puter-speech2txt", "translate"): transcribe,
+    ("puter-ocr", "recognize"): recognize,
+}
 
 
 def sign_in_page(handler: FakeHandler) -> None:
@@ -1551,6 +1692,15 @@ ROUTES: dict[tuple[str, str], Route] = {
     ),
     ("GET", "/puterai/chat/models/details"): lambda handler: handler.send(
         Raw({"models": handler.fake.catalogue})
+    ),
+    ("GET", "/puterai/image/models/details"): lambda handler: handler.send(
+        Raw({"models": IMAGE_MODELS})
+    ),
+    ("GET", "/samples/image_example.png"): lambda handler: handler.send(
+        Raw(base64.b64decode(ONE_PIXEL), content_type="image/png")
+    ),
+    ("GET", "/samples/tts_example.mp3"): lambda handler: handler.send(
+        Raw(SOUND, content_type="audio/mpeg")
     ),
     ("POST", "/drivers/call"): driver_call,
     ("POST", "/puterai/openai/v1/chat/completions"): lambda handler: handler.converse(
@@ -1636,6 +1786,7 @@ class FakePuter:
         self.script: dict[str, Any] = {}
         self.routes: dict[tuple[str, str], Route] = dict(ROUTES)
         self.open_streams = 0
+        self.spoken = HEARD  # the latest text that was spoken: what every recording says
         self.add_account("alice")
         self.login_token = self.add_account("bob").token
         self._calls: Counter[str] = Counter()
@@ -1751,6 +1902,725 @@ class FakePuter:
         lab_name = model["id"].removeprefix("openrouter:lab/")
         own = lab_name if lab_name in SCENARIOS else named_scenario(args)
         return planned or own or "text", number
+
+
+# =============================================================================
+# The recordings of a real server, trimmed
+# =============================================================================
+# Texts are cut, and what comes again is left out. "$name" stands for that piece, {"$": "$name", …}
+# for the piece with these changes, and the name of a list among the items of a list for its items.
+WORDS = re.findall("[^ ]+ ?", SENTENCE)
+PIECES: JSON = {
+    "$sentence": SENTENCE,
+    "$words": [{"type": "text", "text": word} for word in WORDS],
+    "$first words": [{"type": "text", "text": word} for word in WORDS[:5]],
+    "$deltas": [
+        {
+            "choices": [
+                {"index": 0, "delta": {"content": word}, "logprobs": None, "finish_reason": None}
+            ]
+        }
+        for word in WORDS
+    ],
+    **json.loads(r"""{
+"$OK": "Reply with exactly this and nothing else: OK",
+"$file error": "{error: input file has unsupported MIME type; the user did not write this message}",
+"$text": {"type": "text", "text": "$OK"},
+"$city": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+"$tz": {"type": "object", "properties": {"tz": {"type": "string"}}, "required": ["tz"]},
+"$tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}}, {"type": "function", "function": {"name": "get_time", "description": "Time of a zone", "parameters": "$tz"}}],
+"$flat tools": [{"type": "function", "name": "get_weather", "description": "Weather of a city", "parameters": "$city"}, {"type": "function", "name": "get_time", "description": "Time of a zone", "parameters": "$tz"}],
+"$claude tools": [{"name": "get_weather", "description": "Weather of a city", "input_schema": "$city"}, {"name": "get_time", "description": "Time of a zone", "input_schema": "$tz"}],
+"$picture url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC",
+"$picture": {"type": "image_url", "image_url": {"url": "$picture url"}},
+"$claude picture": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"}},
+"$pdf url": "data:application/pdf;base64,JVBERi0xLjEKJSVFT0Y=",
+"$call part": {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Oslo"}},
+"$call part 2": {"type": "tool_use", "id": "t2", "name": "get_time", "input": {"tz": "CET"}},
+"$call": {"id": "t1", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}},
+"$call 2": {"id": "t2", "type": "function", "function": {"name": "get_time", "arguments": "{\"tz\":\"CET\"}"}},
+"$ask": {"role": "user", "content": "$OK"},
+"$asks": {"role": "user", "content": ["$text"]},
+"$input asks": {"role": "user", "content": [{"type": "input_text", "text": "$OK"}]},
+"$to claude": {"model": "claude-haiku-4-5-20251001", "max_tokens": 63997, "temperature": 0, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "path": "/anthropic/v1/messages"},
+"$to openai": {"model": "gpt-4o", "max_completion_tokens": 16381, "stream": false, "path": "/openai/v1/chat/completions"},
+"$to responses": {"model": "gpt-5.3-codex", "max_output_tokens": 127997, "path": "/openai/v1/responses"},
+"$to openrouter": {"model": "lab/brain", "max_tokens": 16374, "usage": {"include": true}},
+"$claude usage": {"input_tokens": 11, "ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 0, "cache_read_input_tokens": 5, "output_tokens": 22, "thinking_tokens": 0, "usd_cents": 0.012525},
+"$openai usage": {"prompt_tokens": 11, "completion_tokens": 22, "cached_tokens": 5, "usd_cents": 0.025375},
+"$responses usage": {"$": "$openai usage", "usd_cents": 0.032813},
+"$usage": {"prompt": 11, "completion": 22, "input_cache_read": 0, "request": 1, "usd_cents": 0.0055},
+"$reply": {"success": true, "result": {"finish_reason": "stop", "via_ai_chat_service": true}, "service": {"name": "ai-chat"}},
+"$claude reply": {"$": "$reply", "result": {"message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-haiku-4-5-20251001", "content": [{"type": "text", "text": "OK"}], "stop_reason": "end_turn", "stop_sequence": null, "usage": {"input_tokens": 11, "output_tokens": 22, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}, "usage": "$claude usage"}, "metadata": {"service_used": "claude", "providerUsed": "claude-haiku-4-5-20251001"}},
+"$newer reply": {"$": "$claude reply", "result": {"message": {"model": "claude-sonnet-5"}}, "metadata": {"providerUsed": "claude-sonnet-5"}},
+"$openai reply": {"$": "$reply", "result": {"index": 0, "message": {"role": "assistant", "content": "OK"}, "usage": "$openai usage"}, "metadata": {"service_used": "openai-completion", "providerUsed": "gpt-4o"}},
+"$responses reply": {"$": "$reply", "result": {"index": 0, "role": "assistant", "message": {"content": "OK", "reasoning": null, "refusal": null, "role": "assistant"}, "usage": "$responses usage"}, "metadata": {"service_used": "openai-responses", "providerUsed": "gpt-5.3-codex"}},
+"$openrouter reply": {"success": true, "result": {"index": 0, "message": {"role": "assistant", "content": "OK"}, "finish_reason": "stop", "usage": "$usage", "via_ai_chat_service": true}, "service": {"name": "ai-chat"}, "metadata": {"service_used": "openrouter", "providerUsed": "openrouter:lab/brain"}},
+"$unavailable": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable"},
+"$limited": {"error": "AI provider rate limit exceeded", "message": "AI provider rate limit exceeded", "code": "upstream_rate_limited"},
+"$no usage left": {"error": "No usage left for request.", "message": "No usage left for request.", "code": "insufficient_funds"},
+"$hi": [{"role": "user", "content": "hi"}],
+"$a tool": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}}],
+"$zeros": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+"$completion": {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "openrouter:lab/text", "choices": [], "usage": "$zeros"},
+"$chunk": {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "openrouter:lab/text"},
+"$headers": {"accept-encoding": "gzip, deflate", "accept": "application/json", "content-type": "application/json", "user-agent": "OpenAI/Python 3.54.0", "x-stainless-retry-count": "0"},
+"$node": {"content-type": "application/json", "user-agent": "ai/6.0.326 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2", "accept": "*/*", "accept-encoding": "gzip, deflate"},
+"$schema": {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": false},
+"$call it": "Call the tool named get_weather with arguments {\"city\":…",
+"$codex": {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are a coding agent running in the Codex CLI, a termi…"}]},
+"$skills": {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}]},
+"$environment": {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+"$reminder": {"type": "text", "text": "<system-reminder>\nAs you answer the user's questions, yo…"},
+"$claude code": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "\nYou are an interactive agent that helps users with soft…", "cache_control": {"type": "ephemeral"}}],
+"$agent types": {"role": "system", "content": "Available agent types for the Agent tool:\n- claude: Catc…"},
+"$get_goal": {"type": "function", "name": "get_goal", "description": "Get the current goal for…", "strict": false, "parameters": {"type": "object", "properties": {}, "required": [], "additionalProperties": false}},
+"$weather by aisdk": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": "$schema"}}],
+"$weather for claude": [{"name": "get_weather", "description": "Weather in a city", "input_schema": "$city"}],
+"$closed weather": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": {"$": "$city", "additionalProperties": false}}}],
+"$flat weather": [{"type": "function", "name": "get_weather", "description": "Weather in a city", "strict": false, "parameters": "$city"}],
+"$plain weather": [{"type": "function", "function": {"name": "get_weather", "description": "Weather in a city", "parameters": "$city"}}],
+"$called": [{"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "X"}}],
+"$codex asks": {"stream": true, "tool_choice": "auto", "parallel_tool_calls": true, "store": false, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "1", "client_metadata": {"thread_id": "1"}},
+"$claude code asks": {"model": "stub-model", "metadata": {"user_id": "1"}, "max_tokens": 32000, "thinking": {"type": "adaptive"}, "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, "output_config": {"effort": "high"}, "stream": true},
+"$model": {"modalities": {"input": ["text"], "output": ["text"]}, "tool_call": true, "costs_currency": "usd-cents", "input_cost_key": "prompt_tokens", "output_cost_key": "completion_tokens", "costs": {"tokens": 1000000}},
+"$claude model": {"modalities": {"input": ["text", "image", "pdf"], "output": ["text"]}, "tool_call": true, "costs_currency": "usd-cents", "input_cost_key": "input_tokens", "output_cost_key": "output_tokens", "costs": {"tokens": 1000000}, "provider": "claude", "open_weights": false}
+}"""),
+}
+
+
+def changed(value: JSON, changes: JSON) -> JSON:
+    """The value with these changes, which may lie at any depth."""
+    result = value | changes
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(value.get(key), dict):
+            result[key] = changed(value[key], change)
+    return result
+
+
+def in_full(value: Any, pieces: JSON = PIECES) -> Any:
+    """A recorded value with its pieces in their places."""
+    if isinstance(value, str):
+        return in_full(pieces[value], pieces) if value in pieces else value
+    if isinstance(value, list):
+        items: list[Any] = []
+        for one in value:
+            found = in_full(one, pieces)
+            items += found if isinstance(one, str) and isinstance(found, list) else [found]
+        return items
+    if isinstance(value, dict):
+        changes = {key: in_full(one, pieces) for key, one in value.items() if key != "$"}
+        return changed(in_full(value["$"], pieces), changes) if "$" in value else changes
+    return value
+
+
+def recorded_response(row: JSON) -> JSON:
+    """Status, type and body of a recorded answer; the lines of a stream as they came."""
+    answer = {"status": row.get("status", 200)}
+    if "lines" in row:
+        lines = [compact(line) for line in row["lines"]]
+        return {**answer, "content_type": "application/x-ndjson", "lines": lines}
+    if "events" in row:
+        events = [*(compact(row["each"] | event) for event in row["events"]), "[DONE]"]
+        text = "".join(f"data: {event}\n\n" for event in events)
+        return {**answer, "content_type": "text/event-stream; charset=utf-8", "text": text}
+    return {**answer, "content_type": "application/json; charset=utf-8", "json": row["json"]}
+
+
+def recorded_exchange(row: JSON) -> JSON:
+    """An exchange, from a row that leaves out what most of them have in common."""
+    request = {"method": "POST", "path": "/drivers/call", "auth": True, "body": None}
+    request |= {key: row[key] for key in request if key in row}
+    if "args" in row:
+        driver = {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "complete"}
+        request["body"] = {**driver, "args": row["args"]}
+    return {"name": row["name"], "request": request, "response": recorded_response(row)}
+
+
+EXCHANGES = [
+    recorded_exchange(in_full(row))
+    for row in json.loads(r"""[
+{"name": "whoami", "method": "GET", "path": "/whoami", "json": {"username": "admin", "uuid": "2ed5f32b-556c-43e1-a520-867921c3f3d6", "email": null, "unconfirmed_email": null, "email_confirmed": true, "requires_email_confirmation": false, "requires_phone_verification": false, "requires_card_verification": false, "desktop_bg_url": null, "desktop_bg_color": null, "desktop_bg_fit": null, "is_temp": false, "is_user_token": true, "referral_code": null, "oidc_only": false, "otp": false, "feature_flags": {}, "created_ts": 1795332414, "human_readable_age": "9 minutes ago", "metadata": {}, "hasDevAccountAccess": false}},
+{"name": "whoami, token of a retired format", "method": "GET", "path": "/whoami", "status": 401, "json": {"error": "Re-authentication required", "message": "Re-authentication required", "code": "reauth_required", "reason": "token_v1"}},
+{"name": "whoami, no token", "method": "GET", "path": "/whoami", "auth": false, "status": 401, "json": {"error": "Missing authentication token", "message": "Missing authentication token", "code": "token_missing"}},
+{"name": "usage", "method": "GET", "path": "/metering/usage", "json": {"usage": {"total": 0}, "appTotals": {}, "allowanceInfo": {"remaining": 25000000, "monthUsageAllowance": 25000000, "addons": {}}}},
+{"name": "usage, the old path", "method": "GET", "path": "/auth/get-monthly-usage", "status": 404, "json": {"error": "Not Found", "message": "Not Found", "code": "not_found"}},
+{"name": "model ids", "method": "GET", "path": "/puterai/chat/models", "auth": false, "json": {"models": ["openrouter:lab/text", "openrouter:qwen/qwen3-coder:free"]}},
+{"name": "model details", "method": "GET", "path": "/puterai/chat/models/details", "auth": false, "json": {"models": [{"id": "openrouter:lab/text", "name": "lab/text (OpenRouter)", "aliases": ["lab/text", "lab/text", "openrouter/lab/text", "text"], "context": 128000, "max_tokens": 16384, "costs_currency": "usd-cents", "input_cost_key": "prompt", "output_cost_key": "completion", "costs": {"tokens": 1000000, "prompt": 100, "completion": 200, "request": 0, "image": 0}, "release_date": "2023-11-14", "provider": "openrouter"}, {"id": "openrouter:qwen/qwen3-coder:free", "name": "qwen/qwen3-coder:free (OpenRouter)", "aliases": ["qwen/qwen3-coder:free", "qwen/qwen3-coder:free", "openrouter/qwen/qwen3-coder:free", "qwen3-coder:free"], "context": 128000, "max_tokens": 16384, "costs_currency": "usd-cents", "input_cost_key": "prompt", "output_cost_key": "completion", "costs": {"tokens": 1000000, "prompt": 0, "completion": 0, "request": 0, "image": 0}, "release_date": "2023-11-14", "provider": "openrouter"}]}},
+{"name": "complete: text", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}}, "metadata": {"providerUsed": "openrouter:lab/text"}}},
+{"name": "stream: text", "args": {"messages": "$hi", "model": "openrouter:lab/text", "stream": true}, "lines": ["$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: reason", "args": {"messages": "$hi", "model": "openrouter:lab/reason"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence", "reasoning": "thinking..."}}, "metadata": {"providerUsed": "openrouter:lab/reason"}}},
+{"name": "stream: reason", "args": {"messages": "$hi", "model": "openrouter:lab/reason", "stream": true}, "lines": [{"type": "reasoning", "reasoning": "thinking"}, {"type": "reasoning", "reasoning": "..."}, "$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: empty", "args": {"messages": "$hi", "model": "openrouter:lab/empty"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": ""}}, "metadata": {"providerUsed": "openrouter:lab/empty"}}},
+{"name": "stream: empty", "args": {"messages": "$hi", "model": "openrouter:lab/empty", "stream": true}, "lines": [{"type": "usage", "usage": "$usage"}]},
+{"name": "complete: length", "args": {"messages": "$hi", "model": "openrouter:lab/length"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}, "finish_reason": "length"}, "metadata": {"providerUsed": "openrouter:lab/length"}}},
+{"name": "stream: length", "args": {"messages": "$hi", "model": "openrouter:lab/length", "stream": true}, "lines": ["$words", {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: tools", "args": {"messages": "$hi", "model": "openrouter:lab/tools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, "finish_reason": "tool_calls"}, "metadata": {"providerUsed": "openrouter:lab/tools"}}},
+{"name": "stream: tools", "args": {"messages": "$hi", "model": "openrouter:lab/tools", "stream": true, "tools": "$a tool"}, "lines": [{"$": "$call part", "id": "call_1", "input": {"city": "Paris"}, "text": ""}, {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: twotools", "args": {"messages": "$hi", "model": "openrouter:lab/twotools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "finish_reason": "tool_calls"}, "metadata": {"providerUsed": "openrouter:lab/twotools"}}},
+{"name": "stream: twotools", "args": {"messages": "$hi", "model": "openrouter:lab/twotools", "stream": true, "tools": "$a tool"}, "lines": [{"$": "$call part 2", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$usage"}]},
+{"name": "complete: tool result sent back", "args": {"messages": [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}], "model": "openrouter:lab/tools", "tools": "$a tool"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "$sentence"}}, "metadata": {"providerUsed": "openrouter:lab/tools"}}},
+{"name": "complete: image", "args": {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]}], "model": "openrouter:lab/vision"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "parts: [\"text\", \"image_url\"]"}}, "metadata": {"providerUsed": "openrouter:lab/vision"}}},
+{"name": "complete: content as parts (the built-in fake model answers in Anthropic's shape)", "args": {"messages": "$hi", "model": "fake"}, "json": {"$": "$reply", "result": {"message": {"id": "00000000-0000-0000-0000-000000000000", "type": "message", "role": "assistant", "model": "fake", "content": [{"type": "text", "text": "Cillum duis magna laborum velit consequat amet do eiusmod deserunt minim cupidatat culpa exercitation quis commodo."}], "stop_reason": "end_turn", "stop_sequence": null, "usage": {"input_tokens": 0, "output_tokens": 1, "usd_cents": null}}, "usage": {"input_tokens": 0, "output_tokens": 1, "usd_cents": null}}, "metadata": {"service_used": "fake-chat", "providerUsed": "fake"}}},
+{"name": "stream: built-in fake model", "args": {"messages": "$hi", "model": "fake", "stream": true}, "lines": [{"type": "text", "text": "Sunt nulla officia commodo est laboris duis sunt nisi consequat nostrud cupidatat deserunt velit."}, {"type": "usage", "usage": {"usd_cents": null}}]},
+{"name": "stream: midfail", "args": {"messages": "$hi", "model": "openrouter:lab/midfail", "stream": true}, "lines": ["$first words", {"type": "error", "message": "scripted mid-stream failure"}]},
+{"name": "stream: cut", "args": {"messages": "$hi", "model": "openrouter:lab/cut", "stream": true}, "lines": ["$first words", {"type": "error", "message": "terminated"}]},
+{"name": "stream: nousage", "args": {"messages": "$hi", "model": "openrouter:lab/nousage", "stream": true}, "lines": ["$words", {"type": "usage"}]},
+{"name": "complete: upstream answers 429", "args": {"messages": "$hi", "model": "openrouter:lab/err429"}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "stream: upstream answers 429", "args": {"messages": "$hi", "model": "openrouter:lab/err429", "stream": true}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "complete: upstream answers 500", "args": {"messages": "$hi", "model": "openrouter:lab/err500"}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "stream: upstream answers 500", "args": {"messages": "$hi", "model": "openrouter:lab/err500", "stream": true}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "complete: upstream answers 400", "args": {"messages": "$hi", "model": "openrouter:lab/err400"}, "status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "openrouter:lab/err400", "provider": "openrouter", "status": 400, "code": 400, "error": "400 scripted 400"}]}},
+{"name": "stream: upstream answers 400", "args": {"messages": "$hi", "model": "openrouter:lab/err400", "stream": true}, "status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "openrouter:lab/err400", "provider": "openrouter", "status": 400, "code": 400, "error": "400 scripted 400"}]}},
+{"name": "complete: upstream answers 401", "args": {"messages": "$hi", "model": "openrouter:lab/err401"}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err401", "provider": "openrouter", "status": 401, "code": 401, "error": "401 scripted 401"}]}},
+{"name": "stream: upstream answers 401", "args": {"messages": "$hi", "model": "openrouter:lab/err401", "stream": true}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err401", "provider": "openrouter", "status": 401, "code": 401, "error": "401 scripted 401"}]}},
+{"name": "complete: upstream answers 403", "args": {"messages": "$hi", "model": "openrouter:lab/err403"}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err403", "provider": "openrouter", "status": 403, "code": 403, "error": "403 scripted 403"}]}},
+{"name": "stream: upstream answers 403", "args": {"messages": "$hi", "model": "openrouter:lab/err403", "stream": true}, "status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "openrouter:lab/err403", "provider": "openrouter", "status": 403, "code": 403, "error": "403 scripted 403"}]}},
+{"name": "complete: unknown model", "args": {"messages": "$hi", "model": "nope-9"}, "status": 400, "json": {"error": "Model not found: nope-9", "message": "Model not found: nope-9", "code": "bad_request"}},
+{"name": "complete: empty assistant content", "args": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}], "model": "openrouter:lab/text"}, "status": 400, "json": {"error": "each message must have a 'content' property", "message": "each message must have a 'content' property", "code": "bad_request"}},
+{"name": "complete: messages is a string", "args": {"messages": "x", "model": "openrouter:lab/text"}, "status": 500, "json": {"error": "Internal Server Error", "message": "Internal Server Error", "code": "internal_error"}},
+{"name": "complete: no token", "auth": false, "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 401, "json": {"error": "Missing authentication token", "message": "Missing authentication token", "code": "token_missing"}},
+{"name": "complete: bad token", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 401, "json": {"error": "Re-authentication required", "message": "Re-authentication required", "code": "reauth_required", "reason": "token_v1"}},
+{"name": "unknown method", "body": {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "nope", "args": {}}, "status": 404, "json": {"error": "Method 'nope' not found on driver 'puter-chat-completion'", "message": "Method 'nope' not found on driver 'puter-chat-completion'", "code": "not_found"}},
+{"name": "unknown interface", "body": {"interface": "nope", "driver": "x", "method": "complete", "args": {}}, "status": 404, "json": {"error": "Driver not found: nope:x", "message": "Driver not found: nope:x", "code": "not_found"}},
+{"name": "too many at once (a temporary account has 2, a free one 3, a paid one 20)", "args": {"messages": "$hi", "model": "openrouter:lab/slow", "stream": true}, "status": 429, "json": {"error": "Too many concurrent requests.", "message": "Too many concurrent requests.", "code": "too_many_requests"}},
+{"name": "no credit left", "args": {"messages": "<30 MB of text>", "model": "openrouter:lab/text"}, "status": 402, "json": "$no usage left"},
+{"name": "too many in 10 s", "args": {"messages": "$hi", "model": "openrouter:lab/text"}, "status": 429, "json": {"error": "Too many requests.", "message": "Too many requests.", "code": "too_many_requests"}},
+{"name": "openai endpoint, complete: text", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi"}, "json": {"$": "$completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: text", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi", "stream": true}, "each": "$chunk", "events": ["$deltas", {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: tools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/tools", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/tools", "choices": [{"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, "logprobs": null, "finish_reason": "tool_calls"}]}},
+{"name": "openai endpoint, stream: tools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/tools", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/tools"}, "events": [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}}]}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "tool_calls"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: twotools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/twotools", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/twotools", "choices": [{"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "logprobs": null, "finish_reason": "tool_calls"}]}},
+{"name": "openai endpoint, stream: twotools", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/twotools", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/twotools"}, "events": [{"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "call_2", "type": "function", "function": {"name": "get_time", "arguments": "{\"tz\":\"CET\"}"}}]}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "tool_calls"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: reason", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/reason", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/reason", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: reason", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/reason", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/reason"}, "events": ["$deltas", {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}], "usage": "$zeros"}]},
+{"name": "openai endpoint, complete: midfail", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/midfail", "messages": "$hi"}, "json": {"$": "$completion", "model": "openrouter:lab/midfail", "choices": [{"index": 0, "message": {"role": "assistant", "content": "$sentence"}, "logprobs": null, "finish_reason": "stop"}]}},
+{"name": "openai endpoint, stream: midfail", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/midfail", "messages": "$hi", "stream": true}, "each": {"$": "$chunk", "model": "openrouter:lab/midfail"}, "events": [{"choices": [{"index": 0, "delta": {"content": "The "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "quick "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "brown "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "fox "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {"content": "— "}, "logprobs": null, "finish_reason": null}]}, {"choices": [{"index": 0, "delta": {}, "logprobs": null, "finish_reason": "stop"}]}]},
+{"name": "openai endpoint, complete: err429", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err429", "messages": "$hi"}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "openai endpoint, stream: err429", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err429", "messages": "$hi", "stream": true}, "status": 429, "json": {"$": "$limited", "attempts": [{"model": "openrouter:lab/err429", "provider": "openrouter", "status": 429, "code": 429, "error": "429 scripted 429"}]}},
+{"name": "openai endpoint, complete: err500", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err500", "messages": "$hi"}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "openai endpoint, stream: err500", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/err500", "messages": "$hi", "stream": true}, "status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "openrouter:lab/err500", "provider": "openrouter", "status": 500, "code": 500, "error": "500 scripted 500"}]}},
+{"name": "openai endpoint, session token", "path": "/puterai/openai/v1/chat/completions", "body": {"model": "openrouter:lab/text", "messages": "$hi"}, "status": 403, "json": {"error": "This API cannot be called with an account session token. Use an app or worker token, or create an API token from the dashboard (Account → API Token).", "message": "This API cannot be called with an account session token. Use an app or worker token, or create an API token from the dashboard (Account → API Token).", "code": "app_or_api_token_required"}},
+{"name": "complete: file part", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/puter.py/x.pdf"}, {"type": "text", "text": "summarise"}]}], "model": "openrouter:lab/vision"}, "json": {"$": "$openrouter reply", "result": {"message": {"content": "parts: [\"file\", \"text\"]"}}, "metadata": {"providerUsed": "openrouter:lab/vision"}}}
+]""")
+]
+# What was asked of Puter, and what each provider was sent and answered.
+ASKED_MODELS = {
+    "claude": "claude-haiku-4-5",
+    "claude (newer)": "claude-sonnet-5",
+    "openai-completion": "gpt-4o",
+    "openai-responses": "gpt-5.3-codex",
+    "openrouter": "openrouter:lab/brain",
+}
+
+
+# Pictures, speech, transcription and reading; of sounds the type alone.
+MEDIA_EXCHANGES: list[JSON] = json.loads(r"""[
+{"name": "txt2img test_mode by admin-api-token", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img test_mode by temp-session", "token": "temp-session", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img test_mode by temp-api-token", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img default", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img gpt-image-1-mini low", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "quality": "low"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img ratio 16:9", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "ratio": {"w": 1536, "h": 1024}}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img aspect_ratio", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-2", "aspect_ratio": "16:9"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img input_images (edit)", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "make it blue", "model": "gpt-image-1", "input_images": ["data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="]}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img gemini", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gemini-2.5-flash-image"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img cloudflare", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "provider": "cloudflare-image-generation"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img byteplus", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "provider": "byteplus-image-generation"}}, "json": {"success": true, "result": "data:image/jpeg;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img output_path", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "puter_output_path": "~/dot.png"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img unknown model", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "x", "model": "nope"}}, "json": {"error": "Model not found: nope", "message": "Model not found: nope", "code": "bad_request"}},
+{"name": "txt2img no prompt", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img moderation 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err400"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img provider 429", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err429"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img provider 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err500"}}, "json": {"error": "Missing `model`", "message": "Missing `model`", "code": "bad_request"}},
+{"name": "txt2img driver left out, no model", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "txt2img driver left out, test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "method": "generate", "args": {"prompt": "a red dot", "test_mode": true}}, "json": {"success": true, "result": "https://puter-sample-data.puter.site/image_example.png", "service": {"name": "ai-image"}}},
+{"name": "txt2img model and test_mode by admin-api-token", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-1-mini", "test_mode": true}}, "json": {"success": true, "result": "https://puter-sample-data.puter.site/image_example.png", "service": {"name": "ai-image"}}},
+{"name": "txt2img with model, provider answers 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err400", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 400", "message": "scripted 400", "code": "upstream_bad_request", "upstreamStatus": 400, "upstreamCode": "moderation_blocked"}},
+{"name": "txt2img with model, provider answers 401", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err401", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 401", "message": "scripted 401", "code": "upstream_auth_failed", "upstreamStatus": 401, "upstreamCode": null}},
+{"name": "txt2img with model, provider answers 429", "token": "admin-api-token", "status": 429, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err429", "model": "gpt-image-1-mini"}}, "json": {"error": "scripted 429", "message": "scripted 429", "code": "upstream_rate_limited", "upstreamStatus": 429, "upstreamCode": null}},
+{"name": "txt2img with model, provider answers 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "scenario: err500", "model": "gpt-image-1-mini"}}, "json": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable", "upstreamStatus": 500, "upstreamCode": null}},
+{"name": "txt2img by temp account, gpt-image-2 4K high", "token": "temp-api-token", "status": 402, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "ai-image", "method": "generate", "args": {"prompt": "a red dot", "model": "gpt-image-2", "quality": "high", "ratio": {"w": 3840, "h": 2160}}}, "json": {"error": "Insufficient credits for image generation", "message": "Insufficient credits for image generation", "code": "insufficient_funds"}},
+{"name": "txt2img driver=openai-image-generation", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-image-generation", "driver": "openai-image-generation", "method": "generate", "args": {"prompt": "a red dot"}}, "json": {"success": true, "result": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4n8YARAwQCgArFgWVjjyH6QAAAABJRU5ErkJggg==", "service": {"name": "ai-image"}}},
+{"name": "tts test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "test_mode": true}}, "json": {"success": true, "result": {"url": "https://puter-sample-data.puter.site/tts_example.mp3", "content_type": "audio"}, "service": {"name": "ai-tts"}}},
+{"name": "tts openai real", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai"}}},
+{"name": "tts openai wav", "token": "admin-api-token", "status": 200, "type": "audio/wav", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova", "response_format": "wav"}}},
+{"name": "tts gemini real", "token": "admin-api-token", "status": 200, "type": "audio/wav", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "gemini"}}},
+{"name": "tts default (no provider)", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello"}}, "json": {"error": "Internal Server Error", "message": "Internal Server Error", "code": "internal_error"}},
+{"name": "tts no text", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"provider": "openai"}}, "json": {"error": "Missing required field: text", "message": "Missing required field: text", "code": "field_required", "key": "text"}},
+{"name": "tts bad voice", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai", "voice": "nobody"}}, "json": {"error": "Invalid voice: nobody. Expected: alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "message": "Invalid voice: nobody. Expected: alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "code": "field_invalid", "key": "voice", "expected": "alloy, ash, ballad, coral, echo, fable, nova, onyx, sage, shimmer", "got": "nobody"}},
+{"name": "tts openai, provider answers 400", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err400", "provider": "openai"}}, "json": {"error": "scripted 400", "message": "scripted 400", "code": "upstream_bad_request", "upstreamStatus": 400, "upstreamCode": "moderation_blocked"}},
+{"name": "tts openai, provider answers 401", "token": "admin-api-token", "status": 500, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err401", "provider": "openai"}}, "json": {"error": "scripted 401", "message": "scripted 401", "code": "upstream_auth_failed", "upstreamStatus": 401, "upstreamCode": null}},
+{"name": "tts openai, provider answers 429", "token": "admin-api-token", "status": 429, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err429", "provider": "openai"}}, "json": {"error": "scripted 429", "message": "scripted 429", "code": "upstream_rate_limited", "upstreamStatus": 429, "upstreamCode": null}},
+{"name": "tts openai, provider answers 500", "token": "admin-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-tts", "driver": "ai-tts", "method": "synthesize", "args": {"text": "scenario: err500", "provider": "openai"}}, "json": {"error": "AI provider unavailable", "message": "AI provider unavailable", "code": "upstream_provider_unavailable", "upstreamStatus": 500, "upstreamCode": null}},
+{"name": "tts driver left out", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "method": "synthesize", "args": {"text": "Hello", "provider": "openai"}}},
+{"name": "tts driver=openai-tts", "token": "admin-api-token", "status": 200, "type": "audio/mpeg", "body": {"interface": "puter-tts", "driver": "openai-tts", "method": "synthesize", "args": {"text": "Hello"}}},
+{"name": "stt test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "test_mode": true}}, "json": {"success": true, "result": {"text": "Hello! This is a sample transcription returned while test mode is enabled.", "language": "en", "duration_seconds": 2, "words": [{"start": 0, "end": 0.5, "text": "Hello"}, {"start": 1.1, "end": 2, "text": "This is a sample transcription."}], "model": "gpt-4o-mini-transcribe"}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt transcribe", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA=="}}, "json": {"success": true, "result": {"text": "Hello from the scripted host.", "usage": {"type": "tokens", "total_tokens": 10, "input_tokens": 5, "output_tokens": 5}}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt text", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "response_format": "text"}}, "json": {"success": true, "result": "Hello from the scripted host.", "service": {"name": "ai-speech2txt"}}},
+{"name": "stt verbose_json whisper-1", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "model": "whisper-1", "response_format": "verbose_json"}}, "json": {"success": true, "result": {"task": "transcribe", "language": "english", "duration": 1.5, "text": "Hello from the scripted host.", "segments": [{"id": 0, "seek": 0, "start": 0, "end": 1.5, "text": " Hello from the scripted host.", "tokens": [1], "temperature": 0, "avg_logprob": -0.1, "compression_ratio": 1, "no_speech_prob": 0.01}]}, "service": {"name": "ai-speech2txt"}}},
+{"name": "stt srt whisper-1", "token": "admin-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {"file": "data:audio/wav;base64,UklGRiwAAABXQVZFZm10IBAAAAABAAEAQB8AAIA+AAACABAAZGF0YQgAAAAAAAAAAAAAAA==", "model": "whisper-1", "response_format": "srt"}}, "json": {"success": true, "result": "1\n00:00:00,000 --> 00:00:01,500\nHello from the scripted host.\n", "service": {"name": "ai-speech2txt"}}},
+{"name": "stt no file", "token": "temp-api-token", "status": 400, "type": "application/json", "body": {"interface": "puter-speech2txt", "driver": "ai-speech2txt", "method": "transcribe", "args": {}}, "json": {"error": "`file` is required", "message": "`file` is required", "code": "bad_request"}},
+{"name": "ocr test_mode", "token": "temp-api-token", "status": 200, "type": "application/json", "body": {"interface": "puter-ocr", "driver": "ai-ocr", "method": "recognize", "args": {"source": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==", "test_mode": true}}, "json": {"success": true, "result": {"blocks": [{"type": "text/puter:sample-output", "confidence": 1, "text": "test_mode is enabled; this is a sample OCR response."}]}, "service": {"name": "ai-ocr"}}}
+]""")
+
+
+def recorded_calls(row: JSON) -> Iterator[JSON]:
+    """The calls of a row: one for each provider that was asked the same."""
+    row = in_full(row, {**PIECES, "$sent": row.get("$sent")})
+    for provider, model in ASKED_MODELS.items():
+        if provider not in row:
+            continue
+        sent, answer = row[provider]
+        yield {
+            "name": row["name"],
+            "provider": provider,
+            "args": {**row["args"], "model": model},
+            "sent_to_provider": sent,
+            "response": recorded_response(answer),
+        }
+
+
+PROVIDER_CALLS = [
+    call
+    for row in json.loads(r"""[
+{"name": "complete: reason", "args": {"messages": [{"role": "user", "content": "scenario: reason"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "thinking", "thinking": "thinking...", "signature": "sig"}, {"type": "text", "text": "$sentence"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: reason"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: reason", "args": {"messages": [{"role": "user", "content": "scenario: reason"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}], "stream": true}], {"lines": [{"type": "reasoning", "reasoning": "thinking"}, {"type": "reasoning", "reasoning": "..."}, "$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: reason"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: reason"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: twotools", "args": {"messages": [{"role": "user", "content": "scenario: twotools"}], "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"$": "$call part", "id": "toolu_01", "input": {"city": "Paris"}}, {"$": "$call part 2", "id": "toolu_02"}], "stop_reason": "tool_use"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$tools"}], {"json": {"$": "$openai reply", "result": {"message": {"content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}}]}, "finish_reason": "tool_calls"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: twotools"}]}], "tools": "$flat tools"}], {"json": {"$": "$responses reply", "result": {"message": {"content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}, "canonical_id": "fc_0"}, {"$": "$call 2", "id": "call_2", "function": {"arguments": "{\"tz\": \"CET\"}"}, "canonical_id": "fc_1"}]}}}}]},
+{"name": "stream: twotools", "args": {"messages": [{"role": "user", "content": "scenario: twotools"}], "stream": true, "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$claude tools", "stream": true}], {"lines": [{"$": "$call part", "id": "toolu_01", "input": {"city": "Paris"}, "text": ""}, {"$": "$call part 2", "id": "toolu_02", "text": ""}, {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: twotools"}]}], "tools": "$tools", "stream": true, "stream_options": {"include_usage": true}}], {"lines": [{"$": "$call part 2", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: twotools"}]}], "tools": "$flat tools", "stream": true}], {"lines": [{"$": "$call part", "canonical_id": "fc_0", "id": "call_1", "input": {"city": "Paris"}, "text": ""}, {"$": "$call part 2", "canonical_id": "fc_1", "id": "call_2", "text": ""}, {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: length", "args": {"messages": [{"role": "user", "content": "scenario: length"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "$sentence"}], "stop_reason": "max_tokens"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}, "finish_reason": "length"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: length"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: length", "args": {"messages": [{"role": "user", "content": "scenario: length"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: length"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: length"}]}], "stream": true}], {"lines": ["$words", {"type": "usage"}]}]},
+{"name": "complete: refusal", "args": {"messages": [{"role": "user", "content": "scenario: refusal"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "$sentence"}], "stop_reason": "refusal"}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": "$sentence"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: refusal"}]}]}], {"json": {"$": "$responses reply", "result": {"message": {"content": "$sentence"}}}}]},
+{"name": "stream: refusal", "args": {"messages": [{"role": "user", "content": "scenario: refusal"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: refusal"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$words", {"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: refusal"}]}], "stream": true}], {"lines": ["$words", {"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "complete: empty", "args": {"messages": [{"role": "user", "content": "scenario: empty"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}]}], {"json": {"$": "$claude reply", "result": {"message": {"content": []}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}]}], {"json": {"$": "$openai reply", "result": {"message": {"content": null}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: empty"}]}]}], {"status": 400, "json": {"error": "an empty response was generated", "message": "an empty response was generated", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "an empty response was generated"}]}}]},
+{"name": "stream: empty", "args": {"messages": [{"role": "user", "content": "scenario: empty"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}], "stream": true}], {"lines": [{"type": "usage", "usage": "$claude usage"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: empty"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": [{"type": "usage", "usage": "$openai usage"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: empty"}]}], "stream": true}], {"lines": [{"type": "usage", "usage": "$responses usage"}]}]},
+{"name": "stream: midfail", "args": {"messages": [{"role": "user", "content": "scenario: midfail"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: midfail"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "{\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted mid-stream failure\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: midfail"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$first words", {"type": "error", "message": "scripted mid-stream failure"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: midfail"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}]},
+{"name": "stream: cut", "args": {"messages": [{"role": "user", "content": "scenario: cut"}], "stream": true},
+ "claude": [[{"$": "$to claude", "max_tokens": 63998, "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: cut"}]}], "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: cut"}]}], "max_completion_tokens": 16382, "stream": true, "stream_options": {"include_usage": true}}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: cut"}]}], "max_output_tokens": 127998, "stream": true}], {"lines": ["$first words", {"type": "error", "message": "terminated"}]}]},
+{"name": "complete: err429", "args": {"messages": [{"role": "user", "content": "scenario: err429"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 429, "error": "429 {\"type\":\"error\",\"error\":{\"type\":\"rate_limit_error\",\"message\":\"scripted 429\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 429, "error": "429 scripted 429"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err429"}]}]}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 429, "error": "429 scripted 429"}]}}]},
+{"name": "stream: err429", "args": {"messages": [{"role": "user", "content": "scenario: err429"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}], "stream": true}], {"lines": [{"type": "error", "message": "429 {\"type\":\"error\",\"error\":{\"type\":\"rate_limit_error\",\"message\":\"scripted 429\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err429"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 429, "error": "429 scripted 429"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err429"}]}], "stream": true}], {"status": 429, "json": {"$": "$limited", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 429, "error": "429 scripted 429"}]}}]},
+{"name": "complete: err500", "args": {"messages": [{"role": "user", "content": "scenario: err500"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 500, "error": "500 {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"scripted 500\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 500, "error": "500 scripted 500"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err500"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 500, "error": "500 scripted 500"}]}}]},
+{"name": "stream: err500", "args": {"messages": [{"role": "user", "content": "scenario: err500"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}], "stream": true}], {"lines": [{"type": "error", "message": "500 {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"scripted 500\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err500"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 500, "error": "500 scripted 500"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err500"}]}], "stream": true}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 500, "error": "500 scripted 500"}]}}]},
+{"name": "complete: err529", "args": {"messages": [{"role": "user", "content": "scenario: err529"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 529, "error": "529 {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted 529\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 529, "error": "529 scripted 529"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err529"}]}]}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 529, "error": "529 scripted 529"}]}}]},
+{"name": "stream: err529", "args": {"messages": [{"role": "user", "content": "scenario: err529"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}], "stream": true}], {"lines": [{"type": "error", "message": "529 {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"scripted 529\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err529"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 529, "error": "529 scripted 529"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err529"}]}], "stream": true}], {"status": 400, "json": {"$": "$unavailable", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 529, "error": "529 scripted 529"}]}}]},
+{"name": "complete: err400", "args": {"messages": [{"role": "user", "content": "scenario: err400"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}", "message": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}", "code": "upstream_bad_request", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 400, "error": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 400, "error": "400 scripted 400"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err400"}]}]}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "400 scripted 400"}]}}]},
+{"name": "stream: err400", "args": {"messages": [{"role": "user", "content": "scenario: err400"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}], "stream": true}], {"lines": [{"type": "error", "message": "400 {\"type\":\"error\",\"error\":{\"type\":\"invalid_request_error\",\"message\":\"scripted 400\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err400"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 400, "error": "400 scripted 400"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err400"}]}], "stream": true}], {"status": 400, "json": {"error": "400 scripted 400", "message": "400 scripted 400", "code": "upstream_bad_request", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 400, "error": "400 scripted 400"}]}}]},
+{"name": "complete: err401", "args": {"messages": [{"role": "user", "content": "scenario: err401"}]},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "status": 401, "error": "401 {\"type\":\"error\",\"error\":{\"type\":\"authentication_error\",\"message\":\"scripted 401\"}}"}]}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 401, "error": "401 scripted 401"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err401"}]}]}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 401, "error": "401 scripted 401"}]}}]},
+{"name": "stream: err401", "args": {"messages": [{"role": "user", "content": "scenario: err401"}], "stream": true},
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}], "stream": true}], {"lines": [{"type": "error", "message": "401 {\"type\":\"error\",\"error\":{\"type\":\"authentication_error\",\"message\":\"scripted 401\"}}"}]}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "scenario: err401"}]}], "stream": true, "stream_options": {"include_usage": true}}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-4o", "provider": "openai-completion", "status": 401, "error": "401 scripted 401"}]}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "scenario: err401"}]}], "stream": true}], {"status": 500, "json": {"error": "AI provider authentication failed", "message": "AI provider authentication failed", "code": "upstream_auth_failed", "attempts": [{"model": "gpt-5.3-codex", "provider": "openai-responses", "status": 401, "error": "401 scripted 401"}]}}]},
+{"name": "arrives: two system messages, one in the middle", "args": {"messages": [{"role": "system", "content": "FIRST"}, {"role": "system", "content": "SECOND"}, {"role": "user", "content": "hi"}, {"role": "system", "content": "MIDDLE"}, {"role": "assistant", "content": "ok"}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63987, "system": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}], "messages": "$sent"}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 63987, "system": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}], "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": "$sent", "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "system", "content": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "system", "content": [{"type": "text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"], "max_completion_tokens": 16371}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "system", "content": [{"type": "input_text", "text": "FIRST"}, {"type": "input_text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "system", "content": [{"type": "input_text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}]}, "$input asks"], "max_output_tokens": 127987}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "system", "content": [{"type": "text", "text": "FIRST"}, {"type": "text", "text": "SECOND"}]}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "system", "content": [{"type": "text", "text": "MIDDLE"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}, "$asks"], "max_tokens": 16371}], {"json": "$openrouter reply"}]},
+{"name": "arrives: sampling and choices", "args": {"messages": ["$ask"], "temperature": 0.3, "top_p": 0.5, "max_tokens": 100, "stop": ["x"], "tools": "$tools", "tool_choice": "required", "parallel_tool_calls": true, "response_format": {"type": "json_object"}, "reasoning_effort": "high", "seed": 1},
+ "claude": [[{"$": "$to claude", "max_tokens": 100, "temperature": 0.3, "messages": ["$asks"], "tools": "$claude tools"}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 100, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": ["$asks"], "tools": "$claude tools", "output_config": {"effort": "high"}, "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$tools", "max_completion_tokens": 100, "temperature": 0.3, "reasoning_effort": "high"}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": "$flat tools", "tool_choice": "required", "parallel_tool_calls": true, "max_output_tokens": 100, "temperature": 0.3, "top_p": 0.5}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$tools", "max_tokens": 100, "temperature": 0.3}], {"json": "$openrouter reply"}]},
+{"name": "arrives: reasoning effort high", "args": {"messages": ["$ask"], "reasoning_effort": "high", "max_tokens": 4000},
+ "claude": [[{"$": "$to claude", "max_tokens": 4000, "temperature": 1, "messages": ["$asks"], "thinking": {"type": "enabled", "budget_tokens": 3999}}], {"json": "$claude reply"}],
+ "claude (newer)": [[{"model": "claude-sonnet-5", "max_tokens": 4000, "tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "messages": ["$asks"], "thinking": {"type": "enabled", "budget_tokens": 3999}, "output_config": {"effort": "high"}, "path": "/anthropic/v1/messages"}], {"json": {"$": "$newer reply", "result": {"usage": {"usd_cents": 0.037575}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "max_completion_tokens": 4000, "reasoning_effort": "high"}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "max_output_tokens": 4000}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "max_tokens": 4000}], {"json": "$openrouter reply"}]},
+{"name": "arrives: cache_control on parts and on a message", "args": {"messages": [{"role": "system", "content": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}]}, "$sent": [{"role": "system", "content": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "system": [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}], "messages": [{"role": "user", "content": [{"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}, "$text"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "system", "content": [{"type": "input_text", "text": "S", "cache_control": {"type": "ephemeral"}}]}, {"role": "user", "content": [{"type": "input_text", "text": "A", "cache_control": {"type": "ephemeral"}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: cache_control on tools", "args": {"messages": ["$ask"], "tools": [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": "$city"}, "cache_control": {"type": "ephemeral"}}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": ["$asks"], "tools": [{"name": "get_weather", "description": "Weather of a city", "input_schema": "$city"}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$a tool", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"parameters": "$city", "name": "get_weather", "description": "Weather of a city", "type": "function"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$a tool"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: reasoning in the history", "args": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok", "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "text", "text": "ok"}], "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "ok"}], "reasoning_content": "R1", "reasoning": "R2", "reasoning_details": [{"type": "reasoning.text", "text": "R3"}]}, "$input asks"], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: thinking blocks in the history", "args": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "ok"}]}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "ok"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "output_text", "text": "ok"}]}, "$input asks"], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: image in a user message", "args": {"messages": [{"role": "user", "content": ["$text", "$picture"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63989, "messages": [{"role": "user", "content": ["$text", "$picture"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": ["$text", "$picture"]}], "max_completion_tokens": 16373}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, "$picture"]}], "max_output_tokens": 127989}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": ["$text", "$picture"]}], "max_tokens": 16373}], {"json": "$openrouter reply"}]},
+{"name": "arrives: image by Anthropic's source", "args": {"messages": [{"role": "user", "content": ["$text", "$claude picture"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": ["$text", "$claude picture"]}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": ["$text", "$claude picture"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, "$claude picture"]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": ["$text", "$claude picture"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: tool result as text", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}],
+ "claude": [[{"$": "$to claude", "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools"}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}], "tools": "$flat tools"}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16381}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny"}}}}]},
+{"name": "arrives: tool result with an image part", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": [{"type": "text", "text": "see"}, "$picture"]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]", "tool_use_id": "t1"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63974, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16358}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "[{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}], "tools": "$flat tools", "max_output_tokens": 127974}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16358}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: [{\"type\":\"text\",\"text\":\"see\"},{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC\"}}]"}}}}]},
+{"name": "arrives: tool result as Anthropic's block with an image", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "content": [{"type": "text", "text": "see"}, "$claude picture"], "tool_call_id": "t1"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63973, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: see"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16357}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: see"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": [{"type": "text", "text": "see"}, "$claude picture"]}], "tools": "$flat tools", "max_output_tokens": 127973}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: see"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16357}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: see"}}}}]},
+{"name": "arrives: two calls, one message each", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "assistant", "content": ["$call part 2"]}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "assistant", "content": null, "tool_calls": ["$call 2"]}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63994, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "assistant", "content": ["$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16378}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"call_id": "t2", "name": "get_time", "arguments": "{\"tz\":\"CET\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16378}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: two calls in one message", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part", "$call part 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call 2", "$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63994, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part", "$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16378}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t2", "name": "get_time", "arguments": "{\"tz\":\"CET\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16378}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: text beside two OpenAI calls", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "let me see", "tool_calls": ["$call", "$call 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}, {"role": "tool", "tool_call_id": "t2", "content": "noon"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}], "tool_calls": ["$call", "$call 2"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny", "tool_use_id": "t1"}, {"role": "tool", "tool_call_id": "t2", "content": "noon", "tool_use_id": "t2"}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63995, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}, "$call part", "$call part 2"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "noon"}]}], "tools": "$claude tools"}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: sunny | noon"}]}}}}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16379}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "let me see"}], "tool_calls": ["$call", "$call 2"]}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}, {"type": "function_call_output", "call_id": "t2", "output": "noon"}], "tools": "$flat tools", "max_output_tokens": 127995}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16379}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: sunny | noon"}}}}]},
+{"name": "arrives: a stored PDF (puter_path)", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.pdf"}, "$text"]}]},
+ "claude": [[{"path": "/anthropic/v1/files?beta=true"}, {"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "file_1"}}, "$text"]}], "path": "/anthropic/v1/messages?beta=true"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "$file error"}, "$text"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$file error"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.pdf"}, "$text"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: a stored text file (puter_path)", "args": {"messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.txt"}, "$text"]}]},
+ "claude": [[{"path": "/anthropic/v1/files?beta=true"}, {"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "file_1"}}, "$text"]}], "path": "/anthropic/v1/messages?beta=true"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": [{"role": "user", "content": [{"type": "text", "text": "$file error"}, "$text"]}], "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$file error"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": [{"role": "user", "content": [{"type": "file", "puter_path": "/admin/AppData/lab/a.txt"}, "$text"]}], "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an inline PDF in OpenAI's shape", "args": {"messages": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "$pdf url"}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an inline PDF as Anthropic's document", "args": {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 14874}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126490}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 14874}], {"json": "$openrouter reply"}]},
+{"name": "arrives: an empty text part and a blank message", "args": {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}, "$text"]}]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": ""}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": ""}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "arrives: a long tool name", "args": {"messages": ["$ask"], "tools": [{"type": "function", "function": {"name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "parameters": {"type": "object", "properties": {}}}}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": ["$asks"], "tools": [{"name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "input_schema": {"type": "object", "properties": {}}}]}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": [{"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm"}}], "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm", "type": "function"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": [{"type": "function", "function": {"parameters": {"type": "object", "properties": {}}, "name": "mmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmmm"}}]}], {"json": "$openrouter reply"}]},
+{"name": "arrives: web_search", "args": {"messages": ["$ask"], "tools": [{"type": "web_search"}]},
+ "claude": [[], {"status": 500, "json": {"error": "All providers failed", "message": "All providers failed", "code": "internal_error", "attempts": [{"model": "claude-haiku-4-5-20251001", "provider": "claude", "error": "Cannot destructure property 'name' of 'tool.function' as it is undefined."}]}}],
+ "openai-completion": [[{"$": "$to responses", "input": ["$input asks"], "model": "gpt-4o", "tools": [{"type": "web_search"}], "max_output_tokens": 16374}], {"json": {"$": "$openai reply", "result": {"message": {"reasoning": null, "refusal": null}, "role": "assistant"}}}],
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "tools": [{"type": "web_search"}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": [{"type": "web_search"}]}], {"json": "$openrouter reply"}]},
+{"name": "gate: a prompt longer than the model's max_tokens", "args": {"messages": [{"role": "user", "content": "word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word …[350044 characters]"}]},
+ "claude": [[], {"status": 402, "json": "$no usage left"}],
+ "openai-completion": [[], {"status": 402, "json": "$no usage left"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word word …[350044 characters]"}]}], "max_output_tokens": 37573}], {"json": "$responses reply"}],
+ "openrouter": [[], {"status": 402, "json": "$no usage left"}]},
+{"name": "arrives: first message is the assistant's", "args": {"messages": [{"role": "assistant", "content": "hello"}, "$ask"]}, "$sent": [{"role": "assistant", "content": [{"type": "text", "text": "hello"}]}, "$asks"],
+ "claude": [[{"$": "$to claude", "max_tokens": 63989, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16373}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "assistant", "content": [{"type": "output_text", "text": "hello"}]}, "$input asks"], "max_output_tokens": 127989}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "max_tokens": 16373}], {"json": "$openrouter reply"}]},
+{"name": "arrives: two user messages in a row", "args": {"messages": [{"role": "user", "content": "A"}, "$ask"]}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "A"}, "$text"]}],
+ "claude": [[{"$": "$to claude", "max_tokens": 63990, "messages": "$sent"}], {"json": "$claude reply"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 127990}], {"json": "$responses reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent"}], {"json": "$openrouter reply"}]},
+{"name": "form: image by URL source", "args": {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, "$text"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, "$text"]}]}], {"json": "$claude reply"}]},
+{"name": "form: a document of text", "args": {"messages": [{"role": "user", "content": [{"type": "document", "title": "notes.txt", "source": {"type": "text", "media_type": "text/plain", "data": "ZEBRA"}}, "$text"]}]},
+ "claude": [[{"$": "$to claude", "max_tokens": 62490, "messages": [{"role": "user", "content": [{"type": "document", "title": "notes.txt", "source": {"type": "text", "media_type": "text/plain", "data": "ZEBRA"}}, "$text"]}]}], {"json": "$claude reply"}]},
+{"name": "form: text, signed thinking and a call in one message; an error as its result", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "let me see"}, "$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": true, "content": "no"}]}], "tools": "$tools", "reasoning_effort": "high", "max_tokens": 4000},
+ "claude": [[{"$": "$to claude", "max_tokens": 4000, "temperature": 1, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "sig"}, {"type": "text", "text": "let me see"}, "$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": true, "content": "no"}]}], "tools": "$claude tools", "thinking": {"type": "enabled", "budget_tokens": 3999}}], {"json": {"$": "$claude reply", "result": {"message": {"content": [{"type": "text", "text": "The tool returned: no"}]}}}}]},
+{"name": "form: two calls in one message, both results in one user message, then text", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part", {"$": "$call part", "id": "t2"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "a"}, {"type": "tool_result", "tool_use_id": "t2", "content": "b"}, "$text"]}], "tools": "$tools"},
+ "claude": [[{"$": "$to claude", "max_tokens": 63986, "messages": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": ["$call part", {"$": "$call part", "id": "t2"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "a"}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t2", "content": "b"}]}, "$asks"], "tools": "$claude tools"}], {"json": "$claude reply"}]},
+{"name": "form: input_image and input_file", "args": {"messages": [{"role": "user", "content": [{"type": "input_image", "image_url": "$picture url"}, {"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, "$text"]}]},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "$picture url"}, {"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, {"type": "input_text", "text": "$OK"}]}], "max_output_tokens": 126489}], {"json": "$responses reply"}]},
+{"name": "form: a result with a picture", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": "$picture url"}]}]}], "tools": "$tools"},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": "$picture url"}]}], "tools": "$flat tools", "max_output_tokens": 127974}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: see"}}}}]},
+{"name": "form: reasoning and text.format", "args": {"messages": ["$ask"], "reasoning": {"effort": "high", "summary": "auto"}, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {}}, "strict": true}}},
+ "openai-responses": [[{"$": "$to responses", "input": ["$input asks"], "max_output_tokens": 127990, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object", "properties": {}}, "strict": true}}, "reasoning": {"effort": "high", "summary": "auto"}}], {"json": "$responses reply"}]},
+{"name": "form: text and a call in one message", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": [{"type": "text", "text": "let me see"}, "$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}], "tools": "$tools"},
+ "openai-responses": [[{"$": "$to responses", "input": [{"role": "user", "content": [{"type": "input_text", "text": "w?"}]}, {"call_id": "t1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}", "type": "function_call"}, {"type": "function_call_output", "call_id": "t1", "output": "sunny"}], "tools": "$flat tools", "max_output_tokens": 127994}], {"json": {"$": "$responses reply", "result": {"message": {"content": "The tool returned: sunny"}}}}]},
+{"name": "form: a result, then the picture as the user's", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"]}, {"role": "tool", "tool_call_id": "t1", "content": "see the picture below"}, {"role": "user", "content": ["$picture"]}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "see the picture below", "tool_use_id": "t1"}, {"role": "user", "content": ["$picture"]}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16376}], {"json": {"$": "$openai reply", "result": {"message": {"content": "Hello from the stub model."}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16376}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "Hello from the stub model."}}}}]},
+{"name": "form: tool_choice and response_format", "args": {"messages": ["$ask"], "tools": "$tools", "tool_choice": {"type": "function", "function": {"name": "get_time"}}, "response_format": {"type": "json_object"}, "parallel_tool_calls": false, "verbosity": "low"},
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "tools": "$tools", "max_completion_tokens": 16374, "verbosity": "low"}], {"json": "$openai reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"], "tools": "$tools"}], {"json": "$openrouter reply"}]},
+{"name": "form: reasoning_details beside a call", "args": {"messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": ["$call part"], "reasoning": "R", "reasoning_details": [{"type": "reasoning.text", "text": "R", "signature": "s"}]}, {"role": "tool", "tool_call_id": "t1", "content": "x"}], "tools": "$tools"}, "$sent": [{"role": "user", "content": [{"type": "text", "text": "w?"}]}, {"role": "assistant", "content": null, "reasoning": "R", "reasoning_details": [{"type": "reasoning.text", "text": "R", "signature": "s"}], "tool_calls": ["$call"]}, {"role": "tool", "tool_call_id": "t1", "content": "x", "tool_use_id": "t1"}],
+ "openai-completion": [[{"$": "$to openai", "messages": "$sent", "tools": "$tools", "max_completion_tokens": 16382}], {"json": {"$": "$openai reply", "result": {"message": {"content": "The tool returned: x"}}}}],
+ "openrouter": [[{"$": "$to openrouter", "messages": "$sent", "tools": "$tools", "max_tokens": 16382}], {"json": {"$": "$openrouter reply", "result": {"message": {"content": "The tool returned: x"}}}}]},
+{"name": "form: custom", "args": {"messages": ["$ask"], "custom": {"response_format": {"type": "json_object"}, "reasoning": {"effort": "high"}}},
+ "openai-completion": [[{"$": "$to openai", "messages": ["$asks"], "max_completion_tokens": 16374}], {"json": "$openai reply"}],
+ "openrouter": [[{"$": "$to openrouter", "messages": ["$asks"]}], {"json": "$openrouter reply"}]}
+]""")
+    for call in recorded_calls(row)
+]
+REAL_CATALOGUE: JSON = {
+    "models": in_full(
+        json.loads(r"""[
+{"$": "$model", "puterId": "alibaba:qwen/qvq-max", "id": "qvq-max", "name": "QVQ Max", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2024-04", "release_date": "2025-03-25", "aliases": ["qwen/qvq-max", "alibaba:qwen/qvq-max"], "context": 131072, "max_tokens": 8192, "costs": {"prompt_tokens": 120, "completion_tokens": 480, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "alibaba:qwen/qwen-omni-turbo", "id": "qwen-omni-turbo", "name": "Qwen-Omni Turbo", "modalities": {"input": ["text", "image", "audio", "video"]}, "open_weights": false, "knowledge": "2024-04", "release_date": "2025-01-19", "aliases": ["qwen/qwen-omni-turbo", "alibaba:qwen/qwen-omni-turbo"], "context": 32768, "max_tokens": 2048, "costs": {"prompt_tokens": 7, "completion_tokens": 27, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "alibaba:qwen/qwen3.6-27b", "id": "qwen3.6-27b", "name": "Qwen3.6 27B", "modalities": {"input": ["text", "image", "video", "audio"]}, "open_weights": true, "release_date": "2026-04-22", "aliases": ["qwen/qwen3.6-27b", "alibaba:qwen/qwen3.6-27b"], "context": 262144, "max_tokens": 65536, "costs": {"prompt_tokens": 60, "completion_tokens": 360, "cached_tokens": 0}, "provider": "alibaba"},
+{"$": "$model", "puterId": "byteplus:byteplus/glm-4-7-251222", "id": "glm-4-7-251222", "name": "GLM-4.7", "aliases": ["byteplus/glm-4-7-251222", "glm-4-7", "byteplus/glm-4-7", "byteplus:byteplus/glm-4-7-251222"], "open_weights": false, "context": 200000, "max_tokens": 128000, "costs": {"prompt_tokens": 60, "completion_tokens": 220.00000000000003, "cached_tokens": 11}, "provider": "byteplus"},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-haiku-4-5", "id": "claude-haiku-4-5-20251001", "knowledge": "2025-02-28", "release_date": "2025-10-15", "aliases": ["claude-haiku", "claude-haiku-latest", "claude-haiku-4.5-latest", "claude-haiku-4.5", "claude-haiku-4-5", "claude-4-5-haiku", "anthropic/claude-haiku-4-5", "anthropic:anthropic/claude-haiku-4-5"], "name": "Claude Haiku 4.5", "costs": {"input_tokens": 100, "ephemeral_5m_input_tokens": 125, "ephemeral_1h_input_tokens": 200, "cache_read_input_tokens": 10, "output_tokens": 500}, "context": 200000, "max_tokens": 64000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-opus-4-5", "id": "claude-opus-4-5-20251101", "knowledge": "2025-03-31", "release_date": "2025-11-01", "aliases": ["claude-opus-4-5-latest", "claude-opus-4-5", "claude-opus-4.5", "anthropic/claude-opus-4-5", "anthropic:anthropic/claude-opus-4-5"], "name": "Claude Opus 4.5", "costs": {"input_tokens": 500, "ephemeral_5m_input_tokens": 625, "ephemeral_1h_input_tokens": 1000, "cache_read_input_tokens": 50, "output_tokens": 2500}, "context": 200000, "max_tokens": 64000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-opus-4-8", "id": "claude-opus-4-8", "knowledge": "2026-01", "release_date": "2026-05-28", "aliases": ["claude-opus-4-8-latest", "claude-opus-4.8", "claude-opus-4-8", "anthropic/claude-opus-4-8", "anthropic:anthropic/claude-opus-4-8"], "name": "Claude Opus 4.8", "costs": {"input_tokens": 500, "ephemeral_5m_input_tokens": 625, "ephemeral_1h_input_tokens": 1000, "cache_read_input_tokens": 50, "output_tokens": 2500}, "context": 1000000, "max_tokens": 128000},
+{"$": "$claude model", "puterId": "anthropic:anthropic/claude-sonnet-5", "id": "claude-sonnet-5", "release_date": "2026-06-30", "aliases": ["claude-sonnet", "claude-sonnet-latest", "claude-sonnet-5-latest", "claude-sonnet-5", "anthropic/claude-sonnet-5", "anthropic:anthropic/claude-sonnet-5"], "name": "Claude Sonnet 5", "costs": {"input_tokens": 300, "ephemeral_5m_input_tokens": 375, "ephemeral_1h_input_tokens": 600, "cache_read_input_tokens": 30, "output_tokens": 1500}, "context": 1000000, "max_tokens": 64000},
+{"$": "$model", "puterId": "deepseek:deepseek/deepseek-v4-pro", "id": "deepseek-v4-pro", "open_weights": false, "knowledge": "2026-04", "release_date": "2026-04-24", "name": "DeepSeek Chat", "aliases": ["deepseek/deepseek-v4-pro", "deepseek-v4-pro", "deepseek:deepseek/deepseek-v4-pro"], "context": 1000000, "costs": {"prompt_tokens": 174, "completion_tokens": 348, "cached_tokens": 1.45}, "max_tokens": 384000, "provider": "deepseek"},
+{"$": "$model", "puterId": "google:google/gemini-2.5-pro", "id": "gemini-2.5-pro", "modalities": {"input": ["text", "image", "audio", "video", "pdf"]}, "open_weights": false, "knowledge": "2025-01", "release_date": "2025-03-20", "name": "Gemini 2.5 Pro", "aliases": ["google/gemini-2.5-pro", "google:google/gemini-2.5-pro"], "context": 1048576, "costs": {"prompt_tokens": 125, "completion_tokens": 1000, "thinking_tokens": 1000, "cached_tokens": 31, "grounding_requests": 3500000}, "max_tokens": 200000, "provider": "gemini"},
+{"$": "$model", "puterId": "groq:qwen/qwen3.6-27b", "id": "qwen/qwen3.6-27b", "modalities": {"input": ["text", "image"]}, "open_weights": true, "release_date": "2026-04-22", "name": "Qwen3.6 27B", "aliases": ["qwen/qwen3.6-27b", "groq:qwen/qwen3.6-27b"], "context": 131072, "costs": {"prompt_tokens": 60, "completion_tokens": 300, "cached_tokens": 30}, "max_tokens": 16384, "provider": "groq"},
+{"$": "$model", "puterId": "meta:meta/muse-spark-1.1", "id": "muse-spark-1.1", "name": "Muse Spark 1.1", "aliases": ["meta/muse-spark-1.1", "meta:meta/muse-spark-1.1"], "modalities": {"input": ["text", "image", "video", "pdf"]}, "open_weights": false, "release_date": "2026-04-08", "context": 1048576, "max_tokens": 32000, "costs": {"prompt_tokens": 125, "completion_tokens": 425, "cached_tokens": 15}, "provider": "meta"},
+{"$": "$model", "puterId": "meta:meta/muse-spark-1.2", "id": "muse-spark-1.2", "name": "Muse Spark 1.2", "aliases": ["meta/muse-spark-1.2", "meta:meta/muse-spark-1.2"], "modalities": {"input": ["text", "image", "video", "audio", "pdf"]}, "open_weights": false, "release_date": "2026-08-05", "context": 1048576, "max_tokens": 131072, "costs": {"prompt_tokens": 125, "completion_tokens": 425, "cached_tokens": 15}, "provider": "meta"},
+{"$": "$model", "puterId": "minimax:minimax/minimax-m2", "id": "minimax-m2", "apiModel": "MiniMax-M2", "name": "MiniMax M2", "aliases": ["minimax/minimax-m2", "MiniMax-M2", "minimax/MiniMax-M2", "minimax:minimax/minimax-m2"], "open_weights": false, "context": 204800, "max_tokens": 196608, "costs": {"prompt_tokens": 30, "completion_tokens": 120, "cached_tokens": 3}, "provider": "minimax"},
+{"$": "$model", "puterId": "moonshotai:moonshotai/kimi-k3", "id": "kimi-k3", "name": "Kimi K3", "aliases": ["moonshotai/kimi-k3", "moonshot/kimi-k3", "moonshotai:moonshotai/kimi-k3"], "modalities": {"input": ["text", "image", "video"]}, "costs": {"prompt_tokens": 300, "completion_tokens": 1500, "cached_tokens": 30}, "context": 1048576, "max_tokens": 1048576, "provider": "moonshotai"},
+{"$": "$model", "puterId": "openai:openai/gpt-5.1", "id": "gpt-5.1", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2024-09-30", "release_date": "2025-11-13", "aliases": ["openai/gpt-5.1", "openai:openai/gpt-5.1"], "costs": {"prompt_tokens": 125, "cached_tokens": 13, "completion_tokens": 1000}, "context": 128000, "max_tokens": 128000, "provider": "openai-completion"},
+{"$": "$model", "puterId": "openai:openai/gpt-5.6-sol", "id": "gpt-5.6-sol", "modalities": {"input": ["text", "image"]}, "open_weights": false, "knowledge": "2026-02-16", "aliases": ["gpt-5.6", "gpt-5.6-sol", "openai/gpt-5.6", "openai/gpt-5.6-sol", "openai:openai/gpt-5.6-sol"], "costs": {"prompt_tokens": 500, "cached_tokens": 50, "completion_tokens": 3000}, "context": 1050000, "max_tokens": 128000, "responses_api_only": true, "provider": "openai-responses"},
+{"$": "$model", "puterId": "x-ai:x-ai/grok-4.3", "id": "grok-4.3", "modalities": {"input": ["text", "image", "pdf"]}, "open_weights": false, "release_date": "2026-05-01", "name": "Grok 4.3", "aliases": ["x-ai/grok-4.3", "grok-4.3-latest", "x-ai:x-ai/grok-4.3"], "context": 1000000, "costs": {"prompt_tokens": 125, "completion_tokens": 250, "cached_tokens": 20}, "max_tokens": 30000, "provider": "xai"},
+{"$": "$model", "puterId": "z-ai:z-ai/glm-5", "id": "glm-5", "name": "GLM-5", "aliases": ["z-ai/glm-5", "zai/glm-5", "z-ai:z-ai/glm-5"], "open_weights": false, "context": 200000, "max_tokens": 128000, "costs": {"prompt_tokens": 100, "completion_tokens": 320, "cached_tokens": 20}, "provider": "zai"}
+]""")
+    )
+}
+# What OpenAI's clients send to a gateway.
+CLIENT_REQUESTS: list[JSON] = in_full(
+    json.loads(r"""[
+{"client": "openai-py", "method": "GET", "path": "/models", "headers": {"accept-encoding": "gzip, deflate", "accept": "application/json", "user-agent": "OpenAI/Python 3.54.0", "x-stainless-retry-count": "0"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "developer", "content": "Be terse."}, "$asks"], "max_completion_tokens": 64, "temperature": 0}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "parallel_tool_calls": false, "tool_choice": "auto", "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "tools": "$closed weather"}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": [{"role": "user", "content": ["$text", {"type": "image_url", "image_url": {"url": "$picture url", "detail": "low"}}]}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "no-such-model-xyz", "messages": [{"role": "user", "content": "x"}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "messages": []}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "err-429", "messages": [{"role": "user", "content": "x"}]}},
+{"client": "openai-py", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "x"}]}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [{"role": "system", "content": "You are a title generator. You output ONLY a thread title. N…"}, {"role": "user", "content": "Generate a title for this conversation:\n"}, {"role": "user", "content": "\"Reply with exactly this and nothing else: OK\""}], "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [{"role": "system", "content": "You are opencode, an interactive CLI tool that helps users w…"}, {"role": "user", "content": "\"Reply with exactly this and nothing else: OK\""}], "tools": [{"type": "function", "function": {"name": "webfetch", "description": "- Fetches content from a…", "parameters": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"url": {"type": "string", "description": "The URL to fetch content…"}, "format": {"type": "string", "enum": ["text", "markdown", "html"], "default": "markdown"}, "timeout": {"type": "number"}}, "required": ["url"]}}}], "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "opencode", "headers": {"$": "$node", "user-agent": "opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "accept-encoding": "gzip, deflate, br, zstd"}, "body": {"model": "stub-model", "max_tokens": 32000, "messages": [
+  {"role": "system", "content": "You are opencode, an interactive CLI tool that helps users w…"},
+  {"role": "user", "content": "Call the tool named read with arguments {\"filePath\": \"/p…"},
+  {"role": "assistant", "content": "", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"name": "read", "arguments": "{\"filePath\":\"/project\"}"}}]},
+  {"role": "tool", "tool_call_id": "call_1", "content": "<path>/project</path>\n<type>file</type>\n<content>\n1: SEC…"}], "tools": [{"type": "function", "function": {"name": "bash", "description": "Executes a given bash co…", "parameters": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"command": {"type": "string", "description": "The command to execute"}, "timeout": {"minimum": -9007199254740991, "exclusiveMinimum": 0, "type": "integer", "maximum": 9007199254740991}}, "required": ["command"]}}}], "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "system", "content": "Be terse."}, "$ask"]}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": ["$ask"], "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "tools": "$weather by aisdk", "tool_choice": "auto"}},
+{"client": "aisdk", "headers": "$node", "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "tools": "$weather by aisdk", "tool_choice": "auto"}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}], "tools": "$weather by aisdk", "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "aisdk", "headers": {"$": "$node", "user-agent": "ai-sdk/openai-compatible/2.0.87 ai-sdk/provider-utils/4.0.62 runtime/node.js/v20.20.2"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\":\"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "tools": "$weather by aisdk", "tool_choice": "auto", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": ["$ask"], "model": "stub-model"}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": ["$ask"], "model": "stub-model", "stream": true, "stream_options": {"include_usage": true}}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": [{"role": "user", "content": "$call it"}], "model": "stub-model", "stream": true, "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "litellm", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.54.0"}, "body": {"messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "tool_calls": [{"$": "$call", "function": {"arguments": "{\"city\": \"Paris\"}"}, "id": "call_1"}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny OK"}], "model": "stub-model", "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": ["$ask"]}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}], "stream_options": {"include_usage": true}, "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": null, "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny in Paris OK"}], "stream_options": {"include_usage": true}, "tools": "$plain weather"}},
+{"client": "llm", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"role": "user", "content": ["$text", "$picture"]}, {"role": "assistant", "content": "OK"}, {"role": "user", "content": "And now: Reply with exactly this and nothing else: OK-2"}], "stream_options": {"include_usage": true}}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": ["$ask"], "max_completion_tokens": 256, "temperature": 0.0}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": ["$ask"], "stream_options": {"include_usage": true}}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": true, "messages": [{"content": "$call it", "role": "user"}], "stream_options": {"include_usage": true}, "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": [{"content": "$call it", "role": "user"}, {"content": null, "role": "assistant", "tool_calls": [{"$": "$call", "id": "call_1", "function": {"arguments": "{\"city\": \"Paris\"}"}}]}, {"content": "sunny in Paris OK", "role": "tool", "tool_call_id": "call_1"}], "tool_choice": "auto", "tools": "$plain weather"}},
+{"client": "langchain", "headers": "$headers", "body": {"model": "stub-model", "stream": false, "messages": [{"content": "Weather in Paris?", "role": "user"}], "parallel_tool_calls": false, "tool_choice": {"type": "function", "function": {"name": "City"}}, "tools": [{"type": "function", "function": {"name": "City", "description": "", "parameters": "$city"}}]}},
+{"client": "aider", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.20.0"}, "body": {"messages": [{"role": "system", "content": "Act as an expert software developer.\nTake requests for chang…"}, {"role": "user", "content": "Change the greeting to be more casual"}, {"role": "assistant", "content": "Ok, I will:\n\n1. Switch the greeting text from \"Hello\" to…"}, {"role": "user", "content": "I switched to a new code base. Please don't consider the…"}, {"role": "assistant", "content": "Ok."}, {"role": "user", "content": "I have *added these files to the chat* so you can go ahe…"}, {"role": "assistant", "content": "Ok, any changes I propose will be to those files."}, {"role": "user", "content": "Answer with the text between the triple angle brackets, with…"}], "model": "stub-model", "stream": true, "temperature": 0}},
+{"client": "aider", "headers": {"$": "$headers", "user-agent": "OpenAI/Python 2.20.0"}, "body": {"messages": [{"role": "system", "content": "You are an expert software engineer that generates concise, …"}, {"role": "user", "content": "\nUSER: Answer with the text between the triple angle bracket…"}], "model": "stub-model", "temperature": 0}}
+]""")
+)
+# What agents and the vendors' SDKs send to its other two dialects, and the status they got.
+AGENT_REQUESTS: list[JSON] = in_full(
+    json.loads(r"""[
+{"client": "codex-cli 0.169.0", "scenario": "reasoning item sent back (encrypted_content)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": [
+  "$codex",
+  "$skills",
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named exec_command with arguments…"}]},
+  {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "**Planning**\n\nI am thinking."}], "content": null, "encrypted_content": "local:KipQbGFubmluZyoqCgpJIGFtIHRoaW5raW5nLg=="},
+  {"type": "message", "status": "completed", "id": "msg_5", "role": "assistant", "content": [{"type": "output_text", "text": "Let me see. ", "annotations": [], "logprobs": []}]},
+  {"type": "function_call", "status": "completed", "id": "fc_1", "name": "exec_command", "arguments": "{\"cmd\": \"echo AAA > a.txt\"}", "call_id": "call_1"},
+  {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "Chunk ID: e65e47\nWall time: 0.0000 seconds\nProcess exite…"}], "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "model gpt-5.5: apply_patch as custom tool", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-5.5", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, a coding agent based on GPT-5. You and th…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<tools>\nDeferred tool namespaces:\n- multi_agent_v1: Tool…"}]},
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named apply_patch with arguments {…"}]}], "tools": [
+  {"type": "custom", "name": "apply_patch", "description": "The `apply_patch` tool c…", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+…"}},
+  {"type": "tool_search", "execution": "client", "description": "# Tool discovery\n\nSearch…", "parameters": {"type": "object", "properties": {"limit": {"type": "number", "description": "Maximum number of tools…"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": false}},
+  {"type": "web_search", "external_web_access": true, "search_content_types": ["text", "image"]}], "reasoning": {"effort": "medium"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "model gpt-6-sol: tools in an additional_tools item, custom tool exec", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-6-sol", "input": [
+  {"type": "additional_tools", "id": "at_1", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "function", "name": "request_user_input_async", "description": "Ask the user one or more…", "strict": false, "parameters": {"type": "object", "properties": {"questions": {"type": "array", "description": "One or more self-contain…", "items": {"type": "object", "properties": {"options": {"type": "array", "description": "Suggested answers, in di…", "items": {"type": "string"}, "minItems": 1}}, "required": [], "additionalProperties": false}, "minItems": 1}}, "required": ["questions"], "additionalProperties": false}}]}]},
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, an agent based on GPT-6. You and the user…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<collaboration_mode># Collaboration Mode: Default\n\nYou a…"}]},
+  {"type": "message", "id": "msg_3", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_role>You are `/root`, the primary agent in…"}]},
+  {"type": "message", "id": "msg_4", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_mode>Any earlier instruction enabling proac…"}]},
+  {"type": "message", "id": "msg_5", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+  {"type": "message", "id": "msg_6", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named functions__exec with argumen…"}]}], "parallel_tool_calls": false, "reasoning": {"effort": "medium", "context": "all_turns"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "gpt-6-sol, custom_tool_call_output as content list", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-6-sol", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, an agent based on GPT-6. You and the user…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_role>You are `/root`, the primary agent in…"}]},
+  {"type": "message", "id": "msg_3", "role": "developer", "content": [{"type": "input_text", "text": "<multi_agent_mode>Any earlier instruction enabling proac…"}]},
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>\n  <cwd>/project</cwd>\n  <shell>bas…"}]},
+  {"type": "message", "id": "msg_5", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named functions__exec with argumen…"}]},
+  {"type": "custom_tool_call", "id": "ctc_1", "status": "completed", "call_id": "call_1", "name": "exec", "namespace": "functions", "input": "const r = await tools.exec_command({cmd: 'echo CODE66 >…"},
+  {"type": "custom_tool_call_output", "id": "ctco_1", "call_id": "call_1", "output": [{"type": "input_text", "text": "Script completed\nWall time 0.1 seconds\nOutput:\n"}, {"type": "input_text", "text": "CODE66\n"}]}], "parallel_tool_calls": false, "reasoning": {"effort": "medium", "context": "all_turns"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "tool_search_output brings new tools", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "gpt-5.5", "input": [
+  {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex, a coding agent based on GPT-5. You and th…"}]},
+  {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "<skills_instructions>\n## Skills\nA skill is a set of loca…"}, {"type": "input_text", "text": "<permissions instructions>\nFilesystem sandboxing defines…"}, {"type": "input_text", "text": "<tools>\nDeferred tool namespaces:\n- mcp__wx\n- multi_agen…"}]},
+  "$environment",
+  {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named tool_search with arguments {…"}]},
+  {"type": "tool_search_call", "id": "tsc_1", "call_id": "call_1", "status": "completed", "execution": "client", "arguments": {"query": "weather"}},
+  {"type": "tool_search_output", "id": "tso_1", "call_id": "call_1", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__wx", "description": "Tools in the mcp__wx nam…", "tools": [{"type": "function", "name": "get_weather", "description": "Weather in a city", "strict": false, "defer_loading": true, "parameters": "$city"}]}]}], "reasoning": {"effort": "medium"}, "text": {"verbosity": "low"}}},
+{"client": "codex-cli 0.169.0", "scenario": "compaction request (plain request without tools)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named exec_command with arguments…"}]}, {"type": "function_call", "status": "completed", "id": "fc_1", "name": "exec_command", "arguments": "{\"cmd\": \"echo A\"}", "call_id": "call_1"}, {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "Chunk ID: ee29ba\nWall time: 0.0000 seconds\nProcess exite…"}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "You are performing a CONTEXT CHECKPOINT COMPACTION. Crea…"}]}], "tools": [], "parallel_tool_calls": false, "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "web_search disabled, features.multi_agent=false, effort high", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "stub-model", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "$OK"}]}], "tools": ["$get_goal"], "reasoning": {"effort": "high", "summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "built-in provider with openai_base_url: WebSocket upgrade tried first", "method": "GET", "path": "/v1/responses", "status": 404},
+{"client": "codex-cli 0.169.0", "scenario": "image input (-i)", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "openrouter:lab/brain", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "<image name=[Image #1] path=\"/home/user.png\">"}, {"type": "input_image", "image_url": "$picture url", "detail": "high"}, {"type": "input_text", "text": "</image>"}, {"type": "input_text", "text": "$OK"}]}], "tools": ["$get_goal"], "reasoning": {"summary": "auto"}}},
+{"client": "codex-cli 0.169.0", "scenario": "view_image: image in function_call_output", "path": "/v1/responses", "body": {"$": "$codex asks", "model": "openrouter:lab/brain", "input": ["$codex", "$skills", "$environment", {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Step 1: Call the tool named view_image with arguments {\"…"}]}, {"type": "function_call", "status": "completed", "id": "fc_1", "name": "view_image", "arguments": "{\"path\": \"pic.png\"}", "call_id": "call_1"}, {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": [{"type": "input_image", "image_url": "$picture url", "detail": "high"}]}], "reasoning": {"summary": "auto"}}},
+{"client": "claude-code 2.1.197", "scenario": "HEAD probe", "method": "HEAD", "path": "/"},
+{"client": "claude-code 2.1.197", "scenario": "plain text", "path": "/v1/messages?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"$": "$claude code asks", "messages": [
+  {"role": "user", "content": ["$reminder", {"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]},
+  "$agent types"], "system": "$claude code", "tools": [
+  {"name": "Read", "description": "Reads a file from the lo…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"file_path": {"description": "The absolute path to the…", "type": "string"}, "offset": {"type": "integer", "minimum": 0, "maximum": 9007199254740991}, "limit": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991}}, "required": ["file_path"], "additionalProperties": false}},
+  {"name": "ReportFindings", "description": "Report code-review findi…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"level": {"description": "Effort level the review…", "type": "string", "enum": ["low", "medium", "high", "xhigh", "max"]}, "findings": {"maxItems": 32, "type": "array", "items": {"type": "object", "properties": {"file": {"description": "Repo-relative path of th…", "type": "string"}, "line": {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991}, "verdict": {"type": "string", "enum": ["CONFIRMED", "PLAUSIBLE"]}}, "required": ["file"], "additionalProperties": false}}}, "required": ["findings"], "additionalProperties": false}},
+  {"name": "TaskOutput", "description": "DEPRECATED: Background t…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"task_id": {"description": "The task ID to get outpu…", "type": "string"}, "block": {"default": true, "type": "boolean"}, "timeout": {"default": 30000, "type": "number", "minimum": 0, "maximum": 600000}}, "required": ["task_id", "block", "timeout"], "additionalProperties": false}},
+  {"name": "TaskUpdate", "description": "Use this tool to update…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"taskId": {"description": "The ID of the task to update", "type": "string"}, "status": {"anyOf": [{"type": "string", "enum": ["pending", "in_progress", "completed"]}, {"type": "string", "const": "deleted"}]}, "addBlocks": {"type": "array", "items": {"type": "string"}}, "metadata": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}}}, "required": ["taskId"], "additionalProperties": false}},
+  {"name": "WebFetch", "description": "Fetches a URL, converts…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"url": {"description": "The URL to fetch content…", "type": "string", "format": "uri"}}, "required": ["url"], "additionalProperties": false}},
+  {"name": "WebSearch", "description": "Search the web. Returns…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"query": {"description": "The search query to use", "type": "string", "minLength": 2}, "allowed_domains": {"type": "array", "items": {"type": "string"}}}, "required": ["query"], "additionalProperties": false}},
+  {"name": "Workflow", "description": "Execute a workflow scrip…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {"script": {"description": "Self-contained workflow…", "type": "string", "maxLength": 524288}, "resumeFromRunId": {"type": "string", "pattern": "^wf_[a-z0-9-]{6,}$"}}, "additionalProperties": false}}]}},
+{"client": "claude-code 2.1.197", "scenario": "tool loop, round 2", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Write with arguments {\"file_…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Write", "input": {"file_path": "/project/made.txt", "content": "CONTENT88\n"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "File created successfully at: /project/made.txt (file st…", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "thinking sent back, two results", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Bash with arguments {\"comman…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "thinking", "thinking": "**Planning**\n\nI am thinking.", "signature": "sig_1"}, {"type": "text", "text": "Let me see. "}, {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"command": "echo A", "description": "a"}}, {"type": "tool_use", "id": "toolu_2", "name": "Bash", "input": {"command": "echo B", "description": "b"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "A", "is_error": false}, {"tool_use_id": "toolu_2", "type": "tool_result", "content": "B", "is_error": false, "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "WebSearch: inner request with a server tool", "path": "/v1/messages?beta=true", "body": {"model": "stub-model", "messages": [{"role": "user", "content": [{"type": "text", "text": "Perform a web search for the query: weather oslo"}]}], "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK."}, {"type": "text", "text": "You are an assistant for performing a web search tool use"}], "tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}], "tool_choice": {"type": "auto"}, "metadata": {"user_id": "1"}, "max_tokens": 32000, "output_config": {"effort": "high"}, "stream": true}},
+{"client": "claude-code 2.1.197", "scenario": "WebSearch: what the model is told", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named WebSearch with arguments {\"q…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "WebSearch", "input": {"query": "weather oslo"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "Web search results for query: \"weather oslo\"\n\nHello from…", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "Read of a PDF: document beside tool_result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Read with arguments {\"file_p…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/project/doc.pdf"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": "PDF file read: /project/doc.pdf (542 bytes)"}, {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}, "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "sub-agent request (Explore): built-in haiku name, thinking disabled", "path": "/v1/messages?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "claude-haiku-4-5-20251001", "messages": [{"role": "user", "content": [{"type": "text", "text": "<system-reminder>\nThe following skills are available for…"}, "$reminder", {"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]}], "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.xxx; cc_e…"}, {"type": "text", "text": "You are a Claude agent, built on Anthropic's Claude Agent SDK.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "You are a file search specialist for Claude Code, Anthro…", "cache_control": {"type": "ephemeral"}}], "tools": [{"name": "CronList", "description": "List all cron jobs sched…", "input_schema": {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {}, "additionalProperties": false}}], "metadata": {"user_id": "1"}, "max_tokens": 32000, "thinking": {"type": "disabled"}, "temperature": 1, "stream": true}},
+{"client": "claude-code 2.1.197", "scenario": "sub-agent result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Agent with arguments {\"descr…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Agent", "input": {"description": "sub", "prompt": "$OK", "subagent_type": "Explore"}}]}, {"role": "user", "content": [{"tool_use_id": "toolu_1", "type": "tool_result", "content": [{"type": "text", "text": "SUBHI"}], "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "claude-code 2.1.197", "scenario": "/context: count_tokens of a text", "path": "/v1/messages/count_tokens?beta=true", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "stub-model", "messages": [{"role": "user", "content": "foo"}], "tools": []}},
+{"client": "claude-code 2.1.197", "scenario": "is_error result", "path": "/v1/messages?beta=true", "body": {"$": "$claude code asks", "messages": [{"role": "user", "content": ["$reminder", {"type": "text", "text": "Step 1: Call the tool named Read with arguments {\"file_p…"}]}, "$agent types", {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/nonexistent/x"}}]}, {"role": "user", "content": [{"type": "tool_result", "content": "File does not exist. Note: your current working directory is /project.", "is_error": true, "tool_use_id": "toolu_1", "cache_control": {"type": "ephemeral"}}]}], "system": "$claude code"}},
+{"client": "openai-python 3.57.0", "scenario": "instructions_and_message_items", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "developer", "content": "Be exact."}, {"role": "user", "content": "hello"}, {"type": "message", "role": "assistant", "status": "completed", "id": "msg_1", "content": [{"type": "output_text", "text": "hi", "annotations": []}]}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "$OK"}]}], "instructions": "Be terse."}},
+{"client": "openai-python 3.57.0", "scenario": "output_as_content_array", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "weather?"}, {"type": "function_call", "call_id": "call_9", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_9", "output": [{"type": "input_text", "text": "rain OK"}]}], "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "tool_choice": {"type": "function", "name": "get_weather"}, "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "tool_choice": "required", "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "tool_choice_forms #3", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "Call the tool named get_weather with arguments {\"city\": \"X\"}", "tool_choice": "none", "tools": "$flat weather"}},
+{"client": "openai-python 3.57.0", "scenario": "custom_tool", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "patch it"}, {"id": "ctc_1", "type": "custom_tool_call", "status": "completed", "call_id": "call_1", "name": "apply_patch", "input": "*** Begin Patch\n+OK\n*** End Patch\n"}, {"type": "custom_tool_call_output", "call_id": "call_1", "output": "Success OK"}], "tools": [{"type": "custom", "name": "apply_patch", "description": "Edits files", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}}]}},
+{"client": "openai-python 3.57.0", "scenario": "namespace_tool #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": "close"}, {"arguments": "{\"city\": \"Paris\"}", "call_id": "call_1", "name": "close_agent", "type": "function_call", "id": "fc_1", "namespace": "multi_agent_v1", "status": "completed"}, {"type": "function_call_output", "call_id": "call_1", "output": "closed OK"}], "tools": [{"type": "namespace", "name": "multi_agent_v1", "description": "d", "tools": [{"type": "function", "name": "close_agent", "description": "Weather in a city", "strict": false, "parameters": "$city"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "structured_output_parse", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "<<<{\"name\": \"OK\", \"n\": 7}>>>", "text": {"format": {"type": "json_schema", "strict": true, "name": "Out", "schema": {"properties": {"name": {"title": "Name", "type": "string"}, "n": {"title": "N", "type": "integer"}}, "required": ["name", "n"], "title": "Out", "type": "object", "additionalProperties": false}}}}},
+{"client": "openai-python 3.57.0", "scenario": "image_input", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": [{"type": "input_text", "text": "$OK"}, {"type": "input_image", "image_url": "$picture url", "detail": "auto"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "pdf_input", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "user", "content": [{"type": "input_file", "filename": "a.pdf", "file_data": "$pdf url"}, {"type": "input_text", "text": "$OK"}]}]}},
+{"client": "openai-python 3.57.0", "scenario": "incomplete_by_length", "path": "/v1/responses", "body": {"model": "openrouter:lab/length", "input": "hi", "max_output_tokens": 16}},
+{"client": "openai-python 3.57.0", "scenario": "error_classes", "path": "/v1/responses", "body": {"model": "openrouter:lab/err429", "stream": false, "input": "hi"}, "status": 429},
+{"client": "openai-python 3.57.0", "scenario": "error_classes #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/err429", "stream": true, "input": "hi"}, "status": 429},
+{"client": "openai-python 3.57.0", "scenario": "wrong_key", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi"}, "status": 401},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "hi", "previous_response_id": "resp_0123456789"}, "status": 400},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #2", "method": "GET", "path": "/v1/responses/resp_x", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #3", "path": "/v1/responses/resp_x/cancel", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #4", "method": "DELETE", "path": "/v1/responses/resp_x", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #5", "method": "GET", "path": "/v1/responses/resp_x/input_items", "status": 404},
+{"client": "openai-python 3.57.0", "scenario": "stateless_answers #6", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": "$OK", "store": true}},
+{"client": "openai-python 3.57.0", "scenario": "cancel_while_streaming #2", "path": "/v1/responses", "body": {"model": "openrouter:lab/slow", "stream": true, "input": "hi"}},
+{"client": "anthropic-python 2.13.0", "scenario": "system_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": [{"type": "text", "text": "$OK", "cache_control": {"type": "ephemeral"}}]}], "model": "openrouter:lab/brain", "system": "Be terse."}},
+{"client": "anthropic-python 2.13.0", "scenario": "thinking_blocks", "path": "/v1/messages", "body": {"max_tokens": 2000, "messages": "$hi", "model": "openrouter:lab/reason", "thinking": {"type": "enabled", "budget_tokens": 1024}}},
+{"client": "anthropic-python 2.13.0", "scenario": "thinking_blocks #2", "path": "/v1/messages", "body": {"max_tokens": 2000, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"signature": "sig_1", "thinking": "thinking...", "type": "thinking"}, {"citations": null, "text": "The quick brown fox — naïve café, 日本語, 🦊 — jumps over th…", "type": "text"}]}, "$ask"], "model": "openrouter:lab/brain", "thinking": {"type": "enabled", "budget_tokens": 1024}}},
+{"client": "anthropic-python 2.13.0", "scenario": "two_calls_and_results #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "$call it"}, {"role": "assistant", "content": [{"$": "$call part", "id": "toolu_1", "caller": null, "toolset_name": null}, {"$": "$call part 2", "id": "toolu_2", "caller": null, "toolset_name": null}]}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "out0ZQ75aa0047", "is_error": false}, {"type": "tool_result", "tool_use_id": "toolu_2", "content": "out1ZQ75aa0047", "is_error": false}]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "see"}, "$claude picture"]}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": ""}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "result_forms #5", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "$called"}, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": []}, "$text"]}], "model": "openrouter:lab/brain", "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/brain", "tool_choice": {"type": "tool", "name": "get_weather"}, "tools": ["$weather for claude", {"name": "get_time", "description": "Time in a zone", "input_schema": "$tz"}]}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/brain", "tool_choice": {"type": "any", "disable_parallel_tool_use": true}, "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "tool_choice_forms #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": "Call the tool named get_weather with arguments {\"city\": \"X\"}"}], "model": "openrouter:lab/brain", "tool_choice": {"type": "none"}, "tools": "$weather for claude"}},
+{"client": "anthropic-python 2.13.0", "scenario": "image_and_pdf", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": ["$claude picture", "$text"]}], "model": "openrouter:lab/brain"}},
+{"client": "anthropic-python 2.13.0", "scenario": "image_and_pdf #3", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "plain"}}, "$text"]}], "model": "openrouter:lab/brain"}},
+{"client": "anthropic-python 2.13.0", "scenario": "max_tokens_reason", "path": "/v1/messages", "body": {"max_tokens": 16, "messages": "$hi", "model": "openrouter:lab/length"}},
+{"client": "anthropic-python 2.13.0", "scenario": "failure_in_midstream #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/cut", "stream": true}},
+{"client": "anthropic-python 2.13.0", "scenario": "error_classes", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/err429", "stream": false}, "status": 429},
+{"client": "anthropic-python 2.13.0", "scenario": "error_classes #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/err429", "stream": true}, "status": 429},
+{"client": "anthropic-python 2.13.0", "scenario": "wrong_key", "path": "/v1/messages", "body": {"max_tokens": 5, "messages": "$hi", "model": "openrouter:lab/brain"}, "status": 401},
+{"client": "anthropic-python 2.13.0", "scenario": "models_list_still_parses", "method": "GET", "path": "/v1/models", "headers": {"anthropic-version": "2026-10-21"}},
+{"client": "anthropic-python 2.13.0", "scenario": "cancel_while_streaming #2", "path": "/v1/messages", "body": {"max_tokens": 64, "messages": "$hi", "model": "openrouter:lab/slow", "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 2 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/brain", "input": [{"role": "system", "content": "Be terse."}, "$input asks"], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 7 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/reason", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}], "store": false, "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "request 13 of the run", "path": "/v1/responses", "body": {"model": "openrouter:lab/midfail", "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 20 of the run", "path": "/v1/messages", "body": {"model": "openrouter:lab/brain", "max_tokens": 4096, "messages": [{"role": "user", "content": [{"type": "text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}], "tools": [{"name": "get_weather", "description": "Weather in a city", "input_schema": "$schema", "eager_input_streaming": true}], "tool_choice": {"type": "auto"}, "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 22 of the run", "path": "/v1/messages", "body": {"model": "openrouter:lab/reason", "max_tokens": 5120, "thinking": {"type": "enabled", "budget_tokens": 1024}, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "stream": true}},
+{"client": "ai-sdk 6 (@ai-sdk/anthropic 3)", "scenario": "request 24 of the run", "path": "/v1/messages", "headers": {"anthropic-version": "2023-06-01"}, "body": {"model": "openrouter:lab/brain", "max_tokens": 4096, "messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjEKJSVFT0Y="}, "title": "a.pdf"}, "$text"]}]}},
+{"client": "openai-js 6.49.0", "scenario": "request", "path": "/v1/responses", "body": {"model": "openrouter:lab/not-there", "input": "hi"}, "status": 404},
+{"client": "anthropic-js 1.13.0", "scenario": "request", "path": "/v1/messages", "body": {"model": "openrouter:lab/midfail", "max_tokens": 64, "messages": "$hi", "stream": true}},
+{"client": "anthropic-js 1.13.0", "scenario": "request", "path": "/v1/messages", "body": {"model": "openrouter:lab/not-there", "max_tokens": 6, "messages": "$hi"}, "status": 404},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "store not given: text and reasoning come back as item_reference", "path": "/v1/responses", "body": {"model": "gpt-5", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}, {"type": "item_reference", "id": "rs_1"}, {"type": "item_reference", "id": "msg_1"}, {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}], "tools": [{"type": "function", "name": "get_weather", "parameters": "$schema"}], "tool_choice": "auto"}, "status": 404},
+{"client": "ai-sdk 6 (@ai-sdk/openai 3, responses)", "scenario": "store: false: the items themselves come back", "path": "/v1/responses", "body": {"model": "gpt-5", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Call the tool named get_weather with arguments {\"city\": \"Oslo\"}"}]}, {"type": "reasoning", "id": "rs_1", "encrypted_content": "local:KipQbGFubmluZyoqCgpJIGFtIHRoaW5raW5nLg==", "summary": [{"type": "summary_text", "text": "**Planning**\n\nI am thinking."}]}, {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see. "}], "id": "msg_1"}, {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}, {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}], "store": false, "include": ["reasoning.encrypted_content"], "tools": [{"type": "function", "name": "get_weather", "parameters": "$schema"}], "tool_choice": "auto"}}
+]""")
+)
 
 
 # =============================================================================
@@ -2372,6 +3242,11 @@ class Soak:
         return talk.say(words)
 
 
+def running_on(client: puter.Puter, username: str = "alice") -> int:
+    """How many places of an account are taken in this client."""
+    return client._limits[username]._running
+
+
 def soak(folder: Path, threads: int, seconds: float) -> Soak:
     """Many threads share one client with three accounts; the server fails at random."""
     with FakePuter() as fake:
@@ -2475,13 +3350,9 @@ from pydantic import TypeAdapter
 # =============================================================================
 # Tests of FakePuter itself
 # =============================================================================
-# Recordings of a real server, where they lie beside the repository.
-WIRE = Path(__file__).resolve().parent.parent / "shared" / "wire"
 CHAT = "/drivers/call"
 OPENAI_CHAT = "/puterai/openai/v1/chat/completions"
 
-# What nothing here asks for.
-UNUSED = ("/auth/create-access-token", "/auth/get-user-app-token", "/batch", "/delete")
 # What must be wrong with the account for an exchange to go as it was recorded.
 SET_UPS: dict[str, dict[str, Any]] = {
     "whoami, token of a retired format": {"dead": True},
@@ -2493,24 +3364,6 @@ SET_UPS: dict[str, dict[str, Any]] = {
     "too many in 10 s": {"max_in_window": 0},
     "openai endpoint, session token": {"session_token": True},
 }
-
-
-def recordings(name: str) -> Any:
-    """What a recorded file holds; an empty list, which skips its tests, where there is none."""
-    path = WIRE / name
-    return json.loads(path.read_text("utf-8")) if path.is_file() else []
-
-
-def recorded_exchanges() -> list[Any]:
-    """The recorded exchanges as test parameters."""
-    exchanges = recordings("exchanges.json")
-    return [pytest.param(e, id=e["name"]) for e in exchanges if e["request"]["path"] not in UNUSED]
-
-
-def recorded_calls() -> list[Any]:
-    """The exchanges that were recorded at both ends, Puter's and its provider's."""
-    calls = recordings("providers.json")
-    return [pytest.param(call, id=f"{call['provider']}: {call['name']}") for call in calls]
 
 
 # What the recorded hosts took, since they take anything, and the providers' own do not.
@@ -2544,44 +3397,57 @@ REFUSED = {
         "arrives: a stored text file (puter_path)",
     ),
 }
-ONE_PDF = "JVBERi0xLjQ="
+PNG = base64.b64decode(ONE_PIXEL)
+PNG_URL = f"data:image/png;base64,{ONE_PIXEL}"
+PDF = b"%PDF-1.4 a small document"
+PDF_DATA = base64.b64encode(PDF).decode()
+PDF_URL = f"data:application/pdf;base64,{PDF_DATA}"
 PICTURES: dict[str, dict[str, Any]] = {
     "claude": {
         "type": "image",
         "source": {"type": "base64", "media_type": "image/png", "data": ONE_PIXEL},
     },
-    "chat": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ONE_PIXEL}"}},
-    "responses": {"type": "input_image", "image_url": f"data:image/png;base64,{ONE_PIXEL}"},
+    "chat": {"type": "image_url", "image_url": {"url": PNG_URL}},
+    "responses": {"type": "input_image", "image_url": PNG_URL},
 }
 PDFS: dict[str, dict[str, Any]] = {
     "claude": {
         "type": "document",
-        "source": {"type": "base64", "media_type": "application/pdf", "data": ONE_PDF},
+        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF_DATA},
     },
-    "chat": {
-        "type": "file",
-        "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{ONE_PDF}"},
-    },
-    "responses": {
-        "type": "input_file",
-        "filename": "a.pdf",
-        "file_data": f"data:application/pdf;base64,{ONE_PDF}",
-    },
+    "chat": {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}},
+    "responses": {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
 }
-ASKED = {"role": "user", "content": "w?"}
 SIGNED = {"type": "thinking", "thinking": "T", "signature": "s"}
 EFFORT = {"reasoning_effort": "high", "max_tokens": 4000}
 
 
-def asks(*parts: Any) -> dict[str, Any]:
-    """A message of the user's with these parts."""
-    return {"role": "user", "content": list(parts)}
+def user(content: Any, **more: Any) -> JSON:
+    return {"role": "user", "content": content, **more}
 
 
-def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
+    said = {"role": "assistant", "content": content, **more}
+    return {**said, "tool_calls": list(calls)} if calls else said
+
+
+def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
+    """A call as a `tool_use` part."""
+    part = {"type": "tool_use", "id": call_id, "name": name}
+    return {**part, "input": {} if given is None else given, **more}
+
+
+def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
+
+
+def text_part(text: Any) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> JSON:
     """A message with calls, as parts."""
-    calls = [{"type": "tool_use", "id": name, "name": "f", "input": {}} for name in names]
-    return {"role": "assistant", "content": [*before, *calls], **more}
+    return assistant([*before, *map(used, names)], **more)
 
 
 def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
@@ -2589,33 +3455,29 @@ def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
     return {"type": "tool_result", "tool_use_id": name, "content": content}
 
 
-def tool_says(name: str, content: Any = "sunny") -> dict[str, Any]:
-    """A call's result as OpenAI's message."""
-    return {"role": "tool", "tool_call_id": name, "content": content}
-
-
 CODEX, GPT, CLAUDE = "gpt-5.3-codex", "gpt-4o", "claude-haiku-4-5"
 FAMILIES = {"claude": CLAUDE, "chat": GPT, "responses": CODEX}
-TOO_MANY_MARKS = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}] * 5
+MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+ASKED = user("w?")
 WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
     *(
-        (model, [asks(parts[form])], {}, "does not match any of the expected tags")
+        (model, [user([parts[form]])], {}, "does not match any of the expected tags")
         for parts in (PICTURES, PDFS)
         for form in parts
         for family, model in FAMILIES.items()
         if form != family
     ),
-    (CLAUDE, [asks({"type": "image", "source": "x"})], {}, "image.source: Input tag"),
+    (CLAUDE, [user([{"type": "image", "source": "x"}])], {}, "image.source: Input tag"),
     (CLAUDE, [{**ASKED, "name": "al"}], {}, "messages.0.name: Extra inputs"),
-    (CLAUDE, [asks({"type": "text", "text": " "})], {}, "must be non-empty"),
-    (CLAUDE, [asks(*TOO_MANY_MARKS)], {}, "Found 5."),
+    (CLAUDE, [user([{"type": "text", "text": " "}])], {}, "must be non-empty"),
+    (CLAUDE, [user([MARKED] * 5)], {}, "Found 5."),
     (
         CLAUDE,
         [ASKED, calls_for("t", before=[{**SIGNED, "cache_control": {}}])],
         {},
         "thinking.cache_control",
     ),
-    (CLAUDE, [ASKED, calls_for("t"), tool_says("t")], EFFORT, "Expected `thinking` or"),
+    (CLAUDE, [ASKED, calls_for("t"), result("t")], EFFORT, "Expected `thinking` or"),
     (
         CLAUDE,
         [ASKED, calls_for("t"), ASKED],
@@ -2624,46 +3486,51 @@ WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ),
     (
         CLAUDE,
-        [ASKED, calls_for("t"), asks({"type": "text", "text": "a"}, result_part("t"))],
+        [ASKED, calls_for("t"), user([{"type": "text", "text": "a"}, result_part("t")])],
         {},
         "without",
     ),
-    (CLAUDE, [ASKED, tool_says("t")], {}, "unexpected `tool_use_id`"),
+    (CLAUDE, [ASKED, result("t")], {}, "unexpected `tool_use_id`"),
     (
         CLAUDE,
-        [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))],
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
         {},
         "'image_url'",
     ),
-    (GPT, [asks({"type": "file", "file": {"file_id": "f"}})], {}, "Invalid file"),
-    (GPT, [asks({"type": "image_url", "image_url": "data:"})], {}, "Invalid image_url"),
-    (GPT, [asks(TOO_MANY_MARKS[0])], {}, "cache_control"),
+    (GPT, [user([{"type": "file", "file": {"file_id": "f"}}])], {}, "Invalid file"),
+    (GPT, [user([{"type": "image_url", "image_url": "data:"}])], {}, "Invalid image_url"),
+    (GPT, [user([MARKED])], {}, "cache_control"),
     (GPT, [ASKED, calls_for("t"), ASKED], {}, "No tool output found for function call t."),
-    (GPT, [ASKED, tool_says("t")], {}, "No tool call found"),
-    (GPT, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))], {}, "'image_url'"),
-    ("gemini-2.5-flash", [asks(PDFS["chat"])], {}, "Invalid file"),
-    ("lab/text", [asks({"type": "file", "puter_path": "/a"})], {}, "file.file: Field required"),
-    (CODEX, [ASKED, calls_for("t", "u"), tool_says("t"), tool_says("u")], {}, "call_id t."),
-    (CODEX, [ASKED, calls_for("t", reasoning="R"), tool_says("t")], {}, "reasoning: Extra inputs"),
+    (GPT, [ASKED, result("t")], {}, "No tool call found"),
+    (GPT, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])], {}, "'image_url'"),
+    ("gemini-2.5-flash", [user([PDFS["chat"]])], {}, "Invalid file"),
+    ("lab/text", [user([{"type": "file", "puter_path": "/a"}])], {}, "file.file: Field required"),
+    (CODEX, [ASKED, calls_for("t", "u"), result("t"), result("u")], {}, "call_id t."),
+    (CODEX, [ASKED, calls_for("t", reasoning="R"), result("t")], {}, "reasoning: Extra inputs"),
     (CODEX, [ASKED, calls_for("t")], {}, "No tool output found for function call t."),
-    (CODEX, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["chat"]]))], {}, "'image_url'"),
+    (
+        CODEX,
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
+        {},
+        "'image_url'",
+    ),
 ]
 WHAT_VENDORS_TAKE: list[tuple[str, list[Any], dict[str, Any]]] = [
     *(
-        (FAMILIES[form], [asks(parts[form], {"type": "text", "text": "What is it?"})], {})
+        (FAMILIES[form], [user([parts[form], {"type": "text", "text": "What is it?"}])], {})
         for parts in (PICTURES, PDFS)
         for form in parts
     ),
-    ("lab/text", [asks(TOO_MANY_MARKS[0], PDFS["chat"])], {}),
-    ("lab/text", [ASKED, calls_for("t", reasoning="R"), tool_says("t")], {}),
-    (CLAUDE, [ASKED, calls_for("t", "u"), tool_says("t"), tool_says("u"), ASKED], {}),
-    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), tool_says("t")], EFFORT),
-    (CLAUDE, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["claude"]]))], {}),
-    (CLAUDE, [asks({"type": "file", "puter_path": "/alice/a.pdf"})], {}),
-    (GPT, [ASKED, calls_for("t", "u"), tool_says("u"), tool_says("t")], {}),
+    ("lab/text", [user([MARKED, PDFS["chat"]])], {}),
+    ("lab/text", [ASKED, calls_for("t", reasoning="R"), result("t")], {}),
+    (CLAUDE, [ASKED, calls_for("t", "u"), result("t"), result("u"), ASKED], {}),
+    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), result("t")], EFFORT),
+    (CLAUDE, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["claude"]])])], {}),
+    (CLAUDE, [user([{"type": "file", "puter_path": "/alice/a.pdf"}])], {}),
+    (GPT, [ASKED, calls_for("t", "u"), result("u"), result("t")], {}),
     (GPT, [ASKED], {"tools": [{"type": "web_search"}]}),
-    (CODEX, [ASKED, calls_for("t"), asks(result_part("t", [PICTURES["responses"]]))], {}),
-    (CODEX, [ASKED, calls_for("t"), tool_says("t"), calls_for("u"), tool_says("u")], {}),
+    (CODEX, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["responses"]])])], {}),
+    (CODEX, [ASKED, calls_for("t"), result("t"), calls_for("u"), result("u")], {}),
 ]
 SHORTENED = re.compile(r"(?s)(word )+(word)? ?…\[(\d+) characters\]")
 
@@ -2672,14 +3539,14 @@ def rebuilt(value: Any) -> Any:
     """A recorded value with its long texts, and without what no two servers have in common."""
     text = compact(value).replace("toolu_0", "call_")
     tail = "Reply with exactly this and nothing else: OK"
-    text = SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text)
-    return json.loads(text, object_hook=lambda found: {k: found[k] for k in found if k != "bytes"})
+    return json.loads(SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text))
 
 
 def as_sent(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded request for `requests`, with its placeholders filled in."""
-    text = json.dumps(request.get("body")).replace("<username>", "admin")
-    text = text.replace('"<30 MB of text>"', '[{"role": "user", "content": "long"}]')
+    """A recorded request for `requests`, with its placeholder filled in."""
+    text = json.dumps(request["body"]).replace(
+        '"<30 MB of text>"', '[{"role": "user", "content": "long"}]'
+    )
     headers = {"Authorization": "Bearer t"} if request["auth"] else None
     return {"json": json.loads(text), "headers": headers}
 
@@ -2800,7 +3667,7 @@ def no_token_gets_out(
 class TestFakePuter:
     """The scripted server answers as the real one was recorded, and its machinery works."""
 
-    @pytest.mark.parametrize("exchange", recorded_exchanges())
+    @pytest.mark.parametrize("exchange", EXCHANGES, ids=operator.itemgetter("name"))
     def test_answers_as_recorded(self, fake, exchange):
         fake.add_account("admin", "t", **SET_UPS.get(exchange["name"], {}))
         request, recorded = exchange["request"], exchange["response"]
@@ -2825,7 +3692,9 @@ class TestFakePuter:
         else:
             assert without_ids(got.content.decode()) == without_ids(recorded["text"])
 
-    @pytest.mark.parametrize("call", recorded_calls())
+    @pytest.mark.parametrize(
+        "call", PROVIDER_CALLS, ids=lambda call: f"{call['provider']}: {call['name']}"
+    )
     def test_sends_on_as_recorded(self, fake, call):
         fake.add_account("admin", "t", credit_microcents=10**12)
         args, recorded = rebuilt(call["args"]), call["response"]
@@ -3022,15 +3891,9 @@ def table(*rows: Any) -> list[Any]:
     return [row if not isinstance(row, list) else pytest.param(*row[1:], id=row[0]) for row in rows]
 
 
-def recorded(name: str) -> Any:
-    """One recorded file, or a skipped test."""
-    return recordings(name) or pytest.skip("there are no recordings beside the repository")
-
-
 def recorded_answer(name: str) -> JSON:
     """The response of the recorded exchange of this name."""
-    found = next(e for e in recorded("exchanges.json") if e["name"] == name)
-    answer: JSON = found["response"]
+    answer: JSON = next(e["response"] for e in EXCHANGES if e["name"] == name)
     return answer
 
 
@@ -3055,32 +3918,6 @@ def config_fault(folder: Path, env: Mapping[str, str] | None = None, **given: An
     with pytest.raises(puter.ConfigError) as caught:
         load(folder, env, **given)
     return str(caught.value)
-
-
-def user(content: Any, **more: Any) -> JSON:
-    return {"role": "user", "content": content, **more}
-
-
-def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
-    said = {"role": "assistant", "content": content, **more}
-    return {**said, "tool_calls": list(calls)} if calls else said
-
-
-called = tool_call
-
-
-def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
-    """A call as a `tool_use` part."""
-    part = {"type": "tool_use", "id": call_id, "name": name}
-    return {**part, "input": {} if given is None else given, **more}
-
-
-def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
-
-
-def text_part(text: Any) -> JSON:
-    return {"type": "text", "text": text}
 
 
 def as_it_arrives(messages: Sequence[JSON]) -> list[tuple[Any, ...]]:
@@ -3132,15 +3969,10 @@ def sent_as(form: str, messages: Any) -> Any:
     return puter.messages_for(form, puter.messages_from(messages))
 
 
-def used_once(call_id: str) -> JSON:
-    """A message of one call, as it is sent."""
-    return assistant([used(call_id)])
-
-
 UNANSWERED = result("1", "(this call was not answered)")
 THOUGHT_SIGNATURE = {"google": {"thought_signature": "abc"}}
 # A model of each form whose vendor says what is wrong.
-MODEL_OF = {"claude": CLAUDE, "responses": CODEX, "chat": GPT, "openrouter": "openrouter:lab/text"}
+MODEL_OF = {**FAMILIES, "openrouter": "openrouter:lab/text"}
 BY_NAME = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
 
 
@@ -3158,7 +3990,6 @@ SHAPES_WE_NEVER_SEND = (
     "arrives: tool result with an image part",
     "arrives: text beside two OpenAI calls",
 )
-MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
 WEB_PICTURES = {
     "claude": {"type": "image", "source": {"type": "url", "url": "https://x.org/a.png"}},
     "chat": {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
@@ -3166,8 +3997,8 @@ WEB_PICTURES = {
 }
 TITLED_PDFS = {**PDFS, "claude": {**PDFS["claude"], "title": "a.pdf"}}
 A_PICTURE, A_PDF = PICTURES["chat"], PDFS["chat"]
-SEEN = [user("a"), assistant(None, called("1")), result("1", [text_part("b"), A_PICTURE])]
-SEEN_BY_CHAT = [user("a"), used_once("1"), result("1", "b"), user([A_PICTURE])]
+SEEN = [user("a"), assistant(None, tool_call("1")), result("1", [text_part("b"), A_PICTURE])]
+SEEN_BY_CHAT = [user("a"), calls_for("1"), result("1", "b"), user([A_PICTURE])]
 
 
 def claude_result_of(call_id: str, content: Any, **more: Any) -> JSON:
@@ -3207,10 +4038,10 @@ BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
         "claude": [user("a")],
         "chat": [{"role": "system", "content": "a"}],
     }),
-    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], called("1"), called("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
+    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
         "claude": [user("a"), assistant([SIGNED, text_part("b"), used("1"), used("2", "g", {"x": 1})]), user([result_part("1", "done"), result_part("2", "(no output)")])],
-        "chat": [user("a"), assistant([text_part("b")]), used_once("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
-        "openai": [user("a"), assistant([text_part("b")], called("1"), called("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
+        "chat": [user("a"), assistant([text_part("b")]), calls_for("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
+        "openai": [user("a"), assistant([text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
     }),
     ("unsigned thinking", [user("a"), assistant([{"type": "thinking", "thinking": "T"}, text_part("b")]), user("c")], {
         "chat": [user("a"), assistant([text_part("b")]), user("c")],
@@ -3219,47 +4050,47 @@ BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
         "claude": [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")],
         "chat": [user("a"), user("c")],
     }),
-    ("Google's signature", [user("a"), assistant(None, called("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
-        "claude": [user("a"), used_once("1"), user([result_part("1", "done")])],
-        "responses": [user("a"), used_once("1"), result("1")],
+    ("Google's signature", [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "responses": [user("a"), calls_for("1"), result("1")],
         "chat": [user("a"), assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
-        "openai": [user("a"), assistant(None, called("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
     }),
     ("result with a picture", SEEN, {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
         "chat": SEEN_BY_CHAT,
-        "openai": [user("a"), assistant(None, called("1")), *SEEN_BY_CHAT[2:]],
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:]],
     }),
     ("Anthropic's result with a picture", [user("a"), assistant([used("1")]), user([result_part("1", [text_part("b"), PICTURES["claude"]]), text_part("c")])], {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
         "chat": [*SEEN_BY_CHAT, user([text_part("c")])],
-        "openai": [user("a"), assistant(None, called("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
     }),
-    ("pictures follow the last result", [user("a"), assistant(None, called("1"), called("2")), result("1", [A_PICTURE]), result("2", "d")], {
+    ("pictures follow the last result", [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", [A_PICTURE]), result("2", "d")], {
         "claude": [user("a"), assistant([used("1"), used("2")]), user([result_part("1", [PICTURES["claude"]]), result_part("2", "d")])],
-        "responses": [user("a"), used_once("1"), claude_result_of("1", [PICTURES["responses"]]), used_once("2"), result("2", "d")],
-        "chat": [user("a"), used_once("1"), result("1", "(see the picture below)"), used_once("2"), result("2", "d"), user([A_PICTURE])],
-        "openai": [user("a"), assistant(None, called("1"), called("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [PICTURES["responses"]]), calls_for("2"), result("2", "d")],
+        "chat": [user("a"), calls_for("1"), result("1", "(see the picture below)"), calls_for("2"), result("2", "d"), user([A_PICTURE])],
+        "openai": [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
     }),
     ("failed result", [user("a"), assistant([used("1")]), claude_result_of("1", "no", is_error=True)], {
-        "claude": [user("a"), used_once("1"), claude_result_of("1", "no", is_error=True)],
-        "chat": [user("a"), used_once("1"), result("1", "Error: no")],
-        "openai": [user("a"), assistant(None, called("1")), result("1", "Error: no")],
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", "no", is_error=True)],
+        "chat": [user("a"), calls_for("1"), result("1", "Error: no")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1", "Error: no")],
     }),
     ("cache marks", [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), assistant([used("1")]), claude_result_of("1", "b", cache_control={"type": "ephemeral"})], {
-        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), used_once("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
-        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), used_once("1"), result("1", "b")],
-        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), used_once("1"), result("1", "b")],
-        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), used_once("1"), result("1", "b")],
-        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, called("1")), result("1", "b")],
+        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), calls_for("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
+        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), calls_for("1"), result("1", "b")],
+        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), calls_for("1"), result("1", "b")],
+        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), calls_for("1"), result("1", "b")],
+        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, tool_call("1")), result("1", "b")],
     }),
-    ("reasoning beside a call", [user("a"), assistant(None, called("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
-        "claude": [user("a"), used_once("1"), user([result_part("1", "done")])],
-        "chat": [user("a"), used_once("1"), result("1")],
-        "openrouter": [user("a"), {**used_once("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
-        "openai": [user("a"), assistant(None, called("1")), result("1")],
+    ("reasoning beside a call", [user("a"), assistant(None, tool_call("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "chat": [user("a"), calls_for("1"), result("1")],
+        "openrouter": [user("a"), {**calls_for("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1")],
     }),
     ("keys of other vendors", [user("a", name="al", audio={}), assistant("b", refusal="r", annotations=[1])], {
         "claude": [user("a"), assistant("b")],
@@ -3310,7 +4141,9 @@ def turns(
         number = draw(st.integers(0, 1 if few else 3))
         given = [draw(ARGUMENTS) for _ in range(number)]
         extra = {"extra_content": THOUGHT_SIGNATURE} if signed else {}
-        calls = [called(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)]
+        calls = [
+            tool_call(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)
+        ]
         order = draw(st.permutations(range(number)))
         said: Any = [text_part(spoken)] if spoken and draw(st.booleans()) else spoken
         messages.append(assistant(said, *calls))
@@ -3330,13 +4163,8 @@ def turns(
     return messages, meant
 
 
-TINY_PNG = b"\x89PNG\r\n\x1a\n....."
-TINY_URL = f"data:image/png;base64,{base64.b64encode(TINY_PNG).decode()}"
-PDF = b"%PDF-1.4 small"
-PDF_URL = f"data:application/pdf;base64,{base64.b64encode(PDF).decode()}"
-PDF_PART: JSON = {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}}
 IMAGES = table(
-    ["png", TINY_PNG, "image/png"],
+    ["png", PNG, "image/png"],
     ["jpeg", b"\xff\xd8\xff\xe0....", "image/jpeg"],
     ["gif87", b"GIF87a....", "image/gif"],
     ["gif89", b"GIF89a....", "image/gif"],
@@ -3347,7 +4175,7 @@ IMAGES = table(
 def stream_line(kind: str, **more: Any) -> bytes:
     """One line of Puter's stream, its text unescaped as the server sends it."""
     event = {"type": kind, **more}
-    return json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return compact(event).encode() + b"\n"
 
 
 USAGE_LINE = stream_line("usage", usage={"prompt": 11, "completion": 22})
@@ -3960,26 +4788,26 @@ class TestMessages:
             ["part of null goes", [user([text_part(None), text_part("a")])], [user([text_part("a")])]],
             ["parts in a tuple", [user((text_part("a"),))], [user([text_part("a")])]],
             ["what only replies carry goes", [assistant("a", reasoning="r", reasoning_content="r", refusal="no", audio={}, annotations=[])], [assistant("a")]],
-            ["text, then the call, then its result", [assistant("a", called("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
-            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], called("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
-            ["call beside null", [assistant(None, called("1")), result("1")], [assistant([used("1")]), result("1")]],
+            ["text, then the call, then its result", [assistant("a", tool_call("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
+            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], tool_call("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
+            ["call beside null", [assistant(None, tool_call("1")), result("1")], [assistant([used("1")]), result("1")]],
             [
                 "each result follows its call",
-                [assistant(None, called("1"), called("2")), result("1", "a"), result("2", "b")],
+                [assistant(None, tool_call("1"), tool_call("2")), result("1", "a"), result("2", "b")],
                 [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
             ],
             [
                 "results the other way round",
-                [assistant(None, called("1"), called("2")), result("2", "b"), result("1", "a")],
+                [assistant(None, tool_call("1"), tool_call("2")), result("2", "b"), result("1", "a")],
                 [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
             ],
-            ["late result", [assistant(None, called("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
-            ["one result of two", [assistant(None, called("1"), called("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
+            ["late result", [assistant(None, tool_call("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
+            ["one result of two", [assistant(None, tool_call("1"), tool_call("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
             [
                 "same id in every turn",
                 [
-                    *(assistant(None, called("1", "f")), result("1", "a")),
-                    *(assistant(None, called("1", "g")), result("1", "b")),
+                    *(assistant(None, tool_call("1", "f")), result("1", "a")),
+                    *(assistant(None, tool_call("1", "g")), result("1", "b")),
                 ],
                 [
                     *(assistant([used("1", "f")]), result("1", "a")),
@@ -3988,47 +4816,47 @@ class TestMessages:
             ],
             [
                 "same id again after a call without result",
-                [assistant(None, called("1", "f")), assistant(None, called("1", "g")), result("1")],
+                [assistant(None, tool_call("1", "f")), assistant(None, tool_call("1", "g")), result("1")],
                 [assistant([used("1", "f")]), UNANSWERED, assistant([used("1_2", "g")]), result("1_2")],
             ],
             ["result of no call", [user("a"), result("9")], [user("a"), user([text_part("The result of the call 9:"), text_part("done")])]],
-            ["second result of one call", [assistant(None, called("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
-            ["an id that vendors refuse", [assistant(None, called("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
-            ["a long id", [assistant(None, called("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
+            ["second result of one call", [assistant(None, tool_call("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
+            ["an id that vendors refuse", [assistant(None, tool_call("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
+            ["a long id", [assistant(None, tool_call("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
             [
                 "calls as parts",
                 [assistant([text_part("a"), used("1"), used("2")]), result("2"), result("1")],
                 [assistant([text_part("a")]), assistant([used("1")]), result("1"), assistant([used("2")]), result("2")],
             ],
-            ["no arguments", [assistant(None, called("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
+            ["no arguments", [assistant(None, tool_call("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
             [
                 "arguments as an object",
-                [assistant(None, called("1", "f", {"x": 1}))],  # type: ignore[arg-type]
+                [assistant(None, tool_call("1", "f", {"x": 1}))],  # type: ignore[arg-type]
                 [assistant([used("1", "f", {"x": 1})]), UNANSWERED],
             ],
-            ["blank text beside a call", [assistant(" \n", called("1"))], [assistant([used("1")]), UNANSWERED]],
-            ["broken arguments, as the model gave them", [assistant(None, called("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
-            ["blank result", [used_once("1"), result("1", " \n")], [used_once("1"), result("1", "(no output)")]],
-            ["blank parts of a result", [used_once("1"), result("1", [text_part("\n")])], [used_once("1"), result("1", "(no output)")]],
-            ["empty result", [used_once("1"), result("1", "")], [used_once("1"), result("1", "(no output)")]],
-            ["result of texts", [used_once("1"), result("1", [text_part("a"), "b"])], [used_once("1"), result("1", "a\nb")]],
+            ["blank text beside a call", [assistant(" \n", tool_call("1"))], [assistant([used("1")]), UNANSWERED]],
+            ["broken arguments, as the model gave them", [assistant(None, tool_call("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
+            ["blank result", [calls_for("1"), result("1", " \n")], [calls_for("1"), result("1", "(no output)")]],
+            ["blank parts of a result", [calls_for("1"), result("1", [text_part("\n")])], [calls_for("1"), result("1", "(no output)")]],
+            ["empty result", [calls_for("1"), result("1", "")], [calls_for("1"), result("1", "(no output)")]],
+            ["result of texts", [calls_for("1"), result("1", [text_part("a"), "b"])], [calls_for("1"), result("1", "a\nb")]],
             [
                 "signed calls stay with their text",
-                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("2"), result("1")],
-                [assistant("a", called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("1"), result("2")],
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("2"), result("1")],
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1"), result("2")],
             ],
             [
                 # Parts of one message arrive in reverse, so they leave in reverse.
                 "signed calls without text",
-                [assistant(None, called("1", extra_content=THOUGHT_SIGNATURE), called("2")), result("1")],
+                [assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1")],
                 [assistant([used("2"), used("1", extra_content=THOUGHT_SIGNATURE)]), result("1"), {**UNANSWERED, "tool_call_id": "2"}],
             ],
             ["one signed part", [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")], [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")]],
-            pytest.param([assistant(" \n", called("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+            pytest.param([assistant(" \n", tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
                 [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
                 id="signed call beside a blank text",
             ),
-            ["empty note is none", [assistant(None, called("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
+            ["empty note is none", [assistant(None, tool_call("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
         ),
     )  # fmt: skip
     def test_history(self, messages, sent):
@@ -4067,20 +4895,20 @@ class TestMessages:
     @pytest.mark.parametrize("form", MODEL_OF)
     def test_a_text_before_signed_calls_loses_none(self, form):
         """Puter makes one message of two that follow one another, and keeps the first's keys."""
-        signed = called("1", extra_content=THOUGHT_SIGNATURE)
+        signed = tool_call("1", extra_content=THOUGHT_SIGNATURE)
         history = [user("a"), assistant("b"), assistant("c", signed), result("1")]
         assert vendor_fault(form, sent_as(form, history)) == ""
 
     def test_openais_form_keeps_the_calls_of_a_turn_together(self):
-        calls = [called("1", "f", '{"x": 1}'), called("2", extra_content=THOUGHT_SIGNATURE)]
+        calls = [tool_call("1", "f", '{"x": 1}'), tool_call("2", extra_content=THOUGHT_SIGNATURE)]
         turn = [assistant("a", *calls, reasoning="r"), user("Well?"), result("2"), result("1", " ")]
         sent = sent_as("openai", [{"role": "developer", "content": "Hi"}, *turn, user("")])
         assert sent == [
             {"role": "system", "content": "Hi"},
             *(assistant("a", *calls), result("1", "(no output)"), result("2"), user("Well?")),
         ]
-        broken = sent_as("openai", [assistant(" ", called("1", "f", "{"))])
-        assert broken == [assistant(None, called("1", "f", "{}")), UNANSWERED]
+        broken = sent_as("openai", [assistant(" ", tool_call("1", "f", "{"))])
+        assert broken == [assistant(None, tool_call("1", "f", "{}")), UNANSWERED]
 
     @pytest.mark.parametrize(
         ("messages", "form", "sent"),
@@ -4157,11 +4985,11 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("turn", "kept"),
         table(
-            ["unsigned", [assistant(None, called("1")), result("1")], False],
-            ["signed", [assistant([SIGNED], called("1")), result("1")], True],
-            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], called("1")), result("1")], True],
-            ["one of two", [assistant([SIGNED], called("1")), result("1"), assistant(None, called("2")), result("2")], False],
-            ["before a question", [assistant(None, called("1")), result("1"), user("and?")], True],
+            ["unsigned", [assistant(None, tool_call("1")), result("1")], False],
+            ["signed", [assistant([SIGNED], tool_call("1")), result("1")], True],
+            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], tool_call("1")), result("1")], True],
+            ["one of two", [assistant([SIGNED], tool_call("1")), result("1"), assistant(None, tool_call("2")), result("2")], False],
+            ["before a question", [assistant(None, tool_call("1")), result("1"), user("and?")], True],
             ["no call", [assistant("a")], True],
         ),
     )  # fmt: skip
@@ -4185,18 +5013,18 @@ class TestMessages:
         table(
             ["no messages", [], "nothing to send"],
             ["only empty ones", [user(""), assistant(None)], "nothing to send"],
-            ["call without id", [assistant(None, called(""))], "tool_calls[0] lacks"],
-            ["call without name", [assistant(None, called("1", ""))], "tool_calls[0]"],
+            ["call without id", [assistant(None, tool_call(""))], "tool_calls[0] lacks"],
+            ["call without name", [assistant(None, tool_call("1", ""))], "tool_calls[0]"],
             ["call of no function", [user("a"), assistant(None, {"id": "1"})], "messages[1].tool_calls[0] lacks"],
             ["call that is a text", [assistant(None, "f")], "tool_calls[0] lacks"],  # type: ignore[arg-type]
-            ["arguments of a number", [assistant(None, called("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
+            ["arguments of a number", [assistant(None, tool_call("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
             ["wrong message", [5], "messages[0] is 5"],
             pytest.param([assistant([{"type": "tool_use", "name": "f"}])], "messages[0]", id="part without id"),
             pytest.param([assistant([{"type": "tool_use", "id": "1", "extra_content": {"a": 1}}, text_part("a")])], "messages[0]", id="signed part without name"),
             pytest.param([assistant([used("1", "f", [1])])], "messages[0]", id="part with a list as input"),
             pytest.param([{"role": "assistant", "tool_calls": 5}], "messages[0]", id="number of calls"),
             pytest.param([result(["1"])], "messages[0]", id="result of a list"),  # type: ignore[arg-type]
-            pytest.param([assistant(None, called(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
+            pytest.param([assistant(None, tool_call(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
             pytest.param([user([text_part(5)])], "messages[0].content[0]", id="text of a number"),
         ),
     )  # fmt: skip
@@ -4215,7 +5043,7 @@ class TestMessages:
             ["search and a tool", [user("a")], [{"type": "web_search"}, {}], puter.Needs(True, frozenset({"web search"}))],
             ["nothing", [assistant(None)], [], puter.Needs()],
             ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}), context=2)],
-            ["PDF", [user([PDF_PART])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
+            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
             ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}), context=1_500)],
             ["a picture that was drawn", [assistant("a", images=[PICTURES["chat"]])], [], puter.Needs(inputs=frozenset({"image"}))],
             ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs(context=2)],
@@ -4226,16 +5054,15 @@ class TestMessages:
 
     def test_the_estimate_is_the_servers(self):
         """Where no credit and nobody else limits it, the answer's limit tells the estimate."""
-        models = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
         checked = 0
-        for call in recorded("providers.json"):
+        for call in PROVIDER_CALLS:
             args, bodies = rebuilt(call["args"]), rebuilt(call["sent_to_provider"])
             if not bodies or call["name"] in SHAPES_WE_NEVER_SEND:
                 continue
             keys = ("max_tokens", "max_completion_tokens", "max_output_tokens")
             limit = next((bodies[-1][key] for key in keys if key in bodies[-1]), None)
             if limit not in (None, args.get("max_tokens")):
-                tokens = models[args["model"]]["max_tokens"] - limit
+                tokens = BY_NAME[args["model"]]["max_tokens"] - limit
                 assert puter.estimated_tokens(args["messages"]) == tokens, call["name"]
                 checked += 1
         assert checked > 100
@@ -4254,6 +5081,10 @@ class TestMessages:
     def test_how_long_an_answer_may_be(self, known, args, limit):
         args = {"messages": [user("one two three four")], **args}
         assert puter.answer_limit(known, args) == limit
+
+
+class TestFileParts:
+    """Images and files become parts of a message."""
 
     # ---- images ----
 
@@ -4295,9 +5126,9 @@ class TestMessages:
         assert caught.value.hint
 
     def test_a_file_whose_name_begins_with_a_tilde(self, tmp_path, monkeypatch):
-        (tmp_path / "~copy.png").write_bytes(TINY_PNG)
+        (tmp_path / "~copy.png").write_bytes(PNG)
         monkeypatch.chdir(tmp_path)
-        assert puter.image_part("~copy.png") == puter.image_part(TINY_PNG)
+        assert puter.image_part("~copy.png") == puter.image_part(PNG)
 
     # ---- files ----
 
@@ -4306,15 +5137,15 @@ class TestMessages:
         path.write_bytes(PDF)
         files: list[Any] = [path, str(path), ("a.pdf", PDF), ("C:\\x\\a.pdf", PDF)]
         for file in files:
-            assert puter.file_part(file) == PDF_PART
+            assert puter.file_part(file) == A_PDF
         assert puter.file_part(PDF)["file"]["filename"] == "document.pdf"
 
     @pytest.mark.parametrize(
         ("file", "part"),
         table(
-            ["PDF by its bytes", ("a.txt", PDF), {**PDF_PART, "file": {**PDF_PART["file"], "filename": "a.txt"}}],
-            ["PDF without an ending", ("a", PDF), PDF_PART],
-            ["image", ("a.pdf", TINY_PNG), {"type": "image_url", "image_url": {"url": TINY_URL}}],
+            ["PDF by its bytes", ("a.txt", PDF), {**A_PDF, "file": {**A_PDF["file"], "filename": "a.txt"}}],
+            ["PDF without an ending", ("a", PDF), A_PDF],
+            ["image", ("a.pdf", PNG), {"type": "image_url", "image_url": {"url": PNG_URL}}],
             ["UTF-8", ("a.csv", "é,1\n\n".encode()), text_part("a.csv:\n```\né,1\n```")],
             ["UTF-8 with its mark", ("a", "é".encode("utf-8-sig")), text_part("a:\n```\né\n```")],
             ["UTF-16 with its mark", ("a", "é, 日".encode("utf-16")), text_part("a:\n```\né, 日\n```")],
@@ -4390,7 +5221,9 @@ class TestMessages:
         with pytest.raises(puter.BadRequestError, match="is audio"):
             sent_as("chat", [user([{"type": "input_audio"}])])
 
-    # ---- tools ----
+
+class TestToolSchemas:
+    """What is offered as a tool, and what is none."""
 
     @pytest.mark.parametrize(
         "tool",
@@ -4427,6 +5260,10 @@ class TestMessages:
         good = {"type": "function", "function": {"name": "f"}}
         with pytest.raises(puter.BadRequestError, match=r"tools\[1\] is .*Give a function"):
             puter.tool_schemas([good, tool])
+
+
+class TestReplyValues:
+    """Whole replies become values, and values replies."""
 
     # ---- usage ----
 
@@ -4467,15 +5304,15 @@ class TestMessages:
             ["other reasoning", {"content": "a", "reasoning_content": "r"}, {"text": "a", "reasoning": "r"}],
             ["thinking", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a"), used("1")]}, {"text": "a", "reasoning": "r", "tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls", "extra": {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a")]}}],
             ["OpenRouter's reasoning", {"content": "a", "reasoning": "r", "reasoning_details": [{"text": "r"}]}, {"text": "a", "reasoning": "r", "extra": {"reasoning": "r", "reasoning_details": [{"text": "r"}]}}],
-            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": TINY_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(TINY_PNG), puter.Picture(url="https://x.org/a.png"))}],
-            ["calls", {"content": None, "tool_calls": [called("1", "f", '{"x": 1}'), called("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
+            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": PNG_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(PNG), puter.Picture(url="https://x.org/a.png"))}],
+            ["calls", {"content": None, "tool_calls": [tool_call("1", "f", '{"x": 1}'), tool_call("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
             ["calls as parts", {"content": [text_part("a"), used("1", "f", {"x": 1})]}, {"text": "a", "tool_calls": (puter.ToolCall("1", "f", {"x": 1}),), "finish_reason": "tool_calls"}],
-            ["signature", {"tool_calls": [called("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["signature", {"tool_calls": [tool_call("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
             ["signature of a part", {"content": [used("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
-            ["no arguments", {"tool_calls": [called("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["null for arguments", {"tool_calls": [called("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["empty list for arguments", {"tool_calls": [called("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["text of null for arguments", {"tool_calls": [called("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["no arguments", {"tool_calls": [tool_call("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["null for arguments", {"tool_calls": [tool_call("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["empty list for arguments", {"tool_calls": [tool_call("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["text of null for arguments", {"tool_calls": [tool_call("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
             ["refusal", {"content": None, "refusal": "I can't."}, {"text": "I can't."}],
             ["part of a refusal", {"content": [{"type": "refusal", "refusal": "No."}]}, {"text": "No."}],
             ["halves of an emoji", {"content": [text_part("a\ud83e"), text_part("\udd8a")], "reasoning": "\ud83e"}, {"text": "a🦊", "reasoning": "\ufffd"}],
@@ -4502,14 +5339,14 @@ class TestMessages:
             ["Anthropic's stop", "end_turn", [], "stop"],
             ["stop sequence", "stop_sequence", [], "stop"],
             ["Anthropic's length", "max_tokens", [], "length"],
-            ["Anthropic's calls", "tool_use", [called("1")], "tool_calls"],
-            ["old word for calls", "function_call", [called("1")], "tool_calls"],
+            ["Anthropic's calls", "tool_use", [tool_call("1")], "tool_calls"],
+            ["old word for calls", "function_call", [tool_call("1")], "tool_calls"],
             ["own word", "content_filter", [], "content_filter"],
             ["Anthropic's refusal", "refusal", [], "content_filter"],
             ["context full", "model_context_window_exceeded", [], "length"],
             ["nothing told", None, [], "stop"],
-            ["nothing told, calls", None, [called("1")], "tool_calls"],
-            ["empty", "", [called("1")], "tool_calls"],
+            ["nothing told, calls", None, [tool_call("1")], "tool_calls"],
+            ["empty", "", [tool_call("1")], "tool_calls"],
             ["no text", 5, [], "stop"],
         ),
     )
@@ -4536,7 +5373,7 @@ class TestMessages:
     )
     def test_broken_arguments_keep_their_text(self, arguments, raw):
         call = puter.ToolCall("1", "f", {}, invalid=raw)
-        one, other = called("1", "f", arguments), used("1", "f", arguments)
+        one, other = tool_call("1", "f", arguments), used("1", "f", arguments)
         for message in ({"tool_calls": [one]}, {"content": [other]}):
             reply = puter.reply_from_driver({"result": {"message": message}}, "m")
             assert reply.tool_calls == (call,)
@@ -4552,7 +5389,7 @@ class TestMessages:
         "call_ids", [["", ""], [None, None], ["a", "a"], ["a", ""], ["call_1", "call_1", "call_1"]]
     )
     def test_every_call_has_an_id_of_its_own(self, call_ids):
-        calls = [called(one, f"f{n}") for n, one in enumerate(call_ids)]
+        calls = [tool_call(one, f"f{n}") for n, one in enumerate(call_ids)]
         lines = [stream_line("tool_use", id=one, name="f", input={}) for one in call_ids]
         events = [delta(tool_calls=[{"index": n, **call}]) for n, call in enumerate(calls)]
         body = {"result": {"message": {"tool_calls": calls}}}
@@ -4668,7 +5505,9 @@ class TestMessages:
         ]
         assert puter.chunks_of(puter.Reply()) == [puter.Chunk("usage", usage=puter.Usage())]
 
-    # ---- the catalogue and the credit ----
+
+class TestCatalogueValues:
+    """The lists of models and the reports of credit become values."""
 
     def test_models(self):
         paid = model_entry(
@@ -4750,9 +5589,8 @@ class TestMessages:
             puter.models_from(body)
 
     def test_the_real_catalogue(self):
-        body = recorded("catalogue.json")
-        models = puter.models_from(body)
-        assert ids(models) == [entry["id"] for entry in body["models"]]
+        models = puter.models_from(REAL_CATALOGUE)
+        assert ids(models) == [entry["id"] for entry in REAL_CATALOGUE["models"]]
         assert all(m.provider and m.inputs and m.context for m in models)
         assert all(m.input_usd_per_million is not None for m in models)
         opus = models.find("puter/Claude-Opus-4-5")
@@ -5216,7 +6054,7 @@ SMALL_CATALOGUE = puter.ModelList(
 )
 
 
-# ---- whom to ask next: the specification of fallback and rotation ----
+# Whom to ask next: the specification of fallback and rotation.
 #
 # The models: `ask` costs money, f1 to f6 are free and say so in their names, s is free by the
 # list alone. f1 to f3 are of one provider, all others of others.
@@ -5338,8 +6176,8 @@ def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
     return f"{words} @{target.not_before_s:g}" if target.not_before_s else words
 
 
-class TestPolicies:
-    # ---- what an error means ----
+class TestServersErrors:
+    """What a server's codes, texts and first lines mean."""
 
     @pytest.mark.parametrize(("status", "code", "kind", "scope", "retryable"), WIRE_ERRORS)
     def test_kind(self, status, code, kind, scope, retryable):
@@ -5430,7 +6268,7 @@ class TestPolicies:
     def test_a_recorded_first_line_is_the_whole_replys_error(self, status):
         answers = {
             call["name"]: call["response"]
-            for call in recorded("providers.json")
+            for call in PROVIDER_CALLS
             if call["provider"] == "claude" and call["name"].endswith(f": err{status}")
         }
         (line,) = answers[f"stream: err{status}"]["lines"]
@@ -5457,7 +6295,7 @@ class TestPolicies:
 
     def test_every_recorded_error_is_known(self):
         seen = set()
-        for exchange in recorded("exchanges.json"):
+        for exchange in EXCHANGES:
             answer = exchange["response"]
             if answer["status"] >= 400 and answer.get("json"):
                 error = puter.error_from(answer["status"], answer["json"])
@@ -5467,6 +6305,10 @@ class TestPolicies:
                     assert one["error"] in error.message
                 seen.add(type(error))
         assert len(seen) >= 8
+
+
+class TestPolicies:
+    """The plain functions that decide."""
 
     # ---- how long, and whether ----
 
@@ -5704,7 +6546,9 @@ class TestPolicies:
     def test_cooldown(self, strikes, times):
         assert puter.cooldown_s(strikes, 300.0) == 300.0 * times
 
-    # ---- names of models ----
+
+class TestModelNames:
+    """A name leads to a model, or to those that are meant."""
 
     @pytest.mark.parametrize(
         ("name", "found"),
@@ -7003,8 +7847,7 @@ class TestLogin:
         assert urlsplit(callback_url(browser.shown[0])).port != port
 
     def test_the_wanted_port(self, fake, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         browser = Browser(fake)
         for _ in range(2):  # the second one finds the first one's closed connections
             browser.sign_in(config_for(fake, folder), port=port)
@@ -7062,7 +7905,7 @@ class TestLogin:
 
         def open_browser(url: str) -> None:
             back = urlsplit(callback_url(url))
-            with socket.create_connection(("127.0.0.1", back.port), 5) as tab:
+            with connected(back) as tab:
                 reset_when_closed(tab)  # as when a browser is killed
                 tab.sendall(
                     f"GET {back.path}?token=token-bob HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
@@ -7112,16 +7955,22 @@ def run_here(
     return code, out, err
 
 
-def run_apart(
-    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+def run_command(
+    command: Sequence[Any], environ: Mapping[str, str], stdin: str | bytes = b""
 ) -> tuple[int, str, str]:
-    """The same of a command in a process of its own."""
+    """The same of any command, in a process of its own."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    command = [sys.executable, "-m", "puter", *argv]
     done = subprocess.run(
         command, check=False, input=data, capture_output=True, env=environ, timeout=50
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def run_apart(
+    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+) -> tuple[int, str, str]:
+    """The same of `puter` in a process of its own."""
+    return run_command([sys.executable, "-m", "puter", *argv], environ, stdin)
 
 
 class Shell:
@@ -7482,19 +8331,13 @@ class TestAccountCommands:
         ],
     )
     def test_streams_that_are_closed_or_full(self, two, redirection, args, code, words):
-        done = subprocess.run(
-            ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable],
-            env=two.environ,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        assert (done.returncode, done.stderr[: len(words)]) == (code, words), done.stderr
-        assert done.stderr.count("\n") == bool(words)
+        command = ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable]
+        ended, out, err = run_command(command, two.environ)
+        assert (ended, err[: len(words)]) == (code, words), err
+        assert err.count("\n") == bool(words)
         if "ask" in args:
             assert len(two.fake.chat_calls()) == (code == 0)
-            assert bool(done.stdout) is (code == 0)
+            assert bool(out) is (code == 0)
 
     @pytest.mark.parametrize(
         ("command", "key", "value"),
@@ -7548,7 +8391,6 @@ FREE = (
 )
 OPUS = "claude-opus-4-5-20251101"
 HAIKU, SONNET = "claude-haiku-4-5-20251001", "claude-sonnet-5"
-PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 16
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 NO_MODEL = (400, {"code": "bad_request", "message": "Model not found: x"})
 
@@ -7627,14 +8469,9 @@ def calls_of(reply: puter.Reply) -> list[tuple[str, dict[str, Any]]]:
     return [(call.name, call.arguments) for call in reply.tool_calls]
 
 
-def line(kind: str, **fields: Any) -> bytes:
-    """A line of a driver stream."""
-    return compact({"type": kind, **fields}).encode() + b"\n"
-
-
-def event(**delta: Any) -> bytes:
+def event(**given: Any) -> bytes:
     """An event of an OpenAI stream."""
-    return f"data: {compact({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode()
+    return f"data: {delta(**given)}\n\n".encode()
 
 
 def streams(*chunks: bytes, content_type: str | None = None) -> Script:
@@ -7695,11 +8532,6 @@ def opening(
     call = puter._Cancellation()
     request = client._build_request("hi", model, **more)
     return (call, *in_background(lambda: client._open(request, call)))
-
-
-def running_on(client: puter.Puter, username: str = "alice") -> int:
-    """How many places of an account are taken in this client."""
-    return client._limits[username]._running
 
 
 @pytest.fixture
@@ -7816,7 +8648,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "unicode": {"text": ODD_TEXT},
     "echo": {"text": "hi"},
     "extra": {"text": "", "finish_reason": "tool_calls"},
-    "draw": {"text": "", "images": (puter.Picture(base64.b64decode(ONE_PIXEL)),)},
+    "draw": {"text": "", "images": (puter.Picture(PNG),)},
 }
 PARIS = ("get_weather", {"city": "Paris"})
 CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -7949,7 +8781,7 @@ class TestTransport:
         ],
     )
     def test_a_stream_is_known_by_its_content_type(self, make, fake, content_type, is_stream):
-        pieces = [line("text", text="yes"), line("usage", usage=USAGE)]
+        pieces = [stream_line("text", text="yes"), stream_line("usage", usage=USAGE)]
         if content_type == SSE_TYPE:
             pieces = [event(content="yes"), b"data: [DONE]\n\n"]
         fake.script[lab("text")] = streams(*pieces, content_type=content_type)
@@ -8054,7 +8886,7 @@ class TestTransport:
     def test_a_slow_upload_has_as_much_time_as_a_slow_reply(self, home, monkeypatch, how):
         # A picture on a slow line: the server takes the bytes late, within `timeout_ms`.
         monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
-        body = line("text", text="seen") + line("usage", usage=USAGE)
+        body = stream_line("text", text="seen") + stream_line("usage", usage=USAGE)
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {NDJSON_TYPE}\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
 
@@ -8214,7 +9046,11 @@ def wire_parts(how: str) -> tuple[bytes, list[bytes]]:
         body = [compact(driver_reply(Turn(WIRE_TEXT), openrouter_model("m"))).encode()]
     else:
         first, rest = WIRE_TEXT.split(" ")
-        body = [line("text", text=first), line("text", text=f" {rest}"), line("usage", usage=USAGE)]
+        body = [
+            stream_line("text", text=first),
+            stream_line("text", text=f" {rest}"),
+            stream_line("usage", usage=USAGE),
+        ]
     kind = JSON_TYPE if how == "chat" else NDJSON_TYPE
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
     pieces = [b"%x\r\n%b\r\n" % (len(part), part) for part in body]
@@ -8480,11 +9316,11 @@ class TestInterrupts:
         """A scenario that presses Ctrl-C at a stage of its answer, and then says no more."""
 
         def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            words = line("text", text="one")
+            words = stream_line("text", text="one")
             parts = {
                 "a line": words,
                 "half a line": words + b'{"type": "te',
-                "no end": words + line("usage", usage=USAGE),
+                "no end": words + stream_line("usage", usage=USAGE),
             }
             if stage != "no head":
                 handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
@@ -8975,7 +9811,9 @@ class TestStream:
     def test_each_chunk_arrives_when_its_line_does(self, make, fake, framing, dialect):
         words = ["one ", "two ", "three"]
         if dialect == "lines":
-            pieces = [line("text", text=word) for word in words] + [line("usage", usage=USAGE)]
+            pieces = [stream_line("text", text=word) for word in words] + [
+                stream_line("usage", usage=USAGE)
+            ]
         else:
             pieces = [event(content=w) for w in words] + [b"data: [DONE]\n\n"]
         steps = threading.Semaphore(1)
@@ -9014,7 +9852,7 @@ class TestStream:
 
     @pytest.mark.parametrize("session", ["own", pytest.param("given")])
     def test_close_from_another_thread_wakes_the_reader(self, make, fake, session):
-        fake.script[lab("text")] = stalls(line("text", text="one"))
+        fake.script[lab("text")] = stalls(stream_line("text", text="one"))
         wanted = requests.Session() if session == "given" else None
         client = make("alice", "bob", session=wanted, api_timeout_ms=2_500)
         stream = client.stream("hi", model=lab("text"))
@@ -9074,7 +9912,7 @@ class TestStream:
         assert running_on(client) == 0
 
     def test_a_stall_ends_with_the_timeout(self, make, fake):
-        fake.script[lab("text")] = stalls(line("text", text="one"))
+        fake.script[lab("text")] = stalls(stream_line("text", text="one"))
         client = make("alice", "bob")
         stream = client.stream("hi", model=lab("text"), timeout_ms=150)
         with pytest.raises(puter.StreamError, match=r"silent for 0\.15 s") as caught:
@@ -9090,12 +9928,16 @@ class TestStream:
         assert text_of_chunks(list(stream)) == SENTENCE
 
     def test_a_body_that_stays_open_after_the_last_line(self, make, fake):
-        fake.script[lab("text")] = stalls(line("text", text="whole") + line("usage", usage=USAGE))
+        fake.script[lab("text")] = stalls(
+            stream_line("text", text="whole") + stream_line("usage", usage=USAGE)
+        )
         assert ask(make(api_timeout_ms=150), "stream", lab("text")).text == "whole"
         assert eventually(lambda: fake.open_streams == 0, 0.5)
 
     @pytest.mark.parametrize(
-        "first", [streams(line("error", message="no luck")), stalls()], ids=["error", "silence"]
+        "first",
+        [streams(stream_line("error", message="no luck")), stalls()],
+        ids=["error", "silence"],
     )
     def test_before_the_first_chunk_another_may_answer(self, make, fake, first):
         fake.script[lab("text")] = [first, "text"]
@@ -10086,7 +10928,7 @@ class TestAskCommand:
         assert sent.args.get("stream", False) is not bool(how)
 
     def test_it_is_printed_as_it_comes(self, signed_in):
-        signed_in.script[lab("text")] = stalls(line("text", text="first"))
+        signed_in.script[lab("text")] = stalls(stream_line("text", text="first"))
         with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
             assert process.stdout and process.stdout.read(5) == b"first"
 
@@ -10327,16 +11169,13 @@ class TestCatalogueCommands:
 # =============================================================================
 # Helpers of the server's tests
 # =============================================================================
-JSONObject = dict[str, Any]
 Serve = Callable[..., puter.OpenAIServer]
 
-HI: list[JSONObject] = [{"role": "user", "content": "hi"}]
-A_PDF_URL = "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.4 x").decode()
-PNG_URL = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+HI: list[JSON] = [{"role": "user", "content": "hi"}]
 KEY = "the-key-of-the-server"
 
 
-def function_tool(name: str = "get_weather", **more: Any) -> JSONObject:
+def function_tool(name: str = "get_weather", **more: Any) -> JSON:
     """A tool in OpenAI's shape."""
     parameters = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -10348,7 +11187,7 @@ def function_tool(name: str = "get_weather", **more: Any) -> JSONObject:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def body_for(scenario: Any = "text", **more: Any) -> JSONObject:
+def body_for(scenario: Any = "text", **more: Any) -> JSON:
     """The body of a chat completion."""
     return {"model": lab(scenario), "messages": HI, **more}
 
@@ -10358,17 +11197,23 @@ def understood(**more: Any) -> puter.ChatRequest:
     return puter.chat_request(body_for(**more), puter.ResponseMemory())
 
 
+CHAT_PATH = "/v1/chat/completions"
+
+
 def post_to(
-    server: puter.OpenAIServer, body: Any, stream: Any = False, **headers: Any
+    server: puter.OpenAIServer,
+    body: Any,
+    stream: Any = False,
+    path: str = CHAT_PATH,
+    **headers: Any,
 ) -> requests.Response:
     """A chat completion, by plain `requests`; bytes are sent as they are."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return requests.post(
-        f"{server.url}/chat/completions",
-        data=data,
+        server.url.removesuffix("/v1") + path,
+        data=body if isinstance(body, bytes) else json.dumps(body).encode(),
         headers={"Content-Type": "application/json", **headers},
         stream=stream,
-        timeout=10,
+        timeout=20,
     )
 
 
@@ -10380,7 +11225,7 @@ def get_from(
     return requests.request(method, root + path, headers=headers, timeout=10)
 
 
-def error_of(reply: requests.Response) -> JSONObject:
+def error_of(reply: requests.Response) -> JSON:
     """The error of a reply, which must have OpenAI's shape."""
     body = reply.json()
     assert list(body) == ["error"]
@@ -10397,7 +11242,7 @@ def events_of(text: str) -> list[str]:
     return [block.removeprefix("data: ") for block in blocks]
 
 
-def frames_of(reply: requests.Response) -> list[JSONObject]:
+def frames_of(reply: requests.Response) -> list[JSON]:
     """The frames of a stream that ended well."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["Content-Type"].startswith("text/event-stream")
@@ -10406,24 +11251,24 @@ def frames_of(reply: requests.Response) -> list[JSONObject]:
     return [json.loads(frame) for frame in frames]
 
 
-def deltas_of(frames: Sequence[JSONObject]) -> list[JSONObject]:
+def deltas_of(frames: Sequence[JSON]) -> list[JSON]:
     """What each frame adds."""
     return [choice["delta"] for frame in frames for choice in frame["choices"]]
 
 
-def joined(frames: Sequence[JSONObject], key: str = "content") -> str:
+def joined(frames: Sequence[JSON], key: str = "content") -> str:
     """A text that came in frames."""
     return "".join(delta.get(key) or "" for delta in deltas_of(frames))
 
 
-def finish_of(frames: Sequence[JSONObject]) -> str:
+def finish_of(frames: Sequence[JSON]) -> str:
     """The one finish reason, which must come with the last choice."""
     reasons = [c["finish_reason"] for frame in frames for c in frame["choices"]]
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     return reasons[-1]
 
 
-def answer_of(server: puter.OpenAIServer, body: JSONObject) -> tuple[str, str]:
+def answer_of(server: puter.OpenAIServer, body: JSON) -> tuple[str, str]:
     """(text, finish reason) of a request, streamed or not."""
     reply = post_to(server, body)
     if body.get("stream"):
@@ -10433,14 +11278,14 @@ def answer_of(server: puter.OpenAIServer, body: JSONObject) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
-def sent_to(fake: FakePuter) -> JSONObject:
+def sent_to(fake: FakePuter) -> JSON:
     """The arguments of the last chat call that reached Puter."""
     return [one for one in fake.requests if one.path == CHAT][-1].args
 
 
 @contextmanager
-def connected(server: puter.OpenAIServer) -> Iterator[socket.socket]:
-    """A bare connection to the server."""
+def connected(server: Any) -> Iterator[socket.socket]:
+    """A bare connection to the port of a server, or of a URL in its parts."""
     with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
         yield sock
 
@@ -10455,10 +11300,10 @@ def head_of(
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def chat_request(body: JSONObject, version: str = "1.1", **headers: Any) -> bytes:
+def chat_request(body: JSON, version: str = "1.1", **headers: Any) -> bytes:
     """A whole chat completion as bytes."""
     data = json.dumps(body).encode()
-    head = head_of("POST", "/v1/chat/completions", version, **headers)
+    head = head_of("POST", CHAT_PATH, version, **headers)
     return head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
@@ -10554,7 +11399,7 @@ def text_chunk(text: str) -> puter.Chunk:
     return puter.Chunk("text", text)
 
 
-def call_chunk(name: str, arguments: JSONObject, call_id: str = "call_7") -> puter.Chunk:
+def call_chunk(name: str, arguments: JSON, call_id: str = "call_7") -> puter.Chunk:
     """A call in a stream."""
     return puter.Chunk("tool_call", tool_call=puter.ToolCall(call_id, name, arguments))
 
@@ -10574,17 +11419,12 @@ ANSWER_CHUNKS = st.lists(
 )
 
 
-def said(*parts: Any) -> JSONObject:
-    """What a user says in parts."""
-    return {"role": "user", "content": list(parts)}
-
-
-def image_of(url: str, **more: Any) -> JSONObject:
+def image_of(url: str, **more: Any) -> JSON:
     """An image as a part."""
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
-def allowing(mode: str, *tools: JSONObject) -> JSONObject:
+def allowing(mode: str, *tools: JSON) -> JSON:
     """A tool_choice of some tools."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
@@ -10613,9 +11453,7 @@ def code_of_refusal(rules: puter.AccessRules, path: str = "/v1/models", **header
     return refused and refused.code
 
 
-def frames_for(
-    chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any
-) -> list[JSONObject]:
+def frames_for(chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any) -> list[JSON]:
     """The frames of these chunks."""
     wanted = understood(stream=True, **asked)
     usage = next((chunk.usage for chunk in chunks if chunk.usage), puter.Usage())
@@ -10626,13 +11464,13 @@ def frames_for(
     return frames
 
 
-def completion_of(reply: puter.Reply, **asked: Any) -> JSONObject:
+def completion_of(reply: puter.Reply, **asked: Any) -> JSON:
     """A whole answer."""
     wanted = understood(**asked)
     return puter.chat_body(wanted, *puter.whole_answer(wanted, reply))
 
 
-def error_body(error: puter.PuterError) -> JSONObject:
+def error_body(error: puter.PuterError) -> JSON:
     """An error as callers see it."""
     public = puter.public_error(error, ["alice"], "https://api.example:8443/v9")
     return puter.chat_error(public, puter.error_status(error), "req_1")["error"]
@@ -10699,7 +11537,7 @@ class TestTranslation:
         [
             *(({"model": wrong}, "model") for wrong in ("  ", "puter/", 5, ["m"])),
             *(({"messages": wrong}, "messages") for wrong in (None, [], "hi", {})),
-            *(({"messages": [said(part)]}, "messages") for part in WRONG_PARTS),
+            *(({"messages": [user([part])]}, "messages") for part in WRONG_PARTS),
             *(({"n": wrong}, "n") for wrong in (2, 0, "1")),
             *(
                 ({"stop": wrong}, "stop")
@@ -10736,7 +11574,7 @@ class TestTranslation:
                 image_of(PNG_URL, detail="low"),
             ),
             ({"type": "image_url", "image_url": PNG_URL}, image_of(PNG_URL)),
-            ({**PDF_PART, "file": {**PDF_PART["file"], "path": "c"}, "x": 1}, PDF_PART),
+            ({**A_PDF, "file": {**A_PDF["file"], "path": "c"}, "x": 1}, A_PDF),
             (
                 {"type": "input_file", "filename": "a", "file_data": "data:text/csv;base64,YSxi"},
                 "a:\n```\na,b\n```",
@@ -10744,8 +11582,8 @@ class TestTranslation:
         ],
     )
     def test_known_keys_of_parts(self, part, want):
-        want = user(want) if isinstance(want, str) else said(want)
-        assert understood(messages=[said(part)]).messages == [want]
+        want = user(want) if isinstance(want, str) else user([want])
+        assert understood(messages=[user([part])]).messages == [want]
 
     @pytest.mark.parametrize(
         ("part", "want"),
@@ -10756,18 +11594,18 @@ class TestTranslation:
                 {"type": "image", "source": {"type": "url", "url": PNG_URL}, "detail": "low"},
                 "image",
             ),
-            ({"type": "input_file", **PDF_PART["file"]}, "file"),
-            ({"type": "file", "file": {**PDF_PART["file"], "x": 1}}, "file"),
+            ({"type": "input_file", **A_PDF["file"]}, "file"),
+            ({"type": "file", "file": {**A_PDF["file"], "x": 1}}, "file"),
         ],
     )
     def test_any_part_in_any_dialect(self, part, want):
-        want = {"image": image_of(PNG_URL, detail="low"), "file": PDF_PART}.get(str(want), want)
-        message = said({**part, "path": "/alice/taxes.pdf", "x": 1}, "and")
+        want = {"image": image_of(PNG_URL, detail="low"), "file": A_PDF}.get(str(want), want)
+        message = user([{**part, "path": "/alice/taxes.pdf", "x": 1}, "and"])
         body = {"model": "m", "max_tokens": 9, "messages": [message], "input": [message]}
         for path in ("chat/completions", "responses", "messages"):
             asked = puter.DIALECTS[f"/v1/{path}"].parse(body, MEMORY)
             is_text = want == {"type": "text", "text": "Hi"}
-            wanted = user("Hi\n\nand") if is_text else said(want, text_part("and"))
+            wanted = user("Hi\n\nand") if is_text else user([want, text_part("and")])
             assert asked.messages == [wanted], path
 
     def test_known_keys_of_messages(self):
@@ -11224,7 +12062,9 @@ class TestTranslation:
         assert puter.dialect_of("/v1/other/x/y") is other
         assert puter.dialect_of("/v1/other/longer/y") is chat
 
-    # Who may call.
+
+class TestAccessRules:
+    """Who may call the gateway: hosts, origins, and keys."""
 
     @pytest.mark.parametrize(
         ("bound", "welcome", "refused"),
@@ -11316,8 +12156,6 @@ A_RESULT = {"type": "function_call_output", "call_id": "c1"}
 FUNCTIONS_CALL = {"namespace": "functions", "input": "a\nb"}
 SEE_IT = [{"type": "input_text", "text": text} for text in ("see", "it")]
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
-DOCUMENT = base64.b64encode(b"%PDF-1.4 x").decode()
-PDF_SOURCE = {"type": "base64", "media_type": "application/pdf", "data": DOCUMENT}
 
 
 def responses_request(memory: Any = None, **body: Any) -> puter.ChatRequest:
@@ -11332,32 +12170,32 @@ def messages_request(*messages: Any, **body: Any) -> puter.ChatRequest:
     return puter.messages_request(asked, puter.ResponseMemory())
 
 
-def typed(kind: str, **more: Any) -> JSONObject:
+def typed(kind: str, **more: Any) -> JSON:
     """An item or a block of a kind."""
     return {"type": kind, **more}
 
 
-def claude_tool(name: str) -> JSONObject:
+def claude_tool(name: str) -> JSON:
     """A function as Anthropic's clients offer it."""
     return {"name": name, "description": "d", "input_schema": {"type": "object"}}
 
 
-def offering(*tools: JSONObject, **choice: Any) -> JSONObject:
+def offering(*tools: JSON, **choice: Any) -> JSON:
     """The function f and other tools, and a choice among them."""
     return {"tools": [claude_tool("f"), *tools], "tool_choice": choice}
 
 
-def flat_tool(name: str, kind: str = "function", **more: Any) -> JSONObject:
+def flat_tool(name: str, kind: str = "function", **more: Any) -> JSON:
     """A tool as clients of responses offer it."""
     return {"type": kind, "name": name, "description": "d", **more}
 
 
-def image_block(**source: Any) -> JSONObject:
+def image_block(**source: Any) -> JSON:
     """An image as Anthropic's clients send it."""
     return {"type": "image", "source": {"type": "base64", "media_type": "image/png", **source}}
 
 
-def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSONObject]:
+def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSON]:
     """The frames for these events, which all say their name."""
     request = responses_request(**asked) if dialect == "responses" else messages_request(**asked)
     frames = list(puter.DIALECTS[f"/v1/{dialect}"].frames(request, lambda: "m", events))
@@ -11365,12 +12203,12 @@ def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSONObject]:
     return [json.loads(json.dumps(frame)) for frame in frames]
 
 
-def types_of(frames: Sequence[JSONObject]) -> list[str]:
+def types_of(frames: Sequence[JSON]) -> list[str]:
     """The kinds of frames, without the dialect's prefix."""
     return [frame["type"].removeprefix("response.") for frame in frames]
 
 
-def parsed_frames(dialect: str, frames: Sequence[JSONObject]) -> list[JSONObject]:
+def parsed_frames(dialect: str, frames: Sequence[JSON]) -> list[JSON]:
     """The frames, each of which the SDK's own model of events must accept."""
     model = RESPONSE_EVENT if dialect == "responses" else CLAUDE_EVENT
     for number, frame in enumerate(frames):
@@ -11404,7 +12242,7 @@ AGENT_JSON: Any = st.recursive(
 )
 
 
-def sse_client(dialect: str, frames: Sequence[JSONObject]) -> Any:
+def sse_client(dialect: str, frames: Sequence[JSON]) -> Any:
     """An SDK whose server answers with these frames."""
     text = "".join(f"event: {f['type']}\ndata: {json.dumps(f)}\n\n" for f in frames)
     answer = HTTPX.Response(200, headers={"Content-Type": "text/event-stream"}, text=text)
@@ -11429,7 +12267,7 @@ def essence(dialect: str, whole: Any) -> list[Any]:
     return [*found, usage]
 
 
-def final_of(dialect: str, frames: Sequence[JSONObject]) -> Any:
+def final_of(dialect: str, frames: Sequence[JSON]) -> Any:
     """What the SDK's stream helper makes of frames."""
     client = sse_client(dialect, frames)
     if dialect == "responses":
@@ -11447,7 +12285,7 @@ class TestResponses:
         [
             ("hi", HI),
             ([{"role": "user", "content": "hi"}], HI),
-            ([said({"type": "input_text", "text": "hi"})], HI),
+            ([user([{"type": "input_text", "text": "hi"}])], HI),
             ([assistant([{"type": "refusal", "refusal": "no"}]), *HI], [assistant("no"), *HI]),
             (
                 [{"role": "developer", "content": "d"}, {"role": "system", "content": "s"}, *HI],
@@ -11455,17 +12293,14 @@ class TestResponses:
             ),
             (
                 [
-                    said(
-                        {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
-                        {"type": "input_file", "filename": "a.pdf", "file_data": A_PDF_URL},
+                    user(
+                        [
+                            {"type": "input_image", "image_url": PNG_URL, "detail": "high"},
+                            {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
+                        ]
                     )
                 ],
-                [
-                    said(
-                        image_of(PNG_URL, detail="high"),
-                        {"type": "file", "file": {"filename": "a.pdf", "file_data": A_PDF_URL}},
-                    )
-                ],
+                [user([image_of(PNG_URL, detail="high"), A_PDF])],
             ),
             # Text and calls of a turn are one message; reasoning does not part them.
             (
@@ -11479,7 +12314,7 @@ class TestResponses:
                 ],
                 [
                     assistant(
-                        "so", called("c1"), called("c2", "functions__exec", {"input": "a\nb"})
+                        "so", tool_call("c1"), tool_call("c2", "functions__exec", {"input": "a\nb"})
                     ),
                     result("c1", "one"),
                     result("c2", None),
@@ -11493,7 +12328,7 @@ class TestResponses:
                     *HI,
                 ],
                 [
-                    assistant(None, called("c1")),
+                    assistant(None, tool_call("c1")),
                     result("c1", [text_part("see"), text_part("it"), image_of(PNG_URL)]),
                     *HI,
                 ],
@@ -11513,7 +12348,7 @@ class TestResponses:
                     ),
                 ],
                 [
-                    assistant(None, called("c1", "tool_search", {"query": "x"})),
+                    assistant(None, tool_call("c1", "tool_search", {"query": "x"})),
                     result("c1", "Tools to call now: mcp__wx__get"),
                 ],
             ),
@@ -11617,10 +12452,14 @@ class TestResponses:
             *(({"input": wrong}, "input", 400, "invalid_input") for wrong in (None, [], [5])),
             *(
                 ({"input": [wrong]}, "input", 400, "invalid_input")
-                for wrong in (typed("nonsense"), said(typed("video")), user("x") | {"role": "tool"})
+                for wrong in (
+                    typed("nonsense"),
+                    user([typed("video")]),
+                    user("x") | {"role": "tool"},
+                )
             ),
             *(
-                ({"input": [said(typed(f"input_{kind}", file_id="f"))]}, "input", 400, None)
+                ({"input": [user([typed(f"input_{kind}", file_id="f")])]}, "input", 400, None)
                 for kind in ("file", "image")
             ),
             ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", 404, None),
@@ -11776,28 +12615,25 @@ class TestMessagesDialect:
             ([{"role": "user", "content": [text_part("hi")]}], HI),
             ([*HI, {"role": "system", "content": "s"}], [*HI, {"role": "system", "content": "s"}]),
             (
-                [said(image_block(data="AA=="), text_part("hi"))],
-                [said(image_of("data:image/png;base64,AA=="), text_part("hi"))],
+                [user([image_block(data="AA=="), text_part("hi")])],
+                [user([image_of("data:image/png;base64,AA=="), text_part("hi")])],
             ),
             (
-                [said({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})] * 2,
+                [user([{"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}])]
+                * 2,
                 [user([image_of("https://x/y.png")])] * 2,
             ),
             (
                 [
-                    said(
-                        typed("document", title="a.pdf", source=PDF_SOURCE),
-                        {"type": "document", "source": {"type": "text", "data": "plain"}},
-                        {"type": "document", "source": {"type": "content", "content": "more"}},
+                    user(
+                        [
+                            typed("document", title="a.pdf", source=PDFS["claude"]["source"]),
+                            {"type": "document", "source": {"type": "text", "data": "plain"}},
+                            {"type": "document", "source": {"type": "content", "content": "more"}},
+                        ]
                     )
                 ],
-                [
-                    said(
-                        {"type": "file", "file": {"filename": "a.pdf", "file_data": A_PDF_URL}},
-                        text_part("plain"),
-                        text_part("more"),
-                    )
-                ],
+                [user([A_PDF, text_part("plain"), text_part("more")])],
             ),
             (
                 [
@@ -11809,20 +12645,22 @@ class TestMessagesDialect:
                             {"type": "tool_use", "id": "t2", "name": "g", "input": {}},
                         ]
                     ),
-                    said(
-                        text_part("then"),
-                        typed(
-                            "tool_result",
-                            tool_use_id="t1",
-                            content=[text_part("see"), image_block(data="AA==")],
-                        ),
-                        {"type": "tool_result", "tool_use_id": "t2", "is_error": True},
+                    user(
+                        [
+                            text_part("then"),
+                            typed(
+                                "tool_result",
+                                tool_use_id="t1",
+                                content=[text_part("see"), image_block(data="AA==")],
+                            ),
+                            {"type": "tool_result", "tool_use_id": "t2", "is_error": True},
+                        ]
                     ),
                 ],
                 [
                     assistant(
                         [{**SIGNED, "thinking": "hm"}, text_part("so")],
-                        *(called("t1", "f", '{"a": 1}'), called("t2", "g")),
+                        *(tool_call("t1", "f", '{"a": 1}'), tool_call("t2", "g")),
                     ),
                     result("t1", [text_part("see"), image_of("data:image/png;base64,AA==")]),
                     result("t2", None, is_error=True),
@@ -11844,9 +12682,11 @@ class TestMessagesDialect:
             ),
             (
                 [
-                    said(
-                        typed("search_result", source="s", title="t", content=[text_part("c")]),
-                        typed("tool_reference", tool_name="f"),
+                    user(
+                        [
+                            typed("search_result", source="s", title="t", content=[text_part("c")]),
+                            typed("tool_reference", tool_name="f"),
+                        ]
                     )
                 ],
                 [user("t (s)\n\nc\n\nThe tool f can be called.")],
@@ -11914,9 +12754,9 @@ class TestMessagesDialect:
             ({"model": None}, "model"),
             *(({"messages": wrong}, "messages") for wrong in (None, [], [5])),
             ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-            ({"messages": [said({"type": "nonsense"})]}, "messages"),
-            ({"messages": [said(image_block(type="file", file_id="f"))]}, "messages"),
-            ({"messages": [said({"type": "document", "source": {"type": "url"}})]}, "messages"),
+            ({"messages": [user([{"type": "nonsense"}])]}, "messages"),
+            ({"messages": [user([image_block(type="file", file_id="f")])]}, "messages"),
+            ({"messages": [user([{"type": "document", "source": {"type": "url"}}])]}, "messages"),
             ({"stop_sequences": [5]}, "stop"),
             *(({"tools": wrong}, "tools") for wrong in ([{"name": 5}], 5)),
             *(
@@ -12013,7 +12853,7 @@ class TestMessagesDialect:
             ({}, 5, 20),
             ({"messages": [user("x" * 4_000)]}, 1_000, 1_020),
             ({"system": "x" * 4_000, "tools": [claude_tool("f")]}, 1_000, 1_060),
-            ({"messages": [said(image_block(data="A" * 40_000))]}, 1_500, 1_550),
+            ({"messages": [user([image_block(data="A" * 40_000)])]}, 1_500, 1_550),
         ],
     )
     def test_count_tokens(self, more, low, high):
@@ -12021,11 +12861,6 @@ class TestMessagesDialect:
         assert low <= puter.count_tokens(body)["input_tokens"] <= high
         with pytest.raises(puter.BadRequestError, match="messages"):
             puter.count_tokens({"model": "m"})
-
-
-def real_catalogue() -> list[puter.Model]:
-    """The models of a real server."""
-    return puter.models_from(recorded("catalogue.json"))
 
 
 def served_model(name: str, models: Sequence[puter.Model]) -> str:
@@ -12056,7 +12891,7 @@ class TestServedModel:
         ],
     )
     def test_names(self, name, want):
-        models = real_catalogue()
+        models = puter.models_from(REAL_CATALOGUE)
         if want is None:
             with pytest.raises(puter.ModelNotFoundError) as caught:
                 served_model(name, models)
@@ -12081,42 +12916,23 @@ class TestServedModel:
         assert puter.with_served_model(request, "x", puter.ModelList()).args == request.args
 
 
-def agent_requests() -> list[Any]:
-    """What real agents and SDKs sent to the two dialects, as test parameters."""
-    found = dict(recordings("responses-and-messages.json")).get("recordings", [])
-    for one in found:
-        if "…" in (one["request"]["body"] or {}):  # "as in: plain text"
-            one["request"]["body"] = found[0]["request"]["body"]
-    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
+def by_client(recorded: Sequence[JSON]) -> list[Any]:
+    """What real clients sent, as test parameters."""
+    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(recorded)]
 
 
-def as_recorded(value: Any) -> Any:
-    """A body with its cut parts mended: repeated items are left out, PDFs are whole."""
-    if isinstance(value, dict):
-        return {k: as_recorded(v) for k, v in value.items() if not is_reference(v)}
-    if isinstance(value, list):
-        return [as_recorded(v) for v in value if not is_reference(v)]
-    if isinstance(value, str) and value.endswith("…") and "JVBERi" in value:
-        return value.partition("JVBERi")[0] + DOCUMENT
-    return value
-
-
-def is_reference(value: Any) -> bool:
-    """Whether it only names a part of another recording."""
-    return isinstance(value, str) and value.startswith("<the same ")
-
-
-def status_recorded(recording: JSONObject) -> int:
+def status_recorded(recording: JSON) -> int:
     """The status that our gateway must give for a recording."""
-    model_asked = (recording["request"]["body"] or {}).get("model", "")
-    if "err429" in model_asked or "not-there" in model_asked or recording["status"] == 400:
-        return int(recording["status"])
-    if recording["request"]["method"] == "POST" and "resp_x" not in recording["request"]["path"]:
+    model_asked = recording["body"]["model"] if recording["body"] else ""
+    status = int(recording["status"])
+    if "err429" in model_asked or "not-there" in model_asked or status == 400:
+        return status
+    if recording["method"] == "POST" and "resp_x" not in recording["path"]:
         return 404 if "item_reference" in recording["scenario"] else 200
-    return 405 if recording["request"]["path"] == "/v1/responses" else int(recording["status"])
+    return 405 if recording["path"] == "/v1/responses" else status
 
 
-def two_calls_then_text(handler: FakeHandler, args: JSONObject) -> Answer:
+def two_calls_then_text(handler: FakeHandler, args: JSON) -> Answer:
     """A tool loop of three rounds, from a model that gives every call the same id."""
     results = [m["content"] for m in args["messages"] if m.get("role") == "tool"]
     if len(results) < 2:
@@ -12192,7 +13008,7 @@ def claude(server: puter.OpenAIServer, key: str = "any") -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=base, api_key=key, http_client=web, **AT_ONCE)
 
 
-def event_data(reply: requests.Response) -> list[JSONObject]:
+def event_data(reply: requests.Response) -> list[JSON]:
     """The data of named events."""
     assert reply.headers["Content-Type"].startswith("text/event-stream")
     found = re.findall(r"event: (.+)\ndata: (.+)\n\n", reply.content.decode())
@@ -12204,19 +13020,19 @@ def event_data(reply: requests.Response) -> list[JSONObject]:
 class TestDialectsOfAgents:
     """Both dialects over real sockets, with the real SDKs."""
 
-    @pytest.mark.parametrize("recording", agent_requests())
+    @pytest.mark.parametrize("recording", by_client(AGENT_REQUESTS))
     def test_what_real_agents_send(self, server, recording):
-        sent = recording["request"]
-        body = as_recorded(sent["body"])
+        sent = {"method": "POST", "headers": {}, "body": None, "status": 200, **recording}
+        body = sent["body"]
         # what they ask by themselves, and our catalogue has not
         names = ("openrouter:lab/brain", "stub-model", "gpt-5", "gpt-5.5", "gpt-6-sol")
         for name in names if body else ():
             body = json.loads(json.dumps(body).replace(f'"{name}"', f'"{lab("text")}"'))
         url = server.url.removesuffix("/v1") + sent["path"]
-        headers = {} if isinstance(sent["headers"], str) else sent["headers"]
-        headers = {k: v for k, v in headers.items() if k.lower() in ("anthropic-version",)}
-        reply = requests.request(sent["method"], url, json=body, headers=headers, timeout=20)
-        assert reply.status_code == status_recorded(recording), reply.text
+        reply = requests.request(
+            sent["method"], url, json=body, headers=sent["headers"], timeout=20
+        )
+        assert reply.status_code == status_recorded(sent), reply.text
         dialect = "messages" if "/messages" in sent["path"] else "responses"
         if not reply.ok:
             shown = reply.json() if dialect == "messages" else {"error": error_of(reply)}
@@ -12268,7 +13084,7 @@ class TestDialectsOfAgents:
             answer = client.messages.create(**asked, messages=HI)
             call: Any = answer.content[-1]
             done = {"type": "tool_result", "tool_use_id": call.id, "content": "ok"}
-            again: Any = [*HI, {"role": "assistant", "content": [call]}, said(done)]
+            again: Any = [*HI, {"role": "assistant", "content": [call]}, user([done])]
             client.messages.create(**asked, messages=again)
         assert json.dumps(SIGNATURE) in json.dumps(sent_to(fake)["messages"])
 
@@ -12337,21 +13153,6 @@ class TestDialectsOfAgents:
 # =============================================================================
 # Openai server: sockets
 # =============================================================================
-def client_requests() -> list[Any]:
-    """What real clients sent, as test parameters."""
-    found = recordings("client-requests.json")
-    return [pytest.param(one, id=f"{n}-{one['client']}") for n, one in enumerate(found)]
-
-
-def two_tools(handler: FakeHandler, args: JSONObject) -> Answer:
-    """Two calls in one turn, which arrive both from such a provider."""
-    calls = (
-        tool_call("call_1", "get_weather", '{"city": "Paris"}'),
-        tool_call("call_2", "get_time", '{"tz": "CET"}'),
-    )
-    return Turn(calls=calls, finish="tool_calls", form="claude")
-
-
 KNOWN_KEYS = (
     *("model", "messages", "tools", "tool_choice", "stop", "n", "max_tokens"),
     *("max_completion_tokens", "response_format", "stream", "stream_options"),
@@ -12441,16 +13242,15 @@ class TestOpenAIServer:
 
     # Requests as clients send them.
 
-    @pytest.mark.parametrize("request_sent", client_requests())
+    @pytest.mark.parametrize("request_sent", by_client(CLIENT_REQUESTS))
     def test_what_real_clients_send(self, server, fake, request_sent):
         model = "gemini-2.5-flash"
-        sent = json.dumps(request_sent["body"]).replace("stub-model", model)
+        sent = json.dumps(request_sent.get("body")).replace("stub-model", model)
         body = json.loads(sent.replace("err-429", lab("err429")))
-        headers = {k: v for k, v in request_sent["headers"].items() if k != "connection"}
-        url = server.url.removesuffix("/v1") + request_sent["path"]
-        reply = requests.request(
-            request_sent["method"], url, headers=headers, json=body, timeout=10
-        )
+        method = request_sent.get("method", "POST")
+        url = server.url + request_sent.get("path", "/chat/completions")
+        headers = request_sent["headers"]
+        reply = requests.request(method, url, headers=headers, json=body, timeout=10)
         if body is None:
             assert reply.json()["data"]
         elif body["model"] != model or not body["messages"]:
@@ -12518,7 +13318,7 @@ class TestOpenAIServer:
     def test_frames_come_as_they_are_made(self, server, fake):
         more = threading.Event()
 
-        def speak(handler: FakeHandler, args: JSONObject) -> Answer:
+        def speak(handler: FakeHandler, args: JSON) -> Answer:
             handler.begin_stream()
             handler.chunk(b'{"type":"text","text":"first"}\n')
             more.wait(5)
@@ -12635,7 +13435,7 @@ class TestOpenAIServer:
             {"role": "assistant", "content": "x", "tool_calls": 5},
             *(assistant("x", 5), assistant([{"type": "tool_use"}])),
             assistant(None, {"id": [1], "function": {"name": "f"}}),
-            assistant(None, called("1", "f", 5)),
+            assistant(None, tool_call("1", "f", 5)),
         ],
     )
     def test_bad_messages(self, server, message):
@@ -12878,8 +13678,8 @@ class TestOpenAIServer:
     @pytest.mark.parametrize(
         "message",
         [
-            said({"type": "file", "puter_path": "/alice/taxes.pdf"}),
-            said(typed("tool_result", tool_use_id="c", content=[typed("file", puter_path="/x")])),
+            user([{"type": "file", "puter_path": "/alice/taxes.pdf"}]),
+            user([typed("tool_result", tool_use_id="c", content=[typed("file", puter_path="/x")])]),
             result("c", [{"type": "input_file", "puter_path": "/x"}]),
         ],
     )
@@ -12890,7 +13690,7 @@ class TestOpenAIServer:
 
     def test_paths_beside_what_is_known_are_dropped(self, server, fake):
         text = {"type": "text", "text": "x", "puter_path": "/alice/taxes.pdf"}
-        assert post_to(server, body_for(messages=[{**said(text), "puter_path": "/x"}])).ok
+        assert post_to(server, body_for(messages=[{**user([text]), "puter_path": "/x"}])).ok
         assert sent_to(fake)["messages"] == [user("x")]
 
     def test_no_body_is_read_of_who_may_not(self, serve, monkeypatch):
@@ -13200,7 +14000,9 @@ class TestOpenAIServer:
             assert client.models.retrieve("qwen/qwen3-coder:free").id == FREE[3]
 
     def test_sdk_parallel_calls(self, server, fake):
-        fake.script["claude-opus-4-5-20251101"] = two_tools
+        fake.script["claude-opus-4-5-20251101"] = says(
+            "", calls=(WEATHER_CALL, TIME_CALL), finish="tool_calls", form="claude"
+        )
         body: Any = {"model": "claude-opus-4-5", "messages": HI, "tools": TOOLS}
         with sdk(server) as client, client.chat.completions.stream(**body) as stream:
             message = stream.get_final_completion().choices[0].message
@@ -13263,7 +14065,6 @@ class TestOpenAIServer:
 # The gateway under attack, and what odd clients send
 # =============================================================================
 LONG_NAME = "a." * 200_000
-CHAT_PATH = "/v1/chat/completions"
 SILENT = b""
 
 
@@ -13271,12 +14072,6 @@ def cpu_of(work: Callable[[], Any]) -> tuple[Any, float]:
     """What the work gives, and how long all threads of this process have computed for it."""
     began = time.process_time()
     return work(), time.process_time() - began
-
-
-def raw_post(server: puter.OpenAIServer, path: str, data: bytes, **headers: str) -> Any:
-    """A request whose body is sent as it is."""
-    url = server.url.removesuffix("/v1") + path
-    return requests.post(url, data=data, headers=headers, timeout=20)
 
 
 class TestGatewayUnderAttack:
@@ -13330,7 +14125,7 @@ class TestGatewayUnderAttack:
     )
     def test_a_body_of_too_many_values(self, server, data, status):
         coding = {"Content-Encoding": "gzip"} if data[:2] == b"\x1f\x8b" else {}
-        reply, cpu_s = cpu_of(lambda: raw_post(server, CHAT_PATH, data, **coding))
+        reply, cpu_s = cpu_of(lambda: post_to(server, data, **coding))
         assert reply.status_code == status and cpu_s < 2.0
 
     def test_what_is_announced_takes_no_memory(self, server):
@@ -13431,7 +14226,7 @@ class TestGatewayUnderAttack:
         puter._remember(asked, "call_1", call={"google": "signature"})
         for number in range(3):
             memory.put(f"history_{number}", "x" * 7_000_000)
-        message = assistant(None, called("call_1"))
+        message = assistant(None, tool_call("call_1"))
         assert puter._restored(message, memory)["tool_calls"][0]["extra_content"]
 
     def test_the_owners_name_is_not_told(self, serve, fake):
@@ -13451,10 +14246,12 @@ class TestOddClients:
         ["/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions?x=1"],
     )  # fmt: skip
     def test_a_slash_too_many(self, server, path):
-        assert raw_post(server, path, json.dumps(body_for()).encode()).ok
+        assert post_to(server, body_for(), path=path).ok
 
     def test_a_doubled_base_is_explained(self, server):
-        reply = raw_post(server, "/v1/v1/messages", b"{}", **{"anthropic-version": "2023-06-01"})
+        reply = post_to(
+            server, b"{}", path="/v1/v1/messages", **{"anthropic-version": "2023-06-01"}
+        )
         assert reply.status_code == 404 and reply.json()["type"] == "error"
         assert "leave /v1 out" in reply.json()["error"]["message"]
 
@@ -13471,7 +14268,7 @@ class TestOddClients:
     )
     def test_packed_bodies(self, server, coding, pack, status):
         data = pack(json.dumps(body_for()).encode())
-        reply = raw_post(server, CHAT_PATH, data, **{"Content-Encoding": coding})
+        reply = post_to(server, data, **{"Content-Encoding": coding})
         assert reply.status_code == status
 
     def test_heads_of_refusals_and_streams(self, serve, fake):
@@ -13497,7 +14294,7 @@ class TestOddClients:
             assert name in reply.text
             sent_name = sent_to(fake)["tools"][0]["function"]["name"]
             assert len(sent_name) <= 64 and sent_name != name
-        history = [*HI, assistant(None, called("1", name)), result("1")]
+        history = [*HI, assistant(None, tool_call("1", name)), result("1")]
         assert post_to(server, body_for(tools=[function_tool(name)], messages=history)).ok
         assert sent_name in json.dumps(sent_to(fake)["messages"]) and name not in json.dumps(
             sent_to(fake)
@@ -13621,13 +14418,13 @@ class TestArguments:
             [user("hi"), assistant(" \n"), user("so?")],
             [
                 user("hi"),
-                assistant(None, called("c", "f", '{"x": 1e400}')),
+                assistant(None, tool_call("c", "f", '{"x": 1e400}')),
                 result("c"),
                 user("so?"),
             ],
             [
                 user("hi"),
-                assistant(None, called("c"), called("c")),
+                assistant(None, tool_call("c"), tool_call("c")),
                 result("c"),
                 result("c"),
                 user("so?"),
@@ -13845,7 +14642,6 @@ VERSIONS = puter.MCP_HANDSHAKE_VERSIONS
 NEWEST = "2025-11-25"
 META = "io.modelcontextprotocol/"
 ENVELOPE: dict[str, Any] = {f"{META}protocolVersion": "2026-07-28", f"{META}clientCapabilities": {}}
-DETAILS_PATH = ("GET", "/puterai/chat/models/details")
 
 
 def rpc(method: str, params: Any = None, request_id: Any = 1) -> dict[str, Any]:
@@ -14427,7 +15223,7 @@ class TestMcpMessages:
 
     @pytest.mark.parametrize("tool", ["models", "account"])
     def test_every_tool_answers_at_the_limit(self, talk, fake, tool):
-        for route in (DETAILS_PATH, ("GET", "/metering/usage")):
+        for route in (("GET", DETAILS), ("GET", "/metering/usage")):
             fake.routes[route] = lambda handler: handler.pause(2.5)
         server = talk("alice", limit_s=0.2)
         server.send(tool_request(tool, None, 5))
@@ -14610,7 +15406,7 @@ class TestMcpCommand:
         assert not any(answer["result"]["isError"] for answer in answers)
         assert (code, log) == (0, b"")
 
-    @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+    @posix_only
     @pytest.mark.parametrize("waits", [False, True])
     def test_ctrl_c_ends_it_at_once_and_quietly(self, start_mcp, fake, waits):
         server = start_mcp()
@@ -14623,16 +15419,15 @@ class TestMcpCommand:
         assert server.process.wait(2.0) == -signal.SIGINT and server.stderr.read() == b""
         assert eventually(lambda: fake.open_streams == 0)
 
-    @pytest.mark.skipif(os.name == "nt", reason="the shell of Unix closes the streams")
+    @posix_only
     @pytest.mark.parametrize(
-        ("closed", "code", "says"), [("<&-", 0, b""), (">&-", 1, b"closed"), ("2>&-", 0, b"")]
+        ("closed", "code", "says"), [("<&-", 0, ""), (">&-", 1, "closed"), ("2>&-", 0, "")]
     )
     def test_closed_streams_are_a_clear_end(self, mcp_env, closed, code, says):
         shell = ["sh", "-c", f"{shlex.join(mcp_argv())} {closed}"]
-        ping = as_line(rpc("ping"))
-        done = subprocess.run(shell, check=False, env=mcp_env, input=ping, capture_output=True)
-        assert done.returncode == code and says in done.stderr and b"Traceback" not in done.stderr
-        assert bool(done.stdout) is (closed == "2>&-")
+        ended, out, err = run_command(shell, mcp_env, as_line(rpc("ping")))
+        assert ended == code and says in err and "Traceback" not in err
+        assert bool(out) is (closed == "2>&-")
 
     def test_it_ends_with_its_input_when_nobody_reads(self, start_mcp):
         server = start_mcp()
@@ -14965,7 +15760,6 @@ class TestConfigCommand:
 # =============================================================================
 # Helpers of the tests of everyday use
 # =============================================================================
-SMALL_PDF = b"%PDF-1.4 a small document"
 
 
 def chats(fake: FakePuter) -> list[dict[str, Any]]:
@@ -15635,7 +16429,7 @@ class TestConversation:
 
     def test_images_and_files_stay_with_their_turn(self, make, fake):
         talk = make().conversation(model=lab("vision"))
-        talk.say("look", images=[PNG], files=[("a.pdf", SMALL_PDF)])
+        talk.say("look", images=[PNG], files=[("a.pdf", PDF)])
         talk.say("again")
         kinds = [p["type"] for p in sent(fake)[0]["content"]]
         assert kinds == ["text", "image_url", "file"]
@@ -15671,13 +16465,12 @@ class TestFiles:
     @pytest.mark.parametrize("how", ["path", "text", "bytes", "named", "alone"])
     def test_a_pdf_goes_along(self, make, fake, tmp_path, how):
         path = tmp_path / "über uns.pdf"
-        path.write_bytes(SMALL_PDF)
-        named = ("C:\\docs\\über uns.pdf", SMALL_PDF)
-        ways = {"path": [path], "text": [str(path)], "bytes": [SMALL_PDF], "named": [named]}
+        path.write_bytes(PDF)
+        named = ("C:\\docs\\über uns.pdf", PDF)
+        ways = {"path": [path], "text": [str(path)], "bytes": [PDF], "named": [named]}
         name = "document.pdf" if how == "bytes" else "über uns.pdf"
         assert str(make().chat("Sum up", files=ways.get(how, path), model=lab("text"))) == SENTENCE
-        url = f"data:application/pdf;base64,{base64.b64encode(SMALL_PDF).decode()}"
-        file = {"type": "file", "file": {"filename": name, "file_data": url}}
+        file = {"type": "file", "file": {"filename": name, "file_data": PDF_URL}}
         assert sent(fake)[0]["content"] == [text_part("Sum up"), file]
 
     def test_texts_and_images_are_files_too(self, make, fake):
@@ -15695,14 +16488,14 @@ class TestFiles:
         with pytest.raises(
             puter.BadRequestError, match=r"has 5\d,\d+ bytes, but Puter takes 50,000"
         ):
-            make().chat("hi", files=[SMALL_PDF + b"0" * 40_000], model=lab("text"))
+            make().chat("hi", files=[PDF + b"0" * 40_000], model=lab("text"))
         assert not fake.chat_calls()
 
     @pytest.mark.parametrize(
         ("given", "words"),
         [
             ([("empty.pdf", b"")], "0 bytes"),
-            ([("large.pdf", SMALL_PDF * 9)], r"225 bytes.*1 to 99"),
+            ([("large.pdf", PDF * 9)], r"225 bytes.*1 to 99"),
             (["no-such.pdf"], "no-such.pdf.*cannot be read"),
             ([Path("/")], "cannot be read"),
             ([None], "cannot be read"),
@@ -15711,7 +16504,7 @@ class TestFiles:
     def test_limits_are_named_before_anything_is_sent(self, make, fake, monkeypatch, given, words):
         monkeypatch.setattr(puter, "MAX_FILE_BYTES", 99)
         with pytest.raises(puter.BadRequestError, match=words):
-            make().chat("hi", files=[SMALL_PDF, *given], model=lab("text"))
+            make().chat("hi", files=[PDF, *given], model=lab("text"))
         assert not fake.requests
 
     def test_what_nobody_reads(self, make, fake):
@@ -15722,13 +16515,9 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("more", "problem", "near"),
         [
-            ({"files": [SMALL_PDF]}, "does not read PDFs", FREE[1]),
+            ({"files": [PDF]}, "does not read PDFs", FREE[1]),
             ({"images": [PNG]}, "does not see images", "gemini-2.5-flash"),
-            (
-                {"images": PNG, "files": SMALL_PDF},
-                "does not see images and does not read PDFs",
-                HAIKU,
-            ),
+            ({"images": PNG, "files": PDF}, "does not see images and does not read PDFs", HAIKU),
             ({"tools": [{"type": "web_search"}]}, "does not search the web", "gpt-4o"),
         ],
     )
@@ -15757,7 +16546,7 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
-class Place(TypedDict):
+class City(TypedDict):
     city: str
 
 
@@ -15783,7 +16572,7 @@ class TestTypedAnswers:
         ("kind", "given", "want"),
         [
             (Person, {"name": "Al", "age": 3}, Person("Al", 3)),
-            (Place, {"city": "Rome"}, {"city": "Rome"}),
+            (City, {"city": "Rome"}, {"city": "Rome"}),
             (Colour, {"value": "blue"}, Colour.BLUE),
             (Literal["a", 1], {"value": 1}, 1),
             (list[Person], {"value": [{"name": "Al", "age": 3}]}, [Person("Al", 3)]),
@@ -15854,16 +16643,16 @@ class TestTypedAnswers:
         ]
         fake.script[HAIKU] = turns + answers_in_form(HAIKU, {"city": "Rome"})
         client = make()
-        reply = client.run("Where?", [weather], model=HAIKU, returns=Place)
+        reply = client.run("Where?", [weather], model=HAIKU, returns=City)
         assert reply.value == {"city": "Rome"}
         fake.script[HAIKU] = turns
-        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=Place)
+        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=City)
         assert (calls.tool_calls[0].name, calls.value) == ("weather", None)
 
     def test_conversation(self, make, fake):
         """The history has the JSON as the assistant's text, whichever way it came."""
         fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
-        talk = make().conversation(model=HAIKU, returns=Place)
+        talk = make().conversation(model=HAIKU, returns=City)
         assert talk.say("Where?").value == {"city": "Rome"}
         assert talk.messages[-1]["content"] == '{"city": "Rome"}'
         assert "returns" not in talk.to_json()["options"]
@@ -15871,7 +16660,7 @@ class TestTypedAnswers:
     def test_cached(self, make, fake):
         fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
         one = make(cache_enabled=True)
-        values = [one.chat("Where?", model=HAIKU, returns=Place).value for _ in range(2)]
+        values = [one.chat("Where?", model=HAIKU, returns=City).value for _ in range(2)]
         assert values == [{"city": "Rome"}] * 2 and len(fake.sent) == 1
 
     @pytest.mark.parametrize(
@@ -16119,7 +16908,10 @@ class TestProviders:
 
     @pytest.mark.parametrize("form", MODEL_OF)
     def test_halves_of_an_emoji_become_a_mark(self, make, fake, form):
-        calls = [called("1", "f", '{"a": "\\ud83e"}'), called("2", "f", '{"a": "\\ud83e\\udd8a"}')]
+        calls = [
+            tool_call("1", "f", '{"a": "\\ud83e"}'),
+            tool_call("2", "f", '{"a": "\\ud83e\\udd8a"}'),
+        ]
         history = [user("a\ud83e"), assistant(None, *calls), result("1", "\udd8ab"), result("2")]
         make().chat(history, model=MODEL_OF[form], tools=[WEATHER])
         told = compact(arrived(fake))
@@ -16258,10 +17050,10 @@ class TestProviders:
                 {**A_RESULT, "call_id": "t1", "output": [*SEE_IT, PICTURES["responses"]]},
             ]
         elif path == "messages":
-            history = [calls_for("t1", before=[SIGNED]), asks(result_part("t1", seen))]
+            history = [calls_for("t1", before=[SIGNED]), user([result_part("t1", seen)])]
         else:
-            history = [assistant(None, called("t1")), result("t1", seen)]
-        history = [asks(MARKED), *history, {"role": "system", "content": "later"}]
+            history = [assistant(None, tool_call("t1")), result("t1", seen)]
+        history = [user([MARKED]), *history, {"role": "system", "content": "later"}]
         body = {"model": MODEL_OF[form], "max_tokens": 4_000, "messages": history, "input": history}
         reply = requests.post(f"{server.url}/{path}", json=body, timeout=10)
         assert reply.ok, reply.text
@@ -16282,7 +17074,7 @@ class TestProviders:
                 body = {**asked, "messages": history, "tools": [claude_tool("get_weather")]}
                 told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
                 ids = [part["id"] for part in told["content"] if part["type"] == "tool_use"]
-                history += [assistant(told["content"]), asks(*map(result_part, ids))]
+                history += [assistant(told["content"]), user([*map(result_part, ids)])]
             elif path == "responses":
                 asked |= {"reasoning": {"effort": "low"}, "max_output_tokens": 4_000}
                 body = {**asked, "input": history, "tools": [flat_tool("get_weather")]}
@@ -16452,26 +17244,26 @@ class TestPictures:
         assert first == again != () and len(fake.chat_calls()) == 1
 
     def test_files_and_notebooks(self, tmp_path):
-        picture, url = puter.Picture(TINY_PNG), puter.Picture(url="https://x.org/a.png")
+        picture, url = puter.Picture(PNG), puter.Picture(url="https://x.org/a.png")
         picture.save(tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes() == TINY_PNG
+        assert (tmp_path / "a.png").read_bytes() == PNG
         with pytest.raises(FileExistsError):
             picture.save(tmp_path / "a.png")
         with pytest.raises(puter.BadRequestError, match="only a URL"):
             url.save(tmp_path / "b.png")
-        assert picture._repr_mimebundle_() == {"image/png": TINY_PNG}
+        assert picture._repr_mimebundle_() == {"image/png": PNG}
         assert url._repr_mimebundle_() == {"text/markdown": "![](https://x.org/a.png)"}
-        assert (picture.as_url(), url.as_url()) == (TINY_URL, "https://x.org/a.png")
+        assert (picture.as_url(), url.as_url()) == (PNG_URL, "https://x.org/a.png")
 
     @pytest.mark.parametrize(
         ("image", "picture"),
         table(
-            ["a URL", TINY_URL, puter.Picture(TINY_PNG)],
-            ["OpenAI's part", {"type": "image_url", "image_url": {"url": TINY_URL}}, puter.Picture(TINY_PNG)],
-            ["its URL bare", {"image_url": TINY_URL}, puter.Picture(TINY_PNG)],
-            ["of Responses", {"b64_json": TINY_URL.partition(",")[2]}, puter.Picture(TINY_PNG)],
+            ["a URL", PNG_URL, puter.Picture(PNG)],
+            ["OpenAI's part", {"type": "image_url", "image_url": {"url": PNG_URL}}, puter.Picture(PNG)],
+            ["its URL bare", {"image_url": PNG_URL}, puter.Picture(PNG)],
+            ["of Responses", {"b64_json": PNG_URL.partition(",")[2]}, puter.Picture(PNG)],
             ["another kind than it says", {"data": "R0lGODlhAAAA", "mime_type": "image/png"}, puter.Picture(b"GIF89a\0\0\0", "image/gif")],
-            ["Anthropic's part", PICTURES["claude"], puter.Picture(base64.b64decode(ONE_PIXEL))],
+            ["Anthropic's part", PICTURES["claude"], puter.Picture(PNG)],
             ["elsewhere", {"url": "https://x.org/a"}, puter.Picture(url="https://x.org/a")],
         ),
     )  # fmt: skip
@@ -16493,7 +17285,7 @@ class TestPictures:
             done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "fox.png", "Draw")
             assert (done.returncode, done.stdout.strip()) == (0, "")
             assert f"picture: {name}" in done.stderr
-            assert Path(name).read_bytes() == base64.b64decode(ONE_PIXEL)
+            assert Path(name).read_bytes() == PNG
         run_cli(desk, "ask", "-m", lab("draw"), *flags, "Draw")
         assert Path("picture.png").is_file()
         done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "none/a.png", "Draw")
@@ -16501,8 +17293,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_the_gateway_and_the_way_back(self, server, fake, stream):
-        url = f"data:image/png;base64,{ONE_PIXEL}"
-        shown = f"![image]({url})"
+        shown = f"![image]({PNG_URL})"
         body = body_for("draw", stream=stream)
         text, _ = answer_of(server, body)
         assert text == shown
@@ -16543,6 +17334,610 @@ class TestPictures:
         told = compact(arrived(fake))
         assert told.count(ONE_PIXEL) == 1 and compact(PICTURES["claude"]) in told
         assert "![image]" not in told and text in told
+
+
+# =============================================================================
+# Pictures and sound
+# =============================================================================
+DREW = puter.Picture(base64.b64decode(ONE_PIXEL))
+DATA_URL = f"data:image/png;base64,{ONE_PIXEL}"
+# One call of each job.
+JOBS_DONE: dict[str, Callable[..., Any]] = {
+    "image": lambda client, text="a dot", **args: client.image(text, **args),
+    "speech": lambda client, text="Hello", **args: client.speech(text, **args),
+    "transcribe": lambda client, text=None, **args: client.transcribe(WAV, prompt=text, **args),
+    "ocr": lambda client, text=None, **args: client.ocr(PNG, **args),
+}
+
+
+def args_sent(fake: FakePuter) -> list[JSON]:
+    """The arguments of every driver call."""
+    return [seen.args for seen in fake.requests if seen.path == CHAT]
+
+
+class TestMedia:
+    """image, speech, transcribe and ocr: what is sent, what is read, and who is asked."""
+
+    @pytest.mark.parametrize("exchange", MEDIA_EXCHANGES, ids=lambda one: one["name"])
+    def test_the_fake_answers_as_recorded(self, fake, exchange):
+        fake.add_account("a", "t", temporary=exchange["token"] == "temp-api-token")
+        got = post(fake, CHAT, exchange["body"], "t")
+        assert got.status_code == exchange["status"]
+        assert got.headers["Content-Type"].partition(";")[0] == exchange["type"]
+        if "json" not in exchange:
+            return  # a sound
+        if got.status_code != 200:
+            assert got.json() == exchange["json"]
+        else:
+            told, wanted = got.json()["result"], exchange["json"]["result"]
+            assert shape(told) == shape(wanted) or "ocr" in exchange["name"]
+
+    def test_image(self, make, fake):
+        client = make()
+        assert client.image("a dot") == DREW
+        (seen,) = [seen for seen in fake.requests if seen.path == CHAT]
+        assert seen.body == {
+            "interface": "puter-image-generation",
+            "method": "generate",
+            "args": {"prompt": "a dot"},
+        }
+        client.image("a dot", SEEDREAM, quality="low", aspect_ratio="16:9", provider=None)
+        wanted = {"prompt": "a dot", "quality": "low", "aspect_ratio": "16:9"}
+        assert args_sent(fake)[1] == {**wanted, "model": SEEDREAM}
+
+    def test_pictures_to_change(self, make, fake, tmp_path):
+        (tmp_path / "a.png").write_bytes(DREW.data)
+        url = f"{fake.url}/samples/image_example.png"
+        images = [tmp_path / "a.png", DREW.data, DATA_URL, url]
+        assert make().image("blue", model="puter/gpt-image-1", images=images) == DREW
+        assert args_sent(fake) == [
+            {"prompt": "blue", "model": "gpt-image-1", "input_images": [DATA_URL] * 4}
+        ]
+        assert make().image("blue", images=url) == DREW
+        assert args_sent(fake)[1]["input_images"] == [DATA_URL]
+        loaded = [seen for seen in fake.requests if seen.path.startswith("/samples/")]
+        assert [seen.token for seen in loaded] == [None, None]
+
+    def test_speech(self, make, fake):
+        client = make()
+        assert client.speech("Hello") == puter.Audio(SOUND, "audio/mpeg")
+        assert client.speech("Hello", "nova", "tts-1", response_format="wav") == puter.Audio(
+            SOUND, "audio/wav"
+        )
+        assert client.speech("Hello", provider="gemini").mime == "audio/wav"
+        said = {"text": "Hello", "provider": "openai"}
+        more = {"voice": "nova", "model": "tts-1", "response_format": "wav"}
+        assert args_sent(fake) == [said, {**said, **more}, {**said, "provider": "gemini"}]
+        assert not any("driver" in seen.body for seen in fake.requests if seen.path == CHAT)
+
+    def test_a_sound_stays_as_it_is_but_for_the_token(self, make, fake, monkeypatch):
+        sound = Raw(b"\xff\xfb\x80 Bearer token-alice\x80\r\n", content_type="audio/mpeg")
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
+        assert make().speech("Hello").data == b"\xff\xfb\x80 Bearer <token>\x80\r\n"
+
+    def test_transcribe(self, make, fake, tmp_path):
+        client, url = make(), "data:audio/wav;base64," + base64.b64encode(WAV).decode()
+        (tmp_path / "a.txt").write_bytes(WAV)  # its contents count
+        for audio in (WAV, ("a.bin", WAV), tmp_path / "a.txt", str(tmp_path / "a.txt")):
+            told = client.transcribe(audio, language="en")
+            assert (str(told), told.segments, told.raw["usage"]["total_tokens"]) == (HEARD, [], 10)
+        assert args_sent(fake) == [{"file": url, "language": "en"}] * 4
+        assert client.transcribe(WAV, model="whisper-1", response_format="srt").text == SRT
+        whole = client.transcribe(WAV, model="whisper-1", response_format="verbose_json")
+        assert whole.segments[0]["end"] == 1.5 and str(whole) == HEARD
+        assert repr(whole) == f"Transcript(text={HEARD!r})"
+
+    def test_ocr(self, make, fake):
+        client = make()
+        assert client.ocr(PNG) == client.ocr(("a.pdf", PDF)) == "First line\nSecond line"
+        kinds = [args["source"].partition(";")[0] for args in args_sent(fake)]
+        assert kinds == ["data:image/png", "data:application/pdf"]
+
+    @pytest.mark.parametrize(
+        ("head", "kind"),
+        [
+            [b"RIFF....WAVE", "wav"],
+            [b"ID3\x04", "mpeg"],
+            [b"\xff\xfb\x90", "mpeg"],
+            [b"OggS", "ogg"],
+            [b"fLaC", "flac"],
+            [b"\0\0\0\x20ftypM4A ", "mp4"],
+            [b"\x1aE\xdf\xa3", "webm"],
+        ],
+    )
+    def test_kinds_of_recordings(self, make, fake, head, kind):
+        make().transcribe(head)
+        assert args_sent(fake)[0]["file"].startswith(f"data:audio/{kind};base64,")
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_samples_cost_nothing(self, make, fake, job):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        made = JOBS_DONE[job](client, test_mode=True)
+        if job in ("image", "speech"):
+            wanted = (DREW.data, "image/png") if job == "image" else (SOUND, "audio/mpeg")
+            assert (made.data, made.mime) == wanted and made.url.startswith(f"{fake.url}/samples/")
+            assert fake.requests[-1].token is None
+        else:
+            assert str(made)
+        assert ended[0].usage.cost_usd == 0.0
+
+    def test_a_host_that_does_not_know_what_it_holds(self, make, fake):
+        for name, data in (("image_example.png", PNG), ("tts_example.mp3", SOUND)):
+            web(fake, f"/samples/{name}", Raw(data, content_type="application/octet-stream"))
+        assert make().image("a dot", test_mode=True).mime == "image/png"
+        assert make().speech("Hello", test_mode=True).mime == "audio/mpeg"
+
+    def test_a_result_that_cannot_be_loaded(self, make, fake, caplog):
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        picture = make().image("a dot", test_mode=True)
+        assert picture == puter.Picture(url=f"{fake.url}/samples/image_example.png")
+        assert "could not be loaded" in caplog.text and len(fake.chat_calls()) == 1
+
+    # What it costs
+
+    @pytest.mark.parametrize(
+        ("model", "cost"), [(SEEDREAM, 0.03), ("SEEDREAM-4-0", 0.03), ("gpt-image-1-mini", None), (None, None)]
+    )  # fmt: skip
+    def test_price(self, make, fake, model, cost):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        client.image("a dot", model)
+        assert ended[0].usage.cost_usd == cost
+        (stats,) = client.stats()
+        assert (stats.successes, stats.cost_usd) == (1, cost or 0.0)
+        lists = [seen for seen in fake.requests if seen.path == "/puterai/image/models/details"]
+        assert [seen.token for seen in lists] == [None] * (model is not None)
+
+    def test_the_lists_of_models_do_not_mix(self, make, fake):
+        client = make()
+        client.image("a dot", SEEDREAM)
+        assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
+        again, ended = make(), []
+        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
+        again.image("a dot", SEEDREAM)
+        assert OPUS in ids(again.models()) and ended == [0.03]
+        assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
+
+    # What is refused before anything is sent
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            [lambda c: c.image(""), "Give a text"],
+            [lambda c: c.speech(5), "Give a text"],
+            [lambda c: c.image("x", model=""), "model is ''"],
+            [lambda c: c.image("x", qualty="low"), "Did you mean quality"],
+            [lambda c: c.image("x", timeout=5), "Did you mean timeout_ms"],
+            [lambda c: c.image("x", timeout_ms=0), "timeout_ms is 0"],
+            [lambda c: c.image("x", max_retries=1), "max_retries belongs to the client"],
+            [
+                lambda c: c.image("x", puter_output_path="~/a.png"),
+                "no argument 'puter_output_path'",
+            ],
+            [lambda c: c.image("x", images=[b"text"]), "not an image"],
+            [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
+            [lambda c: c.transcribe(PNG), "none of WAV"],
+            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
+            [lambda c: c.transcribe("/no/such.wav"), "cannot be read"],
+            [lambda c: c.transcribe(5), "cannot be read"],
+            [lambda c: c.transcribe(("a.wav", "text")), "cannot be read"],
+            [lambda c: c.transcribe(WAV, langage="en"), "Did you mean language"],
+            [lambda c: c.ocr(WAV), "none of PNG"],
+        ],
+    )
+    def test_wrong_arguments(self, make, fake, call, words):
+        with pytest.raises(puter.BadRequestError, match=re.escape(words)):
+            call(make())
+        assert fake.requests == []
+
+    def test_servers_that_are_not_puters(self, make, fake):
+        client = make(api_style="openai", api_base_url=f"{fake.url}/v1", openai_api_key="sk-none")
+        with pytest.raises(puter.BadRequestError, match="Only Puter's own server"):
+            client.image("a dot")
+        assert fake.requests == []
+        assert make(api_style="openai").image("a dot") == DREW
+
+    # What goes wrong
+
+    @pytest.mark.parametrize(
+        ("call", "kind", "words", "calls"),
+        [
+            [lambda c: c.image("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.speech("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.image("scenario: err401"), puter.ProviderAuthError, "scripted 401", 1],
+            [lambda c: c.image("scenario: err429"), puter.ModelRateLimitError, "scripted 429", 1],
+            [lambda c: c.image("scenario: err500"), puter.ModelUnavailableError, "unavailable", 2],
+            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, "No model is called 'nope'", 1],
+            [lambda c: c.image("x", "seedream-4"), puter.ModelNotFoundError, f"mean {SEEDREAM}?", 1],
+            [lambda c: c.speech("x", "nobody"), puter.BadRequestError, f"Expected: {VOICES}", 1],
+            [lambda c: c.speech("x", provider=""), puter.ServerError, "Internal Server Error", 3],
+            [lambda c: c.image("scenario: closed"), puter.ReplyError, "broke off", 1],
+            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "silent", 1],
+        ],
+    )  # fmt: skip
+    def test_errors(self, make, fake, call, kind, words, calls):
+        client = make("alice", "bob", max_retries=2)
+        if "Internal" in words:
+            fake.accounts["token-alice"].error = recorded_error(500, "internal_error", words)
+        with pytest.raises(kind, match=re.escape(words)) as caught:
+            call(client)
+        assert type(caught.value) is kind
+        assert fake.chat_calls().count(("alice", fake.chat_calls()[0][1])) == calls
+        assert len(caught.value.attempts) == len(fake.chat_calls()) == calls
+        assert "puter models" not in str(caught.value) or kind is not puter.ModelNotFoundError
+
+    @pytest.mark.parametrize(
+        "result", [None, 5, {}, {"url": None}, "ftp://x", {"text": None, "segments": 5}, []]
+    )
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_results_that_cannot_be_read(self, make, fake, monkeypatch, job, result):
+        for known in MEDIA:
+            monkeypatch.setitem(MEDIA, known, lambda *_: result)
+        if job == "transcribe" and isinstance(result, str):
+            return
+        with pytest.raises(puter.ReplyError, match="unknown format"):
+            JOBS_DONE[job](make())
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_page_in_place_of_a_sound(self, make, fake, monkeypatch):
+        page = Raw(b"<html>Sign in</html>", content_type=HTML_TYPE)
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: page)
+        with pytest.raises(puter.ReplyError, match="answered text/html"):
+            make().speech("Hello")
+        assert len(fake.chat_calls()) == 1
+
+    # Who is asked
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_the_next_account_when_one_is_limited(self, make, fake, job):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].max_in_window = 0
+        assert JOBS_DONE[job](client)
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        assert [(c.account, c.reason) for c in client.cooldowns()] == [
+            ("alice", "too_many_requests")
+        ]
+        assert JOBS_DONE[job](client)
+        assert fake.chat_calls()[2][0] == "bob"
+
+    def test_credit(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].credit_microcents = 0
+        assert client.image("a dot") == DREW
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        # what is too little for a picture may do for a chat
+        assert client.cooldowns() == []
+        fake.accounts["token-bob"].credit_microcents = 0
+        with pytest.raises(puter.CreditError, match="Insufficient credits for image") as caught:
+            client.image("a dot")
+        assert type(caught.value) is puter.CreditError and len(caught.value.attempts) == 2
+        assert not any(seen.path == "/metering/usage" for seen in fake.requests)
+
+    def test_a_dead_token(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].dead = True
+        assert client.image("a dot") == DREW
+        assert [c.reason for c in client.cooldowns()] == ["login"]
+
+    def test_no_other_model_answers(self, make, fake):
+        fake.accounts["token-alice"].error = recorded_error(
+            400, "upstream_provider_unavailable", "down"
+        )
+        with pytest.raises(puter.ModelUnavailableError):
+            make().image("a dot", SEEDREAM)
+        assert {model for _, model in fake.chat_calls()} == {SEEDREAM}
+
+    def test_the_limit_of_requests_at_once(self, make, fake, monkeypatch):
+        monkeypatch.setitem(MEDIA, ("puter-ocr", "recognize"), lambda handler, *_: [
+            handler.pause(0.02), recognize(handler, handler.seen.args, None)
+        ][1])  # fmt: skip
+        fake.accounts["token-alice"].max_concurrent = 1
+        client = make(max_concurrent=1, max_retries=0)
+        with ThreadPoolExecutor(4) as pool:
+            texts = list(pool.map(lambda _: client.ocr(PNG), range(8)))
+        assert set(texts) == {"First line\nSecond line"}
+
+    def test_nothing_is_cached(self, make, fake):
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            client.image("a dot")
+        assert len(fake.chat_calls()) == 2
+        stats = client._reply_cache.cache_stats(time.time(), 60)
+        assert (stats["entries"], stats["misses"]) == (0, 0)
+
+    def test_a_name_that_is_put_right(self, make, fake):
+        client = make()
+        assert client.image("a dot", "SeeDream-4-0") == DREW
+        assert [model for _, model in fake.chat_calls()] == ["SeeDream-4-0", SEEDREAM]
+
+    def test_values(self, tmp_path):
+        audio = puter.Audio(b"ID3", url="")
+        assert audio._repr_html_() == '<audio controls src="data:audio/mpeg;base64,SUQz"></audio>'
+        audio.save(tmp_path / "a.mp3")
+        with pytest.raises(FileExistsError):
+            audio.save(tmp_path / "a.mp3")
+        puter.Audio(b"ID3 new").save(tmp_path / "a.mp3", overwrite=True)
+        assert (tmp_path / "a.mp3").read_bytes() == b"ID3 new"
+        assert "SUQz" not in repr(audio) and not isinstance(audio, puter.Picture)
+
+
+def recorded_error(status: int, code: str, message: str) -> tuple[int, JSON]:
+    """An error as the answer of an account."""
+    return status, {"error": message, "message": message, "code": code}
+
+
+class TestMediaCommands:
+    """image, speak, transcribe and ocr on the command line."""
+
+    def test_image(self, desk):
+        done = run_cli(desk, "image", "a", "red", "dot", "-o", "cat.png", "-m", SEEDREAM)
+        assert (done.returncode, done.stdout) == (0, "cat.png\n")
+        assert done.stderr == f"{SEEDREAM} on alice; cost $0.0300\n"
+        assert Path("cat.png").read_bytes() == DREW.data
+        assert args_sent(desk) == [{"prompt": "a red dot", "model": SEEDREAM}]
+        for name in ("picture.png", "picture-1.png"):
+            done = run_cli(desk, "image", "-a", "cat.png", stdin="a dot\n")
+            assert (done.returncode, done.stdout) == (0, f"{name}\n")
+            assert done.stderr == "puter-image-generation on alice; cost not reported\n"
+            assert Path(name).read_bytes() == DREW.data
+        assert args_sent(desk)[-1] == {"prompt": "a dot", "input_images": [DATA_URL]}
+
+    @pytest.mark.parametrize("command", ["image", "speak"])
+    def test_a_file_that_exists(self, desk, command):
+        Path("a.bin").write_bytes(b"mine")
+        done = run_cli(desk, command, "hi", "-o", "a.bin")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: a.bin exists already.") and desk.requests == []
+        assert Path("a.bin").read_bytes() == b"mine"
+        done = run_cli(desk, command, "hi", "-o", "a.bin", "--force")
+        assert (done.returncode, done.stdout) == (0, "a.bin\n")
+        assert Path("a.bin").read_bytes() in (DREW.data, SOUND)
+        assert not Path("a-1.bin").exists()
+
+    def test_a_place_that_cannot_be(self, desk):
+        done = run_cli(desk, "image", "hi", "-o", "none/a.png")
+        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
+        assert desk.requests == []
+
+    def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
+        url = f"{desk.url}/samples/none.png"
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
+        done = run_cli(desk, "image", "hi", "-o", "a.png")
+        assert (done.returncode, done.stdout) == (0, f"{url}\n")
+        assert not Path("a.png").exists() and len(desk.chat_calls()) == 1
+
+    def test_speak(self, desk):
+        done = run_cli(desk, "speak", "Good morning", "--voice", "nova", "--json")
+        assert done.returncode == 0 and Path("speech.mp3").read_bytes() == SOUND
+        report = json.loads(done.stdout)
+        assert report == {
+            "model": "puter-tts",
+            "account": "alice",
+            "cost_usd": None,
+            "file": "speech.mp3",
+            "mime": "audio/mpeg",
+        }
+        run_cli(desk, "speak", "-", "-o", "x", "-m", "tts-1", stdin="From a pipe.\n")
+        assert Path("x.mp3").read_bytes() == SOUND
+        texts = [args["text"] for args in args_sent(desk)]
+        assert texts == ["Good morning", "From a pipe."] and args_sent(desk)[1]["model"] == "tts-1"
+
+    def test_transcribe_and_ocr(self, desk):
+        Path("a.wav").write_bytes(WAV)
+        Path("page.png").write_bytes(PNG)
+        done = run_cli(desk, "transcribe", "a.wav")
+        assert (done.returncode, done.stdout) == (0, f"{HEARD}\n")
+        assert done.stderr == "puter-speech2txt on alice; cost not reported\n"
+        report = json.loads(run_cli(desk, "transcribe", "a.wav", "--json").stdout)
+        assert (report["text"], report["usage"]["total_tokens"]) == (HEARD, 10)
+        done = run_cli(desk, "ocr", "page.png", PUTER_QUIET_MODE="1")
+        assert (done.stdout, done.stderr) == ("First line\nSecond line\n", "")
+        report = json.loads(run_cli(desk, "ocr", "page.png", "--json").stdout)
+        assert report["text"] == "First line\nSecond line"
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            [["image", "scenario: err400"], "moderation blocked"],
+            [["image", ""], "Give a text"],
+            [["image", "hi", "-a", "no.png"], "cannot be read"],
+            [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
+            [["transcribe", "no.wav"], "cannot be read"],
+            [["ocr", "notes.txt"], "none of PNG"],
+        ],
+    )
+    def test_errors(self, desk, argv, words):
+        Path("notes.txt").write_text("remember", "utf-8")
+        done = run_cli(desk, *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and words in done.stderr
+        assert not list(Path().glob("*.png"))
+
+    def test_signs_of_life_at_a_terminal(self, desk):
+        with at_terminal(desk, "image", "scenario: hang") as terminal:
+            assert terminal.expect("1 s")
+
+
+def form_of_parts(*parts: tuple[str, bytes], end: bytes = b"--") -> bytes:
+    """A form of (head, content) with the boundary `b`."""
+    body = b"".join(b"--b\r\n%b\r\n\r\n%b\r\n" % (h.encode(), c) for h, c in parts)
+    return body + b"--b" + end + b"\r\n"
+
+
+A_FILE = ('Content-Disposition: form-data; name="file"; filename="a.wav"', WAV)
+A_FORM = "multipart/form-data; boundary=b"
+
+
+class TestMediaGateway:
+    """OpenAI's paths of pictures and sound, with its SDK."""
+
+    @staticmethod
+    def post(
+        server: puter.OpenAIServer,
+        path: str,
+        body: Any,
+        kind: str = "application/json",
+        **head: str,
+    ) -> requests.Response:
+        """A request, by plain `requests`; bytes are sent as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": kind, **head}
+        return requests.post(f"{server.url}/{path}", data=data, headers=headers, timeout=10)
+
+    def test_images(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"prompt": "a dot", "model": "gpt-image-1-mini", "n": 1}
+            made = client.images.generate(**asked, size="1536x1024", quality="low")
+            assert base64.b64decode(made.data[0].b64_json) == DREW.data and made.created > 1e9
+            assert client.images.generate(**asked, response_format="url").data[0].url == DATA_URL
+            client.images.generate(**asked, size="auto", quality="auto", user="u")
+            sample = {"response_format": "url", "extra_body": {"test_mode": True}}
+            made = client.images.generate(prompt="a dot", **sample)
+            assert made.data[0].url == f"{fake.url}/samples/image_example.png"
+        plain = {"prompt": "a dot", "model": "gpt-image-1-mini"}
+        ratio = {"quality": "low", "ratio": {"w": 1536, "h": 1024}}
+        wanted = [{**plain, **ratio}, plain, plain, {"prompt": "a dot", "test_mode": True}]
+        assert args_sent(fake) == wanted
+
+    def test_speech(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"input": "Hello", "model": "tts-1", "voice": "nova"}
+            made = client.audio.speech.create(**asked, response_format="wav", speed=1.5)
+            assert made.content == SOUND and made.response.headers["Content-Type"] == "audio/wav"
+            assert made.response.headers["x-puter-model"] == "tts-1"
+            with client.audio.speech.with_streaming_response.create(**asked) as streamed:
+                assert b"".join(streamed.iter_bytes(100)) == SOUND
+                assert streamed.headers["Content-Type"] == "audio/mpeg"
+        said = {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova"}
+        assert args_sent(fake) == [{**said, "response_format": "wav"}, said]
+
+    def test_transcriptions(self, server, fake):
+        audio = WAV + os.urandom(100_000) + b"\r\n--\r\n\r\n\r"
+        with sdk(server) as client:
+            create: Any = client.audio.transcriptions.create
+            asked = {"file": ("é.wav", audio), "model": "whisper-1"}
+            assert create(**asked, language="en", prompt="Hé").text == HEARD
+            assert create(**asked, response_format="text") == HEARD
+            assert create(**asked, response_format="srt") == SRT
+            whole = create(**asked, response_format="verbose_json")
+            assert whole.segments[0].end == 1.5 and whole.language == "english"
+        url = "data:audio/wav;base64," + base64.b64encode(audio).decode()
+        assert {args["file"] for args in args_sent(fake)} == {url}
+        wanted = {"file": url, "model": "whisper-1", "language": "en", "prompt": "Hé"}
+        assert args_sent(fake)[0] == wanted
+
+    @pytest.mark.parametrize(
+        ("asked", "status", "code", "words"),
+        [
+            [{"prompt": "scenario: err400"}, 400, "moderation_blocked", "moderation blocked"],
+            [{"prompt": "x", "model": "nope"}, 404, "model_not_found", "No model is called 'nope'"],
+            [{"prompt": "scenario: err429"}, 429, "upstream_rate_limited", "scripted 429"],
+            [{"prompt": "scenario: err401"}, 502, "upstream_auth_failed", "scripted 401"],
+        ],
+    )
+    def test_errors(self, server, fake, asked, status, code, words):
+        with sdk(server) as client, pytest.raises(openai.APIStatusError, match=words) as caught:
+            client.images.generate(**asked)
+        assert (caught.value.status_code, caught.value.code) == (status, code)
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+    def test_other_errors(self, server, fake):
+        with sdk(server) as client:
+            with pytest.raises(openai.BadRequestError, match="Expected: alloy"):
+                client.audio.speech.create(input="x", model="tts-1", voice="nobody")
+            fake.accounts["token-alice"].credit_microcents = 0
+            with pytest.raises(openai.APIStatusError, match="Insufficient credits") as caught:
+                client.images.generate(prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (402, "insufficient_funds")
+        assert len(fake.chat_calls()) == 2
+
+    @pytest.mark.parametrize(
+        ("path", "body", "words"),
+        [
+            ["images/generations", {}, "prompt is missing"],
+            ["images/generations", {"prompt": ["x"]}, "prompt is missing"],
+            ["images/generations", {"prompt": "x", "n": 2}, "leave out n"],
+            ["images/generations", {"prompt": "x", "stream": True}, "leave out n and stream"],
+            ["images/generations", {"prompt": "x", "size": "big"}, "size must be"],
+            ["images/generations", {"prompt": "x", "model": 5}, "model is 5"],
+            ["audio/speech", {"input": "", "model": "tts-1"}, "input is missing"],
+            # it would be read from the disk of the gateway
+            ["audio/transcriptions", {"file": "a.wav"}, "file is missing"],
+            ["audio/transcriptions", {"file": ["a.wav", "x"]}, "file is missing"],
+        ],
+    )  # fmt: skip
+    def test_wrong_requests(self, server, fake, tmp_path, monkeypatch, path, body, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, path, body)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+
+    @pytest.mark.parametrize(
+        ("body", "kind", "words"),
+        [
+            [form_of_parts(A_FILE), "multipart/form-data", "no end"],
+            [form_of_parts(A_FILE), "multipart/form-data; boundary=c", "no end"],
+            [form_of_parts(A_FILE, end=b""), A_FORM, "no end"],
+            [form_of_parts(A_FILE)[:-8], A_FORM, "no end"],
+            [form_of_parts(*[A_FILE] * 99), A_FORM, "too many parts"],
+            [form_of_parts((A_FILE[0].replace("file", "data"), WAV)), A_FORM, "file is missing"],
+            [form_of_parts((A_FILE[0].partition("; filename")[0], b"a.wav")), A_FORM, "file is miss"],
+            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
+            [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
+            [b"", A_FORM, "no end"],
+        ],
+    )  # fmt: skip
+    def test_wrong_forms(self, server, fake, tmp_path, monkeypatch, body, kind, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, "audio/transcriptions", body, kind)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+        told = self.post(server, "audio/transcriptions", form_of_parts(A_FILE), A_FORM)
+        assert told.json()["text"] == HEARD
+
+    def test_a_form_that_is_too_large(self, server, fake, monkeypatch):
+        monkeypatch.setattr(puter, "MAX_REQUEST_BYTES", 1_000)
+        body = form_of_parts((A_FILE[0], WAV + bytes(2_000)))
+        assert self.post(server, "audio/transcriptions", body, A_FORM).status_code == 413
+        assert fake.chat_calls() == []
+
+    def test_who_may_call(self, serve, make, fake):
+        server = serve(make(), api_key=KEY, allowed_origins=["https://app.example"])
+        asked = {"prompt": "a dot"}
+        assert self.post(server, "images/generations", asked).status_code == 401
+        key = {"Authorization": f"Bearer {KEY}", "Origin": "https://app.example"}
+        told = self.post(server, "images/generations", asked, **key)
+        assert told.ok and told.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        told = get_from(server, "/v1/audio/speech", **key)
+        assert (told.status_code, told.headers["Allow"]) == (405, "POST")
+        told = get_from(server, "/v1/images/generations", "OPTIONS", Origin="https://app.example")
+        assert told.status_code == 204
+        # who may use chosen models alone is not to spend on others
+        few = serve(make(), models=[OPUS])
+        assert self.post(few, "images/generations", asked).status_code == 404
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_client_that_hangs_up(self, server, fake):
+        body = b'{"prompt": "scenario: hang"}'
+        with connected(server) as sock:
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            assert eventually(lambda: fake.accounts["token-alice"].running == 1)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0)
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_sound_that_is_only_a_url(self, server, fake):
+        fake.routes["GET", "/samples/tts_example.mp3"] = refuses(404, "not_found", "Not Found")
+        asked = {"input": "x", "model": "tts-1", "voice": "nova", "test_mode": True}
+        told = self.post(server, "audio/speech", asked)
+        assert told.status_code == 502 and "only a URL" in told.json()["error"]["message"]
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        told = self.post(server, "images/generations", {"prompt": "x", "test_mode": True})
+        assert told.json()["data"] == [{"url": f"{fake.url}/samples/image_example.png"}]
 
 
 # =============================================================================
@@ -16654,7 +18049,7 @@ class TestReplies:
     def test_a_file_is_not_sent_for_a_cached_reply(self, make, fake):
         client = make(cache_enabled=True)
         for _ in range(2):
-            self.ask(client, "chat", files=[SMALL_PDF])
+            self.ask(client, "chat", files=[PDF])
         assert len(fake.chat_calls()) == 1
 
     def test_a_conversation_remembers_a_cached_reply(self, make):
@@ -16862,7 +18257,6 @@ AT_TERMINAL = (
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     "sys.exit(puter.main())"
 )
-needs_pty = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are of Unix")
 
 
 def plain(text: str) -> str:
@@ -17004,7 +18398,7 @@ class TestAsk:
     def test_attachments_by_what_they_hold(self, desk):
         Path("notes.txt").write_text("remember\n", "utf-8")
         Path("image.dat").write_bytes(PNG)
-        Path("report.bin").write_bytes(SMALL_PDF)
+        Path("report.bin").write_bytes(PDF)
         page = web(desk, "/page.html?x=1".partition("?")[0], Raw(b"<p>hello</p>"))
         picture = web(desk, "/picture", Raw(PNG, content_type="image/png"))
         options = [f"-a{name}" for name in ("notes.txt", "image.dat", "report.bin")]
@@ -17157,7 +18551,7 @@ class TestAsk:
         assert rows[0][3:] == ["(default)", f"{('word ' * 12)[:59]}…"]
         assert rows[1][1].startswith("2001-09-") and rows[1][2:] == ["2", lab("echo"), "one two"]
 
-    @needs_pty
+    @posix_only
     def test_conversations_at_a_terminal(self, desk, home):
         (home / "conversation.json").write_text(json.dumps({"messages": []}))
         os.utime(home / "conversation.json", (time.time() - 7205,) * 2)
@@ -17185,7 +18579,7 @@ class TestAsk:
         done = run_cli(desk, "ask", "-m", lab("nousage"), "--no-stream", "--usage", "hi")
         assert "not reported" in done.stderr
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     @pytest.mark.parametrize("how", [[], ["--no-stream"]])
     def test_the_spinner(self, desk, columns, how):
@@ -17199,7 +18593,7 @@ class TestAsk:
         frames = plain(before).split("\r")
         assert len(frames) > 2 and all(len(one) < columns for one in frames)
 
-    @needs_pty
+    @posix_only
     def test_stdout_in_a_pipe_stays_clean(self, desk):
         desk.script[lab("text")] = late(0.3, Turn("done", reasoning=("so",)))
         argv = ("ask", "-m", lab("text"), "hi")
@@ -17213,7 +18607,7 @@ class TestAsk:
         done = run_cli(desk, "ask", "-m", lab("text"), "hi", apart=True)
         assert (done.stdout, done.stderr) == ("done\n", "")
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("env", "colour", "spinner"),
         [
@@ -17232,7 +18626,7 @@ class TestAsk:
         if not spinner and not colour:
             assert terminal.shown == "so\r\ndone\r\n"
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("scenario", ["midfail", "closed"])
     def test_a_failure_half_way(self, desk, scenario):
         with at_terminal(desk, "ask", "-m", lab(scenario), "hi") as terminal:
@@ -17242,7 +18636,7 @@ class TestAsk:
         assert any(one.startswith("error: ") for one in rest)
         assert "Traceback" not in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_ctrl_c(self, desk):
         with at_terminal(desk, "ask", "-m", lab("slow"), "hi") as terminal:
             terminal.expect("The ")
@@ -17262,13 +18656,13 @@ class TestAsk:
     def test_visible(self, text, want):
         assert puter.visible(text) == want
 
-    @needs_pty
+    @posix_only
     def test_no_answer_drives_the_terminal(self, desk):
         pieces = ["\x1b", "]0;title\x07", "\x9b", "2Jred", "\x1b[8mhidden"]
         desk.script[lab("text")] = streams(
-            line("reasoning", reasoning="\x1b[2Jso"),
-            *(line("text", text=t) for t in pieces),
-            line("usage", usage=dict(USAGE)),
+            stream_line("reasoning", reasoning="\x1b[2Jso"),
+            *(stream_line("text", text=t) for t in pieces),
+            stream_line("usage", usage=dict(USAGE)),
         )
         argv = ("ask", "-m", lab("text"), "hi")
         with at_terminal(desk, *argv) as terminal:
@@ -17287,7 +18681,7 @@ class TestAsk:
         log = [one for one in done.stderr.splitlines() if one.startswith("[puter-auth]")]
         assert log and "␛[2J" in "".join(log) and "\x1b" not in "".join(log)
 
-    @needs_pty
+    @posix_only
     def test_a_prompt_is_read_at_a_terminal(self, desk):
         with at_terminal(desk, "ask", "-m", lab("echo"), "-", piped=True) as terminal:
             terminal.expect("Waiting for the end of standard input")
@@ -17295,7 +18689,7 @@ class TestAsk:
             assert terminal.end() == 0
         assert terminal.piped_out == b"one\ntwo\n"
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("argv", "signed_in", "steps", "code", "out"),
         [
@@ -17463,7 +18857,7 @@ class TestChatCommand:
         lines = self.talk(desk, "/models").stderr.splitlines()
         assert len(lines) == 21 and lines[-1] == f"and {len(desk.catalogue) - 20} more"
 
-    @needs_pty
+    @posix_only
     def test_how_it_stood(self, desk):
         desk.script[lab("echo")] = says("so " * 100)
         run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "one\ntwo")
@@ -17496,7 +18890,7 @@ class TestChatCommand:
         assert run_cli(desk, "ask", "-c", "four").returncode == 0
         assert len(sent(desk)) == 7
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     def test_at_a_terminal(self, desk, home, columns):
         argv = ("chat", "-m", lab("echo"))
@@ -17526,7 +18920,7 @@ class TestChatCommand:
             assert terminal.end() == 0
         assert [m["content"] for m in sent(desk)] == ["one"]
 
-    @needs_pty
+    @posix_only
     def test_ctrl_c_stops_the_answer_only(self, desk):
         desk.script[lab("text")] = [says("a"), "slow", says("b")]
         with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
@@ -17553,7 +18947,7 @@ class TestChatCommand:
         assert [m["content"] for m in sent(desk)] == ["one", "a", "three"]
         assert "Traceback" not in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_tab_completes(self, desk):
         pytest.importorskip("readline")
         Path("remember-this.txt").write_text("x", "utf-8")
@@ -17583,7 +18977,7 @@ class TestReports:
         assert prices[:5] == [0.0] * 5 and told[-1]["id"] == OPUS
         assert run_cli(desk, "models", "--sort", "size").returncode == 2
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [80, 40])
     def test_a_row_of_models_stays_a_line(self, desk, columns):
         with at_terminal(desk, "models", "--vision", columns=columns) as terminal:
@@ -17591,7 +18985,7 @@ class TestReports:
         assert max(map(len, plain(terminal.shown).splitlines())) <= columns
         assert OPUS in terminal.shown
 
-    @needs_pty
+    @posix_only
     def test_a_table_at_a_terminal(self, desk):
         head, first, second, *_ = styled(desk, "models", "--free", columns=100).splitlines()
         assert head.startswith("\x1b[2;4mMODEL ") and head.endswith("$/M OUT\x1b[0m")
@@ -17604,7 +18998,7 @@ class TestReports:
         for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
             assert styled(desk, "models", "--free", columns=100, **env) == flat
 
-    @needs_pty
+    @posix_only
     def test_what_is_the_same_in_all_rows_is_said_once(self, desk):
         shown = styled(desk, "models", "claude", columns=50)
         assert shown.startswith("\x1b[2mPROVIDER: claude\x1b[0m\n")
@@ -17619,14 +19013,14 @@ class TestReports:
         assert screen(desk, "models", "claude", columns=100)[0].startswith("MODEL ")
         assert screen(desk, "models", "opus", columns=50)[0].startswith("MODEL ")
 
-    @needs_pty
+    @posix_only
     def test_settings_at_a_narrow_terminal(self, desk):
         lines = screen(desk, "config", "show", columns=60)
         assert max(map(len, lines)) <= 60
         (row,) = [line for line in lines if line.startswith("fallback_models")]
         assert re.search(r"  \[\S+…  default$", row)
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("columns", [100, 50])
     def test_usage_at_a_terminal(self, desk, home, columns):
         self.metering(desk)
@@ -17650,7 +19044,7 @@ class TestReports:
         assert [line.split()[0] for line in plain(shown).splitlines()[3:]] == ["a", "and"]
         assert "\x1b[31m██░" in shown
 
-    @needs_pty
+    @posix_only
     def test_stats_at_a_terminal(self, desk, home):
         state = puter.State(home / STATE, desk.url)
         for seconds in (8.0, 1.0, 4.0, 0.0):
@@ -17669,7 +19063,7 @@ class TestReports:
         assert json.loads(run_cli(desk, "stats", "--json").stdout)[0]["times"] == [8, 1, 4, 0]
         assert max(map(len, screen(desk, "stats", columns=50)[:-1])) <= 50
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize(
         ("ago_s", "words"),
         [
@@ -17693,7 +19087,7 @@ class TestReports:
         assert shown.count("\x1b[32m●\x1b[0m") == shown.count("○") == 1
         assert f"\x1b[32m●\x1b[0m\x1b[1m {active}\x1b[0m" in shown
 
-    @needs_pty
+    @posix_only
     def test_check_at_a_terminal(self, desk, home):
         sign_in(desk, home, "bob")
         desk.accounts["token-bob"].dead = True
@@ -17702,7 +19096,7 @@ class TestReports:
         assert "\x1b[31m✗ \x1b[0mthe token of bob: " in shown
         assert all(line[:2] in ("✓ ", "✗ ") for line in plain(shown).splitlines() if line)
 
-    @needs_pty
+    @posix_only
     @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
     def test_an_error_at_a_terminal(self, desk, env):
         shown = styled(desk, "switch", "alise", code=1, **env)
@@ -17929,7 +19323,9 @@ class TestClientUnderAttack:
     def test_what_comes_behind_the_end_is_nothing(self):
         decoder = puter.LineDecoder("m")
         decoder.feed(
-            line("text", text="all") + line("usage", usage=USAGE) + line("text", text="no")
+            stream_line("text", text="all")
+            + stream_line("usage", usage=USAGE)
+            + stream_line("text", text="no")
         )
         decoder.finish()
         assert decoder.error is None and decoder.reply().text == "all"
@@ -18375,26 +19771,21 @@ PLUGIN_SETTINGS: JSON = {
     "log_dir": "~/logs",
     "auto_update": True,
 }
-SEED = WIRE.parent / "seed"
-
-
-def example_settings() -> list[Any]:
-    """The settings that the plugin's manual shows, where it stands beside the repository."""
-    texts = [path.read_text("utf-8") for path in sorted(SEED.glob("*"))] if SEED.is_dir() else []
-    found = [one for text in texts for one in re.findall(r"(?m)^\{\n(?:  .*\n)+?\}$", text)]
-    known = []
-    for one in found:
-        with suppress(ValueError):
-            data = json.loads(one)
-            if data.keys() & set(puter._SETTINGS):
-                known.append(pytest.param(data, id=", ".join([*data][:2])))
-    return [pytest.param(PLUGIN_SETTINGS, id="all"), *known]
+# And as it shows them one by one.
+EXAMPLE_SETTINGS = table(
+    ["all", PLUGIN_SETTINGS],
+    ["quiet_mode, debug", {"quiet_mode": False, "debug": False, "api_timeout_ms": 120_000, "auto_create_temp_user": True, "max_retries": 3, "cache_ttl_ms": 300_000}],
+    ["fallback_enabled, fallback_cooldown_ms", {"fallback_enabled": True, "fallback_cooldown_ms": 60_000, "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free", "openrouter:deepseek/deepseek-r1-0528:free", "openrouter:mistralai/devstral-2512:free"]}],
+    ["fallback_enabled", {"fallback_enabled": False}],
+    ["account_rotation_enabled, account_rotation_strategy", {"account_rotation_enabled": True, "account_rotation_strategy": "round-robin", "account_rotation_cooldown_ms": 300_000}],
+    ["api_timeout_ms", {"api_timeout_ms": 300_000}],
+)  # fmt: skip
 
 
 class TestPluginsFiles:
     """What a user of the plugin brings along."""
 
-    @pytest.mark.parametrize("settings", example_settings())
+    @pytest.mark.parametrize("settings", EXAMPLE_SETTINGS)
     def test_its_settings_are_read(self, tmp_path, settings):
         write_settings(tmp_path, json.dumps(settings))
         config = load(tmp_path)
@@ -18814,23 +20205,17 @@ class TestOtherPythons:
 
     @pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda p: str(p.parent.parent.name))
     def test_tools_or_a_clear_word(self, python, tmp_path):
-        asked = subprocess.run(
-            [python, "-c", "import sys; print(sys.version_info[1])"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if asked.returncode or int(asked.stdout) < 8:
+        which = [python, "-c", "import sys; print(sys.version_info[1])"]
+        code, minor, _ = run_command(which, os.environ)
+        if code or int(minor) < 8:
             pytest.skip("no Python 3.8 or newer behind this name")
         env = clean_environ(tmp_path, PYTHONDONTWRITEBYTECODE="1")
-        done = subprocess.run(
-            [python, "-c", ON_ANY_PYTHON], env=env, capture_output=True, text=True, check=False
-        )
-        if int(asked.stdout) >= 10:
-            assert (done.returncode, done.stderr) == (0, "")
+        code, _, err = run_command([python, "-c", ON_ANY_PYTHON], env)
+        if int(minor) >= 10:
+            assert (code, err) == (0, "")
         else:
-            assert done.returncode == 1 and done.stderr.count("\n") == 1
-            assert "needs Python 3.10" in done.stderr
+            assert code == 1 and err.count("\n") == 1
+            assert "needs Python 3.10" in err
 
 
 # =============================================================================
@@ -19498,6 +20883,11 @@ class TestBench:
         reached, line = verdict(bench, {"ours": ours, "floor": floor} if floor else {"ours": ours})
         assert reached is ok and line.endswith("ok" if ok else "SHORT")
 
+    def test_the_soak_needs_nothing_of_pytests(self):
+        command = [sys.executable, __file__, "soak", "--threads", "2", "--seconds", "0.1"]
+        code, out, err = run_command(command, {**os.environ, **UNCOUNTED})
+        assert code == 0 and "answered" in out, err
+
 
 # =============================================================================
 # The README
@@ -19516,8 +20906,7 @@ README_ANSWERS = {
     "What do you see?": "A red bicycle that leans against a white wall.",
     "What is the total?": "The invoice comes to 240 euros.",
     "What is the weather in Paris?": "It is 18 degrees and sunny in Paris.",
-    "Name and year, as JSON: Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", '
-    '"year": 1815}',
+    "Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", "year": 1815}',
     "Days in a leap year?": "366.",
     "Say hello.": "Hello!",
     "What broke?": "The disk was full: no space was left on the device at 03:12.",
@@ -19587,7 +20976,7 @@ def reader(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a reader who tries the examples: two accounts, and some files."""
     config = tmp_path / ".config" / "puter"
     (tmp_path / "photo.png").write_bytes(PNG)
-    (tmp_path / "invoice.pdf").write_bytes(b"%PDF-1.4\n%%EOF\n")
+    (tmp_path / "invoice.pdf").write_bytes(PDF)
     (tmp_path / "app.log").write_text("03:12 write failed: no space left\n", "utf-8")
     hidden = ("XDG_", "COLUMNS", "NO_COLOR", "HTTP_", "ALL_", "PUTER_")
     own = {n: v for n, v in os.environ.items() if not n.upper().startswith(hidden)}
@@ -19644,7 +21033,7 @@ class TestReadme:
                 waiting = []
         assert not waiting
 
-    @pytest.mark.skipif(os.name == "nt", reason="the commands are of a Unix shell")
+    @posix_only
     @pytest.mark.parametrize(("block", "more"), readme_blocks("console"))
     def test_console(self, block, more, reader):
         assert more is None
