@@ -5187,7 +5187,7 @@ class Puter:
         return self.state.cooldowns(time.time(), self.accounts)
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
-    # They also use what `_accounts`, `_catalogue` and `_transport` show of themselves.
+    # The public methods of `_accounts`, `_catalogue` and `_transport` are for them as well.
     # `_on_answer` is called with the asked model's name and each reply that ended well, `_on_wait`
     # with why a call waits before it is sent again.
 
