@@ -2802,7 +2802,10 @@ def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
         schema = _dig(root, *str(reference).removeprefix("#/").split("/"))
     if not isinstance(schema, Mapping):
         return value
-    _check(dict(schema), value, where)
+    try:
+        _check(dict(schema), value, where)
+    except TypeError:
+        raise _misfit(value, where, dict(schema)) from None
     properties = schema.get("properties") or {}
     for name, one in value.items() if isinstance(value, dict) else ():
         _fitting(properties.get(name), one, f"{where}.{name}", root)
