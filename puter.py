@@ -234,13 +234,19 @@ def strip_puter_prefix(name: str) -> str:
 # 2. errors · uses: nothing above but the constants
 # ======================================================================================
 Scope = Literal["request", "model", "account", "server"]
-_OPENAI_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "insufficient_quota",
-    403: "permission_error",
-    404: "invalid_request_error",
-    429: "rate_limit_error",
+# By HTTP status, what OpenAI calls an error, and Anthropic:
+# https://platform.claude.com/docs/en/api/errors
+_ERROR_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    402: ("insufficient_quota", "billing_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    500: ("server_error", "api_error"),
+    504: ("server_error", "timeout_error"),
+    529: ("server_error", "overloaded_error"),
 }
 
 
@@ -271,6 +277,8 @@ class PuterError(Exception):
     """Whether the server may have worked for the request that failed."""
     is_final: bool = False
     """Whether the server says that nobody should ask again (`x-should-retry: false`)."""
+    is_momentary: bool = False
+    """Whether it passes as soon as another request of the account ends."""
     near: Sequence[str] = ()
     raw: str = ""
     reply: Reply | None = None
@@ -289,7 +297,7 @@ class PuterError(Exception):
     @property
     def openai_type(self) -> str:
         """The kind that OpenAI's clients know it by."""
-        return _OPENAI_TYPES.get(self.http_status, "server_error")
+        return _ERROR_TYPES.get(self.http_status, _ERROR_TYPES[500])[0]
 
     def __str__(self) -> str:
         runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in self.attempts)]
@@ -525,18 +533,6 @@ _UPSTREAM_CODES = {
     **dict.fromkeys((401, 402, 403), "upstream_auth_failed"),
     429: "upstream_rate_limited",
 }
-# The status behind Anthropic's names of errors: https://platform.claude.com/docs/en/api/errors
-_STATUS_BY_TYPE = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "overloaded_error": 529,
-}
 _TOO_LONG = re.compile(
     "prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
     re.IGNORECASE,
@@ -564,6 +560,7 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
     if provider_words not in text:
         text = f"{text} (the provider said: {provider_words})"
     details |= {"status": status, "code": code, "may_be_billed": status in _BILLED_STATUSES}
+    details["is_momentary"] = kind is RateLimitError and "concurrent" in text
     return kind(text, hint=_HINT_BY_CODE.get(code or ""), **details)
 
 
@@ -597,7 +594,8 @@ def provider_error(text: Any) -> tuple[int | None, str]:
     body = _json_or_none(text[4:] if found else text)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return status or _STATUS_BY_TYPE.get(str(error.get("type"))), error["message"] or text
+        by_type = {name: status for status, (_, name) in _ERROR_TYPES.items()}
+        return status or by_type.get(str(error.get("type"))), error["message"] or text
     return status, text
 
 
@@ -5676,7 +5674,7 @@ class Puter:
             self._cool(error, account, self._world(call).models.id_of(target.model))
         elif error.scope == "account" and error.code in _KIND_BY_CODE and code != "invalid_api_key":
             # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
-            is_busy = "concurrent" in error.message
+            is_busy = error.is_momentary
             # what is too little for a picture may do for a chat
             is_busy |= isinstance(error, CreditError) and not call.asked.is_chat
             if not is_busy and self._world(call).has_substitute(account):
@@ -7144,15 +7142,6 @@ _NO_SEARCH = (
     "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
 )
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
-_MESSAGES_ERRORS = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}
 _IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
 
 
@@ -7292,10 +7281,8 @@ def _messages_usage(usage: Usage) -> JSON:
 
 def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
     """An error in Anthropic's shape."""
-    default = "invalid_request_error" if status < 500 else "api_error"
-    kind = _MESSAGES_ERRORS.get(status, default)
-    if error.code == "overloaded":
-        kind = "overloaded_error"
+    status = 529 if error.code == "overloaded" else status
+    kind = _ERROR_TYPES.get(status, _ERROR_TYPES[400 if status < 500 else 500])[1]
     message = str(error)
     # Claude Code shortens its history when it reads these words.
     if isinstance(error, ContextLengthError):
