@@ -3942,9 +3942,9 @@ class _Cancellation:
         self.cancelled = threading.Event()
         # wakes the thread that waits for its turn
         self.waker: threading.Event | None = None
-        self.timeout_s: float | None = None
-        # of our own connections: whether a byte of the request was sent; else None
-        self.has_sent: bool | None = None
+        self.timeout_s = 0.0
+        # whether a byte of the request may have been sent
+        self.has_sent = True
         self._pid = os.getpid()
         self._connection: Any = None
         self._response: Any = None
@@ -3966,9 +3966,9 @@ class _Cancellation:
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def in_flight(self, timeout_s: float) -> Iterator[None]:
-        """While inside, the connections that this thread uses work for this call."""
-        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, None
+    def in_flight(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
+        """While inside, this thread's connections work for this call; ours note that they send."""
+        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, not is_ours
         try:
             yield
         finally:
@@ -3989,22 +3989,14 @@ def _cancellable(connection_class: type[Any]) -> type[Any]:
     class Cancellable(connection_class):  # type: ignore[misc]
         timeout: Any
 
-        def connect(self) -> None:
-            # for https before `request`
-            if call := getattr(_Cancellation.of_thread, "call", None):
-                call.has_sent = False
-            super().connect()
-
         def request(self, *args: Any, **kwargs: Any) -> None:
-            call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
-            if call is not None:
-                call.has_sent = False
-                if self.sock is None:
-                    self.connect()
-                call.follow(connection=self)
-                # urllib3 would leave the (short) time for connecting on the socket
-                self.timeout = call.timeout_s
-                call.has_sent = True
+            call: _Cancellation = _Cancellation.of_thread.call
+            if self.sock is None:
+                self.connect()
+            call.follow(connection=self)
+            # urllib3 would leave the (short) time for connecting on the socket
+            self.timeout = call.timeout_s
+            call.has_sent = True
             super().request(*args, **kwargs)
 
     return Cancellable
@@ -4019,19 +4011,13 @@ def _new_session() -> requests.Session:
         hint = "Run: pip install requests sseclient-py"
         raise ConfigError("The package `requests` is missing", hint=hint) from error
     from requests.adapters import HTTPAdapter
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    pools = {
-        scheme: type(pool.__name__, (pool,), {"ConnectionCls": _cancellable(pool.ConnectionCls)})
-        for scheme, pool in (("http", HTTPConnectionPool), ("https", HTTPSConnectionPool))
-    }
 
     class Adapter(HTTPAdapter):
-        def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-            manager = super().proxy_manager_for(proxy, **kwargs)
-            if not proxy.lower().startswith("socks"):
-                manager.pool_classes_by_scheme = pools
-            return manager
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if "ConnectionCls" not in vars(pool):
+                pool.ConnectionCls = _cancellable(pool.ConnectionCls)
+            return pool
 
     class Session(requests.Session):
         """Reads proxies and certificates from the environment again when that has changed."""
@@ -4047,9 +4033,7 @@ def _new_session() -> requests.Session:
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
-        adapter = Adapter(pool_connections=8, pool_maxsize=256)
-        adapter.poolmanager.pool_classes_by_scheme = pools
-        session.mount(scheme, adapter)
+        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
     return session
 
 
@@ -4101,7 +4085,8 @@ class _Transport:
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        with _our_errors(url, timeout_s, cancellation), cancellation.in_flight(timeout_s):
+        in_flight = cancellation.in_flight(timeout_s, is_ours=self._custom is None)
+        with _our_errors(url, timeout_s, cancellation), in_flight:
             response = self._session().request(method, url, timeout=times, stream=True, **options)
         cancellation.follow(response=response.raw)
         return response
@@ -4175,7 +4160,7 @@ def _our_errors(
     except PuterError:
         raise
     except Exception as error:
-        is_unsent = cancellation is not None and cancellation.has_sent is False
+        is_unsent = cancellation is not None and not cancellation.has_sent
         failure = _network_error(error, url, timeout_s, is_unsent)
         if not isinstance(failure, PuterError):
             # somebody else's error is its own cause
@@ -4219,22 +4204,22 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
         problem = "The package `sseclient-py` is missing, or hidden by another called `sseclient`"
         hint = "Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py"
         raise ConfigError(problem, hint=hint) from error
+    size = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal size
+        for piece in stream_pieces(response, timeout_s):
+            size += len(piece)
+            if size > MAX_LINE_BYTES:
+                raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
+            yield piece
+
     try:
-        events = SSEClient(_limited(stream_pieces(response, timeout_s))).events()
-        yield from (event.data for event in events)
+        for event in SSEClient(pieces()).events():
+            size = 0
+            yield event.data
     except UnicodeDecodeError as error:
         raise StreamError("The stream is not UTF-8") from error
-
-
-def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces of a stream, as long as no event grows without end."""
-    since_event, last = 0, b""
-    for piece in parts:
-        is_end = re.search(rb"\n\r?\n", last + piece)
-        since_event, last = len(piece) + (0 if is_end else since_event), piece[-2:]
-        if since_event > MAX_LINE_BYTES:
-            raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
-        yield piece
 
 
 def _network_error(
