@@ -8310,9 +8310,6 @@ class McpServer:
             return {}
         lists: dict[str, JSON] = {
             "tools/list": {"tools": self.tools()},
-            "prompts/list": {"prompts": []},
-            "resources/list": {"resources": []},
-            "resources/templates/list": {"resourceTemplates": []},
             "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
         if method not in lists:

@@ -14905,12 +14905,11 @@ class TestMcpMessages:
         server.send(b"\xef\xbb\xbf" + as_line(rpc("ping")))  # with a byte order mark
         assert server.out[0]["result"] == {}
 
-    @pytest.mark.parametrize("params", [None, {}, {"_meta": {}}])
-    def test_the_empty_lists(self, talk, params):
-        for name in ("prompts", "resources"):
-            assert talk().result(rpc(f"{name}/list", params))[name] == []
-        result = talk().result(rpc("resources/templates/list", params))
-        assert result["resourceTemplates"] == []
+    @pytest.mark.parametrize("name", ["prompts", "resources", "resources/templates"])
+    def test_there_is_nothing_but_tools(self, talk, name):
+        server = talk()
+        assert server.initialize()["capabilities"] == {"tools": {}}
+        assert server.ask(rpc(f"{name}/list"))["error"]["code"] == -32601
 
     def test_the_tools_are_described(self, talk):
         tools = talk().result(rpc("tools/list"))["tools"]
@@ -14942,14 +14941,13 @@ class TestMcpMessages:
         found = server.result(rpc("server/discover", stateless, "probe"))
         assert found["supportedVersions"] == ["2026-07-28", *VERSIONS[::-1]]
         listed = server.result(rpc("tools/list", stateless))
-        prompts = server.result(rpc("prompts/list", stateless))
         called = server.result(lab_chat("text", **ENVELOPE))
         failed = server.result(lab_chat("internal", **ENVELOPE))
-        for result in (found, listed, prompts, called, failed):
+        for result in (found, listed, called, failed):
             assert result["resultType"] == "complete" and not nulls_in(result)
             info = result["_meta"][f"{META}serverInfo"]
             assert (info["name"], info["version"]) == ("puter", puter.__version__)
-        for result in (found, listed, prompts):
+        for result in (found, listed):
             assert type(result["ttlMs"]) is int and result["ttlMs"] >= 0
             assert result["cacheScope"] in ("public", "private")
         assert called["structuredContent"]["text"] == SENTENCE and failed["isError"]
