@@ -6483,7 +6483,7 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
                         first_id = first_id or call.id
                         _remember(request, call.id, call=call.extra_content)
                     yield event
-            if stop.found and not request.options.get("include_usage", True):
+            if stop.found and request.streaming and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
         failure = error
@@ -6524,15 +6524,12 @@ def _new_id(prefix: str) -> str:
 
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
-    stop, text = StopText(request.stop), _with_json(request, reply).text
-    text = stop.feed(text, is_last=True)
-    calls = () if stop.found else tuple(_callers_call(request, call) for call in reply.tool_calls)
-    for call in calls:
-        _remember(request, call.id, call=call.extra_content)
-        _remember(request, calls[0].id, message=reply.extra)
-    reason = "stop" if stop.found else reply.finish_reason
-    answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
-    return answer, Ending(reason, reply.usage, stop.found)
+    reply = _with_json(request, reply)
+    events: list[Any] = [*answer_events(request, [chunks_of(reply), reply])]
+    *chunks, ending = events
+    calls = tuple(chunk.tool_call for chunk in chunks if chunk.tool_call)
+    text, reason = "".join(map(str, chunks)), ending.finish_reason
+    return replace(reply, text=text, tool_calls=calls, finish_reason=reason), ending
 
 
 def _with_json(request: ChatRequest, reply: Reply) -> Reply:
