@@ -3890,6 +3890,7 @@ def is_from(model: Model, provider: str) -> bool:
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 _USER_AGENT = f"puter.py/{__version__}"
+# What decides on proxies and certificates.
 _NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
 _NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
@@ -3983,6 +3984,7 @@ class _Cancellation:
             self.cancel()
 
 
+@lru_cache
 def _cancellable(connection_class: type[Any]) -> type[Any]:
     """A urllib3 connection class that reports to the `_Cancellation` of its thread."""
 
@@ -6135,17 +6137,7 @@ def _callback_server(port: int | None) -> Any:
 # 11. gateway · uses: everything above but login
 # ======================================================================================
 SERVER_PORT = 11480
-MAX_REQUEST_BYTES = 32 * 1024 * 1024
-MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
-IDLE_TIMEOUT_S = 75.0  # for the next request of a client, or until it takes our bytes
-HEAD_TIMEOUT_S = 20.0  # for a whole head, from its first line
-BODY_TIMEOUT_S = 300.0
-MAX_HEAD_BYTES = 64 * 1024
-MAX_VALUES = 1_000_000  # in the JSON of a body: each takes far more memory than bytes
-LINGER_S = 1.0  # so that who is turned away can read why
-DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
-KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
 MAX_STOPS = 16
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
@@ -7438,20 +7430,40 @@ def _in_url(host: str) -> str:
 # ---- the server ----
 
 
-def _hung_up(sockets: Iterable[Any]) -> list[Any]:
-    """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
-    by_number = {s.fileno(): s for s in sockets if s.fileno() >= 0}
-    if hasattr(select, "POLLRDHUP"):
-        poller = select.poll()
-        for number in by_number:
-            poller.register(number, select.POLLRDHUP)
-        return [by_number[number] for number, _ in poller.poll(0)]
-    gone = select.select(list(by_number.values()), [], [], 0)[0] if by_number else []
-    for sock in list(gone):
-        with suppress(OSError):
-            if sock.recv(1, socket.MSG_PEEK):
-                gone.remove(sock)
-    return gone
+class Limits(NamedTuple):
+    """What a server bears of its callers, in bytes and seconds.
+
+    A request has `head_bytes` in `head_s` from its first line, `body_bytes` in `body_s`, and
+    `values` in its JSON (each takes far more memory than bytes); the bodies of all requests at
+    once have `read_bytes`. `idle_s` is for the next request of a caller, or until it takes our
+    bytes; `keep_alive_s` the silence in a stream before a sign of life is sent; `linger_s` for
+    a caller that is turned away to read why; `drain_s` for what runs when the server stops.
+    """
+
+    head_bytes: int = 64 * 1024
+    head_s: float = 20.0
+    body_bytes: int = 32 * 1024 * 1024
+    body_s: float = 300.0
+    values: int = 1_000_000
+    read_bytes: int = 128 * 1024 * 1024
+    idle_s: float = 75.0
+    keep_alive_s: float = 15.0
+    linger_s: float = 1.0
+    drain_s: float = 10.0
+
+
+def _has_hung_up(connection: Any) -> bool:
+    """Whether its other side has closed, even with bytes of it unread where poll can tell."""
+    try:
+        if hasattr(select, "POLLRDHUP"):
+            poller = select.poll()
+            poller.register(connection, select.POLLRDHUP)
+            return bool(poller.poll(0))
+        is_readable = bool(select.select([connection], [], [], 0)[0])
+        return is_readable and not connection.recv(1, socket.MSG_PEEK)
+    except (OSError, ValueError) as error:
+        # any other than a reset: its own thread has just closed it
+        return isinstance(error, ConnectionError)
 
 
 class OpenAIServer:
@@ -7466,6 +7478,7 @@ class OpenAIServer:
         max_connections: more at once are turned away with 503, once no idle one can go.
         allowed_hosts: names besides its own that callers may know this computer by.
         models: ids of the only models to serve; who asks for another one gets the first.
+        limits: what is borne of callers.
 
     Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
     """
@@ -7480,6 +7493,7 @@ class OpenAIServer:
         max_connections: int = MAX_CONNECTIONS,
         allowed_hosts: Iterable[str] = (),
         models: Sequence[str] = (),
+        limits: Limits | None = None,
     ) -> None:
         if not _is_this_computer(host) and not api_key:
             raise ConfigError(
@@ -7497,14 +7511,15 @@ class OpenAIServer:
         self.rules = AccessRules(host, api_key or None, origins, names)
         self.max_connections = max_connections
         self.models = list(models)
+        self.limits = limits or Limits()
         self.memory = ResponseMemory()
-        self._reserved_bytes = 0
         self.stopping = threading.Event()
-        self.connections: set[Any] = set()
-        # of those that wait for a request, or read one: when it must be there
+        # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
         self._turned_away: deque[tuple[float, Any]] = deque()
         self._running: dict[Any, _Cancellation] = {}
+        # what the body of each running request holds
+        self._held_bytes: Counter[Any] = Counter()
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -7523,18 +7538,19 @@ class OpenAIServer:
 
     __enter__ = start
 
-    def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
-        """Take no more work, let what runs end for so many seconds, then close."""
+    def stop(self, drain_s: float | None = None) -> None:
+        """Take no more work, let what runs end for so many seconds (or the limit's), then close."""
         self.stopping.set()
         if self._thread is not None:
             self._server.shutdown()
         self._server.socket.close()  # who comes now is refused, not left waiting
-        self._hang_up(self.connections - self._running.keys())
+        self._hang_up(self.deadlines.keys() - self._running.keys())
+        patience_s = self.limits.drain_s if drain_s is None else drain_s
         try:
             with self._idle:
-                self._idle.wait_for(lambda: not self._running, drain_s)
+                self._idle.wait_for(lambda: not self._running, patience_s)
         finally:
-            self._hang_up(self.connections.copy())
+            self._hang_up(list(self.deadlines))
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
@@ -7557,7 +7573,7 @@ class OpenAIServer:
             yield cancellation
         finally:
             with self._idle:
-                del self._running[connection]
+                del self._running[connection], self._held_bytes[connection]
                 self._idle.notify_all()
 
     @cached_property
@@ -7569,30 +7585,19 @@ class OpenAIServer:
                 return str(client.whoami().get("username") or "")
         return ""
 
-    def reserve(self, size: int) -> None:
-        """Make room for so many bytes of a body; all bodies at once may hold `MAX_READ_BYTES`."""
+    def reserve(self, connection: Any, size: int) -> None:
+        """Make room for so many bytes more of a running request's body."""
         with self._idle:
-            if size > 0 and self._reserved_bytes + size > MAX_READ_BYTES:
+            if sum(self._held_bytes.values()) + size > self.limits.read_bytes:
                 raise _overloaded("Too many large requests at once")
-            self._reserved_bytes += size
-
-    def admit(self, connection: Any) -> bool:
-        """Whether there is room for a connection, if need be in place of the longest idle one."""
-        with self._idle:
-            if len(self.connections) >= self.max_connections:
-                self.make_room()
-            if len(self.connections) >= self.max_connections:
-                return False
-            self.connections.add(connection)
-            self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
-            return True
+            self._held_bytes[connection] += size
 
     def make_room(self) -> None:
         """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
-        due = dict(self.deadlines)
+        due = {c: at for c, at in list(self.deadlines.items()) if at < math.inf}
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
-            self.forget(oldest)
+            self.deadlines.pop(oldest, None)
             self._hang_up([oldest])
         while self._turned_away:
             self._turned_away.popleft()[1].close()
@@ -7607,12 +7612,7 @@ class OpenAIServer:
             connection.setblocking(False)
             connection.send(head.encode() + body)
             connection.shutdown(socket.SHUT_WR)
-        self._turned_away.append((time.monotonic() + LINGER_S, connection))
-
-    def forget(self, connection: Any) -> None:
-        """The connection counts no more."""
-        self.connections.discard(connection)
-        self.deadlines.pop(connection, None)
+        self._turned_away.append((time.monotonic() + self.limits.linger_s, connection))
 
     def look_after_connections(self) -> None:
         """Hang up on who is too slow, and cancel the requests of clients that have hung up."""
@@ -7620,13 +7620,9 @@ class OpenAIServer:
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
         self._hang_up([c for c, due in list(self.deadlines.items()) if due < now])
-        try:
-            with self._idle:
-                running = dict(self._running)
-            for connection in _hung_up(running):
-                running[connection].cancel()
-        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
-            _log.error("A running request could not be looked after", exc_info=True)
+        for connection, cancellation in self._running.copy().items():
+            if _has_hung_up(connection):
+                cancellation.cancel()
 
 
 # The real base is mixed in by `_http_server`, so that only who serves imports it.
@@ -7661,13 +7657,19 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if app.admit(request):
-                super().process_request(request, client_address)
-            else:
+            if len(app.deadlines) >= app.max_connections:
+                app.make_room()
+            if len(app.deadlines) >= app.max_connections:
                 app.turn_away(request)
+                return
+            app.deadlines[request] = time.monotonic() + app.limits.idle_s
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            app.deadlines.pop(request, None)
+            super().shutdown_request(request)
 
         def service_actions(self) -> None:
-            """The base class calls it all the time."""
             app.look_after_connections()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -7675,7 +7677,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
             if not isinstance(sys.exc_info()[1], ConnectionError):
                 _log.error("A connection failed", exc_info=True)
 
-    handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
+    handler = {"app": app, "timeout": app.limits.idle_s}
     bases = (_GatewayHandler, BaseHTTPRequestHandler)
     return Server((host, port), type("Handler", bases, handler))
 
@@ -7702,26 +7704,18 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     # ---- reading ----
 
-    def handle(self) -> None:
-        """As the base class; then the server forgets the connection."""
-        try:
-            super().handle()
-        finally:
-            self.app.forget(self.connection)
-
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
         self.sent = self.unread = False
-        self.reserved = 0
         self.request_id = _new_id("req")
         self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
         self.request_version = self.protocol_version
-        self._must_arrive_in(IDLE_TIMEOUT_S)
+        self._must_arrive_in(self.app.limits.idle_s)
         super().handle_one_request()
 
     def _must_arrive_in(self, seconds: float) -> None:
-        if self.connection in self.app.connections:
+        if self.connection in self.app.deadlines:
             self.app.deadlines[self.connection] = time.monotonic() + seconds
 
     def parse_request(self) -> bool:
@@ -7730,8 +7724,9 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             # blank lines between requests are skipped
             self.close_connection = False
             return False
-        self._must_arrive_in(HEAD_TIMEOUT_S)
-        connection, left, head = self.rfile, MAX_HEAD_BYTES - len(self.raw_requestline), b""
+        self._must_arrive_in(self.app.limits.head_s)
+        connection, head = self.rfile, b""
+        left = self.app.limits.head_bytes - len(self.raw_requestline)
         while line := connection.readline(left - len(head) + 1):
             head += line
             if len(head) > left:
@@ -7754,12 +7749,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
-        self._must_arrive_in(BODY_TIMEOUT_S)
-        is_expected, total = self.headers.get("Expect", "").lower() == "100-continue", 0
+        self._must_arrive_in(self.app.limits.body_s)
+        is_expected = self.headers.get("Expect", "").lower() == "100-continue"
         for size in self._sizes():
-            total += size
-            if total > MAX_REQUEST_BYTES:
-                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+            self._check_size(len(body) + size)
             if is_expected:
                 self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.wfile.flush()
@@ -7768,20 +7761,26 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 piece = self.rfile.read1(min(size, 64 * 1024))
                 if not piece:
                     raise ConnectionError("the client hung up in the middle of its request")
-                self._reserve(len(piece))
+                self.app.reserve(self.connection, len(piece))
                 size -= len(piece)
                 body += piece
         self.unread = False
-        self.app.deadlines.pop(self.connection, None)
+        self._must_arrive_in(math.inf)
         if coding in ("", "identity"):
             return bytes(body)
-        unpacked = _unpacked(bytes(body), coding)
-        self._reserve(len(unpacked))
+        unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
+        try:
+            unpacked = unpacker.decompress(body, self.app.limits.body_bytes + 1)
+        except zlib.error as error:
+            raise _wrong(f"the body is not {coding} ({error})") from None
+        self._check_size(len(unpacked))
+        self.app.reserve(self.connection, len(unpacked))
         return unpacked
 
-    def _reserve(self, size: int) -> None:
-        self.app.reserve(size)
-        self.reserved += size
+    def _check_size(self, size: int) -> None:
+        limit = self.app.limits.body_bytes
+        if size > limit:
+            raise _wrong(f"a request may hold {limit} bytes", status=413)
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
@@ -7812,7 +7811,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _route(self) -> None:
         """Answer one request; a failure before the first byte has a status of its own."""
-        self.app.deadlines.pop(self.connection, None)
+        self._must_arrive_in(math.inf)
         # a slash too many is forgiven
         path = re.sub("/{2,}", "/", unquote(self.path.partition("?")[0])).rstrip("/") or "/"
         self.dialect = dialect_of(path, self.headers)
@@ -7830,9 +7829,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
-            finally:
-                self.app.reserve(-self.reserved)
-                self.reserved = 0
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
@@ -7876,7 +7872,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-        body = _json_body(data)
+        body = _json_body(data, self.app.limits.values)
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
             return
@@ -7901,7 +7897,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _answer_media(self, path: str, data: bytes) -> None:
         form = self.headers.get("Content-Type", "")
-        body = form_body(data, form) if form.lower().startswith("multipart/") else _json_body(data)
+        is_form = form.lower().startswith("multipart/")
+        body = form_body(data, form) if is_form else _json_body(data, self.app.limits.values)
         args, (kind, given) = media_args(path, body), MEDIA[path]
         result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
         self.reply_headers |= answer_headers(reply)
@@ -7933,7 +7930,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         def batches() -> Iterator[Batch]:
             nonlocal has_failed
-            while not wait([opened], KEEP_ALIVE_S).done:
+            while not wait([opened], self.app.limits.keep_alive_s).done:
                 yield None
             try:
                 for batch in iter(opened.result()._next_batch, None):
@@ -7951,7 +7948,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         threading.Thread(target=open_it, daemon=True).start()
         try:
-            if wait([opened], KEEP_ALIVE_S).done:
+            if wait([opened], self.app.limits.keep_alive_s).done:
                 # what failed in time has a status of its own
                 self.reply_headers |= answer_headers(opened.result())
             self._begin_events()
@@ -8019,10 +8016,11 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _discard(self) -> None:
         """Take what a refused client still sends, for a moment: else it may not see the answer."""
-        until = time.monotonic() + 1.0
+        linger_s = self.app.limits.linger_s
+        until = time.monotonic() + linger_s
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
+            self.connection.settimeout(linger_s)
             while time.monotonic() < until and self.connection.recv(64 * 1024):
                 pass
 
@@ -8079,17 +8077,6 @@ def _body_size(digits: str, pattern: str, base: int) -> int:
     return int(digits, base)
 
 
-def _unpacked(data: bytes, coding: str) -> bytes:
-    unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
-    try:
-        unpacked = unpacker.decompress(data, MAX_REQUEST_BYTES + 1)
-    except zlib.error as error:
-        raise _wrong(f"the body is not {coding} ({error})") from None
-    if len(unpacked) > MAX_REQUEST_BYTES:
-        raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-    return unpacked
-
-
 def _commas_outside_texts(data: bytes) -> int:
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     count, is_inside = 0, False
@@ -8100,9 +8087,9 @@ def _commas_outside_texts(data: bytes) -> int:
     return count
 
 
-def _json_body(data: bytes) -> JSON:
-    if data.count(b",") > MAX_VALUES and _commas_outside_texts(data) > MAX_VALUES:
-        raise _wrong(f"the body holds more than {MAX_VALUES} values", status=413)
+def _json_body(data: bytes, max_values: int) -> JSON:
+    if data.count(b",") > max_values and _commas_outside_texts(data) > max_values:
+        raise _wrong(f"the body holds more than {max_values} values", status=413)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
