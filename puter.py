@@ -3563,7 +3563,7 @@ def may_retry(
     error: PuterError,
     retries: int,
     max_retries: int,
-    patient: bool,
+    waits_out_limits: bool,
     waited_s: float,
     streaming: bool = False,
     waiting: int = 0,
@@ -3572,9 +3572,9 @@ def may_retry(
 
     `retries` have been made already. A broken server gets `max_retries` more, a model's
     provider one. What the server may have worked for, and billed, is sent again only for a
-    stream, and once. A rate limit is waited for only by who is `patient` (has no other account
-    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What
-    asks for a longer wait than we ever wait is not sent again.
+    stream, and once. A rate limit is waited for only where no other account is left
+    (`waits_out_limits`), for longer than Puter's window, and the longer the more calls are
+    `waiting`. What asks for a longer wait than we ever wait is not sent again.
     """
     is_over = error.is_final or (error.retry_after_s or 0) > RETRY_CAP_S
     if not error.retryable or max_retries == 0 or is_over:
@@ -3583,7 +3583,7 @@ def may_retry(
         return streaming and retries < 1
     if isinstance(error, RateLimitError):
         patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
-        return patient and (retries < max_retries or waited_s < patience_s)
+        return waits_out_limits and (retries < max_retries or waited_s < patience_s)
     return retries < (1 if error.scope == "model" else max_retries)
 
 
@@ -3819,11 +3819,11 @@ def _next_model(
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
         return asked.model, account, False
+    if not asked.fallback:
+        return None
     listed = world.config.fallback_models
-    fallbacks = (
-        fallback_order(asked.model, world.models, cooled, asked.needs, listed, world.is_stale)
-        if asked.fallback
-        else []
+    fallbacks = fallback_order(
+        asked.model, world.models, cooled, asked.needs, listed, world.is_stale
     )
     if not visit and not fallbacks:
         # despite its cooldown
@@ -3932,7 +3932,7 @@ def _api_origin(config: Config) -> str:
 
 
 class _Cancellation:
-    """One call in flight, so that another thread can end it: before its headers, too."""
+    """One call in flight, so that another thread can end it, even before its headers."""
 
     # the call that a thread's connections work for
     of_thread = threading.local()
@@ -4165,9 +4165,8 @@ def _our_errors(
         is_unsent = cancellation is not None and not cancellation.has_sent
         failure = _network_error(error, url, timeout_s, is_unsent)
         if not isinstance(failure, PuterError):
-            # somebody else's error is its own cause
+            # somebody else's error keeps its own cause
             raise failure from failure.__cause__
-        failure.may_be_billed &= not is_unsent
         raise failure from error
 
 
@@ -4266,7 +4265,7 @@ def _network_error(
         return error
     failure = NetworkError(f"The connection to {host} failed ({reason})")
     is_unknown, name = "resolve" in str(error), urlsplit(url).hostname or ""
-    failure.may_be_billed = not ("Failed to establish" in str(error) or is_unknown)
+    failure.may_be_billed = not (is_unsent or is_unknown or "Failed to establish" in str(error))
     if is_unknown and name.endswith(".localhost"):
         failure.hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
     return failure
@@ -6019,7 +6018,7 @@ class _Callback:
             return 405, "Method not allowed", "Only GET is known here."
         url = urlsplit(target)
         if url.path == "/":
-            # Not the URL itself: others on this computer could sign the person in with it.
+            # Not the URL itself: others on this computer could sign the user in with it.
             return 200, "Sign in", "Open the URL that the terminal shows."
         import hmac
         import html
@@ -6050,15 +6049,15 @@ def browser_login(
     port: int | None = None,
     timeout_s: float = LOGIN_TIMEOUT_S,
 ) -> Account:
-    """Sign in through the person's browser; the account with its token, not stored yet.
+    """Sign in through the user's browser; the account with its token, not stored yet.
 
     Args:
-        show: gets the URL of Puter's page, as a line for the person.
-        open_browser: opens a URL, such as `webbrowser.open`; None leaves it to the person
+        show: gets the URL of Puter's page, as a line for the user.
+        open_browser: opens a URL, such as `webbrowser.open`; None leaves it to the user
             (over SSH, with the port forwarded).
         port: where to wait for the answer on 127.0.0.1; None is `LOGIN_PORT`, or any free one
             while that is in use.
-        timeout_s: how long to wait for the person.
+        timeout_s: how long to wait for the user.
 
     Raises `AuthError` after the time, or when the server does not know the token, and
     `ConfigError` when the given port is in use, or the server is not Puter's.
@@ -6107,7 +6106,7 @@ def _callback_server(port: int | None) -> Any:
                 self.send_header("Referrer-Policy", "no-referrer")
                 self.end_headers()
                 self.wfile.write(body if self.command != "HEAD" else b"")
-            finally:  # the person has the page, or did not wait for it
+            finally:  # the user has the page, or did not wait for it
                 if callback.account or callback.error:
                     callback.done.set()
 
@@ -6255,7 +6254,7 @@ def checked_request(
 
     Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message, too. `fields` are taken as they are.
+    a system message as well. `fields` are taken as they are.
     """
     model = body.get("model") or ""  # without one the owner's default is meant
     if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
@@ -6301,8 +6300,8 @@ def _check_limit(args: JSON) -> None:
         args["max_tokens"] = int(limit)
 
 
-def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
-    return BadRequestError(f"Bad request: {what}", hint="", param=param, status=status, **more)
+def _wrong(why: str, param: str | None = None, status: int = 400, **more: Any) -> PuterError:
+    return BadRequestError(f"Bad request: {why}", hint="", param=param, status=status, **more)
 
 
 def _objects(value: Any, name: str) -> list[JSON]:
@@ -6459,7 +6458,10 @@ Batch = Sequence[Chunk] | Reply | None
 
 
 def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Event]:
-    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts."""
+    """What happens in an answer, for any dialect; nothing comes behind a stop text.
+
+    A call has the caller's name, and an id of ours: a model's own, alike in turns, confuse agents.
+    """
     stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure, first_id = None, ""
     try:
@@ -6469,12 +6471,19 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
             elif isinstance(batch, Reply):
                 ending = Ending(batch.finish_reason, batch.usage)
                 _remember(request, first_id, message=batch.extra)
-            else:
-                for event in chain.from_iterable(_events_of(request, one, stop) for one in batch):
-                    if call := event.tool_call:
-                        first_id = first_id or call.id
-                        _remember(request, call.id, call=call.extra_content)
-                    yield event
+            for chunk in batch if isinstance(batch, Sequence) else ():
+                text = stop.feed(chunk.text) if chunk.type == "text" else ""
+                text = stop.flush() if chunk.tool_call else text
+                if text:
+                    yield Chunk("text", text)
+                if stop.found or chunk.type in ("text", "usage"):
+                    continue
+                if call := chunk.tool_call:
+                    name, call_id = request.names.get(call.name, call.name), _new_id("call")
+                    first_id = first_id or call_id
+                    _remember(request, call_id, call=call.extra_content)
+                    chunk = Chunk("tool_call", tool_call=replace(call, id=call_id, name=name))
+                yield chunk
             if stop.found and request.streaming and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
@@ -6484,30 +6493,11 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
     yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
 
 
-def _events_of(request: ChatRequest, chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
-    """What a chunk adds to the answer: nothing behind a stop text."""
-    if chunk.type == "text":
-        if text := stop.feed(chunk.text):
-            yield Chunk("text", text)
-    elif chunk.type == "tool_call":
-        if text := stop.flush():
-            yield Chunk("text", text)
-        if chunk.tool_call and not stop.found:
-            yield Chunk("tool_call", tool_call=_callers_call(request, chunk.tool_call))
-    elif chunk.type in ("reasoning", "image") and not stop.found:
-        yield chunk
-
-
 def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
     """Keep what a provider wants back with a call, until the call is back."""
     if call_id and any(extra.values()):
         key, memory = _extra_key(call_id), request.memory.extras
         memory.put(key, {**(memory.get(key) or {}), **extra})
-
-
-def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
-    """By the caller's name, under an id of ours: a model's own, alike in turns, confuse agents."""
-    return replace(call, id=_new_id("call"), name=request.names.get(call.name, call.name))
 
 
 def _new_id(prefix: str) -> str:
@@ -6793,7 +6783,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         _offer(one.get("tools"), offered)
     options = {
         "items": None if body.get("store") is False else items,
-        "tools": {name: back for name, (back, _) in offered.items()},
+        "tools": {name: form for name, (form, _) in offered.items()},
         "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
     }
     choice = body.get("tool_choice")
@@ -6819,8 +6809,8 @@ def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> An
     allowed, name = _dig(choice, "tools"), _dig(choice, "name")
     if isinstance(allowed, list):
         return {**choice, "tools": [_with_namespace(one, offered) for one in allowed]}
-    backs = [back for back, _ in offered.values() if "namespace" in back]
-    spaces = [back["namespace"] for back in backs if back["name"] == name]
+    forms = [form for form, _ in offered.values() if "namespace" in form]
+    spaces = [form["namespace"] for form in forms if form["name"] == name]
     return {"namespace": spaces[0], **choice} if spaces and name not in offered else choice
 
 
@@ -6894,7 +6884,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
 
 
 def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
-    """Add tools by their flat names, each as (how its call goes back, its function).
+    """Add tools by their flat names, each as (the form of its calls, its function).
 
     Tools that the provider would run itself are left out.
     """
@@ -6906,8 +6896,8 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
             offered.setdefault(kind, ({"type": kind}, {"name": kind, **_described(tool)}))
         elif kind in ("function", "custom"):
             flat = _flat_name(namespace, _tool_name(name))
-            back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
-            offered.setdefault(flat, (back, {"name": flat, **_described(tool)}))
+            form = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+            offered.setdefault(flat, (form, {"name": flat, **_described(tool)}))
         else:
             _refuse_client_tool(kind)
 
@@ -6960,7 +6950,7 @@ _TEXT_ITEMS = {
 
 
 class _ResponseWriter:
-    """Words the events of one response: numbered, and one item open at a time."""
+    """Writes the events of one response: numbered, and one item open at a time."""
 
     def __init__(self, request: ChatRequest, model: ModelName) -> None:
         self._request, self._model = request, model
@@ -6996,14 +6986,14 @@ class _ResponseWriter:
     def call(self, call: ToolCall) -> Iterator[JSON]:
         """A call, in the form that its tool was offered in."""
         default = {"type": "function", "name": call.name}
-        back = {**self._request.options["tools"].get(call.name, default)}
-        id_prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
+        form = {**self._request.options["tools"].get(call.name, default)}
+        id_prefix, kind, key, events = _CALL_ITEMS[form.pop("type")]
         value: Any = openai_call(call)["function"]["arguments"]
         if kind == "tool_search_call":
-            value, back = call.arguments, {"execution": "client"}
+            value, form = call.arguments, {"execution": "client"}
         elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
             value = call.arguments["input"]
-        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **back}
+        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **form}
         place = {"item_id": item["id"], "output_index": len(self._output)}
         empty: Any = "" if events else {}
         yield self._item_event("added", {**item, key: empty, "status": "in_progress"})
@@ -7116,7 +7106,7 @@ _NO_SEARCH = (
     "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
 )
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
-_IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
+_IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 
 
 def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
@@ -7138,12 +7128,12 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         else:
             _refuse_client_tool(tool.get("type"))
             hosted.append(tool)
-    searches = {tool.get("name"): tool for tool in hosted if is_web_search(tool)}
-    must_search = _dig(body, "tool_choice", "name") in searches
+    searches = [tool for tool in hosted if is_web_search(tool)]
+    must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
-    search = next(iter(searches.values()), None)
-    must_search = must_search or (search is not None and not own)
+    must_search = must_search or (bool(searches) and not own)
+    search = next(iter(searches), None)
     fields = {"options": {}, "search": search, "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
@@ -7389,7 +7379,7 @@ class AccessRules(NamedTuple):
 
 
 def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
-    """Why a caller may not, judged by the head of its request; None for one who may.
+    """Why a caller is refused, judged by the head of its request; None if it is not.
 
     The key is the guard where there is one. Without, a foreign Host is refused, since pages of
     other sites could reach this server under a name of theirs (DNS rebinding).
@@ -7477,7 +7467,7 @@ class OpenAIServer:
         allowed_origins: web origins whose pages may call ("*" for all).
         max_connections: more at once are turned away with 503, once no idle one can go.
         allowed_hosts: names besides its own that callers may know this computer by.
-        models: ids of the only models to serve; who asks for another one gets the first.
+        models: ids of the only models to serve; a request for another one gets the first.
         limits: what is borne of callers.
 
     Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
@@ -7543,7 +7533,7 @@ class OpenAIServer:
         self.stopping.set()
         if self._thread is not None:
             self._server.shutdown()
-        self._server.socket.close()  # who comes now is refused, not left waiting
+        self._server.socket.close()  # new callers are refused, not left waiting
         self._hang_up(self.deadlines.keys() - self._running.keys())
         patience_s = self.limits.drain_s if drain_s is None else drain_s
         try:
@@ -7593,7 +7583,7 @@ class OpenAIServer:
             self._held_bytes[connection] += size
 
     def make_room(self) -> None:
-        """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
+        """Hang up on the caller idle for longest; on one that sends a body, only if none is idle."""
         due = {c: at for c, at in list(self.deadlines.items()) if at < math.inf}
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
@@ -7615,7 +7605,7 @@ class OpenAIServer:
         self._turned_away.append((time.monotonic() + self.limits.linger_s, connection))
 
     def look_after_connections(self) -> None:
-        """Hang up on who is too slow, and cancel the requests of clients that have hung up."""
+        """Hang up on callers that are too slow, and cancel the requests of those that hung up."""
         now = time.monotonic()
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
@@ -7625,7 +7615,7 @@ class OpenAIServer:
                 cancellation.cancel()
 
 
-# The real base is mixed in by `_http_server`, so that only who serves imports it.
+# The real base is mixed in by `_http_server`, so that only a server imports it.
 _HandlerBase: Any = object
 
 
@@ -7834,9 +7824,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _answer(self, path: str) -> None:
         headers, client = self.headers, self.app.client
-        names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
-            if names.count(name) > 1:
+            if len(headers.get_all(name, ())) > 1:
                 # where the body ends is anybody's guess
                 self.close_connection = True
                 raise _wrong(f"there are several {name} headers")
@@ -8119,7 +8108,7 @@ def answer_headers(who: Reply | Stream) -> dict[str, str]:
 # 12. mcp server · uses: everything above but login and the gateway
 # ======================================================================================
 # The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
-# 2025-03-26 is left out: it alone demands batches, and its clients know 2024-11-05, too.
+# 2025-03-26 is left out: it alone demands batches, and its clients also know 2024-11-05.
 MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-06-18", "2025-11-25")
 MCP_STATELESS_VERSION = "2026-07-28"
 _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest first
@@ -8224,7 +8213,7 @@ class McpServer:
         self._make_client = make_client
         self._made_client: Puter | None = None
         self._write, self._call_limit_s = write, call_limit_s
-        # The calls that are not answered yet; who takes one out may write its answer.
+        # The calls that are not answered yet; whoever takes one out may write its answer.
         self._calls: set[_McpCall] = set()
         self._calls_changed = threading.Condition()
         self._closed = threading.Event()
@@ -8324,7 +8313,7 @@ class McpServer:
         limit.cancel()
 
     def _tool_result(self, call: _McpCall) -> JSON:
-        """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
+        """What a tool gives, or why it failed; raises `_RpcError` for a wrong call."""
         params = call.request.get("params") or {}
         name, arguments = params.get("name"), params.get("arguments") or {}
         if not isinstance(name, str) or name not in _MCP_TOOLS:
@@ -8466,8 +8455,6 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
 
 
 class _RpcError(Exception):
-    """A JSON-RPC error to answer with."""
-
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.body = {"code": code, "message": message} | ({"data": data} if data else {})
@@ -8514,7 +8501,6 @@ def _is_rpc_id(value: Any) -> bool:
 
 
 def _rpc_answer(request: JSON, work: Callable[[], JSON]) -> JSON:
-    """The answer to a request: the result of `work`, or its error."""
     try:
         is_stateless, result = _check_envelope(request), work()
     except _RpcError as error:

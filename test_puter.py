@@ -12764,7 +12764,7 @@ class TestMessagesDialect:
                     {"tools": [{"type": "web_fetch_1", "name": "get"}], "tool_choice": wrong},
                     "tool_choice",
                 )
-                for wrong in ("auto", typed("tool", name="get"))
+                for wrong in ("auto", {"name": []}, typed("tool", name="get"))
             ),
         ],
     )
