@@ -614,7 +614,6 @@ def upstream_error(text: str, model: str) -> PuterError | None:
 # ======================================================================================
 # 3. values · uses: errors
 # ======================================================================================
-ChunkType = Literal["text", "reasoning", "tool_call", "image", "usage"]
 
 
 def _code_of(error: PuterError) -> str:
@@ -725,7 +724,7 @@ class Chunk:
     `type` is "text", "reasoning" (both carry `text`), "tool_call", "image" or "usage".
     """
 
-    type: ChunkType
+    type: Literal["text", "reasoning", "tool_call", "image", "usage"]
     text: str = ""
     tool_call: ToolCall | None = None
     usage: Usage | None = None
@@ -3760,11 +3759,14 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     """
     visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
     tried = {name for name, _ in visits}
-    begins = Counter(a.account for a in attempts if not _is_fallback(a, asked, world))
+    names = (asked.model, world.models.id_of(asked.model))
+    begins = Counter(a.account for a in attempts if a.model in names)
     is_second_round = len(visits) > len(tried) or max(begins.values(), default=0) > 1
     name, visit = visits[-1] if visits else ("", [])
     same = next((a for a in world.accounts if a.username == name), None)
-    if same is not None and not _leaves_account(visit[-1], asked, world):
+    error = visit[-1].error if visit else None
+    leaves = error is not None and next_step(error, False, asked.fallback) == "next_account"
+    if same is not None and not leaves:
         model = _next_model(asked, visit, attempts, same, world)
         if model is not None:
             waits = is_second_round or not world.has_substitute(same)
@@ -3783,16 +3785,6 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         return None
     account = min(limited, key=lambda a: ends[a.username])
     return Target(asked.model, account, False, True, ends[account.username])
-
-
-def _is_fallback(attempt: Attempt, asked: Asked, world: World) -> bool:
-    return attempt.model not in (asked.model, world.models.id_of(asked.model))
-
-
-def _leaves_account(attempt: Attempt, asked: Asked, world: World) -> bool:
-    is_fallback = _is_fallback(attempt, asked, world)
-    error = attempt.error
-    return error is not None and next_step(error, is_fallback, asked.fallback) == "next_account"
 
 
 def _next_account(tried: Collection[str], world: World) -> Account | None:
@@ -3889,7 +3881,6 @@ def is_from(model: Model, provider: str) -> bool:
 # 8. transport · uses: errors, config. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
-_USER_AGENT = f"puter.py/{__version__}"
 # What decides on proxies and certificates.
 _NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
 _NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
@@ -4288,7 +4279,7 @@ def _bearer(token: str) -> Callable[[Any], Any]:
             request.headers["Authorization"] = f"Bearer {token}"
         if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
             # a session of the caller's may have one of its own
-            request.headers["User-Agent"] = _USER_AGENT
+            request.headers["User-Agent"] = f"puter.py/{__version__}"
         return request
 
     return sign
@@ -6408,8 +6399,7 @@ def _restored(message: JSON, memory: ResponseMemory) -> JSON:
         message["content"] = _SHOWN_IMAGE.sub("", content) or None
     calls = [dict(call) for call in message.get("tool_calls") or []]
     for call in calls:
-        function = call["function"]
-        call["function"] = {**function, "name": _flat_name("", function["name"])}
+        call["function"] = {**call["function"], "name": _flat_name("", call["function"]["name"])}
         extra = memory.extras.get(_extra_key(call["id"])) or {}
         call |= {"extra_content": extra["call"]} if extra.get("call") else {}
         message |= extra.get("message") or {}
