@@ -1426,12 +1426,11 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
         import sqlite3
 
         with self._lock:
-            self._look_at_file()
             try:
                 return method(self, *args, **kwargs)
             except (sqlite3.Error, OSError) as error:
                 # deleted meanwhile, it is made anew
-                if not self._look_at_file():
+                if self._db is None or self._source() == self._opened:
                     self._use_memory(error)
             return run(self, *args, **kwargs)
 
@@ -1467,11 +1466,10 @@ class State:
         self.server = server
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._opened = self.path, -1
         self._inherited: list[Any] = []
-        self._inode: int | None = None
-        # when the file is tried again after a failure, and whether one was logged
-        self._retry_at: float | None = None
-        self._has_warned = False
+        # when the file is tried again after it failed
+        self._retry_at = 0.0
         # when each account's use was noted last
         self._uses: dict[str, float] = {}
         _forkable.add(self)
@@ -1654,41 +1652,31 @@ class State:
             return db.execute(sql, values).rowcount
 
     def _use_memory(self, error: Exception) -> None:
-        if self._retry_at is not None or self.path == ":memory:":
+        if self._source()[0] == ":memory:":
             raise error
-        if not self._has_warned:
+        if not self._retry_at:
             text = f"{self.path} cannot be used ({error}): cooldowns and metrics stay in memory."
             # what another process has locked, or a disk without room, is no reason to delete it
             if re.search("malformed|not a database|disk i/o", str(error).lower()):
                 text += f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
             _log.warning("%s", text)
-        self._has_warned = True
-        self.close()
         self._retry_at = time.monotonic() + STATE_RETRY_S
 
-    def _look_at_file(self) -> bool:
-        """Open the file anew once it was deleted, or some time after it failed."""
-        if self._retry_at is not None:
-            if time.monotonic() > self._retry_at:
-                self.close()
-                self._retry_at = None
-        elif self._db is not None and self._file_number() != self._inode:
-            self.close()
-            return True
-        return False
-
-    def _file_number(self) -> int | None:
+    def _source(self) -> tuple[str, int]:
+        """What is to be open now: the file, by its number, or memory for a time after it failed."""
+        path = ":memory:" if time.monotonic() < self._retry_at else self.path
         with suppress(OSError):
-            return None if self.path == ":memory:" else os.stat(self.path).st_ino
-        return -1
+            return path, os.stat(path).st_ino
+        return path, -1
 
     def _open(self) -> sqlite3.Connection:
-        """The file's connection; ``with`` it, all changes are one transaction."""
+        """The connection to what is to be open; ``with`` it, all changes are one transaction."""
         import sqlite3
 
-        if self._db is not None:
+        if self._db is not None and self._source() == self._opened:
             return self._db
-        path = self.path if self._retry_at is None else ":memory:"
+        self.close()
+        path, _ = self._source()
         if path != ":memory:":
             os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
             # else the umask would decide on its mode; a file that is there must not be opened
@@ -1696,7 +1684,7 @@ class State:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
-        self._db, self._inode = db, self._file_number()
+        self._db, self._opened = db, (path, self._source()[1])
         # disposable: it need not survive a power cut
         db.execute("PRAGMA synchronous=OFF")
         # it fails while another process makes the file; then that one sets it

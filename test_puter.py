@@ -19727,7 +19727,7 @@ class TestStateUnderAttack:
     def test_a_full_disk_is_said_once_without_bad_advice(self, folder, caplog):
         state = puter.State(folder / STATE)
         state._use_memory(sqlite3.OperationalError("database or disk is full"))
-        state._retry_at = None
+        state._retry_at = 0.5  # over
         state._use_memory(sqlite3.OperationalError("database or disk is full"))
         assert len(caplog.records) == 1 and "elet" not in caplog.text
 
