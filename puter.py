@@ -8129,30 +8129,29 @@ def credit_text(row: JSON) -> str:
     return f"{left} of {whole} left this month"
 
 
-def _schema_of(required: str, **names: str) -> JSON:
-    """The schema of an object: `string="a b"` are properties that are strings."""
-    properties = {name: {"type": kind} for kind in names for name in names[kind].split()}
+def _schema_of(**names: str) -> JSON:
+    """The schema of an object: `string="a b?"` are properties that are strings, one optional."""
+    kinds = {name: kind for kind in names for name in names[kind].split()}
+    properties = {name.rstrip("?"): {"type": kind} for name, kind in kinds.items()}
     schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**schema, "required": required.split()}
+    return {**schema, "required": [name for name in kinds if name in properties]}
 
 
 _MCP_CHAT = _schema_of(
-    "text model account finish_reason partial usage",
-    string="text reasoning model account finish_reason", boolean="partial", object="usage",
-)  # fmt: skip
+    string="text reasoning? model account finish_reason", boolean="partial", object="usage"
+)
 _MCP_MODEL = _schema_of(
-    "id free",
-    string="id", boolean="free tools", integer="context",
-    number="input_usd_per_million output_usd_per_million",
+    string="id", boolean="free tools?", integer="context?",
+    number="input_usd_per_million? output_usd_per_million?",
 )  # fmt: skip
-_MCP_MODELS = _schema_of("models count total", integer="count total", string="more", array="models")
+_MCP_MODELS = _schema_of(integer="count total", string="more?", array="models")
 _MCP_MODELS["properties"]["models"]["items"] = _MCP_MODEL
 _MCP_ACCOUNT = _schema_of(
-    "username active temporary error",
-    string="username unit", boolean="active temporary", number="allowance remaining used",
+    string="username error unit?", boolean="active temporary",
+    number="allowance? remaining? used?",
 )  # fmt: skip
 _MCP_ACCOUNT["properties"]["error"] = {"type": ["string", "null"]}
-_MCP_ACCOUNTS = _schema_of("accounts", array="accounts")
+_MCP_ACCOUNTS = _schema_of(array="accounts")
 _MCP_ACCOUNTS["properties"]["accounts"]["items"] = _MCP_ACCOUNT
 # The name of each tool: (method, title, schema of its structured answer)
 _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
