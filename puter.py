@@ -67,7 +67,7 @@ import typing
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache, partial, wraps
@@ -8596,12 +8596,12 @@ def _prepare_streams() -> None:
 
 def _parsed(argv: Sequence[str] | None) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
-    is_split = words[:1] == ["launch"] and "--" in words
-    end = words.index("--") if is_split else len(words)
+    end = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
     parser = build_parser()
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
-        meant = _did_you_mean(unknown[0], args.names) if unknown[0].startswith("-") else ""
+        is_option = unknown[0].startswith("-")
+        meant = _did_you_mean(unknown[0], _words_of(args.command)) if is_option else ""
         if not meant and args.run is cmd_ask:
             meant = "Put the question into quotes, behind the options."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. {meant}".rstrip(" ."))
@@ -8609,11 +8609,11 @@ def _parsed(argv: Sequence[str] | None) -> Any:
     return args
 
 
-# The arguments of each command, by its name: names and keywords for argparse's `add_argument`;
-# a list of them excludes one another.
+# Names and keywords for argparse's `add_argument`.
 _Option = tuple[list[str], JSON]
 _Run = Callable[[Any], int | None]
-_COMMANDS: dict[str, tuple[_Run, tuple[_Option | list[_Option], ...], str]] = {}
+# By name: the function, its arguments (several in a list exclude one another), the epilog.
+_COMMANDS: dict[str, tuple[_Run, list[list[_Option]], str]] = {}
 
 
 def _opt(usage: str, help: str, **keywords: Any) -> _Option:
@@ -8629,7 +8629,8 @@ def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_
     """Makes a function `cmd_x` the command `x`; its docstring is the help."""
 
     def add(run: _Run) -> _Run:
-        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, options, epilog)
+        groups = [one if isinstance(one, list) else [one] for one in options]
+        _COMMANDS[run.__name__.removeprefix("cmd_")] = (run, groups, epilog)
         return run
 
     return add
@@ -8648,19 +8649,23 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, options, epilog) in _COMMANDS.items():
+    for name, (run, groups, epilog) in _COMMANDS.items():
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
-        known: list[str] = []
-        command.set_defaults(run=run, names=known)
-        for option in options:
-            alone = isinstance(option, list)
-            group = command.add_mutually_exclusive_group() if alone else command
-            for names, keywords in option if isinstance(option, list) else [option]:
+        command.set_defaults(run=run, command=name)
+        for options in groups:
+            group = command.add_mutually_exclusive_group() if len(options) > 1 else command
+            for names, keywords in options:
                 group.add_argument(*names, **keywords)
-                known += names
     return parser
+
+
+def _words_of(command: str) -> list[str]:
+    """The options of a command, and what it may be given."""
+    options = [option for group in _COMMANDS[command][1] for option in group]
+    names = [name for names, _ in options for name in names if name.startswith("-")]
+    return ["--help", *names, *(c for _, more in options for c in more.get("choices", ()))]
 
 
 def _number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
@@ -8694,7 +8699,6 @@ _FREE_FLAG = _opt("--free", "only models that cost nothing")
 _BUDGET_OPTION = _opt("--budget USD", "stop when so much is spent", type=_number(float, 0, 10**6))
 # None without it, "" without a name; argparse gives a const that is a text to `type`
 _NAMED: JSON = {"dest": "continue_", "nargs": "?", "const": ()}
-# What `ask` and `chat` share.
 _TALK_OPTIONS = (
     _MODEL_OPTION,
     _opt("-s --system TEXT", "a system text"),
@@ -8705,7 +8709,6 @@ _TALK_OPTIONS = (
         _opt("-n --new", "begin a new one (the default)"),
     ],
 )
-# The options that choose models of the catalogue.
 _MODEL_CHOICE = (
     _FREE_FLAG,
     _opt("--provider NAME", "only models of a provider"),
@@ -8714,7 +8717,6 @@ _MODEL_CHOICE = (
 
 
 _WIPE = "\r\x1b[K"  # empties the line of a terminal
-# What makes a style on a terminal.
 _STYLES = {"bold": "1", "dim": "2", "head": "2;4", "red": "31", "green": "32"}
 # A text, or (text, style) for each piece of it; "" is no style.
 _Line = str | Sequence[tuple[str, str]]
@@ -8725,16 +8727,12 @@ def _has_style(output: Any) -> bool:
     return output.isatty() and not plain
 
 
-def _shown(text: str, style: str, output: Any) -> str:
-    """A text as this output gets it: no control character of it reaches a terminal."""
-    text = visible(text) if output.isatty() else text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and _has_style(output) else text
-
-
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
+    output, shown = output or sys.stdout, ""
     pieces = [(line, style)] if isinstance(line, str) else line
-    output = output or sys.stdout
-    shown = "".join(_shown(*piece, output) for piece in pieces)
+    for text, look in pieces:
+        text = visible(text) if output.isatty() else text
+        shown += f"\x1b[{_STYLES[look]}m{text}\x1b[0m" if look and _has_style(output) else text
     print(shown, end=end, file=output, flush=True)
     _StderrHandler.is_line_open = not (pieces[-1][0] + end).endswith("\n")
 
@@ -8807,9 +8805,6 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         raise AuthError("You are not signed in")
     _info(_add_account(client, _sign_in(client.config)))
     return work()
-
-
-# ask
 
 
 @_command(
@@ -8945,10 +8940,8 @@ class _SavedTalk(Conversation):
 
     @property
     def path(self) -> Path:
-        """The file."""
-        if not self.name:
-            return self.folder / CONVERSATION_NAME
-        return self.folder / CONVERSATIONS_FOLDER / f"{self.name}.json"
+        name = f"{CONVERSATIONS_FOLDER}/{self.name}.json" if self.name else CONVERSATION_NAME
+        return self.folder / name
 
     def read(self) -> None:
         """Become what is saved; raises `StoreError` for a file that holds no conversation."""
@@ -9047,7 +9040,7 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
         if thinking:
             _info("")
         if last and not last.endswith("\n"):
-            print(flush=True)
+            _print("")
 
 
 class _Spinner(threading.Thread):
@@ -9080,8 +9073,7 @@ class _Spinner(threading.Thread):
             reason = self._reason if time.monotonic() < self._until else reason
             words = f"{'|/-'[int(seconds * 10) % 3]} {seconds:.0f} s {reason}"
             _info(_cut(words.rstrip(), _columns() - 1), dim=True, end="")
-        sys.stderr.write(_WIPE)
-        sys.stderr.flush()
+        _info("", end=_WIPE)
 
 
 def _reply_report(reply: Reply) -> JSON:
@@ -9117,8 +9109,7 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
     is_other = active not in (None, reply.account)
     wanted = client.config.model_name(asked)
     if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
-        errors = (a.error.message for a in attempts if a.error)
-        why = next(errors, "what was asked is on cooldown")
+        why = next((a.error.message for a in attempts if a.error), "what was asked is on cooldown")
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
@@ -9187,9 +9178,6 @@ def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
         _info(f"{reply.model} on {reply.account}; {price}", dim=True)
 
 
-# chat
-
-
 class _Chat:
     """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
 
@@ -9200,7 +9188,7 @@ class _Chat:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        self.asked = self.answered = 0
+        self.answered = 0
         self.used: list[Usage] = []
         self.matches: list[str] = []
 
@@ -9242,7 +9230,6 @@ class _Chat:
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.asked += 1
         self.used.append(Usage())  # one that is stopped counts
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
@@ -9252,9 +9239,7 @@ class _Chat:
         _comment(self.client, self.talk.model, reply)
 
     def commands(self) -> dict[str, Callable[[str], None]]:
-        """What each command does, by its name with the slash."""
-        names = [name for name in vars(_Chat) if name.startswith("do_")]
-        return {f"/{name[3:]}": getattr(self, name) for name in names}
+        return {f"/{n[3:]}": getattr(self, n) for n in vars(_Chat) if n.startswith("do_")}
 
     def do_model(self, name: str) -> None:
         """/model NAME    ask another model (alone: say which)"""
@@ -9342,16 +9327,16 @@ class _Chat:
         """For readline: the command, model or file number `state` that begins so."""
         import readline
 
-        command, space, _ = readline.get_line_buffer().partition(" ")
-        names: Iterable[str] = ()
-        if state == 0 and not space:
-            names = self.commands()
-        elif state == 0 and command in ("/attach", "/save"):
-            names = glob.glob(glob.escape(text) + "*")
-        elif state == 0 and command == "/model":
-            with suppress(PuterError):  # none without the list
-                names = [m.id for m in self.client.models()]
         if state == 0:
+            command, space, _ = readline.get_line_buffer().partition(" ")
+            names: Iterable[str] = ()
+            if not space:
+                names = self.commands()
+            elif command in ("/attach", "/save"):
+                names = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    names = [m.id for m in self.client.models()]
             self.matches = [name for name in names if name.startswith(text)]
         return self.matches[state] if state < len(self.matches) else None
 
@@ -9361,11 +9346,10 @@ def cmd_chat(args: Any) -> int:
     """Talk with a model; /help lists its commands."""
     with _client() as client:
         talk = _conversation(args, client)
-        options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
-        chat = _Chat(client, talk, options)
+        chat = _Chat(client, talk, {"max_tokens": args.max_tokens, "temperature": args.temperature})
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if chat.asked > chat.answered else 0
+            return 1 if len(chat.used) > chat.answered else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
         for role, mark in (("user", "> "), ("assistant", "")):
@@ -9449,9 +9433,6 @@ def cmd_conversations(args: Any) -> None:
     _report(args, rows, _table(table, "<<><<", (3,), cut=4) if rows else nothing)
 
 
-# accounts
-
-
 @_command(
     [
         _opt("--with-token", "read a token from stdin"),
@@ -9460,11 +9441,12 @@ def cmd_conversations(args: Any) -> None:
     ],
     _opt("--port PORT", f"where to wait, and only there ({LOGIN_PORT}, or any free)", type=_PORT),
 )
-def cmd_login(args: Any) -> int:
+def cmd_login(args: Any) -> None:
     """Sign in and keep the account."""
     with _client() as client:
         if args.file is not None:
-            return _import_accounts(client, args.file)
+            _import_accounts(client, args.file)
+            return
         if args.with_token:
             if not (token := _read_token()):
                 hint = "Try: python -m puter login --with-token < FILE"
@@ -9477,7 +9459,6 @@ def cmd_login(args: Any) -> int:
         else:
             account = _sign_in(client.config, args.no_browser, args.port)
         _print(_add_account(client, account))
-    return 0
 
 
 def _read_token() -> str:
@@ -9522,7 +9503,7 @@ def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _import_accounts(client: Puter, name: str) -> int:
+def _import_accounts(client: Puter, name: str) -> None:
     store = client.store
     raw, path = _bytes_of(name, "file")
     data = parse_accounts(raw, path)
@@ -9547,7 +9528,6 @@ def _import_accounts(client: Puter, name: str) -> int:
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
     _print(f"{_plural(len(imported), 'account')} from {path}")
-    return 0
 
 
 @_command([_opt("name", "the account's name", nargs="?"), _opt("--all", "remove all accounts")])
@@ -9657,8 +9637,7 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
     config, what = client.config, ""
     settings = config.folder / CONFIG_NAME
     yield True, f"settings: {settings if settings.exists() else 'no settings file'}"
-    rivals = {*packages_distributions().get("puter", ())} - {"puter-py"}
-    for rival in sorted(rivals):
+    for rival in sorted({*packages_distributions().get("puter", ())} - {"puter-py"}):
         yield False, f"the package {rival} hides this one; do: pip uninstall {rival}"
     for path in (client.store.path, config.folder / STATE_NAME):
         if os.name != "nt" and path.exists():
@@ -9693,9 +9672,6 @@ def cmd_whoami(args: Any) -> None:
     with _client() as client:
         user = _signed_in(client, client.whoami)
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
-
-
-# models, credit, statistics, cache
 
 
 def _prices(model: Model) -> tuple[float | None, float | None]:
@@ -9734,8 +9710,7 @@ def cmd_models(args: Any) -> None:
         prices = ("free" if m.free else "?" if p is None else f"{p:g}" for p in _prices(m))
         tools = {True: "yes", False: "no", None: "?"}[m.tools]
         rows.append((m.id, m.provider, context, inputs, tools, *prices))
-    lines = _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5))
-    _report(args, [asdict(m) for m in models], lines)
+    _report(args, [asdict(m) for m in models], _table(rows, "<<><<>>", (3, 1, 2, 4, 6, 5)))
     if not models:
         _info("No models match.")
 
@@ -9770,11 +9745,9 @@ def _table(
     for row in rows:
         cells = [f"{_cut(row[i], widths[i]):{sides[i]}{widths[i]}}" for i in columns]
         cells[-1] = cells[-1].rstrip()
-        if row is rows[0]:
-            yield [("  ".join(cells), "head")]
-            continue
         styles = ["bold", *("green" if row[i] == "free" else "" for i in columns[1:])]
-        yield [piece for one in zip(cells, styles) for piece in (("  ", ""), one)][1:]
+        gapped = chain.from_iterable((("  ", ""), cell) for cell in zip(cells, styles))
+        yield [("  ".join(cells), "head")] if row is rows[0] else list(gapped)[1:]
 
 
 def _columns() -> int:
@@ -9857,18 +9830,15 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Li
         ended = one.successes + sum(one.failures.values())
         rate = f"{100 * one.successes / ended:.0f}" if ended else "-"
         counts = (str(one.requests), rate if styled else str(one.successes))
+        longest = max(one.times, default=0.0) or 1.0
+        bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cells = (one.model, *counts, *times, speed, f"${one.cost_usd:.4f}")
-        rows.append((*cells, *[_sparkline(one.times)] * styled))
+        rows.append((*cells, *[bars or "-"] * styled))
     yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
     for one in stats:
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             yield f"failures of {one.model}: {reasons}"
-
-
-def _sparkline(times: Sequence[float]) -> str:
-    longest = max(times, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in times) or "-"
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -9892,9 +9862,6 @@ def cmd_cache(args: Any) -> None:
         f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
     )
     _report(args, stats, lines)
-
-
-# serve
 
 
 @_command(
@@ -9981,9 +9948,9 @@ def _file_text(file: str, content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _yaml_items(items: Iterable[JSON], indent: str = "") -> str:
+def _yaml_items(items: Iterable[JSON]) -> str:
     """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
-    return "".join(f"{indent}- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
+    return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
 
 
 def _toml_value(value: Any) -> str:
@@ -10048,12 +10015,14 @@ def _opencode_model(model: Model) -> JSON:
 
 def zed_files(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
-    keys = ("name", "display_name", "max_tokens")
-    models = [dict(zip(keys, (m.id, m.name, m.window or 128_000))) for m in setup.models]
+    models = [
+        {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
+        for m in setup.models
+    ]
     provider = {"puter": {"api_url": setup.url, "available_models": models}}
-    settings = {"language_models": {"openai_compatible": provider}}
-    servers = {"context_servers": {"puter": _mcp_server()}}
-    return {"settings.json (in Zed: open settings)": {**settings, **servers}}
+    settings: JSON = {"language_models": {"openai_compatible": provider}}
+    settings["context_servers"] = {"puter": _mcp_server()}
+    return {"settings.json (in Zed: open settings)": settings}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
@@ -10111,19 +10080,17 @@ def codex_files(setup: Setup) -> JSON:
 
 def continue_files(setup: Setup) -> JSON:
     """Continue: models with the provider `openai`, and the MCP server."""
-    models = []
-    base: JSON = {"apiBase": setup.url, "apiKey": setup.key_as("${{ secrets.KEY }}")}
+    key, models = setup.key_as("${{ secrets.KEY }}"), []
+    same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
     for m in setup.models:
         # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
         full = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
         name = full if re.match(r"gpt-5|o\d", m.id) else m.id
         can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
-        head = {"name": f"Puter: {m.name}", "provider": "openai", "model": name}
-        models.append({**head, **base, "capabilities": can})
-    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}], "  ")
-    text = "name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n"
-    text += f"{_yaml_items(models, '  ')}mcpServers:\n{server}"
-    return {"~/.continue/config.yaml": text}
+        models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
+    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}])
+    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_yaml_items(models)}"
+    return {"~/.continue/config.yaml": f"{text}mcpServers:\n{server}"}
 
 
 def aider_files(setup: Setup) -> JSON:
@@ -10184,9 +10151,8 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
-    words, files = _mcp_words(setup, folder, "--mcp-config=")
-    files["settings.json"] = {"env": {**variables, **dict.fromkeys(others, "")}}
-    words = ["--settings", str(folder / "settings.json"), *words]
+    files = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
+    words = ["--settings", str(folder / "settings.json")]
     return words, {**dict.fromkeys(others), **variables}, files
 
 
@@ -10250,7 +10216,7 @@ def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
     return words, {"OPENAI_API_KEY": setup.key}, files
 
 
-def _plan_copilot(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_copilot(setup: Setup, _: Path) -> LaunchPlan:
     """Copilot takes variables, and needs no login then."""
     model = setup.models[0]
     settings = {
@@ -10263,21 +10229,20 @@ def _plan_copilot(setup: Setup, folder: Path) -> LaunchPlan:
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
     variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    words, files = _mcp_words(setup, folder, "--additional-mcp-config=@")
-    return words, {**variables, "COPILOT_MODEL": model.id}, files
+    return [], {**variables, "COPILOT_MODEL": model.id}, {}
 
 
 def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
     """Qwen Code takes a file of settings that win over the user's."""
-    words, files = _mcp_words(setup, folder, "--mcp-config=")
-    words += ["--auth-type", "openai", "--model", setup.models[0].id]
     same = {"baseUrl": setup.url, "envKey": setup.key_variable}
     models = [
         {"id": m.id, **same, "generationConfig": {"contextWindowSize": m.window or AGENT_CONTEXT}}
         for m in setup.models
     ]
-    files["settings.json"] = {"modelProviders": {"openai": models}, "fastModel": setup.small}
-    return words, {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}, files
+    settings = {"modelProviders": {"openai": models}, "fastModel": setup.small}
+    variables = {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}
+    words = ["--auth-type", "openai", "--model", setup.models[0].id]
+    return words, variables, {"settings.json": settings}
 
 
 def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
@@ -10314,19 +10279,13 @@ def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
     return [], variables, {}
 
 
-def _mcp_words(setup: Setup, folder: Path, flag: str) -> tuple[list[str], JSON]:
-    """The flag for a file with the MCP server, and that file, if the program gets it."""
-    if not setup.mcp:
-        return [], {}
-    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-    return [f"{flag}{folder / 'mcp.json'}"], {"mcp.json": server}
-
-
 class Launcher(NamedTuple):
     """How `launch` starts a program; `install` is the command that installs it."""
 
     plan: Callable[[Setup, Path], LaunchPlan]
     install: str = ""
+    # the flag for a file with MCP servers, where that is not part of the plan
+    mcp_flag: str = ""
     # whether it calls tools, and takes MCP servers
     uses_tools: bool = True
 
@@ -10351,17 +10310,16 @@ PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
 # By the commands that start them.
 LAUNCHED = {
     "opencode": Launcher(_plan_opencode, "npm install -g opencode-ai"),
-    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code"),
+    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code", "--mcp-config="),
     "codex": Launcher(_plan_codex, "npm install -g @openai/codex"),
-    "copilot": Launcher(_plan_copilot, "npm install -g @github/copilot"),
-    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code"),
+    "copilot": Launcher(
+        _plan_copilot, "npm install -g @github/copilot", "--additional-mcp-config=@"
+    ),
+    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code", "--mcp-config="),
     "kilo": Launcher(_plan_opencode, "npm install -g @kilocode/cli"),
     "pi": Launcher(_plan_pi, "npm install -g @earendil-works/pi-coding-agent"),
     "aider": Launcher(_plan_aider, "python -m pip install aider-chat", uses_tools=False),
 }
-
-
-# config
 
 
 @_command(
@@ -10374,7 +10332,7 @@ LAUNCHED = {
     _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
     *_MODEL_CHOICE,
 )
-def cmd_config(args: Any) -> int:
+def cmd_config(args: Any) -> None:
     """Show the settings, or print those that another program needs."""
     if args.what == "show":
         config = Config.load()
@@ -10394,11 +10352,10 @@ def cmd_config(args: Any) -> int:
         path = str(config_dir() / CONFIG_NAME)
         _report(args, {"path": path}, [path])
     else:
-        return _config_program(args)
-    return 0
+        _config_program(args)
 
 
-def _config_program(args: Any) -> int:
+def _config_program(args: Any) -> None:
     models: list[Model] = []
     if args.what != "claude-desktop":
         with _client() as client:
@@ -10406,22 +10363,20 @@ def _config_program(args: Any) -> int:
             first = _agent_model(models, client.config)
             models.sort(key=lambda m: m != first)
         if not models:
-            _error("No models match, so there is nothing to set up.")
-            return 1
+            raise PuterError("No models match, so there is nothing to set up")
     variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
     files_of, note = PROGRAMS[args.what]
     files = files_of(Setup(models, url=args.base_url, key_variable=variable))
     texts = {file: _file_text(file, content) for file, content in files.items()}
     if args.json:
         _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
-        return 0
+        return
     for file, text in texts.items():
         _info(f"# {file}", dim=True)
         _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
     _info(note)
-    return 0
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
@@ -10432,9 +10387,6 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     order = fallback_order("", ModelList(free), (), listed=config.fallback_models)
     suitable = (m for m in order if m.tools is not False and (m.window or 0) >= AGENT_CONTEXT)
     return next(suitable, None)
-
-
-# launch
 
 
 @_command(
@@ -10452,8 +10404,6 @@ def cmd_launch(args: Any) -> int:
 
     command = [args.program, *args.arguments] if args.program else args.arguments
     if not command:
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor() as pool:  # each may take a second to say its version
             rows = [("PROGRAM", "VERSION", "PLACE"), *pool.map(_launcher_row, LAUNCHED)]
         for line in _table(rows, "<<<"):
@@ -10466,8 +10416,7 @@ def cmd_launch(args: Any) -> int:
         _error(f"{command[0]} is not installed. {how}")
         return 127
     if args.mcp and not program.uses_tools:
-        _error(f"{command[0]} cannot be given MCP servers. Leave out --mcp.")
-        return 2
+        raise ConfigError(f"{command[0]} cannot be given MCP servers", hint="Leave out --mcp.")
     config = Config.load(**_budget(args))
     with _LaunchClient(config, args.free) as client:
         if not client.accounts:
@@ -10522,7 +10471,6 @@ class _LaunchClient(Puter):
         self._answers.append((reply.model, fell_back, reply.usage))
 
     def summary(self) -> str:
-        """One line: who answered what, and what is left."""
         parts = [_plural(self._requests, "request")]
         if self._answers:
             models, fallbacks, usages = zip(*self._answers)
@@ -10530,8 +10478,8 @@ class _LaunchClient(Puter):
             parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
             parts += [_plural(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
-        for row in credit_rows(self, [active] if active else []):
-            parts += [] if row["error"] else [f"{row['username']}: {credit_text(row)}"]
+        credit = credit_rows(self, [active] if active else [])
+        parts += (f"{row['username']}: {credit_text(row)}" for row in credit if not row["error"])
         return "; ".join(parts)
 
 
@@ -10545,14 +10493,13 @@ def _launch_setup(args: Any, client: Puter, uses_tools: bool) -> Setup:
         _info(f"Model: {model.id} (free). Another: -m MODEL; `python -m puter models` lists them.")
     small = client.model(args.small) if args.small else model
     for one in (model, small):
-        problem = hint = ""
         if uses_tools and one.tools is False:
             problem = f"{one.id} cannot call tools, and {args.program} needs them"
             hint = "`python -m puter models --tools` lists those that can."
-        elif args.free and not one.free:
-            problem, hint = f"{one.id} is not free", "Leave out --free, or choose a free model."
-        if problem:
             raise BadRequestError(problem, hint=hint)
+        if args.free and not one.free:
+            hint = "Leave out --free, or choose a free model."
+            raise BadRequestError(f"{one.id} is not free", hint=hint)
     served = [model, small]
     if args.program == "claude":  # its /model offers those of Claude; none may be dearer
         limits = [price or 0 for price in _prices(model)]
@@ -10568,28 +10515,27 @@ def _launch_log(config: Config) -> Iterator[None]:
     os.makedirs(path.parent, 0o700, exist_ok=True)
     with _failing(f"{path} cannot be opened", "Move it away."):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with open(descriptor, "a", 1, encoding="utf-8") as log:
+    with open(descriptor, "a", 1, encoding="utf-8") as log, redirect_stderr(log):
         size = log.tell()
-        with redirect_stderr(log):
-            _show_log(logging.DEBUG if config.debug else logging.WARNING)
-            yield
+        _show_log(logging.DEBUG if config.debug else logging.WARNING)
+        yield
         has_grown = log.tell() > size
     if has_grown:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(
-    client: Puter, setup: Setup, program: Launcher, command: Sequence[str]
-) -> int:
+def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: list[str]) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
     folder = TemporaryDirectory(prefix=f"puter-{os.getpid()}-")
-    gateway = OpenAIServer(client, port=0, api_key=key, models=models)
-    with folder as name, gateway as server:
+    with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
         words, variables, files = program.plan(setup, Path(name))
+        if setup.mcp and program.mcp_flag:
+            words.append(f"{program.mcp_flag}{Path(name, 'mcp.json')}")
+            files["mcp.json"] = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
         for file, content in files.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
@@ -10632,11 +10578,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
             killer.daemon = True
             killer.start()
 
-    def leave(number: int, frame: Any) -> None:
-        """A terminal sends it to the program as well."""
-        if not sys.stdin.isatty():
-            forward(number, frame)
-
+    # at a terminal, these reach the program as well
+    leave = (lambda *_: None) if sys.stdin.isatty() else forward
     with _signals(SIGINT=leave, SIGQUIT=leave, SIGTERM=forward, SIGHUP=forward):
         with _failing(f"{command[0]} cannot be started", "", BadRequestError):
             process = subprocess.Popen(command, env=environ)
@@ -10653,8 +10596,6 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
-
-# completion
 
 # For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
 _COMPLETION = """\
@@ -10679,27 +10620,16 @@ autoload -Uz bashcompinit && bashcompinit
 def cmd_completion(args: Any) -> None:
     """Print a script that completes the commands and options of `puter`."""
     is_fish, cases = args.shell == "fish", ""
-    for command, words in _completions().items():
+    for command in ("", *_COMMANDS):  # none yet, and each
+        words = " ".join(_words_of(command) if command else _COMMANDS)
         if is_fish:
             when = f"seen_subcommand_from {command}" if command else "use_subcommand"
-            cases += f"complete -c puter -n '__fish_{when}' -a '{' '.join(words)}'\n"
+            cases += f"complete -c puter -n '__fish_{when}' -a '{words}'\n"
         else:
             place = f"*:{command}" if command else "1:*"
-            cases += f"        {place}) words='{' '.join(words)}' ;;\n"
+            cases += f"        {place}) words='{words}' ;;\n"
     head = _ZSH_HEAD if args.shell == "zsh" else ""
     _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
-
-
-def _completions() -> dict[str, list[str]]:
-    """The words that may follow each command ("": none yet)."""
-    words = {"": list(_COMMANDS)}
-    for command, (_, options, _) in _COMMANDS.items():
-        words[command] = ["--help"]
-        for option in options:
-            for names, keywords in option if isinstance(option, list) else [option]:
-                words[command] += (name for name in names if name.startswith("-"))
-                words[command] += keywords.get("choices", ())
-    return words
 
 
 if __name__ == "__main__":

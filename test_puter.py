@@ -20911,8 +20911,7 @@ README_ANSWERS = {
     "What do you see?": "A red bicycle that leans against a white wall.",
     "What is the total?": "The invoice comes to 240 euros.",
     "What is the weather in Paris?": "It is 18 degrees and sunny in Paris.",
-    "Name and year, as JSON: Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", '
-    '"year": 1815}',
+    "Ada Lovelace was born in 1815.": '{"name": "Ada Lovelace", "year": 1815}',
     "Days in a leap year?": "366.",
     "Say hello.": "Hello!",
     "What broke?": "The disk was full: no space was left on the device at 03:12.",
