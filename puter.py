@@ -3801,10 +3801,8 @@ def _next_model(
         return asked.model, account, False
     if not asked.fallback:
         return None
-    listed = world.config.fallback_models
-    fallbacks = fallback_order(
-        asked.model, world.models, cooled, asked.needs, listed, world.is_stale
-    )
+    listed, is_stale = world.config.fallback_models, world.is_stale
+    fallbacks = fallback_order(asked.model, world.models, cooled, asked.needs, listed, is_stale)
     if not visit and not fallbacks:
         # despite its cooldown
         return asked.model, account, False
@@ -6987,8 +6985,7 @@ class _ResponseWriter:
             return
         item = {"type": "image_generation_call", "id": _new_id("ig"), "status": "completed"}
         yield self._item_event("added", {**item, "status": "in_progress", "result": None})
-        result = base64.b64encode(image.data).decode()
-        yield self._item_event("done", {**item, "result": result})
+        yield self._item_event("done", {**item, "result": base64.b64encode(image.data).decode()})
 
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
@@ -7111,8 +7108,7 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
     must_search = must_search or (bool(searches) and not own)
-    search = next(iter(searches), None)
-    fields = {"options": {}, "search": search, "must_search": must_search}
+    fields = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
 
@@ -7736,9 +7732,9 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self._must_arrive_in(math.inf)
         if coding in ("", "identity"):
             return bytes(body)
-        unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
         try:
-            unpacked = unpacker.decompress(body, self.app.limits.body_bytes + 1)
+            # either kind, by its head
+            unpacked = zlib.decompressobj(47).decompress(body, self.app.limits.body_bytes + 1)
         except zlib.error as error:
             raise _wrong(f"the body is not {coding} ({error})") from None
         self._check_size(len(unpacked))
