@@ -234,13 +234,19 @@ def strip_puter_prefix(name: str) -> str:
 # 2. errors · uses: nothing above but the constants
 # ======================================================================================
 Scope = Literal["request", "model", "account", "server"]
-_OPENAI_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "insufficient_quota",
-    403: "permission_error",
-    404: "invalid_request_error",
-    429: "rate_limit_error",
+# By HTTP status, what OpenAI calls an error, and Anthropic:
+# https://platform.claude.com/docs/en/api/errors
+_ERROR_TYPES = {
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    402: ("insufficient_quota", "billing_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    500: ("server_error", "api_error"),
+    504: ("server_error", "timeout_error"),
+    529: ("server_error", "overloaded_error"),
 }
 
 
@@ -271,6 +277,8 @@ class PuterError(Exception):
     """Whether the server may have worked for the request that failed."""
     is_final: bool = False
     """Whether the server says that nobody should ask again (`x-should-retry: false`)."""
+    is_momentary: bool = False
+    """Whether it passes as soon as another request of the account ends."""
     near: Sequence[str] = ()
     raw: str = ""
     reply: Reply | None = None
@@ -289,7 +297,7 @@ class PuterError(Exception):
     @property
     def openai_type(self) -> str:
         """The kind that OpenAI's clients know it by."""
-        return _OPENAI_TYPES.get(self.http_status, "server_error")
+        return _ERROR_TYPES.get(self.http_status, _ERROR_TYPES[500])[0]
 
     def __str__(self) -> str:
         runs = [(text, len(list(run))) for text, run in groupby(a.outcome for a in self.attempts)]
@@ -525,18 +533,6 @@ _UPSTREAM_CODES = {
     **dict.fromkeys((401, 402, 403), "upstream_auth_failed"),
     429: "upstream_rate_limited",
 }
-# The status behind Anthropic's names of errors: https://platform.claude.com/docs/en/api/errors
-_STATUS_BY_TYPE = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "overloaded_error": 529,
-}
 _TOO_LONG = re.compile(
     "prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
     re.IGNORECASE,
@@ -564,6 +560,7 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
     if provider_words not in text:
         text = f"{text} (the provider said: {provider_words})"
     details |= {"status": status, "code": code, "may_be_billed": status in _BILLED_STATUSES}
+    details["is_momentary"] = kind is RateLimitError and "concurrent" in text
     return kind(text, hint=_HINT_BY_CODE.get(code or ""), **details)
 
 
@@ -597,7 +594,8 @@ def provider_error(text: Any) -> tuple[int | None, str]:
     body = _json_or_none(text[4:] if found else text)
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return status or _STATUS_BY_TYPE.get(str(error.get("type"))), error["message"] or text
+        by_type = {name: status for status, (_, name) in _ERROR_TYPES.items()}
+        return status or by_type.get(str(error.get("type"))), error["message"] or text
     return status, text
 
 
@@ -616,7 +614,6 @@ def upstream_error(text: str, model: str) -> PuterError | None:
 # ======================================================================================
 # 3. values · uses: errors
 # ======================================================================================
-ChunkType = Literal["text", "reasoning", "tool_call", "image", "usage"]
 
 
 def _code_of(error: PuterError) -> str:
@@ -727,7 +724,7 @@ class Chunk:
     `type` is "text", "reasoning" (both carry `text`), "tool_call", "image" or "usage".
     """
 
-    type: ChunkType
+    type: Literal["text", "reasoning", "tool_call", "image", "usage"]
     text: str = ""
     tool_call: ToolCall | None = None
     usage: Usage | None = None
@@ -1421,12 +1418,11 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
         import sqlite3
 
         with self._lock:
-            self._look_at_file()
             try:
                 return method(self, *args, **kwargs)
             except (sqlite3.Error, OSError) as error:
                 # deleted meanwhile, it is made anew
-                if not self._look_at_file():
+                if self._db is None or self._source() == self._opened:
                     self._use_memory(error)
             return run(self, *args, **kwargs)
 
@@ -1462,11 +1458,10 @@ class State:
         self.server = server
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._opened = self.path, -1
         self._inherited: list[Any] = []
-        self._inode: int | None = None
-        # when the file is tried again after a failure, and whether one was logged
-        self._retry_at: float | None = None
-        self._has_warned = False
+        # when the file is tried again after it failed
+        self._retry_at = 0.0
         # when each account's use was noted last
         self._uses: dict[str, float] = {}
         _forkable.add(self)
@@ -1649,41 +1644,31 @@ class State:
             return db.execute(sql, values).rowcount
 
     def _use_memory(self, error: Exception) -> None:
-        if self._retry_at is not None or self.path == ":memory:":
+        if self._source()[0] == ":memory:":
             raise error
-        if not self._has_warned:
+        if not self._retry_at:
             text = f"{self.path} cannot be used ({error}): cooldowns and metrics stay in memory."
             # what another process has locked, or a disk without room, is no reason to delete it
             if re.search("malformed|not a database|disk i/o", str(error).lower()):
                 text += f" Deleting it with its -wal and -shm files is safe ({self.path}*)."
             _log.warning("%s", text)
-        self._has_warned = True
-        self.close()
         self._retry_at = time.monotonic() + STATE_RETRY_S
 
-    def _look_at_file(self) -> bool:
-        """Open the file anew once it was deleted, or some time after it failed."""
-        if self._retry_at is not None:
-            if time.monotonic() > self._retry_at:
-                self.close()
-                self._retry_at = None
-        elif self._db is not None and self._file_number() != self._inode:
-            self.close()
-            return True
-        return False
-
-    def _file_number(self) -> int | None:
+    def _source(self) -> tuple[str, int]:
+        """What is to be open now: the file, by its number, or memory for a time after it failed."""
+        path = ":memory:" if time.monotonic() < self._retry_at else self.path
         with suppress(OSError):
-            return None if self.path == ":memory:" else os.stat(self.path).st_ino
-        return -1
+            return path, os.stat(path).st_ino
+        return path, -1
 
     def _open(self) -> sqlite3.Connection:
-        """The file's connection; ``with`` it, all changes are one transaction."""
+        """The connection to what is to be open; ``with`` it, all changes are one transaction."""
         import sqlite3
 
-        if self._db is not None:
+        if self._db is not None and self._source() == self._opened:
             return self._db
-        path = self.path if self._retry_at is None else ":memory:"
+        self.close()
+        path, _ = self._source()
         if path != ":memory:":
             os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
             # else the umask would decide on its mode; a file that is there must not be opened
@@ -1691,7 +1676,7 @@ class State:
             with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
-        self._db, self._inode = db, self._file_number()
+        self._db, self._opened = db, (path, self._source()[1])
         # disposable: it need not survive a power cut
         db.execute("PRAGMA synchronous=OFF")
         # it fails while another process makes the file; then that one sets it
@@ -3468,7 +3453,7 @@ def may_retry(
     error: PuterError,
     retries: int,
     max_retries: int,
-    patient: bool,
+    waits_out_limits: bool,
     waited_s: float,
     streaming: bool = False,
     waiting: int = 0,
@@ -3477,9 +3462,9 @@ def may_retry(
 
     `retries` have been made already. A broken server gets `max_retries` more, a model's
     provider one. What the server may have worked for, and billed, is sent again only for a
-    stream, and once. A rate limit is waited for only by who is `patient` (has no other account
-    to go to), for longer than Puter's window, and the longer the more calls are `waiting`. What
-    asks for a longer wait than we ever wait is not sent again.
+    stream, and once. A rate limit is waited for only where no other account is left
+    (`waits_out_limits`), for longer than Puter's window, and the longer the more calls are
+    `waiting`. What asks for a longer wait than we ever wait is not sent again.
     """
     is_over = error.is_final or (error.retry_after_s or 0) > RETRY_CAP_S
     if not error.retryable or max_retries == 0 or is_over:
@@ -3488,7 +3473,7 @@ def may_retry(
         return streaming and retries < 1
     if isinstance(error, RateLimitError):
         patience_s = RATE_PATIENCE_S + RATE_WINDOW_S * waiting
-        return patient and (retries < max_retries or waited_s < patience_s)
+        return waits_out_limits and (retries < max_retries or waited_s < patience_s)
     return retries < (1 if error.scope == "model" else max_retries)
 
 
@@ -3665,11 +3650,14 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     """
     visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
     tried = {name for name, _ in visits}
-    begins = Counter(a.account for a in attempts if not _is_fallback(a, asked, world))
+    names = (asked.model, world.models.id_of(asked.model))
+    begins = Counter(a.account for a in attempts if a.model in names)
     is_second_round = len(visits) > len(tried) or max(begins.values(), default=0) > 1
     name, visit = visits[-1] if visits else ("", [])
     same = next((a for a in world.accounts if a.username == name), None)
-    if same is not None and not _leaves_account(visit[-1], asked, world):
+    error = visit[-1].error if visit else None
+    leaves = error is not None and next_step(error, False, asked.fallback) == "next_account"
+    if same is not None and not leaves:
         model = _next_model(asked, visit, attempts, same, world)
         if model is not None:
             waits = is_second_round or not world.has_substitute(same)
@@ -3688,16 +3676,6 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         return None
     account = min(limited, key=lambda a: ends[a.username])
     return Target(asked.model, account, False, True, ends[account.username])
-
-
-def _is_fallback(attempt: Attempt, asked: Asked, world: World) -> bool:
-    return attempt.model not in (asked.model, world.models.id_of(asked.model))
-
-
-def _leaves_account(attempt: Attempt, asked: Asked, world: World) -> bool:
-    is_fallback = _is_fallback(attempt, asked, world)
-    error = attempt.error
-    return error is not None and next_step(error, is_fallback, asked.fallback) == "next_account"
 
 
 def _next_account(tried: Collection[str], world: World) -> Account | None:
@@ -3724,12 +3702,10 @@ def _next_model(
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
         return asked.model, account, False
-    listed = world.config.fallback_models
-    fallbacks = (
-        fallback_order(asked.model, world.models, cooled, asked.needs, listed, world.is_stale)
-        if asked.fallback
-        else []
-    )
+    if not asked.fallback:
+        return None
+    listed, is_stale = world.config.fallback_models, world.is_stale
+    fallbacks = fallback_order(asked.model, world.models, cooled, asked.needs, listed, is_stale)
     if not visit and not fallbacks:
         # despite its cooldown
         return asked.model, account, False
@@ -3794,7 +3770,7 @@ def is_from(model: Model, provider: str) -> bool:
 # 8. transport · uses: errors, config. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
-_USER_AGENT = f"puter.py/{__version__}"
+# What decides on proxies and certificates.
 _NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
 _NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
 _OPENAI_PATH = "/puterai/openai/v1"
@@ -3836,7 +3812,7 @@ def _api_origin(config: Config) -> str:
 
 
 class _Cancellation:
-    """One call in flight, so that another thread can end it: before its headers, too."""
+    """One call in flight, so that another thread can end it, even before its headers."""
 
     # the call that a thread's connections work for
     of_thread = threading.local()
@@ -3847,9 +3823,9 @@ class _Cancellation:
         self.cancelled = threading.Event()
         # wakes the thread that waits for its turn
         self.waker: threading.Event | None = None
-        self.timeout_s: float | None = None
-        # of our own connections: whether a byte of the request was sent; else None
-        self.has_sent: bool | None = None
+        self.timeout_s = 0.0
+        # whether a byte of the request may have been sent
+        self.has_sent = True
         self._pid = os.getpid()
         self._connection: Any = None
         self._response: Any = None
@@ -3871,9 +3847,9 @@ class _Cancellation:
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def in_flight(self, timeout_s: float) -> Iterator[None]:
-        """While inside, the connections that this thread uses work for this call."""
-        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, None
+    def in_flight(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
+        """While inside, this thread's connections work for this call; ours note that they send."""
+        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, not is_ours
         try:
             yield
         finally:
@@ -3888,28 +3864,21 @@ class _Cancellation:
             self.cancel()
 
 
+@lru_cache
 def _cancellable(connection_class: type[Any]) -> type[Any]:
     """A urllib3 connection class that reports to the `_Cancellation` of its thread."""
 
     class Cancellable(connection_class):  # type: ignore[misc]
         timeout: Any
 
-        def connect(self) -> None:
-            # for https before `request`
-            if call := getattr(_Cancellation.of_thread, "call", None):
-                call.has_sent = False
-            super().connect()
-
         def request(self, *args: Any, **kwargs: Any) -> None:
-            call: _Cancellation | None = getattr(_Cancellation.of_thread, "call", None)
-            if call is not None:
-                call.has_sent = False
-                if self.sock is None:
-                    self.connect()
-                call.follow(connection=self)
-                # urllib3 would leave the (short) time for connecting on the socket
-                self.timeout = call.timeout_s
-                call.has_sent = True
+            call: _Cancellation = _Cancellation.of_thread.call
+            if self.sock is None:
+                self.connect()
+            call.follow(connection=self)
+            # urllib3 would leave the (short) time for connecting on the socket
+            self.timeout = call.timeout_s
+            call.has_sent = True
             super().request(*args, **kwargs)
 
     return Cancellable
@@ -3924,19 +3893,13 @@ def _new_session() -> requests.Session:
         hint = "Run: pip install requests sseclient-py"
         raise ConfigError("The package `requests` is missing", hint=hint) from error
     from requests.adapters import HTTPAdapter
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-
-    pools = {
-        scheme: type(pool.__name__, (pool,), {"ConnectionCls": _cancellable(pool.ConnectionCls)})
-        for scheme, pool in (("http", HTTPConnectionPool), ("https", HTTPSConnectionPool))
-    }
 
     class Adapter(HTTPAdapter):
-        def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-            manager = super().proxy_manager_for(proxy, **kwargs)
-            if not proxy.lower().startswith("socks"):
-                manager.pool_classes_by_scheme = pools
-            return manager
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            if "ConnectionCls" not in vars(pool):
+                pool.ConnectionCls = _cancellable(pool.ConnectionCls)
+            return pool
 
     class Session(requests.Session):
         """Reads proxies and certificates from the environment again when that has changed."""
@@ -3952,9 +3915,7 @@ def _new_session() -> requests.Session:
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
-        adapter = Adapter(pool_connections=8, pool_maxsize=256)
-        adapter.poolmanager.pool_classes_by_scheme = pools
-        session.mount(scheme, adapter)
+        session.mount(scheme, Adapter(pool_connections=8, pool_maxsize=256))
     return session
 
 
@@ -4006,7 +3967,8 @@ class _Transport:
         self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
     ) -> requests.Response:
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        with _our_errors(url, timeout_s, cancellation), cancellation.in_flight(timeout_s):
+        in_flight = cancellation.in_flight(timeout_s, is_ours=self._custom is None)
+        with _our_errors(url, timeout_s, cancellation), in_flight:
             response = self._session().request(method, url, timeout=times, stream=True, **options)
         cancellation.follow(response=response.raw)
         return response
@@ -4080,12 +4042,11 @@ def _our_errors(
     except PuterError:
         raise
     except Exception as error:
-        is_unsent = cancellation is not None and cancellation.has_sent is False
+        is_unsent = cancellation is not None and not cancellation.has_sent
         failure = _network_error(error, url, timeout_s, is_unsent)
         if not isinstance(failure, PuterError):
-            # somebody else's error is its own cause
+            # somebody else's error keeps its own cause
             raise failure from failure.__cause__
-        failure.may_be_billed &= not is_unsent
         raise failure from error
 
 
@@ -4124,22 +4085,22 @@ def stream_events(response: requests.Response, timeout_s: float) -> Iterator[str
         problem = "The package `sseclient-py` is missing, or hidden by another called `sseclient`"
         hint = "Run: pip uninstall sseclient; pip install --force-reinstall sseclient-py"
         raise ConfigError(problem, hint=hint) from error
+    size = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal size
+        for piece in stream_pieces(response, timeout_s):
+            size += len(piece)
+            if size > MAX_LINE_BYTES:
+                raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
+            yield piece
+
     try:
-        events = SSEClient(_limited(stream_pieces(response, timeout_s))).events()
-        yield from (event.data for event in events)
+        for event in SSEClient(pieces()).events():
+            size = 0
+            yield event.data
     except UnicodeDecodeError as error:
         raise StreamError("The stream is not UTF-8") from error
-
-
-def _limited(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces of a stream, as long as no event grows without end."""
-    since_event, last = 0, b""
-    for piece in parts:
-        is_end = re.search(rb"\n\r?\n", last + piece)
-        since_event, last = len(piece) + (0 if is_end else since_event), piece[-2:]
-        if since_event > MAX_LINE_BYTES:
-            raise StreamError(f"An event is longer than {MAX_LINE_BYTES} bytes")
-        yield piece
 
 
 def _network_error(
@@ -4184,7 +4145,7 @@ def _network_error(
         return error
     failure = NetworkError(f"The connection to {host} failed ({reason})")
     is_unknown, name = "resolve" in str(error), urlsplit(url).hostname or ""
-    failure.may_be_billed = not ("Failed to establish" in str(error) or is_unknown)
+    failure.may_be_billed = not (is_unsent or is_unknown or "Failed to establish" in str(error))
     if is_unknown and name.endswith(".localhost"):
         failure.hint = f"Add a line to the hosts file: 127.0.0.1 {name}"
     return failure
@@ -4207,7 +4168,7 @@ def _bearer(token: str) -> Callable[[Any], Any]:
             request.headers["Authorization"] = f"Bearer {token}"
         if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
             # a session of the caller's may have one of its own
-            request.headers["User-Agent"] = _USER_AGENT
+            request.headers["User-Agent"] = f"puter.py/{__version__}"
         return request
 
     return sign
@@ -5549,7 +5510,7 @@ class Puter:
             return
         # a proxy on the way may answer 403 and 429 as well: only Puter's own codes count
         is_own = error.code in _KIND_BY_CODE and code != "invalid_api_key"
-        is_limit = error.scope == "account" and is_own and "concurrent" not in error.message
+        is_limit = error.scope == "account" and is_own and not error.is_momentary
         # what is too little for a picture may do for a chat
         is_limit &= call.asked.is_chat or not isinstance(error, CreditError)
         if error.scope == "model" and not isinstance(error, CreditError):
@@ -5906,7 +5867,7 @@ class _Callback:
             return 405, "Method not allowed", "Only GET is known here."
         url = urlsplit(target)
         if url.path == "/":
-            # Not the URL itself: others on this computer could sign the person in with it.
+            # Not the URL itself: others on this computer could sign the user in with it.
             return 200, "Sign in", "Open the URL that the terminal shows."
         import hmac
         import html
@@ -5937,15 +5898,15 @@ def browser_login(
     port: int | None = None,
     timeout_s: float = LOGIN_TIMEOUT_S,
 ) -> Account:
-    """Sign in through the person's browser; the account with its token, not stored yet.
+    """Sign in through the user's browser; the account with its token, not stored yet.
 
     Args:
-        show: gets the URL of Puter's page, as a line for the person.
-        open_browser: opens a URL, such as `webbrowser.open`; None leaves it to the person
+        show: gets the URL of Puter's page, as a line for the user.
+        open_browser: opens a URL, such as `webbrowser.open`; None leaves it to the user
             (over SSH, with the port forwarded).
         port: where to wait for the answer on 127.0.0.1; None is `LOGIN_PORT`, or any free one
             while that is in use.
-        timeout_s: how long to wait for the person.
+        timeout_s: how long to wait for the user.
 
     Raises `AuthError` after the time, or when the server does not know the token, and
     `ConfigError` when the given port is in use, or the server is not Puter's.
@@ -5994,7 +5955,7 @@ def _callback_server(port: int | None) -> Any:
                 self.send_header("Referrer-Policy", "no-referrer")
                 self.end_headers()
                 self.wfile.write(body if self.command != "HEAD" else b"")
-            finally:  # the person has the page, or did not wait for it
+            finally:  # the user has the page, or did not wait for it
                 if callback.account or callback.error:
                     callback.done.set()
 
@@ -6024,17 +5985,7 @@ def _callback_server(port: int | None) -> Any:
 # 11. gateway · uses: everything above but login
 # ======================================================================================
 SERVER_PORT = 11480
-MAX_REQUEST_BYTES = 32 * 1024 * 1024
-MAX_READ_BYTES = 4 * MAX_REQUEST_BYTES
 MAX_CONNECTIONS = 128
-IDLE_TIMEOUT_S = 75.0  # for the next request of a client, or until it takes our bytes
-HEAD_TIMEOUT_S = 20.0  # for a whole head, from its first line
-BODY_TIMEOUT_S = 300.0
-MAX_HEAD_BYTES = 64 * 1024
-MAX_VALUES = 1_000_000  # in the JSON of a body: each takes far more memory than bytes
-LINGER_S = 1.0  # so that who is turned away can read why
-DRAIN_TIMEOUT_S = 10.0  # for what runs when the server stops
-KEEP_ALIVE_S = 15.0  # of silence in a stream, then a sign of life is sent
 MAX_STOPS = 16
 
 # What is passed on to Puter as it is; other fields of OpenAI's say nothing to it.
@@ -6152,7 +6103,7 @@ def checked_request(
 
     Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message, too. `fields` are taken as they are.
+    a system message as well. `fields` are taken as they are.
     """
     model = body.get("model") or ""  # without one the owner's default is meant
     if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
@@ -6198,8 +6149,8 @@ def _check_limit(args: JSON) -> None:
         args["max_tokens"] = int(limit)
 
 
-def _wrong(what: str, param: str | None = None, status: int = 400, **more: Any) -> BadRequestError:
-    return BadRequestError(f"Bad request: {what}", hint="", param=param, status=status, **more)
+def _wrong(why: str, param: str | None = None, status: int = 400, **more: Any) -> PuterError:
+    return BadRequestError(f"Bad request: {why}", hint="", param=param, status=status, **more)
 
 
 def _objects(value: Any, name: str) -> list[JSON]:
@@ -6306,8 +6257,7 @@ def _restored(message: JSON, memory: ResponseMemory) -> JSON:
         message["content"] = _SHOWN_IMAGE.sub("", content) or None
     calls = [dict(call) for call in message.get("tool_calls") or []]
     for call in calls:
-        function = call["function"]
-        call["function"] = {**function, "name": _flat_name("", function["name"])}
+        call["function"] = {**call["function"], "name": _flat_name("", call["function"]["name"])}
         extra = memory.extras.get(_extra_key(call["id"])) or {}
         call |= {"extra_content": extra["call"]} if extra.get("call") else {}
         message |= extra.get("message") or {}
@@ -6356,7 +6306,10 @@ Batch = Sequence[Chunk] | Reply | None
 
 
 def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Event]:
-    """What happens in a streamed answer, for any dialect; its last text is cut at stop texts."""
+    """What happens in an answer, for any dialect; nothing comes behind a stop text.
+
+    A call has the caller's name, and an id of ours: a model's own, alike in turns, confuse agents.
+    """
     stop, ending = StopText(request.stop), Ending("stop", Usage())
     failure, first_id = None, ""
     try:
@@ -6366,33 +6319,26 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
             elif isinstance(batch, Reply):
                 ending = Ending(batch.finish_reason, batch.usage)
                 _remember(request, first_id, message=batch.extra)
-            else:
-                for event in chain.from_iterable(_events_of(request, one, stop) for one in batch):
-                    if call := event.tool_call:
-                        first_id = first_id or call.id
-                        _remember(request, call.id, call=call.extra_content)
-                    yield event
-            if stop.found and not request.options.get("include_usage", True):
+            for chunk in batch if isinstance(batch, Sequence) else ():
+                text = stop.feed(chunk.text) if chunk.type == "text" else ""
+                text = stop.flush() if chunk.tool_call else text
+                if text:
+                    yield Chunk("text", text)
+                if stop.found or chunk.type in ("text", "usage"):
+                    continue
+                if call := chunk.tool_call:
+                    name, call_id = request.names.get(call.name, call.name), _new_id("call")
+                    first_id = first_id or call_id
+                    _remember(request, call_id, call=call.extra_content)
+                    chunk = Chunk("tool_call", tool_call=replace(call, id=call_id, name=name))
+                yield chunk
+            if stop.found and request.streaming and not request.options.get("include_usage", True):
                 break
     except PuterError as error:
         failure = error
     if text := stop.flush():
         yield Chunk("text", text)
     yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
-
-
-def _events_of(request: ChatRequest, chunk: Chunk, stop: StopText) -> Iterator[Chunk]:
-    """What a chunk adds to the answer: nothing behind a stop text."""
-    if chunk.type == "text":
-        if text := stop.feed(chunk.text):
-            yield Chunk("text", text)
-    elif chunk.type == "tool_call":
-        if text := stop.flush():
-            yield Chunk("text", text)
-        if chunk.tool_call and not stop.found:
-            yield Chunk("tool_call", tool_call=_callers_call(request, chunk.tool_call))
-    elif chunk.type in ("reasoning", "image") and not stop.found:
-        yield chunk
 
 
 def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
@@ -6402,26 +6348,18 @@ def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
         memory.put(key, {**(memory.get(key) or {}), **extra})
 
 
-def _callers_call(request: ChatRequest, call: ToolCall) -> ToolCall:
-    """By the caller's name, under an id of ours: a model's own, alike in turns, confuse agents."""
-    return replace(call, id=_new_id("call"), name=request.names.get(call.name, call.name))
-
-
 def _new_id(prefix: str) -> str:
     return f"{prefix}_{os.urandom(12).hex()}"
 
 
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
-    stop, text = StopText(request.stop), _with_json(request, reply).text
-    text = stop.feed(text, is_last=True)
-    calls = () if stop.found else tuple(_callers_call(request, call) for call in reply.tool_calls)
-    for call in calls:
-        _remember(request, call.id, call=call.extra_content)
-        _remember(request, calls[0].id, message=reply.extra)
-    reason = "stop" if stop.found else reply.finish_reason
-    answer = replace(reply, text=text, tool_calls=calls, finish_reason=reason)
-    return answer, Ending(reason, reply.usage, stop.found)
+    reply = _with_json(request, reply)
+    events: list[Any] = [*answer_events(request, [chunks_of(reply), reply])]
+    *chunks, ending = events
+    calls = tuple(chunk.tool_call for chunk in chunks if chunk.tool_call)
+    text, reason = "".join(map(str, chunks)), ending.finish_reason
+    return replace(reply, text=text, tool_calls=calls, finish_reason=reason), ending
 
 
 def _with_json(request: ChatRequest, reply: Reply) -> Reply:
@@ -6693,7 +6631,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         _offer(one.get("tools"), offered)
     options = {
         "items": None if body.get("store") is False else items,
-        "tools": {name: back for name, (back, _) in offered.items()},
+        "tools": {name: form for name, (form, _) in offered.items()},
         "echo": {k: v if body.get(k) is None else body[k] for k, v in _ECHOED.items()},
     }
     choice = body.get("tool_choice")
@@ -6719,8 +6657,8 @@ def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> An
     allowed, name = _dig(choice, "tools"), _dig(choice, "name")
     if isinstance(allowed, list):
         return {**choice, "tools": [_with_namespace(one, offered) for one in allowed]}
-    backs = [back for back, _ in offered.values() if "namespace" in back]
-    spaces = [back["namespace"] for back in backs if back["name"] == name]
+    forms = [form for form, _ in offered.values() if "namespace" in form]
+    spaces = [form["namespace"] for form in forms if form["name"] == name]
     return {"namespace": spaces[0], **choice} if spaces and name not in offered else choice
 
 
@@ -6794,7 +6732,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
 
 
 def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "") -> None:
-    """Add tools by their flat names, each as (how its call goes back, its function).
+    """Add tools by their flat names, each as (the form of its calls, its function).
 
     Tools that the provider would run itself are left out.
     """
@@ -6806,8 +6744,8 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
             offered.setdefault(kind, ({"type": kind}, {"name": kind, **_described(tool)}))
         elif kind in ("function", "custom"):
             flat = _flat_name(namespace, _tool_name(name))
-            back = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
-            offered.setdefault(flat, (back, {"name": flat, **_described(tool)}))
+            form = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+            offered.setdefault(flat, (form, {"name": flat, **_described(tool)}))
         else:
             _refuse_client_tool(kind)
 
@@ -6860,7 +6798,7 @@ _TEXT_ITEMS = {
 
 
 class _ResponseWriter:
-    """Words the events of one response: numbered, and one item open at a time."""
+    """Writes the events of one response: numbered, and one item open at a time."""
 
     def __init__(self, request: ChatRequest, model: ModelName) -> None:
         self._request, self._model = request, model
@@ -6896,14 +6834,14 @@ class _ResponseWriter:
     def call(self, call: ToolCall) -> Iterator[JSON]:
         """A call, in the form that its tool was offered in."""
         default = {"type": "function", "name": call.name}
-        back = {**self._request.options["tools"].get(call.name, default)}
-        id_prefix, kind, key, events = _CALL_ITEMS[back.pop("type")]
+        form = {**self._request.options["tools"].get(call.name, default)}
+        id_prefix, kind, key, events = _CALL_ITEMS[form.pop("type")]
         value: Any = openai_call(call)["function"]["arguments"]
         if kind == "tool_search_call":
-            value, back = call.arguments, {"execution": "client"}
+            value, form = call.arguments, {"execution": "client"}
         elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
             value = call.arguments["input"]
-        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **back}
+        item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **form}
         place = {"item_id": item["id"], "output_index": len(self._output)}
         empty: Any = "" if events else {}
         yield self._item_event("added", {**item, key: empty, "status": "in_progress"})
@@ -6919,8 +6857,7 @@ class _ResponseWriter:
             return
         item = {"type": "image_generation_call", "id": _new_id("ig"), "status": "completed"}
         yield self._item_event("added", {**item, "status": "in_progress", "result": None})
-        result = base64.b64encode(image.data).decode()
-        yield self._item_event("done", {**item, "result": result})
+        yield self._item_event("done", {**item, "result": base64.b64encode(image.data).decode()})
 
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
@@ -7016,16 +6953,7 @@ _NO_SEARCH = (
     "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
 )
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
-_MESSAGES_ERRORS = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}
-_IMAGE_TOKENS = 1_500  # an estimate, for pages of documents, too
+_IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 
 
 def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
@@ -7047,13 +6975,12 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         else:
             _refuse_client_tool(tool.get("type"))
             hosted.append(tool)
-    searches = {tool.get("name"): tool for tool in hosted if is_web_search(tool)}
-    must_search = _dig(body, "tool_choice", "name") in searches
+    searches = [tool for tool in hosted if is_web_search(tool)]
+    must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
-    search = next(iter(searches.values()), None)
-    must_search = must_search or (search is not None and not own)
-    fields = {"options": {}, "search": search, "must_search": must_search}
+    must_search = must_search or (bool(searches) and not own)
+    fields = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
 
@@ -7164,10 +7091,8 @@ def _messages_usage(usage: Usage) -> JSON:
 
 def messages_error(error: PuterError, status: int, request_id: str) -> JSON:
     """An error in Anthropic's shape."""
-    default = "invalid_request_error" if status < 500 else "api_error"
-    kind = _MESSAGES_ERRORS.get(status, default)
-    if error.code == "overloaded":
-        kind = "overloaded_error"
+    status = 529 if error.code == "overloaded" else status
+    kind = _ERROR_TYPES.get(status, _ERROR_TYPES[400 if status < 500 else 500])[1]
     message = str(error)
     # Claude Code shortens its history when it reads these words.
     if isinstance(error, ContextLengthError):
@@ -7300,7 +7225,7 @@ class AccessRules(NamedTuple):
 
 
 def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
-    """Why a caller may not, judged by the head of its request; None for one who may.
+    """Why a caller is refused, judged by the head of its request; None if it is not.
 
     The key is the guard where there is one. Without, a foreign Host is refused, since pages of
     other sites could reach this server under a name of theirs (DNS rebinding).
@@ -7341,20 +7266,40 @@ def _in_url(host: str) -> str:
 # ---- the server ----
 
 
-def _hung_up(sockets: Iterable[Any]) -> list[Any]:
-    """Those whose other side has closed, even with bytes of it still unread where poll can tell."""
-    by_number = {s.fileno(): s for s in sockets if s.fileno() >= 0}
-    if hasattr(select, "POLLRDHUP"):
-        poller = select.poll()
-        for number in by_number:
-            poller.register(number, select.POLLRDHUP)
-        return [by_number[number] for number, _ in poller.poll(0)]
-    gone = select.select(list(by_number.values()), [], [], 0)[0] if by_number else []
-    for sock in list(gone):
-        with suppress(OSError):
-            if sock.recv(1, socket.MSG_PEEK):
-                gone.remove(sock)
-    return gone
+class Limits(NamedTuple):
+    """What a server bears of its callers, in bytes and seconds.
+
+    A request has `head_bytes` in `head_s` from its first line, `body_bytes` in `body_s`, and
+    `values` in its JSON (each takes far more memory than bytes); the bodies of all requests at
+    once have `read_bytes`. `idle_s` is for the next request of a caller, or until it takes our
+    bytes; `keep_alive_s` the silence in a stream before a sign of life is sent; `linger_s` for
+    a caller that is turned away to read why; `drain_s` for what runs when the server stops.
+    """
+
+    head_bytes: int = 64 * 1024
+    head_s: float = 20.0
+    body_bytes: int = 32 * 1024 * 1024
+    body_s: float = 300.0
+    values: int = 1_000_000
+    read_bytes: int = 128 * 1024 * 1024
+    idle_s: float = 75.0
+    keep_alive_s: float = 15.0
+    linger_s: float = 1.0
+    drain_s: float = 10.0
+
+
+def _has_hung_up(connection: Any) -> bool:
+    """Whether its other side has closed, even with bytes of it unread where poll can tell."""
+    try:
+        if hasattr(select, "POLLRDHUP"):
+            poller = select.poll()
+            poller.register(connection, select.POLLRDHUP)
+            return bool(poller.poll(0))
+        is_readable = bool(select.select([connection], [], [], 0)[0])
+        return is_readable and not connection.recv(1, socket.MSG_PEEK)
+    except (OSError, ValueError) as error:
+        # any other than a reset: its own thread has just closed it
+        return isinstance(error, ConnectionError)
 
 
 class OpenAIServer:
@@ -7368,7 +7313,8 @@ class OpenAIServer:
         allowed_origins: web origins whose pages may call ("*" for all).
         max_connections: more at once are turned away with 503, once no idle one can go.
         allowed_hosts: names besides its own that callers may know this computer by.
-        models: ids of the only models to serve; who asks for another one gets the first.
+        models: ids of the only models to serve; a request for another one gets the first.
+        limits: what is borne of callers.
 
     Use as a context manager, or `start()` and `stop()`. `url` is the base for clients.
     """
@@ -7383,6 +7329,7 @@ class OpenAIServer:
         max_connections: int = MAX_CONNECTIONS,
         allowed_hosts: Iterable[str] = (),
         models: Sequence[str] = (),
+        limits: Limits | None = None,
     ) -> None:
         if not _is_this_computer(host) and not api_key:
             raise ConfigError(
@@ -7400,14 +7347,15 @@ class OpenAIServer:
         self.rules = AccessRules(host, api_key or None, origins, names)
         self.max_connections = max_connections
         self.models = list(models)
+        self.limits = limits or Limits()
         self.memory = ResponseMemory()
-        self._reserved_bytes = 0
         self.stopping = threading.Event()
-        self.connections: set[Any] = set()
-        # of those that wait for a request, or read one: when it must be there
+        # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
         self._turned_away: deque[tuple[float, Any]] = deque()
         self._running: dict[Any, _Cancellation] = {}
+        # what the body of each running request holds
+        self._held_bytes: Counter[Any] = Counter()
         self._idle = threading.Condition()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
@@ -7426,18 +7374,19 @@ class OpenAIServer:
 
     __enter__ = start
 
-    def stop(self, drain_s: float = DRAIN_TIMEOUT_S) -> None:
-        """Take no more work, let what runs end for so many seconds, then close."""
+    def stop(self, drain_s: float | None = None) -> None:
+        """Take no more work, let what runs end for so many seconds (or the limit's), then close."""
         self.stopping.set()
         if self._thread is not None:
             self._server.shutdown()
-        self._server.socket.close()  # who comes now is refused, not left waiting
-        self._hang_up(self.connections - self._running.keys())
+        self._server.socket.close()  # new callers are refused, not left waiting
+        self._hang_up(self.deadlines.keys() - self._running.keys())
+        patience_s = self.limits.drain_s if drain_s is None else drain_s
         try:
             with self._idle:
-                self._idle.wait_for(lambda: not self._running, drain_s)
+                self._idle.wait_for(lambda: not self._running, patience_s)
         finally:
-            self._hang_up(self.connections.copy())
+            self._hang_up(list(self.deadlines))
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
@@ -7460,7 +7409,7 @@ class OpenAIServer:
             yield cancellation
         finally:
             with self._idle:
-                del self._running[connection]
+                del self._running[connection], self._held_bytes[connection]
                 self._idle.notify_all()
 
     @cached_property
@@ -7472,30 +7421,19 @@ class OpenAIServer:
                 return str(client.whoami().get("username") or "")
         return ""
 
-    def reserve(self, size: int) -> None:
-        """Make room for so many bytes of a body; all bodies at once may hold `MAX_READ_BYTES`."""
+    def reserve(self, connection: Any, size: int) -> None:
+        """Make room for so many bytes more of a running request's body."""
         with self._idle:
-            if size > 0 and self._reserved_bytes + size > MAX_READ_BYTES:
+            if sum(self._held_bytes.values()) + size > self.limits.read_bytes:
                 raise _overloaded("Too many large requests at once")
-            self._reserved_bytes += size
-
-    def admit(self, connection: Any) -> bool:
-        """Whether there is room for a connection, if need be in place of the longest idle one."""
-        with self._idle:
-            if len(self.connections) >= self.max_connections:
-                self.make_room()
-            if len(self.connections) >= self.max_connections:
-                return False
-            self.connections.add(connection)
-            self.deadlines[connection] = time.monotonic() + IDLE_TIMEOUT_S
-            return True
+            self._held_bytes[connection] += size
 
     def make_room(self) -> None:
-        """Hang up on who has waited longest; on who sends a body, only if nobody else does."""
-        due = dict(self.deadlines)
+        """Hang up on the caller idle for longest; on one that sends a body, only if none is idle."""
+        due = {c: at for c, at in list(self.deadlines.items()) if at < math.inf}
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
-            self.forget(oldest)
+            self.deadlines.pop(oldest, None)
             self._hang_up([oldest])
         while self._turned_away:
             self._turned_away.popleft()[1].close()
@@ -7510,29 +7448,20 @@ class OpenAIServer:
             connection.setblocking(False)
             connection.send(head.encode() + body)
             connection.shutdown(socket.SHUT_WR)
-        self._turned_away.append((time.monotonic() + LINGER_S, connection))
-
-    def forget(self, connection: Any) -> None:
-        """The connection counts no more."""
-        self.connections.discard(connection)
-        self.deadlines.pop(connection, None)
+        self._turned_away.append((time.monotonic() + self.limits.linger_s, connection))
 
     def look_after_connections(self) -> None:
-        """Hang up on who is too slow, and cancel the requests of clients that have hung up."""
+        """Hang up on callers that are too slow, and cancel the requests of those that hung up."""
         now = time.monotonic()
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
         self._hang_up([c for c, due in list(self.deadlines.items()) if due < now])
-        try:
-            with self._idle:
-                running = dict(self._running)
-            for connection in _hung_up(running):
-                running[connection].cancel()
-        except Exception:  # noqa: BLE001 (it is logged, and the server lives)
-            _log.error("A running request could not be looked after", exc_info=True)
+        for connection, cancellation in self._running.copy().items():
+            if _has_hung_up(connection):
+                cancellation.cancel()
 
 
-# The real base is mixed in by `_http_server`, so that only who serves imports it.
+# The real base is mixed in by `_http_server`, so that only a server imports it.
 _HandlerBase: Any = object
 
 
@@ -7564,13 +7493,19 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if app.admit(request):
-                super().process_request(request, client_address)
-            else:
+            if len(app.deadlines) >= app.max_connections:
+                app.make_room()
+            if len(app.deadlines) >= app.max_connections:
                 app.turn_away(request)
+                return
+            app.deadlines[request] = time.monotonic() + app.limits.idle_s
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            app.deadlines.pop(request, None)
+            super().shutdown_request(request)
 
         def service_actions(self) -> None:
-            """The base class calls it all the time."""
             app.look_after_connections()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -7578,7 +7513,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
             if not isinstance(sys.exc_info()[1], ConnectionError):
                 _log.error("A connection failed", exc_info=True)
 
-    handler = {"app": app, "timeout": IDLE_TIMEOUT_S}
+    handler = {"app": app, "timeout": app.limits.idle_s}
     bases = (_GatewayHandler, BaseHTTPRequestHandler)
     return Server((host, port), type("Handler", bases, handler))
 
@@ -7605,26 +7540,18 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     # ---- reading ----
 
-    def handle(self) -> None:
-        """As the base class; then the server forgets the connection."""
-        try:
-            super().handle()
-        finally:
-            self.app.forget(self.connection)
-
     def handle_one_request(self) -> None:
         """As the base class, with nothing left of the request before."""
         self.sent = self.unread = False
-        self.reserved = 0
         self.request_id = _new_id("req")
         self.reply_headers = {"x-request-id": self.request_id, "request-id": self.request_id}
         self.command = self.requestline = ""
         self.request_version = self.protocol_version
-        self._must_arrive_in(IDLE_TIMEOUT_S)
+        self._must_arrive_in(self.app.limits.idle_s)
         super().handle_one_request()
 
     def _must_arrive_in(self, seconds: float) -> None:
-        if self.connection in self.app.connections:
+        if self.connection in self.app.deadlines:
             self.app.deadlines[self.connection] = time.monotonic() + seconds
 
     def parse_request(self) -> bool:
@@ -7633,8 +7560,9 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             # blank lines between requests are skipped
             self.close_connection = False
             return False
-        self._must_arrive_in(HEAD_TIMEOUT_S)
-        connection, left, head = self.rfile, MAX_HEAD_BYTES - len(self.raw_requestline), b""
+        self._must_arrive_in(self.app.limits.head_s)
+        connection, head = self.rfile, b""
+        left = self.app.limits.head_bytes - len(self.raw_requestline)
         while line := connection.readline(left - len(head) + 1):
             head += line
             if len(head) > left:
@@ -7657,12 +7585,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
-        self._must_arrive_in(BODY_TIMEOUT_S)
-        is_expected, total = self.headers.get("Expect", "").lower() == "100-continue", 0
+        self._must_arrive_in(self.app.limits.body_s)
+        is_expected = self.headers.get("Expect", "").lower() == "100-continue"
         for size in self._sizes():
-            total += size
-            if total > MAX_REQUEST_BYTES:
-                raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
+            self._check_size(len(body) + size)
             if is_expected:
                 self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.wfile.flush()
@@ -7671,20 +7597,26 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 piece = self.rfile.read1(min(size, 64 * 1024))
                 if not piece:
                     raise ConnectionError("the client hung up in the middle of its request")
-                self._reserve(len(piece))
+                self.app.reserve(self.connection, len(piece))
                 size -= len(piece)
                 body += piece
         self.unread = False
-        self.app.deadlines.pop(self.connection, None)
+        self._must_arrive_in(math.inf)
         if coding in ("", "identity"):
             return bytes(body)
-        unpacked = _unpacked(bytes(body), coding)
-        self._reserve(len(unpacked))
+        try:
+            # either kind, by its head
+            unpacked = zlib.decompressobj(47).decompress(body, self.app.limits.body_bytes + 1)
+        except zlib.error as error:
+            raise _wrong(f"the body is not {coding} ({error})") from None
+        self._check_size(len(unpacked))
+        self.app.reserve(self.connection, len(unpacked))
         return unpacked
 
-    def _reserve(self, size: int) -> None:
-        self.app.reserve(size)
-        self.reserved += size
+    def _check_size(self, size: int) -> None:
+        limit = self.app.limits.body_bytes
+        if size > limit:
+            raise _wrong(f"a request may hold {limit} bytes", status=413)
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
@@ -7715,7 +7647,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _route(self) -> None:
         """Answer one request; a failure before the first byte has a status of its own."""
-        self.app.deadlines.pop(self.connection, None)
+        self._must_arrive_in(math.inf)
         # a slash too many is forgiven
         path = re.sub("/{2,}", "/", unquote(self.path.partition("?")[0])).rstrip("/") or "/"
         self.dialect = dialect_of(path, self.headers)
@@ -7733,17 +7665,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
                 _log.error("A request could not be answered", exc_info=True)
                 self._fail(PuterError("An internal error of puter.py; its log says more"))
-            finally:
-                self.app.reserve(-self.reserved)
-                self.reserved = 0
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
     def _answer(self, path: str) -> None:
         headers, client = self.headers, self.app.client
-        names = [name.lower() for name in headers]
         for name in _SINGLE_HEADERS:
-            if names.count(name) > 1:
+            if len(headers.get_all(name, ())) > 1:
                 # where the body ends is anybody's guess
                 self.close_connection = True
                 raise _wrong(f"there are several {name} headers")
@@ -7779,7 +7707,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._send(200, {"status": "ok", "version": __version__})
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-        body = _json_body(data)
+        body = _json_body(data, self.app.limits.values)
         if dialect.answer is not None:
             self._send(200, dialect.answer(body))
             return
@@ -7804,7 +7732,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _answer_media(self, path: str, data: bytes) -> None:
         form = self.headers.get("Content-Type", "")
-        body = form_body(data, form) if form.lower().startswith("multipart/") else _json_body(data)
+        is_form = form.lower().startswith("multipart/")
+        body = form_body(data, form) if is_form else _json_body(data, self.app.limits.values)
         args, (kind, given) = media_args(path, body), MEDIA[path]
         result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
         self.reply_headers |= answer_headers(reply)
@@ -7836,7 +7765,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         def batches() -> Iterator[Batch]:
             nonlocal has_failed
-            while not wait([opened], KEEP_ALIVE_S).done:
+            while not wait([opened], self.app.limits.keep_alive_s).done:
                 yield None
             try:
                 for batch in iter(opened.result()._next_batch, None):
@@ -7854,7 +7783,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         threading.Thread(target=open_it, daemon=True).start()
         try:
-            if wait([opened], KEEP_ALIVE_S).done:
+            if wait([opened], self.app.limits.keep_alive_s).done:
                 # what failed in time has a status of its own
                 self.reply_headers |= answer_headers(opened.result())
             self._begin_events()
@@ -7922,10 +7851,11 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _discard(self) -> None:
         """Take what a refused client still sends, for a moment: else it may not see the answer."""
-        until = time.monotonic() + 1.0
+        linger_s = self.app.limits.linger_s
+        until = time.monotonic() + linger_s
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
+            self.connection.settimeout(linger_s)
             while time.monotonic() < until and self.connection.recv(64 * 1024):
                 pass
 
@@ -7982,17 +7912,6 @@ def _body_size(digits: str, pattern: str, base: int) -> int:
     return int(digits, base)
 
 
-def _unpacked(data: bytes, coding: str) -> bytes:
-    unpacker = zlib.decompressobj(wbits=47)  # either kind, by its head
-    try:
-        unpacked = unpacker.decompress(data, MAX_REQUEST_BYTES + 1)
-    except zlib.error as error:
-        raise _wrong(f"the body is not {coding} ({error})") from None
-    if len(unpacked) > MAX_REQUEST_BYTES:
-        raise _wrong(f"a request may hold {MAX_REQUEST_BYTES} bytes", status=413)
-    return unpacked
-
-
 def _commas_outside_texts(data: bytes) -> int:
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     count, is_inside = 0, False
@@ -8003,9 +7922,9 @@ def _commas_outside_texts(data: bytes) -> int:
     return count
 
 
-def _json_body(data: bytes) -> JSON:
-    if data.count(b",") > MAX_VALUES and _commas_outside_texts(data) > MAX_VALUES:
-        raise _wrong(f"the body holds more than {MAX_VALUES} values", status=413)
+def _json_body(data: bytes, max_values: int) -> JSON:
+    if data.count(b",") > max_values and _commas_outside_texts(data) > max_values:
+        raise _wrong(f"the body holds more than {max_values} values", status=413)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -8035,7 +7954,7 @@ def answer_headers(who: Reply | Stream) -> dict[str, str]:
 # 12. mcp server · uses: everything above but login and the gateway
 # ======================================================================================
 # The specification: https://modelcontextprotocol.io/specification (2024-11-05 to 2026-07-28).
-# 2025-03-26 is left out: it alone demands batches, and its clients know 2024-11-05, too.
+# 2025-03-26 is left out: it alone demands batches, and its clients also know 2024-11-05.
 MCP_HANDSHAKE_VERSIONS = ("2024-11-05", "2025-06-18", "2025-11-25")
 MCP_STATELESS_VERSION = "2026-07-28"
 _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest first
@@ -8078,30 +7997,29 @@ def credit_text(row: JSON) -> str:
     return f"{left} of {whole} left this month"
 
 
-def _schema_of(required: str, **names: str) -> JSON:
-    """The schema of an object: `string="a b"` are properties that are strings."""
-    properties = {name: {"type": kind} for kind in names for name in names[kind].split()}
+def _schema_of(**names: str) -> JSON:
+    """The schema of an object: `string="a b?"` are properties that are strings, one optional."""
+    kinds = {name: kind for kind in names for name in names[kind].split()}
+    properties = {name.rstrip("?"): {"type": kind} for name, kind in kinds.items()}
     schema: JSON = {"type": "object", "properties": properties, "additionalProperties": False}
-    return {**schema, "required": required.split()}
+    return {**schema, "required": [name for name in kinds if name in properties]}
 
 
 _MCP_CHAT = _schema_of(
-    "text model account finish_reason partial usage",
-    string="text reasoning model account finish_reason", boolean="partial", object="usage",
-)  # fmt: skip
+    string="text reasoning? model account finish_reason", boolean="partial", object="usage"
+)
 _MCP_MODEL = _schema_of(
-    "id free",
-    string="id", boolean="free tools", integer="context",
-    number="input_usd_per_million output_usd_per_million",
+    string="id", boolean="free tools?", integer="context?",
+    number="input_usd_per_million? output_usd_per_million?",
 )  # fmt: skip
-_MCP_MODELS = _schema_of("models count total", integer="count total", string="more", array="models")
+_MCP_MODELS = _schema_of(integer="count total", string="more?", array="models")
 _MCP_MODELS["properties"]["models"]["items"] = _MCP_MODEL
 _MCP_ACCOUNT = _schema_of(
-    "username active temporary error",
-    string="username unit", boolean="active temporary", number="allowance remaining used",
+    string="username error unit?", boolean="active temporary",
+    number="allowance? remaining? used?",
 )  # fmt: skip
 _MCP_ACCOUNT["properties"]["error"] = {"type": ["string", "null"]}
-_MCP_ACCOUNTS = _schema_of("accounts", array="accounts")
+_MCP_ACCOUNTS = _schema_of(array="accounts")
 _MCP_ACCOUNTS["properties"]["accounts"]["items"] = _MCP_ACCOUNT
 # The name of each tool: (method, title, schema of its structured answer)
 _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
@@ -8140,7 +8058,7 @@ class McpServer:
         self._make_client = make_client
         self._made_client: Puter | None = None
         self._write, self._call_limit_s = write, call_limit_s
-        # The calls that are not answered yet; who takes one out may write its answer.
+        # The calls that are not answered yet; whoever takes one out may write its answer.
         self._calls: set[_McpCall] = set()
         self._calls_changed = threading.Condition()
         self._closed = threading.Event()
@@ -8210,9 +8128,6 @@ class McpServer:
             return {}
         lists: dict[str, JSON] = {
             "tools/list": {"tools": self.tools()},
-            "prompts/list": {"prompts": []},
-            "resources/list": {"resources": []},
-            "resources/templates/list": {"resourceTemplates": []},
             "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
         if method not in lists:
@@ -8243,7 +8158,7 @@ class McpServer:
         limit.cancel()
 
     def _tool_result(self, call: _McpCall) -> JSON:
-        """What a tool gives, or why it failed; raises `_RpcError` for what is no such call."""
+        """What a tool gives, or why it failed; raises `_RpcError` for a wrong call."""
         params = call.request.get("params") or {}
         name, arguments = params.get("name"), params.get("arguments") or {}
         if not isinstance(name, str) or name not in _MCP_TOOLS:
@@ -8385,8 +8300,6 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
 
 
 class _RpcError(Exception):
-    """A JSON-RPC error to answer with."""
-
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.body = {"code": code, "message": message} | ({"data": data} if data else {})
@@ -8433,7 +8346,6 @@ def _is_rpc_id(value: Any) -> bool:
 
 
 def _rpc_answer(request: JSON, work: Callable[[], JSON]) -> JSON:
-    """The answer to a request: the result of `work`, or its error."""
     try:
         is_stateless, result = _check_envelope(request), work()
     except _RpcError as error:
