@@ -2524,13 +2524,9 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if other := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
         return type_of(other)
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
-        try:
-            whole = hint.model_json_schema()
-            return _inlined(whole, whole.get("$defs", {})), partial(_read_model, hint)
-        except RecursionError:
-            raise BadRequestError(f"{where} is of a recursive type, {hint!r}") from None
+        return _model_type(hint, where)
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return _checked_type({"type": "string", **text_type}, getattr(hint, "fromisoformat", hint))
+        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
@@ -2549,17 +2545,28 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     # keys in JSON are strings
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
         return _dict_type(type_of(inner[1] if inner else Any))
-    is_typed_dict = typing.is_typeddict(hint)
+    is_typed_dict = hasattr(hint, "__required_keys__")  # of typing, or of its extensions
     if hint in outer or not (is_typed_dict or is_dataclass(hint)):
         allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
         problem = f"{where} is of type {hint!r}, which a model cannot give"
         raise BadRequestError(problem, hint=f"Use {allowed} (and no recursive type).")
     outer = (*outer, hint)
-    if not is_typed_dict:
-        return _call_type(hint, hint, where, outer)
-    hints = typing.get_type_hints(hint, include_extras=True)
+    if is_typed_dict:
+        return _typed_dict_type(hint, where, outer)
+    return _call_type(hint, hint, where, outer)
+
+
+def _typed_dict_type(hint: Any, where: str, outer: tuple[Any, ...]) -> _Type:
+    try:
+        hints = typing.get_type_hints(hint, include_extras=True)
+    except NameError as error:
+        raise BadRequestError(f"The type hints of {where} cannot be read ({error})") from error
     made = {name: schema_and_reader(h, f"{where}.{name}", outer) for name, h in hints.items()}
-    return _object_type(dict, made, [name for name in hints if name in hint.__required_keys__])
+    # with hints that are texts, Python itself does not see these marks
+    marks = {name: getattr(typing.get_origin(h), "_name", "") for name, h in hints.items()}
+    whether = {"Required": True, "NotRequired": False}
+    required = [n for n in hints if whether.get(marks[n], n in hint.__required_keys__)]
+    return _object_type(dict, made, required)
 
 
 def _inlined(schema: Any, definitions: JSON) -> Any:
@@ -2573,11 +2580,26 @@ def _inlined(schema: Any, definitions: JSON) -> Any:
     return {key: _inlined(one, definitions) for key, one in schema.items() if key != "$defs"}
 
 
-def _read_model(model: Any, value: Any, where: str) -> Any:
+def _model_type(model: Any, where: str) -> _Type:
+    """The type of one of pydantic's models, which checks its values itself."""
+
+    def read(value: Any, where: str) -> Any:
+        try:
+            return model.model_validate(value)
+        except ValueError as error:
+            raise TypeError(f"{where} does not fit: {str(error)[:500]}") from None
+
+    schema = model.model_json_schema()
     try:
-        return model.model_validate(value)
-    except ValueError as error:
-        raise TypeError(f"{where} does not fit: {str(error)[:500]}") from None
+        return _inlined(schema, schema.get("$defs", {})), read
+    except RecursionError:
+        raise BadRequestError(f"{where} is of a recursive type, {model!r}") from None
+
+
+def _text_value(kind: Any, text: str) -> Any:
+    if kind.__name__ == "datetime":  # Python 3.10 does not know the Z of UTC
+        text = re.sub("Z$", "+00:00", text)
+    return getattr(kind, "fromisoformat", kind)(text)
 
 
 def _full_name(kind: type) -> str:
@@ -2609,10 +2631,16 @@ def _check(schema: JSON, value: Any, where: str) -> None:
     names = {list: ["array"], dict: ["object"], int: ["integer", "number"]}
     own = names.get(type(value)) or [_SCALARS.get(type(value), ""), *["integer"] * is_whole]
     choices = schema.get("enum", [schema["const"]] if "const" in schema else [value])
-    ok = (not kinds or not {*own}.isdisjoint(kinds)) and value in choices
-    size = len(value) if isinstance(value, list) else value if _is_number(value) else None
-    least, most = (schema.get(f"{end}Items", schema.get(f"{end}imum")) for end in ("min", "max"))
-    ok &= size is None or (least is None or size >= least) and (most is None or size <= most)
+    # True and 1 are equal
+    ok = any(one == value and isinstance(one, bool) is isinstance(value, bool) for one in choices)
+    ok &= not kinds or not {*own}.isdisjoint(kinds)
+    if isinstance(value, (list, str)) or _is_number(value):
+        is_text = isinstance(value, str)
+        end = "Length" if is_text else "Items" if isinstance(value, list) else "imum"
+        size = len(value) if isinstance(value, (list, str)) else value
+        ok &= schema.get(f"min{end}", -math.inf) <= size <= schema.get(f"max{end}", math.inf)
+    if isinstance(value, str) and "pattern" in schema:
+        ok &= re.search(schema["pattern"], value) is not None
     if not ok:
         raise _misfit(value, where, schema)
     if not isinstance(value, dict):
@@ -2650,9 +2678,8 @@ def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
     for value, _ in choices:
         by_kind.setdefault(_SCALARS[type(value)], []).append(value)
     schema = _any_of([{"type": kind, "enum": values} for kind, values in by_kind.items()])
-    # True and 1 are equal
-    by_value = {(type(value), value): member for value, member in choices}
-    return _checked_type(schema, lambda value: by_value[type(value), value])
+    by_value = {(isinstance(value, bool), value): member for value, member in choices}
+    return _checked_type(schema, lambda value: by_value[isinstance(value, bool), value])
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
@@ -2754,6 +2781,7 @@ def _json_value(value: Any) -> Any:
 
 # The function by which a model gives an answer of a form, where it takes functions.
 _ANSWER_TOOL = "final_answer"
+_BEGUN_JSON = re.compile(r"""[{\[]\s*(["'{\[]|\w+\s*:)""")
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 
@@ -2769,6 +2797,7 @@ class Returns(NamedTuple):
 def returns_of(kind: Any) -> Returns:
     """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
     if isinstance(kind, Mapping):
+        _check_schema(kind, "returns", kind)
         made: _Type = (dict(kind), partial(_fitting, kind))
     else:
         made = schema_and_reader(kind, "returns")
@@ -2780,25 +2809,83 @@ def returns_of(kind: Any) -> Returns:
     return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
 
 
+# What of a JSON schema is checked, and must be of these kinds.
+_SCHEMA_KEYS: dict[Any, str] = {
+    (str, list): "type",
+    list: "required enum anyOf oneOf allOf",
+    dict: "properties $defs definitions",
+    (dict, bool): "items additionalProperties",
+    (int, float): "minimum maximum minItems maxItems minLength maxLength",
+    str: "$ref pattern",
+}
+
+
+def _check_schema(schema: Any, where: str, root: Any) -> None:
+    """Raise `BadRequestError` for what is no JSON schema, before anybody is asked."""
+    if isinstance(schema, bool):
+        return
+    _require(isinstance(schema, Mapping), where, schema, 'Write {"type": "object", …}.')
+    for kind, keys in _SCHEMA_KEYS.items():
+        for key in schema.keys() & {*keys.split()}:
+            _require(isinstance(schema[key], kind), f"{where}.{key}", schema[key], "Correct it.")
+    kinds = schema.get("type", [])
+    known = {*_SCALARS.values(), "array", "object"}
+    unknown = {kinds} - known if isinstance(kinds, str) else {*map(str, kinds)} - known
+    _require(not unknown, f"{where}.type", kinds, f"Types are {', '.join(sorted(known))}.")
+    _resolved(schema, root)
+    for key in ("properties", "$defs", "definitions"):
+        for name, one in schema.get(key, {}).items():
+            _check_schema(one, f"{where}.{key}.{name}", root)
+    for key in ("anyOf", "oneOf", "allOf"):
+        for one in schema.get(key, ()):
+            _check_schema(one, f"{where}.{key}", root)
+    for key in ("items", "additionalProperties"):
+        _check_schema(schema.get(key, True), f"{where}.{key}", root)
+
+
+def _resolved(schema: Any, root: Any) -> Any:
+    """A schema, or the one that it refers to."""
+    seen: list[Any] = []
+    while isinstance(schema, Mapping) and "$ref" in schema:
+        reference = schema["$ref"]
+        path = reference.removeprefix("#").strip("/").split("/")
+        schema = _dig(root, *path) if path != [""] else root
+        if schema is None or reference in seen:
+            raise _misplaced("returns", f"has a $ref that leads nowhere: {reference!r}", "")
+        seen.append(reference)
+    return schema
+
+
 def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
     """The value if it fits a JSON schema, by what models get wrong; raises TypeError."""
-    root = root or schema
-    if reference := _dig(schema, "$ref"):
-        schema = _dig(root, *str(reference).removeprefix("#/").split("/"))
-    if not isinstance(schema, Mapping):
+    root = schema if root is None else root
+    schema = _resolved(schema, root)
+    if isinstance(schema, bool):
         return value
-    try:
-        _check(dict(schema), value, where)
-    except TypeError:
-        raise _misfit(value, where, dict(schema)) from None
-    properties = schema.get("properties") or {}
-    for name, one in value.items() if isinstance(value, dict) else ():
-        _fitting(properties.get(name), one, f"{where}.{name}", root)
+    _check(dict(schema), value, where)
+    properties, others = schema.get("properties") or {}, schema.get("additionalProperties", True)
+    members = value.items() if isinstance(value, dict) else ()
+    # what decides between alternatives, such as a const, before what is deep
+    for name, one in sorted(members, key=lambda m: isinstance(m[1], (dict, list))):
+        _fitting(properties.get(name, others), one, f"{where}.{name}", root)
     for number, one in enumerate(value if isinstance(value, list) else ()):
-        _fitting(schema.get("items"), one, f"{where}[{number}]", root)
+        _fitting(schema.get("items", True), one, f"{where}[{number}]", root)
+    for one in schema.get("allOf", ()):
+        _fitting(one, value, where, root)
     if options := schema.get("anyOf") or schema.get("oneOf"):
-        _union_type([({}, partial(_fitting, one, root=root)) for one in options])[1](value, where)
+        types: list[_Type] = [(dict(one), partial(_fitting, one, root=root)) for one in options]
+        _union_type(types)[1](value, where)
     return value
+
+
+def _format_of(returns: Returns, args: JSON, tools: Sequence[JSON]) -> JSON:
+    """The argument that asks for a type; raises `BadRequestError` if others are in its way."""
+    if "response_format" in args:
+        raise _misplaced("response_format", "and `returns` say the same", "Give one.")
+    if any(_dig(tool, "function", "name") == _ANSWER_TOOL for tool in tools):
+        raise _misplaced("tools", f"has a {_ANSWER_TOOL}, as `returns` needs it", "Rename it.")
+    form = {"name": "answer", "schema": returns.schema}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
 def typed_arguments(form_name: str, has_tools: bool, args: JSON) -> JSON:
@@ -2841,16 +2928,22 @@ def with_instruction(messages: Messages, text: str) -> Messages:
     return [*messages[:count], {"role": "system", "content": text}, *messages[count:]]
 
 
-def typed_reply(reply: Reply, returns: Returns) -> Reply:
-    """The reply with its `value`; raises TypeError, in words for the model, if it does not fit."""
+def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply:
+    """The reply with its `value`; raises TypeError, in words for the model, if it does not fit.
+
+    If it `may_call` the caller's own functions, a reply that does is no answer yet.
+    """
     call = next((call for call in reply.tool_calls if call.name == _ANSWER_TOOL), None)
-    if reply.tool_calls and call is None:
-        return reply  # it calls the caller's own functions, and is no answer yet
+    if reply.tool_calls and call is None and may_call:
+        return reply
     text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
     try:
         value = json.loads(text, parse_constant=_no_constant)
+        json.dumps(value, allow_nan=False)  # 1e400 is read as infinity
     except (ValueError, RecursionError):
-        raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
+        if not returns.is_wrapped or not text.strip():
+            raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
+        value = text.strip()  # a bare word
     if returns.is_wrapped and isinstance(value, dict) and value.keys() == {"value"}:
         value = value["value"]
     text = json.dumps(value, ensure_ascii=False)
@@ -2868,8 +2961,12 @@ def json_text(text: str) -> str:
     best, end = "", 0
     begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
     for begin in itertools.islice(begins, _JSON_ATTEMPTS):
-        with suppress(ValueError, RecursionError):
+        try:
             end = decoder.raw_decode(text, begin)[1]
+        except (ValueError, RecursionError):
+            if _BEGUN_JSON.match(text, begin):
+                return text  # cut or broken: what stands in it is not the answer
+        else:
             # an object is what nearly everybody means
             best = max(best, text[begin:end], key=lambda t: (t[:1] == "{", len(t)))
     return best or text
@@ -3562,6 +3659,19 @@ def with_true_end(reply: Reply, limit: float) -> Reply:
     """The reply, ended by "length" if it has all the tokens that it might: few providers say so."""
     is_cut = reply.finish_reason == "stop" and (reply.usage.output_tokens or 0) >= limit
     return replace(reply, finish_reason="length") if is_cut else reply
+
+
+def cost_of(reply: Reply, model: Model | None, messages: Sequence[JSON]) -> float | None:
+    """What an answer cost in US dollars: as it says, else by its tokens; None if nobody knows."""
+    usage = reply.usage
+    if usage.cost_usd is not None or model is None:
+        return usage.cost_usd
+    sent, answered = usage.input_tokens, usage.output_tokens
+    sent = estimated_tokens(messages) if sent is None else sent
+    answered = _part_tokens({"type": "text", "text": reply.text}) if answered is None else answered
+    prices = (model.input_usd_per_million, model.output_usd_per_million)
+    costs = [n * price / 1e6 for n, price in zip((sent, answered), prices) if price is not None]
+    return sum(costs) if len(costs) == 2 else None
 
 
 def lacking(model: Model, needs: Needs) -> list[str]:
@@ -4743,6 +4853,8 @@ class Stream:
     attempts: tuple[Attempt, ...] = ()
     _stack: ExitStack = field(default_factory=ExitStack)
     _note_end: Callable[[str, Reply | None], None] | None = None
+    # is given what was paid for; unlike the end, also of a stream that is dropped
+    _spend: Callable[[Reply], None] = lambda reply: None
     # whether a call whose arguments cannot be read is an error
     _checked: bool = False
     _batch: Iterator[Chunk] = field(default_factory=lambda: iter(()))
@@ -4831,6 +4943,7 @@ class Stream:
             # a body that was read to its end left a good connection
             self._cancellation.cancel()
         self._stack.close()
+        self._spend(self._reply or self._partial())
         if self._note_end is not None:
             self._note_end(word, self._reply)
 
@@ -5187,13 +5300,10 @@ class Puter:
         messages = messages_from(prompt, system, _input_parts(images, files))
         schemas = tool_schemas(tools)
         if web_search and not any(map(is_web_search, schemas)):
-            schemas.append({"type": "web_search"})
+            schemas += tool_schemas([{"type": "web_search"}])
         typed = None if returns is None else returns_of(returns)
         if typed is not None:
-            if "response_format" in args:
-                raise _misplaced("response_format", "and `returns` say the same", "Give one.")
-            form = {"name": "answer", "schema": typed.schema}
-            args["response_format"] = {"type": "json_schema", "json_schema": form}
+            args |= _format_of(typed, args, schemas)
         needs = needs_of(messages, schemas)
         if needs.inputs and not is_foreign(self.config):
             self._check_inputs(name, needs)
@@ -5257,15 +5367,25 @@ class Puter:
     def _typed(self, asked: Asked, returns: Returns, cancellation: _Cancellation) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
         used, attempts = Usage(), tuple[Attempt, ...]()
+        reply = Reply()
         for may_ask_again in (True, False):
-            with self._open_once(asked, cancellation, is_stream=False) as stream:
-                deque(stream, maxlen=0)
+            try:
+                with self._open_once(asked, cancellation, is_stream=False) as stream:
+                    deque(stream, maxlen=0)
+            except PuterError as error:
+                if attempts:  # the first answer was paid for
+                    error.reply = error.reply or reply
+                raise
             used, attempts = used + stream.reply.usage, attempts + stream.reply.attempts
             reply = replace(stream.reply, usage=used, attempts=attempts)
             try:
-                return typed_reply(reply, returns)
-            except TypeError as error:
+                typed = typed_reply(reply, returns, may_call=asked.needs.tools)
+            except Exception as error:  # noqa: BLE001 (also what the caller's own types raise)
                 problem = str(error)
+            else:
+                if stream.reply.attempts:
+                    self._cache(asked, stream.reply)
+                return typed
             given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
             said = "\n".join(filter(None, [reply.text, *given])) or "(nothing)"
             if not may_ask_again or reply.finish_reason == "length":
@@ -5274,9 +5394,9 @@ class Puter:
             talk = [{"role": "assistant", "content": said}, {"role": "user", "content": order}]
             messages = [*asked.args["messages"], *talk]
             asked = asked._replace(args={**asked.args, "messages": messages})
-        hint = "Simplify the type, raise `max_tokens`, or use another model."
+        hint = "Simplify the type or schema, raise `max_tokens`, or use another model."
         who: JSON = {"model": reply.model, "account": reply.account, "attempts": attempts}
-        message = f"The answer of {reply.model} does not fit `returns`: {problem}"
+        message = f"The answer of {reply.model} is not what was asked for: {problem}"
         raise ReplyError(message, raw=said, reply=reply, hint=hint, **who)
 
     def _open_once(
@@ -5294,7 +5414,7 @@ class Puter:
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
         note_end = partial(self._note_end, call, incoming.started)
-        return Stream(incoming, cancellation, *who, stack, note_end)
+        return Stream(incoming, cancellation, *who, stack, note_end, partial(self._spend, asked))
 
     def _is_same_model(self, name: str, other: str) -> bool:
         models = self._catalogue.known()
@@ -5348,10 +5468,6 @@ class Puter:
         back what the answer still needs.
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
-            if beyond := self._budget_error(target.model):
-                if not call.attempts:
-                    raise beyond
-                break
             wait_s = target.not_before_s - time.time()
             if wait_s > 0:
                 self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
@@ -5364,7 +5480,10 @@ class Puter:
             try:
                 answer = self._send_with_retries(call, target)
             except PuterError as error:
-                if call.cancellation.cancelled.is_set() or isinstance(error, BusyError):
+                if isinstance(error, BudgetError) and call.attempts:
+                    break
+                is_own = isinstance(error, (BusyError, BudgetError))
+                if call.cancellation.cancelled.is_set() or is_own:
                     # its owner gave up, or has too much open: no account's fault
                     raise
                 self._note_failure(error, call, target)
@@ -5378,16 +5497,26 @@ class Puter:
         first.attempts = tuple(call.attempts)
         raise first from first.__cause__
 
-    def _budget_error(self, name: str) -> BudgetError | None:
-        """Why a model is not asked any more; None while the budget lasts, and for a free one."""
+    def _check_budget(self, asked: Asked, name: str) -> None:
+        """Raise `BudgetError` once the budget is spent, but for what costs nothing."""
         budget, spent = self.config.budget_usd, sum(self._costs_usd)
-        if budget is None or spent < budget:
-            return None
+        if budget is None or spent < budget or asked.args.get("test_mode"):
+            return
         model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
-        if model is not None and model.free:
-            return None
-        message = f"The budget of ${budget:g} is spent (${spent:.4f}), and {name} costs money"
-        return BudgetError(message, code="budget_spent", model=name)
+        if model is None or not model.free:
+            amounts = f"{money(budget, 'usd')} is spent ({money(spent, 'usd')})"
+            message = f"The budget of {amounts}, and {name} costs money"
+            raise BudgetError(message, code="budget_spent", model=name)
+
+    def _spend(self, asked: Asked, reply: Reply) -> None:
+        """Count what an answer cost, whole or not, against the budget."""
+        if self.config.budget_usd is None:
+            return
+        model = self._catalogue.known().get(reply.model)
+        cost = cost_of(reply, model, asked.args.get("messages", ()))
+        if cost is None:
+            _log.warning("What %s costs is not known: the budget does not count it", reply.model)
+        self._costs_usd.append(cost or 0.0)
 
     def _world(self, call: _Exchange) -> World:
         accounts, now = self._accounts.usable(), time.time()
@@ -5412,6 +5541,7 @@ class Puter:
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
+                self._check_budget(call.asked, model)
                 started = time.monotonic()
                 try:
                     source = call.open(call, model, account, stack)
@@ -5454,6 +5584,8 @@ class Puter:
         if isinstance(error, CreditError) and call.asked.is_chat:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
+        if error.reply is not None:
+            self._spend(call.asked, error.reply)
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
             self._count(model, _code_of(error), seconds, None, None)
         error.model, error.account = error.model or model, account.username
@@ -5552,8 +5684,6 @@ class Puter:
         request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
         first_s = call.attempts[-1].seconds if call.is_stream else None
         self._count(model, word, now - started, first_s, reply.usage if reply else None)
-        if reply is not None and reply.usage.cost_usd:
-            self._costs_usd.append(reply.usage.cost_usd)
         if reply is None:
             _log.info("Response: broke off (%s)", word)
             return
@@ -5563,10 +5693,14 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if self.config.cache_enabled and request.is_chat and not is_odd:
+        if not is_odd and request.returns is None:
+            self._cache(request, reply)
+        self._on_answer(request.model, reply)
+
+    def _cache(self, request: Asked, reply: Reply) -> None:
+        if self.config.cache_enabled and request.is_chat:
             body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
-        self._on_answer(request.model, reply)
 
     def _count(
         self, model: str, outcome: str, seconds: float, first_s: float | None, usage: Usage | None

@@ -16617,7 +16617,9 @@ class TestTypedAnswers:
     def test_then_it_is_an_error(self, make, fake, method):
         """With the reply, which was paid for, on it."""
         fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": 2})
-        with pytest.raises(puter.ReplyError, match="does not fit `returns`: the answer") as caught:
+        with pytest.raises(
+            puter.ReplyError, match="is not what was asked for: the answer"
+        ) as caught:
             getattr(make(), method)("Who?", model=HAIKU, returns=Person)
         assert caught.value.reply.tool_calls and caught.value.raw == '{"name": 2}'
         assert len(fake.sent) == 2
@@ -16676,6 +16678,117 @@ class TestTypedAnswers:
         with pytest.raises(puter.BadRequestError, match=words):
             make().chat("Who?", returns=kind)
 
+    @pytest.mark.parametrize(
+        "text",
+        ['{"a": {"city": "x"}, "b": [1,2', '{"a": {"city": "x"}, "c": 2,}', '[{"city": "x"}, {"ci'],
+    )
+    def test_a_piece_of_a_broken_answer_is_no_answer(self, make, fake, text):
+        fake.script[NO_TOOLS] = [says(text), says('{"city": "Rome"}')]
+        assert make().chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
+        assert len(fake.sent) == 2
+
+    def test_deep_alternatives_take_no_time(self):
+        """What decides between them is looked at first."""
+        ops = [
+            {"type": "object", "properties": {"left": {"$ref": "#"}, "op": {"const": op}}}
+            for op in ("add", "sub", "mul", "div")
+        ]
+        value: Any = 1
+        for _ in range(40):
+            value = {"left": value, "op": "div"}
+        read = puter.returns_of({"anyOf": [*ops, {"type": "integer"}]}).read
+        assert read(value, "it") == value
+
+    @pytest.mark.parametrize(
+        ("kind", "word", "want"),
+        [
+            (Literal["yes", "no"], " yes\n", "yes"),
+            (Colour, "red", Colour.RED),
+            (str, "hello", "hello"),
+            (date, "2026-01-02", date(2026, 1, 2)),
+            (datetime, "2026-01-02T07:08:09Z", datetime.fromisoformat("2026-01-02T07:08:09+00:00")),
+        ],
+    )
+    def test_a_bare_word(self, make, fake, kind, word, want):
+        fake.script[NO_TOOLS] = says(word)
+        assert make().chat("Well?", model=NO_TOOLS, returns=kind).value == want
+        assert len(fake.sent) == 1
+
+    def test_functions_that_nobody_offered(self, make, fake):
+        """A call of one is no answer: the model is told."""
+        fake.script[HAIKU] = [calling(("other", {})), *answers_in_form(HAIKU, {"city": "Rome"})]
+        assert make().chat("Where?", model=HAIKU, returns=City).value == {"city": "Rome"}
+
+    def test_a_function_of_this_name(self, make, fake):
+        def final_answer(city: str) -> str:
+            return city
+
+        with pytest.raises(puter.BadRequestError, match="Rename it"):
+            make().chat("Where?", returns=City, tools=[final_answer])
+
+    def test_what_the_callers_types_refuse(self, make, fake):
+        """It is told to the model as well."""
+
+        @dataclass
+        class Even:
+            n: int
+
+            def __post_init__(self) -> None:
+                if self.n % 2:
+                    raise ValueError("n must be even")
+
+        fake.script[NO_TOOLS] = [says('{"n": 1}'), says('{"n": 2}')]
+        assert make().chat("A number?", model=NO_TOOLS, returns=Even).value == Even(2)
+        assert "n must be even" in json.dumps(fake.sent[-1])
+
+    def test_the_second_question_fails(self, make, fake):
+        """The first answer, which was paid for, is on the error."""
+        fake.script[NO_TOOLS] = [says("no"), "internal"]
+        with pytest.raises(puter.PuterError) as caught:
+            make(max_retries=0, fallback_enabled=False).chat("?", model=NO_TOOLS, returns=City)
+        assert caught.value.reply.text == "no"
+
+    def test_what_does_not_fit_is_not_cached(self, make, fake):
+        fake.script[NO_TOOLS] = [says("no"), says("no"), says('{"city": "Rome"}')]
+        client = make(cache_enabled=True)
+        with pytest.raises(puter.ReplyError):
+            client.chat("Where?", model=NO_TOOLS, returns=City)
+        assert client.chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {"type": "object", "properties": ["a"]},
+            {"properties": 5},
+            {"type": "strin"},
+            {"type": 5},
+            {"enum": 5},
+            {"minimum": "x"},
+            {"required": 5},
+            {"items": [1]},
+            {"anyOf": [5]},
+            {"$ref": "#/$defs/missing"},
+            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        ],
+    )
+    def test_what_is_no_schema(self, make, fake, schema):
+        with pytest.raises(puter.BadRequestError, match="returns"):
+            make().chat("Well?", returns=schema)
+        assert not fake.requests
+
+    def test_keys_that_may_be_missing_in_hints_that_are_texts(self, monkeypatch):
+        module = types.ModuleType("hints")
+        monkeypatch.setitem(sys.modules, "hints", module)
+        code = "from __future__ import annotations\nfrom typing_extensions import *\n"
+        code += "class A(TypedDict):\n    a: int\n    b: NotRequired[int]\n"
+        code += "class B(TypedDict, total=False):\n    a: Required[int]\n    b: int\n"
+        exec(code, module.__dict__)  # noqa: S102
+        for name in "AB":
+            read = puter.returns_of(getattr(module, name)).read
+            assert read({"a": 1}, "it") == {"a": 1}
+            with pytest.raises(TypeError, match="lacks"):
+                read({"b": 1}, "it")
+
     def test_two_forms(self, make):
         with pytest.raises(puter.BadRequestError, match="response_format and `returns`"):
             make().chat("Who?", returns=int, response_format={"type": "json_object"})
@@ -16702,6 +16815,15 @@ class TestTypedAnswers:
             ({**CITY, "additionalProperties": False}, {"city": "a", "more": 1}, False),
             ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": 1}, False),
             ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": "a"}, True),
+            ({"$ref": "#/$defs/b", "$defs": {"a": CITY, "b": {"$ref": "#/$defs/a"}}}, {}, False),
+            ({"type": "object", "properties": {"next": {"$ref": "#"}}}, {"next": 1}, False),
+            ({"allOf": [CITY, {"required": ["zip"]}]}, {"city": "a"}, False),
+            ({"type": "object", "additionalProperties": {"type": "integer"}}, {"a": "b"}, False),
+            ({"type": "string", "pattern": "^a", "maxLength": 2}, "ab", True),
+            ({"type": "string", "pattern": "^a"}, "b", False),
+            ({"type": "string", "maxLength": 2}, "abc", False),
+            ({"enum": [1, 2]}, True, False),
+            ({"enum": [1.5, 2.0]}, 2, True),
             ({}, [1], True),
         ],
     )
@@ -16824,7 +16946,7 @@ class TestBudget:
         client = make(budget_usd=0.000001)
         assert ask(client, how, GPT).usage.cost_usd > 0.000001
         with pytest.raises(
-            puter.BudgetError, match=r"budget of \$1e-06 is spent .*gpt-4o costs"
+            puter.BudgetError, match=r"budget of \$0.0000 is spent .*gpt-4o costs"
         ) as caught:
             ask(client, how, GPT)
         assert (caught.value.http_status, len(fake.sent)) == (402, 1)
@@ -16852,6 +16974,42 @@ class TestBudget:
         answer = requests.post(f"{server.url}/{path}", json={"model": GPT, **more}, timeout=5)
         assert (answer.status_code, answer.headers["x-should-retry"]) == (402, "false")
         assert answer.json()["error"]["type"] == kind and "Stop here" in answer.text
+
+    def test_calls_at_once(self, make, fake):
+        """Who waits for a place is asked again when it is free."""
+        client = make(budget_usd=0.000001, max_concurrent=1)
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(client.chat, "hi", model=GPT) for _ in range(8)]
+        failures = [type(call.exception()) for call in calls if call.exception()]
+        assert failures == [puter.BudgetError] * 7 and len(fake.sent) == 1
+
+    @pytest.mark.parametrize("how", ["closed", "dropped", "broken"])
+    def test_what_did_not_come_whole_counts_by_its_tokens(self, make, fake, how):
+        client = make(budget_usd=0.000001)
+        client.models()
+        if how == "broken":
+            fake.script[GPT] = "midfail"
+            with pytest.raises(puter.StreamError):
+                list(client.stream("hi", model=GPT))
+        else:
+            stream = client.stream("hi", model=GPT)
+            next(stream)
+            if how == "closed":
+                stream.close()
+            del stream
+            gc.collect()
+        with pytest.raises(puter.BudgetError):
+            client.chat("hi", model=GPT)
+
+    def test_what_has_no_price_is_said(self, make, fake, caplog):
+        """Nobody can add it up; a sample costs nothing."""
+        client = make(budget_usd=0.000001)
+        client.speech("hi")
+        assert "puter-tts costs is not known: the budget does not count it" in caplog.text
+        client.chat("hi", model=GPT)
+        with pytest.raises(puter.BudgetError):
+            client.speech("hi")
+        assert client.speech("hi", test_mode=True)
 
     @pytest.mark.parametrize("text", ["0.1", "-1", "much", "nan", "true"])
     def test_setting(self, make, monkeypatch, text):
