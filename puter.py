@@ -7518,13 +7518,13 @@ class OpenAIServer:
         if self._thread is not None:
             self._server.shutdown()
         self._server.socket.close()  # new callers are refused, not left waiting
-        self._hang_up(self.deadlines.keys() - self._running.keys())
+        self._hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
         patience_s = self.limits.drain_s if drain_s is None else drain_s
         try:
             with self._idle:
                 self._idle.wait_for(lambda: not self._running, patience_s)
         finally:
-            self._hang_up(list(self.deadlines))
+            self._hang_up(self.deadlines.copy())
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
@@ -7568,7 +7568,7 @@ class OpenAIServer:
 
     def make_room(self) -> None:
         """Hang up on the caller idle for longest; on one that sends a body, only if none is idle."""
-        due = {c: at for c, at in list(self.deadlines.items()) if at < math.inf}
+        due = {c: at for c, at in self.deadlines.copy().items() if at < math.inf}
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
             self.deadlines.pop(oldest, None)
@@ -7593,7 +7593,7 @@ class OpenAIServer:
         now = time.monotonic()
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
-        self._hang_up([c for c, due in list(self.deadlines.items()) if due < now])
+        self._hang_up([c for c, due in self.deadlines.copy().items() if due < now])
         for connection, cancellation in self._running.copy().items():
             if _has_hung_up(connection):
                 cancellation.cancel()
