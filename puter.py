@@ -3036,7 +3036,8 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     is_fake = metadata.get("service_used") == "fake-chat"
     if is_fake and model not in _FAKE_MODELS:
         problem = f"Puter blocked this prompt to {model}: it answered with made-up text"
-        raise BadRequestError(problem, hint="Change the prompt.", code="prompt_blocked")
+        code = "prompt_blocked"
+        raise BadRequestError(problem, hint=_HINT_BY_CODE[code], code=code)
     answered = metadata.get("providerUsed") or model
     return reply_from(result, result.get("usage"), str(answered), body)
 
@@ -6074,8 +6075,8 @@ class ChatRequest(NamedTuple):
     `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is
     what only its dialect needs to word the answer; `include_usage` false there ends the reading
     of a stream at a stop text. `memory` holds what providers want back with calls. `search` is
-    the tool with which the model may search the web; it is all that is wanted if `must_search`.
-    An `answer` is ours already: no model is asked.
+    the tool with which the model may search the web; it is all that is wanted if `must_search`,
+    or without `tools`. An `answer` is ours already: no model is asked.
     """
 
     model: str
@@ -6136,16 +6137,13 @@ def checked_request(
     tools: Any,
     args: JSON,
     stop: Any = None,
-    *,
-    options: JSON,
-    search: JSON | None = None,
-    must_search: bool = False,
+    **fields: Any,
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
     Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message as well. A `search` without other tools is all that is wanted.
+    a system message as well. `fields` are taken as they are.
     """
     model = body.get("model") or ""  # without one the owner's default is meant
     if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
@@ -6161,9 +6159,8 @@ def checked_request(
     names = {_flat_name("", function["name"]): function["name"] for function in functions}
     for function in functions:
         function["name"] = _flat_name("", function["name"])
-    must_search = must_search or (search is not None and not schemas)
     if "none" in (chosen := args.get("tool_choice"), _dig(chosen, "type")):
-        search, must_search = None, False
+        fields |= {"search": None, "must_search": False}
     offered, choice = _choose_tools(schemas, args)
     shape = json_instruction(args.get("response_format"))
     messages = [_restored(message, memory) for message in messages]
@@ -6179,9 +6176,7 @@ def checked_request(
         streaming=body.get("stream") is True,
         stop=_stop_texts(stop),
         wants_json=bool(shape),
-        options=options,
-        search=search,
-        must_search=must_search,
+        **fields,
     )
 
 
@@ -6630,11 +6625,10 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     model, args = models.find(name) if models else None, request.args
     if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
         request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
-    elif request.must_search:
+    elif request.must_search or (request.search is not None and not request.tools):
         able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3]
-        request = request._replace(
-            answer=f"{_NO_SEARCH} Models that search: {', '.join(able) or 'none'}."
-        )
+        names = ", ".join(able) or "none"
+        request = request._replace(answer=f"{_NO_SEARCH} Models that search: {names}.")
     if model is None:
         return request._replace(model=name)
     if model.max_tokens and "max_tokens" in args:
@@ -6697,7 +6691,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     must_search = is_web_search(choice) or (
         not offered and "required" in (choice, _dig(choice, "mode"))
     )
-    fields: JSON = {"options": options, "search": search, "must_search": must_search}
+    fields = {"options": options, "search": search, "must_search": must_search}
     return checked_request(body, memory, messages, functions, args, **fields)
 
 
@@ -7028,8 +7022,7 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
-    search = next(iter(searches), None)
-    fields: JSON = {"options": {}, "search": search, "must_search": must_search}
+    fields = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
 
