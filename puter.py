@@ -74,7 +74,7 @@ from functools import cached_property, lru_cache, partial, wraps
 from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urljoin, urlsplit
 from weakref import WeakSet
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
+MAX_REDIRECTS = 5
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -428,7 +429,7 @@ class RequestTimeoutError(PuterError):
 
     scope = "server"
     retryable = True
-    default_hint = "Raise `api_timeout_ms` in puter.json."
+    default_hint = "Raise `api_timeout_ms` in puter.json, or pass `timeout_ms=`."
     http_status = 504
 
 
@@ -525,6 +526,7 @@ _HINT_BY_CODE = {
     "`python -m puter login`, which gets a token of the right kind.",
     "not_found": "The server does not know this call: check `api_base_url`.",
     "account_is_not_verified": "Verify the account's e-mail address on puter.com.",
+    "prompt_blocked": "Change the prompt.",
     "moderation_blocked": "The provider's moderation blocked the request: word it differently.",
 }
 # What a provider's own status would have been called, had it come before a stream (recorded).
@@ -674,11 +676,15 @@ class _Medium:
         return self.url or f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write it to a new file; raises OSError, and `BadRequestError` without data."""
+        """Write it to a file; raises OSError, and `BadRequestError` for one that exists, or a URL."""
         if not self.data:
             raise BadRequestError("There is only a URL", hint=f"Load it from {self.url}.")
-        with open(path, "wb" if overwrite else "xb") as file:
-            file.write(self.data)
+        try:
+            with open(path, "wb" if overwrite else "xb") as file:
+                file.write(self.data)
+        except FileExistsError as error:
+            hint = "Choose another name, or pass overwrite=True."
+            raise BadRequestError(f"{path} exists already", hint=hint) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -698,7 +704,9 @@ class Audio(_Medium):
     mime: str = "audio/mpeg"
 
     def _repr_html_(self) -> str:
-        return f'<audio controls src="{self.as_url()}"></audio>'
+        import html
+
+        return f'<audio controls src="{html.escape(self.as_url())}"></audio>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -2417,7 +2425,13 @@ def _tool_schema(tool: Any, index: int) -> JSON:
     if is_web_search(tool):
         # whatever its version and vendor, by OpenAI's name
         keys = ("search_context_size", "user_location", "filters")
-        return {"type": "web_search", **{key: tool[key] for key in keys if key in tool}}
+        search = {"type": "web_search", **{key: tool[key] for key in keys if key in tool}}
+        # Anthropic has them outside of filters, and chat completions the place in a box
+        if domains := {k: tool[k] for k in ("allowed_domains", "blocked_domains") if tool.get(k)}:
+            search["filters"] = domains
+        if isinstance(place := _dig(tool, "user_location", "approximate"), Mapping):
+            search["user_location"] = {"type": "approximate", **place}
+        return search
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
         # the function alone, under OpenAI's, Anthropic's or MCP's names
@@ -3097,7 +3111,10 @@ def picture_from(image: Any) -> Picture:
     if url[:5].lower() != "data:":
         return Picture(url=url)
     head, _, encoded = url.partition(",")
-    contents = base64.b64decode(encoded)
+    is_base64 = head.lower().endswith(";base64")
+    contents = base64.b64decode(encoded, validate=True) if is_base64 else b""
+    if not contents:
+        raise ValueError(f"a picture is {_describe(url)}")
     return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
 
 
@@ -3116,7 +3133,8 @@ def reply_from_driver(body: JSON, model: str) -> Reply:
     is_fake = metadata.get("service_used") == "fake-chat"
     if is_fake and model not in _FAKE_MODELS:
         problem = f"Puter blocked this prompt to {model}: it answered with made-up text"
-        raise BadRequestError(problem, code="prompt_blocked")
+        code = "prompt_blocked"
+        raise BadRequestError(problem, hint=_HINT_BY_CODE[code], code=code)
     answered = metadata.get("providerUsed") or model
     return reply_from(result, result.get("usage"), str(answered), body)
 
@@ -3236,7 +3254,8 @@ class _Decoder:
         """Keep the first fault."""
         if self.error is None:
             problem = f"The reply of {self.model} broke off: {what}"
-            self.error = StreamError(problem, code=code, model=self.model)
+            hint = _HINT_BY_CODE.get(code or "")
+            self.error = StreamError(problem, hint=hint, code=code, model=self.model)
 
     def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
         self._images.append(picture_from(image))
@@ -4014,6 +4033,9 @@ def _new_session() -> requests.Session:
     class Session(requests.Session):
         """Reads proxies and certificates from the environment again when that has changed."""
 
+        def get_redirect_target(self, resp: Any) -> None:
+            """None: else what comes with a redirect would be read to its end, if it has one."""
+
         def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
             key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
             if proxies or self.proxies or key not in settings:
@@ -4100,11 +4122,19 @@ class _Transport:
 
     def download(self, url: str, cancellation: _InFlight | None = None) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
-        timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        options, cancellation = {"auth": _bearer("")}, cancellation or _InFlight()
+        data, until = bytearray(), time.monotonic() + self._config.api_timeout_ms / 1000
+        # each redirect is a request of its own: no password of ~/.netrc goes along
+        options: JSON = {"auth": _bearer(""), "allow_redirects": False}
+        cancellation = cancellation or _InFlight()
         try:
-            with self._open("GET", url, options, timeout_s, cancellation) as response:
-                _read_into(data, response, timeout_s, MAX_FILE_BYTES)
+            for _ in range(MAX_REDIRECTS + 1):
+                left_s = max(0.001, until - time.monotonic())
+                with self._open("GET", url, options, left_s, cancellation) as response:
+                    if not response.is_redirect:
+                        _read_into(data, response, left_s, MAX_FILE_BYTES)
+                        break
+                    with _our_errors(url, left_s):
+                        url = urljoin(url, response.headers["Location"])
         except NetworkError as error:
             error.hint = "Check the URL and the network."
             raise
@@ -4392,7 +4422,7 @@ _JOBS: dict[type[Any], _Job] = {
     Audio: _Job(
         *("puter-tts", "synthesize", "voice response_format instructions"),
         lambda text: {"text": text, "provider": "openai"},
-        lambda result: Audio(url=picture_from(result).url),
+        lambda r: Audio(p.data, p.mime) if (p := picture_from(r)).data else Audio(url=p.url),
     ),
     Transcript: _Job(
         *("puter-speech2txt", "transcribe", "response_format language prompt"),
@@ -4740,7 +4770,13 @@ class _Api(NamedTuple):
         url = f"{_api_origin(self.config)}/drivers/call"
         _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
         response = self.transport.send("POST", url, token=account.token, body=body, **how)
-        result = self._result(job, response, call.cancellation)
+        try:
+            result = self._result(job, response, call.cancellation)
+        except PuterError as error:
+            # what is not Puter's own word may stand for work that was done, and billed
+            is_own, kind = error.code in _KIND_BY_CODE, (error.status or 0) // 100
+            error.may_be_billed |= not is_own and kind in (2, 5)
+            raise
         cost = 0.0 if args.get("test_mode") else None
         if cost is None and "model" in args and isinstance(result, Picture):
             known = self.drawing.models_if_any("The price is not known").get(model)
@@ -4749,9 +4785,11 @@ class _Api(NamedTuple):
         return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
 
     def _result(self, job: _Job, response: requests.Response, cancellation: _InFlight) -> Any:
-        kind = content_type(response)
-        if response.status_code == 200 and kind.startswith("audio/"):
-            return Audio(response.content, kind)
+        data, kind = response.content, content_type(response)
+        if not kind.startswith("audio/") or data[:2] in (b"", b'{"'):
+            kind = image_kind(data, _AUDIO_KINDS) or ""
+        if response.status_code == 200 and kind:
+            return Audio(data, kind)
         body = body_of(response)
         try:
             result = job.read(body["result"])
@@ -4930,7 +4968,7 @@ class Stream:
 
     def _broken(self, message: str, code: str | None) -> StreamError:
         who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
-        hint = "" if code == "closed" else None
+        hint = "" if code == "closed" else _HINT_BY_CODE.get(code or "")
         return StreamError(message, hint=hint, reply=self._partial(), code=code, **who)
 
     def _release(self, word: str) -> None:
@@ -5667,8 +5705,10 @@ class Puter:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
             if not call.asked.is_chat:
-                # the command does not list them
-                unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip()
+                # the command lists those of chats
+                unknown.message = unknown.message.replace("No", "No picture", 1)
+                some = f"Some are: {', '.join(m.id for m in models[:5])}."
+                unknown.hint = unknown.hint.removesuffix(unknown.default_hint).strip() or some
             if models:
                 error.message, error.near, error.hint = unknown.message, unknown.near, unknown.hint
             if call.asked.model == self.config.default_model:
@@ -6171,8 +6211,8 @@ class ChatRequest(NamedTuple):
     `MAX_STOPS` texts. `names` maps tools' names to the caller's own, longer ones. `options` is
     what only its dialect needs to word the answer; `include_usage` false there ends the reading
     of a stream at a stop text. `memory` holds what providers want back with calls. `search` is
-    the tool with which the model may search the web; it is all that is wanted if `must_search`.
-    An `answer` is ours already: no model is asked.
+    the tool with which the model may search the web; it is all that is wanted if `must_search`,
+    or without `tools`. An `answer` is ours already: no model is asked.
     """
 
     model: str
@@ -6255,6 +6295,8 @@ def checked_request(
     names = {_flat_name("", function["name"]): function["name"] for function in functions}
     for function in functions:
         function["name"] = _flat_name("", function["name"])
+    if "none" in (chosen := args.get("tool_choice"), _dig(chosen, "type")):
+        fields |= {"search": None, "must_search": False}
     offered, choice = _choose_tools(schemas, args)
     shape = json_instruction(args.get("response_format"))
     messages = [_restored(message, memory) for message in messages]
@@ -6721,9 +6763,10 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     model, args = models.find(name) if models else None, request.args
     if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
         request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
-    elif request.must_search:
+    elif request.must_search or (request.search is not None and not request.tools):
         able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3]
-        request = request._replace(canned=f"{_NO_SEARCH} Models that search: {', '.join(able)}.")
+        names = ", ".join(able) or "none"
+        request = request._replace(canned=f"{_NO_SEARCH} Models that search: {names}.")
     if model is None:
         return request._replace(model=name)
     if model.max_tokens and "max_tokens" in args:
@@ -7117,7 +7160,6 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
-    must_search = must_search or (bool(searches) and not own)
     fields = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
@@ -7305,7 +7347,7 @@ def media_args(path: str, body: JSON) -> JSON:
     if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
         raise _bad_request(f"{given} is missing, or not sent as it must be", given)
     if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
-        raise _bad_request("one result is given out whole: leave out n and stream")
+        raise _bad_request("n must be 1, and stream is not supported")
     names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
     args = {key: value for key, value in _pick(body, *names).items() if value != "auto"}
     if (size := body.get("size")) not in (None, "auto"):
@@ -7334,20 +7376,30 @@ def media_body(body: JSON, result: Any) -> tuple[JSON | bytes, str]:
 
 def form_body(data: bytes, kind: str) -> JSON:
     """The fields of a form (multipart/form-data, RFC 7578); a file is (name, bytes)."""
-    from email.parser import BytesHeaderParser
-
-    read, fields = BytesHeaderParser().parsebytes, {}
-    boundary = read(f"Content-Type: {kind}".encode("latin-1")).get_boundary("")
+    boundary, fields = _form_head(f"Content-Type: {kind}".encode("latin-1"))[0], {}
     parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
     if not boundary or parts[-1][:2] != b"--":
         raise _bad_request("the form has no end, or too many parts")
     for part in parts[1:-1]:
         head, _, content = part.partition(b"\r\n\r\n")
-        headers = read(head[:8_192].lstrip(b"\r\n"))
-        name, file = headers.get_param("name", "", "content-disposition"), headers.get_filename()
+        _, name, file = _form_head(head.lstrip(b"\r\n"))
         is_file = file is not None
-        fields[str(name)] = (file, content) if is_file else content.decode("utf-8", "replace")
+        fields[name] = (file, content) if is_file else content.decode("utf-8", "replace")
     return fields
+
+
+def _form_head(head: bytes) -> tuple[str, str, str | None]:
+    """(boundary, name, file's name) by the head of a form, or of a part of one."""
+    from email.parser import BytesHeaderParser
+
+    if len(head) > 512:  # the time that email takes grows with the square
+        raise _bad_request("the head of the form, or of a part of it, is too long")
+    read = BytesHeaderParser().parsebytes(head)
+    try:
+        name = str(read.get_param("name", "", "content-disposition"))
+        return read.get_boundary(""), name, read.get_filename()
+    except ValueError as error:
+        raise _bad_request(f"the form cannot be read ({error})") from None
 
 
 # ---- who may call ----
@@ -7656,6 +7708,8 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
     return Server((host, port), type("Handler", bases, handler))
 
 
+# The base class looks for a boundary in it, in a time that grows with the square.
+_LONG_TYPE = re.compile(rb"(?i)(^|[\r\n])content-type:([^\r\n]|[\r\n]+[ \t]){512}")
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
@@ -7708,9 +7762,15 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 return False
             if line in (b"\r\n", b"\n"):
                 break
+        if _LONG_TYPE.search(head):
+            self.send_error(400, "the Content-Type is too long")
+            return False
         self.rfile = io.BytesIO(head)
         try:
             return bool(super().parse_request())
+        except ValueError as error:
+            self.send_error(400, f"the head of the request cannot be read ({error})")
+            return False
         finally:
             self.rfile = connection
 
@@ -7826,8 +7886,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         if is_preflight:
             self._send(204, None)
         elif not (is_models or is_posted or path in ("/", "/health")):
-            advice = "leave /v1 out of the URL" if path.startswith("/v1/v1/") else "the base is /v1"
-            raise _bad_request(f"there is no {path[:200]} here; {advice}", status=404)
+            hint = "Leave /v1 out of the URL." if path.startswith("/v1/v1/") else "The base is /v1."
+            if path in MEDIA:
+                hint = "Pictures and sound are not served by `launch`; use `python -m puter serve`."
+            raise BadRequestError(f"There is no {path[:200]} here", hint=hint, status=404)
         elif self.command not in (allowed := ("POST",) if is_posted else ("GET", "HEAD")):
             self.reply_headers["Allow"] = ", ".join(allowed)
             raise _bad_request(f"{self.command} is not for {path[:200]}", status=405)

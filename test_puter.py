@@ -13788,7 +13788,9 @@ class TestOpenAIServer:
                 url = f"{server.url}/chat/completions"
                 reply = session.post(url, json=body, timeout=5)
                 assert reply.headers.get("Connection") != "close"
-            assert session.get(f"{server.url}/nowhere", timeout=5).status_code == 404
+            told = session.get(f"{server.url}/nowhere", timeout=5)
+            assert told.status_code == 404 and "There is no /v1/nowhere here" in told.text
+            assert "Bad request" not in told.text
             pools = session.get_adapter(url).poolmanager.pools  # type: ignore[attr-defined]
             (pool,) = [pools[key] for key in pools.keys()]  # noqa: SIM118 (no dict)
             assert pool.num_connections == 1
@@ -13872,6 +13874,11 @@ class TestOpenAIServer:
             *((f"{name}: a\r\n{name}: b", 400) for name in ("Authorization", "X-API-Key")),
             # large heads
             (f"X: {'a' * 70_000}", 431),
+            *(
+                (f"Content-Type: multipart/form-data;{gap}x={';' * 600}", 400)
+                for gap in ("", "\r\n ")
+            ),
+            ("Content-Type: multipart/form-data; boundary*=idna''%ff", 400),
             ("\r\n".join(["X: y"] * 150), 431),
         ],
     )
@@ -13880,6 +13887,7 @@ class TestOpenAIServer:
         answer = said_to(server, head[:-2] + f"{more}\r\n\r\n{{}}".encode())
         assert status_of(answer) == status and answer.count(b"HTTP/1.1") == 1
         assert b"invalid_request_error" in answer
+        assert (b"Content-Type is too long" in answer) == ("x=;" in more)
 
     @pytest.mark.parametrize(
         ("noise", "status"),
@@ -14260,7 +14268,7 @@ class TestOddClients:
             server, b"{}", path="/v1/v1/messages", **{"anthropic-version": "2023-06-01"}
         )
         assert reply.status_code == 404 and reply.json()["type"] == "error"
-        assert "leave /v1 out" in reply.json()["error"]["message"]
+        assert "Leave /v1 out" in reply.json()["error"]["message"]
 
     @pytest.mark.parametrize(
         ("coding", "pack", "status"),
@@ -16920,6 +16928,7 @@ class TestWebSearch:
             ("chat/completions", {"messages": HI, "tools": [WEB]}, 400),
             ("chat/completions", {"messages": HI, "web_search_options": {}}, 400),
             ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "required"}, 200),
+            ("responses", {"input": "hi", "tools": [WEB]}, 200),
             ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}, 200),
         ],
     )
@@ -16928,6 +16937,36 @@ class TestWebSearch:
         answer = requests.post(f"{server.url}/{path}", json={"model": HAIKU, **more}, timeout=5)
         assert answer.status_code == status and GPT in answer.text and CODEX in answer.text
         assert not fake.sent
+
+    @pytest.mark.parametrize("model", [GPT, HAIKU])
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [WEB], "tool_choice": "none"}),
+            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "none"}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("none")}),
+        ],
+    )  # fmt: skip
+    def test_gateway_a_search_that_is_not_wanted(self, server, fake, path, more, model):
+        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
+        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
+        assert not fake.sent[-1].get("tools")
+
+    def test_gateway_where_to_search(self, server, fake):
+        place, box = {"city": "Oslo", "country": "NO"}, {"type": "approximate"}
+        asked = {"web_search_options": {"user_location": {**box, "approximate": place}}}
+        requests.post(
+            f"{server.url}/chat/completions",
+            json={"model": GPT, "messages": HI, **asked},
+            timeout=5,
+        )
+        assert fake.sent[-1]["tools"] == [{**WEB, "user_location": {**box, **place}}]
+        for name in ("allowed_domains", "blocked_domains"):
+            search = {**SEARCH, name: ["a.org"], "user_location": {**box, **place}}
+            body = {"model": GPT, "messages": HI, "max_tokens": 9, "tools": [search]}
+            assert requests.post(f"{server.url}/messages", json=body, timeout=5).ok
+            wanted = {"filters": {name: ["a.org"]}, "user_location": {**box, **place}}
+            assert fake.sent[-1]["tools"] == [{**WEB, **wanted}]
 
     def test_gateway_an_offer_among_others(self, server, fake):
         """A model that cannot search gets the other tools, as before."""
@@ -17198,6 +17237,7 @@ class TestProviders:
             with pytest.raises(kind) as caught:
                 ask(make(), how, CODEX)
             assert caught.value.code == "prompt_blocked"
+            assert caught.value.hint == "Change the prompt."
 
     # Through the gateway.
 
@@ -17410,8 +17450,10 @@ class TestPictures:
         picture, url = puter.Picture(PNG), puter.Picture(url="https://x.org/a.png")
         picture.save(tmp_path / "a.png")
         assert (tmp_path / "a.png").read_bytes() == PNG
-        with pytest.raises(FileExistsError):
+        with pytest.raises(puter.BadRequestError, match=r"a\.png exists .* overwrite=True"):
             picture.save(tmp_path / "a.png")
+        with pytest.raises(FileNotFoundError):
+            picture.save(tmp_path / "none" / "a.png")
         with pytest.raises(puter.BadRequestError, match="only a URL"):
             url.save(tmp_path / "b.png")
         assert picture._repr_mimebundle_() == {"image/png": PNG}
@@ -17424,6 +17466,7 @@ class TestPictures:
             ["a URL", PNG_URL, puter.Picture(PNG)],
             ["OpenAI's part", {"type": "image_url", "image_url": {"url": PNG_URL}}, puter.Picture(PNG)],
             ["its URL bare", {"image_url": PNG_URL}, puter.Picture(PNG)],
+            ["in capitals", PNG_URL.replace("data:image/png;base64", "DATA:image/PNG;BASE64"), puter.Picture(PNG)],
             ["of Responses", {"b64_json": PNG_URL.partition(",")[2]}, puter.Picture(PNG)],
             ["another kind than it says", {"data": "R0lGODlhAAAA", "mime_type": "image/png"}, puter.Picture(b"GIF89a\0\0\0", "image/gif")],
             ["Anthropic's part", PICTURES["claude"], puter.Picture(PNG)],
@@ -17433,7 +17476,14 @@ class TestPictures:
     def test_shapes(self, image, picture):
         assert puter.picture_from(image) == picture
 
-    @pytest.mark.parametrize("image", [None, 5, {}, "file:///a.png", {"image_url": {"url": 5}}])
+    @pytest.mark.parametrize(
+        "image",
+        [
+            *(None, 5, {}, "file:///a.png", {"image_url": {"url": 5}}),
+            *("data:image/png;base64,", "data:image/png;base64,!!!!", "data:image/svg,<svg/>"),
+            *("data:,", PNG_URL[:-5], "data:image/png,AAAA"),
+        ],
+    )
     def test_no_picture(self, image):
         with pytest.raises(ValueError):
             puter.picture_from(image)
@@ -17711,12 +17761,13 @@ class TestMedia:
             [lambda c: c.image("scenario: err401"), puter.ProviderAuthError, "scripted 401", 1],
             [lambda c: c.image("scenario: err429"), puter.ModelRateLimitError, "scripted 429", 1],
             [lambda c: c.image("scenario: err500"), puter.ModelUnavailableError, "unavailable", 2],
-            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, "No model is called 'nope'", 1],
+            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, f"No picture model is called 'nope'. Some are: {SEEDREAM}, gpt", 1],
+            [lambda c: c.image("x", OPUS), puter.ModelNotFoundError, f"No picture model is called '{OPUS}'", 1],
             [lambda c: c.image("x", "seedream-4"), puter.ModelNotFoundError, f"mean {SEEDREAM}?", 1],
             [lambda c: c.speech("x", "nobody"), puter.BadRequestError, f"Expected: {VOICES}", 1],
             [lambda c: c.speech("x", provider=""), puter.ServerError, "Internal Server Error", 3],
             [lambda c: c.image("scenario: closed"), puter.ReplyError, "broke off", 1],
-            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "silent", 1],
+            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "or pass `timeout_ms=`", 1],
         ],
     )  # fmt: skip
     def test_errors(self, make, fake, call, kind, words, calls):
@@ -17742,6 +17793,101 @@ class TestMedia:
         with pytest.raises(puter.ReplyError, match="unknown format"):
             JOBS_DONE[job](make())
         assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "data", "mime"),
+        [
+            ("application/octet-stream", SOUND, "audio/mpeg"),
+            ("application/ogg", b"OggS\0", "audio/ogg"),
+            ("", SOUND, "audio/mpeg"),
+            ("audio/pcm", b"\0\1", "audio/pcm"),
+            ("audio/mpeg", b"", None),
+            ("audio/mpeg", b'{"error": "x"}', None),
+            ("application/octet-stream", b"\0\1", None),
+            ("application/json", b'{"result": "data:audio/wav;base64,AAAA"}', "audio/wav"),
+            ("application/json", b'{"result": "data:audio/wav;base64,"}', None),
+        ],
+    )
+    def test_what_is_a_sound(self, make, fake, monkeypatch, kind, data, mime):
+        """What it is counts, not what it is called: it is billed."""
+        sound = Raw(data, content_type=kind)
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
+        if mime is None:
+            with pytest.raises(puter.PuterError):
+                make("alice", "bob", max_retries=2).speech("Hello")
+        else:
+            assert make().speech("Hello").mime == mime
+        assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("answer", "calls"),
+        [
+            (Raw(b"<html>Bad Gateway</html>", 502, HTML_TYPE), 1),
+            (Raw(b"{}", 503), 1),
+            (Raw({"success": True, "result": None, "error": {"message": "later"}}), 1),
+            (Raw({"success": False, "error": {"message": "later"}}), 1),
+            # Puter itself says that nothing was drawn
+            (Raw({"message": "Internal Server Error", "code": "internal_error"}, 500), 3),
+            (Raw({"message": "No", "code": "insufficient_funds"}, 402), 2),
+        ],
+    )
+    def test_what_may_be_billed_is_not_asked_again(self, make, fake, monkeypatch, answer, calls):
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: answer)
+        with pytest.raises(puter.PuterError):
+            make("alice", "bob", max_retries=2).image("a dot")
+        assert len(fake.chat_calls()) == calls
+
+    def test_what_was_not_sent_is_asked_again(self, make):
+        url = f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(puter.NetworkError) as caught:
+            make(api_base_url=url, max_retries=2).image("a dot")
+        assert len(caught.value.attempts) == 3
+
+    # Redirects
+
+    def test_redirects_of_a_result(self, make, fake, tmp_path, monkeypatch):
+        """Each is a request without a token, and without a password of ~/.netrc."""
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+        with FakePuter() as other:
+            there = {"Location": f"{other.url}/hop"}
+            web(fake, "/samples/image_example.png", Raw(b"", 302, headers=there))
+            back = {"Location": "/samples/image_example.png"}
+            web(other, "/hop", Raw(b"", 307, headers=back))
+            assert make().image("a dot", test_mode=True).data == PNG
+            seen = [*fake.requests[-1:], *other.requests]
+        assert len(seen) == 3
+        assert not any("Authorization" in one.headers for one in seen)
+
+    def test_redirects_without_end(self, make, fake, caplog):
+        back = {"Location": "/samples/image_example.png"}
+        web(fake, "/samples/image_example.png", Raw(b"", 302, headers=back))
+        assert not make().image("a dot", test_mode=True).data
+        assert sum(seen.path.startswith("/samples/") for seen in fake.requests) == 6
+        assert "answered 302" in caplog.text
+
+    @pytest.mark.parametrize("method", ["GET", "POST"])
+    def test_what_comes_with_a_redirect_is_bounded(self, make, fake, monkeypatch, method):
+        """Of a download nothing of it is read; of the API as much as of any answer."""
+        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 100_000)
+        sent = [0]
+
+        def endless(handler: FakeHandler) -> None:
+            handler.send_response(302)
+            handler.send_header("Location", f"{fake.url}/samples/tts_example.mp3")
+            handler.end_headers()
+            with suppress(OSError):
+                for sent[0] in range(400):
+                    handler.wfile.write(bytes(100_000))
+
+        path = {"GET": "/samples/image_example.png", "POST": "/drivers/call"}[method]
+        fake.routes[method, path] = endless
+        if method == "GET":
+            assert make().image("a dot", test_mode=True).data == SOUND
+        else:
+            with pytest.raises(puter.ServerError, match="larger than"):
+                make(max_retries=0).chat("hi")
+        assert sent[0] < 399
 
     def test_a_page_in_place_of_a_sound(self, make, fake, monkeypatch):
         page = Raw(b"<html>Sign in</html>", content_type=HTML_TYPE)
@@ -17817,8 +17963,10 @@ class TestMedia:
     def test_values(self, tmp_path):
         audio = puter.Audio(b"ID3", url="")
         assert audio._repr_html_() == '<audio controls src="data:audio/mpeg;base64,SUQz"></audio>'
+        for odd in (puter.Audio(url='https://x/"><b>'), puter.Audio(b"x", 'audio/x"><b>')):
+            assert '"><b>' not in odd._repr_html_() and "&quot;&gt;&lt;b" in odd._repr_html_()
         audio.save(tmp_path / "a.mp3")
-        with pytest.raises(FileExistsError):
+        with pytest.raises(puter.BadRequestError, match="exists already"):
             audio.save(tmp_path / "a.mp3")
         puter.Audio(b"ID3 new").save(tmp_path / "a.mp3", overwrite=True)
         assert (tmp_path / "a.mp3").read_bytes() == b"ID3 new"
@@ -17994,7 +18142,12 @@ class TestMediaGateway:
         ("asked", "status", "code", "words"),
         [
             [{"prompt": "scenario: err400"}, 400, "moderation_blocked", "moderation blocked"],
-            [{"prompt": "x", "model": "nope"}, 404, "model_not_found", "No model is called 'nope'"],
+            [
+                {"prompt": "x", "model": "nope"},
+                404,
+                "model_not_found",
+                "No picture model is called 'nope'",
+            ],
             [{"prompt": "scenario: err429"}, 429, "upstream_rate_limited", "scripted 429"],
             [{"prompt": "scenario: err401"}, 502, "upstream_auth_failed", "scripted 401"],
         ],
@@ -18020,8 +18173,8 @@ class TestMediaGateway:
         [
             ["images/generations", {}, "prompt is missing"],
             ["images/generations", {"prompt": ["x"]}, "prompt is missing"],
-            ["images/generations", {"prompt": "x", "n": 2}, "leave out n"],
-            ["images/generations", {"prompt": "x", "stream": True}, "leave out n and stream"],
+            ["images/generations", {"prompt": "x", "n": 2}, "n must be 1"],
+            ["images/generations", {"prompt": "x", "stream": True}, "stream is not supported"],
             ["images/generations", {"prompt": "x", "size": "big"}, "size must be"],
             ["images/generations", {"prompt": "x", "model": 5}, "model is 5"],
             ["audio/speech", {"input": "", "model": "tts-1"}, "input is missing"],
@@ -18050,6 +18203,11 @@ class TestMediaGateway:
             [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
             [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
             [b"", A_FORM, "no end"],
+            [form_of_parts((f'{A_FILE[0]}; x="{";" * 500}', WAV)), A_FORM, "is too long"],
+            [form_of_parts(A_FILE), f'{A_FORM}; x="{";" * 500}', "is too long"],
+            *([form_of_parts((f"{A_FILE[0].partition('; filename')[0]}; filename*={name}", WAV)), A_FORM, "cannot be read"]
+              for name in ("idna''x%ff", "undefined''x", "a\0b''x")),
+            [form_of_parts(A_FILE), "multipart/form-data; boundary*=idna''%ff", "cannot be read"],
         ],
     )  # fmt: skip
     def test_wrong_forms(self, server, fake, tmp_path, monkeypatch, body, kind, words):
@@ -18080,7 +18238,8 @@ class TestMediaGateway:
         assert told.status_code == 204
         # who may use chosen models alone is not to spend on others
         few = serve(make(), models=[OPUS])
-        assert self.post(few, "images/generations", asked).status_code == 404
+        told = self.post(few, "images/generations", asked)
+        assert told.status_code == 404 and "use `python -m puter serve`" in told.text
         assert len(fake.chat_calls()) == 1
 
     def test_a_client_that_hangs_up(self, server, fake):
