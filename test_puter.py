@@ -19393,6 +19393,9 @@ class TestReports:
         run_cli(desk, "stats", lab("err400"), "--reset")
         (told,) = json.loads(run_cli(desk, "stats", "--json").stdout)
         assert told["model"] == lab("text")
+        desk.script[FREE[0]] = says("free")
+        run_cli(desk, "ask", "-m", FREE[0], "hi")
+        assert run_cli(desk, "stats", FREE[0]).stdout.split()[-1] == "$0.0000"
         assert run_cli(desk, "stats", "--reset").stdout == "Statistics were reset.\n"
         assert run_cli(desk, "stats", "--json").stdout == "[]\n"
 
