@@ -132,7 +132,7 @@ _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text with control characters as visible marks, fit for a terminal."""
     return text.translate(_CONTROL_MARKS)
 
@@ -147,7 +147,7 @@ class _StderrHandler(logging.Handler):
         if sys.stderr is not None:
             start = "\n" if self.is_line_open else ""
             _StderrHandler.is_line_open = False
-            print(start + visible(self.format(record)), file=sys.stderr, flush=True)
+            print(start + escape_controls(self.format(record)), file=sys.stderr, flush=True)
 
 
 def _show_log(level: int) -> None:
@@ -198,7 +198,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def joined_halves(text: str) -> str:
+def mend_surrogates(text: str) -> str:
     """The text with halves of surrogate pairs joined; a half that stays alone becomes U+FFFD."""
     try:
         text.encode()
@@ -1132,26 +1132,26 @@ def _checked(spec: Any, value: Any, where: str) -> Any:
     """The value to use; raises `ConfigError`."""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
-        is_fine, words = isinstance(value, bool), "true or false"
+        ok, words = isinstance(value, bool), "true or false"
     elif spec.type == "int" or spec.type.startswith("float"):
         low, high = allowed
         is_kind = type(value) is int or (spec.type != "int" and isinstance(value, float))
-        is_fine = is_kind and low <= value <= high
+        ok = is_kind and low <= value <= high
         words = f"a {'whole ' if spec.type == 'int' else ''}number from {low} to {high}"
     elif spec.type.startswith("tuple"):
-        is_fine = isinstance(value, (list, tuple)) and all(map(_is_text, value))
-        value, words = tuple(value) if is_fine else value, "a list of model names"
+        ok = isinstance(value, (list, tuple)) and all(map(_is_text, value))
+        value, words = tuple(value) if ok else value, "a list of model names"
     elif allowed:
-        is_fine, words = value in allowed, " or ".join(f'"{choice}"' for choice in allowed)
+        ok, words = value in allowed, " or ".join(f'"{choice}"' for choice in allowed)
     elif spec.metadata["url"]:
-        is_fine = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", str(value).rstrip("/")))
-        value = value.rstrip("/") if is_fine else value
+        ok = bool(re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", str(value).rstrip("/")))
+        value = value.rstrip("/") if ok else value
         words = "a URL such as https://api.puter.com, without a user name or password"
     else:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        is_fine = isinstance(value, str) and value.strip() != ""
+        ok = isinstance(value, str) and value.strip() != ""
         words = "a string that is not empty"
-    if is_fine:
+    if ok:
         return value
     default = "a built-in list" if spec.name == "fallback_models" else json.dumps(spec.default)
     is_secret = spec.metadata["secret"] or (spec.metadata["url"] and "@" in str(value))
@@ -1298,8 +1298,8 @@ class AccountStore:
 def parse_accounts(raw: bytes, where: str) -> JSON:
     """The contents of an accounts file, checked; raises `StoreError` that names `where`."""
 
-    def check(is_fine: bool, problem: str, hint: str | None = None) -> None:
-        if not is_fine:
+    def check(ok: bool, problem: str, hint: str | None = None) -> None:
+        if not ok:
             raise StoreError(f"{where}: {problem}; the file is unchanged", hint=hint)
 
     try:
@@ -1398,7 +1398,7 @@ def _write_private(target: Path, data: bytes) -> None:
 
 
 @lru_cache
-def token_mark(token: str) -> str:
+def token_fingerprint(token: str) -> str:
     """What tells a token from another, and does not give it away."""
     import hashlib
 
@@ -1440,7 +1440,7 @@ class State:
     _TABLES = """
         CREATE TABLE IF NOT EXISTS cooldowns (
             server TEXT, account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT,
-            since_s REAL, token_mark TEXT, PRIMARY KEY (server, account, model));
+            since_s REAL, token_fingerprint TEXT, PRIMARY KEY (server, account, model));
         CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
         CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
         CREATE TABLE IF NOT EXISTS totals (
@@ -1481,7 +1481,7 @@ class State:
         One incident is one strike: a cooldown that still runs stays as it is, but for "login",
         which is of the `token`.
         """
-        account, model, reason = map(joined_halves, (account, model, reason))
+        account, model, reason = map(mend_surrogates, (account, model, reason))
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
@@ -1494,7 +1494,7 @@ class State:
                 strikes += last.strikes if now - last.until_s <= STRIKES_LAPSE_S else 0
             until_s = now + (base_s if model else cooldown_s(strikes, base_s))
             cooldown = Cooldown(account, model, until_s, strikes, reason, now)
-            values = (self.server, *asdict(cooldown).values(), token_mark(token))
+            values = (self.server, *asdict(cooldown).values(), token_fingerprint(token))
             db.execute("INSERT OR REPLACE INTO cooldowns VALUES (?,?,?,?,?,?,?,?)", values)
         return cooldown
 
@@ -1506,14 +1506,14 @@ class State:
 
         Ends the cooldowns that began before, forgets their strikes, and notes the use.
         """
-        account = joined_halves(account)
+        account = mend_surrogates(account)
         sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
         is_noted = 0 <= now - self._uses.get(account, -1.0) < 1.0
         if is_noted and not self._rows(sql, self.server, account):
             # one write a second is enough to know who was used last
             return
         self._uses[account] = now
-        rows = [(self.server, account, joined_halves(name), started_s) for name in {"", *models}]
+        rows = [(self.server, account, mend_surrogates(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
         with self._open() as db:
             db.executemany(delete, rows)
@@ -1524,7 +1524,7 @@ class State:
 
         If the clock was set back, the other cooldowns do not count.
         """
-        marks = {account.username: token_mark(account.token) for account in accounts}
+        marks = {account.username: token_fingerprint(account.token) for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
         cooldowns = []
         for _, *row, mark in self._rows(sql, self.server, now):
@@ -1559,14 +1559,14 @@ class State:
         seconds: float,
         first_s: float | None = None,
         usage: Usage | None = None,
-        keep: int = 1_000,
+        limit: int = 1_000,
     ) -> None:
         """Count one request; `outcome` is "ok", "closed" or an error's code.
 
-        Of the times of answered ones the latest `keep` of a model are stored (and a few more,
+        Of the times of answered ones the latest `limit` of a model are stored (and a few more,
         until they are trimmed).
         """
-        model, outcome, usage = joined_halves(model), joined_halves(outcome), usage or Usage()
+        model, outcome, usage = mend_surrogates(model), mend_surrogates(outcome), usage or Usage()
         with self._open() as db:
             db.execute(
                 "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
@@ -1579,9 +1579,9 @@ class State:
                 if (added.lastrowid or 0) % _TRIM_EVERY == 0:
                     ranks = "SELECT id, row_number() OVER (PARTITION BY model ORDER BY id DESC) n"
                     extra = f"SELECT id FROM ({ranks} FROM samples) WHERE n > ?"
-                    db.execute(f"DELETE FROM samples WHERE id IN ({extra})", (keep,))
+                    db.execute(f"DELETE FROM samples WHERE id IN ({extra})", (limit,))
 
-    def metrics(self, names: Sequence[str], keep: int = 1_000) -> tuple[list[Any], list[Any]]:
+    def metrics(self, names: Sequence[str], limit: int = 1_000) -> tuple[list[Any], list[Any]]:
         """What `record` counted of a model, by its names: (outcome, count, cost in USD) of each
         outcome, and (seconds, seconds to the first chunk, tokens) of calls, the latest first.
         """
@@ -1589,7 +1589,7 @@ class State:
         totals = "SELECT outcome, SUM(count), SUM(cost_usd) FROM totals"
         sql = f"SELECT seconds, first_s, tokens FROM samples WHERE {among} ORDER BY id DESC LIMIT ?"
         rows = self._rows(f"{totals} WHERE {among} GROUP BY outcome", *names)
-        return rows, self._rows(sql, *names, keep)
+        return rows, self._rows(sql, *names, limit)
 
     def models(self) -> list[str]:
         """The models that `record` counted."""
@@ -1958,7 +1958,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     """(a call's arguments, ""), or ({}, the text of what is no JSON object)."""
     read = value
     if isinstance(value, str):
-        value = joined_halves(value)
+        value = mend_surrogates(value)
         try:
             read = json.loads(value, parse_constant=_no_constant) if value.strip() else None
             json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
@@ -2337,7 +2337,7 @@ def file_part(file: File) -> JSON:
     last = re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
     is_name = last.strip(" .") and not re.search(r"[\x00-\x1f\x7f-\x9f]", last)
     _require(is_name, "The name of a file", name, "Use a plain name such as report.pdf.")
-    name = joined_halves(last)
+    name = mend_surrogates(last)
     is_data = isinstance(data, (bytes, bytearray))
     _require(is_data, f"The content of {name!r}", data, "Give a file as (name, bytes).")
     if not data or len(data) > MAX_FILE_BYTES:
@@ -2977,8 +2977,8 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     if any(part["type"] != "text" for part in own):
         extra["content"] = own
     reply = Reply(
-        text=joined_halves(str(text)),
-        reasoning=joined_halves(reasoning if isinstance(reasoning, str) else thinking),
+        text=mend_surrogates(str(text)),
+        reasoning=mend_surrogates(reasoning if isinstance(reasoning, str) else thinking),
         tool_calls=tuple(calls),
         finish_reason=_finish_reason(end, calls),
         usage=usage_from(usage),
@@ -3072,7 +3072,7 @@ def reply_from_json(data: JSON) -> Reply:
     return Reply(**{**data, "tool_calls": calls, "usage": usage, "images": images})
 
 
-class _GrowingText:
+class _TextBuffer:
     """A text that grows by pieces; a surrogate pair that is cut in two is joined again."""
 
     def __init__(self) -> None:
@@ -3088,7 +3088,7 @@ class _GrowingText:
             piece, self._half = self._half + piece, ""
             if "\ud800" <= piece[-1:] <= "\udbff" and not is_last:
                 piece, self._half = piece[:-1], piece[-1]
-            piece = joined_halves(piece)
+            piece = mend_surrogates(piece)
         self._buffer.write(piece.encode())
         return piece
 
@@ -3106,8 +3106,8 @@ class _Decoder:
         self.error: PuterError | None = None
         self.whole = False
         self.usage = Usage()
-        self._text = _GrowingText()
-        self._reasoning = _GrowingText()
+        self._text = _TextBuffer()
+        self._reasoning = _TextBuffer()
         self._calls: list[ToolCall] = []
         self._images: list[Picture] = []
         self._finish_word: str | None = None
@@ -3811,11 +3811,11 @@ def _api_origin(config: Config) -> str:
     return config.api_base_url.removesuffix(_OPENAI_PATH)
 
 
-class _Cancellation:
+class _InFlight:
     """One call in flight, so that another thread can end it, even before its headers."""
 
     # the call that a thread's connections work for
-    of_thread = threading.local()
+    current = threading.local()
 
     def __init__(self) -> None:
         # re-entrant: a stream may be dropped, and so closed, at any time
@@ -3847,16 +3847,16 @@ class _Cancellation:
                     sock.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def in_flight(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
+    def as_current(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
         """While inside, this thread's connections work for this call; ours note that they send."""
-        self.of_thread.call, self.timeout_s, self.has_sent = self, timeout_s, not is_ours
+        self.current.call, self.timeout_s, self.has_sent = self, timeout_s, not is_ours
         try:
             yield
         finally:
-            self.of_thread.call = None
-            self.follow()
+            self.current.call = None
+            self.attach()
 
-    def follow(self, connection: Any = None, response: Any = None) -> None:
+    def attach(self, connection: Any = None, response: Any = None) -> None:
         """What carries the call: a connection, then the response; nothing once it is read."""
         with self._lock:
             self._connection, self._response = connection, response
@@ -3866,16 +3866,16 @@ class _Cancellation:
 
 @lru_cache
 def _cancellable(connection_class: type[Any]) -> type[Any]:
-    """A urllib3 connection class that reports to the `_Cancellation` of its thread."""
+    """A urllib3 connection class that reports to the `_InFlight` of its thread."""
 
     class Cancellable(connection_class):  # type: ignore[misc]
         timeout: Any
 
         def request(self, *args: Any, **kwargs: Any) -> None:
-            call: _Cancellation = _Cancellation.of_thread.call
+            call: _InFlight = _InFlight.current.call
             if self.sock is None:
                 self.connect()
-            call.follow(connection=self)
+            call.attach(connection=self)
             # urllib3 would leave the (short) time for connecting on the socket
             self.timeout = call.timeout_s
             call.has_sent = True
@@ -3939,7 +3939,7 @@ class _Transport:
         token: str = "",
         body: Any = None,
         timeout_s: float | None = None,
-        cancellation: _Cancellation | None = None,
+        cancellation: _InFlight | None = None,
         streaming: bool = False,
     ) -> requests.Response:
         """Send one request with `body` as JSON.
@@ -3947,7 +3947,7 @@ class _Transport:
         The response's content is read, bounded, and without the token, unless it is the 200 of
         a stream and was asked for with `streaming`: that one is the caller's to read and close.
         """
-        cancellation = cancellation or _Cancellation()
+        cancellation = cancellation or _InFlight()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
         # the token must not follow to another host
         options: JSON = {"auth": _bearer(token), "allow_redirects": False}
@@ -3960,17 +3960,17 @@ class _Transport:
             self._read(response, timeout_s, token)
         finally:
             response.close()
-            cancellation.follow()
+            cancellation.attach()
         return response
 
     def _open(
-        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _Cancellation
+        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _InFlight
     ) -> requests.Response:
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        in_flight = cancellation.in_flight(timeout_s, is_ours=self._custom is None)
+        in_flight = cancellation.as_current(timeout_s, is_ours=self._custom is None)
         with _our_errors(url, timeout_s, cancellation), in_flight:
             response = self._session().request(method, url, timeout=times, stream=True, **options)
-        cancellation.follow(response=response.raw)
+        cancellation.attach(response=response.raw)
         return response
 
     def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
@@ -3988,10 +3988,10 @@ class _Transport:
         response._content = without_token(data.decode("latin-1"), token).encode("latin-1")
         response.headers["Location"] = without_token(response.headers.get("Location", ""), token)
 
-    def download(self, url: str, cancellation: _Cancellation | None = None) -> tuple[bytes, str]:
+    def download(self, url: str, cancellation: _InFlight | None = None) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         timeout_s, data = self._config.api_timeout_ms / 1000, bytearray()
-        options, cancellation = {"auth": _bearer("")}, cancellation or _Cancellation()
+        options, cancellation = {"auth": _bearer("")}, cancellation or _InFlight()
         try:
             with self._open("GET", url, options, timeout_s, cancellation) as response:
                 _read_into(data, response, timeout_s, MAX_FILE_BYTES)
@@ -4031,7 +4031,7 @@ def without_token(text: str, token: str) -> str:
 
 @contextmanager
 def _our_errors(
-    url: str, timeout_s: float, cancellation: _Cancellation | None = None
+    url: str, timeout_s: float, cancellation: _InFlight | None = None
 ) -> Iterator[None]:
     """Turns what requests, urllib3 and the socket raise into our errors.
 
@@ -4185,7 +4185,7 @@ def _encoded(body: Any) -> bytes:
         hint = "Pass texts, numbers, booleans, lists and dicts."
         problem = f"The request cannot be written as JSON ({error})"
         raise BadRequestError(problem, hint=hint) from error
-    data = joined_halves(text).encode()
+    data = mend_surrogates(text).encode()
     if len(data) > MAX_SENT_BYTES:
         message = f"The request has {len(data):,} bytes, but Puter takes {MAX_SENT_BYTES:,}"
         raise BadRequestError(message, hint="Send fewer or smaller files.", status=413)
@@ -4288,7 +4288,9 @@ _JOBS: dict[type[Any], _Job] = {
         *("puter-speech2txt", "transcribe", "response_format language prompt"),
         lambda audio: {"file": data_url(audio, "audio", _AUDIO_KINDS)},
         # a text where a form of text was asked for (recorded)
-        lambda r: Transcript(r) if isinstance(r, str) else Transcript(joined_halves(r["text"]), r),
+        lambda r: (
+            Transcript(r) if isinstance(r, str) else Transcript(mend_surrogates(r["text"]), r)
+        ),
     ),
     str: _Job(
         *("puter-ocr", "recognize", ""),
@@ -4304,7 +4306,7 @@ class _Exchange:
 
     asked: Asked
     is_stream: bool
-    cancellation: _Cancellation
+    cancellation: _InFlight
     # how it is sent to a model on an account
     open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
     attempts: list[Attempt] = field(default_factory=list)
@@ -4350,7 +4352,7 @@ class _ConcurrencyLimit:
         return len(self._queue)
 
     @contextmanager
-    def place(self, cancellation: _Cancellation, patience_s: float) -> Iterator[None]:
+    def place(self, cancellation: _InFlight, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `BusyError` when none was given back for so long."""
         arrived, turn = time.monotonic(), threading.Event()
         cancellation.waker = turn
@@ -4386,7 +4388,7 @@ class _ConcurrencyLimit:
                 self._released_at = time.monotonic()
                 self._wake_next()
 
-    def wait_for_end(self, cancellation: _Cancellation, patience_s: float) -> bool:
+    def wait_for_end(self, cancellation: _InFlight, patience_s: float) -> bool:
         """Wait until one of the running calls ends; False if none runs, or for so long."""
         began = time.monotonic()
         while self._running and time.monotonic() < began + patience_s:
@@ -4432,7 +4434,7 @@ class _Accounts:
     def usable(self) -> list[Account]:
         """The account of the caller's token, the pinned one, or the stored ones."""
         if self.token is not None:
-            name = f"token-{token_mark(self.token)[:8]}" if self.token else "nobody"
+            name = f"token-{token_fingerprint(self.token)[:8]}" if self.token else "nobody"
             return [Account(name, self.token)]
         accounts, active = self._stored()
         if self.pinned is not None:
@@ -4581,7 +4583,7 @@ class _Api(NamedTuple):
 
         The stack gives back the connection that the answer needs.
         """
-        streaming = call.is_stream and not self.must_be_whole(call.asked, model)
+        streaming = call.is_stream and not self.needs_whole_reply(call.asked, model)
         timeout_s = self.config.api_timeout_ms / 1000
         if call.asked.needs.tools and not streaming:
             # it may take minutes before its first byte
@@ -4599,7 +4601,7 @@ class _Api(NamedTuple):
             body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
             return _Incoming.of(with_true_end(read(body, model), limit), started)
-        stack.callback(call.cancellation.follow)
+        stack.callback(call.cancellation.attach)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
 
@@ -4636,7 +4638,7 @@ class _Api(NamedTuple):
         raw = {"result": result}
         return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
 
-    def _result(self, job: _Job, response: requests.Response, cancellation: _Cancellation) -> Any:
+    def _result(self, job: _Job, response: requests.Response, cancellation: _InFlight) -> Any:
         kind = content_type(response)
         if response.status_code == 200 and kind.startswith("audio/"):
             return Audio(response.content, kind)
@@ -4671,7 +4673,7 @@ class _Api(NamedTuple):
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
-    def must_be_whole(self, request: Asked, model: str) -> bool:
+    def needs_whole_reply(self, request: Asked, model: str) -> bool:
         """Whether a stream could lose all but the last of several calls in a turn (recorded)."""
         is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
@@ -4737,7 +4739,7 @@ class Stream:
     """
 
     _source: _Incoming
-    _cancellation: _Cancellation
+    _cancellation: _InFlight
     model: str
     account: str
     attempts: tuple[Attempt, ...] = ()
@@ -5175,7 +5177,7 @@ class Puter:
         prompt = args.pop("prompt", None) if prompt is None else prompt
         for argument in args:
             # all others are passed on to the server
-            if hint := what_is_meant(argument):
+            if hint := argument_hint(argument):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
         _require(isinstance(fallback, bool), "fallback", fallback, "Give True or False.")
         is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
@@ -5210,20 +5212,20 @@ class Puter:
             returns=typed,
         )
 
-    def _complete(self, asked: Asked, cancellation: _Cancellation | None = None) -> Reply:
+    def _complete(self, asked: Asked, cancellation: _InFlight | None = None) -> Reply:
         """The whole reply to a request; another thread may cancel it."""
         with self._open(asked, cancellation, is_stream=False) as stream:
             deque(stream, maxlen=0)
             return stream.reply
 
     def _make(
-        self, kind: type[_T], given: Any, cancellation: _Cancellation | None = None, **args: Any
+        self, kind: type[_T], given: Any, cancellation: _InFlight | None = None, **args: Any
     ) -> tuple[_T, Reply]:
         """Have one of the `_JOBS` done: what came of it, and the reply that brought it."""
         job, args = _JOBS[kind], {k: v for k, v in args.items() if v is not None}
         known = (*_JOB_ARGUMENTS, "images", "timeout_ms", *job.names.split())
         for argument in args.keys() - known:
-            if hint := what_is_meant(argument, known):
+            if hint := argument_hint(argument, known):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
         hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
         _require(not is_foreign(self.config), "api_style", style, hint)
@@ -5240,21 +5242,21 @@ class Puter:
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, is_chat=False)
         way = partial(self._api.work, job)
-        with self._open_once(asked, cancellation or _Cancellation(), False, way) as stream:
+        with self._open_once(asked, cancellation or _InFlight(), False, way) as stream:
             deque(stream, maxlen=0)
             return stream.reply.raw["result"], stream.reply
 
     def _open(
-        self, asked: Asked, cancellation: _Cancellation | None = None, is_stream: bool = True
+        self, asked: Asked, cancellation: _InFlight | None = None, is_stream: bool = True
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there."""
-        cancellation = cancellation or _Cancellation()
+        cancellation = cancellation or _InFlight()
         if asked.returns is None:
             return self._open_once(asked, cancellation, is_stream)
         reply = self._typed(asked, asked.returns, cancellation)
         return Stream(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
 
-    def _typed(self, asked: Asked, returns: Returns, cancellation: _Cancellation) -> Reply:
+    def _typed(self, asked: Asked, returns: Returns, cancellation: _InFlight) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
         used, attempts = Usage(), tuple[Attempt, ...]()
         for may_ask_again in (True, False):
@@ -5282,7 +5284,7 @@ class Puter:
     def _open_once(
         self,
         asked: Asked,
-        cancellation: _Cancellation,
+        cancellation: _InFlight,
         is_stream: bool,
         way: Callable[..., _Incoming] | None = None,
     ) -> Stream:
@@ -5431,7 +5433,7 @@ class Puter:
                 if limit.wait_for_end(call.cancellation, patience_s):
                     continue
             failure = self._noted(failure, call, target, seconds)
-            is_stream = call.is_stream and not self._api.must_be_whole(call.asked, model)
+            is_stream = call.is_stream and not self._api.needs_whole_reply(call.asked, model)
             waiting = max(waiting, limit.waiting)
             if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
                 raise failure
@@ -5564,8 +5566,8 @@ class Puter:
         may_lack_calls = is_live and request.needs.tools
         is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
         if self.config.cache_enabled and request.is_chat and not is_odd:
-            body, most = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
-            self._reply_cache.cache_put(self._cache_key(request), body, time.time(), most)
+            body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
+            self._reply_cache.cache_put(self._cache_key(request), body, time.time(), limit)
         self._on_answer(request.model, reply)
 
     def _count(
@@ -5577,7 +5579,7 @@ class Puter:
 
 
 @lru_cache
-def what_is_meant(name: str, names: tuple[str, ...] = ()) -> str:
+def argument_hint(name: str, names: tuple[str, ...] = ()) -> str:
     """The hint for an argument that looks like a misspelt one of ours, else ""."""
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
@@ -5705,7 +5707,7 @@ class Conversation:
 def _checked_options(options: Mapping[str, Any]) -> JSON:
     for name in (n for n in options if n not in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)):
         own = "It is given when the conversation is made." if name == "client" else ""
-        if hint := what_is_meant(name) or own:
+        if hint := argument_hint(name) or own:
             raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
     return dict(options)
 
@@ -6001,8 +6003,8 @@ _PASSED_ON = """
 class ResponseMemory:
     """Values of recent answers by their ids, bounded in bytes: the oldest go first."""
 
-    def __init__(self, most_bytes: int = 16 * 1024 * 1024) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, limit_bytes: int = 16 * 1024 * 1024) -> None:
+        self._limit_bytes = limit_bytes
         self._texts: dict[str, str] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -6010,17 +6012,17 @@ class ResponseMemory:
     @cached_property
     def extras(self) -> ResponseMemory:
         """What providers want back with calls: apart, so that no response takes its place."""
-        return ResponseMemory(self._most_bytes // 4)
+        return ResponseMemory(self._limit_bytes // 4)
 
     def put(self, key: str, value: Any) -> None:
         """Remember a JSON value."""
         text = json.dumps(value)
-        if len(text) > self._most_bytes:
+        if len(text) > self._limit_bytes:
             return  # else all others would go for it
         with self._lock:
             self._bytes += len(text) - len(self._texts.pop(key, ""))
             self._texts[key] = text
-            while self._bytes > self._most_bytes:
+            while self._bytes > self._limit_bytes:
                 self._bytes -= len(self._texts.pop(next(iter(self._texts))))
 
     def get(self, key: str) -> Any:
@@ -6051,7 +6053,7 @@ class ChatRequest(NamedTuple):
     wants_json: bool = False
     search: JSON | None = None
     must_search: bool = False
-    answer: str = ""
+    canned: str = ""
 
 
 class Ending(NamedTuple):
@@ -6075,7 +6077,7 @@ class Dialect(NamedTuple):
     """One protocol that the gateway speaks: pure translations, no I/O.
 
     `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `error`
-    gets the HTTP status and the id of the request. `answer` is for a path that asks no model. A
+    gets the HTTP status and the id of the request. `compute` is for a path that asks no model. A
     stream that broke off is cut without HTTP's own end when `cuts_broken_streams`.
     """
 
@@ -6083,7 +6085,7 @@ class Dialect(NamedTuple):
     body: Callable[[ChatRequest, Reply, Ending], JSON]
     frames: Callable[[ChatRequest, ModelName, Events], Iterator[Frame]]
     error: Callable[[PuterError, int, str], JSON]
-    answer: Callable[[JSON], JSON] | None = None
+    compute: Callable[[JSON], JSON] | None = None
     cuts_broken_streams: bool = False
 
 
@@ -6107,11 +6109,11 @@ def checked_request(
     """
     model = body.get("model") or ""  # without one the owner's default is meant
     if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
-        raise _wrong(f"model is {_describe(model)}: name a model", "model")
+        raise _bad_request(f"model is {_describe(model)}: name a model", "model")
     if not messages:
-        raise _wrong("messages must hold at least one", "messages")
+        raise _bad_request("messages must hold at least one", "messages")
     if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
-        raise _wrong("puter_path is not for callers of this server", "messages")
+        raise _bad_request("puter_path is not for callers of this server", "messages")
     args = {k: v for k, v in args.items() if v is not None}
     _check_limit(args)
     schemas = tool_schemas(tools)
@@ -6145,34 +6147,34 @@ def _check_limit(args: JSON) -> None:
         del args["max_tokens"]
     elif limit is not None:
         if not _is_number(limit) or limit != int(limit) or limit < 1:
-            raise _wrong("max_tokens must be a whole number, 1 or more", "max_tokens")
+            raise _bad_request("max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = int(limit)
 
 
-def _wrong(why: str, param: str | None = None, status: int = 400, **more: Any) -> PuterError:
+def _bad_request(why: str, param: str | None = None, status: int = 400, **more: Any) -> PuterError:
     return BadRequestError(f"Bad request: {why}", hint="", param=param, status=status, **more)
 
 
 def _objects(value: Any, name: str) -> list[JSON]:
     value = [] if value is None else value
     if not isinstance(value, list):
-        raise _wrong(f"{name} must be a list of objects", name)
+        raise _bad_request(f"{name} must be a list of objects", name)
     for number, one in enumerate(value):
         if not isinstance(one, dict):
-            raise _wrong(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
+            raise _bad_request(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
     return value
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) and stop else stop or []
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise _wrong("stop must be a string or a list of strings", "stop")
+        raise _bad_request("stop must be a string or a list of strings", "stop")
     if len(stops) > MAX_STOPS:
-        raise _wrong(f"stop may hold {MAX_STOPS} texts", "stop")
+        raise _bad_request(f"stop may hold {MAX_STOPS} texts", "stop")
     return tuple(stops)
 
 
-def _only(value: Any, *keys: str) -> JSON:
+def _pick(value: Any, *keys: str) -> JSON:
     return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
 
 
@@ -6188,12 +6190,14 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
         chosen, choice = _dig(allowed, "tools"), _dig(allowed, "mode")
         if not isinstance(chosen, list) or choice not in ("auto", "required"):
             text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
-            raise _wrong(text, "tool_choice")
+            raise _bad_request(text, "tool_choice")
         tools = [_named_tool(tools, one) for one in chosen if _dig(one, "type") in _NAMING_KINDS]
     elif kind not in _NAMING_KINDS:
         hosted = r"(web_|file_|image_|code_|computer|mcp|shell|local_shell|apply_patch|auto$)"
         if kind not in ("any", "none") and not re.match(hosted, str(kind)):
-            raise _wrong(f"tool_choice is {_describe(choice)}, which is not known", "tool_choice")
+            raise _bad_request(
+                f"tool_choice is {_describe(choice)}, which is not known", "tool_choice"
+            )
         # of a tool that the provider would run itself, nothing is left to choose
         choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
@@ -6221,7 +6225,7 @@ def _named_tool(tools: list[JSON], choice: Any) -> JSON:
     for tool in tools:
         if _dig(tool, "function", "name") == name:
             return tool
-    raise _wrong(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
+    raise _bad_request(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
 
 
 def _flat_name(namespace: Any, name: Any) -> str:
@@ -6229,7 +6233,7 @@ def _flat_name(namespace: Any, name: Any) -> str:
     flat = f"{namespace}__{name}" if namespace else str(name)
     if namespace or len(flat) > 64:
         flat = re.sub(r"[^\w-]", "_", flat, flags=re.ASCII)
-    return flat if len(flat) <= 64 else f"{flat[:55]}_{token_mark(flat)[:8]}"
+    return flat if len(flat) <= 64 else f"{flat[:55]}_{token_fingerprint(flat)[:8]}"
 
 
 # ---- what the dialects share: contents ----
@@ -6277,7 +6281,7 @@ class StopText:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        self._most_held = max(map(len, stops), default=1) - 1
+        self._held_limit = max(map(len, stops), default=1) - 1
         self._held = ""
         self.found: str | None = None
         """The stop text that ended the text."""
@@ -6287,7 +6291,7 @@ class StopText:
         text, self._held = self._held + text, ""
         if self.found:
             return ""
-        limit = len(text) if is_last else max(0, len(text) - self._most_held)
+        limit = len(text) if is_last else max(0, len(text) - self._held_limit)
         places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         # behind the limit, an earlier one may still be on its way
         if places and min(places)[0] <= limit:
@@ -6418,7 +6422,7 @@ _ADDRESS = (
 )
 
 
-def public_error(error: PuterError, names: Iterable[str], base_url: str) -> PuterError:
+def redacted_error(error: PuterError, names: Iterable[str], base_url: str) -> PuterError:
     """The error as callers may see it: no account's name in full, and no URL of the server."""
     public = copy.copy(error)
     if isinstance(error, AllAccountsOnCooldownError):
@@ -6430,14 +6434,14 @@ def public_error(error: PuterError, names: Iterable[str], base_url: str) -> Pute
     text = str(public)[:4_000]
     for name in filter(None, {*names, error.account, *(a.account for a in error.attempts)}):
         named = rf"(?i)(?<!\w){re.escape(name)}(?!\w)"
-        text = re.sub(named, lambda found: _short_name(found[0]), text)
+        text = re.sub(named, lambda found: _masked_name(found[0]), text)
     host = re.escape(urlsplit(base_url).hostname or "")
     text = re.sub(rf"{_ADDRESS}|(?<![\w.-]){host}(?![\w-])[^\s,;()'\"]*", "Puter", text)
     public.message, public.hint, public.attempts = text, "", ()
     return public
 
 
-def _short_name(name: str) -> str:
+def _masked_name(name: str) -> str:
     return _header_text(f"{name[: min(3, max(1, len(name) // 2))]}...")
 
 
@@ -6451,9 +6455,9 @@ def _header_text(text: str) -> str:
 def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/chat/completions`; raises `BadRequestError`."""
     if body.get("n") is not None and (body["n"] != 1 or body["n"] is True):
-        raise _wrong("n must be 1: ask several times for several answers", "n")
+        raise _bad_request("n must be 1: ask several times for several answers", "n")
     if body.get("functions"):
-        raise _wrong("functions are long gone: use tools", "functions")
+        raise _bad_request("functions are long gone: use tools", "functions")
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
@@ -6470,7 +6474,7 @@ def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
 
 def _read_messages(messages: Any) -> Messages:
     keys = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_details")
-    known = [_only(message, *keys) for message in _objects(messages, "messages")]
+    known = [_pick(message, *keys) for message in _objects(messages, "messages")]
     return [one for i, m in enumerate(known) for one in read_message(m, f"messages[{i}]")]
 
 
@@ -6556,19 +6560,19 @@ def _refuse_client_tool(kind: Any) -> None:
     """Raise `BadRequestError` for a tool that would be missed if it were left out."""
     if isinstance(kind, str) and _CLIENT_TOOLS.fullmatch(kind[:100]):
         problem = f"the tool {_describe(kind)} is for its provider's own models"
-        raise _wrong(f"{problem}: offer it as a function", "tools")
+        raise _bad_request(f"{problem}: offer it as a function", "tools")
 
 
 def _tool_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
-        raise _wrong(f"a tool has the name {_describe(name)}", "tools")
+        raise _bad_request(f"a tool has the name {_describe(name)}", "tools")
     return name
 
 
 def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
     """How agents word an effort and a form of JSON, as arguments of chat completions."""
     if _dig(form, "type") == "json_schema":
-        schema = {**defaults, **_only(form, "name", "schema", "strict", "description")}
+        schema = {**defaults, **_pick(form, "name", "schema", "strict", "description")}
         form = {"type": "json_schema", "json_schema": schema}
     return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
 
@@ -6585,7 +6589,7 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
         request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
     elif request.must_search:
         able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3]
-        request = request._replace(answer=f"{_NO_SEARCH} Models that search: {', '.join(able)}.")
+        request = request._replace(canned=f"{_NO_SEARCH} Models that search: {', '.join(able)}.")
     if model is None:
         return request._replace(model=name)
     if model.max_tokens and "max_tokens" in args:
@@ -6620,7 +6624,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/responses`; raises `BadRequestError`."""
     for name in ("background", "conversation", "prompt"):
         if body.get(name):
-            raise _wrong(f"{name} is not supported here", name, code="unsupported_parameter")
+            raise _bad_request(f"{name} is not supported here", name, code="unsupported_parameter")
     items = _response_items(body, memory)
     instructions = read_parts(body.get("instructions"), "instructions")
     opening = [{"role": "system", "content": instructions}] if instructions else []
@@ -6636,7 +6640,7 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     }
     choice = body.get("tool_choice")
     args = {
-        **_only(body, "temperature", "top_p", "parallel_tool_calls", *RESPONSES_ARGUMENTS),
+        **_pick(body, "temperature", "top_p", "parallel_tool_calls", *RESPONSES_ARGUMENTS),
         "verbosity": _dig(body, "text", "verbosity"),
         **_agent_args(_dig(body, "reasoning", "effort"), _dig(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
@@ -6670,7 +6674,7 @@ def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
     before = [] if previous is None else memory.get(f"history_{previous}")
     if before is None:
         text = f"Previous response with id {str(previous)[:200]!r} not found"
-        raise _wrong(text, "previous_response_id", code="previous_response_not_found")
+        raise _bad_request(text, "previous_response_id", code="previous_response_not_found")
     return [*before, *items]
 
 
@@ -6682,7 +6686,7 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
     remembered: JSON | None = memory.get(f"item_{name}")
     if remembered is None and not name.startswith("rs_"):
         why = "Items are not persisted when store is false."
-        raise _wrong(f"Item with id '{name[:200]}' not found. {why}", "input", status=404)
+        raise _bad_request(f"Item with id '{name[:200]}' not found. {why}", "input", status=404)
     return remembered or {"type": "reasoning"}
 
 
@@ -6704,7 +6708,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
     kind, call_id = item.get("type", "message"), item.get("call_id")
     _require(isinstance(kind, str), f"{where}.type", kind, "Write a string.")
     if kind == "message":
-        return _only(item, "role", "content")
+        return _pick(item, "role", "content")
     if kind in ("function_call_output", "custom_tool_call_output", "tool_search_output"):
         output = item.get("output")
         if kind == "tool_search_output":
@@ -6727,7 +6731,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
         role = "user" if kind.endswith("_output") else "assistant"
         return {"role": role, "content": f"[{kind}: {json.dumps(item)[:4_000]}]"}
     if kind not in _SKIPPED_KINDS:
-        raise _wrong(f"an item is of the kind {_describe(kind)}, which is not known", "input")
+        raise _bad_request(f"an item is of the kind {_describe(kind)}, which is not known", "input")
     return None
 
 
@@ -6752,7 +6756,7 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
 
 def _described(tool: JSON) -> JSON:
     if tool["type"] != "custom":
-        return _only(tool, "description", "parameters")
+        return _pick(tool, "description", "parameters")
     texts = tool.get("description"), _dig(tool, "format", "definition")
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}}
     return {
@@ -6960,7 +6964,7 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/messages`; raises `BadRequestError`."""
     for name in ("model", "messages", "max_tokens"):
         if body.get(name) is None:
-            raise _wrong(f"{name}: Field required", name)
+            raise _bad_request(f"{name}: Field required", name)
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
     billing, system = "x-anthropic-billing-header:", read_parts(body.get("system"), "system")
     system = [part for part in system if not str(part.get("text")).startswith(billing)]
@@ -6970,7 +6974,7 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     for tool in _objects(body.get("tools"), "tools"):
         if tool.get("type") in (None, "custom"):
             parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
-            described = {**_only(tool, "description"), "parameters": parameters}
+            described = {**_pick(tool, "description"), "parameters": parameters}
             own.append({"name": _tool_name(tool.get("name")), **described})
         else:
             _refuse_client_tool(tool.get("type"))
@@ -6992,12 +6996,12 @@ def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
     choice, named = body.get("tool_choice"), _dig(body, "tool_choice", "name")
     if choice is not None and _dig(choice, "type") not in ("auto", "any", "tool", "none"):
-        raise _wrong(f"tool_choice is {_describe(choice)}", "tool_choice")
+        raise _bad_request(f"tool_choice is {_describe(choice)}", "tool_choice")
     if named is not None and named in hosted:
         text = f"the tool {_describe(named)} is not available here: it runs on Anthropic's servers"
-        raise _wrong(text, "tool_choice")
+        raise _bad_request(text, "tool_choice")
     return {
-        **_only(body, "max_tokens", "temperature", "top_p"),
+        **_pick(body, "max_tokens", "temperature", "top_p"),
         **_agent_args(effort, form, name="answer", strict=True),
         "tool_choice": choice,
         "parallel_tool_calls": False if _dig(choice, "disable_parallel_tool_use") else None,
@@ -7116,7 +7120,7 @@ DIALECTS: dict[str, Dialect] = {
     "/v1/chat/completions": _CHAT_DIALECT,
     "/v1/responses": Dialect(responses_request, responses_body, responses_frames, responses_error),
     "/v1/messages": _MESSAGES,
-    "/v1/messages/count_tokens": _MESSAGES._replace(answer=count_tokens),
+    "/v1/messages/count_tokens": _MESSAGES._replace(compute=count_tokens),
 }
 
 
@@ -7165,14 +7169,14 @@ def media_args(path: str, body: JSON) -> JSON:
     kind, given = MEDIA[path]
     # a text would be a path of this computer
     if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
-        raise _wrong(f"{given} is missing, or not sent as it must be", given)
+        raise _bad_request(f"{given} is missing, or not sent as it must be", given)
     if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
-        raise _wrong("one result is given out whole: leave out n and stream")
+        raise _bad_request("one result is given out whole: leave out n and stream")
     names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
-    args = {key: value for key, value in _only(body, *names).items() if value != "auto"}
+    args = {key: value for key, value in _pick(body, *names).items() if value != "auto"}
     if (size := body.get("size")) not in (None, "auto"):
         if not (found := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(size))):
-            raise _wrong("size must be WIDTHxHEIGHT", "size")
+            raise _bad_request("size must be WIDTHxHEIGHT", "size")
         args["ratio"] = {"w": int(found[1]), "h": int(found[2])}
     return args
 
@@ -7202,7 +7206,7 @@ def form_body(data: bytes, kind: str) -> JSON:
     boundary = read(f"Content-Type: {kind}".encode("latin-1")).get_boundary("")
     parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
     if not boundary or parts[-1][:2] != b"--":
-        raise _wrong("the form has no end, or too many parts")
+        raise _bad_request("the form has no end, or too many parts")
     for part in parts[1:-1]:
         head, _, content = part.partition(b"\r\n\r\n")
         headers = read(head[:8_192].lstrip(b"\r\n"))
@@ -7353,7 +7357,7 @@ class OpenAIServer:
         # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
         self._turned_away: deque[tuple[float, Any]] = deque()
-        self._running: dict[Any, _Cancellation] = {}
+        self._running: dict[Any, _InFlight] = {}
         # what the body of each running request holds
         self._held_bytes: Counter[Any] = Counter()
         self._idle = threading.Condition()
@@ -7400,9 +7404,9 @@ class OpenAIServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def running(self, connection: Any) -> Iterator[_Cancellation]:
+    def running(self, connection: Any) -> Iterator[_InFlight]:
         """While inside, the request on this connection is waited for at the end, and can be cancelled."""
-        cancellation = _Cancellation()
+        cancellation = _InFlight()
         with self._idle:
             self._running[connection] = cancellation
         try:
@@ -7528,7 +7532,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     """
 
     app: OpenAIServer
-    cancellation: _Cancellation
+    cancellation: _InFlight
     rfile: io.BufferedIOBase
     dialect = DIALECTS["/v1/chat/completions"]
 
@@ -7584,7 +7588,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         """The body; memory for it is reserved as it arrives, until the request is answered."""
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
         if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise _wrong(f"the content coding {coding[:50]!r} is not known", status=415)
+            raise _bad_request(f"the content coding {coding[:50]!r} is not known", status=415)
         self._must_arrive_in(self.app.limits.body_s)
         is_expected = self.headers.get("Expect", "").lower() == "100-continue"
         for size in self._sizes():
@@ -7608,7 +7612,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             # either kind, by its head
             unpacked = zlib.decompressobj(47).decompress(body, self.app.limits.body_bytes + 1)
         except zlib.error as error:
-            raise _wrong(f"the body is not {coding} ({error})") from None
+            raise _bad_request(f"the body is not {coding} ({error})") from None
         self._check_size(len(unpacked))
         self.app.reserve(self.connection, len(unpacked))
         return unpacked
@@ -7616,7 +7620,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def _check_size(self, size: int) -> None:
         limit = self.app.limits.body_bytes
         if size > limit:
-            raise _wrong(f"a request may hold {limit} bytes", status=413)
+            raise _bad_request(f"a request may hold {limit} bytes", status=413)
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
@@ -7624,23 +7628,23 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         if coding is None:
             yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
         elif length is not None:
-            raise _wrong("a request has a Content-Length or a Transfer-Encoding, not both")
+            raise _bad_request("a request has a Content-Length or a Transfer-Encoding, not both")
         elif coding.strip(" \t").lower() != "chunked":
-            raise _wrong(f"the transfer coding {coding[:50]!r} is not known", status=501)
+            raise _bad_request(f"the transfer coding {coding[:50]!r} is not known", status=501)
         else:
             yield 0  # a client may wait for our word
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
                 yield size
                 if self._line():
-                    raise _wrong("a chunk is longer than it says")
+                    raise _bad_request("a chunk is longer than it says")
             # trailers say nothing to us
             if not any(not self._line() for _ in range(100)):
-                raise _wrong("the body has too many trailers")
+                raise _bad_request("the body has too many trailers")
 
     def _line(self) -> str:
         line = self.rfile.readline(257).decode("latin-1")
         if not re.fullmatch(r"[^\r\n]*\r?\n", line):
-            raise _wrong("the body is not chunked as it should be")
+            raise _bad_request("the body is not chunked as it should be")
         return line.rstrip("\r\n")
 
     # ---- deciding ----
@@ -7674,7 +7678,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             if len(headers.get_all(name, ())) > 1:
                 # where the body ends is anybody's guess
                 self.close_connection = True
-                raise _wrong(f"there are several {name} headers")
+                raise _bad_request(f"there are several {name} headers")
         is_preflight = self.command == "OPTIONS" and "Origin" in headers
         refused = refusal(self.app.rules, path, headers)
         if "Origin" in headers and not isinstance(refused, AccessError):
@@ -7689,10 +7693,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._send(204, None)
         elif not (is_models or is_posted or path in ("/", "/health")):
             advice = "leave /v1 out of the URL" if path.startswith("/v1/v1/") else "the base is /v1"
-            raise _wrong(f"there is no {path[:200]} here; {advice}", status=404)
+            raise _bad_request(f"there is no {path[:200]} here; {advice}", status=404)
         elif self.command not in (allowed := ("POST",) if is_posted else ("GET", "HEAD")):
             self.reply_headers["Allow"] = ", ".join(allowed)
-            raise _wrong(f"{self.command} is not for {path[:200]}", status=405)
+            raise _bad_request(f"{self.command} is not for {path[:200]}", status=405)
         elif path in DIALECTS:
             self._answer_dialect(DIALECTS[path], self._read_body())
         elif is_posted:
@@ -7708,8 +7712,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
         body = _json_body(data, self.app.limits.values)
-        if dialect.answer is not None:
-            self._send(200, dialect.answer(body))
+        if dialect.compute is not None:
+            self._send(200, dialect.compute(body))
             return
         client = self.app.client
         asked = dialect.parse(body, self.app.memory)
@@ -7719,7 +7723,9 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
             name = served[0]
         if not name:
-            raise _wrong("you must name a model (or set default_model in puter.json)", "model")
+            raise _bad_request(
+                "you must name a model (or set default_model in puter.json)", "model"
+            )
         asked = with_served_model(asked, name, models)
         args = {**asked.args, "tools": asked.tools}
         request = client._build_request(asked.messages, asked.model, **args)
@@ -7740,13 +7746,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self._send(200, *media_body(body, result))
 
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
-        if asked.answer:
-            return Reply(asked.answer, model=asked.model)
+        if asked.canned:
+            return Reply(asked.canned, model=asked.model)
         return self.app.client._complete(request, self.cancellation)
 
     def _open(self, asked: ChatRequest, request: Asked) -> Stream:
         """A stream; of a whole reply where all must be there before anything can be given."""
-        if not (asked.wants_json or asked.answer):
+        if not (asked.wants_json or asked.canned):
             return self.app.client._open(request, self.cancellation)
         reply = _with_json(asked, self._complete(asked, request))
         who = (reply.model, reply.account, reply.attempts)
@@ -7775,7 +7781,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 yield opened.result().reply
             except PuterError as error:
                 has_failed = True
-                raise self._public(error) from error
+                raise self._redacted(error) from error
 
         def model() -> str:
             is_known = opened.done() and not opened.exception()
@@ -7801,17 +7807,17 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
 
-    def _public(self, error: PuterError) -> PuterError:
+    def _redacted(self, error: PuterError) -> PuterError:
         """The error without what is only the owner's to know."""
         names: list[str] = [self.app.token_owner]
         with suppress(PuterError):
             names += [account.username for account in self.app.client.accounts]
-        return public_error(error, names, self.app.client.config.api_base_url)
+        return redacted_error(error, names, self.app.client.config.api_base_url)
 
     # ---- writing ----
 
     def _fail(self, error: PuterError) -> None:
-        status, public = error_status(error), self._public(error)
+        status, public = error_status(error), self._redacted(error)
         _log.info("Gateway: %d %s", status, error.message)
         body = self.dialect.error(public, status, self.request_id)
         if self.sent:
@@ -7827,7 +7833,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a broken head), in the shape of the dialect."""
         self.close_connection = True
-        self._fail(_wrong(message or "it cannot be read", status=int(code)))
+        self._fail(_bad_request(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | bytes | None, kind: str = "application/json") -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -7908,7 +7914,7 @@ def _overloaded(text: str) -> ServerError:
 
 def _body_size(digits: str, pattern: str, base: int) -> int:
     if not re.fullmatch(pattern, digits.strip(" \t")):
-        raise _wrong("the length of the body is no number")
+        raise _bad_request("the length of the body is no number")
     return int(digits, base)
 
 
@@ -7924,13 +7930,13 @@ def _commas_outside_texts(data: bytes) -> int:
 
 def _json_body(data: bytes, max_values: int) -> JSON:
     if data.count(b",") > max_values and _commas_outside_texts(data) > max_values:
-        raise _wrong(f"the body holds more than {max_values} values", status=413)
+        raise _bad_request(f"the body holds more than {max_values} values", status=413)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"the body is not valid JSON ({error})") from None
+        raise _bad_request(f"the body is not valid JSON ({error})") from None
     if not isinstance(body, dict):
-        raise _wrong("the body is not a JSON object")
+        raise _bad_request("the body is not a JSON object")
     return body
 
 
@@ -7945,7 +7951,7 @@ def answer_headers(who: Reply | Stream) -> dict[str, str]:
     """Who answered; of the account's name only the first letters."""
     return {
         "x-puter-model": _header_text(who.model),
-        "x-puter-account": _short_name(who.account),
+        "x-puter-account": _masked_name(who.account),
         "x-puter-attempts": str(len(who.attempts)),
     }
 
@@ -8036,7 +8042,7 @@ class _McpCall:
     request: JSON
     progress_token: str | int | None
     progress: int = 0
-    cancellation: _Cancellation = field(default_factory=_Cancellation)
+    cancellation: _InFlight = field(default_factory=_InFlight)
     stream: Stream | None = None
     text: list[str] = field(default_factory=list)  # of the answer so far
 
@@ -8515,7 +8521,7 @@ def build_parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            super().error(visible(message.replace("\n", "␊")))
+            super().error(escape_controls(message.replace("\n", "␊")))
 
     shape = argparse.RawDescriptionHelpFormatter
     parser = Parser(
@@ -8608,14 +8614,14 @@ def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") ->
     output, shown = output or sys.stdout, ""
     pieces = [(line, style)] if isinstance(line, str) else line
     for text, look in pieces:
-        text = visible(text) if output.isatty() else text
+        text = escape_controls(text) if output.isatty() else text
         shown += f"\x1b[{_STYLES[look]}m{text}\x1b[0m" if look and _has_style(output) else text
     print(shown, end=end, file=output, flush=True)
     _StderrHandler.is_line_open = not (pieces[-1][0] + end).endswith("\n")
 
 
 def _info(line: _Line, dim: bool = False, end: str = "\n") -> None:
-    """A line for the person, on stderr; `dim` for what is beside the point."""
+    """A line for the user, on stderr; `dim` for what is beside the point."""
     with suppress(BrokenPipeError):  # nobody listens there
         _print(line, end, sys.stderr, "dim" if dim else "")
 
@@ -10050,11 +10056,11 @@ def aider_files(setup: Setup) -> JSON:
     kind = {"litellm_provider": "openai", "mode": "chat"}
     models, metadata = [], {}
     for m in setup.models:
-        name, most = f"openai/{m.id}", m.max_tokens or 4_096
+        name, limit = f"openai/{m.id}", m.max_tokens or 4_096
         models.append({"name": name, "weak_model_name": name, **same})
         metadata[name] = {
             **kind,
-            **dict.fromkeys(("max_tokens", "max_output_tokens"), most),
+            **dict.fromkeys(("max_tokens", "max_output_tokens"), limit),
             "max_input_tokens": m.window or 128_000,
             "supports_vision": _sees_images(m),
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,

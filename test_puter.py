@@ -7372,13 +7372,13 @@ class TestState:
 
     def test_old_times_go_and_counts_stay(self, state):
         for number in range(puter._TRIM_EVERY):
-            state.record("mn"[number % 2], "ok", float(number), keep=5)
+            state.record("mn"[number % 2], "ok", float(number), limit=5)
         state.record("m", "late", 1.0)
-        totals, samples = state.metrics(["m"], keep=3)
+        totals, samples = state.metrics(["m"], limit=3)
         half = puter._TRIM_EVERY // 2
         assert sorted(totals) == [("late", 1, 0.0), ("ok", half, 0.0)]
         assert [row[0] for row in samples] == [998.0, 996.0, 994.0]
-        assert [len(state.metrics([name], keep=500)[1]) for name in "mn"] == [5, 5]
+        assert [len(state.metrics([name], limit=500)[1]) for name in "mn"] == [5, 5]
 
     def test_cached_replies_are_counted(self, state):
         state.cache_put("old", "{}", 1.0, limit=10)
@@ -8529,7 +8529,7 @@ def opening(
     client: puter.Puter, model: str, **more: Any
 ) -> tuple[Any, threading.Thread, list[Any]]:
     """A stream that another thread opens: what gives it up, the thread, and its outcome."""
-    call = puter._Cancellation()
+    call = puter._InFlight()
     request = client._build_request("hi", model, **more)
     return (call, *in_background(lambda: client._open(request, call)))
 
@@ -10676,15 +10676,15 @@ class TestGate:
 
     def test_only_places_that_nobody_gives_back_are_an_error(self):
         limit = puter._ConcurrencyLimit(2)
-        with limit.place(puter._Cancellation(), 0), limit.place(puter._Cancellation(), 0):
+        with limit.place(puter._InFlight(), 0), limit.place(puter._InFlight(), 0):
             with pytest.raises(puter.RateLimitError, match="2 requests.*max_concurrent") as caught:
-                limit.place(puter._Cancellation(), 0.05).__enter__()
+                limit.place(puter._InFlight(), 0.05).__enter__()
             assert caught.value.scope == "request" and not caught.value.retryable
-        with limit.place(puter._Cancellation(), 0):
+        with limit.place(puter._InFlight(), 0):
             pass
 
     def test_who_gave_up_does_not_wait_and_a_pause_holds_all_back(self):
-        limit, call = puter._ConcurrencyLimit(1), puter._Cancellation()
+        limit, call = puter._ConcurrencyLimit(1), puter._InFlight()
         limit.pause(30)
         waiter, outcome = in_background(limit.place(call, 30).__enter__)
         assert not eventually(lambda: outcome, 0.1)
@@ -11472,7 +11472,7 @@ def completion_of(reply: puter.Reply, **asked: Any) -> JSON:
 
 def error_body(error: puter.PuterError) -> JSON:
     """An error as callers see it."""
-    public = puter.public_error(error, ["alice"], "https://api.example:8443/v9")
+    public = puter.redacted_error(error, ["alice"], "https://api.example:8443/v9")
     return puter.chat_error(public, puter.error_status(error), "req_1")["error"]
 
 
@@ -11983,7 +11983,7 @@ class TestTranslation:
             attempt = puter.Attempt("m", name, puter.RateLimitError("x"), 1.0)
             details = {"attempts": [attempt, attempt]}
         error = puter.RateLimitError(f"Too much on {name}, they say ({name})", **details)
-        public = puter.public_error(error, [name] if where == "stored" else [], "http://h")
+        public = puter.redacted_error(error, [name] if where == "stored" else [], "http://h")
         assert name not in str(public) and "Too much on" in str(public)
 
     @pytest.mark.parametrize(
@@ -11997,7 +11997,7 @@ class TestTranslation:
         ],
     )
     def test_no_address_is_named(self, text):
-        public = str(puter.public_error(puter.ServerError(text), [], "http://h"))
+        public = str(puter.redacted_error(puter.ServerError(text), [], "http://h"))
         assert "Puter" in public and not re.search("(?i)internal|10[.]2|fd00", public)
 
     @pytest.mark.parametrize(
@@ -12036,7 +12036,7 @@ class TestTranslation:
         Model.model_validate(shown, strict=True)
 
     def test_what_is_remembered_of_answers(self):
-        memory = puter.ResponseMemory(most_bytes=30)
+        memory = puter.ResponseMemory(limit_bytes=30)
         value = {"a": [1]}
         memory.put("x", value)
         value["a"].append(2)
@@ -12742,7 +12742,7 @@ class TestMessagesDialect:
     def test_arguments(self, more, args):
         asked = messages_request(**more, stream=True, stop_sequences=["END"])
         assert asked.args == {"max_tokens": 64, **args}
-        assert (asked.streaming, asked.stop, asked.answer) == (True, ("END",), "")
+        assert (asked.streaming, asked.stop, asked.canned) == (True, ("END",), "")
         offered = [tool["function"]["name"] for tool in asked.tools]
         chosen = more.get("tool_choice", {}).get("type")
         assert offered == (["f"] if "tools" in more and chosen != "none" else [])
@@ -18808,7 +18808,7 @@ class TestAsk:
         ],
     )
     def test_visible(self, text, want):
-        assert puter.visible(text) == want
+        assert puter.escape_controls(text) == want
 
     @posix_only
     def test_no_answer_drives_the_terminal(self, desk):
