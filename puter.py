@@ -5634,7 +5634,7 @@ class Puter:
         if error.scope == "account":
             error.message += f" (account {account.username})"
         if isinstance(error, AuthError) and account.token == os.environ.get(TOKEN_VARIABLE):
-            error.hint = f"{TOKEN_VARIABLE} is set and comes before the stored accounts."
+            error.hint = f"{TOKEN_VARIABLE} is set: unset it, or set it to a token that works."
         return error
 
     def _explained(self, error: CreditError, request: Asked, target: Target) -> PuterError:
@@ -8607,7 +8607,8 @@ EXIT_CODES = """exit codes:
   1  it failed: not signed in, limited, a broken answer... (one line on stderr says why)
   2  wrong usage, or a wrong setting
   130  stopped with Ctrl-C;  141  whoever read the output went away
-  launch: the program's own, 128 + n for a signal;  127  it is not installed
+  launch: the program's own, 128 + n for a signal;  126  it is not executable
+  127  it is not installed
 """
 _EXAMPLES = """examples:
   python -m puter login                        sign in with the browser
@@ -8617,10 +8618,14 @@ _EXAMPLES = """examples:
 """
 _NAME_RULE = """A single word behind -c is a name if one argument follows (-c NAME "question")
 or there is a conversation of this name; all else is the question (-c "question").
+Names are up to 64 letters, digits, dots, - and _, and do not begin with a dot or -.
 """
 CONVERSATION_NAME = "conversation.json"
 CONVERSATIONS_FOLDER = "conversations"
-_TALK_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_TALK_NAME = re.compile(r"\w[\w.-]{0,63}")
+# Of the files for each kind, the usual one first; for other kinds it is their name.
+_ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
+_SPOKEN_FORMATS = ("mp3", "wav", "opus", "aac", "flac", "pcm")
 IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
@@ -8710,8 +8715,12 @@ def build_parser() -> Any:
     """The `argparse` parser of all commands."""
     import argparse
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(escape_controls(message.replace("\n", "␊")))
+
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="puter" if os.path.basename(sys.argv[0]) == "puter" else "python -m puter",
         description="Ask the AI models of a Puter.com account.",
         epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
@@ -8824,10 +8833,12 @@ def _error(error: PuterError | str) -> None:
 def _report(args: Any, data: Any, lines: Iterable[_Line]) -> None:
     """A result on stdout: JSON for programs (--json), else lines for people."""
     if args.json:
-        print(json.dumps(data, ensure_ascii=False))
+        # a terminal obeys some of what is not ASCII
+        print(json.dumps(data, ensure_ascii=sys.stdout.isatty()))
         return
     for line in lines:
-        _print(line)
+        pieces = [(line, "")] if isinstance(line, str) else line
+        _print([(text.replace("\n", "␊"), look) for text, look in pieces])
 
 
 @contextmanager
@@ -8880,9 +8891,9 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
 @_command(
     _opt("prompt", "the question; - reads standard input", nargs="*", type=str),
     _opt("-a --attach FILE", "a text, image, PDF or URL, - for stdin; several times", **_SEVERAL),
-    _opt("-o --output FILE", "where a picture of the answer goes"),
+    _opt("-o --output FILE", "where a picture of the answer goes; - for stdout"),
     *_TALK_OPTIONS,
-    _opt("--schema FILE", "answer in JSON by a schema: a file, or the schema itself"),
+    _opt("--schema FILE", "answer in JSON by a schema: a file, - or the schema itself"),
     _opt("--web", "search the web first (OpenAI's models)"),
     _opt("--no-stream", "print the answer when it is whole"),
     _opt("--no-fallback", "only the model that was asked"),
@@ -8893,10 +8904,11 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
 def cmd_ask(args: Any) -> None:
     """Ask a model; a pipe's text joins the prompt."""
     prompt = _prompt_of(args)
-    wants_stdin = "-" not in args.attach and (prompt == "-" or not sys.stdin.isatty())
+    is_taken = "-" in (*args.attach, args.schema)
+    wants_stdin = not is_taken and (prompt == "-" or not sys.stdin.isatty())
     piped = _text_of_pipe(_read_stdin()).strip() if wants_stdin else ""
     text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
-    with _client() as client:
+    with _client() as client, _saving(args, "picture") as save:
         message = message_with(text, args.attach, client)
         if not text.strip() and not args.attach:
             hint = 'Try: python -m puter ask "Why is the sky blue?"'
@@ -8909,15 +8921,19 @@ def cmd_ask(args: Any) -> None:
         whole = args.json or args.no_stream
         reply = _answer(client, talk, message, options, whole)
         if whole:
-            _report(args, _reply_report(reply), [str(reply)] if reply.text else [])
-        _save_images(reply, args.output)
+            _report(args, _reply_report(reply), str(reply).split("\n") if reply.text else [])
+        _save_images(reply, save)
+        if args.output and not reply.images:
+            _info("the answer has no picture")
         _comment(client, talk.model, reply)
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
 
 
 def _schema_from(source: str) -> JSON:
-    text = source if source.lstrip().startswith("{") else _bytes_of(source, "file")[0]
+    text: str | bytes = source
+    if not source.lstrip().startswith("{"):
+        text = _read_stdin() if source == "-" else _bytes_of(source, "file")[0]
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -8926,9 +8942,46 @@ def _schema_from(source: str) -> JSON:
     return dict(schema)
 
 
-def _save_images(reply: Reply, output: str | None = None) -> None:
-    for image in reply.images:
-        _info(f"picture: {_saved(image, output or 'picture')}")
+@contextmanager
+def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
+    """What saves a medium where -o says, and returns the place: checked before anything is paid.
+
+    With `-o -` only its bytes go to stdout, and what else is printed inside to stderr.
+    """
+    output, force, stdout = args.output or "", getattr(args, "force", False), sys.stdout
+    if output == "-":
+        if stdout.isatty():
+            raise ConfigError("A terminal cannot show it", hint="Name a file with -o, or pipe it.")
+
+        def write(medium: _Medium) -> str:
+            stdout.buffer.write(medium.data)
+            return "standard output" if medium.data else medium.url
+
+        sys.stdout = sys.stderr
+        try:
+            yield write
+        finally:
+            sys.stdout = stdout
+        return
+    is_folder = os.path.isdir(output) or not os.path.basename(output)
+    path = os.path.join(output, name) if is_folder else output
+    if args.run is not cmd_ask and not is_folder and not force and os.path.lexists(path):
+        hint = "Choose another name, or replace it with --force."
+        raise BadRequestError(f"{path} exists already", hint=hint)
+    real = os.path.realpath(path)
+    place = real if force and os.path.exists(real) else os.path.dirname(real)
+    if (output or args.run is not cmd_ask) and not os.access(place, os.W_OK):
+        raise BadRequestError(f"{path} cannot be written", hint="Choose another place with -o.")
+    yield partial(_saved, output=path, overwrite=force)
+
+
+def _save_images(reply: Reply, save: Callable[[_Medium], str]) -> None:
+    def show(image: Picture) -> None:
+        _info(f"picture: {save(image)}")
+
+    with ExitStack() as stack:  # when one fails, the others are saved all the same
+        for image in reversed(reply.images):
+            stack.callback(show, image)
 
 
 def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
@@ -8936,18 +8989,28 @@ def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
     if not medium.data:
         return medium.url
     stem, ending = os.path.splitext(output)
-    kinds = {"image/jpeg": ".jpg", "audio/mpeg": ".mp3"}
-    ending = ending or kinds.get(medium.mime, f".{medium.mime.rpartition('/')[2]}")
+    usual = _ENDINGS.get(medium.mime, f".{medium.mime.rpartition('/')[2]}").split()
+    ending = ending or ("" if overwrite and os.path.exists(output) else usual[0])
     path = stem + ending if overwrite else _free_name(stem, ending)
-    with _failing(f"{path} cannot be written", "Choose another place with -o."):
+    try:
         medium.save(path, overwrite)
+    except OSError as error:
+        from tempfile import mkstemp
+
+        handle, kept = mkstemp(usual[0], "puter-")
+        with open(handle, "wb") as file:
+            file.write(medium.data)
+        problem = f"{path} cannot be written ({error.strerror or error})"
+        raise StoreError(problem, hint=f"It was saved in {kept} instead.") from error
+    if ending.lower() not in ("", *usual):
+        _info(f"note: {path} holds {medium.mime}")
     return path
 
 
 def _free_name(stem: str, ending: str) -> str:
     """The name of a file that is not there yet: stem.ending, stem-1.ending…"""
     names = (f"{stem}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
-    return next(name for name in names if not os.path.exists(name))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _read_stdin() -> bytes:
@@ -9016,12 +9079,16 @@ class _SavedTalk(Conversation):
     def read(self) -> None:
         """Become what is saved; raises `StoreError` for a file that holds no conversation."""
         try:
+            if not self.path.is_file():  # to open a FIFO would wait
+                raise ValueError("it is no file")
             saved = Conversation.from_json(json.loads(self.path.read_text(encoding="utf-8")))
+            _require(isinstance(saved.model or "", str), "model", saved.model, "")
+            messages_from(saved.messages, saved.system)
             self.system, self.model = saved.system, saved.model
             self.messages, self.options = saved.messages, saved.options
-            self.words("user")
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            problem = f"{self.path}: the conversation cannot be read ({error})"
+        except (OSError, ValueError, TypeError, RecursionError, BadRequestError) as error:
+            why = getattr(error, "message", error)
+            problem = f"{self.path}: the conversation cannot be read ({why})"
             hint = "Move the file away, or ask without --continue."
             raise StoreError(problem, hint=hint) from error
 
@@ -9051,8 +9118,8 @@ class _SavedTalk(Conversation):
 def _prompt_of(args: Any) -> str:
     """The question; what follows -c may be its beginning, as the help of `ask` says."""
     word = args.continue_ or ""
-    is_name = _TALK_NAME.fullmatch(word) and (
-        len(args.prompt) == 1 or _SavedTalk(config_dir(), word).stamp
+    is_name = len(args.prompt) == 1 or (
+        _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
     )
     if word and not is_name:
         args.continue_, args.prompt = "", [word, *args.prompt]
@@ -9062,7 +9129,7 @@ def _prompt_of(args: Any) -> str:
 def _conversation(args: Any, client: Puter) -> _SavedTalk:
     name = args.continue_ or ""
     if name and not _TALK_NAME.fullmatch(name):
-        hint = "Use up to 64 letters, digits, dots, - and _."
+        hint = "Use up to 64 letters, digits, dots, - and _, and no dot or - in front."
         raise ConfigError(f"{name!r} cannot be the name of a conversation", hint=hint)
     talk = _SavedTalk(client.config.folder, name, client)
     goes_on = args.continue_ is not None
@@ -9188,7 +9255,7 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
 _READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
 _MADE_OPTIONS = (
     _opt("given", "the words; - reads standard input", nargs="*", type=str, metavar="text"),
-    _opt("-o --output FILE", "where it is saved"),
+    _opt("-o --output FILE", "where it is saved: a file, a folder, or - for stdout"),
     _opt("--force", "replace the file if it exists"),
     *_READ_OPTIONS,
 )
@@ -9203,16 +9270,18 @@ def cmd_image(args: Any) -> None:
 @_command(_opt("--voice NAME", "who speaks"), *_MADE_OPTIONS)
 def cmd_speak(args: Any) -> None:
     """Speak a text."""
-    _make(args, Audio, "speech", voice=args.voice)
+    ending = os.path.splitext(args.output or "")[1][1:].lower()
+    form = ending if ending in _SPOKEN_FORMATS else None
+    _make(args, Audio, "speech", voice=args.voice, response_format=form)
 
 
-@_command(_opt("given", "a recording", metavar="file"), *_READ_OPTIONS)
+@_command(_opt("given", "a recording; - reads standard input", metavar="file"), *_READ_OPTIONS)
 def cmd_transcribe(args: Any) -> None:
     """Write down what a recording says."""
     _make(args, Transcript)
 
 
-@_command(_opt("given", "a picture or PDF", metavar="file"), *_READ_OPTIONS)
+@_command(_opt("given", "a picture or PDF; - reads standard input", metavar="file"), *_READ_OPTIONS)
 def cmd_ocr(args: Any) -> None:
     """Read the text of a picture or PDF."""
     _make(args, str)
@@ -9220,32 +9289,36 @@ def cmd_ocr(args: Any) -> None:
 
 def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
     """Have a job done, and print what came of it, or where it was saved."""
-    output, force, given = (getattr(args, key, None) for key in ("output", "force", "given"))
-    if output and os.path.exists(output) and not force:
-        hint = "Choose another name, or replace it with --force."
-        raise BadRequestError(f"{output} exists already", hint=hint)
-    if output and not os.access(os.path.dirname(output) or ".", os.W_OK):
-        raise BadRequestError(f"{output} cannot be written", hint="Choose another place.")
-    if isinstance(given, list):
-        given = " ".join(given)
-        given = _text_of_pipe(_read_stdin()).strip() if given in ("", "-") else given
-    with _client() as client:
+    with ExitStack() as stack, _client() as client:
+        save: Any = stack.enter_context(_saving(args, name)) if name else str
+        given = _given(args)
 
         def make() -> tuple[Any, Reply]:
             with closing(_Spinner(client.config.quiet_mode)) as spinner:
-                client._on_wait = partial(setattr, spinner, "reason")
+                client._on_wait = spinner.wait
                 return client._make(kind, given, model=args.model, **options)
 
         result, reply = _signed_in(client, make)
-        cost, quiet = reply.usage.cost_usd, client.config.quiet_mode
-    report = {"model": reply.model, "account": reply.account, "cost_usd": cost}
-    shown = _saved(result, output or name, bool(force)) if name else str(result)
-    found = {"file": shown, "mime": result.mime} if name else {"text": shown}
-    report |= found | getattr(result, "raw", {})
-    _report(args, report, [shown])
-    if not quiet:
-        price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
-        _info(f"{reply.model} on {reply.account}; {price}", dim=True)
+        cost, shown = reply.usage.cost_usd, save(result)
+        report = {"model": reply.model, "account": reply.account, "cost_usd": cost}
+        found = {"file": shown, "mime": result.mime} if name else {"text": shown}
+        report |= found | getattr(result, "raw", {})
+        _report(args, report, shown.split("\n"))
+        if not client.config.quiet_mode:
+            price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
+            _info(f"{reply.model} on {reply.account}; {price}", dim=True)
+
+
+def _given(args: Any) -> Any:
+    """The words, or the file, that a command of pictures and sound was given."""
+    if isinstance(args.given, str):
+        return ("standard input", _read_stdin()) if args.given == "-" else args.given
+    words = " ".join(args.given)
+    words = _text_of_pipe(_read_stdin()) if words in ("", "-") else words
+    if not words.strip():
+        hint = f'Try: python -m puter {args.command} "A red bicycle"'
+        raise ConfigError("There are no words", hint=hint)
+    return words.strip()
 
 
 class _Chat:
@@ -9305,7 +9378,7 @@ class _Chat:
         self.unanswered = None
         self.answered += 1
         self.used[-1] = reply.usage
-        _save_images(reply)
+        _save_images(reply, partial(_saved, output="picture"))
         _comment(self.client, self.talk.model, reply)
 
     def commands(self) -> dict[str, Callable[[str], None]]:
@@ -9338,8 +9411,11 @@ class _Chat:
         lines += [f"and {len(found) - 20} more"] if len(found) > 20 else []
         _info("\n".join(lines) or "No models match.")
 
-    def do_new(self, _: str) -> None:
-        """/new           begin a new conversation"""
+    def do_new(self, name: str) -> None:
+        """/new           begin a new conversation, without a name"""
+        if name:
+            hint = "With a name: python -m puter chat -c NAME"
+            raise BadRequestError("/new takes no name", hint=hint)
         old = self.talk
         self.talk = _SavedTalk(old.folder, client=self.client)
         self.talk.model, self.talk.system, self.unanswered = old.model, old.system, None
@@ -9349,7 +9425,7 @@ class _Chat:
         """/retry         ask the last message again"""
         everything, asked = self.talk.messages, self.unanswered or self._take_back()
         if asked is None:
-            raise BadRequestError("Nothing was asked yet")
+            raise BadRequestError("Nothing was asked yet", hint="")
         try:
             self.ask(asked)
         except BaseException:
@@ -9359,7 +9435,7 @@ class _Chat:
     def do_undo(self, _: str) -> None:
         """/undo          forget the last message and its answer"""
         if self._take_back() is None:
-            raise BadRequestError("There is nothing to undo")
+            raise BadRequestError("There is nothing to undo", hint="")
         self.talk.save()
         _info("The last message and its answer were removed.")
 
@@ -9373,6 +9449,8 @@ class _Chat:
         """/save FILE     write the conversation (.json, else as text)"""
         if not name:
             raise BadRequestError("Say where", hint="/save FILE")
+        if not self.talk.messages:
+            raise BadRequestError("There is nothing to save yet", hint="")
         if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
@@ -9391,7 +9469,7 @@ class _Chat:
         """/help          this list"""
         _info("\n".join(str(command.__doc__) for command in self.commands().values()))
         _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
-        _info("Ctrl-C stops an answer; Ctrl-D leaves.")
+        _info("Ctrl-C stops an answer; exit or Ctrl-D leaves.")
 
     def complete(self, text: str, state: int) -> str | None:
         """For readline: the command, model or file number `state` that begins so."""
@@ -9883,10 +9961,13 @@ def cmd_stats(args: Any) -> None:
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return
         stats = client.stats(args.model)
-    _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model))
+        free = {m.id for m in client._catalogue.known() if m.free}
+    _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model, free))
 
 
-def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Line]:
+def _stats_lines(
+    stats: Sequence[ModelStats], model: str | None, free: Collection[str]
+) -> Iterator[_Line]:
     if not stats:
         yield f"There are no statistics{f' of {model}' if model else ''} yet."
         return
@@ -9902,7 +9983,8 @@ def _stats_lines(stats: Sequence[ModelStats], model: str | None) -> Iterator[_Li
         counts = (str(one.requests), rate if styled else str(one.successes))
         longest = max(one.times, default=0.0) or 1.0
         bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
-        cells = (one.model, *counts, *times, speed, f"${one.cost_usd:.4f}")
+        cost = f"${one.cost_usd:.4f}" if one.cost_usd or one.model in free else "-"
+        cells = (one.model, *counts, *times, speed, cost)
         rows.append((*cells, *[bars or "-"] * styled))
     yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
     for one in stats:
@@ -10196,6 +10278,9 @@ def llm_files(setup: Setup) -> JSON:
 
 
 _DESKTOP_FILE = "claude_desktop_config.json (Settings, Developer, Edit Config)"
+# In the folder of a launch: whose it is.
+_LAUNCH_MARK = "puter-launch.txt"
+_SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
@@ -10459,8 +10544,17 @@ def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
     return next(suitable, None)
 
 
+def _agent(name: str) -> str:
+    if name not in LAUNCHED:
+        from argparse import ArgumentTypeError
+
+        known = f"choose from {', '.join(LAUNCHED)}"
+        raise ArgumentTypeError(f"invalid choice: {name!r} ({known}, or: launch -- {name} ...)")
+    return name
+
+
 @_command(
-    _opt("program", "the agent", nargs="?", choices=list(LAUNCHED)),
+    _opt("program", "the agent", nargs="?", choices=list(LAUNCHED), type=_agent),
     _MODEL_OPTION,
     _opt("--small MODEL", "for small tasks (default: the same)"),
     _FREE_FLAG,
@@ -10481,6 +10575,9 @@ def cmd_launch(args: Any) -> int:
         return 0
     program = LAUNCHED.get(args.program, Launcher(_plan_other, uses_tools=False))
     path = shutil.which(command[0])
+    if path is None and os.path.dirname(command[0]) and os.path.exists(command[0]):
+        _error(f"{command[0]} cannot be started (Permission denied). Is it executable?")
+        return 126
     if path is None:
         how = f"Install it with: {program.install}" if program.install else "Is its name right?"
         _error(f"{command[0]} is not installed. {how}")
@@ -10509,8 +10606,11 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
     version = None
     with suppress(OSError, subprocess.TimeoutExpired):
-        shown = subprocess.run([path, "--version"], capture_output=True, timeout=20, check=False)
-        version = re.search(rb"\d+(\.\d+)+", shown.stdout)
+        environ = {n: value for n, value in os.environ.items() if n not in _SECRET_VARIABLES}
+        asked = subprocess.run(
+            [path, "--version"], capture_output=True, timeout=20, check=False, env=environ
+        )
+        version = re.search(rb"\d+(\.\d+)+", asked.stdout)
     return (name, version[0].decode() if version else "?", path)
 
 
@@ -10599,22 +10699,23 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: l
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
-    folder = TemporaryDirectory(prefix=f"puter-{os.getpid()}-")
+    folder = TemporaryDirectory(prefix="puter-launch-")
     with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
         setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
         words, variables, files = program.plan(setup, Path(name))
         if setup.mcp and program.mcp_flag:
             words.append(f"{program.mcp_flag}{Path(name, 'mcp.json')}")
             files["mcp.json"] = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-        for file, content in files.items():
+        mark = {_LAUNCH_MARK: f"{os.getpid()} {_this_system()}"}
+        for file, content in {**mark, **files}.items():
             _write_private(Path(name, file), _file_text(file, content).encode())
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
         direct = f"{hosts},127.0.0.1".lstrip(",")
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
         merged[_KEY_VARIABLE] = key
-        if not setup.mcp:  # its commands could read it
-            merged["PUTER_AUTH_TOKEN"] = None
+        if not setup.mcp:  # its commands could read them
+            merged |= dict.fromkeys(_SECRET_VARIABLES)
         environ = {name: value for name, value in merged.items() if value is not None}
         code = _run_program([command[0], *words, *command[1:]], environ)
         server.stop()  # the last answer may still be on its way into the summary
@@ -10627,13 +10728,25 @@ def _clear_left_folders(place: Path) -> None:
 
     if os.name == "nt":
         return  # there is no asking whether a process lives
-    for folder in place.glob("puter-[0-9]*-*"):
-        try:
-            os.kill(int(folder.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (OSError, ValueError, OverflowError):
-            continue  # somebody else's
+    for folder in place.glob("puter-launch-*"):
+        with suppress(OSError, ValueError):
+            if folder.lstat().st_uid != os.getuid():
+                continue
+            pid, _, system = (folder / _LAUNCH_MARK).read_text("utf-8").partition(" ")
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                if system == _this_system():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _this_system() -> str:
+    """Where a process has its number: the computer, and on Linux also its start and container."""
+    names = [socket.gethostname()]
+    with suppress(OSError):
+        names.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(names)
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -10668,14 +10781,23 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 # For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
+# Options are shown only when the word begins like one; where nothing fits, the shell shows files.
 _COMPLETION = """\
 _puter() {
-    local words=
+    local words= word="${COMP_WORDS[COMP_CWORD]}" hidden='-*'
+    [[ $word == -* ]] && hidden=
     case "$COMP_CWORD:${COMP_WORDS[1]}" in
 CASES    esac
-    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+    COMPREPLY=($(compgen -W "$words" -X "$hidden" -- "$word"))
 }
 complete -o default -F _puter puter
+"""
+_FISH_HEAD = """\
+function _puter
+    set -l hidden '-*'
+    string match -q -- '-*' (commandline -ct); and set hidden
+    string split -- ' ' $argv | string match -v -- "$hidden"
+end
 """
 _ZSH_HEAD = """\
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
@@ -10694,12 +10816,12 @@ def cmd_completion(args: Any) -> None:
         words = " ".join(_words_of(command) if command else _COMMANDS)
         if is_fish:
             when = f"seen_subcommand_from {command}" if command else "use_subcommand"
-            cases += f"complete -c puter -n '__fish_{when}' -a '{words}'\n"
+            cases += f"complete -c puter -n '__fish_{when}' -a \"(_puter '{words}')\"\n"
         else:
             place = f"*:{command}" if command else "1:*"
             cases += f"        {place}) words='{words}' ;;\n"
-    head = _ZSH_HEAD if args.shell == "zsh" else ""
-    _print(cases if is_fish else head + _COMPLETION.replace("CASES", cases), end="")
+    head = {"zsh": _ZSH_HEAD, "fish": _FISH_HEAD}.get(args.shell, "")
+    _print(head + (cases if is_fish else _COMPLETION.replace("CASES", cases)), end="")
 
 
 if __name__ == "__main__":

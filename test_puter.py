@@ -17501,8 +17501,45 @@ class TestPictures:
             assert Path(name).read_bytes() == PNG
         run_cli(desk, "ask", "-m", lab("draw"), *flags, "Draw")
         assert Path("picture.png").is_file()
+        asked = len(chats(desk))
         done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "none/a.png", "Draw")
         assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
+        assert len(chats(desk)) == asked
+
+    def test_ask_with_a_place_and_no_picture(self, desk):
+        done = run_cli(desk, "ask", "-m", lab("echo"), "-o", "a.png", "hi")
+        assert (done.returncode, done.stderr) == (0, "the answer has no picture\n")
+
+    def test_ask_needs_no_place_for_words(self, desk, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        assert run_cli(desk, "ask", "-m", lab("echo"), "hi").returncode == 0
+        assert run_cli(desk, "image", "hi").returncode == 1
+
+    def test_a_picture_that_cannot_be_written_is_kept(self, desk, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+        reply = puter.Reply(images=[puter.Picture(PNG), puter.Picture(PNG)])
+        with pytest.raises(puter.StoreError, match=r"It was saved in .*\.png instead"):
+            puter._save_images(reply, functools.partial(puter._saved, output="none/a.png"))
+        kept = list(Path().glob("puter-*.png"))
+        assert [one.read_bytes() for one in kept] == [PNG, PNG]
+
+    def test_ask_writes_the_picture_alone_to_stdout(self, desk):
+        argv = [
+            sys.executable,
+            "-m",
+            "puter",
+            "ask",
+            "-m",
+            lab("draw"),
+            "-o",
+            "-",
+            "--json",
+            "Draw",
+        ]
+        done = subprocess.run(
+            argv, capture_output=True, check=True, env=cli_env(desk), stdin=subprocess.DEVNULL
+        )
+        assert done.stdout == PNG and b'"model"' in done.stderr and not list(Path().glob("*.png"))
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_the_gateway_and_the_way_back(self, server, fake, stream):
@@ -18011,6 +18048,88 @@ class TestMediaCommands:
         assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
         assert desk.requests == []
 
+    def test_a_folder_is_a_place(self, desk):
+        Path("made").mkdir()
+        for argv, name in (
+            (["image", "hi", "-o", "made"], "made/picture.png"),
+            (["image", "hi", "-o", "made/"], "made/picture-1.png"),
+            (["speak", "hi", "-o", "made", "--force"], "made/speech.mp3"),
+        ):
+            done = run_cli(desk, *argv)
+            assert (done.returncode, done.stdout) == (0, f"{name}\n")
+            assert Path(name).is_file()
+        assert run_cli(desk, "image", "hi", "-o", "none/").returncode == 1
+
+    @posix_only
+    def test_a_link_to_nothing_exists(self, desk):
+        Path("a.png").symlink_to("none/b.png")
+        Path("c.png").symlink_to("none/b.png")
+        for more, words in (([], "exists already"), (["--force"], "cannot be written")):
+            done = run_cli(desk, "image", "hi", "-o", "a.png", *more)
+            assert done.returncode == 1 and words in done.stderr and desk.requests == []
+        assert run_cli(desk, "image", "hi", "-o", "c").stdout == "c-1.png\n"
+
+    @posix_only
+    def test_a_device(self, desk):
+        done = run_cli(desk, "image", "hi", "-o", os.devnull, "--force")
+        assert (done.returncode, done.stdout) == (0, f"{os.devnull}\n")
+
+    def test_a_name_that_no_file_can_have(self, desk, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+        done = run_cli(desk, "image", "hi", "-o", "y" * 300)
+        (kept,) = Path().glob("puter-*.png")
+        assert (done.returncode, done.stdout) == (1, "") and str(kept.resolve()) in done.stderr
+        assert kept.read_bytes() == DREW.data
+
+    def test_to_stdout(self, desk):
+        env = cli_env(desk)
+        for argv, data in ((["image", "hi"], DREW.data), (["speak", "hi"], SOUND)):
+            command = [sys.executable, "-m", "puter", *argv, "-o", "-"]
+            done = subprocess.run(
+                command, capture_output=True, check=True, env=env, stdin=subprocess.DEVNULL
+            )
+            assert done.stdout == data and b"cost" in done.stderr
+
+    @posix_only
+    def test_to_stdout_of_a_terminal(self, desk):
+        lines = screen(desk, "image", "hi", "-o", "-", code=2)
+        assert "A terminal cannot show it" in lines[0] and desk.requests == []
+
+    @pytest.mark.parametrize(
+        ("output", "form"),
+        [("a.wav", "wav"), ("a.OPUS", "opus"), ("a.ogg", None), ("a", None), ("-.flac", "flac")],
+    )
+    def test_the_ending_says_how_to_speak(self, desk, output, form):
+        done = run_cli(desk, "speak", "hi", f"-o{output}")
+        assert done.returncode == 0 and args_sent(desk)[0].get("response_format") == form
+        assert ("note: " in done.stderr) is (output in ("a.OPUS", "a.ogg", "-.flac"))
+
+    @pytest.mark.parametrize(("name", "is_told"), [("a.jpg", True), ("a.PNG", False)])
+    def test_a_picture_of_another_kind(self, desk, name, is_told):
+        done = run_cli(desk, "image", "hi", "-o", name)
+        assert done.returncode == 0
+        assert (f"note: {name} holds image/png\n" in done.stderr) is is_told
+
+    def test_files_from_stdin(self, desk):
+        assert run_cli(desk, "transcribe", "-", stdin=WAV).stdout == f"{HEARD}\n"
+        assert run_cli(desk, "ocr", "-", stdin=PNG).stdout == "First line\nSecond line\n"
+        assert "standard input is none of" in run_cli(desk, "ocr", "-", stdin="a").stderr
+
+    @pytest.mark.parametrize("argv", [["image"], ["image", ""], ["speak", " "], ["speak", "-"]])
+    def test_without_words(self, desk, argv):
+        done = run_cli(desk, *argv)
+        assert (done.returncode, done.stdout) == (2, "") and desk.requests == []
+        assert done.stderr.startswith("error: There are no words. Try: python -m puter ")
+
+    @posix_only
+    def test_a_wait_has_a_reason(self, desk):
+        fails = [refusing(429, "too_many_requests")] * 2
+        draw = ROUTES["POST", CHAT]
+        desk.routes["POST", CHAT] = lambda h: h.send(fails.pop()) if fails else draw(h)
+        with at_terminal(desk, "image", "hi", PUTER_RETRY_DELAY_MS="600") as terminal:
+            terminal.expect("Rate limited (429), next try in")
+            assert terminal.end() == 0
+
     def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
         url = f"{desk.url}/samples/none.png"
         monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
@@ -18051,7 +18170,6 @@ class TestMediaCommands:
         ("argv", "words"),
         [
             [["image", "scenario: err400"], "moderation blocked"],
-            [["image", ""], "Give a text"],
             [["image", "hi", "-a", "no.png"], "cannot be read"],
             [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
             [["transcribe", "no.wav"], "cannot be read"],
@@ -18819,8 +18937,8 @@ class TestAsk:
             (["-c", "What", "else", "is", "there"], "", "What else is there"),
             (["-c", "work"], "work", "piped"),
             (["-c", "new", "-"], "new", "piped"),
-            (["-c", "../work", "what"], "", "../work what"),
-            (["-c", ".work", "what"], "", ".work what"),
+            (["-c", "né_1.2-3", "Why?"], "né_1.2-3", "Why?"),
+            (["-c", "../work", "what", "else"], "", "../work what else"),
             (["-c", "--", "-5"], "", "-5"),
         ],
     )
@@ -18830,9 +18948,9 @@ class TestAsk:
         stdin = "piped" if question == "piped" else ""
         done = run_cli(desk, "ask", "-m", lab("echo"), *argv, stdin=stdin)
         assert (done.returncode, done.stdout) == (0, f"{question}\n")
-        assert ("no conversation new" in done.stderr) is name.startswith("new")
+        assert ("no conversation n" in done.stderr) is name.startswith("n")
         path = home / "conversations" / f"{name}.json" if name else home / "conversation.json"
-        assert said_in(path) == [*["before"] * (not name.startswith("new")), question]
+        assert said_in(path) == [*["before"] * (not name.startswith("n")), question]
 
     @posix_only
     def test_a_named_conversation_is_private(self, desk, home, tmp_path):
@@ -18846,8 +18964,13 @@ class TestAsk:
         ):
             assert stat.S_IMODE((tmp_path / "own" / path).stat().st_mode) == mode
 
-    @pytest.mark.parametrize("name", ["a/b", "..", ".a", "a b", "é", "a" * 65, "-"])
+    @pytest.mark.parametrize("name", ["a/b", "..", ".a", "a b", "é!", "a" * 65, "-"])
     def test_what_is_no_name(self, desk, home, name):
+        run_cli(desk, "ask", "-m", lab("echo"), "before")
+        desk.requests.clear()
+        done = run_cli(desk, "ask", f"-c{name}", "question")
+        assert done.returncode == 2 and "cannot be the name of a conversation" in done.stderr
+        assert said_in(home / "conversation.json") == ["before"]
         done = run_cli(desk, "chat", f"-c{name}", stdin="hi\n")
         assert done.returncode == 2 and "cannot be the name of a conversation" in done.stderr
         assert not chats(desk) and not (home / "conversations").exists()
@@ -18872,6 +18995,32 @@ class TestAsk:
         assert [row[0] for row in rows] == ["(the last)", "work"]
         assert rows[0][3:] == ["(default)", f"{('word ' * 12)[:59]}…"]
         assert rows[1][1].startswith("2001-09-") and rows[1][2:] == ["2", lab("echo"), "one two"]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *("[]", "null", "5", "[" * 100_000, '{"model": 5}', '{"system": {"a": 1}}', b"\xff"),
+            *('{"options": {"token": 1}}', '{"messages": [5]}', '{"messages": [{"role": 5}]}'),
+            *('{"messages": [{"role": "user", "content": [5]}]}', "fifo", "folder"),
+        ],
+    )
+    def test_a_damaged_conversation(self, desk, home, content):
+        run_cli(desk, "ask", "-m", lab("echo"), "-c", "work", "one")
+        path = home / "conversations" / "bad.json"
+        if content == "fifo":
+            if os.name == "nt":
+                pytest.skip("there are none")
+            os.mkfifo(path)
+        elif content == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        done = run_cli(desk, "conversations")
+        assert done.returncode == 0 and "\nwork " in done.stdout
+        assert done.stderr.startswith("warning: ") and "bad.json" in done.stderr
+        for how in ("ask", "chat"):
+            done = run_cli(desk, how, "-c", "bad", *["two"] * (how == "ask"))
+            assert done.returncode == 1 and "bad.json" in done.stderr
 
     @posix_only
     def test_conversations_at_a_terminal(self, desk, home):
@@ -18997,6 +19146,32 @@ class TestAsk:
             assert terminal.end() == 1
         assert "\x1b]" not in terminal.shown and "␛]0;x" in terminal.shown
 
+    @posix_only
+    def test_no_json_drives_the_terminal(self, desk):
+        desk.script[lab("echo")] = says("\x9b2Jé")
+        argv = ("ask", "-m", lab("echo"), "--json", "hi")
+        shown = styled(desk, *argv)
+        assert shown.isascii() and json.loads(shown)["text"] == "\x9b2Jé"
+        assert "\x9b2Jé" in run_cli(desk, *argv).stdout
+
+    @pytest.mark.parametrize("argv", [["ask", "--b\x1b[2J\x9bad\nx"], ["models", "--s=\x1b[2J\n"]])
+    def test_no_wrong_argument_drives_the_terminal(self, desk, argv):
+        err = run_cli(desk, *argv).stderr
+        assert "\x1b" not in err and "\x9b" not in err
+        assert "[2J" not in err or "␛[2J" in err
+        assert err.splitlines()[-1].startswith("python -m puter ") or "--s=" not in argv[1]
+
+    @posix_only
+    def test_a_name_stays_on_its_line(self, desk):
+        desk.catalogue.append({**desk.catalogue[0], "id": "evil\nerror: no", "aliases": []})
+        desk.routes["GET", "/whoami"] = lambda h: h.send(Raw({"username": "al\nice"}))
+        lines = screen(desk, "models", "evil", columns=200)
+        assert len(lines) == 2 and lines[1].startswith("evil␊error: no ")
+        assert screen(desk, "whoami") == ["al␊ice"]
+        desk.script[lab("echo")] = says("one\ntwo")
+        lines = screen(desk, "ask", "-m", lab("echo"), "--no-stream", "hi")
+        assert lines == ["one", "two"]
+
     def test_no_log_line_drives_the_terminal(self, desk):
         desk.script[lab("text")] = refuses(429, "upstream_rate_limited", "\x1b]0;x")
         done = run_cli(desk, "ask", "-m", "x\x1b[2Jy", "hi", apart=True, PUTER_DEBUG="1")
@@ -19109,6 +19284,8 @@ class TestChatCommand:
         told = done.stderr
         for words in (
             "/attach FILE",
+            "exit or Ctrl-D leaves",
+            "new conversation, without a name",
             f"model: {lab('echo')}",
             f"model: {lab('text')}",
             f"Did you mean {OPUS}",
@@ -19134,8 +19311,11 @@ class TestChatCommand:
         lines = ["/retry", "/undo", "one", "/retry", "two", "/undo", "three"]
         done = self.talk(desk, *lines)
         assert done.stdout == "a\nb\nc\nd\n"
-        for words in ("Nothing was asked", "nothing to undo", "were removed"):
-            assert words in done.stderr
+        assert done.stderr.splitlines() == [
+            "error: Nothing was asked yet.",
+            "error: There is nothing to undo.",
+            "The last message and its answer were removed.",
+        ]
         assert [m["content"] for m in chats(desk)[1]["messages"]] == ["one"]
         assert [m["content"] for m in sent(desk)] == ["one", "b", "three"]
         kept = json.loads((home / "conversation.json").read_text("utf-8"))
@@ -19166,6 +19346,7 @@ class TestChatCommand:
     def test_new(self, desk, home):
         argv = ["-c", "work", "-s", "Be brief"]
         done = self.talk(desk, "one", "/new", "/retry", "two", "three", argv=argv)
+        assert "/new takes no name" in self.talk(desk, "/new work").stderr
         assert "A new conversation begins." in done.stderr and "Nothing was asked" in done.stderr
         assert said_in(home / "conversations" / "work.json") == ["one"]
         assert said_in(home / "conversation.json") == ["two", "three"]
@@ -19191,6 +19372,8 @@ class TestChatCommand:
         assert "so so" not in run_cli(desk, "chat", "-c", "work", stdin="/usage\n").stderr
 
     def test_save(self, desk, home):
+        done = self.talk(desk, "/save a.md")
+        assert done.stderr == "error: There is nothing to save yet.\n"
         lines = ["one", "/save", "/save a.md", "/save a.json", "/save a.md"]
         done = self.talk(desk, *lines, "/save no/where.md")
         assert Path("a.md").read_text("utf-8") == "## user\n\none\n\n## assistant\n\none\n"
@@ -19378,8 +19561,8 @@ class TestReports:
         head, some, none, why = screen(desk, "stats", columns=100)
         names = ["MODEL", "ASKED", "OK", "%", "P50", "P95", "FIRST", "TOK/S", "COST", "TIMES"]
         assert head.split() == names
-        assert some.split() == [*"some 7 67 1.00s 8.00s - - $0.0000".split(), "█▂▅▁"]
-        assert none.split() == ["none", "1", *"-----", "$0.0000", "-"]
+        assert some.split() == [*"some 7 67 1.00s 8.00s - - -".split(), "█▂▅▁"]
+        assert none.split() == ["none", "1", *"-------"]
         assert why == "failures of some: late 2"
         assert run_cli(desk, "stats").stdout.splitlines()[1].split()[1:3] == ["7", "4"]
         assert json.loads(run_cli(desk, "stats", "--json").stdout)[0]["times"] == [8, 1, 4, 0]
@@ -19518,7 +19701,7 @@ class TestReports:
         assert head.split() == ["MODEL", "ASKED", "OK", "P50", "P95", "FIRST", "TOK/S", "COST"]
         assert text.split()[:3] == [lab("text"), "2", "2"]
         assert text.split()[-1] == "$0.0001"
-        assert failed.split() == [lab("err400"), "1", "0", *"----", "$0.0000"]
+        assert failed.split() == [lab("err400"), "1", "0", *"-----"]
         assert why == f"failures of {lab('err400')}: upstream_bad_request 1"
         rows = run_cli(desk, "stats", lab("text")).stdout.splitlines()
         assert [row.split() for row in rows] == [head.split(), text.split()]
@@ -19527,6 +19710,9 @@ class TestReports:
         run_cli(desk, "stats", lab("err400"), "--reset")
         (told,) = json.loads(run_cli(desk, "stats", "--json").stdout)
         assert told["model"] == lab("text")
+        desk.script[FREE[0]] = says("free")
+        run_cli(desk, "ask", "-m", FREE[0], "hi")
+        assert run_cli(desk, "stats", FREE[0]).stdout.split()[-1] == "$0.0000"
         assert run_cli(desk, "stats", "--reset").stdout == "Statistics were reset.\n"
         assert run_cli(desk, "stats", "--json").stdout == "[]\n"
 
@@ -20267,6 +20453,14 @@ class TestEveryday:
         done = run_cli(desk, *argv)
         assert words in done.stderr and not chats(desk)
 
+    def test_a_schema_from_stdin(self, desk):
+        desk.script[lab("echo")] = says('{"n": 1}')
+        schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}})
+        argv = ("ask", "-m", lab("echo"), "--schema", "-", "--json", "Count")
+        done = run_cli(desk, *argv, stdin=schema)
+        assert done.returncode == 0 and json.loads(done.stdout)["value"] == {"n": 1}
+        assert sent(desk)[-1]["content"] == "Count"
+
     def test_models_by_a_word(self, desk):
         done = run_cli(desk, "models", "claude-opus")
         assert (
@@ -20280,7 +20474,8 @@ class TestEveryday:
         desk.accounts["token-given"] = FakeAccount("carol", "token-given", dead=True)
         env = {"PUTER_AUTH_TOKEN": "token-given"}
         done = run_cli(desk, "ask", "-m", lab("text"), "hi", **env)
-        assert done.returncode == 1 and "PUTER_AUTH_TOKEN is set" in done.stderr
+        hint = "PUTER_AUTH_TOKEN is set: unset it, or set it to a token that works."
+        assert done.returncode == 1 and hint in done.stderr
         assert "PUTER_AUTH_TOKEN is set" in run_cli(desk, "switch", "bob", **env).stderr
         done = run_cli(
             desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url, **env
@@ -20901,6 +21096,7 @@ print(json.dumps([ids, sorted(os.environ)]))
         ("argv", "code", "words"),
         [
             (["nosuch"], 2, "invalid choice"),
+            (["python", "script.py"], 2, "or: launch -- python ..."),
             (["opencode", "-m", "claude-opus-4"], 1, f"Did you mean {OPUS}"),
             (["opencode", "--small", "nosuch-model-x"], 1, "No model is called"),
             (["opencode", "-m", "allam-2-7b"], 1, "allam-2-7b cannot call tools"),
@@ -20911,6 +21107,13 @@ print(json.dumps([ids, sorted(os.environ)]))
     def test_what_cannot_be(self, agents, argv, code, words):
         done = run_cli(agents, "launch", *argv)
         assert (done.returncode, done.stdout) == (code, "") and words in done.stderr
+
+    @posix_only
+    def test_not_executable(self, agents, tmp_path):
+        (tmp_path / "file").write_text("")
+        done = run_cli(agents, "launch", "--", str(tmp_path / "file"))
+        assert (done.returncode, done.stdout) == (126, "") and not agents.requests
+        assert "file cannot be started (Permission denied)." in done.stderr
 
     def test_not_installed(self, agents, monkeypatch):
         monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
@@ -21033,14 +21236,65 @@ print(json.dumps([ids, sorted(os.environ)]))
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 128 + 9
 
-    def test_folders_of_killed_launches_are_cleared(self, tmp_path):
+    @posix_only
+    def test_folders_of_killed_launches_are_cleared(self, agents, tmp_path, monkeypatch):
+        place = tmp_path / "temporary"
+        place.mkdir()
+        env = {**cli_env(agents), "TMPDIR": str(place)}
+        with running_cli(agents, "launch", "opencode", "-m", OPUS, "--", "wait", env=env) as one:
+            while b"ready" not in one.stdout.readline():
+                pass
+            (folder,) = place.iterdir()
+            puter._clear_left_folders(place)
+            assert folder.is_dir()  # it lives
+            one.kill()
+            one.wait()
+            with monkeypatch.context() as patch:
+                patch.setattr(puter, "_this_system", lambda: "elsewhere")
+                puter._clear_left_folders(place)
+            assert folder.is_dir()
+            run_command([sys.executable, "-m", "puter", "launch", "-m", OPUS, "--", "true"], env)
+            assert not [*place.iterdir()]
+
+    @posix_only
+    def test_other_folders_are_left_alone(self, tmp_path, monkeypatch):
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
-        names = [f"puter-{gone.pid}-abc", f"puter-{os.getpid()}-abc", "puter-x-abc", "other"]
-        for name in names:
+        mark = f"{gone.pid} {puter._this_system()}"
+        names = {
+            f"puter-{gone.pid}-holiday": mark,
+            "puter-launch-no-mark": None,
+            "puter-launch-empty": "",
+            "puter-launch-words": f"x{mark}",
+            "puter-launch-living": mark.replace(str(gone.pid), str(os.getpid()), 1),
+            "puter-launch-elsewhere": f"{mark} too",
+        }
+        for name, text in names.items():
             (tmp_path / name).mkdir()
+            if text is not None:
+                (tmp_path / name / puter._LAUNCH_MARK).write_text(text)
+        (tmp_path / "puter-launch-file").write_text(mark)
         puter._clear_left_folders(tmp_path)
-        assert sorted(os.listdir(tmp_path)) == sorted(names[1:])
+        assert sorted(os.listdir(tmp_path)) == sorted([*names, "puter-launch-file"])
+        left = tmp_path / "puter-launch-left"
+        left.mkdir()
+        (left / puter._LAUNCH_MARK).write_text(mark)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getuid", lambda: -1)  # of somebody else
+            puter._clear_left_folders(tmp_path)
+        assert left.is_dir()
+        puter._clear_left_folders(tmp_path)
+        assert not left.exists()
+
+    def test_no_secret_reaches_a_program(self, agents, own_home, capfd):
+        names = ("PUTER_AUTH_TOKEN", "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
+        env = dict.fromkeys(names, "token-alice")
+        environ = launched(agents, capfd, "opencode", "-m", OPUS, "--", "0", **env)[0]["environ"]
+        assert not environ.keys() & names
+        code = f"import os; print('1.0' if os.environ.keys() & {names!r} else '2.0')"
+        install_agent(own_home / "bin", "codex", code)
+        rows = [row.split() for row in run_cli(agents, "launch", **env).stdout.splitlines()]
+        assert ["codex", "2.0", str(own_home / "bin" / "codex")] in rows
 
     def test_the_terminal_is_its_own(self, agents):
         argv = ("launch", "opencode", "-m", OPUS, "--", "wait")
@@ -21118,6 +21372,10 @@ COMPLETED = [
     ("config zed --prov", ["--provider"]),
     ("completion f", ["fish"]),
     ("ask what is", []),
+    ("ask ", []),
+    ("ask -o ", []),
+    ("completion ", ["bash", "fish", "zsh"]),
+    ("config zed --base-url", ["--base-url"]),
 ]
 # How each shell is asked what it would complete.
 ASK_SHELL = {
@@ -21165,6 +21423,40 @@ class TestCompletionCommand:
         argv = [*start, ASK_SHELL[shell], *(["-"] if shell == "bash" else []), *words]
         shown = subprocess.check_output(argv, text=True, cwd=tmp_path).split()
         assert [one for one in sorted(shown) if one != "script"] == wanted
+
+    @posix_only
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+    def test_tab_at_a_prompt_of_bash(self, script, tmp_path):
+        import pty
+
+        (tmp_path / "script").write_text(script("bash"))
+        work = tmp_path / "work"
+        work.mkdir()
+        (work / "notes.txt").write_text("")
+        shown = "puter() { printf '<%s>' \"$@\"; echo; }\nPS1='$ '; source ../script\n"
+        typed = ["ask -o no\t", "ask \tX", "ask --no-f\t", "switch \t", "launch ai\t"]
+        master, tty = pty.openpty()
+        env = {**os.environ, "INPUTRC": os.devnull, "TERM": "dumb"}
+        command = ["bash", "--norc", "--noprofile", "-i"]
+        ways: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), tty)
+        with subprocess.Popen(command, cwd=work, env=env, start_new_session=True, **ways) as bash:
+            os.close(tty)
+            lines = [shown, *(f"puter {one}\n" for one in typed), "exit\n"]
+            os.write(master, "".join(lines).encode())
+            text = b""
+            with suppress(OSError):  # it has ended
+                while data := os.read(master, 65_536):
+                    text += data
+            os.close(master)
+            assert bash.wait(10) == 0
+        told = re.findall(r"^<.*>\r?$", text.decode(), re.MULTILINE)
+        assert [one.strip() for one in told] == [
+            "<ask><-o><notes.txt>",
+            "<ask><notes.txt><X>",
+            "<ask><--no-fallback>",
+            "<switch><notes.txt>",
+            "<launch><aider>",
+        ]
 
     def test_zsh_takes_what_bash_does(self, script):
         head, _, rest = script("zsh").partition("_puter() {")
