@@ -98,7 +98,7 @@ import requests
 import puter
 
 # =============================================================================
-# Helpers
+# Helpers: values and servers
 # =============================================================================
 JSON = dict[str, Any]
 
@@ -150,9 +150,8 @@ def clean_environ(config_dir: Path, **more: str) -> dict[str, str]:
     }
 
 
-# =============================================================================
-# FakePuter: what passes over the wire
-# =============================================================================
+# ---- FakePuter: what passes over the wire ----
+
 JSON_TYPE = "application/json; charset=utf-8"
 NDJSON_TYPE = "application/x-ndjson"
 SSE_TYPE = "text/event-stream; charset=utf-8"
@@ -281,9 +280,9 @@ class Refusal(Exception):
         self.body = {"error": message, "message": message, "code": code, **more}
 
 
-# =============================================================================
-# FakePuter: the catalogue
-# =============================================================================
+# ---- FakePuter: the catalogue ----
+
+
 def openrouter_model(name: str, usd_cents: tuple[int, int] = (100, 200)) -> dict[str, Any]:
     """A catalogue entry of a model that is reached through OpenRouter."""
     prompt, completion = usd_cents
@@ -386,9 +385,8 @@ def default_catalogue() -> list[dict[str, Any]]:
     return sorted(models, key=lambda model: model["id"])
 
 
-# =============================================================================
-# FakePuter: the scenarios
-# =============================================================================
+# ---- FakePuter: the scenarios ----
+
 # What a scenario, or a test's own script, may answer: a name stands for that scenario,
 # and None means that it has written its reply itself.
 Answer = Turn | Raw | str | None
@@ -583,9 +581,8 @@ SCENARIOS: dict[str, Scenario] = {
     "extra": says("", calls=(SIGNED_CALL,), finish="tool_calls", extra_content=SIGNATURE),
 }
 
-# =============================================================================
-# FakePuter: what the model's provider is sent
-# =============================================================================
+# ---- FakePuter: what the model's provider is sent ----
+
 # Puter has tool calls and results in one shape inside, puts them into the provider's, and passes
 # all other parts on as they are. Every provider that is not named here speaks chat completions.
 RESPONSES = ("openai-responses", "azure-openai-responses")
@@ -861,9 +858,8 @@ def answer_limit(
     return limit, max(prompt * price + (limit or 0) * answer_price, 1)
 
 
-# =============================================================================
-# FakePuter: what the model's provider refuses
-# =============================================================================
+# ---- FakePuter: what the model's provider refuses ----
+
 # What a part must have, and what else it may have, as the vendors' SDKs type it.
 Fields = tuple[str, str]
 CLAUDE_PARTS: dict[Any, Fields] = {
@@ -1061,9 +1057,8 @@ def responses_fault(model: Mapping[str, Any], body: Mapping[str, Any]) -> str:
     return ""
 
 
-# =============================================================================
-# FakePuter: the shapes of a reply
-# =============================================================================
+# ---- FakePuter: the shapes of a reply ----
+
 # A stream is a body and an ending; a fault says which chunks of them are really sent.
 FAULTS: dict[str | None, Callable[[list[bytes], list[bytes]], list[bytes]]] = {
     None: lambda body, ending: body + ending,
@@ -1254,9 +1249,9 @@ def openai_stream(turn: Turn, model: Mapping[str, Any]) -> tuple[list[bytes], li
     return body, [last, b"data: [DONE]\n\n"]
 
 
-# =============================================================================
-# FakePuter: one request
-# =============================================================================
+# ---- FakePuter: one request ----
+
+
 class FakeHandler(BaseHTTPRequestHandler):
     """Answers the requests of one connection; the methods without `do_` are for scenarios too."""
 
@@ -1492,9 +1487,8 @@ def check_messages(messages: Any) -> None:
             raise Refusal(400, "bad_request", "each message must have a 'content' property")
 
 
-# =============================================================================
-# FakePuter: the routes
-# =============================================================================
+# ---- FakePuter: the routes ----
+
 Route = Callable[[FakeHandler], None]
 
 
@@ -1712,9 +1706,9 @@ ROUTES: dict[tuple[str, str], Route] = {
 }
 
 
-# =============================================================================
-# FakePuter: the server
-# =============================================================================
+# ---- FakePuter: the server ----
+
+
 class FakeServer(ThreadingHTTPServer):
     """The sockets of a FakePuter: stopping it closes those of its clients too."""
 
@@ -3348,240 +3342,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 # =============================================================================
-# Tests of FakePuter itself
+# Helpers: fixtures and tools of the tests
 # =============================================================================
-CHAT = "/drivers/call"
-OPENAI_CHAT = "/puterai/openai/v1/chat/completions"
-
-# What must be wrong with the account for an exchange to go as it was recorded.
-SET_UPS: dict[str, dict[str, Any]] = {
-    "whoami, token of a retired format": {"dead": True},
-    "complete: bad token": {"dead": True},
-    "too many at once (a temporary account has 2, a free one 3, a paid one 20)": {
-        "max_concurrent": 0
-    },
-    "no credit left": {"credit_microcents": 0},
-    "too many in 10 s": {"max_in_window": 0},
-    "openai endpoint, session token": {"session_token": True},
-}
-
-
-# What the recorded hosts took, since they take anything, and the providers' own do not.
-SHAPES_OF_ANTHROPIC = (
-    "arrives: thinking blocks in the history",
-    "arrives: image by Anthropic's source",
-    "arrives: tool result as Anthropic's block with an image",
-    "arrives: an inline PDF as Anthropic's document",
-)
-REFUSED = {
-    "exchanges": ("complete: file part",),
-    "claude": (
-        "arrives: reasoning in the history",
-        "arrives: image in a user message",
-        "arrives: an inline PDF in OpenAI's shape",
-        "arrives: an empty text part and a blank message",
-    ),
-    "openai-completion": (*SHAPES_OF_ANTHROPIC, "arrives: cache_control on parts and on a message"),
-    "openai-responses": (
-        *SHAPES_OF_ANTHROPIC,
-        "arrives: cache_control on parts and on a message",
-        "arrives: reasoning in the history",
-        "arrives: image in a user message",
-        "arrives: an inline PDF in OpenAI's shape",
-        "arrives: two calls in one message",
-        "arrives: text beside two OpenAI calls",
-    ),
-    "openrouter": (
-        *SHAPES_OF_ANTHROPIC,
-        "arrives: a stored PDF (puter_path)",
-        "arrives: a stored text file (puter_path)",
-    ),
-}
-PNG = base64.b64decode(ONE_PIXEL)
-PNG_URL = f"data:image/png;base64,{ONE_PIXEL}"
-PDF = b"%PDF-1.4 a small document"
-PDF_DATA = base64.b64encode(PDF).decode()
-PDF_URL = f"data:application/pdf;base64,{PDF_DATA}"
-PICTURES: dict[str, dict[str, Any]] = {
-    "claude": {
-        "type": "image",
-        "source": {"type": "base64", "media_type": "image/png", "data": ONE_PIXEL},
-    },
-    "chat": {"type": "image_url", "image_url": {"url": PNG_URL}},
-    "responses": {"type": "input_image", "image_url": PNG_URL},
-}
-PDFS: dict[str, dict[str, Any]] = {
-    "claude": {
-        "type": "document",
-        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF_DATA},
-    },
-    "chat": {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}},
-    "responses": {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
-}
-SIGNED = {"type": "thinking", "thinking": "T", "signature": "s"}
-EFFORT = {"reasoning_effort": "high", "max_tokens": 4000}
-
-
-def user(content: Any, **more: Any) -> JSON:
-    return {"role": "user", "content": content, **more}
-
-
-def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
-    said = {"role": "assistant", "content": content, **more}
-    return {**said, "tool_calls": list(calls)} if calls else said
-
-
-def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
-    """A call as a `tool_use` part."""
-    part = {"type": "tool_use", "id": call_id, "name": name}
-    return {**part, "input": {} if given is None else given, **more}
-
-
-def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
-
-
-def text_part(text: Any) -> JSON:
-    return {"type": "text", "text": text}
-
-
-def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> JSON:
-    """A message with calls, as parts."""
-    return assistant([*before, *map(used, names)], **more)
-
-
-def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
-    """A call's result as Anthropic's part."""
-    return {"type": "tool_result", "tool_use_id": name, "content": content}
-
-
-CODEX, GPT, CLAUDE = "gpt-5.3-codex", "gpt-4o", "claude-haiku-4-5"
-FAMILIES = {"claude": CLAUDE, "chat": GPT, "responses": CODEX}
-MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
-ASKED = user("w?")
-WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
-    *(
-        (model, [user([parts[form]])], {}, "does not match any of the expected tags")
-        for parts in (PICTURES, PDFS)
-        for form in parts
-        for family, model in FAMILIES.items()
-        if form != family
-    ),
-    (CLAUDE, [user([{"type": "image", "source": "x"}])], {}, "image.source: Input tag"),
-    (CLAUDE, [{**ASKED, "name": "al"}], {}, "messages.0.name: Extra inputs"),
-    (CLAUDE, [user([{"type": "text", "text": " "}])], {}, "must be non-empty"),
-    (CLAUDE, [user([MARKED] * 5)], {}, "Found 5."),
-    (
-        CLAUDE,
-        [ASKED, calls_for("t", before=[{**SIGNED, "cache_control": {}}])],
-        {},
-        "thinking.cache_control",
-    ),
-    (CLAUDE, [ASKED, calls_for("t"), result("t")], EFFORT, "Expected `thinking` or"),
-    (
-        CLAUDE,
-        [ASKED, calls_for("t"), ASKED],
-        {},
-        "without `tool_result` blocks immediately after: t",
-    ),
-    (
-        CLAUDE,
-        [ASKED, calls_for("t"), user([{"type": "text", "text": "a"}, result_part("t")])],
-        {},
-        "without",
-    ),
-    (CLAUDE, [ASKED, result("t")], {}, "unexpected `tool_use_id`"),
-    (
-        CLAUDE,
-        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
-        {},
-        "'image_url'",
-    ),
-    (GPT, [user([{"type": "file", "file": {"file_id": "f"}}])], {}, "Invalid file"),
-    (GPT, [user([{"type": "image_url", "image_url": "data:"}])], {}, "Invalid image_url"),
-    (GPT, [user([MARKED])], {}, "cache_control"),
-    (GPT, [ASKED, calls_for("t"), ASKED], {}, "No tool output found for function call t."),
-    (GPT, [ASKED, result("t")], {}, "No tool call found"),
-    (GPT, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])], {}, "'image_url'"),
-    ("gemini-2.5-flash", [user([PDFS["chat"]])], {}, "Invalid file"),
-    ("lab/text", [user([{"type": "file", "puter_path": "/a"}])], {}, "file.file: Field required"),
-    (CODEX, [ASKED, calls_for("t", "u"), result("t"), result("u")], {}, "call_id t."),
-    (CODEX, [ASKED, calls_for("t", reasoning="R"), result("t")], {}, "reasoning: Extra inputs"),
-    (CODEX, [ASKED, calls_for("t")], {}, "No tool output found for function call t."),
-    (
-        CODEX,
-        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
-        {},
-        "'image_url'",
-    ),
-]
-WHAT_VENDORS_TAKE: list[tuple[str, list[Any], dict[str, Any]]] = [
-    *(
-        (FAMILIES[form], [user([parts[form], {"type": "text", "text": "What is it?"}])], {})
-        for parts in (PICTURES, PDFS)
-        for form in parts
-    ),
-    ("lab/text", [user([MARKED, PDFS["chat"]])], {}),
-    ("lab/text", [ASKED, calls_for("t", reasoning="R"), result("t")], {}),
-    (CLAUDE, [ASKED, calls_for("t", "u"), result("t"), result("u"), ASKED], {}),
-    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), result("t")], EFFORT),
-    (CLAUDE, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["claude"]])])], {}),
-    (CLAUDE, [user([{"type": "file", "puter_path": "/alice/a.pdf"}])], {}),
-    (GPT, [ASKED, calls_for("t", "u"), result("u"), result("t")], {}),
-    (GPT, [ASKED], {"tools": [{"type": "web_search"}]}),
-    (CODEX, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["responses"]])])], {}),
-    (CODEX, [ASKED, calls_for("t"), result("t"), calls_for("u"), result("u")], {}),
-]
-SHORTENED = re.compile(r"(?s)(word )+(word)? ?…\[(\d+) characters\]")
-
-
-def rebuilt(value: Any) -> Any:
-    """A recorded value with its long texts, and without what no two servers have in common."""
-    text = compact(value).replace("toolu_0", "call_")
-    tail = "Reply with exactly this and nothing else: OK"
-    return json.loads(SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text))
-
-
-def as_sent(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded request for `requests`, with its placeholder filled in."""
-    text = json.dumps(request["body"]).replace(
-        '"<30 MB of text>"', '[{"role": "user", "content": "long"}]'
-    )
-    headers = {"Authorization": "Bearer t"} if request["auth"] else None
-    return {"json": json.loads(text), "headers": headers}
-
-
-def shape(value: Any) -> Any:
-    """The keys of a JSON value at every depth; of a list, those of its first element."""
-    if isinstance(value, dict):
-        return {key: shape(inner) for key, inner in value.items() if key != "models"}
-    return [shape(inner) for inner in value[:1]] if isinstance(value, list) else None
-
-
-def without_ids(text: str) -> str:
-    """A reply of the OpenAI endpoint without what differs from one call to the next."""
-    return re.sub(r'"id": ?"chatcmpl-\w+"|"created": ?\d+', "", text)
-
-
-def chat_body(scenario: str = "text", content: Any = "hi", **args: Any) -> dict[str, Any]:
-    """The body of a driver call to a lab model."""
-    model = {"model": f"openrouter:lab/{scenario}"}
-    args = {"messages": [{"role": "user", "content": content}], **model, **args}
-    method = {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "complete"}
-    return {**method, "args": args}
-
-
-def post(
-    fake: FakePuter,
-    path: str,
-    body: Any,
-    token: str = "token-alice",
-    headers: Mapping[str, str] | None = None,
-    stream: bool = False,
-) -> requests.Response:
-    """A POST with a token, by plain `requests`."""
-    headers = {"Authorization": f"Bearer {token}", **(headers or {})}
-    return requests.post(fake.url + path, json=body, headers=headers, stream=stream, timeout=10)
+# ---- in every test ----
 
 
 @pytest.fixture
@@ -3662,6 +3425,1455 @@ def no_token_gets_out(
         if path.is_file():
             look(str(path), path.read_bytes())
     assert not leaks, "\n".join(leaks)
+
+
+# ---- tables, marks, any text ----
+
+
+def table(*rows: Any) -> list[Any]:
+    """Rows whose first value is their name; `pytest.param`s stay as they are."""
+    return [row if not isinstance(row, list) else pytest.param(*row[1:], id=row[0]) for row in rows]
+
+
+# What UTF-8 can hold; Hypothesis would work the same out from the codec, which takes seconds.
+ANY_TEXT = functools.partial(st.text, st.characters(exclude_categories=["Cs"]))
+posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+MINUTE_S = 60.0
+
+
+# ---- pictures and files ----
+
+PNG = base64.b64decode(ONE_PIXEL)
+PNG_URL = f"data:image/png;base64,{ONE_PIXEL}"
+PDF = b"%PDF-1.4 a small document"
+PDF_DATA = base64.b64encode(PDF).decode()
+PDF_URL = f"data:application/pdf;base64,{PDF_DATA}"
+PICTURES: dict[str, dict[str, Any]] = {
+    "claude": {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": ONE_PIXEL},
+    },
+    "chat": {"type": "image_url", "image_url": {"url": PNG_URL}},
+    "responses": {"type": "input_image", "image_url": PNG_URL},
+}
+PDFS: dict[str, dict[str, Any]] = {
+    "claude": {
+        "type": "document",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF_DATA},
+    },
+    "chat": {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF_URL}},
+    "responses": {"type": "input_file", "filename": "a.pdf", "file_data": PDF_URL},
+}
+WEB_PICTURES = {
+    "claude": {"type": "image", "source": {"type": "url", "url": "https://x.org/a.png"}},
+    "chat": {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
+    "responses": {"type": "input_image", "image_url": "https://x.org/a.png"},
+}
+TITLED_PDFS = {**PDFS, "claude": {**PDFS["claude"], "title": "a.pdf"}}
+A_PICTURE, A_PDF = PICTURES["chat"], PDFS["chat"]
+
+
+# ---- models ----
+
+CODEX, GPT, CLAUDE = "gpt-5.3-codex", "gpt-4o", "claude-haiku-4-5"
+FAMILIES = {"claude": CLAUDE, "chat": GPT, "responses": CODEX}
+# A model of each form whose vendor says what is wrong.
+MODEL_OF = {**FAMILIES, "openrouter": "openrouter:lab/text"}
+BY_NAME = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
+
+
+def model(model_id: str, *aliases: str, **more: Any) -> puter.Model:
+    return puter.Model(model_id, aliases=aliases, **more)
+
+
+def ids(models: Sequence[puter.Model]) -> list[str]:
+    return [m.id for m in models]
+
+
+FREE_MODEL = model("a:free", "a-free", free=True)
+PAID = model("paid", "paid-alias", "PAID-2")
+SMALL_CATALOGUE = puter.ModelList(
+    [
+        FREE_MODEL,
+        PAID,
+        model("eyes:free", free=True, inputs=("text", "image"), tools=False),
+        model("blind:free", free=True, inputs=("text",), tools=True, provider="openrouter"),
+        model("small:free", free=True, context=100),
+    ]
+)
+# The free models of the fake catalogue, in the order in which they stand in.
+FREE = (
+    "openrouter:xiaomi/mimo-v2-flash:free",
+    "openrouter:deepseek/deepseek-r1-0528:free",
+    "openrouter:mistralai/devstral-2512:free",
+    "openrouter:qwen/qwen3-coder:free",
+    "allam-2-7b",
+)
+OPUS = "claude-opus-4-5-20251101"
+HAIKU, SONNET = "claude-haiku-4-5-20251001", "claude-sonnet-5"
+
+
+# ---- messages ----
+
+SIGNED = {"type": "thinking", "thinking": "T", "signature": "s"}
+
+
+def user(content: Any, **more: Any) -> JSON:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: Any = None, *calls: JSON, **more: Any) -> JSON:
+    said = {"role": "assistant", "content": content, **more}
+    return {**said, "tool_calls": list(calls)} if calls else said
+
+
+def used(call_id: str, name: str = "f", given: Any = None, **more: Any) -> JSON:
+    """A call as a `tool_use` part."""
+    part = {"type": "tool_use", "id": call_id, "name": name}
+    return {**part, "input": {} if given is None else given, **more}
+
+
+def result(call_id: str, content: Any = "done", **more: Any) -> JSON:
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **more}
+
+
+def text_part(text: Any) -> JSON:
+    return {"type": "text", "text": text}
+
+
+def calls_for(*names: str, before: Sequence[Any] = (), **more: Any) -> JSON:
+    """A message with calls, as parts."""
+    return assistant([*before, *map(used, names)], **more)
+
+
+def result_part(name: str, content: Any = "sunny") -> dict[str, Any]:
+    """A call's result as Anthropic's part."""
+    return {"type": "tool_result", "tool_use_id": name, "content": content}
+
+
+MARKED = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+
+
+def sent_as(form: str, messages: Any) -> Any:
+    """A history in the form of a kind of provider, checked before."""
+    return puter.messages_for(form, puter.messages_from(messages))
+
+
+THOUGHT_SIGNATURE = {"google": {"thought_signature": "abc"}}
+
+
+def vendor_fault(form: str, messages: Sequence[JSON]) -> str:
+    """What the vendor has against messages that are sent so; nothing, when all is well."""
+    asked = BY_NAME[MODEL_OF[form]]
+    vendor = FORMS[form_of(asked, {})]
+    (body,) = vendor.sent(asked, {"messages": normalised(messages), "tools": []})
+    return vendor.fault(asked, body)
+
+
+SEEN = [user("a"), assistant(None, tool_call("1")), result("1", [text_part("b"), A_PICTURE])]
+SEEN_BY_CHAT = [user("a"), calls_for("1"), result("1", "b"), user([A_PICTURE])]
+
+
+def claude_result_of(call_id: str, content: Any, **more: Any) -> JSON:
+    return user([{**result_part(call_id, content), **more}])
+
+
+# What each form makes of messages; where one is not named, it is the row's "chat".
+BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
+    *(
+        (f"{what} of {vendor}", [user([part, text_part("Hi")])], {
+            form: [user([own, text_part("Hi")])] for form, own in written.items()
+        })
+        for what, read, written in (
+            ("picture", PICTURES, PICTURES),
+            ("picture's URL", WEB_PICTURES, WEB_PICTURES),
+            ("PDF", TITLED_PDFS, TITLED_PDFS),
+        )
+        for vendor, part in read.items()
+    ),
+    ("stored PDF", [user([{"type": "file", "puter_path": "/a.pdf"}])], {
+        "chat": [user([{"type": "file", "puter_path": "/a.pdf"}])],
+        "responses": None,
+    }),
+    ("picture's detail", [user([{**PICTURES["responses"], "detail": "low"}])], {
+        "claude": [user([PICTURES["claude"]])],
+        "responses": [user([{**PICTURES["responses"], "detail": "low"}])],
+        "chat": [user([{"type": "image_url", "image_url": {**A_PICTURE["image_url"], "detail": "low"}}])],
+    }),
+    ("document that is text", [user([{"type": "document", "title": "t", "source": {"type": "text", "data": "d"}}])], {
+        "chat": [user([text_part("t"), text_part("d")])],
+    }),
+    ("later system messages", [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, user("c"), {"role": "system", "content": "d"}], {
+        "claude": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, user("c"), user("d")],
+        "chat": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, user("c"), {"role": "system", "content": "d"}],
+    }),
+    ("system message alone", [{"role": "system", "content": "a"}], {
+        "claude": [user("a")],
+        "chat": [{"role": "system", "content": "a"}],
+    }),
+    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
+        "claude": [user("a"), assistant([SIGNED, text_part("b"), used("1"), used("2", "g", {"x": 1})]), user([result_part("1", "done"), result_part("2", "(no output)")])],
+        "chat": [user("a"), assistant([text_part("b")]), calls_for("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
+        "openai": [user("a"), assistant([text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
+    }),
+    ("unsigned thinking", [user("a"), assistant([{"type": "thinking", "thinking": "T"}, text_part("b")]), user("c")], {
+        "chat": [user("a"), assistant([text_part("b")]), user("c")],
+    }),
+    ("redacted thinking", [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")], {
+        "claude": [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")],
+        "chat": [user("a"), user("c")],
+    }),
+    ("Google's signature", [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "responses": [user("a"), calls_for("1"), result("1")],
+        "chat": [user("a"), assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+    }),
+    ("result with a picture", SEEN, {
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
+        "chat": SEEN_BY_CHAT,
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:]],
+    }),
+    ("Anthropic's result with a picture", [user("a"), assistant([used("1")]), user([result_part("1", [text_part("b"), PICTURES["claude"]]), text_part("c")])], {
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
+        "chat": [*SEEN_BY_CHAT, user([text_part("c")])],
+        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
+    }),
+    ("pictures follow the last result", [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", [A_PICTURE]), result("2", "d")], {
+        "claude": [user("a"), assistant([used("1"), used("2")]), user([result_part("1", [PICTURES["claude"]]), result_part("2", "d")])],
+        "responses": [user("a"), calls_for("1"), claude_result_of("1", [PICTURES["responses"]]), calls_for("2"), result("2", "d")],
+        "chat": [user("a"), calls_for("1"), result("1", "(see the picture below)"), calls_for("2"), result("2", "d"), user([A_PICTURE])],
+        "openai": [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
+    }),
+    ("failed result", [user("a"), assistant([used("1")]), claude_result_of("1", "no", is_error=True)], {
+        "claude": [user("a"), calls_for("1"), claude_result_of("1", "no", is_error=True)],
+        "chat": [user("a"), calls_for("1"), result("1", "Error: no")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1", "Error: no")],
+    }),
+    ("cache marks", [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), assistant([used("1")]), claude_result_of("1", "b", cache_control={"type": "ephemeral"})], {
+        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), calls_for("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
+        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), calls_for("1"), result("1", "b")],
+        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), calls_for("1"), result("1", "b")],
+        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), calls_for("1"), result("1", "b")],
+        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, tool_call("1")), result("1", "b")],
+    }),
+    ("reasoning beside a call", [user("a"), assistant(None, tool_call("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
+        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
+        "chat": [user("a"), calls_for("1"), result("1")],
+        "openrouter": [user("a"), {**calls_for("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
+        "openai": [user("a"), assistant(None, tool_call("1")), result("1")],
+    }),
+    ("keys of other vendors", [user("a", name="al", audio={}), assistant("b", refusal="r", annotations=[1])], {
+        "claude": [user("a"), assistant("b")],
+        "responses": [user("a"), assistant("b")],
+        "chat": [user("a", name="al"), assistant("b")],
+    }),
+    ("blank texts", [user([text_part(""), text_part(" "), text_part("a")]), assistant(" \n"), user("b")], {
+        "claude": [user([text_part("a")]), user("b")],
+        "chat": [user([text_part(" "), text_part("a")]), assistant(" \n"), user("b")],
+    }),
+    ("picture that was drawn", [user("a"), assistant("b", images=[A_PICTURE]), user("c")], {
+        form: [user("a"), assistant("b"), user([text_part("The picture that you drew:"), own]), user("c")]
+        for form, own in PICTURES.items()
+    }),
+]  # fmt: skip
+HI: list[JSON] = [{"role": "user", "content": "hi"}]
+
+
+# ---- recordings ----
+
+SHORTENED = re.compile(r"(?s)(word )+(word)? ?…\[(\d+) characters\]")
+
+
+def rebuilt(value: Any) -> Any:
+    """A recorded value with its long texts, and without what no two servers have in common."""
+    text = compact(value).replace("toolu_0", "call_")
+    tail = "Reply with exactly this and nothing else: OK"
+    return json.loads(SHORTENED.sub(lambda found: "word " * (int(found[3]) // 5 - 8) + tail, text))
+
+
+def shape(value: Any) -> Any:
+    """The keys of a JSON value at every depth; of a list, those of its first element."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items() if key != "models"}
+    return [shape(inner) for inner in value[:1]] if isinstance(value, list) else None
+
+
+def post(
+    fake: FakePuter,
+    path: str,
+    body: Any,
+    token: str = "token-alice",
+    headers: Mapping[str, str] | None = None,
+    stream: bool = False,
+) -> requests.Response:
+    """A POST with a token, by plain `requests`."""
+    headers = {"Authorization": f"Bearer {token}", **(headers or {})}
+    return requests.post(fake.url + path, json=body, headers=headers, stream=stream, timeout=10)
+
+
+def recorded_answer(name: str) -> JSON:
+    """The response of the recorded exchange of this name."""
+    answer: JSON = next(e["response"] for e in EXCHANGES if e["name"] == name)
+    return answer
+
+
+# ---- values and errors ----
+
+ALL_ERRORS = sorted(
+    (
+        kind
+        for kind in vars(puter).values()
+        if isinstance(kind, type)
+        and issubclass(kind, puter.PuterError)
+        and not kind.__name__.startswith("_")
+    ),
+    key=lambda kind: kind.__name__,
+)
+
+
+def attempt(model: str, account: str, error: puter.PuterError | None = None) -> puter.Attempt:
+    return puter.Attempt(model, account, error, 0.1)
+
+
+def account(name: str, last_used_ms: int | None = None) -> puter.Account:
+    return puter.Account(name, f"token of {name}", last_used_ms=last_used_ms)
+
+
+# ---- settings, accounts, state ----
+
+
+def write_settings(folder: Path, text: str | bytes) -> Path:
+    """puter.json in the folder, byte for byte."""
+    path = folder / "puter.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def load(folder: Path, env: Mapping[str, str] | None = None, **given: Any) -> Any:
+    """The settings of a folder, and of no environment but the one given."""
+    return puter.Config.load(folder, env or {}, **given)
+
+
+def config_fault(folder: Path, env: Mapping[str, str] | None = None, **given: Any) -> str:
+    """The text of the `ConfigError` that these settings raise."""
+    with pytest.raises(puter.ConfigError) as caught:
+        load(folder, env, **given)
+    return str(caught.value)
+
+
+ACCOUNTS = "puter-accounts.json"
+STATE = "state.sqlite3"
+SECRET = "eyJhbGciOi.very-secret-token.c2lnbmF0dXJl"
+# What the original plugin writes, and a key on every level that nobody knows yet.
+PLUGIN_FILE: dict[str, Any] = {
+    "version": 1,
+    "accounts": [
+        {
+            "username": "alice",
+            "authToken": SECRET,
+            "addedAt": 1_700_000_000_000,
+            "lastUsed": 1_700_000_500_000,
+            "isTemporary": False,
+        },
+        {
+            "username": "temp_bob",
+            "authToken": "token-bob",
+            "addedAt": 1_700_000_100_000,
+            "isTemporary": True,
+        },
+    ],
+    "activeIndex": 0,
+}
+
+
+def accounts_json(folder: Path) -> Any:
+    """What stands in the accounts file."""
+    return json.loads((folder / ACCOUNTS).read_text("utf-8"))
+
+
+def names(store: puter.AccountStore) -> list[str]:
+    """The names of all accounts, in order."""
+    return [account.username for account in store.accounts()]
+
+
+def active_name(store: puter.AccountStore) -> str:
+    """The name of the active account, or an empty text."""
+    active = store.active()
+    return active.username if active else ""
+
+
+def told_by(error: BaseException) -> str:
+    """All that an error could show to anybody: text, representation, traceback."""
+    shown = traceback.format_exception(type(error), error, error.__traceback__)
+    # Tools that report crashes show what an error was raised from, too.
+    cause = vars(error.__cause__) if error.__cause__ else {}
+    return "".join([str(error), repr(error), repr(vars(error)), repr(cause), *shown])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A settings folder that does not exist yet, and that this process uses."""
+    path = tmp_path / "config"
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def state(folder: Path) -> Iterator[puter.State]:
+    """The state of a folder that does not exist yet."""
+    state = puter.State(folder / STATE)
+    yield state
+    state.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for settings, accounts and state."""
+    for name in [name for name in os.environ if name.startswith("PUTER_")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
+    return tmp_path / "puter"
+
+
+def sign_in(fake: FakePuter, home: Path, *usernames: str) -> None:
+    """Keeps the accounts in the store, the first one active, and tells the server of them."""
+    store = puter.AccountStore(home)
+    for username in usernames:
+        if f"token-{username}" not in fake.accounts:
+            fake.add_account(username)
+        known = [account.username for account in store.accounts()]
+        if username not in known:
+            account = puter.Account(username, f"token-{username}", 1)
+            store.add(account, activate=not known)
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder of the test's own, and no settings from outside."""
+    others = ("XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CONTINUE_GLOBAL_DIR")
+    for name in list(os.environ):
+        if name.startswith("PUTER_") or name in (*others, "LLM_USER_PATH"):
+            monkeypatch.delenv(name)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
+    return tmp_path
+
+
+# ---- streams ----
+
+
+def stream_line(kind: str, **more: Any) -> bytes:
+    """One line of Puter's stream, its text unescaped as the server sends it."""
+    event = {"type": kind, **more}
+    return compact(event).encode() + b"\n"
+
+
+USAGE_LINE = stream_line("usage", usage={"prompt": 11, "completion": 22})
+
+
+def decoded(
+    *pieces: bytes, model: str = "m"
+) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
+    """What a line decoder makes of pieces and the end after them."""
+    decoder = puter.LineDecoder(model)
+    chunks = [chunk for piece in pieces for chunk in decoder.feed(piece)]
+    chunks += decoder.finish()
+    return chunks, decoder.error, decoder.reply()
+
+
+def delta(**given: Any) -> str:
+    """The data of one event of an OpenAI-compatible stream."""
+    return json.dumps({"choices": [{"index": 0, "delta": given}]})
+
+
+def heard(*events: str) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
+    """What an event decoder makes of events and the end after them."""
+    decoder = puter.EventDecoder("m")
+    chunks = [chunk for event in events for chunk in decoder.feed(event)]
+    decoder.finish()
+    return chunks, decoder.error, decoder.reply()
+
+
+def event(**given: Any) -> bytes:
+    """An event of an OpenAI stream."""
+    return f"data: {delta(**given)}\n\n".encode()
+
+
+def streams(*chunks: bytes, content_type: str | None = None) -> Script:
+    """A scenario that streams the given chunks and ends as a stream should."""
+
+    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+        handler.begin_stream(content_type)
+        for chunk in chunks:
+            handler.chunk(chunk)
+        handler.end_stream()
+        return None
+
+    return send
+
+
+def silent(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+    """A scenario that never sends a byte."""
+    handler.pause(30.0)
+    return None
+
+
+def stalls(*chunks: bytes) -> Script:
+    """A scenario that streams the given chunks, and then falls silent."""
+
+    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+        handler.begin_stream()
+        for chunk in chunks:
+            handler.chunk(chunk)
+        return silent(handler, args)
+
+    return send
+
+
+def refusing(status: int, code: str, message: str = "no") -> Raw:
+    """An error of the server."""
+    return Raw({"code": code, "message": message, "error": message}, status)
+
+
+# ---- the scenarios, and what they mean ----
+
+# What each scenario must come to: for a whole reply, and for a stream of it. A value is what
+# is special about the reply; an error is its kind and how many requests it takes when two
+# retries are allowed.
+PLAIN: dict[str, Any] = {"text": SENTENCE, "finish_reason": "stop"}
+GOOD: dict[str, dict[str, Any]] = {
+    "text": {"usage": puter.Usage(11, 22, 0, 33, 0.000055)},
+    "reason": {"reasoning": "thinking..."},
+    "empty": {"text": ""},
+    "length": {"finish_reason": "length"},
+    "refusal": {},
+    "tools": {"text": "", "finish_reason": "tool_calls"},
+    "twotools": {"text": "", "finish_reason": "tool_calls"},
+    "vision": {"text": 'parts: ["text"]'},
+    "midfail": {},
+    "cut": {},
+    "nousage": {"usage": puter.Usage()},
+    "slow": {},
+    "long": {"text": " ".join(f"word{number}" for number in range(2000))},
+    "fake": {"text": LOREM},
+    "brain": {"text": "Hello from the stub model."},
+    "halfline": {},
+    "nousageline": {},
+    "flaky": {},
+    "anthropic": {"finish_reason": "tool_calls"},
+    "openaiusage": {"usage": puter.Usage(11, 22, 5, 38, 0.0001)},
+    "unicode": {"text": ODD_TEXT},
+    "echo": {"text": "hi"},
+    "extra": {"text": "", "finish_reason": "tool_calls"},
+    "draw": {"text": "", "images": (puter.Picture(PNG),)},
+}
+PARIS = ("get_weather", {"city": "Paris"})
+CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "tools": [PARIS],
+    "twotools": [PARIS, ("get_time", {"tz": "CET"})],
+    "anthropic": [PARIS],
+    "extra": [PARIS],
+}
+BAD: dict[str, tuple[type[puter.PuterError], int]] = {
+    "err400": (puter.BadRequestError, 1),
+    "err401": (puter.ProviderAuthError, 1),
+    "err403": (puter.ProviderAuthError, 1),
+    "err429": (puter.ModelRateLimitError, 1),
+    "err500": (puter.ModelUnavailableError, 2),
+    "err529": (puter.ModelUnavailableError, 2),
+    "hang": (puter.RequestTimeoutError, 1),
+    "closed": (puter.ReplyError, 1),
+    "badjson": (puter.ReplyError, 1),
+    "html": (puter.ServerError, 3),
+    "notjson": (puter.ReplyError, 1),
+    "busy503": (puter.ServerError, 2),
+    "internal": (puter.ServerError, 3),
+    "denied": (puter.ModelAccessError, 1),
+    "oldfail": (puter.ModelAccessError, 1),
+    "blocked": (puter.BadRequestError, 1),
+    "badargs": (puter.ReplyError, 1),
+}
+# A stream differs: no finish reason but what the calls tell, and one call of two.
+BROKEN_STREAMS = {
+    "midfail": "The quick brown fox — ",
+    "cut": "The quick brown fox — ",
+    "closed": None,
+    "halfline": SENTENCE.removesuffix("line."),
+    "nousageline": SENTENCE,
+    "blocked": LOREM,
+}
+GOOD_STREAMED: dict[str, dict[str, Any]] = {
+    **{name: GOOD[name] for name in GOOD if name not in BROKEN_STREAMS},
+    "length": {},
+}
+
+
+def check_reply(reply: puter.Reply, want: Mapping[str, Any]) -> None:
+    """Compares the fields of a reply that a table names."""
+    assert {name: getattr(reply, name) for name in want} == want
+
+
+# ---- clients ----
+
+CHAT = "/drivers/call"
+OPENAI_CHAT = "/puterai/openai/v1/chat/completions"
+MakeClient = Callable[..., puter.Puter]
+Script = Callable[[FakeHandler, dict[str, Any]], Answer]
+
+
+@pytest.fixture
+def make(fake: FakePuter, home: Path) -> Iterator[MakeClient]:
+    """Makes clients of the fake server: `make("alice", "bob", max_retries=0)`."""
+    made: list[puter.Puter] = []
+
+    def make_client(*usernames: str, **settings: Any) -> puter.Puter:
+        sign_in(fake, home, *(usernames or ("alice",)))
+        urls = {"api_base_url": fake.url, "gui_base_url": fake.url}
+        more = {**urls, "retry_delay_ms": 1, **settings}
+        made.append(puter.Puter(**more))
+        return made[-1]
+
+    yield make_client
+    for client in made:
+        client.close()
+
+
+def lab(name: str) -> str:
+    """The id of the model of a scenario."""
+    return name if name == "fake" else f"openrouter:lab/{name}"
+
+
+def told(fake: FakePuter) -> list[str]:
+    """Every driver call that the server saw: "alice text", or "alice F1" for a stand-in."""
+    short = {model: f"F{number}" for number, model in enumerate(FREE, 1)}
+    return [
+        f"{account} {short.get(str(model), str(model).removeprefix('openrouter:lab/'))}"
+        for account, model in fake.chat_calls()
+    ]
+
+
+def ask(client: puter.Puter, how: str, model: str, **more: Any) -> puter.Reply:
+    """The whole reply, by `chat` or by a stream that is read to its end."""
+    if how == "chat":
+        return client.chat("hi", model=model, **more)
+    with client.stream("hi", model=model, **more) as stream:
+        for _ in stream:
+            pass
+        return stream.reply
+
+
+def text_of_chunks(chunks: list[puter.Chunk]) -> str:
+    """The text of a stream's chunks."""
+    return "".join(map(str, chunks))
+
+
+def calls_of(reply: puter.Reply) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of the tool calls of a reply."""
+    return [(call.name, call.arguments) for call in reply.tool_calls]
+
+
+def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Starts the work in a thread; its value, or the error that it raised, comes into a list."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 (handed over)
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+def prepare(fake: FakePuter, faults: Mapping[str, Any]) -> None:
+    """Lets accounts (by name) and models (by the name of their scenario, or F1…) fail."""
+    for name, wanted in faults.items():
+        fault = list(wanted) if isinstance(wanted, list) else wanted  # it is used up
+        account = fake.accounts.get(f"token-{name}")
+        if account is None:
+            number = int(name[1:]) if re.fullmatch(r"F\d", name) else 0
+            fake.script[FREE[number - 1] if number else lab(name)] = fault
+        elif fault == "dead":
+            account.dead = True
+        elif fault == "no credit":
+            account.credit_microcents = 0
+        elif fault == "limited":
+            account.error = (429, {"code": "too_many_requests", "message": "Slow"})
+        else:
+            account.error = (403, {"code": fault, "message": "no"})
+
+
+DETAILS = "/puterai/chat/models/details"
+
+
+def chats(fake: FakePuter) -> list[dict[str, Any]]:
+    """The arguments of every driver call that the server saw."""
+    return [one.args for one in fake.requests if one.path == CHAT]
+
+
+def sent(fake: FakePuter) -> list[dict[str, Any]]:
+    """The messages of the last driver call."""
+    messages: list[dict[str, Any]] = chats(fake)[-1]["messages"]
+    return messages
+
+
+def results(fake: FakePuter) -> list[str]:
+    """The results of functions in the last driver call."""
+    return [one["content"] for one in sent(fake) if one["role"] == "tool"]
+
+
+def calling(*calls: tuple[str, Mapping[str, Any]]) -> Callable[..., Turn]:
+    """A model that calls functions, the first one with the id call_1."""
+    made = [
+        tool_call(f"call_{number}", name, json.dumps(arguments))
+        for number, (name, arguments) in enumerate(calls, 1)
+    ]
+    return lambda handler, args: Turn(calls=tuple(made), finish="tool_calls")
+
+
+def late(seconds: float, turn: Turn) -> Callable[..., Turn]:
+    """A model that thinks for a while before its first byte."""
+
+    def answer(handler: FakeHandler, args: dict[str, Any]) -> Turn:
+        handler.pause(seconds)
+        return turn
+
+    return answer
+
+
+async def slow_weather(city: str) -> str:
+    """The weather, from somewhere far away."""
+    await asyncio.sleep(0)
+    return f"sunny in {city}"
+
+
+DREW = puter.Picture(base64.b64decode(ONE_PIXEL))
+DATA_URL = f"data:image/png;base64,{ONE_PIXEL}"
+
+
+def args_sent(fake: FakePuter) -> list[JSON]:
+    """The arguments of every driver call."""
+    return [seen.args for seen in fake.requests if seen.path == CHAT]
+
+
+# ---- sockets ----
+
+
+@contextmanager
+def raw_server(serve: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[str]:
+    """A server that knows no HTTP: `serve` gets each connection; gives the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    kept: list[socket.socket] = []
+
+    def run(connection: socket.socket) -> None:
+        with suppress(OSError):
+            serve(connection)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                threading.Thread(target=run, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        named = f"[{host}]" if ":" in host else host
+        yield f"http://{named}:{listener.getsockname()[1]}"
+    finally:
+        for one in (listener, *kept):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def reset_when_closed(connection: socket.socket) -> None:
+    """Lets the other side see a reset, as from a machine that knows nothing of it any more."""
+    linger = struct.pack("ii", 1, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+WIRE_TEXT = "Hello there"
+
+
+def read_request(connection: socket.socket, late_s: float = 0.0) -> bytes:
+    """The head of a request, once its body has come, too; a long one is read `late_s` later."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (got := connection.recv(65_536)):
+            raise ConnectionAbortedError("the client has gone away")
+        data += got
+    head, body = data.split(b"\r\n\r\n", 1)
+    length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+    time.sleep(late_s if length > 1_000_000 else 0)
+    missing = length - len(body)
+    while missing > 0:
+        missing -= len(connection.recv(65_536))
+    return head
+
+
+def hang_up(connection: socket.socket, how: str) -> None:
+    """Ends a connection in order ("closed"), or as a machine that knows nothing of it ("reset")."""
+    if how == "reset":
+        time.sleep(0.02)  # what was sent before is read first
+        reset_when_closed(connection)
+        connection.close()
+    else:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def connected(server: Any) -> Iterator[socket.socket]:
+    """A bare connection to the port of a server, or of a URL in its parts."""
+    with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+        yield sock
+
+
+# ---- processes and commands ----
+
+# For children whose lines are run in this process too: to count them takes half of their time.
+UNCOUNTED = {"COVERAGE_PROCESS_CONFIG": ""}
+
+
+def start_script(script: str, config_dir: Path, *args: str) -> subprocess.Popen[str]:
+    """Start Python code in a process of its own; `puter`, `sys` and `os` are imported."""
+    code = "import os, sys, puter\n" + textwrap.dedent(script)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        env=clean_environ(config_dir, **UNCOUNTED),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_script(script: str, config_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own to its end."""
+    process = start_script(script, config_dir, *args)
+    out, err = process.communicate(timeout=30)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def run_at_once(script: str, config_dir: Path, count: int) -> None:
+    """Run the code in `count` processes that all begin at the same moment."""
+    # Each says that it is ready, and waits: the import takes longer than the work.
+    wait = "print('ready', flush=True); sys.stdin.readline(); number = int(sys.argv[1])"
+    script = f"{wait}\n{textwrap.dedent(script)}"
+    processes = [start_script(script, config_dir, str(i)) for i in range(count)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+
+
+def run_here(
+    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process, whose input is a pipe."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    streams = [io.TextIOWrapper(io.BytesIO(given), "ascii") for given in (data, b"", b"")]
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environ, clear=True):
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            patch.setattr(sys, name, stream)
+        begin_log()
+        try:
+            code: Any = puter.main(list(argv))
+        except SystemExit as ended:
+            code = ended.code or 0
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    return code, out, err
+
+
+def run_command(
+    command: Sequence[Any], environ: Mapping[str, str], stdin: str | bytes = b""
+) -> tuple[int, str, str]:
+    """The same of any command, in a process of its own."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        command, check=False, input=data, capture_output=True, env=environ, timeout=50
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def run_apart(
+    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
+) -> tuple[int, str, str]:
+    """The same of `puter` in a process of its own."""
+    return run_command([sys.executable, "-m", "puter", *argv], environ, stdin)
+
+
+def cli_env(fake: FakePuter, **more: str) -> dict[str, str]:
+    """The environment of a command that talks to the fake server."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(Path(puter.__file__).parent),
+        "PUTER_API_BASE_URL": fake.url,
+        "PUTER_RETRY_DELAY_MS": "1",
+        **more,
+    }
+
+
+def run_cli(
+    fake: FakePuter, *argv: str, stdin: str | bytes = b"", apart: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, here or in a process of its own."""
+    run = run_apart if apart else run_here
+    return subprocess.CompletedProcess(argv, *run(argv, cli_env(fake, **env), stdin))
+
+
+@pytest.fixture
+def signed_in(fake: FakePuter, home: Path) -> FakePuter:
+    """The fake server, with alice signed in."""
+    sign_in(fake, home, "alice")
+    return fake
+
+
+def commands_of_parser() -> dict[str, Any]:
+    """The parser of each command."""
+    (commands,) = (
+        action
+        for action in puter.build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+# ---- terminals ----
+
+# Takes the terminal for its own, so that Ctrl-C reaches it, and is the command then.
+AT_TERMINAL = (
+    "import fcntl, sys, termios, puter\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "sys.exit(puter.main())"
+)
+
+
+class Terminal:
+    """A command at a pseudo-terminal: `send` types, `expect` waits for what it shows.
+
+    With `piped`, its stdout is a pipe, read into `piped_out` once it has ended.
+    """
+
+    def __init__(
+        self, fake: FakePuter, *argv: str, columns: int = 80, piped: bool = False, **env: str
+    ) -> None:
+        import fcntl
+        import pty
+        import termios
+
+        self.master, tty = pty.openpty()
+        size = struct.pack("HHHH", 24, columns, 0, 0)
+        fcntl.ioctl(tty, termios.TIOCSWINSZ, size)
+        self.shown, self.read_to, self.piped_out = "", 0, b""
+        unset = ("NO_COLOR", "COLUMNS", "LINES", "CI")
+        own = {"TERM": "xterm-256color", "INPUTRC": os.devnull, **env}
+        settings = {n: v for n, v in cli_env(fake).items() if n not in unset} | own
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AT_TERMINAL, *argv],
+            stdin=tty,
+            stdout=subprocess.PIPE if piped else tty,
+            stderr=tty,
+            env=settings,
+            start_new_session=True,
+        )
+        os.close(tty)
+
+    def read(self, timeout_s: float) -> bool:
+        """Takes what has come; False when nothing did, or nothing will."""
+        if not select.select([self.master], [], [], timeout_s)[0]:
+            return False
+        try:
+            data = os.read(self.master, 65_536)
+        except OSError:  # the other side is closed
+            return False
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def expect(self, text: str, timeout_s: float = 10.0) -> str:
+        """Waits until it shows the text, behind what was expected before; what led to it."""
+        end = time.monotonic() + timeout_s
+        while (at := self.shown.find(text, self.read_to)) < 0:
+            left = end - time.monotonic()
+            if left <= 0 or not (self.read(left) or self.process.poll() is None):
+                raise AssertionError(f"no {text!r} in {self.shown[self.read_to :]!r}")
+        before, self.read_to = self.shown[self.read_to : at], at + len(text)
+        return before
+
+    def send(self, text: str) -> None:
+        """Types."""
+        os.write(self.master, text.encode())
+
+    def say(self, text: str) -> None:
+        """Types a line at the prompt."""
+        self.expect("> ")
+        self.send(text + "\r")
+        self.expect("\n")
+
+    def end(self, timeout_s: float = 20.0) -> int:
+        """Waits for its end; the exit code. Everything that it showed is in `shown` then."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self.process.poll() is None:
+            self.read(0.05)
+        code = self.process.wait(0.1)
+        while self.read(0.05):
+            pass
+        if self.process.stdout:
+            self.piped_out = self.process.stdout.read()
+        return code
+
+    def close(self) -> None:
+        """Ends it for good."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        os.close(self.master)
+
+
+@contextmanager
+def at_terminal(fake: FakePuter, *argv: str, **options: Any) -> Iterator[Terminal]:
+    """A command at a terminal, until the end of the block."""
+    terminal = Terminal(fake, *argv, **options)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture
+def desk(fake: FakePuter, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePuter:
+    """The fake server, with alice signed in, a home and a working folder of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("NO_COLOR", "TERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    sign_in(fake, home, "alice")
+    return fake
+
+
+def web(fake: FakePuter, path: str, reply: Raw) -> str:
+    """An address of the fake server that answers with this."""
+    fake.routes["GET", path] = lambda handler: handler.send(reply)
+    return fake.url + path
+
+
+# ---- gateways ----
+
+Serve = Callable[..., puter.OpenAIServer]
+KEY = "the-key-of-the-server"
+
+
+def body_for(scenario: Any = "text", **more: Any) -> JSON:
+    """The body of a chat completion."""
+    return {"model": lab(scenario), "messages": HI, **more}
+
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+def post_to(
+    server: puter.OpenAIServer,
+    body: Any,
+    stream: Any = False,
+    path: str = CHAT_PATH,
+    **headers: Any,
+) -> requests.Response:
+    """A chat completion, by plain `requests`; bytes are sent as they are."""
+    return requests.post(
+        server.url.removesuffix("/v1") + path,
+        data=body if isinstance(body, bytes) else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", **headers},
+        stream=stream,
+        timeout=20,
+    )
+
+
+def get_from(
+    server: puter.OpenAIServer, path: str, method: str = "GET", **headers: str
+) -> requests.Response:
+    """A request of any other kind."""
+    root = server.url.removesuffix("/v1")
+    return requests.request(method, root + path, headers=headers, timeout=10)
+
+
+def error_of(reply: requests.Response) -> JSON:
+    """The error of a reply, which must have OpenAI's shape."""
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    assert isinstance(body["error"]["type"], str)
+    return body["error"]
+
+
+def events_of(text: str) -> list[str]:
+    """The data of Server-Sent Events."""
+    blocks = [block for block in text.split("\n\n") if block]
+    assert all(block.startswith("data: ") for block in blocks), text
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def frames_of(reply: requests.Response) -> list[JSON]:
+    """The frames of a stream that ended well."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["Content-Type"].startswith("text/event-stream")
+    *frames, last = events_of(reply.content.decode())
+    assert last == "[DONE]"
+    return [json.loads(frame) for frame in frames]
+
+
+def deltas_of(frames: Sequence[JSON]) -> list[JSON]:
+    """What each frame adds."""
+    return [choice["delta"] for frame in frames for choice in frame["choices"]]
+
+
+def joined(frames: Sequence[JSON], key: str = "content") -> str:
+    """A text that came in frames."""
+    return "".join(delta.get(key) or "" for delta in deltas_of(frames))
+
+
+def finish_of(frames: Sequence[JSON]) -> str:
+    """The one finish reason, which must come with the last choice."""
+    reasons = [c["finish_reason"] for frame in frames for c in frame["choices"]]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    return reasons[-1]
+
+
+def answer_of(server: puter.OpenAIServer, body: JSON) -> tuple[str, str]:
+    """(text, finish reason) of a request, streamed or not."""
+    reply = post_to(server, body)
+    if body.get("stream"):
+        frames = frames_of(reply)
+        return joined(frames), finish_of(frames)
+    choice = reply.json()["choices"][0]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+@pytest.fixture
+def serve(make: MakeClient) -> Iterator[Serve]:
+    """Starts servers: `serve(make("alice"), api_key="k")`; without a client, on alice's."""
+    started: list[puter.OpenAIServer] = []
+
+    def start(client: puter.Puter | None = None, **options: Any) -> puter.OpenAIServer:
+        client = client or make(max_retries=0, fallback_enabled=False)
+        server = puter.OpenAIServer(client, **{"port": 0, **options})
+        run = server._server.serve_forever
+        server._server.serve_forever = lambda _: run(0.005)  # so that a stop is soon seen
+        started.append(server.start())
+        return server
+
+    yield start
+    for server in started:
+        server.stop(0)
+
+
+@pytest.fixture
+def server(serve: Serve) -> puter.OpenAIServer:
+    """A server without any options."""
+    return serve()
+
+
+AT_ONCE: Any = {"max_retries": 0, "timeout": 10}
+
+
+def sdk(server: puter.OpenAIServer, key: str = "any") -> openai.OpenAI:
+    """The real SDK, which does not try again."""
+    web = openai.DefaultHttpxClient(verify=False)  # it need not load certificates
+    return openai.OpenAI(base_url=server.url, api_key=key, http_client=web, **AT_ONCE)
+
+
+A_RESULT = {"type": "function_call_output", "call_id": "c1"}
+SEE_IT = [{"type": "input_text", "text": text} for text in ("see", "it")]
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+def typed(kind: str, **more: Any) -> JSON:
+    """An item or a block of a kind."""
+    return {"type": kind, **more}
+
+
+def claude_tool(name: str) -> JSON:
+    """A function as Anthropic's clients offer it."""
+    return {"name": name, "description": "d", "input_schema": {"type": "object"}}
+
+
+def flat_tool(name: str, kind: str = "function", **more: Any) -> JSON:
+    """A tool as clients of responses offer it."""
+    return {"type": kind, "name": name, "description": "d", **more}
+
+
+def claude(server: puter.OpenAIServer, key: str = "any") -> anthropic.Anthropic:
+    """Anthropic's SDK, which does not try again."""
+    base = server.url.removesuffix("/v1")
+    web = anthropic.DefaultHttpxClient(verify=False)
+    return anthropic.Anthropic(base_url=base, api_key=key, http_client=web, **AT_ONCE)
+
+
+# ---- MCP ----
+
+
+def rpc(method: str, params: Any = None, request_id: Any = 1) -> dict[str, Any]:
+    """A request; one without an id (None) is a notification."""
+    message: dict[str, Any] = {"jsonrpc": "2.0", "method": method}
+    message |= {} if params is None else {"params": params}
+    return message if request_id is None else {**message, "id": request_id}
+
+
+def as_line(message: Any) -> bytes:
+    """A message as it is sent; bytes are sent as they are."""
+    return message if isinstance(message, bytes) else json.dumps(message).encode()
+
+
+class McpProcess:
+    """`python -m puter serve --mcp`, and the lines that it has written."""
+
+    def __init__(self, env: Mapping[str, str], *command: str) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command or mcp_argv(), stdin=pipe, stdout=pipe, stderr=pipe, env=dict(env)
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.stderr = self.process.stderr
+        self.lines: queue.Queue[bytes] = queue.Queue()
+
+    def read(self) -> None:
+        """Reads what comes, in a thread."""
+
+        def work() -> None:
+            for line in self.stdout:
+                self.lines.put(line)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def send(self, *messages: Any) -> None:
+        self.stdin.write(b"".join(as_line(message) + b"\n" for message in messages))
+        self.stdin.flush()
+
+    def next(self, timeout_s: float = 10.0) -> Any:
+        """The next message."""
+        return json.loads(self.lines.get(timeout=timeout_s))
+
+    def until(self, request_id: Any) -> list[Any]:
+        """All messages up to the answer to a request."""
+        found: list[Any] = []
+        while not found or found[-1].get("id") != request_id:
+            found.append(self.next())
+        return found
+
+    def end(self, timeout_s: float = 2.0) -> tuple[int, bytes]:
+        """Ends its input; gives exit code and stderr. It must end in time."""
+        self.stdin.close()
+        code = self.process.wait(timeout_s)
+        return code, self.stderr.read()
+
+
+def mcp_argv() -> list[str]:
+    """How the server is started here."""
+    return [sys.executable, "-m", "puter", "serve", "--mcp"]
+
+
+@pytest.fixture
+def mcp_env(fake: FakePuter, own_home: Path) -> dict[str, str]:
+    """The near-empty environment in which other programs start the server."""
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
+        "HOME": str(own_home),
+        "LANG": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **({"SYSTEMROOT": os.environ["SYSTEMROOT"]} if os.name == "nt" else {}),
+        "PUTER_CONFIG_DIR": str(own_home / "puter"),
+        "PUTER_API_BASE_URL": fake.url,
+        "PUTER_AUTH_TOKEN": "token-alice",
+    }
+
+
+@pytest.fixture
+def start_mcp(mcp_env: dict[str, str]) -> Iterator[Callable[..., McpProcess]]:
+    """Starts the command: `start_mcp(PUTER_DEBUG="1")`."""
+    made: list[McpProcess] = []
+
+    def start(*command: str, **env: str) -> McpProcess:
+        made.append(McpProcess({**mcp_env, **env}, *command))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.process.kill()
+        one.process.wait()
+        for stream in (one.stdin, one.stdout, one.stderr):
+            with suppress(OSError):
+                stream.close()
+
+
+# =============================================================================
+# FakePuter itself
+# =============================================================================
+# What must be wrong with the account for an exchange to go as it was recorded.
+SET_UPS: dict[str, dict[str, Any]] = {
+    "whoami, token of a retired format": {"dead": True},
+    "complete: bad token": {"dead": True},
+    "too many at once (a temporary account has 2, a free one 3, a paid one 20)": {
+        "max_concurrent": 0
+    },
+    "no credit left": {"credit_microcents": 0},
+    "too many in 10 s": {"max_in_window": 0},
+    "openai endpoint, session token": {"session_token": True},
+}
+# What the recorded hosts took, since they take anything, and the providers' own do not.
+SHAPES_OF_ANTHROPIC = (
+    "arrives: thinking blocks in the history",
+    "arrives: image by Anthropic's source",
+    "arrives: tool result as Anthropic's block with an image",
+    "arrives: an inline PDF as Anthropic's document",
+)
+REFUSED = {
+    "exchanges": ("complete: file part",),
+    "claude": (
+        "arrives: reasoning in the history",
+        "arrives: image in a user message",
+        "arrives: an inline PDF in OpenAI's shape",
+        "arrives: an empty text part and a blank message",
+    ),
+    "openai-completion": (*SHAPES_OF_ANTHROPIC, "arrives: cache_control on parts and on a message"),
+    "openai-responses": (
+        *SHAPES_OF_ANTHROPIC,
+        "arrives: cache_control on parts and on a message",
+        "arrives: reasoning in the history",
+        "arrives: image in a user message",
+        "arrives: an inline PDF in OpenAI's shape",
+        "arrives: two calls in one message",
+        "arrives: text beside two OpenAI calls",
+    ),
+    "openrouter": (
+        *SHAPES_OF_ANTHROPIC,
+        "arrives: a stored PDF (puter_path)",
+        "arrives: a stored text file (puter_path)",
+    ),
+}
+EFFORT = {"reasoning_effort": "high", "max_tokens": 4000}
+ASKED = user("w?")
+WHAT_VENDORS_REFUSE: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    *(
+        (model, [user([parts[form]])], {}, "does not match any of the expected tags")
+        for parts in (PICTURES, PDFS)
+        for form in parts
+        for family, model in FAMILIES.items()
+        if form != family
+    ),
+    (CLAUDE, [user([{"type": "image", "source": "x"}])], {}, "image.source: Input tag"),
+    (CLAUDE, [{**ASKED, "name": "al"}], {}, "messages.0.name: Extra inputs"),
+    (CLAUDE, [user([{"type": "text", "text": " "}])], {}, "must be non-empty"),
+    (CLAUDE, [user([MARKED] * 5)], {}, "Found 5."),
+    (
+        CLAUDE,
+        [ASKED, calls_for("t", before=[{**SIGNED, "cache_control": {}}])],
+        {},
+        "thinking.cache_control",
+    ),
+    (CLAUDE, [ASKED, calls_for("t"), result("t")], EFFORT, "Expected `thinking` or"),
+    (
+        CLAUDE,
+        [ASKED, calls_for("t"), ASKED],
+        {},
+        "without `tool_result` blocks immediately after: t",
+    ),
+    (
+        CLAUDE,
+        [ASKED, calls_for("t"), user([{"type": "text", "text": "a"}, result_part("t")])],
+        {},
+        "without",
+    ),
+    (CLAUDE, [ASKED, result("t")], {}, "unexpected `tool_use_id`"),
+    (
+        CLAUDE,
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
+        {},
+        "'image_url'",
+    ),
+    (GPT, [user([{"type": "file", "file": {"file_id": "f"}}])], {}, "Invalid file"),
+    (GPT, [user([{"type": "image_url", "image_url": "data:"}])], {}, "Invalid image_url"),
+    (GPT, [user([MARKED])], {}, "cache_control"),
+    (GPT, [ASKED, calls_for("t"), ASKED], {}, "No tool output found for function call t."),
+    (GPT, [ASKED, result("t")], {}, "No tool call found"),
+    (GPT, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])], {}, "'image_url'"),
+    ("gemini-2.5-flash", [user([PDFS["chat"]])], {}, "Invalid file"),
+    ("lab/text", [user([{"type": "file", "puter_path": "/a"}])], {}, "file.file: Field required"),
+    (CODEX, [ASKED, calls_for("t", "u"), result("t"), result("u")], {}, "call_id t."),
+    (CODEX, [ASKED, calls_for("t", reasoning="R"), result("t")], {}, "reasoning: Extra inputs"),
+    (CODEX, [ASKED, calls_for("t")], {}, "No tool output found for function call t."),
+    (
+        CODEX,
+        [ASKED, calls_for("t"), user([result_part("t", [PICTURES["chat"]])])],
+        {},
+        "'image_url'",
+    ),
+]
+WHAT_VENDORS_TAKE: list[tuple[str, list[Any], dict[str, Any]]] = [
+    *(
+        (FAMILIES[form], [user([parts[form], {"type": "text", "text": "What is it?"}])], {})
+        for parts in (PICTURES, PDFS)
+        for form in parts
+    ),
+    ("lab/text", [user([MARKED, PDFS["chat"]])], {}),
+    ("lab/text", [ASKED, calls_for("t", reasoning="R"), result("t")], {}),
+    (CLAUDE, [ASKED, calls_for("t", "u"), result("t"), result("u"), ASKED], {}),
+    (CLAUDE, [ASKED, calls_for("t", before=[SIGNED]), result("t")], EFFORT),
+    (CLAUDE, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["claude"]])])], {}),
+    (CLAUDE, [user([{"type": "file", "puter_path": "/alice/a.pdf"}])], {}),
+    (GPT, [ASKED, calls_for("t", "u"), result("u"), result("t")], {}),
+    (GPT, [ASKED], {"tools": [{"type": "web_search"}]}),
+    (CODEX, [ASKED, calls_for("t"), user([result_part("t", [PICTURES["responses"]])])], {}),
+    (CODEX, [ASKED, calls_for("t"), result("t"), calls_for("u"), result("u")], {}),
+]
+
+
+def as_sent(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded request for `requests`, with its placeholder filled in."""
+    text = json.dumps(request["body"]).replace(
+        '"<30 MB of text>"', '[{"role": "user", "content": "long"}]'
+    )
+    headers = {"Authorization": "Bearer t"} if request["auth"] else None
+    return {"json": json.loads(text), "headers": headers}
+
+
+def without_ids(text: str) -> str:
+    """A reply of the OpenAI endpoint without what differs from one call to the next."""
+    return re.sub(r'"id": ?"chatcmpl-\w+"|"created": ?\d+', "", text)
+
+
+def chat_body(scenario: str = "text", content: Any = "hi", **args: Any) -> dict[str, Any]:
+    """The body of a driver call to a lab model."""
+    model = {"model": f"openrouter:lab/{scenario}"}
+    args = {"messages": [{"role": "user", "content": content}], **model, **args}
+    method = {"interface": "puter-chat-completion", "driver": "ai-chat", "method": "complete"}
+    return {**method, "args": args}
 
 
 class TestFakePuter:
@@ -3872,406 +5084,137 @@ class TestFakePuter:
 
 
 # =============================================================================
-# Helpers
+# 1. head
 # =============================================================================
-ALL_ERRORS = sorted(
-    (
-        kind
-        for kind in vars(puter).values()
-        if isinstance(kind, type)
-        and issubclass(kind, puter.PuterError)
-        and not kind.__name__.startswith("_")
-    ),
-    key=lambda kind: kind.__name__,
-)
+def sit_down(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
+    """Somebody sits at the terminal, and answers what is asked."""
+    monkeypatch.setattr(puter, "_is_interactive", lambda: True)
+    monkeypatch.setattr(builtins, "input", answer)
 
 
-def table(*rows: Any) -> list[Any]:
-    """Rows whose first value is their name; `pytest.param`s stay as they are."""
-    return [row if not isinstance(row, list) else pytest.param(*row[1:], id=row[0]) for row in rows]
+class TestModuleLevel:
+    """`puter.chat`, `puter.stream`, and what the module shows."""
 
+    def test_chat_and_stream(self, fake, home, monkeypatch):
+        sign_in(fake, home, "alice")
+        monkeypatch.setattr(puter, "_default", None)
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        assert str(puter.chat("hi", model=lab("echo"), system="Be brief")) == "hi"
+        client = puter._default_client()
+        with puter.stream("hi", model=lab("text")) as stream:
+            assert "".join(map(str, stream)) == SENTENCE
+        # In a notebook the token may come late: the client is made anew, and only then.
+        assert puter._default_client() is client
+        monkeypatch.setenv("PUTER_AUTH_TOKEN", "token-bob")
+        puter.chat("hi", model=lab("text"))
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "alice", "bob"]
+        puter._default_client().close()
 
-def recorded_answer(name: str) -> JSON:
-    """The response of the recorded exchange of this name."""
-    answer: JSON = next(e["response"] for e in EXCHANGES if e["name"] == name)
-    return answer
+    @pytest.mark.parametrize("name", ["chat", "stream"])
+    def test_functions_look_like_the_methods(self, name):
+        function, method = getattr(puter, name), getattr(puter.Puter, name)
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters == list(inspect.signature(method).parameters)[1:]
+        assert "model" in parameters and function.__doc__.startswith(method.__doc__)
 
-
-def attempt(model: str, account: str, error: puter.PuterError | None = None) -> puter.Attempt:
-    return puter.Attempt(model, account, error, 0.1)
-
-
-def write_settings(folder: Path, text: str | bytes) -> Path:
-    """puter.json in the folder, byte for byte."""
-    path = folder / "puter.json"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
-def load(folder: Path, env: Mapping[str, str] | None = None, **given: Any) -> Any:
-    """The settings of a folder, and of no environment but the one given."""
-    return puter.Config.load(folder, env or {}, **given)
-
-
-def config_fault(folder: Path, env: Mapping[str, str] | None = None, **given: Any) -> str:
-    """The text of the `ConfigError` that these settings raise."""
-    with pytest.raises(puter.ConfigError) as caught:
-        load(folder, env, **given)
-    return str(caught.value)
-
-
-def as_it_arrives(messages: Sequence[JSON]) -> list[tuple[Any, ...]]:
-    """What a model gets to see of wire messages, by what was recorded of the server.
-
-    Several `tool_use` parts arrive in reverse and without the text beside them; calls beside
-    a blank text arrive in reverse and with their arguments encoded twice.
-    """
-    seen: list[tuple[Any, ...]] = []
-    for message in messages:
-        content, role = message["content"], message["role"]
-        if role == "tool":
-            seen.append(("result", message["tool_call_id"], content))
-            continue
-        parts = content if isinstance(content, list) else [text_part(content)]
-        calls = [p for p in parts if p["type"] == "tool_use"]
-        if not calls:
-            seen += [(role, p["text"]) for p in parts if p["text"]]
-        seen += [
-            ("call", c["id"], c["name"], c["input"], c.get("extra_content"))
-            for c in reversed(calls)
+    def test_one_client_for_many_threads(self, home, monkeypatch):
+        monkeypatch.setattr(puter, "_default", None)
+        start = threading.Barrier(8)
+        running = [
+            in_background(lambda: (start.wait(10), puter._default_client())[1]) for _ in range(8)
         ]
-        open_calls = message.get("tool_calls") or []
-        if open_calls and not (isinstance(content, str) and content.strip()):
-            open_calls = [
-                {**c, "function": {**c["function"], "arguments": None}}
-                for c in reversed(open_calls)
-            ]
-        for call in open_calls:
-            arguments = json.loads(call["function"]["arguments"] or "null")
-            name, extra = call["function"]["name"], call.get("extra_content")
-            seen.append(("call", call["id"], name, arguments, extra))
-    return seen
+        for thread, _ in running:
+            thread.join(10)
+        assert len({id(outcome[0]) for _, outcome in running}) == 1
 
-
-def with_texts_joined(seen: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """The same with texts of the assistant that follow one another as one."""
-    joined_up: list[tuple[Any, ...]] = []
-    for one in seen:
-        if one[0] == "assistant" and joined_up and joined_up[-1][0] == "assistant":
-            joined_up[-1] = ("assistant", f"{joined_up[-1][1]}\n\n{one[1]}")
+    @pytest.mark.parametrize("answer", ["", "n"])
+    def test_a_person_who_is_not_signed_in_is_asked(self, fake, home, monkeypatch, capsys, answer):
+        alice = puter.Account("alice", "token-alice")
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        sit_down(monkeypatch, lambda _: answer)
+        monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
+        monkeypatch.setattr(puter, "_read_stdin", lambda: b"")
+        code = puter.main(["ask", "-m", lab("echo"), "hello"])
+        told = capsys.readouterr()
+        assert "You are not signed in." in told.err, told
+        if answer == "n":
+            assert (code, told.out) == (1, "") and not fake.requests
         else:
-            joined_up.append(one)
-    return joined_up
+            assert (code, told.out) == (0, "hello\n")
+            assert names(puter.AccountStore(home)) == ["alice"]
 
-
-def sent_as(form: str, messages: Any) -> Any:
-    """A history in the form of a kind of provider, checked before."""
-    return puter.messages_for(form, puter.messages_from(messages))
-
-
-UNANSWERED = result("1", "(this call was not answered)")
-THOUGHT_SIGNATURE = {"google": {"thought_signature": "abc"}}
-# A model of each form whose vendor says what is wrong.
-MODEL_OF = {**FAMILIES, "openrouter": "openrouter:lab/text"}
-BY_NAME = {name: m for m in default_catalogue() for name in (m["id"], *m.get("aliases", ()))}
-
-
-def vendor_fault(form: str, messages: Sequence[JSON]) -> str:
-    """What the vendor has against messages that are sent so; nothing, when all is well."""
-    asked = BY_NAME[MODEL_OF[form]]
-    vendor = FORMS[form_of(asked, {})]
-    (body,) = vendor.sent(asked, {"messages": normalised(messages), "tools": []})
-    return vendor.fault(asked, body)
-
-
-# What the recorder asked, and this module never does: a list as a tool's text, and OpenAI's calls
-# beside a text.
-SHAPES_WE_NEVER_SEND = (
-    "arrives: tool result with an image part",
-    "arrives: text beside two OpenAI calls",
-)
-WEB_PICTURES = {
-    "claude": {"type": "image", "source": {"type": "url", "url": "https://x.org/a.png"}},
-    "chat": {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
-    "responses": {"type": "input_image", "image_url": "https://x.org/a.png"},
-}
-TITLED_PDFS = {**PDFS, "claude": {**PDFS["claude"], "title": "a.pdf"}}
-A_PICTURE, A_PDF = PICTURES["chat"], PDFS["chat"]
-SEEN = [user("a"), assistant(None, tool_call("1")), result("1", [text_part("b"), A_PICTURE])]
-SEEN_BY_CHAT = [user("a"), calls_for("1"), result("1", "b"), user([A_PICTURE])]
-
-
-def claude_result_of(call_id: str, content: Any, **more: Any) -> JSON:
-    return user([{**result_part(call_id, content), **more}])
-
-
-# What each form makes of messages; where one is not named, it is the row's "chat".
-BY_FORM: list[tuple[str, list[JSON], dict[str, Any]]] = [
-    *(
-        (f"{what} of {vendor}", [user([part, text_part("Hi")])], {
-            form: [user([own, text_part("Hi")])] for form, own in written.items()
-        })
-        for what, read, written in (
-            ("picture", PICTURES, PICTURES),
-            ("picture's URL", WEB_PICTURES, WEB_PICTURES),
-            ("PDF", TITLED_PDFS, TITLED_PDFS),
-        )
-        for vendor, part in read.items()
-    ),
-    ("stored PDF", [user([{"type": "file", "puter_path": "/a.pdf"}])], {
-        "chat": [user([{"type": "file", "puter_path": "/a.pdf"}])],
-        "responses": None,
-    }),
-    ("picture's detail", [user([{**PICTURES["responses"], "detail": "low"}])], {
-        "claude": [user([PICTURES["claude"]])],
-        "responses": [user([{**PICTURES["responses"], "detail": "low"}])],
-        "chat": [user([{"type": "image_url", "image_url": {**A_PICTURE["image_url"], "detail": "low"}}])],
-    }),
-    ("document that is text", [user([{"type": "document", "title": "t", "source": {"type": "text", "data": "d"}}])], {
-        "chat": [user([text_part("t"), text_part("d")])],
-    }),
-    ("later system messages", [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, user("c"), {"role": "system", "content": "d"}], {
-        "claude": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, user("c"), user("d")],
-        "chat": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, user("c"), {"role": "system", "content": "d"}],
-    }),
-    ("system message alone", [{"role": "system", "content": "a"}], {
-        "claude": [user("a")],
-        "chat": [{"role": "system", "content": "a"}],
-    }),
-    ("thinking, text and calls", [user("a"), assistant([SIGNED, text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "")], {
-        "claude": [user("a"), assistant([SIGNED, text_part("b"), used("1"), used("2", "g", {"x": 1})]), user([result_part("1", "done"), result_part("2", "(no output)")])],
-        "chat": [user("a"), assistant([text_part("b")]), calls_for("1"), result("1"), assistant([used("2", "g", {"x": 1})]), result("2", "(no output)")],
-        "openai": [user("a"), assistant([text_part("b")], tool_call("1"), tool_call("2", "g", '{"x": 1}')), result("1"), result("2", "(no output)")],
-    }),
-    ("unsigned thinking", [user("a"), assistant([{"type": "thinking", "thinking": "T"}, text_part("b")]), user("c")], {
-        "chat": [user("a"), assistant([text_part("b")]), user("c")],
-    }),
-    ("redacted thinking", [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")], {
-        "claude": [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}]), user("c")],
-        "chat": [user("a"), user("c")],
-    }),
-    ("Google's signature", [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")], {
-        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
-        "responses": [user("a"), calls_for("1"), result("1")],
-        "chat": [user("a"), assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
-        "openai": [user("a"), assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
-    }),
-    ("result with a picture", SEEN, {
-        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]])],
-        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]])],
-        "chat": SEEN_BY_CHAT,
-        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:]],
-    }),
-    ("Anthropic's result with a picture", [user("a"), assistant([used("1")]), user([result_part("1", [text_part("b"), PICTURES["claude"]]), text_part("c")])], {
-        "claude": [user("a"), calls_for("1"), claude_result_of("1", [text_part("b"), PICTURES["claude"]]), user([text_part("c")])],
-        "responses": [user("a"), calls_for("1"), claude_result_of("1", [{"type": "input_text", "text": "b"}, PICTURES["responses"]]), user([text_part("c")])],
-        "chat": [*SEEN_BY_CHAT, user([text_part("c")])],
-        "openai": [user("a"), assistant(None, tool_call("1")), *SEEN_BY_CHAT[2:], user([text_part("c")])],
-    }),
-    ("pictures follow the last result", [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", [A_PICTURE]), result("2", "d")], {
-        "claude": [user("a"), assistant([used("1"), used("2")]), user([result_part("1", [PICTURES["claude"]]), result_part("2", "d")])],
-        "responses": [user("a"), calls_for("1"), claude_result_of("1", [PICTURES["responses"]]), calls_for("2"), result("2", "d")],
-        "chat": [user("a"), calls_for("1"), result("1", "(see the picture below)"), calls_for("2"), result("2", "d"), user([A_PICTURE])],
-        "openai": [user("a"), assistant(None, tool_call("1"), tool_call("2")), result("1", "(see the picture below)"), result("2", "d"), user([A_PICTURE])],
-    }),
-    ("failed result", [user("a"), assistant([used("1")]), claude_result_of("1", "no", is_error=True)], {
-        "claude": [user("a"), calls_for("1"), claude_result_of("1", "no", is_error=True)],
-        "chat": [user("a"), calls_for("1"), result("1", "Error: no")],
-        "openai": [user("a"), assistant(None, tool_call("1")), result("1", "Error: no")],
-    }),
-    ("cache marks", [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), assistant([used("1")]), claude_result_of("1", "b", cache_control={"type": "ephemeral"})], {
-        "claude": [{"role": "system", "content": [MARKED]}, user([MARKED, {**PICTURES["claude"], "cache_control": {"type": "ephemeral"}}]), calls_for("1"), claude_result_of("1", "b", cache_control={"type": "ephemeral"})],
-        "responses": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), PICTURES["responses"]]), calls_for("1"), result("1", "b")],
-        "chat": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), calls_for("1"), result("1", "b")],
-        "openrouter": [{"role": "system", "content": [MARKED]}, user([MARKED, {**A_PICTURE, "cache_control": {"type": "ephemeral"}}]), calls_for("1"), result("1", "b")],
-        "openai": [{"role": "system", "content": [text_part("a")]}, user([text_part("a"), A_PICTURE]), assistant(None, tool_call("1")), result("1", "b")],
-    }),
-    ("reasoning beside a call", [user("a"), assistant(None, tool_call("1"), reasoning="r", reasoning_details=[{"text": "r"}], reasoning_content="r"), result("1")], {
-        "claude": [user("a"), calls_for("1"), user([result_part("1", "done")])],
-        "chat": [user("a"), calls_for("1"), result("1")],
-        "openrouter": [user("a"), {**calls_for("1"), "reasoning": "r", "reasoning_details": [{"text": "r"}]}, result("1")],
-        "openai": [user("a"), assistant(None, tool_call("1")), result("1")],
-    }),
-    ("keys of other vendors", [user("a", name="al", audio={}), assistant("b", refusal="r", annotations=[1])], {
-        "claude": [user("a"), assistant("b")],
-        "responses": [user("a"), assistant("b")],
-        "chat": [user("a", name="al"), assistant("b")],
-    }),
-    ("blank texts", [user([text_part(""), text_part(" "), text_part("a")]), assistant(" \n"), user("b")], {
-        "claude": [user([text_part("a")]), user("b")],
-        "chat": [user([text_part(" "), text_part("a")]), assistant(" \n"), user("b")],
-    }),
-    ("picture that was drawn", [user("a"), assistant("b", images=[A_PICTURE]), user("c")], {
-        form: [user("a"), assistant("b"), user([text_part("The picture that you drew:"), own]), user("c")]
-        for form, own in PICTURES.items()
-    }),
-]  # fmt: skip
-# What UTF-8 can hold; Hypothesis would work the same out from the codec, which takes seconds.
-ANY_TEXT = functools.partial(st.text, st.characters(exclude_categories=["Cs"]))
-TEXTS = ANY_TEXT(max_size=20).filter(lambda t: not t or t.strip())
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | ANY_TEXT(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT(max_size=3), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-ARGUMENTS = st.dictionaries(ANY_TEXT(max_size=5), JSON_VALUES, max_size=3)
-
-
-@st.composite
-def turns(
-    draw: st.DrawFn, only_one_call_if_signed_and_silent: bool = False
-) -> tuple[list[JSON], list[tuple[Any, ...]]]:
-    """A history of an agent, and what a model must get to see of it.
-
-    Every turn uses the same ids again, as some agents do, and results come in any order.
-    """
-    messages: list[JSON] = [user("Begin.")]
-    meant: list[tuple[Any, ...]] = [("user", "Begin.")]
-    uses: Counter[str] = Counter()
-    for _ in range(draw(st.integers(0, 4))):
-        if draw(st.booleans()):
-            text = draw(TEXTS)
-            messages.append(user(text))
-            meant += [("user", text)] if text else []
-            continue
-        spoken, signed = draw(st.none() | TEXTS), draw(st.booleans())
-        few = only_one_call_if_signed_and_silent and signed and not spoken
-        number = draw(st.integers(0, 1 if few else 3))
-        given = [draw(ARGUMENTS) for _ in range(number)]
-        extra = {"extra_content": THOUGHT_SIGNATURE} if signed else {}
-        calls = [
-            tool_call(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)
-        ]
-        order = draw(st.permutations(range(number)))
-        said: Any = [text_part(spoken)] if spoken and draw(st.booleans()) else spoken
-        messages.append(assistant(said, *calls))
-        messages += [result(f"call_{n}", f"result {n}") for n in order]
-        meant += [("assistant", spoken)] if spoken else []
-        uses.update(names := [f"call_{n}" for n in range(number)])
-        sent_ids = [f"{name}_{uses[name]}" if uses[name] > 1 else name for name in names]
-        seen = [
-            ("call", sent_ids[n], f"f{n}", a, THOUGHT_SIGNATURE if signed else None)
-            for n, a in enumerate(given)
-        ]
-        results = [("result", sent_ids[n], f"result {n}") for n in range(number)]
-        if signed:
-            meant += [*seen, *results]
-        else:
-            meant += [event for pair in zip(seen, results, strict=True) for event in pair]
-    return messages, meant
-
-
-IMAGES = table(
-    ["png", PNG, "image/png"],
-    ["jpeg", b"\xff\xd8\xff\xe0....", "image/jpeg"],
-    ["gif87", b"GIF87a....", "image/gif"],
-    ["gif89", b"GIF89a....", "image/gif"],
-    ["webp", b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"],
-)
-
-
-def stream_line(kind: str, **more: Any) -> bytes:
-    """One line of Puter's stream, its text unescaped as the server sends it."""
-    event = {"type": kind, **more}
-    return compact(event).encode() + b"\n"
-
-
-USAGE_LINE = stream_line("usage", usage={"prompt": 11, "completion": 22})
-
-
-def decoded(
-    *pieces: bytes, model: str = "m"
-) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
-    """What a line decoder makes of pieces and the end after them."""
-    decoder = puter.LineDecoder(model)
-    chunks = [chunk for piece in pieces for chunk in decoder.feed(piece)]
-    chunks += decoder.finish()
-    return chunks, decoder.error, decoder.reply()
-
-
-def values_of(*pieces: bytes) -> str:
-    """The same as a text that can be compared, without the ids that calls were given."""
-    chunks, error, reply = decoded(*pieces)
-    return re.sub(r"call_\w{24}", "call_?", repr((chunks, error, reply, reply.tool_calls)))
-
-
-def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
-    """The bytes cut at these places (of any order, taken modulo the length)."""
-    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
-    return [data[a:b] for a, b in itertools.pairwise(edges)]
-
-
-def escaped_line(text: Any, kind: str = "text") -> bytes:
-    """A line of text with everything escaped: halves of an emoji can be sent so alone."""
-    return json.dumps({"type": kind, kind: text}).encode() + b"\n"
-
-
-# Lines of every kind that a server sends, and some that none does.
-LINES = st.one_of(
-    st.builds(lambda t: stream_line("text", text=t), ANY_TEXT(max_size=10)),
-    st.builds(escaped_line, st.sampled_from(["a\ud83e", "\udd8a", "\ud83e", "\ud83e\udd8ab", ""])),
-    st.builds(lambda t: stream_line("reasoning", reasoning=t), ANY_TEXT(max_size=10)),
-    st.builds(lambda a: stream_line("tool_use", id="c", name="f", input=a), ARGUMENTS),
-    st.builds(lambda v: stream_line("extra_content", extra_content=v), JSON_VALUES),
-    st.sampled_from(
+    @pytest.mark.parametrize(
+        ("given", "words"),
         [
-            USAGE_LINE,
-            stream_line("error", message="gone"),
-            stream_line("tool_use", id="c", name="f", input="{broken"),
-            stream_line("text"),
-            b"\n",
-            b" \r\n",
-            b"[1]\n",
-            b"{}\n",
-            b"\xff\xfe\n",
-        ]
-    ),
-    st.binary(max_size=20),
+            ({"debugg": True}, "no setting 'debugg'.*'debug'"),
+            ({"token": "t", "account": "alice"}, "both given"),
+            ({"config": {"debug": True}}, "config is .*Pass a Config"),
+            ({"session": "s"}, "session is 's'.*requests.Session"),
+        ],
+    )
+    def test_arguments_that_cannot_be(self, home, given, words):
+        with pytest.raises(puter.ConfigError, match=words):
+            puter.Puter(**given)
+
+    def test_names(self):
+        assert puter.__all__ == sorted(puter.__all__, key=lambda n: (n.islower(), n))
+        assert all(hasattr(puter, name) for name in puter.__all__)
+        assert dir(puter) == sorted([*puter.__all__, "__version__"])
+        errors = {
+            name
+            for name, value in vars(puter).items()
+            if isinstance(value, type) and issubclass(value, puter.PuterError)
+            if not name.startswith("_")
+        }
+        assert errors <= set(puter.__all__)
+
+    def test_every_public_name_says_what_it_is(self):
+        for name in puter.__all__:
+            assert getattr(puter, name).__doc__, name
+        assert importlib.import_module("puter").__doc__
+
+
+OTHER_PYTHONS = sorted(
+    {
+        *Path.home().glob(".pyenv/versions/3.*/bin/python"),
+        *(Path(found) for minor in range(8, 15) if (found := shutil.which(f"python3.{minor}"))),
+    }
 )
+ON_ANY_PYTHON = """
+import puter
+import functools
+from typing import Annotated, Optional
+tools = puter.McpServer(None, print).tools()
+assert [t["name"] for t in tools] == ["puter-chat", "puter-models", "puter-account"]
+assert tools[0]["inputSchema"]["required"] == ["message"]
+def f(a: "Annotated[float | None, {'minimum': 0}]" = None, b: Annotated[Optional[int], {"maximum": 9}] = None) -> str:
+    return ""
+schema = puter.function_schema(f)["function"]["parameters"]
+assert schema["properties"]["b"]["maximum"] == 9 and schema["properties"]["a"]["minimum"] == 0, schema
+assert puter.read_arguments(functools.partial(f), {"a": 1}) == {"a": 1.0}
+"""
 
 
-def delta(**given: Any) -> str:
-    """The data of one event of an OpenAI-compatible stream."""
-    return json.dumps({"choices": [{"index": 0, "delta": given}]})
+class TestOtherPythons:
+    """What only another Python shows, on those that are here."""
 
-
-def call_delta(index: Any, arguments: str, **head: Any) -> str:
-    name = {"name": head.pop("name")} if "name" in head else {}
-    function = {**name, "arguments": arguments}
-    return delta(tool_calls=[{"index": index, **head, "function": function}])
-
-
-def heard(*events: str) -> tuple[list[puter.Chunk], puter.PuterError | None, puter.Reply]:
-    """What an event decoder makes of events and the end after them."""
-    decoder = puter.EventDecoder("m")
-    chunks = [chunk for event in events for chunk in decoder.feed(event)]
-    decoder.finish()
-    return chunks, decoder.error, decoder.reply()
-
-
-def model_entry(model_id: str, **more: Any) -> JSON:
-    """A model as the catalogue lists it; free unless it says otherwise."""
-    prices = {"input_cost_key": "prompt", "output_cost_key": "completion"}
-    costs = {"tokens": 1_000_000, "prompt": 0, "completion": 0}
-    return {"id": model_id, "provider": "openrouter", **prices, "costs": costs, **more}
-
-
-def model(model_id: str, *aliases: str, **more: Any) -> puter.Model:
-    return puter.Model(model_id, aliases=aliases, **more)
-
-
-def account(name: str, last_used_ms: int | None = None) -> puter.Account:
-    return puter.Account(name, f"token of {name}", last_used_ms=last_used_ms)
-
-
-def ids(models: Sequence[puter.Model]) -> list[str]:
-    return [m.id for m in models]
+    @pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda p: str(p.parent.parent.name))
+    def test_tools_or_a_clear_word(self, python, tmp_path):
+        which = [python, "-c", "import sys; print(sys.version_info[1])"]
+        code, minor, _ = run_command(which, os.environ)
+        if code or int(minor) < 8:
+            pytest.skip("no Python 3.8 or newer behind this name")
+        env = clean_environ(tmp_path, PYTHONDONTWRITEBYTECODE="1")
+        code, _, err = run_command([python, "-c", ON_ANY_PYTHON], env)
+        if int(minor) >= 10:
+            assert (code, err) == (0, "")
+        else:
+            assert code == 1 and err.count("\n") == 1
+            assert "needs Python 3.10" in err
 
 
 # =============================================================================
-# Errors
+# 2. errors
 # =============================================================================
 class TestErrors:
     @pytest.mark.parametrize("kind", ALL_ERRORS)
@@ -4348,8 +5291,176 @@ class TestErrors:
         )
 
 
+# The wire's table of errors: whose fault each is, and whether waiting may help.
+WIRE_ERRORS = table(
+    *(
+        [code, 401, code, puter.AuthError, "account", False]
+        for code in ("token_missing", "reauth_required", "token_auth_failed")
+    ),
+    ["insufficient_funds", 402, "insufficient_funds", puter.CreditError, "account", False],
+    ["subscription_required", 402, "subscription_required", puter.SubscriptionError, "request", False],
+    ["permission_denied", 403, "permission_denied", puter.ModelAccessError, "model", False],
+    *(
+        [code, 403, code, puter.AccessError, "account", False]
+        for code in ("forbidden", "account_is_not_verified", "account_suspended", "new_one")
+    ),
+    ["app_or_api_token_required", 403, "app_or_api_token_required", puter.AuthError, "account", False],
+    ["too_many_requests", 429, "too_many_requests", puter.RateLimitError, "account", True],
+    ["upstream_rate_limited", 429, "upstream_rate_limited", puter.ModelRateLimitError, "model", False],
+    ["upstream_provider_unavailable", 400, "upstream_provider_unavailable", puter.ModelUnavailableError, "model", True],
+    ["upstream_failed", 400, "upstream_failed", puter.ModelUnavailableError, "model", True],
+    ["upstream_auth_failed", 500, "upstream_auth_failed", puter.ProviderAuthError, "model", False],
+    ["upstream_bad_request", 400, "upstream_bad_request", puter.BadRequestError, "request", False],
+    ["bad_request", 400, "bad_request", puter.BadRequestError, "request", False],
+    ["not_found", 404, "not_found", puter.BadRequestError, "request", False],
+    ["too large", 413, None, puter.BadRequestError, "request", False],
+    ["internal_error", 500, "internal_error", puter.ServerError, "server", True],
+    *([str(s), s, None, puter.ServerError, "server", True] for s in (500, 502, 503, 504)),
+    ["401", 401, None, puter.AuthError, "account", False],
+    ["402", 402, None, puter.CreditError, "account", False],
+    ["403", 403, None, puter.AccessError, "account", False],
+    ["408", 408, None, puter.RequestTimeoutError, "server", True],
+    ["429", 429, None, puter.RateLimitError, "account", True],
+    ["418", 418, "teapot", puter.BadRequestError, "request", False],
+    # An OpenAI endpoint's own words.
+    ["invalid_api_key", 401, "invalid_api_key", puter.AuthError, "account", False],
+    ["model_not_found", 404, "model_not_found", puter.ModelNotFoundError, "request", False],
+)  # fmt: skip
+
+
+class TestServersErrors:
+    """What a server's codes, texts and first lines mean."""
+
+    @pytest.mark.parametrize(("status", "code", "kind", "scope", "retryable"), WIRE_ERRORS)
+    def test_kind(self, status, code, kind, scope, retryable):
+        body = {"error": "Bad luck", "message": "Bad luck", "code": code}
+        error = puter.error_from(status, body)
+        assert type(error) is kind
+        assert (error.scope, error.retryable) == (scope, retryable)
+        assert (error.status, error.code, error.message) == (status, code, "Bad luck")
+        assert error.may_be_billed is (status in (504, 520, 522, 524))
+        assert error.hint
+
+    @pytest.mark.parametrize(
+        ("status", "body", "kind", "message"),
+        table(
+            ["model of an unknown name", 400, {"message": "Model not found: x", "code": "bad_request"}, puter.ModelNotFoundError, "Model not found: x"],
+            ["the same without code", 400, {"error": "Model not found: x"}, puter.ModelNotFoundError, "Model not found: x"],
+            pytest.param(400, {"message": "Model not found: x", "code": "upstream_bad_request"}, puter.BadRequestError, "Model not found: x", id="the same of a provider"),
+            ["old text", 403, {"message": "usage-limited-chat: no"}, puter.ModelAccessError, "usage-limited-chat: no"],
+            ["old text under a code", 403, {"message": "usage-limited-chat", "code": "forbidden"}, puter.ModelAccessError, "usage-limited-chat"],
+            ["old code", 400, {"code": "usage-limited-chat", "message": "no"}, puter.ModelAccessError, "no"],
+            ["success false", 200, {"success": False, "error": {"code": "insufficient_funds", "message": "Empty", "status": 402}}, puter.CreditError, "Empty"],
+            ["success false by status", 200, {"success": False, "error": {"message": "Slow", "status": 429}}, puter.RateLimitError, "Slow"],
+            ["success false by text", 200, {"success": False, "error": "usage-limited-chat"}, puter.ModelAccessError, "usage-limited-chat"],
+            ["OpenAI", 401, {"error": {"message": "No key", "type": "x", "code": "invalid_api_key"}}, puter.AuthError, "No key"],
+            ["OpenAI with a null code", 429, {"error": {"message": "Slow", "code": None}}, puter.RateLimitError, "Slow"],
+            ["page", 502, "<html><body><h1>502 Bad\nGateway</h1><hr></body></html>", puter.ServerError, "502 Bad Gateway"],
+            ["page with a look", 502, "<style>p{x:y}</style><script>go()</script><p>Down &amp; out</p>", puter.ServerError, "Down & out"],
+            ["text", 503, "Down", puter.ServerError, "Down"],
+            ["nothing", 500, None, puter.ServerError, "The server answered 500 without saying why"],
+            ["an outage under 400", 400, {"code": "upstream_failed", "message": "x"}, puter.ModelUnavailableError, "x"],
+            ["a limit under 500", 500, {"code": "too_many_requests", "message": "x"}, puter.RateLimitError, "x"],
+        ),
+    )  # fmt: skip
+    def test_shapes(self, status, body, kind, message):
+        error = puter.error_from(status, body)
+        assert (type(error), error.message) == (kind, message)
+
+    def test_long_texts_are_shortened(self):
+        assert len(puter.error_from(500, "x" * 10_000).message) <= 300
+        assert len(puter.error_from(500, {"message": "x" * 10_000}).message) <= 2_000
+
+    def test_what_else_an_error_holds(self):
+        inside = {"message": "Empty", "status": 402, "code": "insufficient_funds"}
+        assert puter.error_from(200, {"success": False, "error": inside}).status == 402
+        error = puter.error_from(429, {"message": "Busy"}, retry_after_s=7.0)
+        assert (error.message, error.retry_after_s) == ("Busy", 7.0)
+
+    @pytest.mark.parametrize(
+        ("attempts", "message"),
+        table(
+            ["one", [{"error": "429 slow down"}], "Busy (the provider said: 429 slow down)"],
+            ["the last one", [{"error": "a"}, {"error": "b"}], "Busy (the provider said: b)"],
+            ["the same words", [{"error": "Busy"}], "Busy"],
+            ["in their JSON", [{"error": '429 {"error": {"message": "slow down"}}'}], "Busy (the provider said: slow down)"],
+            ["no words", [{"status": 429}], "Busy"],
+            ["none", [], "Busy"],
+            ["no list", "x", "Busy"],
+            ["no object", ["x"], "Busy"],
+            ["the last one is no object", [{"error": "a"}, "x"], "Busy"],
+        ),
+    )  # fmt: skip
+    def test_the_providers_words_are_passed_on(self, attempts, message):
+        body = {"message": "Busy", "code": "upstream_failed", "attempts": attempts}
+        assert puter.error_from(400, body).message == message
+
+    @pytest.mark.parametrize(
+        ("line", "kind", "code", "message"),
+        table(
+            ["limit", '429 {"error": {"message": "slow"}}', puter.ModelRateLimitError, "upstream_rate_limited", "slow"],
+            ["request", "400 bad", puter.BadRequestError, "upstream_bad_request", "400 bad"],
+            ["too large", "413 big", puter.BadRequestError, "upstream_bad_request", "413 big"],
+            ["too long", '400 {"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}', puter.ContextLengthError, "context_length_exceeded", "prompt is too long: 9 tokens > 8 maximum"],
+            ["Puter's key", "401 no", puter.ProviderAuthError, "upstream_auth_failed", "401 no"],
+            ["Puter's money", "402 pay", puter.ProviderAuthError, "upstream_auth_failed", "402 pay"],
+            ["down", "503 down", puter.ModelUnavailableError, "upstream_provider_unavailable", "503 down"],
+            ["no status but a type", '{"error": {"type": "overloaded_error", "message": "busy"}}', puter.ModelUnavailableError, "upstream_provider_unavailable", "busy"],
+        ),
+    )  # fmt: skip
+    def test_the_first_line_of_a_stream(self, line, kind, code, message):
+        error = puter.upstream_error(line, "m")
+        assert (type(error), error.code, error.message, error.model) == (kind, code, message, "m")
+
+    @pytest.mark.parametrize("line", ["", "terminated", "4290 a", "200 words", '{"error": 5}', "{"])
+    def test_a_first_line_without_a_kind(self, line):
+        assert puter.upstream_error(line, "m") is None
+
+    @pytest.mark.parametrize("status", [400, 401, 429, 500, 529])
+    def test_a_recorded_first_line_is_the_whole_replys_error(self, status):
+        answers = {
+            call["name"]: call["response"]
+            for call in PROVIDER_CALLS
+            if call["provider"] == "claude" and call["name"].endswith(f": err{status}")
+        }
+        (line,) = answers[f"stream: err{status}"]["lines"]
+        streamed = puter.upstream_error(json.loads(line)["message"], "m")
+        whole = answers[f"complete: err{status}"]
+        error = puter.error_from(whole["status"], whole["json"])
+        assert (type(streamed), streamed.code) == (type(error), error.code)
+        assert streamed.message == f"scripted {status}" and streamed.message in error.message
+        assert "{" not in error.message
+
+    @pytest.mark.parametrize(
+        ("code", "words"),
+        [
+            ("app_or_api_token_required", "session token"),
+            ("not_found", "api_base_url"),
+            ("account_is_not_verified", "e-mail"),
+            ("subscription_required", "api_style"),
+            ("token_missing", "login"),
+            ("insufficient_funds", "login"),
+        ],
+    )
+    def test_hints_say_what_helps(self, code, words):
+        assert words in str(puter.error_from(400, {"code": code, "message": "x"}))
+
+    def test_every_recorded_error_is_known(self):
+        seen = set()
+        for exchange in EXCHANGES:
+            answer = exchange["response"]
+            if answer["status"] >= 400 and answer.get("json"):
+                error = puter.error_from(answer["status"], answer["json"])
+                assert error.code == answer["json"]["code"]
+                assert answer["json"]["message"] in error.message
+                for one in answer["json"].get("attempts", ()):
+                    assert one["error"] in error.message
+                seen.add(type(error))
+        assert len(seen) >= 8
+
+
 # =============================================================================
-# Values
+# 3. values
 # =============================================================================
 class TestValues:
     @pytest.mark.parametrize(
@@ -4404,7 +5515,7 @@ class TestValues:
 
 
 # =============================================================================
-# Config
+# 4. config
 # =============================================================================
 # The names of the original plugin, so that its file can be brought along, and our own.
 SETTING_NAMES = re.findall(
@@ -4708,2017 +5819,79 @@ class TestConfig:
         assert (config.debug, config.folder) == (True, tmp_path)
 
 
-# =============================================================================
-# Messages
-# =============================================================================
-class TestMessages:
-    # ---- prompts ----
-
-    def test_a_text_is_a_user_message(self):
-        assert puter.messages_from("Hi") == [user("Hi")]
-
-    def test_a_system_text_comes_first(self):
-        system = {"role": "system", "content": "Be brief."}
-        assert puter.messages_from("Hi", "Be brief.") == [system, user("Hi")]
-        assert puter.messages_from([user("Hi")], "Be brief.") == [system, user("Hi")]
-        assert puter.messages_from("Hi", "") == [user("Hi")]
-
-    @pytest.mark.parametrize(
-        ("prompt", "messages"),
-        table(
-            ["text", "Look", [user([text_part("Look"), {"type": "x"}])]],
-            ["no text", "", [user([{"type": "x"}])]],
-            ["the last user message", [user("a"), user("b"), assistant("c")], [user("a"), user([text_part("b"), {"type": "x"}]), assistant("c")]],
-            ["parts", [user([text_part("a"), "b", text_part("")])], [user([text_part("a"), text_part("b"), {"type": "x"}])]],
-            ["nobody asked", [assistant("a")], [assistant("a"), user([{"type": "x"}])]],
-        ),
-    )  # fmt: skip
-    def test_extra_parts_join_the_last_question(self, prompt, messages):
-        before = copy.deepcopy(prompt)
-        assert puter.messages_from(prompt, None, [{"type": "x"}]) == messages
-        assert prompt == before
-
-    @pytest.mark.parametrize(
-        ("prompt", "words"),
-        table(
-            ["number", 5, "The prompt is 5 (a number)"],
-            ["one message", user("Hi"), "(an object)"],
-            ["nothing", None, "The prompt is None (null)"],
-            ["bytes", b"Hi", "The prompt is b'Hi'"],
-            ["text in a list", ["Hi"], "messages[0] is 'Hi' (a string)"],
-            ["no role", [user("a"), {"content": "b"}], "messages[1].role is None"],
-            ["unknown role", [{"role": "robot"}], "messages[0].role is 'robot'"],
-            ["role that is no text", [{"role": ["user"]}], "messages[0].role is"],
-            ["content of a number", [user(5)], "messages[0].content is 5 (a number)"],
-            ["content of an object", [user({})], "messages[0].content is {}"],
-            ["part of a number", [user(["a", 5])], "messages[0].content[1] is 5"],
-            ["result of nothing", [{"role": "tool"}], "messages[0].tool_call_id is None"],
-        ),
-    )
-    def test_a_wrong_prompt_is_named(self, prompt, words):
-        with pytest.raises(puter.BadRequestError) as caught:
-            puter.messages_from(prompt)
-        assert words in caught.value.message
-        assert caught.value.hint
-
-    def test_what_is_no_system_text_token_or_conversation_is_named(self, make):
-        for call, words in (
-            (lambda: make().chat("hi", system=5), "system is 5"),
-            (lambda: make().chat("hi", fallback="no"), "fallback is 'no'"),
-            (lambda: puter.Puter(5), "token is 5"),
-            (lambda: puter.Puter(""), "The token is empty"),
-            (lambda: puter.Conversation.from_json(5), "The conversation is 5"),
-        ):
-            with pytest.raises(puter.PuterError, match=words):
-                call()
-
-    # ---- histories ----
-
-    @pytest.mark.parametrize(
-        ("messages", "sent"),
-        table(
-            ["texts stay", [user("a"), assistant("b")], [user("a"), assistant("b")]],
-            ["developer", [{"role": "developer", "content": "a"}], [{"role": "system", "content": "a"}]],
-            ["name stays", [user("a", name="me")], [user("a", name="me")]],
-            ["null keys go", [user("a", name=None)], [user("a")]],
-            ["empty text goes", [user(""), user("a")], [user("a")]],
-            ["null goes", [user("a"), assistant(None)], [user("a")]],
-            ["no parts", [user([]), user("a")], [user("a")]],
-            ["empty part goes", [user([text_part(""), "a"])], [user([text_part("a")])]],
-            ["part of null goes", [user([text_part(None), text_part("a")])], [user([text_part("a")])]],
-            ["parts in a tuple", [user((text_part("a"),))], [user([text_part("a")])]],
-            ["what only replies carry goes", [assistant("a", reasoning="r", reasoning_content="r", refusal="no", audio={}, annotations=[])], [assistant("a")]],
-            ["text, then the call, then its result", [assistant("a", tool_call("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
-            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], tool_call("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
-            ["call beside null", [assistant(None, tool_call("1")), result("1")], [assistant([used("1")]), result("1")]],
-            [
-                "each result follows its call",
-                [assistant(None, tool_call("1"), tool_call("2")), result("1", "a"), result("2", "b")],
-                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
-            ],
-            [
-                "results the other way round",
-                [assistant(None, tool_call("1"), tool_call("2")), result("2", "b"), result("1", "a")],
-                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
-            ],
-            ["late result", [assistant(None, tool_call("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
-            ["one result of two", [assistant(None, tool_call("1"), tool_call("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
-            [
-                "same id in every turn",
-                [
-                    *(assistant(None, tool_call("1", "f")), result("1", "a")),
-                    *(assistant(None, tool_call("1", "g")), result("1", "b")),
-                ],
-                [
-                    *(assistant([used("1", "f")]), result("1", "a")),
-                    *(assistant([used("1_2", "g")]), result("1_2", "b")),
-                ],
-            ],
-            [
-                "same id again after a call without result",
-                [assistant(None, tool_call("1", "f")), assistant(None, tool_call("1", "g")), result("1")],
-                [assistant([used("1", "f")]), UNANSWERED, assistant([used("1_2", "g")]), result("1_2")],
-            ],
-            ["result of no call", [user("a"), result("9")], [user("a"), user([text_part("The result of the call 9:"), text_part("done")])]],
-            ["second result of one call", [assistant(None, tool_call("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
-            ["an id that vendors refuse", [assistant(None, tool_call("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
-            ["a long id", [assistant(None, tool_call("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
-            [
-                "calls as parts",
-                [assistant([text_part("a"), used("1"), used("2")]), result("2"), result("1")],
-                [assistant([text_part("a")]), assistant([used("1")]), result("1"), assistant([used("2")]), result("2")],
-            ],
-            ["no arguments", [assistant(None, tool_call("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
-            [
-                "arguments as an object",
-                [assistant(None, tool_call("1", "f", {"x": 1}))],  # type: ignore[arg-type]
-                [assistant([used("1", "f", {"x": 1})]), UNANSWERED],
-            ],
-            ["blank text beside a call", [assistant(" \n", tool_call("1"))], [assistant([used("1")]), UNANSWERED]],
-            ["broken arguments, as the model gave them", [assistant(None, tool_call("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
-            ["blank result", [calls_for("1"), result("1", " \n")], [calls_for("1"), result("1", "(no output)")]],
-            ["blank parts of a result", [calls_for("1"), result("1", [text_part("\n")])], [calls_for("1"), result("1", "(no output)")]],
-            ["empty result", [calls_for("1"), result("1", "")], [calls_for("1"), result("1", "(no output)")]],
-            ["result of texts", [calls_for("1"), result("1", [text_part("a"), "b"])], [calls_for("1"), result("1", "a\nb")]],
-            [
-                "signed calls stay with their text",
-                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("2"), result("1")],
-                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1"), result("2")],
-            ],
-            [
-                # Parts of one message arrive in reverse, so they leave in reverse.
-                "signed calls without text",
-                [assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1")],
-                [assistant([used("2"), used("1", extra_content=THOUGHT_SIGNATURE)]), result("1"), {**UNANSWERED, "tool_call_id": "2"}],
-            ],
-            ["one signed part", [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")], [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")]],
-            pytest.param([assistant(" \n", tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
-                [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
-                id="signed call beside a blank text",
-            ),
-            ["empty note is none", [assistant(None, tool_call("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
-        ),
-    )  # fmt: skip
-    def test_history(self, messages, sent):
-        before = copy.deepcopy(messages)
-        assert sent_as("chat", messages) == sent
-        assert messages == before
-
-    @settings(deadline=None)
-    @given(turns())
-    def test_all_of_a_history_arrives_in_order(self, history):
-        messages, meant = history
-        before = copy.deepcopy(messages)
-        assert with_texts_joined(as_it_arrives(sent_as("chat", messages))) == with_texts_joined(
-            meant
-        )
-        assert messages == before
-
-    @settings(deadline=None)
-    @given(turns(only_one_call_if_signed_and_silent=True))
-    def test_a_history_in_either_form_becomes_the_other(self, history):
-        once = sent_as("chat", history[0])
-        assert sent_as("chat", once) == once
-        for messages in (history[0], once):
-            openai = sent_as("openai", messages)
-            assert sent_as("openai", openai) == openai
-            assert sent_as("chat", openai) == once
-            assert not any(isinstance(m["content"], list) and not m["content"] for m in openai)
-
-    @settings(deadline=None, max_examples=50)
-    @given(turns())
-    def test_every_vendor_takes_any_history(self, history):
-        apart = [one for m in history[0] for one in ([user("So?")] * (m["role"] != "tool") + [m])]
-        for form in MODEL_OF:
-            assert vendor_fault(form, sent_as(form, apart)) == ""
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_a_text_before_signed_calls_loses_none(self, form):
-        """Puter makes one message of two that follow one another, and keeps the first's keys."""
-        signed = tool_call("1", extra_content=THOUGHT_SIGNATURE)
-        history = [user("a"), assistant("b"), assistant("c", signed), result("1")]
-        assert vendor_fault(form, sent_as(form, history)) == ""
-
-    def test_openais_form_keeps_the_calls_of_a_turn_together(self):
-        calls = [tool_call("1", "f", '{"x": 1}'), tool_call("2", extra_content=THOUGHT_SIGNATURE)]
-        turn = [assistant("a", *calls, reasoning="r"), user("Well?"), result("2"), result("1", " ")]
-        sent = sent_as("openai", [{"role": "developer", "content": "Hi"}, *turn, user("")])
-        assert sent == [
-            {"role": "system", "content": "Hi"},
-            *(assistant("a", *calls), result("1", "(no output)"), result("2"), user("Well?")),
-        ]
-        broken = sent_as("openai", [assistant(" ", tool_call("1", "f", "{"))])
-        assert broken == [assistant(None, tool_call("1", "f", "{}")), UNANSWERED]
-
-    @pytest.mark.parametrize(
-        ("messages", "form", "sent"),
-        [
-            pytest.param(messages, form, want.get(form, want.get("chat")), id=f"{name}-{form}")
-            for name, messages, want in BY_FORM
-            for form in puter.FORMS
-            if want.get(form, want.get("chat"))
-        ],
-    )
-    def test_each_form(self, messages, form, sent):
-        before = copy.deepcopy(messages)
-        assert sent_as(form, messages) == sent
-        assert messages == before
-        if form in MODEL_OF and "puter_path" not in str(messages):
-            assert vendor_fault(form, sent) == ""
-
-    @pytest.mark.parametrize(
-        ("asked", "form"),
-        [
-            *((model("m", provider=p), p) for p in ("claude", "openrouter")),
-            *((model("m", provider=p), "responses") for p in RESPONSES),
-            *((model("m", provider=p), "chat") for p in ("openai-completion", "gemini", "xai", "")),
-            *((name, "claude") for name in ("claude-x", "puter/Claude-x", "anthropic/claude-x")),
-            ("anthropic:anthropic/claude-x", "claude"),
-            ("openrouter:anthropic/claude-x", "openrouter"),
-            ("gpt-5.3-codex", "chat"),
-            ("my-claude", "chat"),
-        ],
-    )
-    def test_the_form_of_a_model(self, asked, form):
-        assert puter.form_of(asked) == form
-
-    @pytest.mark.parametrize(
-        ("form", "args", "want"),
-        table(
-            ["a temperature for Claude", "claude", {}, {"temperature": 1}],
-            ["its own temperature", "claude", {"temperature": 0}, {"temperature": 0}],
-            ["no temperature for others", "responses", {}, {}],
-            ["effort", "claude", {"reasoning_effort": "low"}, {"temperature": 1, "reasoning_effort": "low"}],
-            ["effort in other words", "claude", {"reasoning": {"effort": "low"}}, {"temperature": 1, "reasoning_effort": "low"}],
-            ["effort that leaves no answer", "claude", {"reasoning_effort": "high", "max_tokens": 5000}, {"temperature": 1, "max_tokens": 5000, "reasoning_effort": "medium"}],
-            ["no room for any", "claude", {"reasoning_effort": "high", "max_tokens": 1279}, {"temperature": 1, "max_tokens": 1279}],
-            ["room for the least", "claude", {"reasoning_effort": "high", "max_tokens": 1280}, {"temperature": 1, "max_tokens": 1280, "reasoning_effort": "low"}],
-            ["effort as an object", "responses", {"reasoning_effort": "low"}, {"reasoning": {"effort": "low"}}],
-            ["effort beside a summary", "responses", {"reasoning_effort": "low", "reasoning": {"summary": "auto"}}, {"reasoning": {"summary": "auto", "effort": "low"}}],
-            ["effort of chat completions", "chat", {"reasoning_effort": "low"}, {"reasoning_effort": "low"}],
-            ["verbosity", "responses", {"verbosity": "low"}, {"text": {"verbosity": "low"}}],
-            ["a tool by its name", "responses", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"tool_choice": {"type": "function", "name": "f"}}],
-            ["any tool", "responses", {"tool_choice": "required"}, {"tool_choice": "required"}],
-            ["a tool of chat completions", "openai", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"tool_choice": {"type": "function", "function": {"name": "f"}}}],
-        ),
-    )  # fmt: skip
-    def test_arguments(self, form, args, want):
-        before = copy.deepcopy(args)
-        messages = [user("hi")]
-        sent = puter.arguments_for(form, "m", {"messages": messages, **args})
-        assert sent == {"messages": messages, **want}
-        assert args == before
-
-    def test_a_json_schema_in_the_words_of_responses(self):
-        schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
-        form = {"type": "json_schema", "json_schema": schema}
-        args = {"messages": [user("hi")], "response_format": form, "verbosity": "low"}
-        sent = puter.arguments_for("responses", "m", args)
-        assert sent["text"] == {"verbosity": "low", "format": {"type": "json_schema", **schema}}
-        assert "text" not in puter.arguments_for("chat", "m", args)
-
-    @pytest.mark.parametrize(("name", "kept"), [("o3-pro-2025-06-10", False), ("gpt-5-pro", True)])
-    def test_o3_pro_takes_no_effort(self, name, kept):
-        args = {"messages": [user("hi")], "reasoning_effort": "low"}
-        assert ("reasoning" in puter.arguments_for("responses", name, args)) is kept
-
-    @pytest.mark.parametrize(
-        ("turn", "kept"),
-        table(
-            ["unsigned", [assistant(None, tool_call("1")), result("1")], False],
-            ["signed", [assistant([SIGNED], tool_call("1")), result("1")], True],
-            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], tool_call("1")), result("1")], True],
-            ["one of two", [assistant([SIGNED], tool_call("1")), result("1"), assistant(None, tool_call("2")), result("2")], False],
-            ["before a question", [assistant(None, tool_call("1")), result("1"), user("and?")], True],
-            ["no call", [assistant("a")], True],
-        ),
-    )  # fmt: skip
-    def test_no_effort_in_a_turn_with_unsigned_calls(self, turn, kept):
-        args = {"messages": [user("hi"), *turn], "reasoning_effort": "low"}
-        sent = puter.arguments_for("claude", "m", args)
-        assert ("reasoning_effort" in sent) is kept
-
-    @settings(deadline=None)
-    @given(ARGUMENTS, st.booleans())
-    def test_a_call_goes_out_as_it_came_in(self, arguments, signed):
-        extra = THOUGHT_SIGNATURE if signed else None
-        for call in (
-            puter.ToolCall("1", "f", arguments, extra),
-            puter.ToolCall("1", "f", {}, extra, invalid="{broken"),
-        ):
-            assert puter.tool_call_from(puter.openai_call(call)) == call
-
-    @pytest.mark.parametrize(
-        ("messages", "words"),
-        table(
-            ["no messages", [], "nothing to send"],
-            ["only empty ones", [user(""), assistant(None)], "nothing to send"],
-            ["call without id", [assistant(None, tool_call(""))], "tool_calls[0] lacks"],
-            ["call without name", [assistant(None, tool_call("1", ""))], "tool_calls[0]"],
-            ["call of no function", [user("a"), assistant(None, {"id": "1"})], "messages[1].tool_calls[0] lacks"],
-            ["call that is a text", [assistant(None, "f")], "tool_calls[0] lacks"],  # type: ignore[arg-type]
-            ["arguments of a number", [assistant(None, tool_call("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
-            ["wrong message", [5], "messages[0] is 5"],
-            pytest.param([assistant([{"type": "tool_use", "name": "f"}])], "messages[0]", id="part without id"),
-            pytest.param([assistant([{"type": "tool_use", "id": "1", "extra_content": {"a": 1}}, text_part("a")])], "messages[0]", id="signed part without name"),
-            pytest.param([assistant([used("1", "f", [1])])], "messages[0]", id="part with a list as input"),
-            pytest.param([{"role": "assistant", "tool_calls": 5}], "messages[0]", id="number of calls"),
-            pytest.param([result(["1"])], "messages[0]", id="result of a list"),  # type: ignore[arg-type]
-            pytest.param([assistant(None, tool_call(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
-            pytest.param([user([text_part(5)])], "messages[0].content[0]", id="text of a number"),
-        ),
-    )  # fmt: skip
-    def test_a_wrong_history_is_named(self, messages, words):
-        with pytest.raises(puter.BadRequestError) as caught:
-            sent_as("chat", messages)
-        assert words in caught.value.message
-        assert caught.value.hint
-
-    @pytest.mark.parametrize(
-        ("messages", "tools", "needs"),
-        table(
-            ["text", [user("12345678901")], [], puter.Needs(context=2)],
-            ["tools", [user("a")], [{}], puter.Needs(tools=True)],
-            ["search", [user("a")], [{"type": "web_search"}], puter.Needs(inputs=frozenset({"web search"}))],
-            ["search and a tool", [user("a")], [{"type": "web_search"}, {}], puter.Needs(True, frozenset({"web search"}))],
-            ["nothing", [assistant(None)], [], puter.Needs()],
-            ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}), context=2)],
-            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
-            ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}), context=1_500)],
-            ["a picture that was drawn", [assistant("a", images=[PICTURES["chat"]])], [], puter.Needs(inputs=frozenset({"image"}))],
-            ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs(context=2)],
-        ),
-    )  # fmt: skip
-    def test_needs(self, messages, tools, needs):
-        assert puter.needs_of(messages, tools) == needs
-
-    def test_the_estimate_is_the_servers(self):
-        """Where no credit and nobody else limits it, the answer's limit tells the estimate."""
-        checked = 0
-        for call in PROVIDER_CALLS:
-            args, bodies = rebuilt(call["args"]), rebuilt(call["sent_to_provider"])
-            if not bodies or call["name"] in SHAPES_WE_NEVER_SEND:
-                continue
-            keys = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-            limit = next((bodies[-1][key] for key in keys if key in bodies[-1]), None)
-            if limit not in (None, args.get("max_tokens")):
-                tokens = BY_NAME[args["model"]]["max_tokens"] - limit
-                assert puter.estimated_tokens(args["messages"]) == tokens, call["name"]
-                checked += 1
-        assert checked > 100
-
-    @pytest.mark.parametrize(
-        ("known", "args", "limit"),
-        [
-            (None, {}, math.inf),
-            (None, {"max_tokens": 5}, 5),
-            (model("m", max_tokens=100, output_usd_per_million=1.0), {}, 96),
-            (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 99}, 96),
-            (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 9}, 9),
-            (model("m", max_tokens=100), {}, math.inf),
-        ],
-    )
-    def test_how_long_an_answer_may_be(self, known, args, limit):
-        args = {"messages": [user("one two three four")], **args}
-        assert puter.answer_limit(known, args) == limit
-
-
-class TestFileParts:
-    """Images and files become parts of a message."""
-
-    # ---- images ----
-
-    @pytest.mark.parametrize(("data", "kind"), IMAGES)
-    def test_images_become_data_urls(self, tmp_path, data, kind):
-        path = tmp_path / "image"  # the bytes tell the kind, not the name
-        path.write_bytes(data)
-        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        part = {"type": "image_url", "image_url": {"url": url}}
-        images: list[Any] = [data, bytearray(data), path, str(path)]
-        for image in images:
-            assert puter.image_part(image) == part
-        for same in (url, "http://x/a.png", "HTTPS://x/a?b=c"):
-            assert puter.image_part(same)["image_url"] == {"url": same}
-
-    @pytest.mark.parametrize(
-        ("image", "words"),
-        table(
-            ["no image", b"%PDF-1.4", "the image given as bytes is not an image"],
-            ["nothing", b"", "(0 bytes)"],
-            ["half a signature", b"\x89PN", "is not an image"],
-            ["sound, not WebP", b"RIFF\0\0\0\0WAVE", "is not an image"],
-            ["no such file", "nowhere/a.png", "'nowhere/a.png' cannot be read (No such"],
-            ["folder", ".", "cannot be read"],
-            ["NUL in the name", "a\0b", "cannot be read"],
-            ["number", 5, "'5' cannot be read"],
-            ["none", None, "cannot be read"],
-            ["data of a text", "data:text/plain;base64,QQ==", "is not a base64 data URL"],
-            ["data without base64", "data:image/png,abc", "is not a base64 data URL"],
-            ["broken base64", "data:image/png;base64,%%", "is not a base64 data URL"],
-            ["no data", "data:image/png;base64,", "is not a base64 data URL"],
-            pytest.param("~nobody.png", "cannot be read", id="name after ~"),
-        ),
-    )
-    def test_no_image(self, image, words):
-        with pytest.raises(puter.BadRequestError) as caught:
-            puter.image_part(image)
-        assert words in caught.value.message
-        assert caught.value.hint
-
-    def test_a_file_whose_name_begins_with_a_tilde(self, tmp_path, monkeypatch):
-        (tmp_path / "~copy.png").write_bytes(PNG)
-        monkeypatch.chdir(tmp_path)
-        assert puter.image_part("~copy.png") == puter.image_part(PNG)
-
-    # ---- files ----
-
-    def test_files_become_data_urls(self, tmp_path):
-        path = tmp_path / "a.pdf"
-        path.write_bytes(PDF)
-        files: list[Any] = [path, str(path), ("a.pdf", PDF), ("C:\\x\\a.pdf", PDF)]
-        for file in files:
-            assert puter.file_part(file) == A_PDF
-        assert puter.file_part(PDF)["file"]["filename"] == "document.pdf"
-
-    @pytest.mark.parametrize(
-        ("file", "part"),
-        table(
-            ["PDF by its bytes", ("a.txt", PDF), {**A_PDF, "file": {**A_PDF["file"], "filename": "a.txt"}}],
-            ["PDF without an ending", ("a", PDF), A_PDF],
-            ["image", ("a.pdf", PNG), {"type": "image_url", "image_url": {"url": PNG_URL}}],
-            ["UTF-8", ("a.csv", "é,1\n\n".encode()), text_part("a.csv:\n```\né,1\n```")],
-            ["UTF-8 with its mark", ("a", "é".encode("utf-8-sig")), text_part("a:\n```\né\n```")],
-            ["UTF-16 with its mark", ("a", "é, 日".encode("utf-16")), text_part("a:\n```\né, 日\n```")],
-            ["UTF-16, the other way round", ("a", b"\xfe\xff" + "é".encode("utf-16-be")), text_part("a:\n```\né\n```")],
-            ["Latin-1", ("a", "é, ü".encode("latin-1")), text_part("a:\n```\né, ü\n```")],
-            ["of Windows", ("a", "„é“ €".encode("cp1252")), text_part("a:\n```\n„é“ €\n```")],
-            ["terminal's colours", ("a", b"\x1b[1mb\x1b[0m\f"), text_part("a:\n```\n\x1b[1mb\x1b[0m\n```")],
-            ["bytes without a name", b"a", text_part("document:\n```\na\n```")],
-        ),
-    )  # fmt: skip
-    def test_a_file_is_what_it_holds(self, file, part):
-        assert puter.file_part(file) == part
-
-    @pytest.mark.parametrize(
-        "data",
-        table(
-            ["docx or zip", b"PK\x03\x04\x14\x00\x06\x00[Content_Types].xml"],
-            ["heic", b"\0\0\0\x18ftypheic\0\0\0\0"],
-            ["ELF", b"\x7fELF\x02\x01\x01"],
-            ["UTF-16 without its mark", "ab".encode("utf-16-le")],
-        ),
-    )
-    def test_a_file_that_nobody_reads(self, data):
-        words = "'a.bin' is neither a text, an image .PNG, JPEG, GIF, WebP. nor a PDF"
-        with pytest.raises(puter.BadRequestError, match=words):
-            puter.file_part(("a.bin", data))
-        assert puter.decoded_text(data) is None
-
-    def test_a_file_that_is_no_file(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 3)
-        assert puter.file_part(b"abc")
-        for file, words in (
-            (b"", "is 0 bytes"),
-            (b"abcd", "is 4 bytes"),
-            (tmp_path / "gone.pdf", "gone.pdf' cannot be read"),
-            (("a.pdf", "abc"), "content of 'a.pdf' is 'abc'"),
-            ((5, b"abc"), "name of a file is 5"),
-        ):
-            with pytest.raises(puter.BadRequestError, match=words):
-                puter.file_part(file)
-
-    @pytest.mark.parametrize(
-        "name", ["", " ", ".", "..", "/docs/", "a/..", "C:\\", "a\0.pdf", "a\nb", "a\x7f", "a\x85"]
-    )
-    def test_a_name_that_no_file_may_have(self, name):
-        encoded = {"filename": name, "file_data": PDF_URL}
-        with pytest.raises(puter.BadRequestError, match="name of a file is"):
-            puter.file_part((name, PDF))
-        with pytest.raises(puter.BadRequestError, match="name of a file is"):
-            puter.read_part({"type": "file", "file": encoded}, "messages[0]")
-
-    @pytest.mark.parametrize(
-        ("part", "words"),
-        table(
-            ["no file", {"type": "file"}, "without its data"],
-            ["no data", {"type": "file", "file": {"filename": "a"}}, "without its data"],
-            ["a URL", {"type": "input_file", "file_data": "https://x.org/a.pdf"}, "without its data"],
-            ["number for data", {"type": "file", "file": {"file_data": 5}}, "without its data"],
-            ["no base64", {"type": "file", "file": {"file_data": "data:a/b;base64,%"}}, "not base64"],
-            ["what nobody reads", {"type": "input_file", "file_data": "data:a/b;base64,UEsDBA=="}, "neither a text"],
-        ),
-    )  # fmt: skip
-    def test_a_part_that_holds_no_file(self, part, words):
-        with pytest.raises(puter.BadRequestError, match=words):
-            puter.read_part(part, "messages[0]")
-
-    def test_bare_base64_of_a_client_is_a_file(self):
-        part = {"type": "input_file", "file_data": PDF_URL.rpartition(",")[2]}
-        named = {"filename": "document.pdf", "file_data": PDF_URL}
-        assert puter.read_part(part, "messages[0]") == [{"type": "file", "file": named}]
-
-    def test_audio_is_refused(self):
-        with pytest.raises(puter.BadRequestError, match="is audio"):
-            sent_as("chat", [user([{"type": "input_audio"}])])
-
-
-class TestToolSchemas:
-    """What is offered as a tool, and what is none."""
-
-    @pytest.mark.parametrize(
-        "tool",
-        table(
-            ["OpenAI's shape", {"type": "function", "function": {"name": "f", "parameters": {}}}],
-            ["no type", {"function": {"name": "f", "parameters": {}}}],
-            ["flat", {"type": "function", "name": "f", "parameters": {}}],
-            ["flat without type", {"name": "f", "parameters": {}}],
-            ["Anthropic's shape", {"name": "f", "input_schema": {}}],
-            ["MCP's shape", {"name": "f", "inputSchema": {}}],
-        ),
-    )  # fmt: skip
-    def test_tools(self, tool):
-        before = copy.deepcopy(tool)
-        function = {"name": "f", "parameters": {}}
-        assert puter.tool_schemas([tool]) == [{"type": "function", "function": function}]
-        assert tool == before
-        assert puter.tool_schemas(None) == puter.tool_schemas([]) == []
-        search = {"type": "web_search", "search_context_size": "low"}
-        assert puter.tool_schemas([search]) == [search]
-
-    @pytest.mark.parametrize(
-        "tool",
-        table(
-            ["text", "f"],
-            ["nothing", None],
-            ["no name", {"type": "function", "function": {}}],
-            ["number for a name", {"name": 5}],
-            ["other kind", {"type": "code_interpreter"}],
-            pytest.param({"type": "bash_20250124", "name": "bash"}, id="other kind with a name"),
-        ),
-    )  # fmt: skip
-    def test_no_tool(self, tool):
-        good = {"type": "function", "function": {"name": "f"}}
-        with pytest.raises(puter.BadRequestError, match=r"tools\[1\] is .*Give a function"):
-            puter.tool_schemas([good, tool])
-
-
-class TestReplyValues:
-    """Whole replies become values, and values replies."""
-
-    # ---- usage ----
-
-    @pytest.mark.parametrize(
-        ("given", "usage"),
-        table(
-            ["OpenRouter", {"prompt": 11, "completion": 22, "input_cache_read": 5, "usd_cents": 0.5}, puter.Usage(11, 22, 5, 38, 0.005)],
-            ["OpenAI", {"prompt_tokens": 11, "completion_tokens": 22, "cached_tokens": 5, "usd_cents": 1}, puter.Usage(11, 22, 5, 38, 0.01)],
-            ["Claude", {**CLAUDE_COUNTS, "usd_cents": 6}, puter.Usage(11, 22, 5, 41, 0.06, 3)],
-            ["Claude, for an hour", {"input_tokens": 1, "ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 4}, puter.Usage(1, None, None, 7, None, 6)],
-            ["Anthropic's own", {"input_tokens": 11, "output_tokens": 22, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}, puter.Usage(11, 22, 5, 41, None, 3)],
-            ["OpenAI's details", {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}, puter.Usage(1, None, 1, 1)],
-            ["total as told", {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 9}, puter.Usage(1, 2, None, 9)],
-            ["price of null", {"prompt": 1, "usd_cents": None}, puter.Usage(1, None, None, 1, None)],
-            ["price of nothing", {"prompt": 0, "completion": 0, "usd_cents": 0}, puter.Usage(0, 0, None, 0, 0.0)],
-            ["price in dollars", {"cost_usd": 0.5}, puter.Usage(cost_usd=0.5)],
-            ["whole fractions", {"prompt": 11.0}, puter.Usage(11, None, None, 11)],
-            ["texts and booleans are no numbers", {"prompt": "11", "completion": True}, puter.Usage()],
-            ["beyond belief", {"prompt": 10**400, "usd_cents": 10**400, "cost_usd": float("nan")}, puter.Usage()],
-            ["empty", {}, puter.Usage()],
-            ["null", None, puter.Usage()],
-            ["list", [1], puter.Usage()],
-        ),
-    )  # fmt: skip
-    def test_usage(self, given, usage):
-        assert puter.usage_from(given) == usage
-
-    # ---- replies ----
-
-    @pytest.mark.parametrize(
-        ("message", "meant"),
-        table(
-            ["text", {"content": "hi"}, {"text": "hi"}],
-            ["null", {"content": None}, {}],
-            ["nothing", {}, {}],
-            ["parts", {"content": [text_part("a"), text_part("b")]}, {"text": "ab"}],
-            ["reasoning", {"content": "a", "reasoning": "r"}, {"text": "a", "reasoning": "r"}],
-            ["other reasoning", {"content": "a", "reasoning_content": "r"}, {"text": "a", "reasoning": "r"}],
-            ["thinking", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a"), used("1")]}, {"text": "a", "reasoning": "r", "tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls", "extra": {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a")]}}],
-            ["OpenRouter's reasoning", {"content": "a", "reasoning": "r", "reasoning_details": [{"text": "r"}]}, {"text": "a", "reasoning": "r", "extra": {"reasoning": "r", "reasoning_details": [{"text": "r"}]}}],
-            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": PNG_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(PNG), puter.Picture(url="https://x.org/a.png"))}],
-            ["calls", {"content": None, "tool_calls": [tool_call("1", "f", '{"x": 1}'), tool_call("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
-            ["calls as parts", {"content": [text_part("a"), used("1", "f", {"x": 1})]}, {"text": "a", "tool_calls": (puter.ToolCall("1", "f", {"x": 1}),), "finish_reason": "tool_calls"}],
-            ["signature", {"tool_calls": [tool_call("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
-            ["signature of a part", {"content": [used("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
-            ["no arguments", {"tool_calls": [tool_call("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["null for arguments", {"tool_calls": [tool_call("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["empty list for arguments", {"tool_calls": [tool_call("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["text of null for arguments", {"tool_calls": [tool_call("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
-            ["refusal", {"content": None, "refusal": "I can't."}, {"text": "I can't."}],
-            ["part of a refusal", {"content": [{"type": "refusal", "refusal": "No."}]}, {"text": "No."}],
-            ["halves of an emoji", {"content": [text_part("a\ud83e"), text_part("\udd8a")], "reasoning": "\ud83e"}, {"text": "a🦊", "reasoning": "\ufffd"}],
-            ["Anthropic's end", {"content": "a", "stop_reason": "max_tokens"}, {"text": "a", "finish_reason": "length"}],
-        ),
-    )  # fmt: skip
-    def test_reply(self, message, meant):
-        usage = {"prompt": 1, "completion": 2}
-        driver = {"success": True, "result": {"message": message, "usage": usage}}
-        openai = {"choices": [{"message": message}], "usage": usage}
-        values_of = puter.Usage(1, 2, None, 3)
-        assert puter.reply_from_driver(driver, "m") == puter.Reply(
-            model="m", usage=values_of, raw=driver, **meant
-        )
-        assert puter.reply_from_openai(openai, "m") == puter.Reply(
-            model="m", usage=values_of, raw=openai, **meant
-        )
-
-    @pytest.mark.parametrize(
-        ("told", "calls", "reason"),
-        table(
-            ["stop", "stop", [], "stop"],
-            ["length", "length", [], "length"],
-            ["Anthropic's stop", "end_turn", [], "stop"],
-            ["stop sequence", "stop_sequence", [], "stop"],
-            ["Anthropic's length", "max_tokens", [], "length"],
-            ["Anthropic's calls", "tool_use", [tool_call("1")], "tool_calls"],
-            ["old word for calls", "function_call", [tool_call("1")], "tool_calls"],
-            ["own word", "content_filter", [], "content_filter"],
-            ["Anthropic's refusal", "refusal", [], "content_filter"],
-            ["context full", "model_context_window_exceeded", [], "length"],
-            ["nothing told", None, [], "stop"],
-            ["nothing told, calls", None, [tool_call("1")], "tool_calls"],
-            ["empty", "", [tool_call("1")], "tool_calls"],
-            ["no text", 5, [], "stop"],
-        ),
-    )
-    def test_finish_reason(self, told, calls, reason):
-        choice = {"message": {"tool_calls": calls}, "finish_reason": told}
-        assert puter.reply_from_driver({"result": choice}, "m").finish_reason == reason
-        # Claude's own word counts before Puter's
-        own = {"message": {**choice["message"], "stop_reason": told}, "finish_reason": "stop"}
-        if told:
-            assert puter.reply_from_driver({"result": own}, "m").finish_reason == reason
-
-    @pytest.mark.parametrize(
-        ("arguments", "raw"),
-        table(
-            ["half", '{"city": "Par', '{"city": "Par'],
-            ["two", "{}{}", "{}{}"],
-            ["list", "[1]", "[1]"],
-            ["list, decoded", [1], "[1]"],
-            ["number", 5, "5"],
-            ["too deep", "[" * 200_000, "[" * 200_000],
-            ["a number too long for Python", "9" * 5_000, "9" * 5_000],
-            ["no number", '{"x": NaN}', '{"x": NaN}'],
-        ),
-    )
-    def test_broken_arguments_keep_their_text(self, arguments, raw):
-        call = puter.ToolCall("1", "f", {}, invalid=raw)
-        one, other = tool_call("1", "f", arguments), used("1", "f", arguments)
-        for message in ({"tool_calls": [one]}, {"content": [other]}):
-            reply = puter.reply_from_driver({"result": {"message": message}}, "m")
-            assert reply.tool_calls == (call,)
-        line = stream_line("tool_use", id="1", name="f", input=arguments)
-        event = delta(tool_calls=[one]) if isinstance(arguments, str) else None
-        for chunks, error, reply in (
-            decoded(line, USAGE_LINE),
-            *([heard(event, "[DONE]")] if event else []),
-        ):
-            assert (error, reply.tool_calls, chunks[0].tool_call) == (None, (call,), call)
-
-    @pytest.mark.parametrize(
-        "call_ids", [["", ""], [None, None], ["a", "a"], ["a", ""], ["call_1", "call_1", "call_1"]]
-    )
-    def test_every_call_has_an_id_of_its_own(self, call_ids):
-        calls = [tool_call(one, f"f{n}") for n, one in enumerate(call_ids)]
-        lines = [stream_line("tool_use", id=one, name="f", input={}) for one in call_ids]
-        events = [delta(tool_calls=[{"index": n, **call}]) for n, call in enumerate(calls)]
-        body = {"result": {"message": {"tool_calls": calls}}}
-        whole = puter.reply_from_driver(body, "m")
-        for reply, chunks in (
-            (whole, puter.chunks_of(whole)),
-            decoded(*lines, USAGE_LINE)[::-2],
-            heard(*events, "[DONE]")[::-2],
-        ):
-            made = [call.id for call in reply.tool_calls]
-            assert all(made) and len(set(made)) == len(call_ids)
-            assert made[0] == (call_ids[0] or made[0])
-            assert [c.tool_call.id for c in chunks if c.tool_call] == made
-            message = puter.message_from(reply)
-            assert [call["id"] for call in message["tool_calls"]] == made
-
-    @pytest.mark.parametrize(
-        ("error", "kind", "words"),
-        table(
-            ["by its code", {"code": "insufficient_funds", "message": "Broke"}, puter.CreditError, "Broke"],
-            ["by a status as code", {"code": 429, "message": "Slow down"}, puter.RateLimitError, "Slow down"],
-            ["by no code", {"message": "Overloaded"}, puter.ServerError, "Overloaded"],
-            ["a text", "Overloaded", puter.ServerError, "Overloaded"],
-        ),
-    )  # fmt: skip
-    def test_an_error_in_a_good_answer(self, error, kind, words):
-        for read in (puter.reply_from_driver, puter.reply_from_openai):
-            with pytest.raises(kind, match=words):
-                read({"error": error}, "m")
-        with pytest.raises(kind, match=words):
-            puter.models_from({"error": error})
-
-    @pytest.mark.parametrize(
-        ("read", "body"),
-        table(
-            ["no result", puter.reply_from_driver, {}],
-            ["result of a text", puter.reply_from_driver, {"result": "hi"}],
-            ["no message", puter.reply_from_driver, {"result": {}}],
-            ["message of a text", puter.reply_from_driver, {"result": {"message": "hi"}}],
-            ["part of a text", puter.reply_from_driver, {"result": {"message": {"content": ["a"]}}}],
-            ["call of a text", puter.reply_from_driver, {"result": {"message": {"tool_calls": ["f"]}}}],
-            ["function of a text", puter.reply_from_driver, {"result": {"message": {"tool_calls": [{"function": "f"}]}}}],
-            ["call without name", puter.reply_from_driver, {"result": {"message": {"tool_calls": [{"function": {}}]}}}],
-            ["number of calls", puter.reply_from_driver, {"result": {"message": {"tool_calls": 5}}}],
-            ["nothing", puter.reply_from_openai, {}],
-            ["no choices", puter.reply_from_openai, {"choices": []}],
-            ["choices of an object", puter.reply_from_openai, {"choices": {}}],
-            ["choice of a text", puter.reply_from_openai, {"choices": ["hi"]}],
-            ["choice without message", puter.reply_from_openai, {"choices": [{}]}],
-        ),
-    )  # fmt: skip
-    def test_no_reply(self, read, body):
-        with pytest.raises(puter.ReplyError) as caught:
-            read(body, "m")
-        assert caught.value.raw == json.dumps(body)
-
-    @pytest.mark.parametrize(
-        ("metadata", "answered"),
-        table(
-            ["named", {"providerUsed": "openrouter:m"}, "openrouter:m"],
-            ["not named", {}, "m"],
-            ["no metadata", None, "m"],
-        ),
-    )
-    def test_the_model_that_answered_is_named(self, metadata, answered):
-        body = {"result": {"message": {"content": "hi"}}, "metadata": metadata}
-        assert puter.reply_from_driver(body, "m").model == answered
-        body = {"choices": [{"message": {"content": "hi"}}], "model": "m-1"}
-        assert puter.reply_from_openai(body, "m").model == "m-1"
-
-    @pytest.mark.parametrize(
-        "indexes", [(None, None), (0, 1), (1, 0)], ids=["none", "in order", "the other way round"]
-    )
-    def test_of_several_choices_one_is_the_reply(self, indexes):
-        texts = ("other", "one") if indexes[0] == 1 else ("one", "other")
-        said = [{"index": i, "message": {"content": t}} for i, t in zip(indexes, texts)]
-        assert puter.reply_from_openai({"choices": [*said, "none"]}, "m").text == "one"
-        frames = [{"index": i, "delta": {"content": t}} for i, t in zip(indexes, texts)]
-        if indexes[0] is not None:
-            _, error, reply = heard(json.dumps({"choices": frames}), "[DONE]")
-            assert (error, reply.text) == (None, "one")
-            _, error, reply = heard(*(json.dumps({"choices": [f]}) for f in frames), "[DONE]")
-            assert (error, reply.text) == (None, "one")
-
-    def test_a_reply_as_a_message(self):
-        call = puter.ToolCall("1", "f", {"x": 1})
-        said = {"role": "assistant", "content": None, "tool_calls": [puter.openai_call(call)]}
-        assert puter.message_from(puter.Reply(" \n", tool_calls=(call,))) == said
-        assert puter.message_from(puter.Reply(" ")) == assistant(" ")
-
-    @pytest.mark.parametrize(
-        "metadata",
-        table(
-            ["fake", {"service_used": "fake-chat", "providerUsed": "fake"}],
-            pytest.param({"service_used": "fake-chat"}, id="only the service"),
-        ),
-    )
-    def test_a_blocked_prompt_is_no_answer(self, metadata):
-        body = {"result": {"message": {"content": "Lorem"}}, "metadata": metadata}
-        with pytest.raises(puter.BadRequestError, match="blocked") as caught:
-            puter.reply_from_driver(body, "gpt-5-nano")
-        assert caught.value.code == "prompt_blocked" and "gpt-5-nano" in str(caught.value)
-        assert puter.reply_from_driver(body, "fake").text == "Lorem"
-
-    def test_a_whole_reply_as_chunks(self):
-        call = puter.ToolCall("1", "f", {})
-        reply = puter.Reply("a", "r", (call,), usage=puter.Usage(1))
-        assert puter.chunks_of(reply) == [
-            puter.Chunk("reasoning", "r"),
-            puter.Chunk("text", "a"),
-            puter.Chunk("tool_call", tool_call=call),
-            puter.Chunk("usage", usage=puter.Usage(1)),
-        ]
-        assert puter.chunks_of(puter.Reply()) == [puter.Chunk("usage", usage=puter.Usage())]
-
-
-class TestCatalogueValues:
-    """The lists of models and the reports of credit become values."""
-
-    def test_models(self):
-        paid = model_entry(
-            "claude-1",
-            puterId="anthropic:claude-1",
-            name="Claude 1",
-            provider="claude",
-            aliases=["claude", "claude-1", "claude"],
-            context=200,
-            max_tokens=100,
-            modalities={"input": ["text", "image"], "output": ["text"]},
-            tool_call=True,
-            release_date="2025-11-01",
-            costs={"tokens": 1_000_000, "prompt": 300, "completion": 1500, "x": None},
-        )
-        (found,) = puter.models_from({"models": [paid]})
-        assert found == (
-            puter.Model(
-                id="claude-1",
-                name="Claude 1",
-                provider="claude",
-                aliases=("anthropic:claude-1", "claude"),
-                context=200,
-                max_tokens=100,
-                inputs=("text", "image"),
-                tools=True,
-                free=False,
-                input_usd_per_million=3.0,
-                output_usd_per_million=15.0,
-                released="2025-11-01",
-            )
-        )
-
-    @pytest.mark.parametrize(
-        ("entry", "free", "price"),
-        table(
-            ["nothing to pay", model_entry("m"), True, 0.0],
-            ["one price", model_entry("m", costs={"prompt": 0, "image": 1}), False, 0.0],
-            ["per thousand", model_entry("m", costs={"tokens": 1000, "prompt": 1}), False, 10.0],
-            ["no prices", model_entry("m", costs={"tokens": 1_000_000}), False, None],
-            ["no costs", model_entry("m", costs=None), False, None],
-            ["no key", model_entry("m", input_cost_key=None), True, None],
-            ["a price beyond belief", model_entry("m", costs={"prompt": 10**400}), False, None],
-            ["a price in words", model_entry("m", costs={"prompt": "300", "completion": 0}), False, None],
-            ["an unknown price", model_entry("m", costs={"prompt": 0, "completion": None}), False, 0.0],
-            ["only an id", {"id": "m"}, False, None],
-        ),
-    )  # fmt: skip
-    def test_prices(self, entry, free, price):
-        found = puter.models_from({"models": [entry]})
-        assert [(m.free, m.input_usd_per_million) for m in found] == (
-            [(free, price)] if free is not None else []
-        )
-
-    def test_what_is_no_number_or_list_is_not_known(self):
-        entry = model_entry("m", context="8k", max_tokens=True, aliases="gpt")
-        (found,) = puter.models_from({"models": [entry]})
-        assert (found.context, found.max_tokens, found.aliases) == (None, None, ())
-        assert puter.can_do(found, puter.Needs(context=10))
-
-    def test_model_ids_alone_and_openai_lists(self):
-        assert ids(puter.models_from({"models": ["a", "b"]})) == ["a", "b"]
-        assert puter.models_from({"models": [{"id": "m"}]}) == (puter.Model("m", name="m"),)
-        data = {"object": "list", "data": [{"id": "a", "owned_by": "x"}]}
-        assert puter.models_from(data) == (puter.Model("a", "a", "x"),)
-
-    @pytest.mark.parametrize(
-        "body",
-        table(
-            ["nothing", None],
-            ["text", "<html>"],
-            ["no list", {}],
-            ["list of numbers", {"models": [1]}],
-            ["bare list", ["a"]],
-        ),
-    )
-    def test_no_models(self, body):
-        with pytest.raises(puter.ServerError, match="unknown format"):
-            puter.models_from(body)
-
-    def test_the_real_catalogue(self):
-        models = puter.models_from(REAL_CATALOGUE)
-        assert ids(models) == [entry["id"] for entry in REAL_CATALOGUE["models"]]
-        assert all(m.provider and m.inputs and m.context for m in models)
-        assert all(m.input_usd_per_million is not None for m in models)
-        opus = models.find("puter/Claude-Opus-4-5")
-        assert opus.id == "claude-opus-4-5-20251101"
-        assert opus.provider == "claude"
-        qvq = models.find("qvq-max")
-        assert (qvq.input_usd_per_million, qvq.output_usd_per_million) == (1.2, 4.8)
-        assert [models.find(m.id).id for m in models] == ids(models)
-
-    @pytest.mark.parametrize(("unit", "scale"), [("usd", 100_000_000), ("credits", 1)])
-    def test_credit(self, unit, scale):
-        info = {"remaining": 150 * scale, "monthUsageAllowance": 200 * scale}
-        used = {"total": 50 * scale, "chat:in": {"cost": 50 * scale, "units": 7, "count": 2}}
-        more = {"unit": unit} if unit == "credits" else {}
-        body = {"usage": used, "allowanceInfo": {**info, **more}}
-        by_api = {"chat:in": (50.0, 7.0, 2)}
-        assert puter.credit_from(body) == puter.Credit(unit, 200.0, 150.0, 50.0, by_api, body)
-
-    @pytest.mark.parametrize(
-        "body",
-        table(
-            ["nothing else", {"allowanceInfo": {"remaining": 0}}],
-            ["nulls", {"usage": None, "allowanceInfo": {"remaining": None}}],
-            ["no total", {"usage": {"x": 1}, "allowanceInfo": {"remaining": 0}}],
-            ["texts", {"usage": {"total": "1"}, "allowanceInfo": {"remaining": 10**400}}],
-            pytest.param({"usage": {"x": {"cost": None}}, "allowanceInfo": {"remaining": 0}}, id="cost of null"),
-        ),
-    )  # fmt: skip
-    def test_a_short_usage_report(self, body):
-        credit = puter.credit_from(body)
-        assert (credit.allowance, credit.remaining, credit.used) == (0.0, 0.0, 0.0)
-
-    @pytest.mark.parametrize(
-        "body", [None, "x", {}, {"allowanceInfo": None}, {"allowanceInfo": {}}]
-    )
-    def test_no_usage_report(self, body):
-        with pytest.raises(puter.ServerError, match="unknown format"):
-            puter.credit_from(body)
-
-    def test_the_recorded_usage_report(self):
-        credit = puter.credit_from(recorded_answer("usage")["json"])
-        assert (credit.unit, credit.allowance, credit.used) == ("usd", 0.25, 0.0)
-
-
-# =============================================================================
-# Stream decoders
-# =============================================================================
-class TestStreamDecoders:
-    # ---- Puter's lines ----
-
-    def test_every_kind_of_line(self):
-        call = puter.ToolCall("1", "f", {"x": 1}, THOUGHT_SIGNATURE)
-        note = {"type": "extra_content", "extra_content": {"a": 1}}
-        chunks, error, reply = decoded(
-            stream_line("reasoning", reasoning="r"),
-            stream_line("text", text="a"),
-            stream_line(
-                "tool_use",
-                id="1",
-                name="f",
-                input={"x": 1},
-                text="",
-                extra_content=THOUGHT_SIGNATURE,
-            ),
-            stream_line("extra_content", extra_content={"a": 1}),
-            stream_line("text", text="b"),
-            USAGE_LINE,
-        )
-        usage = puter.Usage(11, 22, None, 33)
-        assert error is None
-        assert chunks == [
-            puter.Chunk("reasoning", "r"),
-            puter.Chunk("text", "a"),
-            puter.Chunk("tool_call", tool_call=call),
-            puter.Chunk("text", "b"),
-            puter.Chunk("usage", usage=usage),
-        ]
-        assert reply == puter.Reply(
-            "ab", "r", (call,), "tool_calls", usage, "m", raw={"extra": [note]}
-        )
-
-    @settings(deadline=None, max_examples=200)
-    @given(st.lists(LINES, max_size=6).map(b"".join), st.lists(st.integers(0), max_size=8))
-    @example("é日🦊\u2028\u2029\x85".encode().join([b'{"type":"text","text":"', b'"}\n']), [])
-    def test_cuts_change_nothing(self, data, places):
-        whole = values_of(data)
-        assert values_of(*cut(data, places)) == whole
-        assert values_of(*(data[n : n + 1] for n in range(len(data)))) == whole
-
-    def test_chunks_come_as_soon_as_their_line_is_whole(self):
-        decoder = puter.LineDecoder("m")
-        assert decoder.feed(b'{"type":"text",') == []
-        assert decoder.feed(b'"text":"a"}\n{"type"') == [puter.Chunk("text", "a")]
-        assert decoder.reply().text == "a"
-        assert not decoder.whole
-        assert decoder.feed(b':"usage"}\n') == [puter.Chunk("usage", usage=puter.Usage())]
-        assert decoder.whole
-
-    @pytest.mark.parametrize(
-        ("usage", "meant"),
-        table(
-            ["numbers", {"usage": {"prompt": 1}}, puter.Usage(1, None, None, 1)],
-            ["empty", {"usage": {}}, puter.Usage()],
-            ["null", {"usage": None}, puter.Usage()],
-            ["missing", {}, puter.Usage()],
-        ),
-    )
-    def test_any_usage_line_ends_a_reply(self, usage, meant):
-        chunks, error, reply = decoded(stream_line("text", text="a"), stream_line("usage", **usage))
-        assert error is None
-        assert chunks[-1] == puter.Chunk("usage", usage=meant)
-        assert reply.usage == meant
-
-    @pytest.mark.parametrize(
-        "data",
-        [
-            b"\n \r\n" + stream_line("text", text="a").replace(b"\n", b"\r\n"),
-            b'{"type":\r"text",\r"text":"a"}\n',
-        ],
-    )
-    def test_only_a_line_feed_ends_a_line(self, data):
-        assert [decoded(data + USAGE_LINE)[2].text, decoded(data + USAGE_LINE)[1]] == ["a", None]
-
-    def test_a_note_on_a_line_of_its_own_is_the_first_calls(self):
-        calls = [stream_line("tool_use", id=name, name=name, input={}) for name in ("a", "b")]
-        notes = [stream_line("extra_content", extra_content={"n": n}) for n in (1, 2)]
-        _, error, reply = decoded(*calls, *notes, USAGE_LINE)
-        assert error is None
-        found = [(call.name, call.extra_content) for call in reply.tool_calls]
-        assert found == [("a", {"n": 1}), ("b", None)]
-
-    def test_a_last_line_without_its_end_counts_when_it_is_whole(self):
-        _, error, reply = decoded(stream_line("text", text="a") + USAGE_LINE[:-1])
-        assert (error, reply.text) == (None, "a")
-
-    @pytest.mark.parametrize(
-        ("pieces", "whole"),
-        table(
-            ["two halves", ["a\ud83e", "\udd8ab"], "a🦊b"],
-            ["apart", ["\ud83e", "", "\udd8a"], "🦊"],
-            ["whole pairs", ["🦊", "\ud83e\udd8a"], "🦊🦊"],
-            ["a half at the end", ["a", "b\ud83e"], "ab\ufffd"],
-            ["a first half alone", ["a\ud83e", "b"], "a\ufffdb"],
-            ["a second half alone", ["a\udd8a", "b"], "a\ufffdb"],
-            ["the wrong way round", ["\udd8a", "\ud83e", "\ud83e"], "\ufffd\ufffd\ufffd"],
-            ["null", [None, "a", None], "a"],
-        ),
-    )
-    def test_halves_of_an_emoji_are_joined(self, pieces, whole):
-        lines = [escaped_line(p, kind) for p in pieces for kind in ("text", "reasoning")]
-        events = [delta(content=p, reasoning=p) for p in pieces]
-        refusals = [delta(refusal=p, reasoning_content=p) for p in pieces]
-        for chunks, error, reply in (
-            decoded(*lines, USAGE_LINE),
-            decoded(b"".join(lines) + USAGE_LINE),
-            heard(*events, "[DONE]"),
-            heard(*refusals, "[DONE]"),
-        ):
-            assert error is None
-            assert (reply.text, reply.reasoning) == (whole, whole)
-            for kind in ("text", "reasoning"):
-                assert "".join(c.text for c in chunks if c.type == kind) == whole
-            assert "".join(c.text for c in chunks).isprintable()  # no half, anywhere
-
-    def test_a_half_that_waits_is_no_part_of_the_reply_yet(self):
-        decoder = puter.LineDecoder("m")
-        assert "".join(map(str, decoder.feed(escaped_line("a\ud83e")))) == "a"
-        assert decoder.reply().text == "a"
-        assert "".join(map(str, decoder.feed(escaped_line("\udd8a")))) == "🦊"
-
-    def test_the_last_usage_counts(self):
-        usages = [stream_line("usage", usage={"prompt": n}) for n in (1, 2)]
-        assert decoded(*usages)[2].usage.input_tokens == 2
-        frames = [json.dumps({"choices": [], "usage": {"prompt_tokens": n}}) for n in (1, 2)]
-        assert heard(*frames, '{"usage": null}', "[DONE]")[2].usage.input_tokens == 2
-
-    def test_a_huge_number_costs_no_answer(self):
-        huge = b'{"type":"usage","usage":{"prompt":%b}}\n' % (b"9" * 5_000)
-        _, error, reply = decoded(stream_line("text", text="a"), huge)
-        assert (error, reply.text, reply.usage.input_tokens) == (None, "a", None)
-
-    @pytest.mark.parametrize(
-        ("data", "words"),
-        table(
-            ["nothing at all", b"", "the connection ended before"],
-            ["no usage line", stream_line("text", text="b"), "the connection ended before"],
-            ["half a line", b'{"type":"te', 'the last line is cut off: \'{"type":"te\''],
-            ["half a usage line", USAGE_LINE[:-3], "the last line is cut off"],
-            ["half a line after the end", USAGE_LINE + b"{", "the last line is cut off"],
-            ["error line", stream_line("error", message="gone"), "gone"],
-            ["error line of an object", stream_line("error", message={"a": 1}), "{'a': 1}"],
-            ["error line without words", stream_line("error"), "gave no reason"],
-            ["lines after an error", stream_line("error", message="gone") + USAGE_LINE, "gone"],
-            ["no JSON", b"<html>\n", "not what Puter sends: '<html>'"],
-            ["two objects in a line", USAGE_LINE[:-1] + USAGE_LINE, "not what Puter sends"],
-            ["no UTF-8", b'{"type":"text","text":"\xff"}\n', "not what Puter sends"],
-            ["list", b"[]\n", "not what Puter sends"],
-            ["text", b'"type"\n', "not what Puter sends"],
-            ["null", b"null\n", "not what Puter sends"],
-            ["no type", b"{}\n", "not what Puter sends"],
-            ["too deep", b"[" * 200_000 + b"\n", "not what Puter sends"],
-            ["text without text", stream_line("text"), "not what Puter sends"],
-            ["reasoning without any", stream_line("reasoning"), "not what Puter sends"],
-            ["call without name", stream_line("tool_use", id="1", input={}), "not what"],
-        ),
-    )  # fmt: skip
-    def test_a_broken_stream(self, data, words):
-        chunks, error, reply = decoded(stream_line("text", text="a"), data)
-        assert isinstance(error, puter.StreamError)
-        assert error.message.startswith("The reply of m broke off: ")
-        assert words in error.message
-        assert len(error.message) < 300
-        assert error.model == "m"
-        assert chunks[0] == puter.Chunk("text", "a")
-        assert reply.text.startswith("a")
-
-    def test_nothing_counts_after_a_fault(self):
-        late = stream_line("error", message="gone") + stream_line("text", text="b") + USAGE_LINE
-        for pieces in ([late], late.splitlines(keepends=True)):
-            chunks, error, reply = decoded(stream_line("text", text="a"), *pieces)
-            assert chunks == [puter.Chunk("text", "a")]
-            assert reply.text == "a"
-            assert error is not None and "gone" in error.message
-        _, error, _ = decoded(b"x\n", b"y\n", b"half")
-        assert error is not None and "'x'" in error.message
-
-    @pytest.mark.parametrize(
-        "data",
-        [
-            pytest.param(stream_line("text", text=5), id="text of a number"),
-            pytest.param(b'{"type":"usage","usage":{"prompt":%b}}\n' % (b"9" * 400), id="huge usage"),
-            pytest.param(b'{"type":"usage","usage":{"prompt":1e999}}\n', id="endless usage"),
-            pytest.param(b'{"type":"usage","usage":{"prompt":NaN}}\n', id="usage of NaN"),
-        ],
-    )  # fmt: skip
-    def test_a_value_of_the_wrong_kind_breaks_nothing(self, data):
-        chunks, _, reply = decoded(stream_line("text", text="a"), data)
-        assert reply.text == "a"
-        assert all(isinstance(str(chunk), str) for chunk in chunks)
-
-    @pytest.mark.parametrize(
-        "pieces",
-        table(
-            ["bit by bit", [b"x" * 20] * 6],
-            ["all at once", [b"x" * 120]],
-            ["behind a good one", [USAGE_LINE + b"x" * 120, b"\n"]],
-        ),
-    )
-    def test_a_line_without_end_is_refused(self, monkeypatch, pieces):
-        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 100)
-        _, error, _ = decoded(*pieces)
-        assert error is not None
-        assert "a line is longer than 100 bytes" in error.message
-
-    def test_a_line_of_the_greatest_length_is_taken(self, monkeypatch):
-        monkeypatch.setattr(puter, "MAX_LINE_BYTES", len(USAGE_LINE) - 1)
-        assert decoded(*(USAGE_LINE[n : n + 1] for n in range(99)))[1] is None
-
-    @pytest.mark.parametrize("name", ["text", "reason", "empty", "tools"])
-    def test_recorded_streams_say_what_whole_replies_say(self, name):
-        lines = recorded_answer(f"stream: {name}")["lines"]
-        whole = recorded_answer(f"complete: {name}")["json"]
-        chunks, error, reply = decoded("".join(f"{one}\n" for one in lines).encode())
-        meant = puter.reply_from_driver(whole, "m")
-        assert error is None
-        assert dataclasses.replace(reply, raw=meant.raw, model=meant.model) == (
-            dataclasses.replace(meant, reasoning=reply.reasoning)
-        )
-        assert bool(reply.reasoning) == bool(meant.reasoning)
-        assert "".join(map(str, chunks)) == meant.text
-
-    # ---- events of OpenAI's kind ----
-
-    def test_every_kind_of_event(self):
-        chunks, error, reply = heard(
-            json.dumps({"model": "m-1", "choices": [{"delta": {"role": "assistant"}}]}),
-            delta(reasoning_content="r"),
-            delta(reasoning="s"),
-            delta(content="a"),
-            delta(content=""),
-            call_delta(0, '{"x"', id="1", name="f"),
-            call_delta(1, "", id="2", name="g"),
-            call_delta(0, ": 1}"),
-            delta(content="b"),
-            json.dumps({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}),
-            json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}),
-            " [DONE]\n",
-        )
-        calls = (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "g", {}))
-        usage = puter.Usage(1, 2, None, 3)
-        assert error is None
-        assert chunks == [
-            puter.Chunk("reasoning", "r"),
-            puter.Chunk("reasoning", "s"),
-            puter.Chunk("text", "a"),
-            puter.Chunk("text", "b"),
-            *(puter.Chunk("tool_call", tool_call=call) for call in calls),
-            puter.Chunk("usage", usage=usage),
-        ]
-        assert reply == puter.Reply("ab", "rs", calls, "tool_calls", usage, "m-1")
-
-    @settings(deadline=None)
-    @given(ARGUMENTS, st.lists(st.integers(0), max_size=6))
-    def test_arguments_cut_anywhere(self, given, places):
-        text = json.dumps(given)  # ASCII alone: any cut leaves whole characters
-        pieces = [piece.decode() for piece in cut(text.encode(), places)]
-        head, *rest = pieces
-        _, error, reply = heard(
-            call_delta(0, head, id="1", name="f", extra_content=THOUGHT_SIGNATURE),
-            *(call_delta(0, piece) for piece in rest),
-            "[DONE]",
-        )
-        assert error is None
-        assert reply.tool_calls == (puter.ToolCall("1", "f", given, THOUGHT_SIGNATURE),)
-
-    @pytest.mark.parametrize(
-        ("finish", "reason"),
-        table(["length", "length", "length"], ["stop", "stop", "stop"], ["nothing", None, "stop"]),
-    )
-    def test_finish_reason(self, finish, reason):
-        end = json.dumps({"choices": [{"delta": None, "finish_reason": finish}]})
-        assert heard(delta(content="a"), end, "[DONE]")[2].finish_reason == reason
-
-    @pytest.mark.parametrize(
-        ("given", "names"),
-        table(
-            ["ids", [("1", "f"), ("2", "f"), ("3", "g")], "ffg"],
-            ["names", [("", "f"), ("", "g"), (None, "h")], "fgh"],
-            ["nothing", [("", "f"), ("", "f"), (None, "f")], "fff"],
-            ["one id", [("1", "f"), ("1", "g")], "fg"],
-        ),
-    )
-    def test_calls_under_one_index_are_kept_apart(self, given, names):
-        # Some gateways send each call whole, and every one under index 0 or none.
-        for cut_at, index in itertools.product((0, 4, 8), (0, None)):
-            pieces = []
-            for n, (call_id, name) in enumerate(given):
-                arguments = json.dumps({"x": n})
-                cuts = [arguments] if cut_at == 8 else [arguments[:cut_at], arguments[cut_at:]]
-                pieces.append(call_delta(index, cuts[0], id=call_id, name=name))
-                pieces += [call_delta(index, rest) for rest in cuts[1:]]
-            _, error, reply = heard(*pieces, "[DONE]")
-            if cut_at == 8 or names != "fff":
-                assert error is None
-                found = [(call.name, call.arguments.get("x")) for call in reply.tool_calls]
-                assert found == list(zip(names, range(9)))
-
-    def test_a_call_whose_name_and_id_come_with_every_piece(self):
-        for more in ({"id": "1", "name": "f"}, {"name": "f"}):
-            pieces = [call_delta(0, text, **more) for text in ('{"x":', " 1", "}", "")]
-            (call,) = heard(*pieces, "[DONE]")[2].tool_calls
-            assert (call.name, call.arguments) == ("f", {"x": 1})
-
-    def test_nothing_counts_after_the_end(self):
-        call = call_delta(0, "{}", id="1", name="f")
-        chunks, error, reply = heard(call, "[DONE]", delta(content="b"), "[DONE]")
-        assert (error, reply.text, len(reply.tool_calls), len(chunks)) == (None, "", 1, 2)
-
-    @pytest.mark.parametrize(
-        ("event", "words", "code"),
-        table(
-            ["cut", None, "the connection ended before", None],
-            ["half a JSON", '{"choices": [{"del', "not what an OpenAI endpoint", None],
-            ["no JSON", "hello", "not what an OpenAI endpoint sends: 'hello'", None],
-            ["list", "[1]", "not what an OpenAI endpoint sends", None],
-            ["choice of null", '{"choices": [null]}', "not what an OpenAI", None],
-            ["a number too long for Python", "9" * 5_000, "not what an OpenAI", None],
-            ["too deep", "[" * 200_000, "not what an OpenAI endpoint sends", None],
-            ["error", '{"error": {"message": "gone", "code": "x"}}', "gone", "x"],
-            ["error of a text", '{"error": "gone"}', "gone", None],
-            ["error without words", '{"error": {"code": "x"}}', "{'code': 'x'}", "x"],
-            pytest.param('{"error": {"message": "gone", "code": 429}}', "gone", None, id="error with a number"),
-        ),
-    )  # fmt: skip
-    def test_a_broken_event_stream(self, event, words, code):
-        events = [delta(content="a"), *([event] if event else [])]
-        chunks, error, reply = heard(*events)
-        assert isinstance(error, puter.StreamError)
-        assert error.message.startswith("The reply of m broke off: ")
-        assert words in error.message
-        assert error.code == code
-        assert chunks == [puter.Chunk("text", "a")]
-        assert reply.text == "a"
-
-    def test_a_content_of_the_wrong_kind_breaks_nothing(self):
-        assert heard(delta(content="a"), delta(content=5))[2].text == "a"
-
-    @pytest.mark.parametrize("name", ["text", "tools", "reason"])
-    def test_recorded_event_streams(self, name):
-        events = recorded_answer(f"openai endpoint, stream: {name}")["text"]
-        whole = recorded_answer(f"openai endpoint, complete: {name}")["json"]
-        data = [e.removeprefix("data: ") for e in events.split("\n\n") if e]
-        _, error, reply = heard(*data)
-        assert error is None
-        meant = puter.reply_from_openai(whole, "m")
-        assert dataclasses.replace(meant, raw={}) == reply
-
-
-# =============================================================================
-# Policies
-# =============================================================================
-# The wire's table of errors: whose fault each is, and whether waiting may help.
-WIRE_ERRORS = table(
-    *(
-        [code, 401, code, puter.AuthError, "account", False]
-        for code in ("token_missing", "reauth_required", "token_auth_failed")
-    ),
-    ["insufficient_funds", 402, "insufficient_funds", puter.CreditError, "account", False],
-    ["subscription_required", 402, "subscription_required", puter.SubscriptionError, "request", False],
-    ["permission_denied", 403, "permission_denied", puter.ModelAccessError, "model", False],
-    *(
-        [code, 403, code, puter.AccessError, "account", False]
-        for code in ("forbidden", "account_is_not_verified", "account_suspended", "new_one")
-    ),
-    ["app_or_api_token_required", 403, "app_or_api_token_required", puter.AuthError, "account", False],
-    ["too_many_requests", 429, "too_many_requests", puter.RateLimitError, "account", True],
-    ["upstream_rate_limited", 429, "upstream_rate_limited", puter.ModelRateLimitError, "model", False],
-    ["upstream_provider_unavailable", 400, "upstream_provider_unavailable", puter.ModelUnavailableError, "model", True],
-    ["upstream_failed", 400, "upstream_failed", puter.ModelUnavailableError, "model", True],
-    ["upstream_auth_failed", 500, "upstream_auth_failed", puter.ProviderAuthError, "model", False],
-    ["upstream_bad_request", 400, "upstream_bad_request", puter.BadRequestError, "request", False],
-    ["bad_request", 400, "bad_request", puter.BadRequestError, "request", False],
-    ["not_found", 404, "not_found", puter.BadRequestError, "request", False],
-    ["too large", 413, None, puter.BadRequestError, "request", False],
-    ["internal_error", 500, "internal_error", puter.ServerError, "server", True],
-    *([str(s), s, None, puter.ServerError, "server", True] for s in (500, 502, 503, 504)),
-    ["401", 401, None, puter.AuthError, "account", False],
-    ["402", 402, None, puter.CreditError, "account", False],
-    ["403", 403, None, puter.AccessError, "account", False],
-    ["408", 408, None, puter.RequestTimeoutError, "server", True],
-    ["429", 429, None, puter.RateLimitError, "account", True],
-    ["418", 418, "teapot", puter.BadRequestError, "request", False],
-    # An OpenAI endpoint's own words.
-    ["invalid_api_key", 401, "invalid_api_key", puter.AuthError, "account", False],
-    ["model_not_found", 404, "model_not_found", puter.ModelNotFoundError, "request", False],
+# The plugin's own settings, as its manual shows them.
+PLUGIN_SETTINGS: JSON = {
+    "quiet_mode": False,
+    "debug": False,
+    "api_timeout_ms": 120_000,
+    "auto_create_temp_user": True,
+    "max_retries": 3,
+    "retry_delay_ms": 1_000,
+    "stream_buffer_size": 1_024,
+    "cache_ttl_ms": 300_000,
+    "cache_enabled": True,
+    "cache_max_entries": 100,
+    "metrics_enabled": True,
+    "metrics_max_samples": 500,
+    "fallback_enabled": True,
+    "fallback_cooldown_ms": 60_000,
+    "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free"],
+    "account_rotation_enabled": True,
+    "account_rotation_strategy": "round-robin",
+    "account_rotation_cooldown_ms": 300_000,
+    "log_enabled": True,
+    "log_dir": "~/logs",
+    "auto_update": True,
+}
+# And as it shows them one by one.
+EXAMPLE_SETTINGS = table(
+    ["all", PLUGIN_SETTINGS],
+    ["quiet_mode, debug", {"quiet_mode": False, "debug": False, "api_timeout_ms": 120_000, "auto_create_temp_user": True, "max_retries": 3, "cache_ttl_ms": 300_000}],
+    ["fallback_enabled, fallback_cooldown_ms", {"fallback_enabled": True, "fallback_cooldown_ms": 60_000, "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free", "openrouter:deepseek/deepseek-r1-0528:free", "openrouter:mistralai/devstral-2512:free"]}],
+    ["fallback_enabled", {"fallback_enabled": False}],
+    ["account_rotation_enabled, account_rotation_strategy", {"account_rotation_enabled": True, "account_rotation_strategy": "round-robin", "account_rotation_cooldown_ms": 300_000}],
+    ["api_timeout_ms", {"api_timeout_ms": 300_000}],
 )  # fmt: skip
 
 
-def waits(
-    error: puter.PuterError, base_s: float, max_retries: int = 3, enough: int = 1_000
-) -> list[float]:
-    """The waits before each new try while the same error comes back, `enough` at most."""
-    delays: list[float] = []
-    while len(delays) < enough and puter.may_retry(
-        error, len(delays), max_retries, True, sum(delays)
-    ):
-        delays.append(puter.retry_delay_s(error, len(delays) + 1, base_s, rand=lambda: 0.0))
-    return delays
+class TestPluginsFiles:
+    """What a user of the plugin brings along."""
 
+    @pytest.mark.parametrize("settings", EXAMPLE_SETTINGS)
+    def test_its_settings_are_read(self, tmp_path, settings):
+        write_settings(tmp_path, json.dumps(settings))
+        config = load(tmp_path)
+        for name, value in settings.items():
+            if name in puter.IGNORED_SETTINGS:
+                assert name in config.ignored
+            else:
+                given = getattr(config, name)
+                assert (list(given) if isinstance(given, tuple) else given) == value
 
-FREE_MODEL = model("a:free", "a-free", free=True)
-PAID = model("paid", "paid-alias", "PAID-2")
-SMALL_CATALOGUE = puter.ModelList(
-    [
-        FREE_MODEL,
-        PAID,
-        model("eyes:free", free=True, inputs=("text", "image"), tools=False),
-        model("blind:free", free=True, inputs=("text",), tools=True, provider="openrouter"),
-        model("small:free", free=True, context=100),
-    ]
-)
+    def test_config_show_says_which_mean_nothing(self, desk, home):
+        write_settings(home, json.dumps(PLUGIN_SETTINGS))
+        done = run_cli(desk, "config", "show")
+        assert done.returncode == 0 and done.stderr.count("\n") == 1
+        assert all(name in done.stderr for name in puter.IGNORED_SETTINGS)
+        assert "log_dir" not in done.stdout
 
-
-# Whom to ask next: the specification of fallback and rotation.
-#
-# The models: `ask` costs money, f1 to f6 are free and say so in their names, s is free by the
-# list alone. f1 to f3 are of one provider, all others of others.
-TARGET_MODELS = puter.ModelList(
-    [
-        model("ask", "ask-alias", provider="x"),
-        *(model(f"f{n}:free", free=True, provider="pppqqq"[n - 1]) for n in range(1, 7)),
-        model("s", free=True, provider="s"),
-    ]
-)
-TARGET_FAULTS: dict[str, Callable[[], puter.PuterError]] = {
-    "down": lambda: puter.ModelUnavailableError(""),
-    "limit": lambda: puter.ModelRateLimitError(""),
-    "denied": lambda: puter.ModelAccessError(""),
-    "key": lambda: puter.ProviderAuthError(""),
-    "busy": lambda: puter.RateLimitError(""),
-    "dead": lambda: puter.AuthError(""),
-    "credit": lambda: puter.CreditError(""),
-    "dear": lambda: puter.CreditError("", scope="model"),
-    "long": lambda: puter.ContextLengthError("", tokens=9),
-    "unknown": lambda: puter.ModelNotFoundError(""),
-}
-FIVE_FAIL = "a/f1:key a/f2:key a/f3:key a/f4:key a/f5:key"
-# Accounts, who is on cooldown since second 90 (an account, or a model on it, and why), what was
-# tried, and whom to ask at second 100: "waits" out limits, and not before second "@". More: the
-# asked name, `fallback`, and fields of the world or its settings.
-TARGETS = table(
-    ["nobody is there", "", "", "", None, {}],
-    ["the asked model, on the first account", "ab", "", "", "a/ask", {}],
-    ["on the current one", "ab", "", "", "b/ask", {"current": "b"}],
-    ["the only one waits out limits", "a", "", "", "a/ask waits", {}],
-    # the model is at fault
-    ["its first fallback, on the same account", "ab", "", "a/ask:down", "a/f1", {}],
-    ["its limit", "ab", "", "a/ask:limit", "a/f1", {}],
-    ["not for this account", "ab", "", "a/ask:denied", "a/f1", {}],
-    ["its answer costs more than is left", "ab", "", "a/ask:dear", "a/f1", {}],
-    ["a prompt too long for Puter's limit of it", "ab", "", "a/ask:long", "a/f1", {}],
-    ["the next fallback", "a", "", "a/ask:down a/f1:key", "a/f2 waits", {}],
-    ["a fallback that nobody knows", "ab", "", "a/ask:down a/f1:unknown", "a/f2", {}],
-    ["a provider that refused twice is skipped", "ab", "", "a/ask:limit a/f1:limit a/f2:limit", "a/f4", {}],
-    ["not more than five", "ab", "", f"a/ask:down {FIVE_FAIL}", None, {}],
-    ["late, none is begun", "ab", "", "a/ask:down", None, {"elapsed_s": 121.0}],
-    ["without fallback", "ab", "", "a/ask:down", None, {"fallback": False}],
-    ["an unknown name", "ab", "", "a/ask:unknown", None, {}],
-    ["the user's own list comes first", "ab", "", "a/ask:down", "a/s", {"fallback_models": ("s",)}],
-    # a list that could not be fetched: what it calls free may cost by now
-    ["stale: names that say free", "ab", "", "a/ask:down a/f1:key a/f2:key a/f3:key a/f4:key", "a/f5", {"is_stale": True}],
-    ["stale: no other", "ab", "", "a/ask:down", None, {"is_stale": True, "models": TARGET_MODELS[7:]}],
-    ["fresh: that, too", "ab", "", "a/ask:down", "a/s", {"models": TARGET_MODELS[7:]}],
-    ["stale: the user's own", "ab", "", "a/ask:down", "a/s", {"is_stale": True, "fallback_models": ("s",)}],
-    # the account is at fault
-    ["the next account, asked model first", "ab", "", "a/ask:busy", "b/ask", {}],
-    ["no credit", "ab", "", "a/ask:credit", "b/ask", {}],
-    ["a dead token: the last one waits out limits", "ab", "a:login", "a/ask:dead", "b/ask waits", {}],
-    ["found out at a fallback", "ab", "", "a/ask:down a/f1:busy", "b/ask", {}],
-    ["in order, round the end", "abc", "", "c/ask:busy", "a/ask", {"current": "c"}],
-    ["late: the next account all the same", "ab", "", "a/ask:busy", "b/ask", {"elapsed_s": 121.0}],
-    ["one on cooldown is passed over", "abc", "b:busy", "a/ask:busy", "c/ask", {}],
-    ["nobody has credit", "ab", "", "a/ask:credit b/ask:credit", None, {}],
-    ["one that is gone by now", "ab", "", "z/ask:busy", "a/ask", {}],
-    # from the model to the next account
-    ["another account may use it", "ab", "", f"a/ask:denied {FIVE_FAIL}", "b/ask", {}],
-    ["without fallback, at once", "ab", "", "a/ask:denied", "b/ask", {"fallback": False}],
-    ["what failed by itself is not asked again", "ab", "", "a/ask:denied a/f1:down a/f2:busy b/ask:denied", "b/f2", {}],
-    ["five fallbacks on all accounts together", "ab", "", f"a/ask:denied {FIVE_FAIL} b/ask:denied", None, {}],
-    # cooldowns
-    ["alone, it is asked all the same", "a", "a:busy", "", "a/ask waits", {}],
-    ["so is the last one alive", "ab", "a:busy b:login", "", "a/ask waits", {}],
-    ["nobody is alive: the current one says so", "ab", "a:login b:login", "", "b/ask waits", {"current": "b"}],
-    ["on cooldown for long", "ab", "a:forbidden b:forbidden", "", None, {}],
-    ["the asked model rests: its fallback first", "ab", "a/ask:down", "", "a/f1", {}],
-    ["known by another name", "ab", "a/ask:down", "", "a/f1", {"model": "ask-alias"}],
-    ["on this account only", "ab", "b/ask:down", "", "a/ask", {}],
-    ["without any fallback, despite its rest", "ab", "a/ask:down", "", "a/ask", {"fallback": False}],
-    ["a fallback that rests is skipped", "ab", "a/f1:down", "a/ask:down", "a/f2", {}],
-    # everybody is limited, for seconds
-    ["the first whose window ends, once more", "ab", "a:busy b:busy", "a/ask:busy b/ask:busy", "a/ask waits @100", {}],
-    ["before anybody was asked", "ab", "a:busy b:busy", "", "a/ask waits @100", {}],
-    ["of what was not noted", "ab", "", "a/ask:busy b/ask:busy", "a/ask waits @100.25", {}],
-    ["one that has a fault of its own is not", "ab", "", "a/ask:credit b/ask:busy", "b/ask waits @100.25", {}],
-    ["its fallbacks then", "ab", "", "a/ask:busy b/ask:busy a/ask:down", "a/f1 waits", {}],
-    ["never a third time", "ab", "", "a/ask:busy b/ask:busy a/ask:busy", None, {}],
-    ["nor where it alone was asked", "ab", "b:forbidden", "a/ask:busy a/ask:busy", None, {}],
-    ["nor the last one twice", "ab", "", "a/ask:credit b/ask:busy b/ask:busy", None, {}],
-    ["nor without retries", "ab", "", "a/ask:busy b/ask:busy", None, {"max_retries": 0}],
-)  # fmt: skip
-
-
-def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
-    """What `next_target` says, in the words of the table."""
-    given = {"model": "ask", "fallback": True, "models": TARGET_MODELS, **given}
-    full = {"busy": "too_many_requests"}
-    cooldowns = []
-    for where, _, why in (word.partition(":") for word in cooled.split()):
-        who, _, name = where.partition("/")
-        name = f"{name}:free" if name.startswith("f") else name
-        cooldowns.append(puter.Cooldown(who, name, 400.0, 1, full.get(why, why), 90.0))
-    attempts = []
-    for where, _, why in (word.partition(":") for word in tried.split()):
-        who, _, name = where.partition("/")
-        name = f"{name}:free" if name.startswith("f") else name
-        attempts.append(attempt(name, who, TARGET_FAULTS[why]()))
-    asked = puter.Asked(given.pop("model"), {}, puter.Needs(), given.pop("fallback"))
-    settings = {k: given.pop(k) for k in ("fallback_models", "max_retries") if k in given}
-    world = puter.World(
-        accounts=[account(name) for name in names],
-        cooldowns=cooldowns,
-        models=puter.ModelList(given.pop("models")),
-        config=puter.Config(folder="/", **settings),
-        now=100.0,
-        **given,
-    )
-    target = puter.next_target(asked, attempts, world)
-    if target is None:
-        return None
-    assert target.is_fallback is (target.model != asked.model)
-    words = f"{target.account.username}/{target.model.removesuffix(':free')}"
-    words += " waits" if target.waits_out_limits else ""
-    return f"{words} @{target.not_before_s:g}" if target.not_before_s else words
-
-
-class TestServersErrors:
-    """What a server's codes, texts and first lines mean."""
-
-    @pytest.mark.parametrize(("status", "code", "kind", "scope", "retryable"), WIRE_ERRORS)
-    def test_kind(self, status, code, kind, scope, retryable):
-        body = {"error": "Bad luck", "message": "Bad luck", "code": code}
-        error = puter.error_from(status, body)
-        assert type(error) is kind
-        assert (error.scope, error.retryable) == (scope, retryable)
-        assert (error.status, error.code, error.message) == (status, code, "Bad luck")
-        assert error.may_be_billed is (status in (504, 520, 522, 524))
-        assert error.hint
-
-    @pytest.mark.parametrize(
-        ("status", "body", "kind", "message"),
-        table(
-            ["model of an unknown name", 400, {"message": "Model not found: x", "code": "bad_request"}, puter.ModelNotFoundError, "Model not found: x"],
-            ["the same without code", 400, {"error": "Model not found: x"}, puter.ModelNotFoundError, "Model not found: x"],
-            pytest.param(400, {"message": "Model not found: x", "code": "upstream_bad_request"}, puter.BadRequestError, "Model not found: x", id="the same of a provider"),
-            ["old text", 403, {"message": "usage-limited-chat: no"}, puter.ModelAccessError, "usage-limited-chat: no"],
-            ["old text under a code", 403, {"message": "usage-limited-chat", "code": "forbidden"}, puter.ModelAccessError, "usage-limited-chat"],
-            ["old code", 400, {"code": "usage-limited-chat", "message": "no"}, puter.ModelAccessError, "no"],
-            ["success false", 200, {"success": False, "error": {"code": "insufficient_funds", "message": "Empty", "status": 402}}, puter.CreditError, "Empty"],
-            ["success false by status", 200, {"success": False, "error": {"message": "Slow", "status": 429}}, puter.RateLimitError, "Slow"],
-            ["success false by text", 200, {"success": False, "error": "usage-limited-chat"}, puter.ModelAccessError, "usage-limited-chat"],
-            ["OpenAI", 401, {"error": {"message": "No key", "type": "x", "code": "invalid_api_key"}}, puter.AuthError, "No key"],
-            ["OpenAI with a null code", 429, {"error": {"message": "Slow", "code": None}}, puter.RateLimitError, "Slow"],
-            ["page", 502, "<html><body><h1>502 Bad\nGateway</h1><hr></body></html>", puter.ServerError, "502 Bad Gateway"],
-            ["page with a look", 502, "<style>p{x:y}</style><script>go()</script><p>Down &amp; out</p>", puter.ServerError, "Down & out"],
-            ["text", 503, "Down", puter.ServerError, "Down"],
-            ["nothing", 500, None, puter.ServerError, "The server answered 500 without saying why"],
-            ["an outage under 400", 400, {"code": "upstream_failed", "message": "x"}, puter.ModelUnavailableError, "x"],
-            ["a limit under 500", 500, {"code": "too_many_requests", "message": "x"}, puter.RateLimitError, "x"],
-        ),
-    )  # fmt: skip
-    def test_shapes(self, status, body, kind, message):
-        error = puter.error_from(status, body)
-        assert (type(error), error.message) == (kind, message)
-
-    def test_long_texts_are_shortened(self):
-        assert len(puter.error_from(500, "x" * 10_000).message) <= 300
-        assert len(puter.error_from(500, {"message": "x" * 10_000}).message) <= 2_000
-
-    def test_what_else_an_error_holds(self):
-        inside = {"message": "Empty", "status": 402, "code": "insufficient_funds"}
-        assert puter.error_from(200, {"success": False, "error": inside}).status == 402
-        error = puter.error_from(429, {"message": "Busy"}, retry_after_s=7.0)
-        assert (error.message, error.retry_after_s) == ("Busy", 7.0)
-
-    @pytest.mark.parametrize(
-        ("attempts", "message"),
-        table(
-            ["one", [{"error": "429 slow down"}], "Busy (the provider said: 429 slow down)"],
-            ["the last one", [{"error": "a"}, {"error": "b"}], "Busy (the provider said: b)"],
-            ["the same words", [{"error": "Busy"}], "Busy"],
-            ["in their JSON", [{"error": '429 {"error": {"message": "slow down"}}'}], "Busy (the provider said: slow down)"],
-            ["no words", [{"status": 429}], "Busy"],
-            ["none", [], "Busy"],
-            ["no list", "x", "Busy"],
-            ["no object", ["x"], "Busy"],
-            ["the last one is no object", [{"error": "a"}, "x"], "Busy"],
-        ),
-    )  # fmt: skip
-    def test_the_providers_words_are_passed_on(self, attempts, message):
-        body = {"message": "Busy", "code": "upstream_failed", "attempts": attempts}
-        assert puter.error_from(400, body).message == message
-
-    @pytest.mark.parametrize(
-        ("line", "kind", "code", "message"),
-        table(
-            ["limit", '429 {"error": {"message": "slow"}}', puter.ModelRateLimitError, "upstream_rate_limited", "slow"],
-            ["request", "400 bad", puter.BadRequestError, "upstream_bad_request", "400 bad"],
-            ["too large", "413 big", puter.BadRequestError, "upstream_bad_request", "413 big"],
-            ["too long", '400 {"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}', puter.ContextLengthError, "context_length_exceeded", "prompt is too long: 9 tokens > 8 maximum"],
-            ["Puter's key", "401 no", puter.ProviderAuthError, "upstream_auth_failed", "401 no"],
-            ["Puter's money", "402 pay", puter.ProviderAuthError, "upstream_auth_failed", "402 pay"],
-            ["down", "503 down", puter.ModelUnavailableError, "upstream_provider_unavailable", "503 down"],
-            ["no status but a type", '{"error": {"type": "overloaded_error", "message": "busy"}}', puter.ModelUnavailableError, "upstream_provider_unavailable", "busy"],
-        ),
-    )  # fmt: skip
-    def test_the_first_line_of_a_stream(self, line, kind, code, message):
-        error = puter.upstream_error(line, "m")
-        assert (type(error), error.code, error.message, error.model) == (kind, code, message, "m")
-
-    @pytest.mark.parametrize("line", ["", "terminated", "4290 a", "200 words", '{"error": 5}', "{"])
-    def test_a_first_line_without_a_kind(self, line):
-        assert puter.upstream_error(line, "m") is None
-
-    @pytest.mark.parametrize("status", [400, 401, 429, 500, 529])
-    def test_a_recorded_first_line_is_the_whole_replys_error(self, status):
-        answers = {
-            call["name"]: call["response"]
-            for call in PROVIDER_CALLS
-            if call["provider"] == "claude" and call["name"].endswith(f": err{status}")
-        }
-        (line,) = answers[f"stream: err{status}"]["lines"]
-        streamed = puter.upstream_error(json.loads(line)["message"], "m")
-        whole = answers[f"complete: err{status}"]
-        error = puter.error_from(whole["status"], whole["json"])
-        assert (type(streamed), streamed.code) == (type(error), error.code)
-        assert streamed.message == f"scripted {status}" and streamed.message in error.message
-        assert "{" not in error.message
-
-    @pytest.mark.parametrize(
-        ("code", "words"),
-        [
-            ("app_or_api_token_required", "session token"),
-            ("not_found", "api_base_url"),
-            ("account_is_not_verified", "e-mail"),
-            ("subscription_required", "api_style"),
-            ("token_missing", "login"),
-            ("insufficient_funds", "login"),
-        ],
-    )
-    def test_hints_say_what_helps(self, code, words):
-        assert words in str(puter.error_from(400, {"code": code, "message": "x"}))
-
-    def test_every_recorded_error_is_known(self):
-        seen = set()
-        for exchange in EXCHANGES:
-            answer = exchange["response"]
-            if answer["status"] >= 400 and answer.get("json"):
-                error = puter.error_from(answer["status"], answer["json"])
-                assert error.code == answer["json"]["code"]
-                assert answer["json"]["message"] in error.message
-                for one in answer["json"].get("attempts", ()):
-                    assert one["error"] in error.message
-                seen.add(type(error))
-        assert len(seen) >= 8
-
-
-class TestPolicies:
-    """The plain functions that decide."""
-
-    # ---- how long, and whether ----
-
-    @pytest.mark.parametrize(
-        ("error", "retry", "rand", "delay_s"),
-        table(
-            ["first", puter.ServerError(""), 1, 0.0, 1.0],
-            ["second", puter.ServerError(""), 2, 0.0, 2.0],
-            ["fourth", puter.ServerError(""), 4, 0.0, 8.0],
-            ["shortened by a quarter", puter.ServerError(""), 2, 1.0, 1.5],
-            ["capped", puter.ServerError(""), 10, 0.0, 30.0],
-            ["as often as a limit allows", puter.ServerError(""), 120, 0.0, 30.0],
-            ["the server's word", puter.ServerError("", retry_after_s=7.0), 1, 0.5, 7.0],
-            ["at once", puter.ServerError("", retry_after_s=0.0), 5, 0.0, 0.0],
-            ["not at once", puter.RateLimitError("", retry_after_s=0.0), 5, 0.0, 0.25],
-        ),
-    )
-    def test_retry_delay(self, error, retry, rand, delay_s):
-        assert puter.retry_delay_s(error, retry, 1.0, rand=lambda: rand) == delay_s
-
-    def test_retry_delay_draws_lots_of_its_own(self):
-        assert 0.75 <= puter.retry_delay_s(puter.ServerError(""), 1, 1.0) <= 1.0
-
-    @pytest.mark.parametrize(
-        ("error", "retries", "max_retries", "patient", "waited_s", "again"),
-        table(
-            ["server, last", puter.ServerError(""), 2, 3, False, 0.0, True],
-            ["server, enough", puter.ServerError(""), 3, 3, False, 0.0, False],
-            ["time-out", puter.RequestTimeoutError(""), 0, 3, False, 0.0, True],
-            ["network", puter.NetworkError(""), 0, 3, False, 0.0, True],
-            ["provider down, once", puter.ModelUnavailableError(""), 0, 3, True, 0.0, True],
-            ["provider down, twice", puter.ModelUnavailableError(""), 1, 3, True, 0.0, False],
-            ["stream without a chunk", puter.StreamError(""), 0, 3, True, 0.0, True],
-            ["Puter's own key", puter.ProviderAuthError(""), 0, 3, True, 0.0, False],
-            ["provider's limit", puter.ModelRateLimitError(""), 0, 3, True, 0.0, False],
-            ["wrong request", puter.BadRequestError(""), 0, 3, True, 0.0, False],
-            ["no credit", puter.CreditError(""), 0, 3, True, 0.0, False],
-            ["dead token", puter.AuthError(""), 0, 3, True, 0.0, False],
-            ["limit, alone", puter.RateLimitError(""), 0, 3, True, 0.0, True],
-            ["Retry-After beyond the cap", puter.RateLimitError("", retry_after_s=31), 0, 3, True, 0.0, False],
-            ["Retry-After of the cap", puter.ServerError("", retry_after_s=30), 0, 3, True, 0.0, True],
-            ["billed", puter.RequestTimeoutError("", may_be_billed=True), 0, 3, True, 0.0, False],
-            ["billed, and broken", puter.NetworkError("", may_be_billed=True), 0, 3, True, 0.0, False],
-            ["limit, within the patience", puter.RateLimitError(""), 5, 3, True, 29.9, True],
-            ["limit, after it", puter.RateLimitError(""), 3, 3, True, 30.0, False],
-            ["limit, retries left", puter.RateLimitError(""), 2, 3, True, 60.0, True],
-            ["limit, others there", puter.RateLimitError(""), 0, 3, False, 0.0, False],
-            ["limit, retries off", puter.RateLimitError(""), 0, 0, True, 0.0, False],
-            ["server, not again", puter.ServerError("", is_final=True), 0, 3, True, 0.0, False],
-        ),
-    )  # fmt: skip
-    def test_may_retry(self, error, retries, max_retries, patient, waited_s, again):
-        assert puter.may_retry(error, retries, max_retries, patient, waited_s) is again
-
-    @pytest.mark.parametrize(("retries", "again"), [(0, True), (1, False)])
-    def test_a_stream_that_may_be_billed_is_asked_for_once_more(self, retries, again):
-        error = puter.RequestTimeoutError("", may_be_billed=True)
-        assert puter.may_retry(error, retries, 3, True, 0.0, streaming=True) is again
-
-    def test_the_waits_grow_and_are_longer_than_puters_window(self):
-        assert waits(puter.ServerError(""), 1.0) == [1.0, 2.0, 4.0]
-        # in short waits: a place in the window is free within a second
-        assert waits(puter.RateLimitError(""), 1.0, 1) == [1.0, *[1.5] * 20]
-
-    @pytest.mark.parametrize(
-        ("base_s", "retry_after_s"),
-        [pytest.param(0.0, None, id="no wait set"), pytest.param(1.0, 0.0, id="Retry-After of 0")],
-    )
-    def test_waiting_for_a_limit_ends(self, base_s, retry_after_s):
-        error = puter.RateLimitError("", retry_after_s=retry_after_s)
-        assert len(waits(error, base_s)) < 1_000
-
-    # ---- where to go next ----
-
-    @pytest.mark.parametrize(
-        ("error", "is_fallback", "may_fall_back", "step"),
-        table(
-            ["unknown model", puter.ModelNotFoundError(""), False, True, "next_model"],
-            ["unknown fallback", puter.ModelNotFoundError(""), True, True, "next_model"],
-            ["no credit", puter.CreditError(""), False, True, "next_account"],
-            ["no credit for this answer", puter.CreditError("", scope="model"), False, True, "next_model"],
-            ["too long for Puter", puter.ContextLengthError("", tokens=9), False, True, "next_model"],
-            ["too long, no fallback", puter.ContextLengthError("", tokens=9), False, False, "raise"],
-            ["too long for the provider", puter.ContextLengthError(""), False, True, "raise"],
-            ["not to be asked again", puter.ModelUnavailableError("", is_final=True), False, True, "raise"],
-            ["nor by another account", puter.RateLimitError("", is_final=True), False, True, "raise"],
-            ["model", puter.ModelUnavailableError(""), False, True, "next_model"],
-            ["model's limit", puter.ModelRateLimitError(""), True, True, "next_model"],
-            ["model not for you", puter.ModelAccessError(""), False, True, "next_model"],
-            ["Puter's own key", puter.ProviderAuthError(""), False, True, "next_model"],
-            ["broken before its start", puter.StreamError(""), False, True, "next_model"],
-            ["limit", puter.RateLimitError(""), False, True, "next_account"],
-            ["token", puter.AuthError(""), False, True, "next_account"],
-            ["suspended", puter.AccessError(""), False, True, "next_account"],
-            ["paid endpoint", puter.SubscriptionError(""), False, True, "raise"],
-            ["wrong request", puter.BadRequestError(""), False, True, "raise"],
-            ["wrong request to a fallback", puter.BadRequestError(""), True, True, "next_model"],
-            ["unreadable", puter.ReplyError(""), False, True, "raise"],
-            ["unreadable, of a fallback", puter.ReplyError(""), True, True, "raise"],
-            ["server", puter.ServerError(""), False, True, "raise"],
-            ["time-out", puter.RequestTimeoutError(""), False, True, "raise"],
-            ["network", puter.NetworkError(""), False, True, "raise"],
-            ["worked for", puter.StreamError("", may_be_billed=True), True, True, "raise"],
-        ),
-    )  # fmt: skip
-    def test_next_step(self, error, is_fallback, may_fall_back, step):
-        assert puter.next_step(error, is_fallback, may_fall_back) == step
-
-    @pytest.mark.parametrize(
-        ("failed", "model_id", "worth"),
-        table(
-            ["nothing failed", [], "a", True],
-            ["its own failure, on any account", [("a", puter.ModelUnavailableError)], "a", False],
-            ["not for this account", [("a", puter.ModelAccessError)], "a", True],
-            ["the account's failure", [("a", puter.RateLimitError)], "a", True],
-            ["one limit of its provider", [("b", puter.ModelRateLimitError)], "a", True],
-            ["two", [("b", puter.ModelRateLimitError), ("C", puter.ModelRateLimitError)], "a", False],
-            ["two failures that are none", [("b", puter.ModelUnavailableError)] * 2, "a", True],
-            ["two of another provider", [("x", puter.ModelRateLimitError)] * 2, "a", True],
-            ["two of a model that is not listed", [("z", puter.ModelRateLimitError)] * 2, "a", True],
-        ),
-    )  # fmt: skip
-    def test_is_worth_trying(self, failed, model_id, worth):
-        models = [model(name, provider="one") for name in "abc"] + [model("x", provider="two")]
-        models = puter.ModelList(models)
-        attempts = [attempt(name, "alice", kind("no")) for name, kind in failed]
-        assert puter.is_worth_trying(models.find(model_id), attempts, models) is worth
-
-    @pytest.mark.parametrize(
-        ("asked", "given", "order"),
-        table(
-            ["other free ones", "paid", {"listed": []}, ["a:free", "eyes:free", "blind:free", "small:free"]],
-            ["listed ones first", "x", {"listed": ["blind:free", "eyes:free"]}, ["blind:free", "eyes:free", "a:free", "small:free"]],
-            ["listed, but not there", "x", {"listed": ["gone"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
-            ["listed by an alias of any case", "x", {"listed": ["A-Free"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
-            ["listed and paid", "x", {"listed": ["Paid-2"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
-            ["listed twice", "x", {"listed": ["paid", "paid-alias"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
-            ["never the asked one", "a:free", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
-            ["nor by its alias", "A-FREE", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
-            ["none that rests", "x", {"listed": [], "cooled": {"a:free", "small:free"}}, ["eyes:free", "blind:free"]],
-            ["tools", "x", {"listed": [], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
-            ["images", "x", {"listed": [], "needs": puter.Needs(inputs=frozenset({"image"}))}, ["a:free", "eyes:free", "small:free"]],
-            ["room", "x", {"listed": [], "needs": puter.Needs(context=101)}, ["a:free", "eyes:free", "blind:free"]],
-            ["listed ones must be able too", "x", {"listed": ["eyes:free"], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
-            pytest.param("x", {"listed": [], "cooled": {"a-free"}}, ["eyes:free", "blind:free", "small:free"], id="none that rests under an alias"),
-            pytest.param("x", {"listed": ["puter/paid"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"], id="listed with puter/ in front"),
-        ),
-    )  # fmt: skip
-    def test_fallback_order(self, asked, given, order):
-        given = {"cooled": (), **given}
-        assert ids(puter.fallback_order(asked, SMALL_CATALOGUE, **given)) == order
-
-    def test_the_built_in_list_costs_nothing(self):
-        first, second = puter.DEFAULT_FALLBACK_MODELS[:2]
-        # What was free when the list was made may cost money by now.
-        models = [model("z:free", free=True), model(first), model(second, free=True)]
-        assert ids(puter.fallback_order("x", puter.ModelList(models), ())) == [second, "z:free"]
-        assert puter.fallback_order("x", puter.ModelList(), (), listed=["a"]) == []
-
-    @pytest.mark.parametrize(
-        ("one", "needs", "able"),
-        table(
-            ["nothing told", model("m"), puter.Needs(True, frozenset({"image"}), 10**9), True],
-            ["tools", model("m", tools=True), puter.Needs(tools=True), True],
-            ["no tools", model("m", tools=False), puter.Needs(tools=True), False],
-            ["sees", model("m", inputs=("text", "image")), puter.Needs(inputs=frozenset({"image"})), True],
-            ["does not see", model("m", provider="xai", inputs=("text",)), puter.Needs(inputs=frozenset({"image"})), False],
-            ["of no known provider", model("m", inputs=("text",)), puter.Needs(inputs=frozenset({"image", "pdf"})), True],
-            *(
-                [f"{provider} reads {kind}", model("m", provider=provider, inputs=("text",)), puter.Needs(inputs=frozenset({kind})), provider in able]
-                for kind, able in (
-                    ("pdf", ("claude", "openai-completion", "azure-openai", *RESPONSES, "openrouter")),
-                    ("web search", ("openai-completion", "azure-openai", *RESPONSES)),
-                    ("puter_path", ("claude",)),
-                )
-                for provider in ("claude", "openai-completion", "azure-openai", *RESPONSES, "openrouter", "gemini", "xai")
-            ),
-            ["sees, reads no PDF", model("m", provider="gemini", inputs=("image",)), puter.Needs(inputs=frozenset({"image", "pdf"})), False],
-            ["just room", model("m", context=11), puter.Needs(context=10), True],
-            ["no room", model("m", context=10), puter.Needs(context=10), False],
-            ["paid: the answer's limit counts", model("m", context=99, max_tokens=10, output_usd_per_million=1.0), puter.Needs(context=10), False],
-            ["paid, just room", model("m", context=99, max_tokens=10, output_usd_per_million=1.0), puter.Needs(context=9), True],
-            ["free: the context counts", model("m", context=99, max_tokens=10, output_usd_per_million=0.0), puter.Needs(context=98), True],
-            ["room of 0 is not told", model("m", context=0), puter.Needs(context=11), True],
-        ),
-    )  # fmt: skip
-    def test_can_do(self, one, needs, able):
-        assert puter.can_do(one, needs) is able
-
-    @pytest.mark.parametrize(
-        ("names", "cooled", "current", "in_turn", "least_used"),
-        table(
-            ["nobody", "", "", None, None, None],
-            ["one", "a", "", None, "a", "a"],
-            ["the current one stays", "abc", "", "b", "b", "b"],
-            ["all are on cooldown", "ab", "ab", "a", None, None],
-            ["the current one is on cooldown", "ab", "b", "b", "a", "a"],
-            ["nobody yet", "abcd", "", None, "a", "c"],
-            ["after the first", "abcd", "a", "a", "b", "c"],
-            ["after the last", "abcd", "d", "d", "a", "c"],
-            ["over one on cooldown", "abcd", "abc", "a", "d", "d"],
-            ["round the end", "abcd", "cd", "c", "a", "b"],
-            ["after one that is gone", "abcd", "", "z", "a", "c"],
-        ),
-    )
-    def test_next_account(self, names, cooled, current, in_turn, least_used):
-        # c was never used: its turn comes first.
-        used_ms = {"a": 400, "b": 200, "c": None, "d": 300}
-        accounts = [account(name, used_ms[name]) for name in names]
-        for strategy, name in (("round-robin", in_turn), ("least-recently-used", least_used)):
-            one = puter.next_account(accounts, cooled, strategy, current)
-            assert (one and one.username) == name
-
-    @pytest.mark.parametrize(("names", "cooled", "tried", "target", "given"), TARGETS)
-    def test_next_target(self, names, cooled, tried, target, given):
-        assert next_of(names, cooled, tried, given) == target
-
-    def test_a_call_ends_whatever_fails(self):
-        """However it goes, everybody together is asked some twenty times, never for ever."""
-        rand = random.Random(5)
-        for _ in range(300):
-            names = "abc"[: rand.randint(1, 3)]
-            kinds = ["busy", "forbidden", "login"]
-            cooled = " ".join(f"{n}:{rand.choice(kinds)}" for n in names if rand.random() < 0.4)
-            tried: list[str] = []
-            while (found := next_of(names, cooled, " ".join(tried), {})) is not None:
-                tried.append(
-                    f"{found.split()[0]}:{rand.choice([*set(TARGET_FAULTS) - {'unknown'}])}"
-                )
-                assert len(tried) < 30, (names, cooled, tried)
-
-    @pytest.mark.parametrize(
-        ("strikes", "times"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (99, 4)]
-    )
-    def test_cooldown(self, strikes, times):
-        assert puter.cooldown_s(strikes, 300.0) == 300.0 * times
-
-
-class TestModelNames:
-    """A name leads to a model, or to those that are meant."""
-
-    @pytest.mark.parametrize(
-        ("name", "found"),
-        table(
-            ["id", "paid", "paid"],
-            ["alias", "a-free", "a:free"],
-            ["any case", "A:FREE", "a:free"],
-            ["alias in any case", "paid-2", "paid"],
-            ["puter/", "puter/paid", "paid"],
-            ["blanks", " Puter/a-free ", "a:free"],
-        ),
-    )
-    def test_find(self, name, found):
-        assert SMALL_CATALOGUE.find(name).id == SMALL_CATALOGUE.id_of(name) == found
-        assert SMALL_CATALOGUE.get("nobody") is None and SMALL_CATALOGUE.id_of("No") == "No"
-
-    def test_an_id_comes_before_another_models_alias(self):
-        models = puter.ModelList([model("vendor:x", "x"), model("x")])
-        assert models.find("x").id == "x"
-
-    @pytest.mark.parametrize(
-        ("name", "near"),
-        table(
-            ["slip", "claude-opus-45", ("claude-opus-4-5",)],
-            ["other case", "CLAUDE-OPUS-45", ("claude-opus-4-5",)],
-            ["no more free", "openrouter:vendor/big:free", ("openrouter:vendor/big",)],
-            ["without its vendor", "big", ("openrouter:vendor/big",)],
-            ["nothing like it", "zzzzzz", ()],
-            ["empty", "", ()],
-        ),
-    )
-    def test_near_matches(self, name, near):
-        models = [
-            model("claude-opus-4-5", "anthropic/claude-opus-4-5"),
-            model("openrouter:vendor/big"),
-        ]
-        with pytest.raises(puter.ModelNotFoundError) as caught:
-            puter.ModelList(models).find(name)
-        error = caught.value
-        assert error.near == near
-        assert (error.model, error.code) == (name, "model_not_found")
-        assert repr(name) in error.message
-        if name.endswith(":free"):
-            assert f"not free any more: {near[0]} costs credit" in error.hint
-        else:
-            assert f"Did you mean {near[0]}?" in error.hint if near else not error.near
-        assert "python -m puter models" in error.hint
-
-    def test_no_more_than_three_near_matches(self):
-        with pytest.raises(puter.ModelNotFoundError, match=" or ") as caught:
-            puter.ModelList([model(f"model-{n}") for n in range(9)]).find("model")
-        assert len(caught.value.near) == 3
-
-    @pytest.mark.parametrize(
-        ("text", "found"),
-        table(
-            ["nothing", None, ["a:free", "paid", "eyes:free", "blind:free", "small:free"]],
-            ["piece of an id", "BLI", ["blind:free"]],
-            ["piece of an alias", "paid-a", ["paid"]],
-            ["none", "zzz", []],
-        ),
-    )
-    def test_matching_models(self, text, found):
-        assert ids(puter.matching_models(SMALL_CATALOGUE, text)) == found
+    def test_its_statistics_are_left_alone(self, make, home, tmp_path):
+        path = tmp_path / "metrics.json"
+        path.write_text('{"models": {}}')
+        client = make(metrics_file=str(path))
+        client.chat("hi", model=lab("text"))
+        assert path.read_text() == '{"models": {}}' and [s.requests for s in client.stats()] == [1]
 
 
 # =============================================================================
-# Helpers: processes, folders, files
+# 5. store
 # =============================================================================
-ACCOUNTS = "puter-accounts.json"
-STATE = "state.sqlite3"
-SECRET = "eyJhbGciOi.very-secret-token.c2lnbmF0dXJl"
-# What the original plugin writes, and a key on every level that nobody knows yet.
-PLUGIN_FILE: dict[str, Any] = {
-    "version": 1,
-    "accounts": [
-        {
-            "username": "alice",
-            "authToken": SECRET,
-            "addedAt": 1_700_000_000_000,
-            "lastUsed": 1_700_000_500_000,
-            "isTemporary": False,
-        },
-        {
-            "username": "temp_bob",
-            "authToken": "token-bob",
-            "addedAt": 1_700_000_100_000,
-            "isTemporary": True,
-        },
-    ],
-    "activeIndex": 0,
-}
-
-
-# For children whose lines are run in this process too: to count them takes half of their time.
-UNCOUNTED = {"COVERAGE_PROCESS_CONFIG": ""}
-
-
-def start_script(script: str, config_dir: Path, *args: str) -> subprocess.Popen[str]:
-    """Start Python code in a process of its own; `puter`, `sys` and `os` are imported."""
-    code = "import os, sys, puter\n" + textwrap.dedent(script)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args],
-        env=clean_environ(config_dir, **UNCOUNTED),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_script(script: str, config_dir: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own to its end."""
-    process = start_script(script, config_dir, *args)
-    out, err = process.communicate(timeout=30)
-    return subprocess.CompletedProcess(args, process.returncode, out, err)
-
-
-def run_at_once(script: str, config_dir: Path, count: int) -> None:
-    """Run the code in `count` processes that all begin at the same moment."""
-    # Each says that it is ready, and waits: the import takes longer than the work.
-    wait = "print('ready', flush=True); sys.stdin.readline(); number = int(sys.argv[1])"
-    script = f"{wait}\n{textwrap.dedent(script)}"
-    processes = [start_script(script, config_dir, str(i)) for i in range(count)]
-    for process in processes:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        _, err = process.communicate(timeout=30)
-        assert (process.returncode, err) == (0, "")
+# ---- the accounts ----
 
 
 def mode_of(path: Path) -> int:
     """The permission bits of a file or folder."""
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def accounts_json(folder: Path) -> Any:
-    """What stands in the accounts file."""
-    return json.loads((folder / ACCOUNTS).read_text("utf-8"))
-
-
-def names(store: puter.AccountStore) -> list[str]:
-    """The names of all accounts, in order."""
-    return [account.username for account in store.accounts()]
-
-
-def active_name(store: puter.AccountStore) -> str:
-    """The name of the active account, or an empty text."""
-    active = store.active()
-    return active.username if active else ""
-
-
-def told_by(error: BaseException) -> str:
-    """All that an error could show to anybody: text, representation, traceback."""
-    shown = traceback.format_exception(type(error), error, error.__traceback__)
-    # Tools that report crashes show what an error was raised from, too.
-    cause = vars(error.__cause__) if error.__cause__ else {}
-    return "".join([str(error), repr(error), repr(vars(error)), repr(cause), *shown])
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A settings folder that does not exist yet, and that this process uses."""
-    path = tmp_path / "config"
-    monkeypatch.setenv("PUTER_CONFIG_DIR", str(path))
-    return path
 
 
 @pytest.fixture
@@ -6758,12 +5931,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int, on: str = "")
     monkeypatch.setattr(os, name, fail)
 
 
-posix_only = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-
-# =============================================================================
-# 5. store: the accounts
-# =============================================================================
 BROKEN_FILES = {
     "empty": b"",
     "no JSON": b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode(),
@@ -7252,18 +6420,7 @@ class TestAccountStore:
         assert filled.switch("temp_bob")
 
 
-# =============================================================================
-# 5. store: the state
-# =============================================================================
-MINUTE_S = 60.0
-
-
-@pytest.fixture
-def state(folder: Path) -> Iterator[puter.State]:
-    """The state of a folder that does not exist yet."""
-    state = puter.State(folder / STATE)
-    yield state
-    state.close()
+# ---- the state ----
 
 
 class TestState:
@@ -7606,1005 +6763,2572 @@ class TestState:
         assert run_script(script, folder).returncode == 0
 
 
-# =============================================================================
-# 10. login
-# =============================================================================
-GUI = "https://gui.example"
-NONCE = "0123456789abcdef0123456789abcdef"
-GOOD_CALLBACK = f"/callback/{NONCE}?token=good"
+STATE_WRITER = """
+import sys, threading, puter
+def work(number):
+    for _ in range(25):
+        state = puter.State(sys.argv[1], "s")  # a client for each request
+        state.record(f"m{number % 2}", "ok", 1.0)
+        state.record_success("alice", ("m",), 1.0, 2.0)
+        state.close()
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
 
 
-def config_for(fake: FakePuter, folder: Path, **settings: Any) -> puter.Config:
-    """Settings that point to the scripted server."""
-    return puter.Config(api_base_url=fake.url, gui_base_url=fake.url, folder=folder, **settings)
+class TestStateUnderAttack:
+    """The state that processes share: locked, deleted, and written by many."""
 
-
-def callback_url(sign_in_url: str) -> str:
-    """The address to which the sign-in page would send the browser back."""
-    back = query_value(sign_in_url, "redirectURL")
-    assert back
-    return back
-
-
-class Browser:
-    """Stands in for the person's browser: approves at once, and keeps what it was shown."""
-
-    def __init__(self, fake: FakePuter, token: str | None = None) -> None:
-        self.fake, self.token = fake, token
-        self.shown: list[str] = []
-        self.pages: list[tuple[int, str]] = []
-
-    def open(self, url: str) -> None:
-        """Go to the sign-in page and press the button."""
-        self.pages.append(self.fake.approve(url, self.token))
-
-    def sign_in(self, config: puter.Config, **options: Any) -> puter.Account:
-        """A whole login with this browser."""
-        options = {"port": 0, "open_browser": self.open, "timeout_s": 5.0, **options}
-        return puter.browser_login(config, show=self.shown.append, **options)
-
-
-class Checked:
-    """A callback whose check knows one token, and counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.tokens: list[str] = []
-        self.callback = puter._Callback(GUI, 1234, NONCE, self.check)
-
-    def check(self, token: str) -> puter.Account:
-        """The account of a token."""
-        self.tokens.append(token)
-        if token != "good":
-            raise puter.AuthError("<b>no</b>")
-        return puter.Account("<i>alice</i>", token)
-
-
-class TestLogin:
-    """The loopback callback takes one token, from Puter's page, on this computer."""
-
-    # The callback, as a table.
-
-    @pytest.mark.parametrize(
-        ("status", "method", "target", "host"),
-        [
-            *((200, "GET", GOOD_CALLBACK, f"{host}:1234") for host in ("127.0.0.1", "LOCALHOST")),
-            (200, "GET", GOOD_CALLBACK, "[::1]:1234"),
-            (200, "GET", f"/callback/{NONCE}?x=1&token=good&y", "127.0.0.1"),
-            *((200, "GET", path, "127.0.0.1:1234") for path in ("/", "/?token=good")),
-            *(
-                (400, "GET", f"/callback/{NONCE}{query}", "127.0.0.1:1234")
-                for query in ("", "?token=", "?Token=good")
-            ),
-            *((404, "GET", path, "127.0.0.1:1234") for path in ("/favicon.ico", "/caf\xe9")),
-            *(
-                (404, "GET", f"/{path}?token=good", "127.0.0.1:1234")
-                for path in (f"callback/{NONCE[:-1]}", f"callback/{NONCE}/", f"Callback/{NONCE}")
-            ),
-            (404, "GET", "/callback/?token=good", "127.0.0.1:1234"),
-            *((405, m, GOOD_CALLBACK, "127.0.0.1:1234") for m in ("POST", "HEAD", "OPTIONS")),
-            *((403, "GET", GOOD_CALLBACK, f"{host}evil.example") for host in ("", "127.0.0.1.")),
-            *((403, "GET", GOOD_CALLBACK, host) for host in ("evil.example:1234", "")),
-            (403, "GET", "/", "evil.example"),
-            (403, "GET", f"/callback/{NONCE}?token=bad", "127.0.0.1:1234"),
-        ],
-    )
-    def test_answers(self, status, method, target, host):
-        checked = Checked()
-        found, title, text = checked.callback.handle(method, target, host)
-        assert (found, bool(title), bool(text)) == (status, True, True)
-        is_sign_in = status == 200 and "callback" in target
-        assert (checked.callback.account is not None) == is_sign_in
-        asked = is_sign_in or "token=bad" in target
-        assert len(checked.tokens) == asked, "only a right request reaches the server"
-
-    def test_the_second_token_is_refused(self):
-        checked = Checked()
-        target = f"/callback/{NONCE}?token="
-        assert checked.callback.handle("GET", f"{target}good", "localhost")[0] == 200
-        assert checked.callback.handle("GET", f"{target}bad", "localhost")[0] == 410
-        assert checked.callback.handle("GET", f"{target}good", "localhost")[0] == 410
-        assert checked.tokens == ["good"]
-        assert checked.callback.account and checked.callback.error is None
-
-    def test_a_request_without_a_token_does_not_use_it_up(self):
-        checked = Checked()
-        target = f"/callback/{NONCE}"
-        assert checked.callback.handle("GET", target, "localhost")[0] == 400
-        assert checked.callback.handle("GET", f"{target}?token=good", "localhost")[0] == 200
-
-    def test_the_sign_in_page(self):
-        url = urlsplit(Checked().callback.sign_in_url)
-        assert f"{url.scheme}://{url.netloc}{url.path}" == f"{GUI}/"
-        assert parse_qs(url.query) == {
-            "action": ["authme"],
-            "redirectURL": [f"http://127.0.0.1:1234/callback/{NONCE}"],
-        }
-        assert "token_type" not in url.query, "a session token could change the password"
-
-    def test_the_root_gives_no_secret_away(self):
-        _, title, text = Checked().callback.handle("GET", "/", "127.0.0.1:1234")
-        assert "terminal shows" in text and NONCE not in title + text
-
-    def test_names_and_errors_are_escaped(self):
-        for token in ("good", "bad"):
-            answer = Checked().callback.handle(
-                "GET", f"/callback/{NONCE}?token={token}", "localhost"
+    def test_many_clients_in_many_processes_lose_nothing(self, folder):
+        path = folder / STATE
+        run_at_once(STATE_WRITER.replace("sys.argv[1]", repr(str(path))), folder, 3)
+        state = puter.State(path)
+        assert (
+            sum(count for name in state.models() for _, count, _ in state.metrics([name])[0]) == 300
+        )
+        assert state._rows("PRAGMA integrity_check") == [("ok",)]
+        plan = str(
+            state._rows(
+                "EXPLAIN QUERY PLAN SELECT seconds FROM samples WHERE model IN ('m') ORDER BY id DESC LIMIT 9"
             )
-            shown = "".join(map(str, answer[1:]))
-            assert "&lt;" in shown and "<" not in shown
-
-    # With a browser.
-
-    def test_from_end_to_end(self, fake, folder):
-        browser = Browser(fake)
-        account = browser.sign_in(config_for(fake, folder))
-        assert (account.username, account.token) == ("bob", "token-bob")
-        assert account.added_at_ms and not account.is_temporary
-        assert len(browser.shown) == 1 and browser.shown[0].startswith(f"{fake.url}/?")
-        ((status, page),) = browser.pages
-        assert status == 200 and "Signed in as bob" in page
-        assert not folder.exists(), "keeping the account is the caller's"
-
-    def test_no_token_goes_to_a_server_that_is_not_puters(self, fake, folder):
-        options = {"api_style": "openai", "api_base_url": f"{fake.url}/v1"}
-        config = puter.Config.load(folder, {}, **options)
-        for sign_in in (
-            lambda: puter.account_of("token-alice", config),
-            lambda: puter.browser_login(config, show=pytest.fail, port=0),
-        ):
-            with pytest.raises(puter.ConfigError, match="no sign-in.*openai_api_key"):
-                sign_in()
-        assert fake.requests == []
-
-    def test_a_person_opens_the_address(self, fake, folder):
-        browser = Browser(fake)
-        threads = []
-
-        def show(url: str) -> None:
-            threads.append(threading.Thread(target=browser.open, args=(url,)))
-            threads[0].start()
-
-        account = puter.browser_login(config_for(fake, folder), show=show, port=0, timeout_s=5)
-        threads[0].join()
-        assert account.username == "bob" and browser.pages[0][0] == 200
-
-    def test_the_nonce_is_long_and_new_each_time(self, fake, folder):
-        browser = Browser(fake)
-        for _ in range(3):
-            browser.sign_in(config_for(fake, folder))
-        nonces = {callback_url(url).rpartition("/")[2] for url in browser.shown}
-        assert len(nonces) == 3
-        assert all(len(bytes.fromhex(nonce)) == 16 for nonce in nonces)
-
-    def test_what_others_send_does_not_disturb(self, fake, folder, capfd):
-        statuses: list[int] = []
-        silent: list[socket.socket] = []
-
-        def open_browser(url: str) -> None:
-            back = callback_url(url)
-            root, port = back.partition("/callback/")[0], urlsplit(back).port
-            for data in (b"", b"\x16\x03\x01\x00\xff garbage\r\n\r\n", b"GET / HT"):
-                silent.append(socket.create_connection(("127.0.0.1", port), 5))
-                silent[-1].sendall(data)
-            for method, address, host in (
-                ("GET", f"{root}/favicon.ico", None),
-                ("GET", f"{root}/callback/{'0' * 32}?token=evil", None),
-                ("POST", f"{back}?token=evil", None),
-                ("DELETE", f"{back}?token=evil", None),
-                ("GET", f"{back}?token=evil", "evil.example"),
-                ("GET", back, None),
-            ):
-                headers = {"Host": host} if host else {}
-                reply = requests.request(method, address, headers=headers, timeout=5)
-                statuses.append(reply.status_code)
-            fake.approve(url)
-
-        account = Browser(fake).sign_in(config_for(fake, folder), open_browser=open_browser)
-        for connection in silent:
-            connection.close()
-        assert account.username == "bob"
-        assert statuses == [404, 404, 405, 405, 403, 400]
-        assert [one.token for one in fake.requests] == ["token-bob"]
-        assert capfd.readouterr() == ("", "")
-
-    def test_the_answer_is_not_kept_by_the_browser(self, fake, folder):
-        replies: list[requests.Response] = []
-
-        def open_browser(url: str) -> None:
-            address = f"{callback_url(url)}?token=token-bob"
-            replies.append(requests.get(address, timeout=5))
-
-        Browser(fake).sign_in(config_for(fake, folder), open_browser=open_browser)
-        headers = replies[0].headers
-        assert headers["Cache-Control"] == "no-store"
-        assert headers["Referrer-Policy"] == "no-referrer"
-        assert headers["Content-Type"] == "text/html; charset=utf-8"
-        # The address bar, and so the history, would show it else.
-        assert "history.replaceState" in replies[0].text
-
-    def test_a_name_with_html_in_it(self, fake, folder):
-        name = "<script>alert('x')</script>{0}"
-        fake.login_token = fake.add_account(name, "token-evil").token
-        browser = Browser(fake)
-        assert browser.sign_in(config_for(fake, folder)).username == name
-        page = browser.pages[0][1]
-        assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-
-    def test_nobody_comes(self, fake, folder):
-        with pytest.raises(puter.AuthError) as caught:
-            Browser(fake).sign_in(config_for(fake, folder), open_browser=None, timeout_s=0.05)
-        assert "Nobody signed in" in str(caught.value)
-        assert "--no-browser" in str(caught.value)
-
-    def test_a_port_in_use(self, fake, folder, monkeypatch):
-        with socket.create_server(("127.0.0.1", 0)) as busy:
-            port = busy.getsockname()[1]
-            with pytest.raises(puter.ConfigError, match=f"port {port}"):
-                Browser(fake).sign_in(config_for(fake, folder), port=port)
-            monkeypatch.setattr(puter, "LOGIN_PORT", port)
-            browser = Browser(fake)
-            assert browser.sign_in(config_for(fake, folder), port=None)
-        assert urlsplit(callback_url(browser.shown[0])).port != port
-
-    def test_the_wanted_port(self, fake, folder):
-        port = free_port()
-        browser = Browser(fake)
-        for _ in range(2):  # the second one finds the first one's closed connections
-            browser.sign_in(config_for(fake, folder), port=port)
-        ports = [urlsplit(callback_url(url)).port for url in browser.shown]
-        assert ports == [port, port]
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", port), 5)
-
-    def test_temporary_accounts(self, fake, folder):
-        fake.accounts["token-bob"].temporary = True
-        assert Browser(fake).sign_in(config_for(fake, folder)).is_temporary
-        browser = Browser(fake)
-        with pytest.raises(puter.AuthError, match="auto_create_temp_user") as caught:
-            browser.sign_in(config_for(fake, folder, auto_create_temp_user=False))
-        assert "Sign in to your own account" in str(caught.value)
-        ((status, page),) = browser.pages
-        assert status == 403 and "temporary account" in page
-
-    def test_a_token_that_the_server_refuses(self, fake, folder):
-        browser = Browser(fake, token=SECRET)
-        with pytest.raises(puter.AuthError) as caught:
-            browser.sign_in(config_for(fake, folder))
-        assert browser.pages[0][0] == 403 and "Not signed in" in browser.pages[0][1]
-        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
-
-    def test_a_server_that_is_away(self, fake, folder):
-        config = config_for(fake, folder)
-        fake.stop()
-        browser = Browser(fake, token=SECRET)
-        with pytest.raises(puter.NetworkError) as caught:
-            browser.sign_in(config)
-        assert browser.pages[0][0] == 403
-        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
-
-    def test_an_answer_that_names_nobody(self, fake, folder):
-        fake.routes["GET", "/whoami"] = lambda handler: handler.send(Raw({"username": None}))
-        with pytest.raises(puter.ServerError, match="whose token"):
-            Browser(fake).sign_in(config_for(fake, folder))
-
-    def test_the_token_is_never_shown(self, fake, folder, caplog, capfd):
-        fake.login_token = fake.add_account("carol", SECRET).token
-        browser = Browser(fake)
-        with caplog.at_level(logging.DEBUG):
-            account = browser.sign_in(config_for(fake, folder, debug=True))
-        shown = "".join(capfd.readouterr()) + caplog.text + browser.pages[0][1]
-        assert SECRET not in shown + repr(account) + "".join(browser.shown)
-
-    @posix_only
-    def test_a_browser_that_does_not_wait_for_the_page(self, fake, folder):
-        gone = threading.Event()
-
-        def slow(handler: FakeHandler) -> None:
-            gone.wait(2)
-            whoami(handler)
-
-        def open_browser(url: str) -> None:
-            back = urlsplit(callback_url(url))
-            with connected(back) as tab:
-                reset_when_closed(tab)  # as when a browser is killed
-                tab.sendall(
-                    f"GET {back.path}?token=token-bob HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
-                )
-                assert eventually(lambda: bool(fake.requests))
-            gone.set()
-
-        fake.routes["GET", "/whoami"] = slow
-        account = Browser(fake).sign_in(
-            config_for(fake, folder), open_browser=open_browser, timeout_s=1.0
         )
-        assert account.username == "bob"
-
-    def test_a_browser_that_cannot_be_opened_ends_the_server(self, fake, folder):
-        addresses: list[str] = []
-
-        def broken(url: str) -> None:
-            addresses.append(callback_url(url))
-            raise RuntimeError("no browser")
-
-        with pytest.raises(RuntimeError, match="no browser"):
-            Browser(fake).sign_in(config_for(fake, folder), open_browser=broken)
-        with pytest.raises(requests.exceptions.ConnectionError):
-            requests.get(addresses[0], timeout=5)
-
-
-# =============================================================================
-# 13. cli: the accounts
-# =============================================================================
-def run_here(
-    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process, whose input is a pipe."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    streams = [io.TextIOWrapper(io.BytesIO(given), "ascii") for given in (data, b"", b"")]
-    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environ, clear=True):
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
-            patch.setattr(sys, name, stream)
-        begin_log()
-        try:
-            code: Any = puter.main(list(argv))
-        except SystemExit as ended:
-            code = ended.code or 0
-    for stream in streams:
-        stream.flush()
-    out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
-    return code, out, err
-
-
-def run_command(
-    command: Sequence[Any], environ: Mapping[str, str], stdin: str | bytes = b""
-) -> tuple[int, str, str]:
-    """The same of any command, in a process of its own."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        command, check=False, input=data, capture_output=True, env=environ, timeout=50
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def run_apart(
-    argv: Sequence[str], environ: Mapping[str, str], stdin: str | bytes = b""
-) -> tuple[int, str, str]:
-    """The same of `puter` in a process of its own."""
-    return run_command([sys.executable, "-m", "puter", *argv], environ, stdin)
-
-
-class Shell:
-    """Runs commands as a person does, against the scripted server."""
-
-    def __init__(self, fake: FakePuter, folder: Path) -> None:
-        self.fake, self.folder = fake, folder
-        urls = dict.fromkeys(("PUTER_API_BASE_URL", "PUTER_GUI_BASE_URL"), fake.url)
-        self.environ = clean_environ(folder, **urls)
-
-    def run(
-        self, *args: str, stdin: str | bytes = "", apart: bool = False, **environ: str
-    ) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of a command."""
-        run = run_apart if apart else run_here
-        code, out, err = run(args, {**self.environ, **environ}, stdin)
-        assert "Traceback" not in err, err
-        return code, out, err
-
-    def good(self, *args: str, stdin: str = "", **environ: str) -> str:
-        """Standard output of a command that must work, and say nothing else."""
-        code, out, err = self.run(*args, stdin=stdin, **environ)
-        assert (code, err) == (0, "")
-        return out
-
-    def refused(self, *args: str, stdin: str = "") -> str:
-        """The one line on standard error of a command that must fail."""
-        code, out, err = self.run(*args, stdin=stdin)
-        assert (code, out) == (1, "")
-        assert err.startswith("error: ") and err.count("\n") == 1
-        return err
-
-    @property
-    def store(self) -> puter.AccountStore:
-        """The accounts that the commands see."""
-        return puter.AccountStore(self.folder / ACCOUNTS)
-
-    @property
-    def state(self) -> puter.State:
-        """The state that the commands see."""
-        return puter.State(self.folder / STATE, self.fake.url)
-
-
-@pytest.fixture
-def shell(fake: FakePuter, folder: Path) -> Shell:
-    """The commands, with nobody signed in."""
-    return Shell(fake, folder)
-
-
-@pytest.fixture
-def two(shell: Shell) -> Shell:
-    """The commands, with alice and bob signed in; bob is active."""
-    for name in ("alice", "bob"):
-        shell.store.add(puter.Account(name, f"token-{name}", 1_700_000_000_000))
-    return shell
-
-
-NOBODY_REMOVED = "No account was removed: nobody is signed in.\n"
-
-
-class TestAccountCommands:
-    """login, logout, switch and status."""
-
-    # login
-
-    def test_login_with_a_token(self, shell):
-        argv = ("login", "--with-token")
-        _, out, _ = shell.run(*argv, stdin="  token-alice \r\n", apart=True)
-        path = shell.folder / ACCOUNTS
-        assert out == f"Signed in as alice; 1 account in {path}\n"
-        out = shell.good(*argv, stdin="token-bob")
-        assert out == f"Signed in as bob; 2 accounts in {path}\n"
-        assert names(shell.store) == ["alice", "bob"]
-        assert active_name(shell.store) == "bob"
-
-    def test_login_again_renews_the_token_and_ends_the_rests(self, two):
-        state = two.state
-        state.add_cooldown("alice", "", MINUTE_S, "busy", now=time.time())
-        state.add_cooldown("bob", "", MINUTE_S, "busy", now=time.time())
-        two.fake.add_account("alice", "token-new")
-        two.good("login", "--with-token", stdin="token-new\n")
-        assert names(two.store) == ["alice", "bob"]
-        alice = two.store.active()
-        assert alice and (alice.username, alice.token) == ("alice", "token-new")
-        assert alice.added_at_ms == 1_700_000_000_000
-        assert [r.account for r in state.cooldowns(time.time())] == ["bob"]
+        assert "samples_by_model" in plan
         state.close()
 
-    @pytest.mark.parametrize("token", [SECRET, f"two {SECRET}", f"{SECRET}é"])
-    def test_login_with_a_token_that_is_of_no_use(self, shell, token):
-        told = shell.refused("login", "--with-token", stdin=token)
-        assert SECRET not in told
-        assert not shell.store.path.exists()
-
-    def test_login_without_a_server(self, shell):
-        shell.fake.stop()
-        told = shell.refused("login", "--with-token", stdin=SECRET)
-        assert shell.fake.url in told and SECRET not in told
-
-    def test_login_to_a_temporary_account(self, shell):
-        shell.fake.accounts["token-bob"].temporary = True
-        argv, off = ("login", "--with-token"), {"PUTER_AUTO_CREATE_TEMP_USER": "0"}
-        code, _, err = shell.run(*argv, stdin="token-bob", **off)
-        assert code == 1 and "auto_create_temp_user" in err
-        assert shell.store.accounts() == []
-        assert "bob (a temporary account)" in shell.good(*argv, stdin="token-bob")
-        assert shell.store.accounts()[0].is_temporary
-        assert "(temporary, " in shell.good("status")
-
-    @pytest.mark.parametrize(
-        ("argv", "more", "words"),
-        [
-            ("status", {"PUTER_MAX_RETRIES": "many"}, "PUTER_MAX_RETRIES"),
-            ("login --with-token", {}, "--with-token"),
-            ("login --no-browser --port 99999", {}, "port"),
-            ("login --no-browser --port -1", {}, "port"),
-            ("logout alice --all", {}, "not allowed with"),
-            *(
-                (argv, {}, "usage:")
-                for argv in ("", "aks", "switch", "logout a b", "login --port x")
-            ),
-        ],
-    )
-    def test_wrong_usage(self, two, argv, more, words):
-        code, out, err = two.run(*argv.split(), apart=words == "usage:", **more)
-        assert (code, out) == (2, "") and words in err
-        assert len(two.store.accounts()) == 2
-
-    def shown_address(self, process: subprocess.Popen[bytes]) -> str:
-        """The address that a waiting login shows."""
-        assert process.stderr
-        for line in process.stderr:
-            if b"action=authme" in line:
-                return line.decode().strip()
-        raise AssertionError("no address was shown")
-
-    def test_login_with_a_browser_elsewhere(self, shell):
-        shell.fake.login_token = shell.fake.add_account("carol", SECRET).token
-        argv = ("login", "--no-browser", "--port", "0")
-        with running_cli(shell.fake, *argv, env=shell.environ) as process:
-            status, page = shell.fake.approve(self.shown_address(process))
-            out, err = process.communicate(timeout=10)
-        assert (process.returncode, status) == (0, 200)
-        assert out.startswith(b"Signed in as carol; 1 account in ")
-        assert SECRET.encode() not in out + err + page.encode()
-        assert shell.store.accounts()[0].token == SECRET
-
-    @posix_only
-    def test_login_opens_the_browser(self, shell, tmp_path):
-        # A browser that presses the button on the page that it is told to open.
-        browser = tmp_path / "browser"
-        browser.write_text(
-            f"#!{sys.executable}\n"
-            "import html, re, sys, urllib.request as u\n"
-            "page = u.urlopen(sys.argv[1]).read().decode()\n"
-            "u.urlopen(html.unescape(re.search('href=\"([^\"]+)', page)[1])).read()\n"
-        )
-        browser.chmod(0o700)
-        environ = {"BROWSER": f"{browser} %s"}
-        code, out, err = shell.run("login", "--port", "0", apart=True, **environ)
-        assert (code, out[:16]) == (0, "Signed in as bob")
-        assert "Open this URL to sign in" in err
-
-    @posix_only
-    def test_ctrl_c_ends_a_waiting_login_at_once(self, shell):
-        argv = ("login", "--no-browser", "--port", "0")
-        with running_cli(shell.fake, *argv, env=shell.environ) as process:
-            self.shown_address(process)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=5)
-        assert (process.returncode, out) == (130, b"")
-        assert b"Traceback" not in err
-
-    def test_login_with_a_token_in_utf_16(self, shell):
-        # What a redirection of an older PowerShell writes.
-        raw, strict = f"{SECRET}\n".encode("utf-16"), {"PYTHONIOENCODING": "utf-8:strict"}
-        code, _, err = shell.run("login", "--with-token", stdin=raw, apart=True, **strict)
-        assert code in (1, 2) and err.startswith("error: ")
-
-    # login --import
-
-    def test_import(self, shell, tmp_path):
-        shell.fake.stop()  # it needs no network
-        plugin = tmp_path / "plugin.json"
-        plugin.write_text(json.dumps({**PLUGIN_FILE, "activeIndex": 1}))
-        out = shell.good("login", "--import", str(plugin))
-        assert out.splitlines() == ["Added alice", "Added temp_bob", f"2 accounts from {plugin}"]
-        assert accounts_json(shell.folder) == json.loads(plugin.read_text())
-        assert active_name(shell.store) == "temp_bob"
-        assert "Kept temp_bob, whose token is the same" in shell.good(
-            "login", "--import", str(plugin)
-        )
-
-    @pytest.mark.parametrize("kept", [False, True])
-    def test_import_into_a_filled_store(self, shell, tmp_path, kept):
-        # Which of two tokens is newer nobody knows: the other one is tried before it replaces ours.
-        plugin = tmp_path / "plugin.json"
-        plugin.write_text(json.dumps(PLUGIN_FILE))
-        for name in ("alice", "bob"):
-            shell.store.add(puter.Account(name, f"token-{name}", 1))
-        if not kept:
-            shell.fake.accounts[SECRET] = FakeAccount("alice", SECRET)
-        out = shell.good("login", "--import", str(plugin))
-        done = "Kept alice: the other token was refused" if kept else "Renewed the token of alice\n"
-        assert out.startswith(done) and "\nAdded temp_bob\n" in out and SECRET not in out
-        assert names(shell.store) == ["alice", "bob", "temp_bob"]
-        assert shell.store.accounts()[0].token == ("token-alice" if kept else SECRET)
-        assert active_name(shell.store) == "bob"
-
-    @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", "a folder"])
-    def test_import_of_what_is_no_accounts_file(self, shell, tmp_path, content):
-        path = str(tmp_path / "plugin.json")
-        if isinstance(content, bytes):
-            Path(path).write_bytes(content)
-        elif content == "a folder":
-            Path(path).mkdir()
-        assert path in shell.refused("login", "--import", path)
-        assert not shell.store.path.exists()
-
-    # logout
-
-    def test_logout(self, two):
-        out = two.good("logout")
-        assert out.startswith("Removed bob.\nThe active account is alice.\n")
-        assert "revoke it on puter.com" in out
-        assert names(two.store) == ["alice"]
-        assert two.good("logout", "alice").startswith("Removed alice.\n")
-        assert two.good("logout") == NOBODY_REMOVED
-
-    @pytest.mark.parametrize(
-        ("which", "said", "left"),
-        [
-            ("alice", "Removed alice.\nThe active account is bob.\n", ["bob"]),
-            ("--all", "Removed alice, bob.\n", []),
-        ],
-    )
-    def test_logout_of_others(self, two, which, said, left):
-        assert two.good("logout", which).startswith(said) and names(two.store) == left
-        if not left:
-            assert two.good("logout", "--all") == NOBODY_REMOVED
-            assert "python -m puter login" in two.refused("switch", "alice")
-
-    def test_switch(self, two):
-        assert two.good("switch", "alice") == "The active account is alice.\n"
-        assert "Did you mean 'bob'?" in two.refused("switch", "bop")
-        told = two.refused("logout", "Bob")
-        assert "Did you mean 'bob'?" in told and "alice, bob" in told
-        assert active_name(two.store) == "alice" and len(two.store.accounts()) == 2
-
-    # status
-
-    def test_status(self, two):
-        now, state = time.time(), two.state
-        state.record_success("alice", ("m",), now - 7205, now - 7200)
-        state.add_cooldown("alice", "m1", 500.0, "upstream_failed", now)
-        state.add_cooldown("bob", "", 900.0, "too_many_requests", now)
-        state.add_cooldown("bob", "old", -1.0, "is over", now)
+    def test_a_lock_of_another_is_waited_for_in_memory(self, state, folder, monkeypatch, caplog):
+        state.record("m", "before", 1.0)
         state.close()
-        lines = two.good("status").splitlines()
-        assert re.fullmatch(r"  alice  \(last used \d{4}-\d\d-\d\d \d\d:\d\d\)", lines[0])
-        assert lines[1] == "* bob  (last used never)"
-        assert re.fullmatch(r"  cooldown: m1 on alice, \d+ s left \(upstream_failed\)", lines[2])
-        assert re.fullmatch(r"  cooldown: bob, \d+ s left \(too_many_requests\)", lines[3])
-        assert len(lines) == 4
-
-    def test_status_as_json(self, two):
-        state = two.state
-        state.add_cooldown("bob", "m", 900.0, "busy", time.time())
-        state.add_cooldown("alice", "", 1e9, "login", time.time(), token="token-alice")
-        state.close()
-        out = two.good("status", "--json")
-        data = json.loads(out)
-        assert data["config_dir"] == str(two.folder)
-        alice, bob = data["accounts"]
-        assert alice == {
-            "username": "alice",
-            "active": False,
-            "temporary": False,
-            "added_at_ms": 1_700_000_000_000,
-            "last_used_ms": None,
-            "needs_login": True,
+        real = sqlite3.connect
+        monkeypatch.setattr(
+            sqlite3, "connect", lambda path, **more: real(path, **{**more, "timeout": 0.05})
+        )
+        other = real(folder / STATE, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        state.record("m", "meanwhile", 1.0)
+        assert caplog.text.count("cannot be used") == 1 and "safe" not in caplog.text
+        other.execute("ROLLBACK")
+        other.close()
+        monkeypatch.setattr(state, "_retry_at", 0.0)
+        state.record("m", "after", 1.0)
+        assert {outcome for outcome, *_ in puter.State(folder / STATE).metrics(["m"])[0]} == {
+            "before",
+            "after",
         }
-        assert (bob["active"], bob["needs_login"]) == (True, False)
-        (rest,) = data["cooldowns"]
-        left = rest.pop("seconds_left")
-        assert 0 < left <= 900
-        assert rest == {"account": "bob", "model": "m", "reason": "busy", "strikes": 1}
-        assert "token-" not in out
-        out = two.good("status")
-        assert "alice  (needs a new sign-in: python -m puter login" in out
-        assert out.count("cooldown:") == 1
-        two.store.add(puter.Account("alice", "another"))
-        assert "needs a new" not in two.good("status")
 
-    def test_status_without_accounts(self, shell):
-        code, out, err = shell.run("status")
-        assert (code, err) == (1, "") and "python -m puter login" in out
-        code, out, _ = shell.run("status", "--json")
-        assert code == 1 and json.loads(out)["accounts"] == []
+    @pytest.mark.parametrize("endings", [("",), ("", "-wal", "-shm")])
+    def test_it_may_be_deleted_while_it_is_open(self, state, folder, endings, caplog):
+        state.record("m", "ok", 1.0)
+        for ending in endings:
+            os.unlink(f"{folder / STATE}{ending}")
+        state.record("n", "ok", 1.0)
+        other = puter.State(folder / STATE)
+        assert other.models() == ["n"] and other._rows("PRAGMA integrity_check") == [("ok",)]
+        other.close()
+        assert caplog.text == ""
 
-    def test_status_with_a_token_of_the_environment(self, two):
-        out = two.good("status", PUTER_AUTH_TOKEN=SECRET)
-        assert out.startswith("PUTER_AUTH_TOKEN is set") and SECRET not in out
+    def test_a_full_disk_is_said_once_without_bad_advice(self, folder, caplog):
+        state = puter.State(folder / STATE)
+        state._use_memory(sqlite3.OperationalError("database or disk is full"))
+        state._retry_at = 0.5  # over
+        state._use_memory(sqlite3.OperationalError("database or disk is full"))
+        assert len(caplog.records) == 1 and "elet" not in caplog.text
 
-    def test_status_tells_of_a_damaged_state(self, two):
-        (two.folder / STATE).write_bytes(b"this is no database, " * 500)
-        code, out, err = two.run("status")
-        assert code == 0 and "* bob" in out
-        assert STATE in err
+    def test_a_damaged_one_names_all_three_files(self, folder, caplog):
+        puter.State(folder / STATE)._use_memory(sqlite3.DatabaseError("disk I/O error"))
+        assert "-wal and -shm" in caplog.text
 
-    def test_clearing_the_cooldowns(self, two):
-        state = two.state
-        for model in ("", "m"):
-            state.add_cooldown("bob", model, MINUTE_S, "busy", time.time())
-        state.add_cooldown("alice", "", MINUTE_S, "busy", now=0.0)  # over long ago
-        assert two.good("status", "--clear-cooldowns") == "Ended 2 cooldowns.\n"
-        assert state.cooldowns(time.time()) == []
-        assert two.good("status", "--clear-cooldowns") == "Ended 0 cooldowns.\n"
-        state.close()
+    def test_a_file_system_without_locks(self, store, monkeypatch):
+        fcntl = pytest.importorskip("fcntl")
 
-    # all of them
+        def flock(handle: int, how: int) -> None:
+            if how != fcntl.LOCK_UN:
+                raise OSError(errno.ENOLCK, "No locks available")
 
-    @pytest.mark.parametrize(
-        "command",
-        [
-            *("login --with-token", "logout", "logout --all", "logout alice", "switch alice"),
-            *("status", "status --json"),
-        ],
-    )
-    def test_a_broken_file_is_named_and_kept(self, two, command):
-        path = two.store.path
-        raw = b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode()
-        path.write_bytes(raw)
-        told = two.refused(*command.split(), stdin="token-alice")
-        assert str(path) in told and SECRET not in told
-        assert path.read_bytes() == raw
-
-    def test_debug_shows_what_happens_to_the_accounts(self, shell):
-        on: Any = {"apart": True, "PUTER_DEBUG": "1"}
-        code, _, err = shell.run("login", "--with-token", stdin="token-alice", **on)
-        assert code == 0 and "token-alice" not in err
-        assert re.search(r"(?m)^\[puter-auth\] [\d:]{8} Auth: Account added - alice$", err)
-        _, _, err = shell.run("switch", "alice", **on)
-        assert "Auth: Switched account - alice" in err
-
-    @posix_only
-    @pytest.mark.parametrize(
-        ("redirection", "args", "code", "words"),
-        [
-            ("<&-", "login --with-token", 2, "error: No token came."),
-            ("<&-", "chat", 0, ""),
-            ("<&-", "ask --no-fallback hi", 0, ""),
-            (">&-", "status", 1, "error: The output cannot be written"),
-            (">&-", "ask hi", 1, "error: The output cannot be written"),
-            (">/dev/full", "status", 1, "error: The output cannot be written"),
-            ("2>&-", "ask hi", 0, ""),
-            ("2>/dev/full", "switch nobody", 1, ""),
-        ],
-    )
-    def test_streams_that_are_closed_or_full(self, two, redirection, args, code, words):
-        command = ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable]
-        ended, out, err = run_command(command, two.environ)
-        assert (ended, err[: len(words)]) == (code, words), err
-        assert err.count("\n") == bool(words)
-        if "ask" in args:
-            assert len(two.fake.chat_calls()) == (code == 0)
-            assert bool(out) is (code == 0)
-
-    @pytest.mark.parametrize(
-        ("command", "key", "value"),
-        [
-            ("status --clear-cooldowns", "cleared", 0),
-            ("stats --reset", "reset", "all"),
-            ("cache --clear", "deleted", 0),
-            ("config path", "path", None),
-            ("status --check", 0, {"ok": True}),
-        ],
-    )
-    def test_json_is_json(self, two, command, key, value):
-        found = json.loads(two.good(*command.split(), "--json"))[key]
-        assert found == value or value is None or found.items() >= value.items()
-
-    @pytest.mark.parametrize(("argv", "port"), [((), None), (("--port", "0"), 0)])
-    def test_only_the_default_port_may_move(self, two, monkeypatch, capsys, argv, port):
-        asked: list[Any] = []
-
-        def sign_in(config: Any, **more: Any) -> puter.Account:
-            asked.append(more["port"])
-            return puter.Account("carol", SECRET)
-
-        monkeypatch.setattr(puter, "browser_login", sign_in)
-        monkeypatch.setenv("PUTER_CONFIG_DIR", str(two.folder))
-        assert puter.main(["login", *argv]) == 0 and asked == [port]
-
-    def test_what_needs_no_network_loads_no_network(self, two):
-        script = """
-            for args in (["status"], ["switch", "alice"], ["logout", "alice"]):
-                assert puter.main(args) == 0
-            assert not {"requests", "http.server", "sseclient"} & set(sys.modules)
-        """
-        done = run_script(script, two.folder)
-        assert (done.returncode, done.stderr) == (0, "")
+        monkeypatch.setattr(fcntl, "flock", flock)
+        began = time.monotonic()
+        with pytest.raises(puter.StoreError, match="local disk"):
+            store.add(puter.Account("alice", "t"))
+        assert time.monotonic() - began < 1.0
 
 
 # =============================================================================
-# Helpers of the client's tests
+# 6. messages
 # =============================================================================
-MakeClient = Callable[..., puter.Puter]
-Script = Callable[[FakeHandler, dict[str, Any]], Answer]
+# ---- history ----
 
-# The free models of the fake catalogue, in the order in which they stand in.
-FREE = (
-    "openrouter:xiaomi/mimo-v2-flash:free",
-    "openrouter:deepseek/deepseek-r1-0528:free",
-    "openrouter:mistralai/devstral-2512:free",
-    "openrouter:qwen/qwen3-coder:free",
-    "allam-2-7b",
+
+def as_it_arrives(messages: Sequence[JSON]) -> list[tuple[Any, ...]]:
+    """What a model gets to see of wire messages, by what was recorded of the server.
+
+    Several `tool_use` parts arrive in reverse and without the text beside them; calls beside
+    a blank text arrive in reverse and with their arguments encoded twice.
+    """
+    seen: list[tuple[Any, ...]] = []
+    for message in messages:
+        content, role = message["content"], message["role"]
+        if role == "tool":
+            seen.append(("result", message["tool_call_id"], content))
+            continue
+        parts = content if isinstance(content, list) else [text_part(content)]
+        calls = [p for p in parts if p["type"] == "tool_use"]
+        if not calls:
+            seen += [(role, p["text"]) for p in parts if p["text"]]
+        seen += [
+            ("call", c["id"], c["name"], c["input"], c.get("extra_content"))
+            for c in reversed(calls)
+        ]
+        open_calls = message.get("tool_calls") or []
+        if open_calls and not (isinstance(content, str) and content.strip()):
+            open_calls = [
+                {**c, "function": {**c["function"], "arguments": None}}
+                for c in reversed(open_calls)
+            ]
+        for call in open_calls:
+            arguments = json.loads(call["function"]["arguments"] or "null")
+            name, extra = call["function"]["name"], call.get("extra_content")
+            seen.append(("call", call["id"], name, arguments, extra))
+    return seen
+
+
+def with_texts_joined(seen: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The same with texts of the assistant that follow one another as one."""
+    joined_up: list[tuple[Any, ...]] = []
+    for one in seen:
+        if one[0] == "assistant" and joined_up and joined_up[-1][0] == "assistant":
+            joined_up[-1] = ("assistant", f"{joined_up[-1][1]}\n\n{one[1]}")
+        else:
+            joined_up.append(one)
+    return joined_up
+
+
+UNANSWERED = result("1", "(this call was not answered)")
+# What the recorder asked, and this module never does: a list as a tool's text, and OpenAI's calls
+# beside a text.
+SHAPES_WE_NEVER_SEND = (
+    "arrives: tool result with an image part",
+    "arrives: text beside two OpenAI calls",
 )
-OPUS = "claude-opus-4-5-20251101"
-HAIKU, SONNET = "claude-haiku-4-5-20251001", "claude-sonnet-5"
-WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
-NO_MODEL = (400, {"code": "bad_request", "message": "Model not found: x"})
+TEXTS = ANY_TEXT(max_size=20).filter(lambda t: not t or t.strip())
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | ANY_TEXT(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+ARGUMENTS = st.dictionaries(ANY_TEXT(max_size=5), JSON_VALUES, max_size=3)
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the test's own for settings, accounts and state."""
-    for name in [name for name in os.environ if name.startswith("PUTER_")]:
-        monkeypatch.delenv(name)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
-    return tmp_path / "puter"
+@st.composite
+def turns(
+    draw: st.DrawFn, only_one_call_if_signed_and_silent: bool = False
+) -> tuple[list[JSON], list[tuple[Any, ...]]]:
+    """A history of an agent, and what a model must get to see of it.
+
+    Every turn uses the same ids again, as some agents do, and results come in any order.
+    """
+    messages: list[JSON] = [user("Begin.")]
+    meant: list[tuple[Any, ...]] = [("user", "Begin.")]
+    uses: Counter[str] = Counter()
+    for _ in range(draw(st.integers(0, 4))):
+        if draw(st.booleans()):
+            text = draw(TEXTS)
+            messages.append(user(text))
+            meant += [("user", text)] if text else []
+            continue
+        spoken, signed = draw(st.none() | TEXTS), draw(st.booleans())
+        few = only_one_call_if_signed_and_silent and signed and not spoken
+        number = draw(st.integers(0, 1 if few else 3))
+        given = [draw(ARGUMENTS) for _ in range(number)]
+        extra = {"extra_content": THOUGHT_SIGNATURE} if signed else {}
+        calls = [
+            tool_call(f"call_{n}", f"f{n}", json.dumps(a), **extra) for n, a in enumerate(given)
+        ]
+        order = draw(st.permutations(range(number)))
+        said: Any = [text_part(spoken)] if spoken and draw(st.booleans()) else spoken
+        messages.append(assistant(said, *calls))
+        messages += [result(f"call_{n}", f"result {n}") for n in order]
+        meant += [("assistant", spoken)] if spoken else []
+        uses.update(names := [f"call_{n}" for n in range(number)])
+        sent_ids = [f"{name}_{uses[name]}" if uses[name] > 1 else name for name in names]
+        seen = [
+            ("call", sent_ids[n], f"f{n}", a, THOUGHT_SIGNATURE if signed else None)
+            for n, a in enumerate(given)
+        ]
+        results = [("result", sent_ids[n], f"result {n}") for n in range(number)]
+        if signed:
+            meant += [*seen, *results]
+        else:
+            meant += [event for pair in zip(seen, results, strict=True) for event in pair]
+    return messages, meant
 
 
-@pytest.fixture
-def make(fake: FakePuter, home: Path) -> Iterator[MakeClient]:
-    """Makes clients of the fake server: `make("alice", "bob", max_retries=0)`."""
-    made: list[puter.Puter] = []
+class TestMessages:
+    # ---- prompts ----
 
-    def make_client(*usernames: str, **settings: Any) -> puter.Puter:
-        sign_in(fake, home, *(usernames or ("alice",)))
-        urls = {"api_base_url": fake.url, "gui_base_url": fake.url}
-        more = {**urls, "retry_delay_ms": 1, **settings}
-        made.append(puter.Puter(**more))
-        return made[-1]
+    def test_a_text_is_a_user_message(self):
+        assert puter.messages_from("Hi") == [user("Hi")]
 
-    yield make_client
-    for client in made:
-        client.close()
+    def test_a_system_text_comes_first(self):
+        system = {"role": "system", "content": "Be brief."}
+        assert puter.messages_from("Hi", "Be brief.") == [system, user("Hi")]
+        assert puter.messages_from([user("Hi")], "Be brief.") == [system, user("Hi")]
+        assert puter.messages_from("Hi", "") == [user("Hi")]
+
+    @pytest.mark.parametrize(
+        ("prompt", "messages"),
+        table(
+            ["text", "Look", [user([text_part("Look"), {"type": "x"}])]],
+            ["no text", "", [user([{"type": "x"}])]],
+            ["the last user message", [user("a"), user("b"), assistant("c")], [user("a"), user([text_part("b"), {"type": "x"}]), assistant("c")]],
+            ["parts", [user([text_part("a"), "b", text_part("")])], [user([text_part("a"), text_part("b"), {"type": "x"}])]],
+            ["nobody asked", [assistant("a")], [assistant("a"), user([{"type": "x"}])]],
+        ),
+    )  # fmt: skip
+    def test_extra_parts_join_the_last_question(self, prompt, messages):
+        before = copy.deepcopy(prompt)
+        assert puter.messages_from(prompt, None, [{"type": "x"}]) == messages
+        assert prompt == before
+
+    @pytest.mark.parametrize(
+        ("prompt", "words"),
+        table(
+            ["number", 5, "The prompt is 5 (a number)"],
+            ["one message", user("Hi"), "(an object)"],
+            ["nothing", None, "The prompt is None (null)"],
+            ["bytes", b"Hi", "The prompt is b'Hi'"],
+            ["text in a list", ["Hi"], "messages[0] is 'Hi' (a string)"],
+            ["no role", [user("a"), {"content": "b"}], "messages[1].role is None"],
+            ["unknown role", [{"role": "robot"}], "messages[0].role is 'robot'"],
+            ["role that is no text", [{"role": ["user"]}], "messages[0].role is"],
+            ["content of a number", [user(5)], "messages[0].content is 5 (a number)"],
+            ["content of an object", [user({})], "messages[0].content is {}"],
+            ["part of a number", [user(["a", 5])], "messages[0].content[1] is 5"],
+            ["result of nothing", [{"role": "tool"}], "messages[0].tool_call_id is None"],
+        ),
+    )
+    def test_a_wrong_prompt_is_named(self, prompt, words):
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.messages_from(prompt)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    def test_what_is_no_system_text_token_or_conversation_is_named(self, make):
+        for call, words in (
+            (lambda: make().chat("hi", system=5), "system is 5"),
+            (lambda: make().chat("hi", fallback="no"), "fallback is 'no'"),
+            (lambda: puter.Puter(5), "token is 5"),
+            (lambda: puter.Puter(""), "The token is empty"),
+            (lambda: puter.Conversation.from_json(5), "The conversation is 5"),
+        ):
+            with pytest.raises(puter.PuterError, match=words):
+                call()
+
+    # ---- histories ----
+
+    @pytest.mark.parametrize(
+        ("messages", "sent"),
+        table(
+            ["texts stay", [user("a"), assistant("b")], [user("a"), assistant("b")]],
+            ["developer", [{"role": "developer", "content": "a"}], [{"role": "system", "content": "a"}]],
+            ["name stays", [user("a", name="me")], [user("a", name="me")]],
+            ["null keys go", [user("a", name=None)], [user("a")]],
+            ["empty text goes", [user(""), user("a")], [user("a")]],
+            ["null goes", [user("a"), assistant(None)], [user("a")]],
+            ["no parts", [user([]), user("a")], [user("a")]],
+            ["empty part goes", [user([text_part(""), "a"])], [user([text_part("a")])]],
+            ["part of null goes", [user([text_part(None), text_part("a")])], [user([text_part("a")])]],
+            ["parts in a tuple", [user((text_part("a"),))], [user([text_part("a")])]],
+            ["what only replies carry goes", [assistant("a", reasoning="r", reasoning_content="r", refusal="no", audio={}, annotations=[])], [assistant("a")]],
+            ["text, then the call, then its result", [assistant("a", tool_call("1", "f", '{"x": 1}')), result("1")], [assistant("a"), assistant([used("1", "f", {"x": 1})]), result("1")]],
+            ["parts of text beside a call", [assistant([text_part("a"), text_part("b")], tool_call("1"))], [assistant([text_part("a"), text_part("b")]), assistant([used("1")]), UNANSWERED]],
+            ["call beside null", [assistant(None, tool_call("1")), result("1")], [assistant([used("1")]), result("1")]],
+            [
+                "each result follows its call",
+                [assistant(None, tool_call("1"), tool_call("2")), result("1", "a"), result("2", "b")],
+                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
+            ],
+            [
+                "results the other way round",
+                [assistant(None, tool_call("1"), tool_call("2")), result("2", "b"), result("1", "a")],
+                [assistant([used("1")]), result("1", "a"), assistant([used("2")]), result("2", "b")],
+            ],
+            ["late result", [assistant(None, tool_call("1")), user("Well?"), result("1")], [assistant([used("1")]), result("1"), user("Well?")]],
+            ["one result of two", [assistant(None, tool_call("1"), tool_call("2")), result("2")], [assistant([used("1")]), UNANSWERED, assistant([used("2")]), result("2")]],
+            [
+                "same id in every turn",
+                [
+                    *(assistant(None, tool_call("1", "f")), result("1", "a")),
+                    *(assistant(None, tool_call("1", "g")), result("1", "b")),
+                ],
+                [
+                    *(assistant([used("1", "f")]), result("1", "a")),
+                    *(assistant([used("1_2", "g")]), result("1_2", "b")),
+                ],
+            ],
+            [
+                "same id again after a call without result",
+                [assistant(None, tool_call("1", "f")), assistant(None, tool_call("1", "g")), result("1")],
+                [assistant([used("1", "f")]), UNANSWERED, assistant([used("1_2", "g")]), result("1_2")],
+            ],
+            ["result of no call", [user("a"), result("9")], [user("a"), user([text_part("The result of the call 9:"), text_part("done")])]],
+            ["second result of one call", [assistant(None, tool_call("1")), result("1", "a"), result("1", "b")], [assistant([used("1")]), result("1", "a"), user([text_part("The result of the call 1:"), text_part("b")])]],
+            ["an id that vendors refuse", [assistant(None, tool_call("functions.f:0")), result("functions.f:0")], [assistant([used("functions_f_0")]), result("functions_f_0")]],
+            ["a long id", [assistant(None, tool_call("x" * 70)), result("x" * 70)], [assistant([used("x" * 56)]), result("x" * 56)]],
+            [
+                "calls as parts",
+                [assistant([text_part("a"), used("1"), used("2")]), result("2"), result("1")],
+                [assistant([text_part("a")]), assistant([used("1")]), result("1"), assistant([used("2")]), result("2")],
+            ],
+            ["no arguments", [assistant(None, tool_call("1", "f", ""))], [assistant([used("1")]), UNANSWERED]],
+            [
+                "arguments as an object",
+                [assistant(None, tool_call("1", "f", {"x": 1}))],  # type: ignore[arg-type]
+                [assistant([used("1", "f", {"x": 1})]), UNANSWERED],
+            ],
+            ["blank text beside a call", [assistant(" \n", tool_call("1"))], [assistant([used("1")]), UNANSWERED]],
+            ["broken arguments, as the model gave them", [assistant(None, tool_call("1", "f", "{"))], [assistant([used("1")]), UNANSWERED]],
+            ["blank result", [calls_for("1"), result("1", " \n")], [calls_for("1"), result("1", "(no output)")]],
+            ["blank parts of a result", [calls_for("1"), result("1", [text_part("\n")])], [calls_for("1"), result("1", "(no output)")]],
+            ["empty result", [calls_for("1"), result("1", "")], [calls_for("1"), result("1", "(no output)")]],
+            ["result of texts", [calls_for("1"), result("1", [text_part("a"), "b"])], [calls_for("1"), result("1", "a\nb")]],
+            [
+                "signed calls stay with their text",
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("2"), result("1")],
+                [assistant("a", tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1"), result("2")],
+            ],
+            [
+                # Parts of one message arrive in reverse, so they leave in reverse.
+                "signed calls without text",
+                [assistant(None, tool_call("1", extra_content=THOUGHT_SIGNATURE), tool_call("2")), result("1")],
+                [assistant([used("2"), used("1", extra_content=THOUGHT_SIGNATURE)]), result("1"), {**UNANSWERED, "tool_call_id": "2"}],
+            ],
+            ["one signed part", [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")], [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")]],
+            pytest.param([assistant(" \n", tool_call("1", extra_content=THOUGHT_SIGNATURE)), result("1")],
+                [assistant([used("1", extra_content=THOUGHT_SIGNATURE)]), result("1")],
+                id="signed call beside a blank text",
+            ),
+            ["empty note is none", [assistant(None, tool_call("1", extra_content={}))], [assistant([used("1")]), UNANSWERED]],
+        ),
+    )  # fmt: skip
+    def test_history(self, messages, sent):
+        before = copy.deepcopy(messages)
+        assert sent_as("chat", messages) == sent
+        assert messages == before
+
+    @settings(deadline=None)
+    @given(turns())
+    def test_all_of_a_history_arrives_in_order(self, history):
+        messages, meant = history
+        before = copy.deepcopy(messages)
+        assert with_texts_joined(as_it_arrives(sent_as("chat", messages))) == with_texts_joined(
+            meant
+        )
+        assert messages == before
+
+    @settings(deadline=None)
+    @given(turns(only_one_call_if_signed_and_silent=True))
+    def test_a_history_in_either_form_becomes_the_other(self, history):
+        once = sent_as("chat", history[0])
+        assert sent_as("chat", once) == once
+        for messages in (history[0], once):
+            openai = sent_as("openai", messages)
+            assert sent_as("openai", openai) == openai
+            assert sent_as("chat", openai) == once
+            assert not any(isinstance(m["content"], list) and not m["content"] for m in openai)
+
+    @settings(deadline=None, max_examples=50)
+    @given(turns())
+    def test_every_vendor_takes_any_history(self, history):
+        apart = [one for m in history[0] for one in ([user("So?")] * (m["role"] != "tool") + [m])]
+        for form in MODEL_OF:
+            assert vendor_fault(form, sent_as(form, apart)) == ""
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_a_text_before_signed_calls_loses_none(self, form):
+        """Puter makes one message of two that follow one another, and keeps the first's keys."""
+        signed = tool_call("1", extra_content=THOUGHT_SIGNATURE)
+        history = [user("a"), assistant("b"), assistant("c", signed), result("1")]
+        assert vendor_fault(form, sent_as(form, history)) == ""
+
+    def test_openais_form_keeps_the_calls_of_a_turn_together(self):
+        calls = [tool_call("1", "f", '{"x": 1}'), tool_call("2", extra_content=THOUGHT_SIGNATURE)]
+        turn = [assistant("a", *calls, reasoning="r"), user("Well?"), result("2"), result("1", " ")]
+        sent = sent_as("openai", [{"role": "developer", "content": "Hi"}, *turn, user("")])
+        assert sent == [
+            {"role": "system", "content": "Hi"},
+            *(assistant("a", *calls), result("1", "(no output)"), result("2"), user("Well?")),
+        ]
+        broken = sent_as("openai", [assistant(" ", tool_call("1", "f", "{"))])
+        assert broken == [assistant(None, tool_call("1", "f", "{}")), UNANSWERED]
+
+    @pytest.mark.parametrize(
+        ("messages", "form", "sent"),
+        [
+            pytest.param(messages, form, want.get(form, want.get("chat")), id=f"{name}-{form}")
+            for name, messages, want in BY_FORM
+            for form in puter.FORMS
+            if want.get(form, want.get("chat"))
+        ],
+    )
+    def test_each_form(self, messages, form, sent):
+        before = copy.deepcopy(messages)
+        assert sent_as(form, messages) == sent
+        assert messages == before
+        if form in MODEL_OF and "puter_path" not in str(messages):
+            assert vendor_fault(form, sent) == ""
+
+    @pytest.mark.parametrize(
+        ("asked", "form"),
+        [
+            *((model("m", provider=p), p) for p in ("claude", "openrouter")),
+            *((model("m", provider=p), "responses") for p in RESPONSES),
+            *((model("m", provider=p), "chat") for p in ("openai-completion", "gemini", "xai", "")),
+            *((name, "claude") for name in ("claude-x", "puter/Claude-x", "anthropic/claude-x")),
+            ("anthropic:anthropic/claude-x", "claude"),
+            ("openrouter:anthropic/claude-x", "openrouter"),
+            ("gpt-5.3-codex", "chat"),
+            ("my-claude", "chat"),
+        ],
+    )
+    def test_the_form_of_a_model(self, asked, form):
+        assert puter.form_of(asked) == form
+
+    @pytest.mark.parametrize(
+        ("form", "args", "want"),
+        table(
+            ["a temperature for Claude", "claude", {}, {"temperature": 1}],
+            ["its own temperature", "claude", {"temperature": 0}, {"temperature": 0}],
+            ["no temperature for others", "responses", {}, {}],
+            ["effort", "claude", {"reasoning_effort": "low"}, {"temperature": 1, "reasoning_effort": "low"}],
+            ["effort in other words", "claude", {"reasoning": {"effort": "low"}}, {"temperature": 1, "reasoning_effort": "low"}],
+            ["effort that leaves no answer", "claude", {"reasoning_effort": "high", "max_tokens": 5000}, {"temperature": 1, "max_tokens": 5000, "reasoning_effort": "medium"}],
+            ["no room for any", "claude", {"reasoning_effort": "high", "max_tokens": 1279}, {"temperature": 1, "max_tokens": 1279}],
+            ["room for the least", "claude", {"reasoning_effort": "high", "max_tokens": 1280}, {"temperature": 1, "max_tokens": 1280, "reasoning_effort": "low"}],
+            ["effort as an object", "responses", {"reasoning_effort": "low"}, {"reasoning": {"effort": "low"}}],
+            ["effort beside a summary", "responses", {"reasoning_effort": "low", "reasoning": {"summary": "auto"}}, {"reasoning": {"summary": "auto", "effort": "low"}}],
+            ["effort of chat completions", "chat", {"reasoning_effort": "low"}, {"reasoning_effort": "low"}],
+            ["verbosity", "responses", {"verbosity": "low"}, {"text": {"verbosity": "low"}}],
+            ["a tool by its name", "responses", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"tool_choice": {"type": "function", "name": "f"}}],
+            ["any tool", "responses", {"tool_choice": "required"}, {"tool_choice": "required"}],
+            ["a tool of chat completions", "openai", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"tool_choice": {"type": "function", "function": {"name": "f"}}}],
+        ),
+    )  # fmt: skip
+    def test_arguments(self, form, args, want):
+        before = copy.deepcopy(args)
+        messages = [user("hi")]
+        sent = puter.arguments_for(form, "m", {"messages": messages, **args})
+        assert sent == {"messages": messages, **want}
+        assert args == before
+
+    def test_a_json_schema_in_the_words_of_responses(self):
+        schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
+        form = {"type": "json_schema", "json_schema": schema}
+        args = {"messages": [user("hi")], "response_format": form, "verbosity": "low"}
+        sent = puter.arguments_for("responses", "m", args)
+        assert sent["text"] == {"verbosity": "low", "format": {"type": "json_schema", **schema}}
+        assert "text" not in puter.arguments_for("chat", "m", args)
+
+    @pytest.mark.parametrize(("name", "kept"), [("o3-pro-2025-06-10", False), ("gpt-5-pro", True)])
+    def test_o3_pro_takes_no_effort(self, name, kept):
+        args = {"messages": [user("hi")], "reasoning_effort": "low"}
+        assert ("reasoning" in puter.arguments_for("responses", name, args)) is kept
+
+    @pytest.mark.parametrize(
+        ("turn", "kept"),
+        table(
+            ["unsigned", [assistant(None, tool_call("1")), result("1")], False],
+            ["signed", [assistant([SIGNED], tool_call("1")), result("1")], True],
+            ["redacted", [assistant([{"type": "redacted_thinking", "data": "x"}], tool_call("1")), result("1")], True],
+            ["one of two", [assistant([SIGNED], tool_call("1")), result("1"), assistant(None, tool_call("2")), result("2")], False],
+            ["before a question", [assistant(None, tool_call("1")), result("1"), user("and?")], True],
+            ["no call", [assistant("a")], True],
+        ),
+    )  # fmt: skip
+    def test_no_effort_in_a_turn_with_unsigned_calls(self, turn, kept):
+        args = {"messages": [user("hi"), *turn], "reasoning_effort": "low"}
+        sent = puter.arguments_for("claude", "m", args)
+        assert ("reasoning_effort" in sent) is kept
+
+    @settings(deadline=None)
+    @given(ARGUMENTS, st.booleans())
+    def test_a_call_goes_out_as_it_came_in(self, arguments, signed):
+        extra = THOUGHT_SIGNATURE if signed else None
+        for call in (
+            puter.ToolCall("1", "f", arguments, extra),
+            puter.ToolCall("1", "f", {}, extra, invalid="{broken"),
+        ):
+            assert puter.tool_call_from(puter.openai_call(call)) == call
+
+    @pytest.mark.parametrize(
+        ("messages", "words"),
+        table(
+            ["no messages", [], "nothing to send"],
+            ["only empty ones", [user(""), assistant(None)], "nothing to send"],
+            ["call without id", [assistant(None, tool_call(""))], "tool_calls[0] lacks"],
+            ["call without name", [assistant(None, tool_call("1", ""))], "tool_calls[0]"],
+            ["call of no function", [user("a"), assistant(None, {"id": "1"})], "messages[1].tool_calls[0] lacks"],
+            ["call that is a text", [assistant(None, "f")], "tool_calls[0] lacks"],  # type: ignore[arg-type]
+            ["arguments of a number", [assistant(None, tool_call("1", "f", 5))], "arguments of messages[0].tool_calls[0] is 5"],  # type: ignore[arg-type]
+            ["wrong message", [5], "messages[0] is 5"],
+            pytest.param([assistant([{"type": "tool_use", "name": "f"}])], "messages[0]", id="part without id"),
+            pytest.param([assistant([{"type": "tool_use", "id": "1", "extra_content": {"a": 1}}, text_part("a")])], "messages[0]", id="signed part without name"),
+            pytest.param([assistant([used("1", "f", [1])])], "messages[0]", id="part with a list as input"),
+            pytest.param([{"role": "assistant", "tool_calls": 5}], "messages[0]", id="number of calls"),
+            pytest.param([result(["1"])], "messages[0]", id="result of a list"),  # type: ignore[arg-type]
+            pytest.param([assistant(None, tool_call(["1"]))], "messages[0]", id="call of a list"),  # type: ignore[arg-type]
+            pytest.param([user([text_part(5)])], "messages[0].content[0]", id="text of a number"),
+        ),
+    )  # fmt: skip
+    def test_a_wrong_history_is_named(self, messages, words):
+        with pytest.raises(puter.BadRequestError) as caught:
+            sent_as("chat", messages)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    @pytest.mark.parametrize(
+        ("messages", "tools", "needs"),
+        table(
+            ["text", [user("12345678901")], [], puter.Needs(context=2)],
+            ["tools", [user("a")], [{}], puter.Needs(tools=True)],
+            ["search", [user("a")], [{"type": "web_search"}], puter.Needs(inputs=frozenset({"web search"}))],
+            ["search and a tool", [user("a")], [{"type": "web_search"}, {}], puter.Needs(True, frozenset({"web search"}))],
+            ["nothing", [assistant(None)], [], puter.Needs()],
+            ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}), context=2)],
+            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
+            ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}), context=1_500)],
+            ["a picture that was drawn", [assistant("a", images=[PICTURES["chat"]])], [], puter.Needs(inputs=frozenset({"image"}))],
+            ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs(context=2)],
+        ),
+    )  # fmt: skip
+    def test_needs(self, messages, tools, needs):
+        assert puter.needs_of(messages, tools) == needs
+
+    def test_the_estimate_is_the_servers(self):
+        """Where no credit and nobody else limits it, the answer's limit tells the estimate."""
+        checked = 0
+        for call in PROVIDER_CALLS:
+            args, bodies = rebuilt(call["args"]), rebuilt(call["sent_to_provider"])
+            if not bodies or call["name"] in SHAPES_WE_NEVER_SEND:
+                continue
+            keys = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+            limit = next((bodies[-1][key] for key in keys if key in bodies[-1]), None)
+            if limit not in (None, args.get("max_tokens")):
+                tokens = BY_NAME[args["model"]]["max_tokens"] - limit
+                assert puter.estimated_tokens(args["messages"]) == tokens, call["name"]
+                checked += 1
+        assert checked > 100
+
+    @pytest.mark.parametrize(
+        ("known", "args", "limit"),
+        [
+            (None, {}, math.inf),
+            (None, {"max_tokens": 5}, 5),
+            (model("m", max_tokens=100, output_usd_per_million=1.0), {}, 96),
+            (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 99}, 96),
+            (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 9}, 9),
+            (model("m", max_tokens=100), {}, math.inf),
+        ],
+    )
+    def test_how_long_an_answer_may_be(self, known, args, limit):
+        args = {"messages": [user("one two three four")], **args}
+        assert puter.answer_limit(known, args) == limit
 
 
-def sign_in(fake: FakePuter, home: Path, *usernames: str) -> None:
-    """Keeps the accounts in the store, the first one active, and tells the server of them."""
-    store = puter.AccountStore(home)
-    for username in usernames:
-        if f"token-{username}" not in fake.accounts:
-            fake.add_account(username)
-        known = [account.username for account in store.accounts()]
-        if username not in known:
-            account = puter.Account(username, f"token-{username}", 1)
-            store.add(account, activate=not known)
+# ---- files ----
+
+IMAGES = table(
+    ["png", PNG, "image/png"],
+    ["jpeg", b"\xff\xd8\xff\xe0....", "image/jpeg"],
+    ["gif87", b"GIF87a....", "image/gif"],
+    ["gif89", b"GIF89a....", "image/gif"],
+    ["webp", b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"],
+)
 
 
-def lab(name: str) -> str:
-    """The id of the model of a scenario."""
-    return name if name == "fake" else f"openrouter:lab/{name}"
+class TestFileParts:
+    """Images and files become parts of a message."""
+
+    # ---- images ----
+
+    @pytest.mark.parametrize(("data", "kind"), IMAGES)
+    def test_images_become_data_urls(self, tmp_path, data, kind):
+        path = tmp_path / "image"  # the bytes tell the kind, not the name
+        path.write_bytes(data)
+        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        images: list[Any] = [data, bytearray(data), path, str(path)]
+        for image in images:
+            assert puter.image_part(image) == part
+        for same in (url, "http://x/a.png", "HTTPS://x/a?b=c"):
+            assert puter.image_part(same)["image_url"] == {"url": same}
+
+    @pytest.mark.parametrize(
+        ("image", "words"),
+        table(
+            ["no image", b"%PDF-1.4", "the image given as bytes is not an image"],
+            ["nothing", b"", "(0 bytes)"],
+            ["half a signature", b"\x89PN", "is not an image"],
+            ["sound, not WebP", b"RIFF\0\0\0\0WAVE", "is not an image"],
+            ["no such file", "nowhere/a.png", "'nowhere/a.png' cannot be read (No such"],
+            ["folder", ".", "cannot be read"],
+            ["NUL in the name", "a\0b", "cannot be read"],
+            ["number", 5, "'5' cannot be read"],
+            ["none", None, "cannot be read"],
+            ["data of a text", "data:text/plain;base64,QQ==", "is not a base64 data URL"],
+            ["data without base64", "data:image/png,abc", "is not a base64 data URL"],
+            ["broken base64", "data:image/png;base64,%%", "is not a base64 data URL"],
+            ["no data", "data:image/png;base64,", "is not a base64 data URL"],
+            pytest.param("~nobody.png", "cannot be read", id="name after ~"),
+        ),
+    )
+    def test_no_image(self, image, words):
+        with pytest.raises(puter.BadRequestError) as caught:
+            puter.image_part(image)
+        assert words in caught.value.message
+        assert caught.value.hint
+
+    def test_a_file_whose_name_begins_with_a_tilde(self, tmp_path, monkeypatch):
+        (tmp_path / "~copy.png").write_bytes(PNG)
+        monkeypatch.chdir(tmp_path)
+        assert puter.image_part("~copy.png") == puter.image_part(PNG)
+
+    # ---- files ----
+
+    def test_files_become_data_urls(self, tmp_path):
+        path = tmp_path / "a.pdf"
+        path.write_bytes(PDF)
+        files: list[Any] = [path, str(path), ("a.pdf", PDF), ("C:\\x\\a.pdf", PDF)]
+        for file in files:
+            assert puter.file_part(file) == A_PDF
+        assert puter.file_part(PDF)["file"]["filename"] == "document.pdf"
+
+    @pytest.mark.parametrize(
+        ("file", "part"),
+        table(
+            ["PDF by its bytes", ("a.txt", PDF), {**A_PDF, "file": {**A_PDF["file"], "filename": "a.txt"}}],
+            ["PDF without an ending", ("a", PDF), A_PDF],
+            ["image", ("a.pdf", PNG), {"type": "image_url", "image_url": {"url": PNG_URL}}],
+            ["UTF-8", ("a.csv", "é,1\n\n".encode()), text_part("a.csv:\n```\né,1\n```")],
+            ["UTF-8 with its mark", ("a", "é".encode("utf-8-sig")), text_part("a:\n```\né\n```")],
+            ["UTF-16 with its mark", ("a", "é, 日".encode("utf-16")), text_part("a:\n```\né, 日\n```")],
+            ["UTF-16, the other way round", ("a", b"\xfe\xff" + "é".encode("utf-16-be")), text_part("a:\n```\né\n```")],
+            ["Latin-1", ("a", "é, ü".encode("latin-1")), text_part("a:\n```\né, ü\n```")],
+            ["of Windows", ("a", "„é“ €".encode("cp1252")), text_part("a:\n```\n„é“ €\n```")],
+            ["terminal's colours", ("a", b"\x1b[1mb\x1b[0m\f"), text_part("a:\n```\n\x1b[1mb\x1b[0m\n```")],
+            ["bytes without a name", b"a", text_part("document:\n```\na\n```")],
+        ),
+    )  # fmt: skip
+    def test_a_file_is_what_it_holds(self, file, part):
+        assert puter.file_part(file) == part
+
+    @pytest.mark.parametrize(
+        "data",
+        table(
+            ["docx or zip", b"PK\x03\x04\x14\x00\x06\x00[Content_Types].xml"],
+            ["heic", b"\0\0\0\x18ftypheic\0\0\0\0"],
+            ["ELF", b"\x7fELF\x02\x01\x01"],
+            ["UTF-16 without its mark", "ab".encode("utf-16-le")],
+        ),
+    )
+    def test_a_file_that_nobody_reads(self, data):
+        words = "'a.bin' is neither a text, an image .PNG, JPEG, GIF, WebP. nor a PDF"
+        with pytest.raises(puter.BadRequestError, match=words):
+            puter.file_part(("a.bin", data))
+        assert puter.decoded_text(data) is None
+
+    def test_a_file_that_is_no_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 3)
+        assert puter.file_part(b"abc")
+        for file, words in (
+            (b"", "is 0 bytes"),
+            (b"abcd", "is 4 bytes"),
+            (tmp_path / "gone.pdf", "gone.pdf' cannot be read"),
+            (("a.pdf", "abc"), "content of 'a.pdf' is 'abc'"),
+            ((5, b"abc"), "name of a file is 5"),
+        ):
+            with pytest.raises(puter.BadRequestError, match=words):
+                puter.file_part(file)
+
+    @pytest.mark.parametrize(
+        "name", ["", " ", ".", "..", "/docs/", "a/..", "C:\\", "a\0.pdf", "a\nb", "a\x7f", "a\x85"]
+    )
+    def test_a_name_that_no_file_may_have(self, name):
+        encoded = {"filename": name, "file_data": PDF_URL}
+        with pytest.raises(puter.BadRequestError, match="name of a file is"):
+            puter.file_part((name, PDF))
+        with pytest.raises(puter.BadRequestError, match="name of a file is"):
+            puter.read_part({"type": "file", "file": encoded}, "messages[0]")
+
+    @pytest.mark.parametrize(
+        ("part", "words"),
+        table(
+            ["no file", {"type": "file"}, "without its data"],
+            ["no data", {"type": "file", "file": {"filename": "a"}}, "without its data"],
+            ["a URL", {"type": "input_file", "file_data": "https://x.org/a.pdf"}, "without its data"],
+            ["number for data", {"type": "file", "file": {"file_data": 5}}, "without its data"],
+            ["no base64", {"type": "file", "file": {"file_data": "data:a/b;base64,%"}}, "not base64"],
+            ["what nobody reads", {"type": "input_file", "file_data": "data:a/b;base64,UEsDBA=="}, "neither a text"],
+        ),
+    )  # fmt: skip
+    def test_a_part_that_holds_no_file(self, part, words):
+        with pytest.raises(puter.BadRequestError, match=words):
+            puter.read_part(part, "messages[0]")
+
+    def test_bare_base64_of_a_client_is_a_file(self):
+        part = {"type": "input_file", "file_data": PDF_URL.rpartition(",")[2]}
+        named = {"filename": "document.pdf", "file_data": PDF_URL}
+        assert puter.read_part(part, "messages[0]") == [{"type": "file", "file": named}]
+
+    def test_audio_is_refused(self):
+        with pytest.raises(puter.BadRequestError, match="is audio"):
+            sent_as("chat", [user([{"type": "input_audio"}])])
 
 
-def told(fake: FakePuter) -> list[str]:
-    """Every driver call that the server saw: "alice text", or "alice F1" for a stand-in."""
-    short = {model: f"F{number}" for number, model in enumerate(FREE, 1)}
-    return [
-        f"{account} {short.get(str(model), str(model).removeprefix('openrouter:lab/'))}"
-        for account, model in fake.chat_calls()
+class TestFiles:
+    """`files=` and `images=`: what arrives, and what is refused before anything is sent."""
+
+    @pytest.mark.parametrize("how", ["path", "text", "bytes", "named", "alone"])
+    def test_a_pdf_goes_along(self, make, fake, tmp_path, how):
+        path = tmp_path / "über uns.pdf"
+        path.write_bytes(PDF)
+        named = ("C:\\docs\\über uns.pdf", PDF)
+        ways = {"path": [path], "text": [str(path)], "bytes": [PDF], "named": [named]}
+        name = "document.pdf" if how == "bytes" else "über uns.pdf"
+        assert str(make().chat("Sum up", files=ways.get(how, path), model=lab("text"))) == SENTENCE
+        file = {"type": "file", "file": {"filename": name, "file_data": PDF_URL}}
+        assert sent(fake)[0]["content"] == [text_part("Sum up"), file]
+
+    def test_texts_and_images_are_files_too(self, make, fake):
+        make().chat("hi", files=[("a.csv", b"x,y"), ("b", PNG)], model="gemini-2.5-flash")
+        text, csv, picture = sent(fake)[0]["content"]
+        assert (text["text"], csv["text"]) == ("hi", "a.csv:\n```\nx,y\n```")
+        assert picture == puter.image_part(PNG)
+
+    def test_a_text_is_read_by_any_model(self, make, fake):
+        make().chat("hi", files=[("a.csv", b"x,y")], model="groq:allam-2-7b")
+        assert sent(fake)[0]["content"][1] == text_part("a.csv:\n```\nx,y\n```")
+
+    def test_the_largest_request_is_named_before_it_is_sent(self, make, fake, monkeypatch):
+        monkeypatch.setattr(puter, "MAX_SENT_BYTES", 50_000)
+        with pytest.raises(
+            puter.BadRequestError, match=r"has 5\d,\d+ bytes, but Puter takes 50,000"
+        ):
+            make().chat("hi", files=[PDF + b"0" * 40_000], model=lab("text"))
+        assert not fake.chat_calls()
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ([("empty.pdf", b"")], "0 bytes"),
+            ([("large.pdf", PDF * 9)], r"225 bytes.*1 to 99"),
+            (["no-such.pdf"], "no-such.pdf.*cannot be read"),
+            ([Path("/")], "cannot be read"),
+            ([None], "cannot be read"),
+        ],
+    )
+    def test_limits_are_named_before_anything_is_sent(self, make, fake, monkeypatch, given, words):
+        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 99)
+        with pytest.raises(puter.BadRequestError, match=words):
+            make().chat("hi", files=[PDF, *given], model=lab("text"))
+        assert not fake.requests
+
+    def test_what_nobody_reads(self, make, fake):
+        with pytest.raises(puter.BadRequestError, match="'a.docx' is neither a text, an image"):
+            make().chat("hi", files=[("a.docx", b"PK\3\4\0")], model=lab("text"))
+        assert not fake.requests
+
+    @pytest.mark.parametrize(
+        ("more", "problem", "near"),
+        [
+            ({"files": [PDF]}, "does not read PDFs", FREE[1]),
+            ({"images": [PNG]}, "does not see images", "gemini-2.5-flash"),
+            ({"images": PNG, "files": PDF}, "does not see images and does not read PDFs", HAIKU),
+            ({"tools": [{"type": "web_search"}]}, "does not search the web", "gpt-4o"),
+        ],
+    )
+    def test_a_model_that_cannot_do_it(self, make, fake, more, problem, near):
+        with pytest.raises(puter.BadRequestError) as caught:
+            make().chat("hi", model="groq:allam-2-7b", **more)
+        assert f"allam-2-7b {problem}" in caught.value.message
+        assert near in caught.value.hint and not fake.chat_calls()
+        assert make().chat("hi", model=near, **more).text
+
+
+# ---- tools ----
+
+
+class TestToolSchemas:
+    """What is offered as a tool, and what is none."""
+
+    @pytest.mark.parametrize(
+        "tool",
+        table(
+            ["OpenAI's shape", {"type": "function", "function": {"name": "f", "parameters": {}}}],
+            ["no type", {"function": {"name": "f", "parameters": {}}}],
+            ["flat", {"type": "function", "name": "f", "parameters": {}}],
+            ["flat without type", {"name": "f", "parameters": {}}],
+            ["Anthropic's shape", {"name": "f", "input_schema": {}}],
+            ["MCP's shape", {"name": "f", "inputSchema": {}}],
+        ),
+    )  # fmt: skip
+    def test_tools(self, tool):
+        before = copy.deepcopy(tool)
+        function = {"name": "f", "parameters": {}}
+        assert puter.tool_schemas([tool]) == [{"type": "function", "function": function}]
+        assert tool == before
+        assert puter.tool_schemas(None) == puter.tool_schemas([]) == []
+        search = {"type": "web_search", "search_context_size": "low"}
+        assert puter.tool_schemas([search]) == [search]
+
+    @pytest.mark.parametrize(
+        "tool",
+        table(
+            ["text", "f"],
+            ["nothing", None],
+            ["no name", {"type": "function", "function": {}}],
+            ["number for a name", {"name": 5}],
+            ["other kind", {"type": "code_interpreter"}],
+            pytest.param({"type": "bash_20250124", "name": "bash"}, id="other kind with a name"),
+        ),
+    )  # fmt: skip
+    def test_no_tool(self, tool):
+        good = {"type": "function", "function": {"name": "f"}}
+        with pytest.raises(puter.BadRequestError, match=r"tools\[1\] is .*Give a function"):
+            puter.tool_schemas([good, tool])
+
+
+class Unit(enum.Enum):
+    """A choice, as the functions of the tests take it."""
+
+    CELSIUS = "c"
+    FAHRENHEIT = "f"
+
+
+class Place(TypedDict):
+    """An object with named keys."""
+
+    city: str
+    zip: int
+
+
+class Hints(TypedDict, total=False):
+    """An object whose keys may all be missing."""
+
+    lang: str
+
+
+@dataclass
+class Trip:
+    """An object that becomes an instance."""
+
+    to: str
+    days: int = 1
+    tags: Annotated[list[str], "free words"] = field(default_factory=list)
+    made: bool = field(default=False, init=False)
+
+
+@dataclass
+class Node:
+    """An object that holds its like."""
+
+    name: str
+    children: list[Node] = field(default_factory=list)
+
+
+TRIP_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "to": {"type": "string"},
+        "days": {"type": "integer", "default": 1},
+        "tags": {"type": "array", "items": {"type": "string"}, "description": "free words"},
+    },
+    "required": ["to"],
+    "additionalProperties": False,
+}
+
+
+def google(city: str, days: int = 3) -> str:
+    """The weather of a city.
+
+    It may be wrong.
+
+    Args:
+        city (str): the name,
+            as people write it: Paris
+        days: how many to look ahead
+
+    Returns:
+        A sentence.
+    """
+    return f"{city} {days}"
+
+
+def sphinx(city: str, days: int = 3) -> str:
+    """The weather of a city.
+
+    It may be wrong.
+
+    :param city: the name,
+        as people write it: Paris
+    :param int days: how many to look ahead
+    :returns: A sentence.
+    """
+    return f"{city} {days}"
+
+
+def only_arguments(city: str) -> str:
+    """Args:
+    city: the name
+    """
+    return city
+
+
+def sphinx_result(city: str) -> str:
+    """The weather of a city.
+
+    :returns: A sentence.
+    """
+    return city
+
+
+def schema_of(hint: Any) -> Any:
+    return puter.schema_and_reader(hint)[0]
+
+
+def read_as(value: Any, hint: Any, where: str) -> Any:
+    return puter.schema_and_reader(hint)[1](value, where)
+
+
+class TestFunctionTools:
+    """Python functions as tools: their schema, and calling them with a model's arguments."""
+
+    @pytest.mark.parametrize(
+        ("hint", "want"),
+        [
+            (str, {"type": "string"}),
+            (int, {"type": "integer"}),
+            (float, {"type": "number"}),
+            (bool, {"type": "boolean"}),
+            (None, {"type": "null"}),
+            (Any, {}),
+            (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
+            (
+                Literal["a", 2, "b"],
+                {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "integer", "enum": [2]}]},
+            ),
+            (Unit, {"type": "string", "enum": ["c", "f"]}),
+            (Literal[Unit.CELSIUS], {"type": "string", "enum": ["c"]}),
+            (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
+            (int | None, {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
+            (Union[int, str], {"anyOf": [{"type": "integer"}, {"type": "string"}]}),  # noqa: UP007
+            (list, {"type": "array", "items": {}}),
+            (list[int], {"type": "array", "items": {"type": "integer"}}),
+            (list[Unit], {"type": "array", "items": {"type": "string", "enum": ["c", "f"]}}),
+            (Sequence[str], {"type": "array", "items": {"type": "string"}}),
+            (set[str], {"type": "array", "items": {"type": "string"}}),
+            (tuple, {"type": "array", "items": {}}),
+            (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+            (tuple[int, int], {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}),
+            (tuple[int, str, int], {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}, "minItems": 3, "maxItems": 3}),
+            (dict, {"type": "object"}),
+            (dict[str, float], {"type": "object", "additionalProperties": {"type": "number"}}),
+            (Annotated[int, "how many"], {"type": "integer", "description": "how many"}),
+            (Annotated[int, 7], {"type": "integer"}),
+            (Annotated[int, {"minimum": 1}, "how many", {"maximum": 9}], {"type": "integer", "description": "how many", "minimum": 1, "maximum": 9}),
+            (Trip, TRIP_SCHEMA),
+            (list[Trip], {"type": "array", "items": TRIP_SCHEMA}),
+            (Place, {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": "integer"}}, "required": ["city", "zip"], "additionalProperties": False}),
+            (Hints, {"type": "object", "properties": {"lang": {"type": "string"}}, "required": [], "additionalProperties": False}),
+        ],
+    )  # fmt: skip
+    def test_a_hint(self, hint, want):
+        assert schema_of(hint) == want
+        json.dumps(want)
+
+    @pytest.mark.parametrize(
+        "hint",
+        [bytes, Node, object, list[bytes], dict[int, str], "str", 3, [], Literal[b"x"], enum.Enum("Odd", {"A": ()})],
+    )  # fmt: skip
+    def test_a_hint_that_json_lacks(self, hint):
+        with pytest.raises(puter.BadRequestError, match="which a model cannot give"):
+            schema_of(hint)
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing has it since 3.11")
+    def test_keys_that_may_be_missing(self):
+        import typing
+
+        optional: Any = typing.NotRequired[str]  # type: ignore[attr-defined, unused-ignore]
+        keys: Any = {"city": str, "zip": optional}
+        make: Any = TypedDict
+        hint = make("hint", keys)
+        schema = schema_of(hint)
+        assert schema["required"] == ["city"]
+        assert schema["properties"]["zip"] == {"type": "string"}
+        assert read_as({"city": "Rome"}, hint, "place") == {"city": "Rome"}
+
+    @pytest.mark.parametrize(
+        ("function", "text", "about"),
+        [
+            (sphinx, "The weather of a city. It may be wrong.", {"city": "the name, as people write it: Paris", "days": "how many to look ahead"}),
+            pytest.param(google, "The weather of a city. It may be wrong.", {"city": "the name, as people write it: Paris", "days": "how many to look ahead"}),
+            pytest.param(only_arguments, None, {"city": "the name"}),
+            pytest.param(sphinx_result, "The weather of a city.", {"city": None}),
+        ],
+        ids=["sphinx", "google", "only-arguments", "sphinx-result"],
+    )  # fmt: skip
+    def test_a_docstring(self, function, text, about):
+        told = puter.function_schema(function)["function"]
+        assert told.get("description") == text
+        properties = told["parameters"]["properties"]
+        assert {n: p.get("description") for n, p in properties.items()} == about
+
+    def test_a_signature(self):
+        def plan(
+            trip: Trip,
+            unit: Unit,
+            days: int = 3,
+            *,
+            note: str | None = None,
+            exact: bool = False,
+            where: Annotated[str, "a place"] = "here",
+        ) -> None: ...
+
+        told = puter.function_schema(plan)
+        assert told["type"] == "function" and told["function"]["name"] == "plan"
+        assert "description" not in told["function"]
+        schema = told["function"]["parameters"]
+        assert schema["required"] == ["trip", "unit"]
+        assert schema["additionalProperties"] is False
+        assert schema["properties"]["days"] == {"type": "integer", "default": 3}
+        assert schema["properties"]["exact"] == {"type": "boolean", "default": False}
+        where = {"type": "string", "description": "a place", "default": "here"}
+        assert schema["properties"]["where"] == where
+        assert "default" not in schema["properties"]["note"]
+        assert schema["properties"]["trip"] == TRIP_SCHEMA
+
+    def test_methods(self):
+        class Home:
+            name = "Rome"
+
+            def near(self, km: int) -> str:
+                return f"{km} km from {self.name}"
+
+            @classmethod
+            def far(cls, km: int) -> str:
+                return f"{km} km from {cls.name}"
+
+            @staticmethod
+            def plus(km: int) -> str:
+                return f"{km} km"
+
+        for function, want in [
+            (Home().near, "2 km from Rome"),
+            (Home.far, "2 km from Rome"),
+            (Home.plus, "2 km"),
+        ]:
+            schema = puter.function_schema(function)["function"]["parameters"]
+            assert list(schema["properties"]) == ["km"]
+            assert function(**puter.read_arguments(function, {"km": 2})) == want
+
+    def test_a_decorated_function(self):
+        @functools.wraps(sphinx)
+        def wrapped(*args: Any, **kwargs: Any) -> str:
+            return "wrapped " + sphinx(*args, **kwargs)
+
+        assert puter.function_schema(wrapped) == puter.function_schema(sphinx)
+        assert wrapped(**puter.read_arguments(wrapped, {"city": "Rome"})) == "wrapped Rome 3"
+
+    def test_what_a_model_cannot_call(self):
+        def untyped(city) -> None: ...  # type: ignore[no-untyped-def]
+        def many(*cities: str) -> None: ...
+        def named(**cities: str) -> None: ...
+        def by_place(city: str, /) -> None: ...
+        def unknown(city: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+        def raw(data: bytes) -> None: ...
+
+        table: list[tuple[Callable[..., Any], str]] = [
+            (untyped, "city cannot be a parameter"),
+            (many, "\\*cities cannot be a parameter"),
+            (named, "\\*\\*cities cannot be a parameter"),
+            (by_place, "city cannot be a parameter"),
+            (unknown, "cannot be read"),
+            (raw, "cannot give"),
+            (lambda city: city, "has no name"),
+        ]
+        for function, words in table:
+            with pytest.raises(puter.BadRequestError, match=words):
+                puter.function_schema(function)
+
+    @pytest.mark.parametrize(
+        ("value", "hint", "want"),
+        [
+            *((value, type(value), value) for value in ("a", 1, 1.5, True, 10**400)),
+            (1, float, 1.0),
+            *((value, int | None, value) for value in (None, 2)),
+            ("2", int | str, "2"),
+            ("f", Unit, Unit.FAHRENHEIT),
+            ("a", Literal["a", 1], "a"),
+            (["c"], list[Unit], [Unit.CELSIUS]),
+            ([1, 2], tuple[int, ...], (1, 2)),
+            ([1, 1], set[int], {1}),
+            ([1, "a"], list, [1, "a"]),
+            ({"a": "c"}, dict[str, Unit], {"a": Unit.CELSIUS}),
+            ({"a": [1]}, dict, {"a": [1]}),
+            ({"x": 1}, Any, {"x": 1}),
+            (3, Annotated[int, "how many"], 3),
+            (3, Annotated[int, {"minimum": 3, "maximum": 3}], 3),
+            (None, Annotated[int | None, {"minimum": 1}], None),
+            ("c", Literal[Unit.CELSIUS], Unit.CELSIUS),
+            (2.0, int, 2),
+            ([1, "a"], tuple[int, str], (1, "a")),
+            ([1], frozenset[int], frozenset({1})),
+            ({"to": "Rome"}, Trip, Trip("Rome")),
+            ({"to": "Rome", "days": 2, "tags": ["x"]}, Trip, Trip("Rome", 2, ["x"])),
+            ([{"to": "Rome"}], list[Trip], [Trip("Rome")]),
+            ({"city": "Rome", "zip": 1}, Place, {"city": "Rome", "zip": 1}),
+            ({}, Hints, {}),
+        ],
+    )
+    def test_an_argument(self, value, hint, want):
+        made = read_as(value, hint, "it")
+        assert made == want and type(made) is type(want)
+
+    @pytest.mark.parametrize(
+        ("value", "hint", "where"),
+        [
+            *((value, int, f"it is {value!r}") for value in ("1", 1.5, True)),
+            *((value, str, f"it is {value}") for value in (1, None)),
+            *((value, Unit, f"it is {value!r}") for value in ("x", "CELSIUS", {})),
+            (True, float, "it is True"),
+            (1, bool, "it is 1"),
+            ("b", Literal["a"], "it is 'b'"),
+            (True, Literal[1], "it is True"),
+            (1, Literal[True], "it is 1"),
+            (10**400, float, "it is 1000"),
+            (0, Annotated[int, {"minimum": 1}], "it is 0"),
+            (10, Annotated[int, {"maximum": 9}], '"maximum": 9'),
+            (10**400, Annotated[int, {"maximum": 9}], '"maximum": 9'),
+            ([1], tuple[int, int], "it is [1]"),
+            (["a", 1], tuple[int, str], "it[0] is 'a'"),
+            *(([], hint, "it is []") for hint in (Literal["a"], int | None, dict, Trip)),
+            ("a", list[str], "it is 'a'"),
+            (["a", 1], list[str], "it[1] is 1"),
+            ({"a": "b"}, dict[str, int], "it.a is 'b'"),
+            ({}, Trip, "it lacks ['to']"),
+            ({"to": "Rome", "by": "car"}, Trip, "it has unexpected arguments ['by']"),
+            ({"to": 1}, Trip, "it.to is 1"),
+            ({"city": "Rome"}, Place, "it lacks ['zip']"),
+        ],
+    )
+    def test_an_argument_that_does_not_fit(self, value, hint, where):
+        with pytest.raises(TypeError, match=re.escape(where)):
+            read_as(value, hint, "it")
+
+    def test_calls(self):
+        def plan(trip: Trip, unit: Unit = Unit.CELSIUS, *, note: str = "") -> Any:
+            return (trip, unit, note)
+
+        def call(arguments):
+            return plan(**puter.read_arguments(plan, arguments))
+
+        trip = {"to": "Rome", "days": 2}
+        assert call({"trip": trip}) == (Trip("Rome", 2), Unit.CELSIUS, "")
+        made = call({"unit": "f", "note": "x", "trip": trip})
+        assert made == (Trip("Rome", 2), Unit.FAHRENHEIT, "x")
+        table: list[tuple[dict[str, Any], str]] = [
+            ({}, r"the call lacks \['trip'\]"),
+            ({"trp": trip}, r"the call has unexpected arguments \['trp'\]; allowed are \['trip'"),
+            ({"trip": {"to": "Rome", "days": "2"}}, "trip.days is '2'"),
+            ({"trip": trip, "unit": "k"}, "unit is 'k'"),
+        ]
+        for arguments, words in table:
+            with pytest.raises(TypeError, match=words):
+                call(arguments)
+
+    @pytest.mark.parametrize(
+        ("value", "want"),
+        [
+            ("sunny", "sunny"),
+            ("", "(no output)"),
+            (" \n", "(no output)"),
+            (None, "(no output)"),
+            ((n * n for n in range(3)), "[0, 1, 4]"),
+            ({"a": map(str, (1, 2))}, '{"a": ["1", "2"]}'),
+            (3, "3"),
+            (True, "true"),
+            ([1, "é"], '[1, "é"]'),
+            (Trip("Rome"), '{"to": "Rome", "days": 1, "tags": [], "made": false}'),
+            ([Unit.CELSIUS, {"b"}], '["c", ["b"]]'),
+            ({"a": None}, '{"a": null}'),
+            (Path("x"), '"x"'),
+        ],
+    )
+    def test_a_result(self, value, want):
+        assert puter.tool_result_text(value) == want
+
+
+class TestToolsOfEveryKind:
+    """Functions, and what they take and return, as people write them."""
+
+    def test_what_can_be_a_tool(self):
+        class Weather:
+            """Knows the weather."""
+
+            def __call__(self, city: str) -> str:
+                """The weather."""
+                return f"sunny in {city}"
+
+            def method(self, city: str) -> str:
+                """Of a method."""
+                return city
+
+        def both(city: str, days: int) -> str:
+            """Of a partial."""
+            return f"{city} {days}"
+
+        for tool, name, text in (
+            (Weather(), "Weather", "The weather"),
+            (Weather().method, "method", "Of a method"),
+            (functools.partial(both, days=2), "both", "Of a partial"),
+        ):
+            function = puter.function_schema(tool)["function"]
+            assert (function["name"], function["description"].startswith(text)) == (name, True)
+            assert "city" in function["parameters"]["properties"]
+            assert tool(**puter.read_arguments(tool, {"city": "Rome"}))
+
+    @pytest.mark.parametrize(
+        ("hint", "given", "want"),
+        [
+            (datetime, "2026-01-02T03:04:05", datetime(2026, 1, 2, 3, 4, 5)),
+            (date, "2026-01-02", date(2026, 1, 2)),
+            (Path, "a/b", Path("a/b")),
+            (Decimal, "1.50", Decimal("1.50")),
+            (uuid.UUID, "12345678123456781234567812345678", uuid.UUID("12345678123456781234567812345678")),
+            (NewType("City", str), "Rome", "Rome"),
+            (date | None, None, None),
+        ],
+    )  # fmt: skip
+    def test_texts_that_mean_more(self, hint, given, want):
+        assert read_as(given, hint, "x") == want
+        if want is not None and hint is not str and not hasattr(hint, "__supertype__"):
+            for wrong in ("no such thing" if hint is not Path else 5, 5, ["x"]):
+                with pytest.raises(TypeError):
+                    read_as(wrong, hint, "x")
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new syntax")
+    def test_a_type_statement(self):
+        names: JSON = {}
+        exec("type City = str\ndef f(city: City) -> str: return city", names)  # noqa: S102
+        assert puter.function_schema(names["f"])["function"]["parameters"]["properties"] == {
+            "city": {"type": "string"}
+        }
+
+    def test_pydantic_s_models(self):
+        from pydantic import BaseModel
+
+        class Trip(BaseModel):
+            city: str
+            days: int = 1
+
+        assert schema_of(Trip)["properties"]["city"] == {"title": "City", "type": "string"}
+        assert read_as({"city": "Rome"}, Trip, "x") == Trip(city="Rome")
+        with pytest.raises(TypeError, match="does not fit"):
+            read_as({"days": 1}, Trip, "trip")
+        assert json.loads(puter.tool_result_text(Trip(city="Rome"))) == {"city": "Rome", "days": 1}
+
+    def test_pydantic_s_models_in_one_another(self):
+        """A schema that stands in another one has no definitions of its own."""
+        from pydantic import create_model
+
+        stop: Any = create_model("Stop", city=(str, ...))
+        trip: Any = create_model("Trip", stops=(list[stop], ...))
+        items = schema_of(list[trip])["items"]["properties"]["stops"]["items"]
+        assert items["properties"]["city"]["type"] == "string"
+        loop: Any = create_model("Loop", more=("list[Loop]", ...))
+        loop.model_rebuild(_types_namespace={"Loop": loop})
+        with pytest.raises(puter.BadRequestError, match="recursive"):
+            schema_of(loop)
+
+    def test_numpy_s_docstrings(self):
+        def far(city: str, days: int = 1) -> str:
+            """How far it is.
+
+            Parameters
+            ----------
+            city : str
+                Where to go.
+            days : int, optional
+                How long
+                it may take.
+
+            Returns
+            -------
+            str
+                Words.
+            """
+            return city
+
+        function = puter.function_schema(far)["function"]
+        assert function["description"] == "How far it is."
+        about = {n: p["description"] for n, p in function["parameters"]["properties"].items()}
+        assert about == {"city": "Where to go.", "days": "How long it may take."}
+
+    @pytest.mark.parametrize(
+        ("value", "want"),
+        [
+            (date(2026, 1, 2), "2026-01-02"),
+            (Decimal("1.5"), "1.5"),
+            (
+                {(1, 2): "a", date(2026, 1, 2): "b", Unit("c"): "d"},
+                {"(1, 2)": "a", "2026-01-02": "b", "c": "d"},
+            ),
+            ([types.SimpleNamespace(tolist=lambda: [1, 2])], [[1, 2]]),
+            (types.SimpleNamespace(to_dict=lambda: {"x": {0: 1}}), {"x": {"0": 1}}),
+        ],
+    )
+    def test_results(self, value, want):
+        assert json.loads(puter.tool_result_text(value)) == want
+
+    def test_a_coroutine_within_a_running_loop_is_a_clear_error(self, make, fake):
+        fake.script[lab("text")] = [calling(("slow_weather", {"city": "Rome"})), says("done")]
+
+        async def within() -> str:
+            return make().run("hi", [slow_weather], model=lab("text")).text
+
+        assert asyncio.run(within()) == "done" and "loop" in results(fake)[0]
+
+
+# ---- replies ----
+
+
+class TestReplyValues:
+    """Whole replies become values, and values replies."""
+
+    # ---- usage ----
+
+    @pytest.mark.parametrize(
+        ("given", "usage"),
+        table(
+            ["OpenRouter", {"prompt": 11, "completion": 22, "input_cache_read": 5, "usd_cents": 0.5}, puter.Usage(11, 22, 5, 38, 0.005)],
+            ["OpenAI", {"prompt_tokens": 11, "completion_tokens": 22, "cached_tokens": 5, "usd_cents": 1}, puter.Usage(11, 22, 5, 38, 0.01)],
+            ["Claude", {**CLAUDE_COUNTS, "usd_cents": 6}, puter.Usage(11, 22, 5, 41, 0.06, 3)],
+            ["Claude, for an hour", {"input_tokens": 1, "ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 4}, puter.Usage(1, None, None, 7, None, 6)],
+            ["Anthropic's own", {"input_tokens": 11, "output_tokens": 22, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}, puter.Usage(11, 22, 5, 41, None, 3)],
+            ["OpenAI's details", {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}}, puter.Usage(1, None, 1, 1)],
+            ["total as told", {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 9}, puter.Usage(1, 2, None, 9)],
+            ["price of null", {"prompt": 1, "usd_cents": None}, puter.Usage(1, None, None, 1, None)],
+            ["price of nothing", {"prompt": 0, "completion": 0, "usd_cents": 0}, puter.Usage(0, 0, None, 0, 0.0)],
+            ["price in dollars", {"cost_usd": 0.5}, puter.Usage(cost_usd=0.5)],
+            ["whole fractions", {"prompt": 11.0}, puter.Usage(11, None, None, 11)],
+            ["texts and booleans are no numbers", {"prompt": "11", "completion": True}, puter.Usage()],
+            ["beyond belief", {"prompt": 10**400, "usd_cents": 10**400, "cost_usd": float("nan")}, puter.Usage()],
+            ["empty", {}, puter.Usage()],
+            ["null", None, puter.Usage()],
+            ["list", [1], puter.Usage()],
+        ),
+    )  # fmt: skip
+    def test_usage(self, given, usage):
+        assert puter.usage_from(given) == usage
+
+    # ---- replies ----
+
+    @pytest.mark.parametrize(
+        ("message", "meant"),
+        table(
+            ["text", {"content": "hi"}, {"text": "hi"}],
+            ["null", {"content": None}, {}],
+            ["nothing", {}, {}],
+            ["parts", {"content": [text_part("a"), text_part("b")]}, {"text": "ab"}],
+            ["reasoning", {"content": "a", "reasoning": "r"}, {"text": "a", "reasoning": "r"}],
+            ["other reasoning", {"content": "a", "reasoning_content": "r"}, {"text": "a", "reasoning": "r"}],
+            ["thinking", {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a"), used("1")]}, {"text": "a", "reasoning": "r", "tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls", "extra": {"content": [{"type": "thinking", "thinking": "r", "signature": "s"}, text_part("a")]}}],
+            ["OpenRouter's reasoning", {"content": "a", "reasoning": "r", "reasoning_details": [{"text": "r"}]}, {"text": "a", "reasoning": "r", "extra": {"reasoning": "r", "reasoning_details": [{"text": "r"}]}}],
+            ["pictures", {"content": None, "images": [{"type": "image_url", "image_url": {"url": PNG_URL}}, "https://x.org/a.png"]}, {"images": (puter.Picture(PNG), puter.Picture(url="https://x.org/a.png"))}],
+            ["calls", {"content": None, "tool_calls": [tool_call("1", "f", '{"x": 1}'), tool_call("2")]}, {"tool_calls": (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "f", {})), "finish_reason": "tool_calls"}],
+            ["calls as parts", {"content": [text_part("a"), used("1", "f", {"x": 1})]}, {"text": "a", "tool_calls": (puter.ToolCall("1", "f", {"x": 1}),), "finish_reason": "tool_calls"}],
+            ["signature", {"tool_calls": [tool_call("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["signature of a part", {"content": [used("1", extra_content=THOUGHT_SIGNATURE)]}, {"tool_calls": (puter.ToolCall("1", "f", {}, THOUGHT_SIGNATURE),), "finish_reason": "tool_calls"}],
+            ["no arguments", {"tool_calls": [tool_call("1", "f", "")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["null for arguments", {"tool_calls": [tool_call("1", "f", None)]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["empty list for arguments", {"tool_calls": [tool_call("1", "f", "[]")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["text of null for arguments", {"tool_calls": [tool_call("1", "f", "null")]}, {"tool_calls": (puter.ToolCall("1", "f", {}),), "finish_reason": "tool_calls"}],
+            ["refusal", {"content": None, "refusal": "I can't."}, {"text": "I can't."}],
+            ["part of a refusal", {"content": [{"type": "refusal", "refusal": "No."}]}, {"text": "No."}],
+            ["halves of an emoji", {"content": [text_part("a\ud83e"), text_part("\udd8a")], "reasoning": "\ud83e"}, {"text": "a🦊", "reasoning": "\ufffd"}],
+            ["Anthropic's end", {"content": "a", "stop_reason": "max_tokens"}, {"text": "a", "finish_reason": "length"}],
+        ),
+    )  # fmt: skip
+    def test_reply(self, message, meant):
+        usage = {"prompt": 1, "completion": 2}
+        driver = {"success": True, "result": {"message": message, "usage": usage}}
+        openai = {"choices": [{"message": message}], "usage": usage}
+        values_of = puter.Usage(1, 2, None, 3)
+        assert puter.reply_from_driver(driver, "m") == puter.Reply(
+            model="m", usage=values_of, raw=driver, **meant
+        )
+        assert puter.reply_from_openai(openai, "m") == puter.Reply(
+            model="m", usage=values_of, raw=openai, **meant
+        )
+
+    @pytest.mark.parametrize(
+        ("told", "calls", "reason"),
+        table(
+            ["stop", "stop", [], "stop"],
+            ["length", "length", [], "length"],
+            ["Anthropic's stop", "end_turn", [], "stop"],
+            ["stop sequence", "stop_sequence", [], "stop"],
+            ["Anthropic's length", "max_tokens", [], "length"],
+            ["Anthropic's calls", "tool_use", [tool_call("1")], "tool_calls"],
+            ["old word for calls", "function_call", [tool_call("1")], "tool_calls"],
+            ["own word", "content_filter", [], "content_filter"],
+            ["Anthropic's refusal", "refusal", [], "content_filter"],
+            ["context full", "model_context_window_exceeded", [], "length"],
+            ["nothing told", None, [], "stop"],
+            ["nothing told, calls", None, [tool_call("1")], "tool_calls"],
+            ["empty", "", [tool_call("1")], "tool_calls"],
+            ["no text", 5, [], "stop"],
+        ),
+    )
+    def test_finish_reason(self, told, calls, reason):
+        choice = {"message": {"tool_calls": calls}, "finish_reason": told}
+        assert puter.reply_from_driver({"result": choice}, "m").finish_reason == reason
+        # Claude's own word counts before Puter's
+        own = {"message": {**choice["message"], "stop_reason": told}, "finish_reason": "stop"}
+        if told:
+            assert puter.reply_from_driver({"result": own}, "m").finish_reason == reason
+
+    @pytest.mark.parametrize(
+        ("arguments", "raw"),
+        table(
+            ["half", '{"city": "Par', '{"city": "Par'],
+            ["two", "{}{}", "{}{}"],
+            ["list", "[1]", "[1]"],
+            ["list, decoded", [1], "[1]"],
+            ["number", 5, "5"],
+            ["too deep", "[" * 200_000, "[" * 200_000],
+            ["a number too long for Python", "9" * 5_000, "9" * 5_000],
+            ["no number", '{"x": NaN}', '{"x": NaN}'],
+        ),
+    )
+    def test_broken_arguments_keep_their_text(self, arguments, raw):
+        call = puter.ToolCall("1", "f", {}, invalid=raw)
+        one, other = tool_call("1", "f", arguments), used("1", "f", arguments)
+        for message in ({"tool_calls": [one]}, {"content": [other]}):
+            reply = puter.reply_from_driver({"result": {"message": message}}, "m")
+            assert reply.tool_calls == (call,)
+        line = stream_line("tool_use", id="1", name="f", input=arguments)
+        event = delta(tool_calls=[one]) if isinstance(arguments, str) else None
+        for chunks, error, reply in (
+            decoded(line, USAGE_LINE),
+            *([heard(event, "[DONE]")] if event else []),
+        ):
+            assert (error, reply.tool_calls, chunks[0].tool_call) == (None, (call,), call)
+
+    @pytest.mark.parametrize(
+        "call_ids", [["", ""], [None, None], ["a", "a"], ["a", ""], ["call_1", "call_1", "call_1"]]
+    )
+    def test_every_call_has_an_id_of_its_own(self, call_ids):
+        calls = [tool_call(one, f"f{n}") for n, one in enumerate(call_ids)]
+        lines = [stream_line("tool_use", id=one, name="f", input={}) for one in call_ids]
+        events = [delta(tool_calls=[{"index": n, **call}]) for n, call in enumerate(calls)]
+        body = {"result": {"message": {"tool_calls": calls}}}
+        whole = puter.reply_from_driver(body, "m")
+        for reply, chunks in (
+            (whole, puter.chunks_of(whole)),
+            decoded(*lines, USAGE_LINE)[::-2],
+            heard(*events, "[DONE]")[::-2],
+        ):
+            made = [call.id for call in reply.tool_calls]
+            assert all(made) and len(set(made)) == len(call_ids)
+            assert made[0] == (call_ids[0] or made[0])
+            assert [c.tool_call.id for c in chunks if c.tool_call] == made
+            message = puter.message_from(reply)
+            assert [call["id"] for call in message["tool_calls"]] == made
+
+    @pytest.mark.parametrize(
+        ("error", "kind", "words"),
+        table(
+            ["by its code", {"code": "insufficient_funds", "message": "Broke"}, puter.CreditError, "Broke"],
+            ["by a status as code", {"code": 429, "message": "Slow down"}, puter.RateLimitError, "Slow down"],
+            ["by no code", {"message": "Overloaded"}, puter.ServerError, "Overloaded"],
+            ["a text", "Overloaded", puter.ServerError, "Overloaded"],
+        ),
+    )  # fmt: skip
+    def test_an_error_in_a_good_answer(self, error, kind, words):
+        for read in (puter.reply_from_driver, puter.reply_from_openai):
+            with pytest.raises(kind, match=words):
+                read({"error": error}, "m")
+        with pytest.raises(kind, match=words):
+            puter.models_from({"error": error})
+
+    @pytest.mark.parametrize(
+        ("read", "body"),
+        table(
+            ["no result", puter.reply_from_driver, {}],
+            ["result of a text", puter.reply_from_driver, {"result": "hi"}],
+            ["no message", puter.reply_from_driver, {"result": {}}],
+            ["message of a text", puter.reply_from_driver, {"result": {"message": "hi"}}],
+            ["part of a text", puter.reply_from_driver, {"result": {"message": {"content": ["a"]}}}],
+            ["call of a text", puter.reply_from_driver, {"result": {"message": {"tool_calls": ["f"]}}}],
+            ["function of a text", puter.reply_from_driver, {"result": {"message": {"tool_calls": [{"function": "f"}]}}}],
+            ["call without name", puter.reply_from_driver, {"result": {"message": {"tool_calls": [{"function": {}}]}}}],
+            ["number of calls", puter.reply_from_driver, {"result": {"message": {"tool_calls": 5}}}],
+            ["nothing", puter.reply_from_openai, {}],
+            ["no choices", puter.reply_from_openai, {"choices": []}],
+            ["choices of an object", puter.reply_from_openai, {"choices": {}}],
+            ["choice of a text", puter.reply_from_openai, {"choices": ["hi"]}],
+            ["choice without message", puter.reply_from_openai, {"choices": [{}]}],
+        ),
+    )  # fmt: skip
+    def test_no_reply(self, read, body):
+        with pytest.raises(puter.ReplyError) as caught:
+            read(body, "m")
+        assert caught.value.raw == json.dumps(body)
+
+    @pytest.mark.parametrize(
+        ("metadata", "answered"),
+        table(
+            ["named", {"providerUsed": "openrouter:m"}, "openrouter:m"],
+            ["not named", {}, "m"],
+            ["no metadata", None, "m"],
+        ),
+    )
+    def test_the_model_that_answered_is_named(self, metadata, answered):
+        body = {"result": {"message": {"content": "hi"}}, "metadata": metadata}
+        assert puter.reply_from_driver(body, "m").model == answered
+        body = {"choices": [{"message": {"content": "hi"}}], "model": "m-1"}
+        assert puter.reply_from_openai(body, "m").model == "m-1"
+
+    @pytest.mark.parametrize(
+        "indexes", [(None, None), (0, 1), (1, 0)], ids=["none", "in order", "the other way round"]
+    )
+    def test_of_several_choices_one_is_the_reply(self, indexes):
+        texts = ("other", "one") if indexes[0] == 1 else ("one", "other")
+        said = [{"index": i, "message": {"content": t}} for i, t in zip(indexes, texts)]
+        assert puter.reply_from_openai({"choices": [*said, "none"]}, "m").text == "one"
+        frames = [{"index": i, "delta": {"content": t}} for i, t in zip(indexes, texts)]
+        if indexes[0] is not None:
+            _, error, reply = heard(json.dumps({"choices": frames}), "[DONE]")
+            assert (error, reply.text) == (None, "one")
+            _, error, reply = heard(*(json.dumps({"choices": [f]}) for f in frames), "[DONE]")
+            assert (error, reply.text) == (None, "one")
+
+    def test_a_reply_as_a_message(self):
+        call = puter.ToolCall("1", "f", {"x": 1})
+        said = {"role": "assistant", "content": None, "tool_calls": [puter.openai_call(call)]}
+        assert puter.message_from(puter.Reply(" \n", tool_calls=(call,))) == said
+        assert puter.message_from(puter.Reply(" ")) == assistant(" ")
+
+    @pytest.mark.parametrize(
+        "metadata",
+        table(
+            ["fake", {"service_used": "fake-chat", "providerUsed": "fake"}],
+            pytest.param({"service_used": "fake-chat"}, id="only the service"),
+        ),
+    )
+    def test_a_blocked_prompt_is_no_answer(self, metadata):
+        body = {"result": {"message": {"content": "Lorem"}}, "metadata": metadata}
+        with pytest.raises(puter.BadRequestError, match="blocked") as caught:
+            puter.reply_from_driver(body, "gpt-5-nano")
+        assert caught.value.code == "prompt_blocked" and "gpt-5-nano" in str(caught.value)
+        assert puter.reply_from_driver(body, "fake").text == "Lorem"
+
+    def test_a_whole_reply_as_chunks(self):
+        call = puter.ToolCall("1", "f", {})
+        reply = puter.Reply("a", "r", (call,), usage=puter.Usage(1))
+        assert puter.chunks_of(reply) == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("usage", usage=puter.Usage(1)),
+        ]
+        assert puter.chunks_of(puter.Reply()) == [puter.Chunk("usage", usage=puter.Usage())]
+
+
+def values_of(*pieces: bytes) -> str:
+    """The same as a text that can be compared, without the ids that calls were given."""
+    chunks, error, reply = decoded(*pieces)
+    return re.sub(r"call_\w{24}", "call_?", repr((chunks, error, reply, reply.tool_calls)))
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    """The bytes cut at these places (of any order, taken modulo the length)."""
+    edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def escaped_line(text: Any, kind: str = "text") -> bytes:
+    """A line of text with everything escaped: halves of an emoji can be sent so alone."""
+    return json.dumps({"type": kind, kind: text}).encode() + b"\n"
+
+
+# Lines of every kind that a server sends, and some that none does.
+LINES = st.one_of(
+    st.builds(lambda t: stream_line("text", text=t), ANY_TEXT(max_size=10)),
+    st.builds(escaped_line, st.sampled_from(["a\ud83e", "\udd8a", "\ud83e", "\ud83e\udd8ab", ""])),
+    st.builds(lambda t: stream_line("reasoning", reasoning=t), ANY_TEXT(max_size=10)),
+    st.builds(lambda a: stream_line("tool_use", id="c", name="f", input=a), ARGUMENTS),
+    st.builds(lambda v: stream_line("extra_content", extra_content=v), JSON_VALUES),
+    st.sampled_from(
+        [
+            USAGE_LINE,
+            stream_line("error", message="gone"),
+            stream_line("tool_use", id="c", name="f", input="{broken"),
+            stream_line("text"),
+            b"\n",
+            b" \r\n",
+            b"[1]\n",
+            b"{}\n",
+            b"\xff\xfe\n",
+        ]
+    ),
+    st.binary(max_size=20),
+)
+
+
+def call_delta(index: Any, arguments: str, **head: Any) -> str:
+    name = {"name": head.pop("name")} if "name" in head else {}
+    function = {**name, "arguments": arguments}
+    return delta(tool_calls=[{"index": index, **head, "function": function}])
+
+
+class TestStreamDecoders:
+    # ---- Puter's lines ----
+
+    def test_every_kind_of_line(self):
+        call = puter.ToolCall("1", "f", {"x": 1}, THOUGHT_SIGNATURE)
+        note = {"type": "extra_content", "extra_content": {"a": 1}}
+        chunks, error, reply = decoded(
+            stream_line("reasoning", reasoning="r"),
+            stream_line("text", text="a"),
+            stream_line(
+                "tool_use",
+                id="1",
+                name="f",
+                input={"x": 1},
+                text="",
+                extra_content=THOUGHT_SIGNATURE,
+            ),
+            stream_line("extra_content", extra_content={"a": 1}),
+            stream_line("text", text="b"),
+            USAGE_LINE,
+        )
+        usage = puter.Usage(11, 22, None, 33)
+        assert error is None
+        assert chunks == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("tool_call", tool_call=call),
+            puter.Chunk("text", "b"),
+            puter.Chunk("usage", usage=usage),
+        ]
+        assert reply == puter.Reply(
+            "ab", "r", (call,), "tool_calls", usage, "m", raw={"extra": [note]}
+        )
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.lists(LINES, max_size=6).map(b"".join), st.lists(st.integers(0), max_size=8))
+    @example("é日🦊\u2028\u2029\x85".encode().join([b'{"type":"text","text":"', b'"}\n']), [])
+    def test_cuts_change_nothing(self, data, places):
+        whole = values_of(data)
+        assert values_of(*cut(data, places)) == whole
+        assert values_of(*(data[n : n + 1] for n in range(len(data)))) == whole
+
+    def test_chunks_come_as_soon_as_their_line_is_whole(self):
+        decoder = puter.LineDecoder("m")
+        assert decoder.feed(b'{"type":"text",') == []
+        assert decoder.feed(b'"text":"a"}\n{"type"') == [puter.Chunk("text", "a")]
+        assert decoder.reply().text == "a"
+        assert not decoder.whole
+        assert decoder.feed(b':"usage"}\n') == [puter.Chunk("usage", usage=puter.Usage())]
+        assert decoder.whole
+
+    @pytest.mark.parametrize(
+        ("usage", "meant"),
+        table(
+            ["numbers", {"usage": {"prompt": 1}}, puter.Usage(1, None, None, 1)],
+            ["empty", {"usage": {}}, puter.Usage()],
+            ["null", {"usage": None}, puter.Usage()],
+            ["missing", {}, puter.Usage()],
+        ),
+    )
+    def test_any_usage_line_ends_a_reply(self, usage, meant):
+        chunks, error, reply = decoded(stream_line("text", text="a"), stream_line("usage", **usage))
+        assert error is None
+        assert chunks[-1] == puter.Chunk("usage", usage=meant)
+        assert reply.usage == meant
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"\n \r\n" + stream_line("text", text="a").replace(b"\n", b"\r\n"),
+            b'{"type":\r"text",\r"text":"a"}\n',
+        ],
+    )
+    def test_only_a_line_feed_ends_a_line(self, data):
+        assert [decoded(data + USAGE_LINE)[2].text, decoded(data + USAGE_LINE)[1]] == ["a", None]
+
+    def test_a_note_on_a_line_of_its_own_is_the_first_calls(self):
+        calls = [stream_line("tool_use", id=name, name=name, input={}) for name in ("a", "b")]
+        notes = [stream_line("extra_content", extra_content={"n": n}) for n in (1, 2)]
+        _, error, reply = decoded(*calls, *notes, USAGE_LINE)
+        assert error is None
+        found = [(call.name, call.extra_content) for call in reply.tool_calls]
+        assert found == [("a", {"n": 1}), ("b", None)]
+
+    def test_a_last_line_without_its_end_counts_when_it_is_whole(self):
+        _, error, reply = decoded(stream_line("text", text="a") + USAGE_LINE[:-1])
+        assert (error, reply.text) == (None, "a")
+
+    @pytest.mark.parametrize(
+        ("pieces", "whole"),
+        table(
+            ["two halves", ["a\ud83e", "\udd8ab"], "a🦊b"],
+            ["apart", ["\ud83e", "", "\udd8a"], "🦊"],
+            ["whole pairs", ["🦊", "\ud83e\udd8a"], "🦊🦊"],
+            ["a half at the end", ["a", "b\ud83e"], "ab\ufffd"],
+            ["a first half alone", ["a\ud83e", "b"], "a\ufffdb"],
+            ["a second half alone", ["a\udd8a", "b"], "a\ufffdb"],
+            ["the wrong way round", ["\udd8a", "\ud83e", "\ud83e"], "\ufffd\ufffd\ufffd"],
+            ["null", [None, "a", None], "a"],
+        ),
+    )
+    def test_halves_of_an_emoji_are_joined(self, pieces, whole):
+        lines = [escaped_line(p, kind) for p in pieces for kind in ("text", "reasoning")]
+        events = [delta(content=p, reasoning=p) for p in pieces]
+        refusals = [delta(refusal=p, reasoning_content=p) for p in pieces]
+        for chunks, error, reply in (
+            decoded(*lines, USAGE_LINE),
+            decoded(b"".join(lines) + USAGE_LINE),
+            heard(*events, "[DONE]"),
+            heard(*refusals, "[DONE]"),
+        ):
+            assert error is None
+            assert (reply.text, reply.reasoning) == (whole, whole)
+            for kind in ("text", "reasoning"):
+                assert "".join(c.text for c in chunks if c.type == kind) == whole
+            assert "".join(c.text for c in chunks).isprintable()  # no half, anywhere
+
+    def test_a_half_that_waits_is_no_part_of_the_reply_yet(self):
+        decoder = puter.LineDecoder("m")
+        assert "".join(map(str, decoder.feed(escaped_line("a\ud83e")))) == "a"
+        assert decoder.reply().text == "a"
+        assert "".join(map(str, decoder.feed(escaped_line("\udd8a")))) == "🦊"
+
+    def test_the_last_usage_counts(self):
+        usages = [stream_line("usage", usage={"prompt": n}) for n in (1, 2)]
+        assert decoded(*usages)[2].usage.input_tokens == 2
+        frames = [json.dumps({"choices": [], "usage": {"prompt_tokens": n}}) for n in (1, 2)]
+        assert heard(*frames, '{"usage": null}', "[DONE]")[2].usage.input_tokens == 2
+
+    def test_a_huge_number_costs_no_answer(self):
+        huge = b'{"type":"usage","usage":{"prompt":%b}}\n' % (b"9" * 5_000)
+        _, error, reply = decoded(stream_line("text", text="a"), huge)
+        assert (error, reply.text, reply.usage.input_tokens) == (None, "a", None)
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        table(
+            ["nothing at all", b"", "the connection ended before"],
+            ["no usage line", stream_line("text", text="b"), "the connection ended before"],
+            ["half a line", b'{"type":"te', 'the last line is cut off: \'{"type":"te\''],
+            ["half a usage line", USAGE_LINE[:-3], "the last line is cut off"],
+            ["half a line after the end", USAGE_LINE + b"{", "the last line is cut off"],
+            ["error line", stream_line("error", message="gone"), "gone"],
+            ["error line of an object", stream_line("error", message={"a": 1}), "{'a': 1}"],
+            ["error line without words", stream_line("error"), "gave no reason"],
+            ["lines after an error", stream_line("error", message="gone") + USAGE_LINE, "gone"],
+            ["no JSON", b"<html>\n", "not what Puter sends: '<html>'"],
+            ["two objects in a line", USAGE_LINE[:-1] + USAGE_LINE, "not what Puter sends"],
+            ["no UTF-8", b'{"type":"text","text":"\xff"}\n', "not what Puter sends"],
+            ["list", b"[]\n", "not what Puter sends"],
+            ["text", b'"type"\n', "not what Puter sends"],
+            ["null", b"null\n", "not what Puter sends"],
+            ["no type", b"{}\n", "not what Puter sends"],
+            ["too deep", b"[" * 200_000 + b"\n", "not what Puter sends"],
+            ["text without text", stream_line("text"), "not what Puter sends"],
+            ["reasoning without any", stream_line("reasoning"), "not what Puter sends"],
+            ["call without name", stream_line("tool_use", id="1", input={}), "not what"],
+        ),
+    )  # fmt: skip
+    def test_a_broken_stream(self, data, words):
+        chunks, error, reply = decoded(stream_line("text", text="a"), data)
+        assert isinstance(error, puter.StreamError)
+        assert error.message.startswith("The reply of m broke off: ")
+        assert words in error.message
+        assert len(error.message) < 300
+        assert error.model == "m"
+        assert chunks[0] == puter.Chunk("text", "a")
+        assert reply.text.startswith("a")
+
+    def test_nothing_counts_after_a_fault(self):
+        late = stream_line("error", message="gone") + stream_line("text", text="b") + USAGE_LINE
+        for pieces in ([late], late.splitlines(keepends=True)):
+            chunks, error, reply = decoded(stream_line("text", text="a"), *pieces)
+            assert chunks == [puter.Chunk("text", "a")]
+            assert reply.text == "a"
+            assert error is not None and "gone" in error.message
+        _, error, _ = decoded(b"x\n", b"y\n", b"half")
+        assert error is not None and "'x'" in error.message
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            pytest.param(stream_line("text", text=5), id="text of a number"),
+            pytest.param(b'{"type":"usage","usage":{"prompt":%b}}\n' % (b"9" * 400), id="huge usage"),
+            pytest.param(b'{"type":"usage","usage":{"prompt":1e999}}\n', id="endless usage"),
+            pytest.param(b'{"type":"usage","usage":{"prompt":NaN}}\n', id="usage of NaN"),
+        ],
+    )  # fmt: skip
+    def test_a_value_of_the_wrong_kind_breaks_nothing(self, data):
+        chunks, _, reply = decoded(stream_line("text", text="a"), data)
+        assert reply.text == "a"
+        assert all(isinstance(str(chunk), str) for chunk in chunks)
+
+    @pytest.mark.parametrize(
+        "pieces",
+        table(
+            ["bit by bit", [b"x" * 20] * 6],
+            ["all at once", [b"x" * 120]],
+            ["behind a good one", [USAGE_LINE + b"x" * 120, b"\n"]],
+        ),
+    )
+    def test_a_line_without_end_is_refused(self, monkeypatch, pieces):
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", 100)
+        _, error, _ = decoded(*pieces)
+        assert error is not None
+        assert "a line is longer than 100 bytes" in error.message
+
+    def test_a_line_of_the_greatest_length_is_taken(self, monkeypatch):
+        monkeypatch.setattr(puter, "MAX_LINE_BYTES", len(USAGE_LINE) - 1)
+        assert decoded(*(USAGE_LINE[n : n + 1] for n in range(99)))[1] is None
+
+    @pytest.mark.parametrize("name", ["text", "reason", "empty", "tools"])
+    def test_recorded_streams_say_what_whole_replies_say(self, name):
+        lines = recorded_answer(f"stream: {name}")["lines"]
+        whole = recorded_answer(f"complete: {name}")["json"]
+        chunks, error, reply = decoded("".join(f"{one}\n" for one in lines).encode())
+        meant = puter.reply_from_driver(whole, "m")
+        assert error is None
+        assert dataclasses.replace(reply, raw=meant.raw, model=meant.model) == (
+            dataclasses.replace(meant, reasoning=reply.reasoning)
+        )
+        assert bool(reply.reasoning) == bool(meant.reasoning)
+        assert "".join(map(str, chunks)) == meant.text
+
+    # ---- events of OpenAI's kind ----
+
+    def test_every_kind_of_event(self):
+        chunks, error, reply = heard(
+            json.dumps({"model": "m-1", "choices": [{"delta": {"role": "assistant"}}]}),
+            delta(reasoning_content="r"),
+            delta(reasoning="s"),
+            delta(content="a"),
+            delta(content=""),
+            call_delta(0, '{"x"', id="1", name="f"),
+            call_delta(1, "", id="2", name="g"),
+            call_delta(0, ": 1}"),
+            delta(content="b"),
+            json.dumps({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}),
+            json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}),
+            " [DONE]\n",
+        )
+        calls = (puter.ToolCall("1", "f", {"x": 1}), puter.ToolCall("2", "g", {}))
+        usage = puter.Usage(1, 2, None, 3)
+        assert error is None
+        assert chunks == [
+            puter.Chunk("reasoning", "r"),
+            puter.Chunk("reasoning", "s"),
+            puter.Chunk("text", "a"),
+            puter.Chunk("text", "b"),
+            *(puter.Chunk("tool_call", tool_call=call) for call in calls),
+            puter.Chunk("usage", usage=usage),
+        ]
+        assert reply == puter.Reply("ab", "rs", calls, "tool_calls", usage, "m-1")
+
+    @settings(deadline=None)
+    @given(ARGUMENTS, st.lists(st.integers(0), max_size=6))
+    def test_arguments_cut_anywhere(self, given, places):
+        text = json.dumps(given)  # ASCII alone: any cut leaves whole characters
+        pieces = [piece.decode() for piece in cut(text.encode(), places)]
+        head, *rest = pieces
+        _, error, reply = heard(
+            call_delta(0, head, id="1", name="f", extra_content=THOUGHT_SIGNATURE),
+            *(call_delta(0, piece) for piece in rest),
+            "[DONE]",
+        )
+        assert error is None
+        assert reply.tool_calls == (puter.ToolCall("1", "f", given, THOUGHT_SIGNATURE),)
+
+    @pytest.mark.parametrize(
+        ("finish", "reason"),
+        table(["length", "length", "length"], ["stop", "stop", "stop"], ["nothing", None, "stop"]),
+    )
+    def test_finish_reason(self, finish, reason):
+        end = json.dumps({"choices": [{"delta": None, "finish_reason": finish}]})
+        assert heard(delta(content="a"), end, "[DONE]")[2].finish_reason == reason
+
+    @pytest.mark.parametrize(
+        ("given", "names"),
+        table(
+            ["ids", [("1", "f"), ("2", "f"), ("3", "g")], "ffg"],
+            ["names", [("", "f"), ("", "g"), (None, "h")], "fgh"],
+            ["nothing", [("", "f"), ("", "f"), (None, "f")], "fff"],
+            ["one id", [("1", "f"), ("1", "g")], "fg"],
+        ),
+    )
+    def test_calls_under_one_index_are_kept_apart(self, given, names):
+        # Some gateways send each call whole, and every one under index 0 or none.
+        for cut_at, index in itertools.product((0, 4, 8), (0, None)):
+            pieces = []
+            for n, (call_id, name) in enumerate(given):
+                arguments = json.dumps({"x": n})
+                cuts = [arguments] if cut_at == 8 else [arguments[:cut_at], arguments[cut_at:]]
+                pieces.append(call_delta(index, cuts[0], id=call_id, name=name))
+                pieces += [call_delta(index, rest) for rest in cuts[1:]]
+            _, error, reply = heard(*pieces, "[DONE]")
+            if cut_at == 8 or names != "fff":
+                assert error is None
+                found = [(call.name, call.arguments.get("x")) for call in reply.tool_calls]
+                assert found == list(zip(names, range(9)))
+
+    def test_a_call_whose_name_and_id_come_with_every_piece(self):
+        for more in ({"id": "1", "name": "f"}, {"name": "f"}):
+            pieces = [call_delta(0, text, **more) for text in ('{"x":', " 1", "}", "")]
+            (call,) = heard(*pieces, "[DONE]")[2].tool_calls
+            assert (call.name, call.arguments) == ("f", {"x": 1})
+
+    def test_nothing_counts_after_the_end(self):
+        call = call_delta(0, "{}", id="1", name="f")
+        chunks, error, reply = heard(call, "[DONE]", delta(content="b"), "[DONE]")
+        assert (error, reply.text, len(reply.tool_calls), len(chunks)) == (None, "", 1, 2)
+
+    @pytest.mark.parametrize(
+        ("event", "words", "code"),
+        table(
+            ["cut", None, "the connection ended before", None],
+            ["half a JSON", '{"choices": [{"del', "not what an OpenAI endpoint", None],
+            ["no JSON", "hello", "not what an OpenAI endpoint sends: 'hello'", None],
+            ["list", "[1]", "not what an OpenAI endpoint sends", None],
+            ["choice of null", '{"choices": [null]}', "not what an OpenAI", None],
+            ["a number too long for Python", "9" * 5_000, "not what an OpenAI", None],
+            ["too deep", "[" * 200_000, "not what an OpenAI endpoint sends", None],
+            ["error", '{"error": {"message": "gone", "code": "x"}}', "gone", "x"],
+            ["error of a text", '{"error": "gone"}', "gone", None],
+            ["error without words", '{"error": {"code": "x"}}', "{'code': 'x'}", "x"],
+            pytest.param('{"error": {"message": "gone", "code": 429}}', "gone", None, id="error with a number"),
+        ),
+    )  # fmt: skip
+    def test_a_broken_event_stream(self, event, words, code):
+        events = [delta(content="a"), *([event] if event else [])]
+        chunks, error, reply = heard(*events)
+        assert isinstance(error, puter.StreamError)
+        assert error.message.startswith("The reply of m broke off: ")
+        assert words in error.message
+        assert error.code == code
+        assert chunks == [puter.Chunk("text", "a")]
+        assert reply.text == "a"
+
+    def test_a_content_of_the_wrong_kind_breaks_nothing(self):
+        assert heard(delta(content="a"), delta(content=5))[2].text == "a"
+
+    @pytest.mark.parametrize("name", ["text", "tools", "reason"])
+    def test_recorded_event_streams(self, name):
+        events = recorded_answer(f"openai endpoint, stream: {name}")["text"]
+        whole = recorded_answer(f"openai endpoint, complete: {name}")["json"]
+        data = [e.removeprefix("data: ") for e in events.split("\n\n") if e]
+        _, error, reply = heard(*data)
+        assert error is None
+        meant = puter.reply_from_openai(whole, "m")
+        assert dataclasses.replace(meant, raw={}) == reply
+
+
+def model_entry(model_id: str, **more: Any) -> JSON:
+    """A model as the catalogue lists it; free unless it says otherwise."""
+    prices = {"input_cost_key": "prompt", "output_cost_key": "completion"}
+    costs = {"tokens": 1_000_000, "prompt": 0, "completion": 0}
+    return {"id": model_id, "provider": "openrouter", **prices, "costs": costs, **more}
+
+
+class TestCatalogueValues:
+    """The lists of models and the reports of credit become values."""
+
+    def test_models(self):
+        paid = model_entry(
+            "claude-1",
+            puterId="anthropic:claude-1",
+            name="Claude 1",
+            provider="claude",
+            aliases=["claude", "claude-1", "claude"],
+            context=200,
+            max_tokens=100,
+            modalities={"input": ["text", "image"], "output": ["text"]},
+            tool_call=True,
+            release_date="2025-11-01",
+            costs={"tokens": 1_000_000, "prompt": 300, "completion": 1500, "x": None},
+        )
+        (found,) = puter.models_from({"models": [paid]})
+        assert found == (
+            puter.Model(
+                id="claude-1",
+                name="Claude 1",
+                provider="claude",
+                aliases=("anthropic:claude-1", "claude"),
+                context=200,
+                max_tokens=100,
+                inputs=("text", "image"),
+                tools=True,
+                free=False,
+                input_usd_per_million=3.0,
+                output_usd_per_million=15.0,
+                released="2025-11-01",
+            )
+        )
+
+    @pytest.mark.parametrize(
+        ("entry", "free", "price"),
+        table(
+            ["nothing to pay", model_entry("m"), True, 0.0],
+            ["one price", model_entry("m", costs={"prompt": 0, "image": 1}), False, 0.0],
+            ["per thousand", model_entry("m", costs={"tokens": 1000, "prompt": 1}), False, 10.0],
+            ["no prices", model_entry("m", costs={"tokens": 1_000_000}), False, None],
+            ["no costs", model_entry("m", costs=None), False, None],
+            ["no key", model_entry("m", input_cost_key=None), True, None],
+            ["a price beyond belief", model_entry("m", costs={"prompt": 10**400}), False, None],
+            ["a price in words", model_entry("m", costs={"prompt": "300", "completion": 0}), False, None],
+            ["an unknown price", model_entry("m", costs={"prompt": 0, "completion": None}), False, 0.0],
+            ["only an id", {"id": "m"}, False, None],
+        ),
+    )  # fmt: skip
+    def test_prices(self, entry, free, price):
+        found = puter.models_from({"models": [entry]})
+        assert [(m.free, m.input_usd_per_million) for m in found] == (
+            [(free, price)] if free is not None else []
+        )
+
+    def test_what_is_no_number_or_list_is_not_known(self):
+        entry = model_entry("m", context="8k", max_tokens=True, aliases="gpt")
+        (found,) = puter.models_from({"models": [entry]})
+        assert (found.context, found.max_tokens, found.aliases) == (None, None, ())
+        assert puter.can_do(found, puter.Needs(context=10))
+
+    def test_model_ids_alone_and_openai_lists(self):
+        assert ids(puter.models_from({"models": ["a", "b"]})) == ["a", "b"]
+        assert puter.models_from({"models": [{"id": "m"}]}) == (puter.Model("m", name="m"),)
+        data = {"object": "list", "data": [{"id": "a", "owned_by": "x"}]}
+        assert puter.models_from(data) == (puter.Model("a", "a", "x"),)
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["nothing", None],
+            ["text", "<html>"],
+            ["no list", {}],
+            ["list of numbers", {"models": [1]}],
+            ["bare list", ["a"]],
+        ),
+    )
+    def test_no_models(self, body):
+        with pytest.raises(puter.ServerError, match="unknown format"):
+            puter.models_from(body)
+
+    def test_the_real_catalogue(self):
+        models = puter.models_from(REAL_CATALOGUE)
+        assert ids(models) == [entry["id"] for entry in REAL_CATALOGUE["models"]]
+        assert all(m.provider and m.inputs and m.context for m in models)
+        assert all(m.input_usd_per_million is not None for m in models)
+        opus = models.find("puter/Claude-Opus-4-5")
+        assert opus.id == "claude-opus-4-5-20251101"
+        assert opus.provider == "claude"
+        qvq = models.find("qvq-max")
+        assert (qvq.input_usd_per_million, qvq.output_usd_per_million) == (1.2, 4.8)
+        assert [models.find(m.id).id for m in models] == ids(models)
+
+    @pytest.mark.parametrize(("unit", "scale"), [("usd", 100_000_000), ("credits", 1)])
+    def test_credit(self, unit, scale):
+        info = {"remaining": 150 * scale, "monthUsageAllowance": 200 * scale}
+        used = {"total": 50 * scale, "chat:in": {"cost": 50 * scale, "units": 7, "count": 2}}
+        more = {"unit": unit} if unit == "credits" else {}
+        body = {"usage": used, "allowanceInfo": {**info, **more}}
+        by_api = {"chat:in": (50.0, 7.0, 2)}
+        assert puter.credit_from(body) == puter.Credit(unit, 200.0, 150.0, 50.0, by_api, body)
+
+    @pytest.mark.parametrize(
+        "body",
+        table(
+            ["nothing else", {"allowanceInfo": {"remaining": 0}}],
+            ["nulls", {"usage": None, "allowanceInfo": {"remaining": None}}],
+            ["no total", {"usage": {"x": 1}, "allowanceInfo": {"remaining": 0}}],
+            ["texts", {"usage": {"total": "1"}, "allowanceInfo": {"remaining": 10**400}}],
+            pytest.param({"usage": {"x": {"cost": None}}, "allowanceInfo": {"remaining": 0}}, id="cost of null"),
+        ),
+    )  # fmt: skip
+    def test_a_short_usage_report(self, body):
+        credit = puter.credit_from(body)
+        assert (credit.allowance, credit.remaining, credit.used) == (0.0, 0.0, 0.0)
+
+    @pytest.mark.parametrize(
+        "body", [None, "x", {}, {"allowanceInfo": None}, {"allowanceInfo": {}}]
+    )
+    def test_no_usage_report(self, body):
+        with pytest.raises(puter.ServerError, match="unknown format"):
+            puter.credit_from(body)
+
+    def test_the_recorded_usage_report(self):
+        credit = puter.credit_from(recorded_answer("usage")["json"])
+        assert (credit.unit, credit.allowance, credit.used) == ("usd", 0.25, 0.0)
+
+
+class TestModelNames:
+    """A name leads to a model, or to those that are meant."""
+
+    @pytest.mark.parametrize(
+        ("name", "found"),
+        table(
+            ["id", "paid", "paid"],
+            ["alias", "a-free", "a:free"],
+            ["any case", "A:FREE", "a:free"],
+            ["alias in any case", "paid-2", "paid"],
+            ["puter/", "puter/paid", "paid"],
+            ["blanks", " Puter/a-free ", "a:free"],
+        ),
+    )
+    def test_find(self, name, found):
+        assert SMALL_CATALOGUE.find(name).id == SMALL_CATALOGUE.id_of(name) == found
+        assert SMALL_CATALOGUE.get("nobody") is None and SMALL_CATALOGUE.id_of("No") == "No"
+
+    def test_an_id_comes_before_another_models_alias(self):
+        models = puter.ModelList([model("vendor:x", "x"), model("x")])
+        assert models.find("x").id == "x"
+
+    @pytest.mark.parametrize(
+        ("name", "near"),
+        table(
+            ["slip", "claude-opus-45", ("claude-opus-4-5",)],
+            ["other case", "CLAUDE-OPUS-45", ("claude-opus-4-5",)],
+            ["no more free", "openrouter:vendor/big:free", ("openrouter:vendor/big",)],
+            ["without its vendor", "big", ("openrouter:vendor/big",)],
+            ["nothing like it", "zzzzzz", ()],
+            ["empty", "", ()],
+        ),
+    )
+    def test_near_matches(self, name, near):
+        models = [
+            model("claude-opus-4-5", "anthropic/claude-opus-4-5"),
+            model("openrouter:vendor/big"),
+        ]
+        with pytest.raises(puter.ModelNotFoundError) as caught:
+            puter.ModelList(models).find(name)
+        error = caught.value
+        assert error.near == near
+        assert (error.model, error.code) == (name, "model_not_found")
+        assert repr(name) in error.message
+        if name.endswith(":free"):
+            assert f"not free any more: {near[0]} costs credit" in error.hint
+        else:
+            assert f"Did you mean {near[0]}?" in error.hint if near else not error.near
+        assert "python -m puter models" in error.hint
+
+    def test_no_more_than_three_near_matches(self):
+        with pytest.raises(puter.ModelNotFoundError, match=" or ") as caught:
+            puter.ModelList([model(f"model-{n}") for n in range(9)]).find("model")
+        assert len(caught.value.near) == 3
+
+    @pytest.mark.parametrize(
+        ("text", "found"),
+        table(
+            ["nothing", None, ["a:free", "paid", "eyes:free", "blind:free", "small:free"]],
+            ["piece of an id", "BLI", ["blind:free"]],
+            ["piece of an alias", "paid-a", ["paid"]],
+            ["none", "zzz", []],
+        ),
+    )
+    def test_matching_models(self, text, found):
+        assert ids(puter.matching_models(SMALL_CATALOGUE, text)) == found
+
+
+# =============================================================================
+# 7. policies
+# =============================================================================
+def waits(
+    error: puter.PuterError, base_s: float, max_retries: int = 3, enough: int = 1_000
+) -> list[float]:
+    """The waits before each new try while the same error comes back, `enough` at most."""
+    delays: list[float] = []
+    while len(delays) < enough and puter.may_retry(
+        error, len(delays), max_retries, True, sum(delays)
+    ):
+        delays.append(puter.retry_delay_s(error, len(delays) + 1, base_s, rand=lambda: 0.0))
+    return delays
+
+
+# Whom to ask next: the specification of fallback and rotation.
+#
+# The models: `ask` costs money, f1 to f6 are free and say so in their names, s is free by the
+# list alone. f1 to f3 are of one provider, all others of others.
+TARGET_MODELS = puter.ModelList(
+    [
+        model("ask", "ask-alias", provider="x"),
+        *(model(f"f{n}:free", free=True, provider="pppqqq"[n - 1]) for n in range(1, 7)),
+        model("s", free=True, provider="s"),
     ]
+)
+TARGET_FAULTS: dict[str, Callable[[], puter.PuterError]] = {
+    "down": lambda: puter.ModelUnavailableError(""),
+    "limit": lambda: puter.ModelRateLimitError(""),
+    "denied": lambda: puter.ModelAccessError(""),
+    "key": lambda: puter.ProviderAuthError(""),
+    "busy": lambda: puter.RateLimitError(""),
+    "dead": lambda: puter.AuthError(""),
+    "credit": lambda: puter.CreditError(""),
+    "dear": lambda: puter.CreditError("", scope="model"),
+    "long": lambda: puter.ContextLengthError("", tokens=9),
+    "unknown": lambda: puter.ModelNotFoundError(""),
+}
+FIVE_FAIL = "a/f1:key a/f2:key a/f3:key a/f4:key a/f5:key"
+# Accounts, who is on cooldown since second 90 (an account, or a model on it, and why), what was
+# tried, and whom to ask at second 100: "waits" out limits, and not before second "@". More: the
+# asked name, `fallback`, and fields of the world or its settings.
+TARGETS = table(
+    ["nobody is there", "", "", "", None, {}],
+    ["the asked model, on the first account", "ab", "", "", "a/ask", {}],
+    ["on the current one", "ab", "", "", "b/ask", {"current": "b"}],
+    ["the only one waits out limits", "a", "", "", "a/ask waits", {}],
+    # the model is at fault
+    ["its first fallback, on the same account", "ab", "", "a/ask:down", "a/f1", {}],
+    ["its limit", "ab", "", "a/ask:limit", "a/f1", {}],
+    ["not for this account", "ab", "", "a/ask:denied", "a/f1", {}],
+    ["its answer costs more than is left", "ab", "", "a/ask:dear", "a/f1", {}],
+    ["a prompt too long for Puter's limit of it", "ab", "", "a/ask:long", "a/f1", {}],
+    ["the next fallback", "a", "", "a/ask:down a/f1:key", "a/f2 waits", {}],
+    ["a fallback that nobody knows", "ab", "", "a/ask:down a/f1:unknown", "a/f2", {}],
+    ["a provider that refused twice is skipped", "ab", "", "a/ask:limit a/f1:limit a/f2:limit", "a/f4", {}],
+    ["not more than five", "ab", "", f"a/ask:down {FIVE_FAIL}", None, {}],
+    ["late, none is begun", "ab", "", "a/ask:down", None, {"elapsed_s": 121.0}],
+    ["without fallback", "ab", "", "a/ask:down", None, {"fallback": False}],
+    ["an unknown name", "ab", "", "a/ask:unknown", None, {}],
+    ["the user's own list comes first", "ab", "", "a/ask:down", "a/s", {"fallback_models": ("s",)}],
+    # a list that could not be fetched: what it calls free may cost by now
+    ["stale: names that say free", "ab", "", "a/ask:down a/f1:key a/f2:key a/f3:key a/f4:key", "a/f5", {"is_stale": True}],
+    ["stale: no other", "ab", "", "a/ask:down", None, {"is_stale": True, "models": TARGET_MODELS[7:]}],
+    ["fresh: that, too", "ab", "", "a/ask:down", "a/s", {"models": TARGET_MODELS[7:]}],
+    ["stale: the user's own", "ab", "", "a/ask:down", "a/s", {"is_stale": True, "fallback_models": ("s",)}],
+    # the account is at fault
+    ["the next account, asked model first", "ab", "", "a/ask:busy", "b/ask", {}],
+    ["no credit", "ab", "", "a/ask:credit", "b/ask", {}],
+    ["a dead token: the last one waits out limits", "ab", "a:login", "a/ask:dead", "b/ask waits", {}],
+    ["found out at a fallback", "ab", "", "a/ask:down a/f1:busy", "b/ask", {}],
+    ["in order, round the end", "abc", "", "c/ask:busy", "a/ask", {"current": "c"}],
+    ["late: the next account all the same", "ab", "", "a/ask:busy", "b/ask", {"elapsed_s": 121.0}],
+    ["one on cooldown is passed over", "abc", "b:busy", "a/ask:busy", "c/ask", {}],
+    ["nobody has credit", "ab", "", "a/ask:credit b/ask:credit", None, {}],
+    ["one that is gone by now", "ab", "", "z/ask:busy", "a/ask", {}],
+    # from the model to the next account
+    ["another account may use it", "ab", "", f"a/ask:denied {FIVE_FAIL}", "b/ask", {}],
+    ["without fallback, at once", "ab", "", "a/ask:denied", "b/ask", {"fallback": False}],
+    ["what failed by itself is not asked again", "ab", "", "a/ask:denied a/f1:down a/f2:busy b/ask:denied", "b/f2", {}],
+    ["five fallbacks on all accounts together", "ab", "", f"a/ask:denied {FIVE_FAIL} b/ask:denied", None, {}],
+    # cooldowns
+    ["alone, it is asked all the same", "a", "a:busy", "", "a/ask waits", {}],
+    ["so is the last one alive", "ab", "a:busy b:login", "", "a/ask waits", {}],
+    ["nobody is alive: the current one says so", "ab", "a:login b:login", "", "b/ask waits", {"current": "b"}],
+    ["on cooldown for long", "ab", "a:forbidden b:forbidden", "", None, {}],
+    ["the asked model rests: its fallback first", "ab", "a/ask:down", "", "a/f1", {}],
+    ["known by another name", "ab", "a/ask:down", "", "a/f1", {"model": "ask-alias"}],
+    ["on this account only", "ab", "b/ask:down", "", "a/ask", {}],
+    ["without any fallback, despite its rest", "ab", "a/ask:down", "", "a/ask", {"fallback": False}],
+    ["a fallback that rests is skipped", "ab", "a/f1:down", "a/ask:down", "a/f2", {}],
+    # everybody is limited, for seconds
+    ["the first whose window ends, once more", "ab", "a:busy b:busy", "a/ask:busy b/ask:busy", "a/ask waits @100", {}],
+    ["before anybody was asked", "ab", "a:busy b:busy", "", "a/ask waits @100", {}],
+    ["of what was not noted", "ab", "", "a/ask:busy b/ask:busy", "a/ask waits @100.25", {}],
+    ["one that has a fault of its own is not", "ab", "", "a/ask:credit b/ask:busy", "b/ask waits @100.25", {}],
+    ["its fallbacks then", "ab", "", "a/ask:busy b/ask:busy a/ask:down", "a/f1 waits", {}],
+    ["never a third time", "ab", "", "a/ask:busy b/ask:busy a/ask:busy", None, {}],
+    ["nor where it alone was asked", "ab", "b:forbidden", "a/ask:busy a/ask:busy", None, {}],
+    ["nor the last one twice", "ab", "", "a/ask:credit b/ask:busy b/ask:busy", None, {}],
+    ["nor without retries", "ab", "", "a/ask:busy b/ask:busy", None, {"max_retries": 0}],
+)  # fmt: skip
 
 
-def ask(client: puter.Puter, how: str, model: str, **more: Any) -> puter.Reply:
-    """The whole reply, by `chat` or by a stream that is read to its end."""
-    if how == "chat":
-        return client.chat("hi", model=model, **more)
-    with client.stream("hi", model=model, **more) as stream:
-        for _ in stream:
-            pass
-        return stream.reply
-
-
-def text_of_chunks(chunks: list[puter.Chunk]) -> str:
-    """The text of a stream's chunks."""
-    return "".join(map(str, chunks))
-
-
-def calls_of(reply: puter.Reply) -> list[tuple[str, dict[str, Any]]]:
-    """Names and arguments of the tool calls of a reply."""
-    return [(call.name, call.arguments) for call in reply.tool_calls]
-
-
-def event(**given: Any) -> bytes:
-    """An event of an OpenAI stream."""
-    return f"data: {delta(**given)}\n\n".encode()
-
-
-def streams(*chunks: bytes, content_type: str | None = None) -> Script:
-    """A scenario that streams the given chunks and ends as a stream should."""
-
-    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-        handler.begin_stream(content_type)
-        for chunk in chunks:
-            handler.chunk(chunk)
-        handler.end_stream()
+def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
+    """What `next_target` says, in the words of the table."""
+    given = {"model": "ask", "fallback": True, "models": TARGET_MODELS, **given}
+    full = {"busy": "too_many_requests"}
+    cooldowns = []
+    for where, _, why in (word.partition(":") for word in cooled.split()):
+        who, _, name = where.partition("/")
+        name = f"{name}:free" if name.startswith("f") else name
+        cooldowns.append(puter.Cooldown(who, name, 400.0, 1, full.get(why, why), 90.0))
+    attempts = []
+    for where, _, why in (word.partition(":") for word in tried.split()):
+        who, _, name = where.partition("/")
+        name = f"{name}:free" if name.startswith("f") else name
+        attempts.append(attempt(name, who, TARGET_FAULTS[why]()))
+    asked = puter.Asked(given.pop("model"), {}, puter.Needs(), given.pop("fallback"))
+    settings = {k: given.pop(k) for k in ("fallback_models", "max_retries") if k in given}
+    world = puter.World(
+        accounts=[account(name) for name in names],
+        cooldowns=cooldowns,
+        models=puter.ModelList(given.pop("models")),
+        config=puter.Config(folder="/", **settings),
+        now=100.0,
+        **given,
+    )
+    target = puter.next_target(asked, attempts, world)
+    if target is None:
         return None
-
-    return send
-
-
-def silent(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-    """A scenario that never sends a byte."""
-    handler.pause(30.0)
-    return None
+    assert target.is_fallback is (target.model != asked.model)
+    words = f"{target.account.username}/{target.model.removesuffix(':free')}"
+    words += " waits" if target.waits_out_limits else ""
+    return f"{words} @{target.not_before_s:g}" if target.not_before_s else words
 
 
-def stalls(*chunks: bytes) -> Script:
-    """A scenario that streams the given chunks, and then falls silent."""
+class TestPolicies:
+    """The plain functions that decide."""
 
-    def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-        handler.begin_stream()
-        for chunk in chunks:
-            handler.chunk(chunk)
-        return silent(handler, args)
+    # ---- how long, and whether ----
 
-    return send
+    @pytest.mark.parametrize(
+        ("error", "retry", "rand", "delay_s"),
+        table(
+            ["first", puter.ServerError(""), 1, 0.0, 1.0],
+            ["second", puter.ServerError(""), 2, 0.0, 2.0],
+            ["fourth", puter.ServerError(""), 4, 0.0, 8.0],
+            ["shortened by a quarter", puter.ServerError(""), 2, 1.0, 1.5],
+            ["capped", puter.ServerError(""), 10, 0.0, 30.0],
+            ["as often as a limit allows", puter.ServerError(""), 120, 0.0, 30.0],
+            ["the server's word", puter.ServerError("", retry_after_s=7.0), 1, 0.5, 7.0],
+            ["at once", puter.ServerError("", retry_after_s=0.0), 5, 0.0, 0.0],
+            ["not at once", puter.RateLimitError("", retry_after_s=0.0), 5, 0.0, 0.25],
+        ),
+    )
+    def test_retry_delay(self, error, retry, rand, delay_s):
+        assert puter.retry_delay_s(error, retry, 1.0, rand=lambda: rand) == delay_s
+
+    def test_retry_delay_draws_lots_of_its_own(self):
+        assert 0.75 <= puter.retry_delay_s(puter.ServerError(""), 1, 1.0) <= 1.0
+
+    @pytest.mark.parametrize(
+        ("error", "retries", "max_retries", "patient", "waited_s", "again"),
+        table(
+            ["server, last", puter.ServerError(""), 2, 3, False, 0.0, True],
+            ["server, enough", puter.ServerError(""), 3, 3, False, 0.0, False],
+            ["time-out", puter.RequestTimeoutError(""), 0, 3, False, 0.0, True],
+            ["network", puter.NetworkError(""), 0, 3, False, 0.0, True],
+            ["provider down, once", puter.ModelUnavailableError(""), 0, 3, True, 0.0, True],
+            ["provider down, twice", puter.ModelUnavailableError(""), 1, 3, True, 0.0, False],
+            ["stream without a chunk", puter.StreamError(""), 0, 3, True, 0.0, True],
+            ["Puter's own key", puter.ProviderAuthError(""), 0, 3, True, 0.0, False],
+            ["provider's limit", puter.ModelRateLimitError(""), 0, 3, True, 0.0, False],
+            ["wrong request", puter.BadRequestError(""), 0, 3, True, 0.0, False],
+            ["no credit", puter.CreditError(""), 0, 3, True, 0.0, False],
+            ["dead token", puter.AuthError(""), 0, 3, True, 0.0, False],
+            ["limit, alone", puter.RateLimitError(""), 0, 3, True, 0.0, True],
+            ["Retry-After beyond the cap", puter.RateLimitError("", retry_after_s=31), 0, 3, True, 0.0, False],
+            ["Retry-After of the cap", puter.ServerError("", retry_after_s=30), 0, 3, True, 0.0, True],
+            ["billed", puter.RequestTimeoutError("", may_be_billed=True), 0, 3, True, 0.0, False],
+            ["billed, and broken", puter.NetworkError("", may_be_billed=True), 0, 3, True, 0.0, False],
+            ["limit, within the patience", puter.RateLimitError(""), 5, 3, True, 29.9, True],
+            ["limit, after it", puter.RateLimitError(""), 3, 3, True, 30.0, False],
+            ["limit, retries left", puter.RateLimitError(""), 2, 3, True, 60.0, True],
+            ["limit, others there", puter.RateLimitError(""), 0, 3, False, 0.0, False],
+            ["limit, retries off", puter.RateLimitError(""), 0, 0, True, 0.0, False],
+            ["server, not again", puter.ServerError("", is_final=True), 0, 3, True, 0.0, False],
+        ),
+    )  # fmt: skip
+    def test_may_retry(self, error, retries, max_retries, patient, waited_s, again):
+        assert puter.may_retry(error, retries, max_retries, patient, waited_s) is again
+
+    @pytest.mark.parametrize(("retries", "again"), [(0, True), (1, False)])
+    def test_a_stream_that_may_be_billed_is_asked_for_once_more(self, retries, again):
+        error = puter.RequestTimeoutError("", may_be_billed=True)
+        assert puter.may_retry(error, retries, 3, True, 0.0, streaming=True) is again
+
+    def test_the_waits_grow_and_are_longer_than_puters_window(self):
+        assert waits(puter.ServerError(""), 1.0) == [1.0, 2.0, 4.0]
+        # in short waits: a place in the window is free within a second
+        assert waits(puter.RateLimitError(""), 1.0, 1) == [1.0, *[1.5] * 20]
+
+    @pytest.mark.parametrize(
+        ("base_s", "retry_after_s"),
+        [pytest.param(0.0, None, id="no wait set"), pytest.param(1.0, 0.0, id="Retry-After of 0")],
+    )
+    def test_waiting_for_a_limit_ends(self, base_s, retry_after_s):
+        error = puter.RateLimitError("", retry_after_s=retry_after_s)
+        assert len(waits(error, base_s)) < 1_000
+
+    # ---- where to go next ----
+
+    @pytest.mark.parametrize(
+        ("error", "is_fallback", "may_fall_back", "step"),
+        table(
+            ["unknown model", puter.ModelNotFoundError(""), False, True, "next_model"],
+            ["unknown fallback", puter.ModelNotFoundError(""), True, True, "next_model"],
+            ["no credit", puter.CreditError(""), False, True, "next_account"],
+            ["no credit for this answer", puter.CreditError("", scope="model"), False, True, "next_model"],
+            ["too long for Puter", puter.ContextLengthError("", tokens=9), False, True, "next_model"],
+            ["too long, no fallback", puter.ContextLengthError("", tokens=9), False, False, "raise"],
+            ["too long for the provider", puter.ContextLengthError(""), False, True, "raise"],
+            ["not to be asked again", puter.ModelUnavailableError("", is_final=True), False, True, "raise"],
+            ["nor by another account", puter.RateLimitError("", is_final=True), False, True, "raise"],
+            ["model", puter.ModelUnavailableError(""), False, True, "next_model"],
+            ["model's limit", puter.ModelRateLimitError(""), True, True, "next_model"],
+            ["model not for you", puter.ModelAccessError(""), False, True, "next_model"],
+            ["Puter's own key", puter.ProviderAuthError(""), False, True, "next_model"],
+            ["broken before its start", puter.StreamError(""), False, True, "next_model"],
+            ["limit", puter.RateLimitError(""), False, True, "next_account"],
+            ["token", puter.AuthError(""), False, True, "next_account"],
+            ["suspended", puter.AccessError(""), False, True, "next_account"],
+            ["paid endpoint", puter.SubscriptionError(""), False, True, "raise"],
+            ["wrong request", puter.BadRequestError(""), False, True, "raise"],
+            ["wrong request to a fallback", puter.BadRequestError(""), True, True, "next_model"],
+            ["unreadable", puter.ReplyError(""), False, True, "raise"],
+            ["unreadable, of a fallback", puter.ReplyError(""), True, True, "raise"],
+            ["server", puter.ServerError(""), False, True, "raise"],
+            ["time-out", puter.RequestTimeoutError(""), False, True, "raise"],
+            ["network", puter.NetworkError(""), False, True, "raise"],
+            ["worked for", puter.StreamError("", may_be_billed=True), True, True, "raise"],
+        ),
+    )  # fmt: skip
+    def test_next_step(self, error, is_fallback, may_fall_back, step):
+        assert puter.next_step(error, is_fallback, may_fall_back) == step
+
+    @pytest.mark.parametrize(
+        ("failed", "model_id", "worth"),
+        table(
+            ["nothing failed", [], "a", True],
+            ["its own failure, on any account", [("a", puter.ModelUnavailableError)], "a", False],
+            ["not for this account", [("a", puter.ModelAccessError)], "a", True],
+            ["the account's failure", [("a", puter.RateLimitError)], "a", True],
+            ["one limit of its provider", [("b", puter.ModelRateLimitError)], "a", True],
+            ["two", [("b", puter.ModelRateLimitError), ("C", puter.ModelRateLimitError)], "a", False],
+            ["two failures that are none", [("b", puter.ModelUnavailableError)] * 2, "a", True],
+            ["two of another provider", [("x", puter.ModelRateLimitError)] * 2, "a", True],
+            ["two of a model that is not listed", [("z", puter.ModelRateLimitError)] * 2, "a", True],
+        ),
+    )  # fmt: skip
+    def test_is_worth_trying(self, failed, model_id, worth):
+        models = [model(name, provider="one") for name in "abc"] + [model("x", provider="two")]
+        models = puter.ModelList(models)
+        attempts = [attempt(name, "alice", kind("no")) for name, kind in failed]
+        assert puter.is_worth_trying(models.find(model_id), attempts, models) is worth
+
+    @pytest.mark.parametrize(
+        ("asked", "given", "order"),
+        table(
+            ["other free ones", "paid", {"listed": []}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed ones first", "x", {"listed": ["blind:free", "eyes:free"]}, ["blind:free", "eyes:free", "a:free", "small:free"]],
+            ["listed, but not there", "x", {"listed": ["gone"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed by an alias of any case", "x", {"listed": ["A-Free"]}, ["a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed and paid", "x", {"listed": ["Paid-2"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
+            ["listed twice", "x", {"listed": ["paid", "paid-alias"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"]],
+            ["never the asked one", "a:free", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
+            ["nor by its alias", "A-FREE", {"listed": ["a:free"]}, ["eyes:free", "blind:free", "small:free"]],
+            ["none that rests", "x", {"listed": [], "cooled": {"a:free", "small:free"}}, ["eyes:free", "blind:free"]],
+            ["tools", "x", {"listed": [], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
+            ["images", "x", {"listed": [], "needs": puter.Needs(inputs=frozenset({"image"}))}, ["a:free", "eyes:free", "small:free"]],
+            ["room", "x", {"listed": [], "needs": puter.Needs(context=101)}, ["a:free", "eyes:free", "blind:free"]],
+            ["listed ones must be able too", "x", {"listed": ["eyes:free"], "needs": puter.Needs(tools=True)}, ["a:free", "blind:free", "small:free"]],
+            pytest.param("x", {"listed": [], "cooled": {"a-free"}}, ["eyes:free", "blind:free", "small:free"], id="none that rests under an alias"),
+            pytest.param("x", {"listed": ["puter/paid"]}, ["paid", "a:free", "eyes:free", "blind:free", "small:free"], id="listed with puter/ in front"),
+        ),
+    )  # fmt: skip
+    def test_fallback_order(self, asked, given, order):
+        given = {"cooled": (), **given}
+        assert ids(puter.fallback_order(asked, SMALL_CATALOGUE, **given)) == order
+
+    def test_the_built_in_list_costs_nothing(self):
+        first, second = puter.DEFAULT_FALLBACK_MODELS[:2]
+        # What was free when the list was made may cost money by now.
+        models = [model("z:free", free=True), model(first), model(second, free=True)]
+        assert ids(puter.fallback_order("x", puter.ModelList(models), ())) == [second, "z:free"]
+        assert puter.fallback_order("x", puter.ModelList(), (), listed=["a"]) == []
+
+    @pytest.mark.parametrize(
+        ("one", "needs", "able"),
+        table(
+            ["nothing told", model("m"), puter.Needs(True, frozenset({"image"}), 10**9), True],
+            ["tools", model("m", tools=True), puter.Needs(tools=True), True],
+            ["no tools", model("m", tools=False), puter.Needs(tools=True), False],
+            ["sees", model("m", inputs=("text", "image")), puter.Needs(inputs=frozenset({"image"})), True],
+            ["does not see", model("m", provider="xai", inputs=("text",)), puter.Needs(inputs=frozenset({"image"})), False],
+            ["of no known provider", model("m", inputs=("text",)), puter.Needs(inputs=frozenset({"image", "pdf"})), True],
+            *(
+                [f"{provider} reads {kind}", model("m", provider=provider, inputs=("text",)), puter.Needs(inputs=frozenset({kind})), provider in able]
+                for kind, able in (
+                    ("pdf", ("claude", "openai-completion", "azure-openai", *RESPONSES, "openrouter")),
+                    ("web search", ("openai-completion", "azure-openai", *RESPONSES)),
+                    ("puter_path", ("claude",)),
+                )
+                for provider in ("claude", "openai-completion", "azure-openai", *RESPONSES, "openrouter", "gemini", "xai")
+            ),
+            ["sees, reads no PDF", model("m", provider="gemini", inputs=("image",)), puter.Needs(inputs=frozenset({"image", "pdf"})), False],
+            ["just room", model("m", context=11), puter.Needs(context=10), True],
+            ["no room", model("m", context=10), puter.Needs(context=10), False],
+            ["paid: the answer's limit counts", model("m", context=99, max_tokens=10, output_usd_per_million=1.0), puter.Needs(context=10), False],
+            ["paid, just room", model("m", context=99, max_tokens=10, output_usd_per_million=1.0), puter.Needs(context=9), True],
+            ["free: the context counts", model("m", context=99, max_tokens=10, output_usd_per_million=0.0), puter.Needs(context=98), True],
+            ["room of 0 is not told", model("m", context=0), puter.Needs(context=11), True],
+        ),
+    )  # fmt: skip
+    def test_can_do(self, one, needs, able):
+        assert puter.can_do(one, needs) is able
+
+    @pytest.mark.parametrize(
+        ("names", "cooled", "current", "in_turn", "least_used"),
+        table(
+            ["nobody", "", "", None, None, None],
+            ["one", "a", "", None, "a", "a"],
+            ["the current one stays", "abc", "", "b", "b", "b"],
+            ["all are on cooldown", "ab", "ab", "a", None, None],
+            ["the current one is on cooldown", "ab", "b", "b", "a", "a"],
+            ["nobody yet", "abcd", "", None, "a", "c"],
+            ["after the first", "abcd", "a", "a", "b", "c"],
+            ["after the last", "abcd", "d", "d", "a", "c"],
+            ["over one on cooldown", "abcd", "abc", "a", "d", "d"],
+            ["round the end", "abcd", "cd", "c", "a", "b"],
+            ["after one that is gone", "abcd", "", "z", "a", "c"],
+        ),
+    )
+    def test_next_account(self, names, cooled, current, in_turn, least_used):
+        # c was never used: its turn comes first.
+        used_ms = {"a": 400, "b": 200, "c": None, "d": 300}
+        accounts = [account(name, used_ms[name]) for name in names]
+        for strategy, name in (("round-robin", in_turn), ("least-recently-used", least_used)):
+            one = puter.next_account(accounts, cooled, strategy, current)
+            assert (one and one.username) == name
+
+    @pytest.mark.parametrize(("names", "cooled", "tried", "target", "given"), TARGETS)
+    def test_next_target(self, names, cooled, tried, target, given):
+        assert next_of(names, cooled, tried, given) == target
+
+    def test_a_call_ends_whatever_fails(self):
+        """However it goes, everybody together is asked some twenty times, never for ever."""
+        rand = random.Random(5)
+        for _ in range(300):
+            names = "abc"[: rand.randint(1, 3)]
+            kinds = ["busy", "forbidden", "login"]
+            cooled = " ".join(f"{n}:{rand.choice(kinds)}" for n in names if rand.random() < 0.4)
+            tried: list[str] = []
+            while (found := next_of(names, cooled, " ".join(tried), {})) is not None:
+                tried.append(
+                    f"{found.split()[0]}:{rand.choice([*set(TARGET_FAULTS) - {'unknown'}])}"
+                )
+                assert len(tried) < 30, (names, cooled, tried)
+
+    @pytest.mark.parametrize(
+        ("strikes", "times"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (99, 4)]
+    )
+    def test_cooldown(self, strikes, times):
+        assert puter.cooldown_s(strikes, 300.0) == 300.0 * times
 
 
-def refusing(status: int, code: str, message: str = "no") -> Raw:
-    """An error of the server."""
-    return Raw({"code": code, "message": message, "error": message}, status)
-
-
-def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Starts the work in a thread; its value, or the error that it raised, comes into a list."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # noqa: BLE001 (handed over)
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, outcome
-
-
-def opening(
-    client: puter.Puter, model: str, **more: Any
-) -> tuple[Any, threading.Thread, list[Any]]:
-    """A stream that another thread opens: what gives it up, the thread, and its outcome."""
-    call = puter._InFlight()
-    request = client._build_request("hi", model, **more)
-    return (call, *in_background(lambda: client._open(request, call)))
-
-
-@pytest.fixture
-def move_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the clock forward by so many seconds."""
-    real, moved = time.time, [0.0]
-
-    def move(seconds: float) -> None:
-        moved[0] += seconds
-
-    monkeypatch.setattr(puter.time, "time", lambda: real() + moved[0])
-    return move
-
-
-@pytest.fixture
-def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puter's limit of requests lasts half a second, and is hardly waited for."""
-    for name, seconds in {"WINDOW": 0.5, "PAUSE": 0.01, "PATIENCE": 0.0}.items():
-        monkeypatch.setattr(puter, f"RATE_{name}_S", seconds)
-
-
-@contextmanager
-def raw_server(serve: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[str]:
-    """A server that knows no HTTP: `serve` gets each connection; gives the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family)
-    kept: list[socket.socket] = []
-
-    def run(connection: socket.socket) -> None:
-        with suppress(OSError):
-            serve(connection)
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                kept.append(connection)
-                threading.Thread(target=run, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        named = f"[{host}]" if ":" in host else host
-        yield f"http://{named}:{listener.getsockname()[1]}"
-    finally:
-        for one in (listener, *kept):
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-
-def reset_when_closed(connection: socket.socket) -> None:
-    """Lets the other side see a reset, as from a machine that knows nothing of it any more."""
-    linger = struct.pack("ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
-def sit_down(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
-    """Somebody sits at the terminal, and answers what is asked."""
-    monkeypatch.setattr(puter, "_is_interactive", lambda: True)
-    monkeypatch.setattr(builtins, "input", answer)
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The messages of the log."""
-    return [record.getMessage() for record in caplog.records if record.name == "puter"]
-
-
+# =============================================================================
+# 8. transport
+# =============================================================================
 def count_connections(fake: FakePuter) -> Callable[[], int]:
     """Counts the connections that clients open from now on."""
     opened: list[Any] = []
@@ -8620,89 +9344,11 @@ def count_connections(fake: FakePuter) -> Callable[[], int]:
     return lambda: len(opened)
 
 
-# What each scenario must come to: for a whole reply, and for a stream of it. A value is what
-# is special about the reply; an error is its kind and how many requests it takes when two
-# retries are allowed.
-PLAIN: dict[str, Any] = {"text": SENTENCE, "finish_reason": "stop"}
-GOOD: dict[str, dict[str, Any]] = {
-    "text": {"usage": puter.Usage(11, 22, 0, 33, 0.000055)},
-    "reason": {"reasoning": "thinking..."},
-    "empty": {"text": ""},
-    "length": {"finish_reason": "length"},
-    "refusal": {},
-    "tools": {"text": "", "finish_reason": "tool_calls"},
-    "twotools": {"text": "", "finish_reason": "tool_calls"},
-    "vision": {"text": 'parts: ["text"]'},
-    "midfail": {},
-    "cut": {},
-    "nousage": {"usage": puter.Usage()},
-    "slow": {},
-    "long": {"text": " ".join(f"word{number}" for number in range(2000))},
-    "fake": {"text": LOREM},
-    "brain": {"text": "Hello from the stub model."},
-    "halfline": {},
-    "nousageline": {},
-    "flaky": {},
-    "anthropic": {"finish_reason": "tool_calls"},
-    "openaiusage": {"usage": puter.Usage(11, 22, 5, 38, 0.0001)},
-    "unicode": {"text": ODD_TEXT},
-    "echo": {"text": "hi"},
-    "extra": {"text": "", "finish_reason": "tool_calls"},
-    "draw": {"text": "", "images": (puter.Picture(PNG),)},
-}
-PARIS = ("get_weather", {"city": "Paris"})
-CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "tools": [PARIS],
-    "twotools": [PARIS, ("get_time", {"tz": "CET"})],
-    "anthropic": [PARIS],
-    "extra": [PARIS],
-}
-BAD: dict[str, tuple[type[puter.PuterError], int]] = {
-    "err400": (puter.BadRequestError, 1),
-    "err401": (puter.ProviderAuthError, 1),
-    "err403": (puter.ProviderAuthError, 1),
-    "err429": (puter.ModelRateLimitError, 1),
-    "err500": (puter.ModelUnavailableError, 2),
-    "err529": (puter.ModelUnavailableError, 2),
-    "hang": (puter.RequestTimeoutError, 1),
-    "closed": (puter.ReplyError, 1),
-    "badjson": (puter.ReplyError, 1),
-    "html": (puter.ServerError, 3),
-    "notjson": (puter.ReplyError, 1),
-    "busy503": (puter.ServerError, 2),
-    "internal": (puter.ServerError, 3),
-    "denied": (puter.ModelAccessError, 1),
-    "oldfail": (puter.ModelAccessError, 1),
-    "blocked": (puter.BadRequestError, 1),
-    "badargs": (puter.ReplyError, 1),
-}
-# A stream differs: no finish reason but what the calls tell, and one call of two.
-BROKEN_STREAMS = {
-    "midfail": "The quick brown fox — ",
-    "cut": "The quick brown fox — ",
-    "closed": None,
-    "halfline": SENTENCE.removesuffix("line."),
-    "nousageline": SENTENCE,
-    "blocked": LOREM,
-}
-
-GOOD_STREAMED: dict[str, dict[str, Any]] = {
-    **{name: GOOD[name] for name in GOOD if name not in BROKEN_STREAMS},
-    "length": {},
-}
 BAD_CASES = [("chat", name) for name in BAD] + [
     ("stream", name) for name in BAD if name not in {**GOOD_STREAMED, **BROKEN_STREAMS}
 ]
 
 
-def check_reply(reply: puter.Reply, want: Mapping[str, Any]) -> None:
-    """Compares the fields of a reply that a table names."""
-    assert {name: getattr(reply, name) for name in want} == want
-
-
-# =============================================================================
-# Transport
-# =============================================================================
 class TestTransport:
     """The road to the server: every way in which it can fail has a kind and a text."""
 
@@ -9034,12 +9680,6 @@ class TestTransport:
         assert fake.requests[0].token == "token-alice"
 
 
-# =============================================================================
-# Faults of the wire
-# =============================================================================
-WIRE_TEXT = "Hello there"
-
-
 def wire_parts(how: str) -> tuple[bytes, list[bytes]]:
     """An answer byte by byte: its head, and its body in the pieces of HTTP, the empty one last."""
     if how == "chat":
@@ -9057,22 +9697,6 @@ def wire_parts(how: str) -> tuple[bytes, list[bytes]]:
     return head.encode(), [*pieces, b"0\r\n\r\n"]
 
 
-def read_request(connection: socket.socket, late_s: float = 0.0) -> bytes:
-    """The head of a request, once its body has come, too; a long one is read `late_s` later."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        if not (got := connection.recv(65_536)):
-            raise ConnectionAbortedError("the client has gone away")
-        data += got
-    head, body = data.split(b"\r\n\r\n", 1)
-    length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
-    time.sleep(late_s if length > 1_000_000 else 0)
-    missing = length - len(body)
-    while missing > 0:
-        missing -= len(connection.recv(65_536))
-    return head
-
-
 @contextmanager
 def client_of(sent: bytes, host: str = "127.0.0.1") -> Iterator[puter.Puter]:
     """A client of a server that answers every request with these bytes."""
@@ -9083,16 +9707,6 @@ def client_of(sent: bytes, host: str = "127.0.0.1") -> Iterator[puter.Puter]:
 
     with raw_server(serve, host) as url, puter.Puter("t", api_base_url=url) as client:
         yield client
-
-
-def hang_up(connection: socket.socket, how: str) -> None:
-    """Ends a connection in order ("closed"), or as a machine that knows nothing of it ("reset")."""
-    if how == "reset":
-        time.sleep(0.02)  # what was sent before is read first
-        reset_when_closed(connection)
-        connection.close()
-    else:
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 class TestFaults:
@@ -9297,135 +9911,24 @@ class TestFaults:
         assert [rest.account for rest in client.cooldowns()] == ["bob"]
 
 
-def press_ctrl_c() -> None:
-    """What the main thread is told when a person stops it, a moment from now."""
-    time.sleep(0.05)  # until it waits
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-# Where a Ctrl-C comes: before the head, behind it, after a line, within one, before the end.
-STAGES = ["no head", "no body", "a line", "half a line", "no end"]
-
-
-@posix_only
-class TestInterrupts:
-    """Ctrl-C, wherever a call is: nothing of it is left, and the client goes on."""
-
-    @staticmethod
-    def pressing(stage: str) -> Script:
-        """A scenario that presses Ctrl-C at a stage of its answer, and then says no more."""
-
-        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            words = stream_line("text", text="one")
-            parts = {
-                "a line": words,
-                "half a line": words + b'{"type": "te',
-                "no end": words + stream_line("usage", usage=USAGE),
-            }
-            if stage != "no head":
-                handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
-            if stage in parts:
-                handler.chunk(parts[stage])
-            press_ctrl_c()
-            handler.pause(5)
-            return None
-
-        return send
-
-    @staticmethod
-    def assert_nothing_is_left(client: puter.Puter, fake: FakePuter) -> None:
-        """No socket is open, no place is taken, no lock is held: the same client goes on."""
-        gc.collect()  # closes what was put back into the pool of a closed session
-        assert fake._server is not None
-        assert eventually(lambda: not fake._server.connections)  # type: ignore[union-attr]
-        assert eventually(lambda: fake.open_streams == 0)
-        assert running_on(client) == 0
-        thread, outcome = in_background(lambda: ask(client, "stream", lab("text")).text)
-        thread.join(5)
-        assert outcome == [SENTENCE]
-
-    @pytest.mark.parametrize("stage", STAGES)
-    @pytest.mark.parametrize("how", ["chat", "stream", "with"])
-    def test_while_it_waits(self, make, fake, how, stage):
-        client = make(max_concurrent=1)
-        fake.script[lab("echo")] = self.pressing(stage)
-        with pytest.raises(KeyboardInterrupt):
-            if how == "chat":
-                client.chat("hi", model=lab("echo"))
-            elif how == "with":
-                ask(client, "stream", lab("echo"))
-            else:
-                for _ in client.stream("hi", model=lab("echo")):
-                    pass
-        # A stream without `with` ends when nobody has it any more.
-        self.assert_nothing_is_left(client, fake)
-
-    def test_between_two_tries(self, make, fake):
-        client = make(retry_delay_ms=5_000)
-
-        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
-            in_background(press_ctrl_c)
-            return Raw({"code": "internal_error", "message": "no"}, 500)
-
-        fake.script[lab("echo")] = send
-        with pytest.raises(KeyboardInterrupt):
-            client.chat("hi", model=lab("echo"))
-        client._transport.close()  # the connection was kept, for it was good
-        self.assert_nothing_is_left(client, fake)
-
-    def test_before_the_gate(self, make, fake):
-        client = make(max_concurrent=1)
-        with client.stream("hi", model=lab("slow")) as running:
-            next(running)
-            in_background(press_ctrl_c)
-            with pytest.raises(KeyboardInterrupt):
-                client.chat("hi", model=lab("text"))
-            assert running_on(client) == 1
-        self.assert_nothing_is_left(client, fake)
-
-    def test_while_the_state_waits_for_others(self, state):
-        assert state.cooldowns(1.0) == []
-        other = sqlite3.connect(state.path, isolation_level=None, check_same_thread=False)
-        other.execute("BEGIN IMMEDIATE")
-        in_background(press_ctrl_c)
-        in_background(lambda: (time.sleep(0.3), other.execute("COMMIT")))
-        with pytest.raises(KeyboardInterrupt):
-            state.add_cooldown("alice", "", MINUTE_S, "busy", 0.0)
-        assert state._db is not None and not state._db.in_transaction
-        state.add_cooldown("bob", "", MINUTE_S, "busy", 0.0)
-        other.close()
-        again = puter.State(state.path)
-        assert [rest.account for rest in again.cooldowns(1.0)] == ["bob"]
-        again.close()
-
-    @pytest.mark.parametrize("stage", ["store", "state"])
-    def test_while_a_file_is_written(self, make, home, monkeypatch, stage):
-        client = make("alice", "bob")
-        write = {
-            "store": lambda: client.store.switch("bob"),
-            "state": lambda: client.state.add_cooldown("bob", "", MINUTE_S, "busy", 0.0),
-        }[stage]
-
-        def press(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            if stage == "store":
-                patch.setattr(os, "replace", press)
-            else:
-                patch.setattr(puter, "Cooldown", press)
-            with pytest.raises(KeyboardInterrupt):
-                write()
-        thread, outcome = in_background(write)
-        thread.join(5)
-        assert len(outcome) == 1 and not isinstance(outcome[0], BaseException)
-        assert [a.username for a in client.store.accounts()] == ["alice", "bob"]
-        assert not list(home.glob("*.part*")) and not list(home.glob(".puter*"))
-
-
 # =============================================================================
-# chat
+# 9. Puter
 # =============================================================================
+# ---- whole replies and streams ----
+
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages of the log."""
+    return [record.getMessage() for record in caplog.records if record.name == "puter"]
+
+
+def get_weather(city: str) -> str:
+    """The weather of a city."""
+    return f"sunny in {city}"
+
+
 class TestChat:
     """A question and its whole answer: what is sent, retried and told."""
 
@@ -9719,9 +10222,15 @@ class TestChat:
         assert all(int(number) <= int(count) for number, count in numbers)
 
 
-# =============================================================================
-# Streams
-# =============================================================================
+def opening(
+    client: puter.Puter, model: str, **more: Any
+) -> tuple[Any, threading.Thread, list[Any]]:
+    """A stream that another thread opens: what gives it up, the thread, and its outcome."""
+    call = puter._InFlight()
+    request = client._build_request("hi", model, **more)
+    return (call, *in_background(lambda: client._open(request, call)))
+
+
 def stepwise(
     pieces: list[bytes], framing: str, steps: threading.Semaphore, content_type: str
 ) -> Script:
@@ -10052,9 +10561,6 @@ class TestStream:
         assert calls_of(stream.reply) == CALLS["twotools"]
 
 
-# =============================================================================
-# An OpenAI-compatible base
-# =============================================================================
 def sse(*chunks: bytes, done: bool = True) -> Script:
     """A stream of Server-Sent Events."""
     return streams(*chunks, *([b"data: [DONE]\n\n"] if done else []), content_type=SSE_TYPE)
@@ -10217,25 +10723,154 @@ class TestApiStyleOpenAI:
         assert [one.token for one in fake.requests] == ["gateway-key"] * 2
 
 
-# =============================================================================
-# The walk over models and accounts
-# =============================================================================
-def prepare(fake: FakePuter, faults: Mapping[str, Any]) -> None:
-    """Lets accounts (by name) and models (by the name of their scenario, or F1…) fail."""
-    for name, wanted in faults.items():
-        fault = list(wanted) if isinstance(wanted, list) else wanted  # it is used up
-        account = fake.accounts.get(f"token-{name}")
-        if account is None:
-            number = int(name[1:]) if re.fullmatch(r"F\d", name) else 0
-            fake.script[FREE[number - 1] if number else lab(name)] = fault
-        elif fault == "dead":
-            account.dead = True
-        elif fault == "no credit":
-            account.credit_microcents = 0
-        elif fault == "limited":
-            account.error = (429, {"code": "too_many_requests", "message": "Slow"})
-        else:
-            account.error = (403, {"code": fault, "message": "no"})
+def press_ctrl_c() -> None:
+    """What the main thread is told when a person stops it, a moment from now."""
+    time.sleep(0.05)  # until it waits
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# Where a Ctrl-C comes: before the head, behind it, after a line, within one, before the end.
+STAGES = ["no head", "no body", "a line", "half a line", "no end"]
+
+
+@posix_only
+class TestInterrupts:
+    """Ctrl-C, wherever a call is: nothing of it is left, and the client goes on."""
+
+    @staticmethod
+    def pressing(stage: str) -> Script:
+        """A scenario that presses Ctrl-C at a stage of its answer, and then says no more."""
+
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            words = stream_line("text", text="one")
+            parts = {
+                "a line": words,
+                "half a line": words + b'{"type": "te',
+                "no end": words + stream_line("usage", usage=USAGE),
+            }
+            if stage != "no head":
+                handler.begin_stream(NDJSON_TYPE if args.get("stream") else JSON_TYPE)
+            if stage in parts:
+                handler.chunk(parts[stage])
+            press_ctrl_c()
+            handler.pause(5)
+            return None
+
+        return send
+
+    @staticmethod
+    def assert_nothing_is_left(client: puter.Puter, fake: FakePuter) -> None:
+        """No socket is open, no place is taken, no lock is held: the same client goes on."""
+        gc.collect()  # closes what was put back into the pool of a closed session
+        assert fake._server is not None
+        assert eventually(lambda: not fake._server.connections)  # type: ignore[union-attr]
+        assert eventually(lambda: fake.open_streams == 0)
+        assert running_on(client) == 0
+        thread, outcome = in_background(lambda: ask(client, "stream", lab("text")).text)
+        thread.join(5)
+        assert outcome == [SENTENCE]
+
+    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("how", ["chat", "stream", "with"])
+    def test_while_it_waits(self, make, fake, how, stage):
+        client = make(max_concurrent=1)
+        fake.script[lab("echo")] = self.pressing(stage)
+        with pytest.raises(KeyboardInterrupt):
+            if how == "chat":
+                client.chat("hi", model=lab("echo"))
+            elif how == "with":
+                ask(client, "stream", lab("echo"))
+            else:
+                for _ in client.stream("hi", model=lab("echo")):
+                    pass
+        # A stream without `with` ends when nobody has it any more.
+        self.assert_nothing_is_left(client, fake)
+
+    def test_between_two_tries(self, make, fake):
+        client = make(retry_delay_ms=5_000)
+
+        def send(handler: FakeHandler, args: dict[str, Any]) -> Answer:
+            in_background(press_ctrl_c)
+            return Raw({"code": "internal_error", "message": "no"}, 500)
+
+        fake.script[lab("echo")] = send
+        with pytest.raises(KeyboardInterrupt):
+            client.chat("hi", model=lab("echo"))
+        client._transport.close()  # the connection was kept, for it was good
+        self.assert_nothing_is_left(client, fake)
+
+    def test_before_the_gate(self, make, fake):
+        client = make(max_concurrent=1)
+        with client.stream("hi", model=lab("slow")) as running:
+            next(running)
+            in_background(press_ctrl_c)
+            with pytest.raises(KeyboardInterrupt):
+                client.chat("hi", model=lab("text"))
+            assert running_on(client) == 1
+        self.assert_nothing_is_left(client, fake)
+
+    def test_while_the_state_waits_for_others(self, state):
+        assert state.cooldowns(1.0) == []
+        other = sqlite3.connect(state.path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        in_background(press_ctrl_c)
+        in_background(lambda: (time.sleep(0.3), other.execute("COMMIT")))
+        with pytest.raises(KeyboardInterrupt):
+            state.add_cooldown("alice", "", MINUTE_S, "busy", 0.0)
+        assert state._db is not None and not state._db.in_transaction
+        state.add_cooldown("bob", "", MINUTE_S, "busy", 0.0)
+        other.close()
+        again = puter.State(state.path)
+        assert [rest.account for rest in again.cooldowns(1.0)] == ["bob"]
+        again.close()
+
+    @pytest.mark.parametrize("stage", ["store", "state"])
+    def test_while_a_file_is_written(self, make, home, monkeypatch, stage):
+        client = make("alice", "bob")
+        write = {
+            "store": lambda: client.store.switch("bob"),
+            "state": lambda: client.state.add_cooldown("bob", "", MINUTE_S, "busy", 0.0),
+        }[stage]
+
+        def press(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if stage == "store":
+                patch.setattr(os, "replace", press)
+            else:
+                patch.setattr(puter, "Cooldown", press)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        thread, outcome = in_background(write)
+        thread.join(5)
+        assert len(outcome) == 1 and not isinstance(outcome[0], BaseException)
+        assert [a.username for a in client.store.accounts()] == ["alice", "bob"]
+        assert not list(home.glob("*.part*")) and not list(home.glob(".puter*"))
+
+
+# ---- whom to ask ----
+
+NO_MODEL = (400, {"code": "bad_request", "message": "Model not found: x"})
+
+
+@pytest.fixture
+def move_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the clock forward by so many seconds."""
+    real, moved = time.time, [0.0]
+
+    def move(seconds: float) -> None:
+        moved[0] += seconds
+
+    monkeypatch.setattr(puter.time, "time", lambda: real() + moved[0])
+    return move
+
+
+@pytest.fixture
+def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puter's limit of requests lasts half a second, and is hardly waited for."""
+    for name, seconds in {"WINDOW": 0.5, "PAUSE": 0.01, "PATIENCE": 0.0}.items():
+        monkeypatch.setattr(puter, f"RATE_{name}_S", seconds)
 
 
 ALL_FREE_FAIL = {f"F{number}": "err401" for number in range(1, 6)}
@@ -10668,9 +11303,6 @@ class TestWalk:
         assert len(warnings) == 1
 
 
-# =============================================================================
-# The gate
-# =============================================================================
 class TestGate:
     """So many requests at once and no more."""
 
@@ -10742,10 +11374,639 @@ class TestGate:
             assert client.cooldowns() == []
 
 
-# =============================================================================
-# The catalogue, the account
-# =============================================================================
-DETAILS = "/puterai/chat/models/details"
+LONG_PROMPT = "word " * 20_000
+
+
+class TestCreditGate:
+    """402, which is not always about credit."""
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_a_prompt_too_long_for_puter(self, make, fake, how):
+        client = make("alice", "bob")
+        ask_it = getattr(client, how)
+        with pytest.raises(puter.ContextLengthError) as caught:
+            ask_it(LONG_PROMPT, model=GPT, fallback=False)
+        error = caught.value
+        assert (error.code, error.limit, error.param) == (
+            "context_length_exceeded",
+            16_384,
+            "messages",
+        )
+        assert error.tokens == puter.estimated_tokens([user(LONG_PROMPT)]) > 16_384
+        assert f"about {error.tokens:,} tokens" in error.message and "16,384" in error.message
+        assert "Models that do: openrouter:" in error.hint
+        assert told(fake) == ["alice gpt-4o"] and client.cooldowns() == []
+        answer = ask_it(LONG_PROMPT, model=GPT)
+        assert "".join(map(str, answer)) == SENTENCE if how == "stream" else answer.text == SENTENCE
+        assert answer.model == FREE[0]
+        assert client.cooldowns() == []
+
+    def test_the_server_is_asked_first(self, make, fake):
+        # Its rule may change.
+        make()._catalogue.models_if_any("")
+        gpt = next(m for m in fake.catalogue if m["id"] == GPT)
+        client = make()
+        client.models(refresh=True)
+        gpt["max_tokens"] = 10**6
+        assert client.chat(LONG_PROMPT, model=GPT).model == GPT
+
+    def test_others_in_flight(self, make, fake):
+        """A request that runs holds what it can cost at worst: the refused one is asked again."""
+        alice = fake.add_account("alice", reserves=True, credit_microcents=4_000_000)
+        client = make()
+        with client.stream("hi", model=lab("slow")) as running:
+            next(running)
+            alice.credit_microcents = 3_276_800
+            thread, outcome = in_background(lambda: client.chat("hi", model=lab("text")))
+            assert eventually(lambda: len(fake.chat_calls()) == 2)
+            time.sleep(0.05)
+            assert not outcome
+            list(running)
+        thread.join(5)
+        assert outcome[0].text == SENTENCE
+        assert told(fake) == ["alice slow", "alice text", "alice text"]
+        assert len(outcome[0].attempts) == 1 and client.cooldowns() == []
+
+    @pytest.mark.parametrize("fallback", [False, True])
+    def test_too_dear_for_what_is_left(self, make, fake, fallback):
+        client = make("alice", "bob", account_rotation_enabled=False)
+        fake.accounts["token-alice"].credit_microcents = 100
+        if fallback:
+            assert client.chat("hi", model=OPUS).model == FREE[0]
+        else:
+            with pytest.raises(puter.CreditError, match=r"more than the \$0\.0000 left") as caught:
+                client.chat("hi", model=OPUS, fallback=False)
+            assert (caught.value.scope, caught.value.code) == ("model", "insufficient_funds")
+            assert "max_tokens" in caught.value.hint
+        assert client.cooldowns() == []
+
+    def test_nothing_left(self, make, fake):
+        client = make(*TWO)
+        for account in fake.accounts.values():
+            account.credit_microcents = 0
+        with pytest.raises(puter.CreditError) as caught:
+            client.chat("hi", model=OPUS)
+        assert caught.value.scope == "account" and "free" not in str(caught.value)
+        assert fake.chat_calls() == [(name, OPUS) for name in TWO]  # and no free model
+        resting = [(c.account, c.model, c.reason) for c in client.cooldowns()]
+        assert resting == [(name, "", "insufficient_funds") for name in TWO]
+
+    def test_what_is_left_cannot_be_known(self, make, fake):
+        client = make(max_retries=0)
+        fake.accounts["token-alice"].credit_microcents = 0
+        fake.routes["GET", "/metering/usage"] = refuses(500, "internal_error", "down")
+        with pytest.raises(puter.CreditError, match="more than is left .down") as caught:
+            client.chat("hi", model=OPUS, fallback=False)
+        assert caught.value.scope == "model" and client.cooldowns() == []
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_each_dialects_words(self, serve, make, fake, stream):
+        server = serve(make(fallback_enabled=False))
+        tokens = puter.estimated_tokens([user(LONG_PROMPT)])
+        asked: Any = {"model": GPT, "stream": stream}
+        told = post_to(server, {**asked, "messages": [user(LONG_PROMPT)]})
+        assert (told.status_code, error_of(told)["code"]) == (400, "context_length_exceeded")
+        assert error_of(told)["param"] == "messages"
+        with sdk(server) as client, pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(**asked, input=LONG_PROMPT)
+        assert refused.value.code == "context_length_exceeded"
+        with claude(server) as client, pytest.raises(anthropic.BadRequestError) as refused:
+            client.messages.create(**asked, max_tokens=9, messages=[user(LONG_PROMPT)])
+        words = f"prompt is too long: {tokens} tokens > 16384 maximum"
+        assert refused.value.body["error"]["message"] == words
+
+    def test_the_window_that_agents_learn(self, server, fake):
+        models = {m["id"]: m for m in get_from(server, "/v1/models").json()["data"]}
+        windows = {GPT: 16_384, OPUS: 64_000, FREE[3]: 128_000}
+        assert {name: models[name]["context_length"] for name in windows} == windows
+        assert models[OPUS]["max_completion_tokens"] == 64_000
+
+
+# ---- each kind of provider ----
+
+
+def history_of(body: JSON) -> list[JSON]:
+    """The history in a request to a model's provider, Anthropic's system text first."""
+    return body["input"] if "input" in body else [{"system": body.get("system")}, *body["messages"]]
+
+
+def arrived(fake: FakePuter) -> list[JSON]:
+    """The history of the last request that reached a model's provider."""
+    return history_of(fake.sent[-1])
+
+
+def as_arrived(form: str, messages: Sequence[JSON]) -> list[JSON]:
+    """What arrives of messages that are sent so."""
+    asked = BY_NAME[MODEL_OF[form]]
+    args = {"messages": normalised(messages), "tools": []}
+    *_, body = FORMS[form_of(asked, {})].sent(asked, args)
+    return history_of(body)
+
+
+def thoughtful(handler: FakeHandler, args: JSON) -> Answer:
+    """Thinks, calls a tool, and talks once the history holds the result."""
+    if tool_results(args):
+        return Turn(SENTENCE, ("hm",))
+    return Turn("So:", ("hm",), calls=(WEATHER_CALL,), finish="tool_calls")
+
+
+class TestProviders:
+    """What arrives at each kind of provider through the whole client, and what comes back.
+
+    FakePuter refuses what their vendors refuse.
+    """
+
+    @pytest.mark.parametrize(
+        ("messages", "form", "want"),
+        [
+            pytest.param(messages, form, want.get(form, want["chat"]), id=f"{name}-{form}")
+            for name, messages, want in BY_FORM
+            for form in MODEL_OF
+            if form == "claude" or name != "stored PDF"
+        ],
+    )
+    def test_what_arrives(self, make, fake, messages, form, want):
+        reply = make().chat(messages, model=MODEL_OF[form], fallback=False)
+        assert (reply.text, len(reply.attempts)) == (SENTENCE, 1)
+        assert arrived(fake) == as_arrived(form, want)
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_halves_of_an_emoji_become_a_mark(self, make, fake, form):
+        calls = [
+            tool_call("1", "f", '{"a": "\\ud83e"}'),
+            tool_call("2", "f", '{"a": "\\ud83e\\udd8a"}'),
+        ]
+        history = [user("a\ud83e"), assistant(None, *calls), result("1", "\udd8ab"), result("2")]
+        make().chat(history, model=MODEL_OF[form], tools=[WEATHER])
+        told = compact(arrived(fake))
+        assert (
+            "a\ufffd" in told and "\ufffdb" in told and "🦊" in told.replace("\\ud83e\\udd8a", "🦊")
+        )
+        assert not re.search(r"[\ud800-\udfff]|\\ud83e(?!\\udd8a)", told)
+
+    @pytest.mark.parametrize(
+        ("form", "args", "want"),
+        [
+            ("claude", {"max_tokens": 9_000, "reasoning_effort": "high"}, {"thinking": {"type": "enabled", "budget_tokens": 8_192}}),
+            ("claude", {}, {"temperature": 1}),
+            ("responses", {"reasoning_effort": "high"}, {"reasoning": {"effort": "high"}}),
+            ("responses", {"verbosity": "low"}, {"text": {"verbosity": "low"}}),
+            ("responses", {"response_format": {"type": "json_schema", "json_schema": {"name": "s"}}}, {"text": {"format": {"type": "json_schema", "name": "s"}}}),
+            ("responses", {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, {"tool_choice": {"type": "function", "name": "get_weather"}}),
+            ("chat", {"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ],
+    )  # fmt: skip
+    def test_the_arguments_arrive(self, make, fake, form, args, want):
+        make().chat("hi", model=MODEL_OF[form], **args)
+        assert fake.sent[-1].items() >= want.items()
+
+    @pytest.mark.parametrize("how", ["run", "conversation"])
+    def test_signed_thinking_goes_back(self, make, fake, how):
+        # Anthropic refuses the next round of a turn that does not begin with it.
+        fake.script[HAIKU] = thoughtful
+        more: Any = {"model": HAIKU, "reasoning_effort": "low", "max_tokens": 4_000}
+        if how == "run":
+            reply = make().run("Paris?", [get_weather], **more)
+        else:
+            talk = make().conversation(tools=[get_weather], model=HAIKU)
+            reply = talk.say("Paris?", reasoning_effort="low", max_tokens=4_000)
+        assert reply.text == SENTENCE and len(fake.sent) == 2
+        assert fake.sent[1]["thinking"]["type"] == "enabled"
+        first, *_ = arrived(fake)[2]["content"]
+        assert first == {"type": "thinking", "thinking": "hm", "signature": "sig"}
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_streams_with_tools(self, make, fake, form):
+        """They are live where no call is lost, and whole elsewhere; a turn has all its calls."""
+        fake.script[MODEL_OF[form]] = "twotools"
+        with make().stream("hi", model=MODEL_OF[form], tools=[WEATHER]) as stream:
+            calls = [chunk.tool_call.name for chunk in stream if chunk.tool_call]
+        assert calls == ["get_weather", "get_time"]
+        is_live = "stream" in chats(fake)[-1]
+        assert is_live is (form in ("claude", "responses"))
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize(
+        ("scenario", "kind"),
+        [(name, kind) for name, (kind, _) in BAD.items() if re.fullmatch(r"err\d+", name)],
+    )
+    def test_failures_of_claude(self, make, fake, how, scenario, kind):
+        fake.script[HAIKU] = scenario
+        client = make(max_retries=0)
+        with pytest.raises(kind) as caught:
+            ask(client, how, HAIKU, fallback=False)
+        assert type(caught.value) is kind
+        assert f"scripted {scenario[3:]}" in caught.value.message
+        if kind is puter.BadRequestError:
+            with pytest.raises(kind):
+                ask(client, how, HAIKU)
+        else:
+            assert ask(client, how, HAIKU).model == FREE[0]
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_a_failure_in_the_middle(self, make, fake, form):
+        fake.script[MODEL_OF[form]] = "midfail"
+        with pytest.raises(puter.StreamError) as caught:
+            ask(make(), "stream", MODEL_OF[form])
+        words = "terminated" if form == "responses" else "scripted mid-stream failure"
+        assert caught.value.message.endswith(words) and caught.value.reply.text
+
+    @pytest.mark.parametrize(
+        ("form", "how", "scenario", "reason"),
+        [
+            *(("claude", "chat", name, name) for name in ("length",)),
+            ("claude", "chat", "refusal", "content_filter"),
+            ("claude", "chat", "tools", "tool_calls"),
+            ("chat", "chat", "length", "length"),
+            *((form, "stream", "text", "stop") for form in MODEL_OF),
+        ],
+    )
+    def test_how_answers_end(self, make, fake, form, how, scenario, reason):
+        fake.script[MODEL_OF[form]] = scenario
+        assert ask(make(), how, MODEL_OF[form]).finish_reason == reason
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize(("asked", "reason"), [(22, "length"), (23, "stop"), (None, "stop")])
+    def test_all_the_tokens_that_were_allowed(self, make, fake, asked, reason, how):
+        reply = ask(make(), how, CODEX, max_tokens=asked)
+        assert (reply.usage.output_tokens, reply.finish_reason) == (22, reason)
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_what_each_counts(self, make, fake, form):
+        wants = {
+            "claude": puter.Usage(11, 22, 5, 41, 0.00013, 3),
+            "responses": puter.Usage(11, 22, 5, 38),
+            "chat": puter.Usage(11, 22, 5, 38),
+            "openrouter": puter.Usage(11, 22, 0, 33),
+        }
+        for how in ("chat", "stream"):
+            usage = ask(make(), how, MODEL_OF[form]).usage
+            assert usage.cost_usd is not None
+            assert replace(usage, cost_usd=None) == replace(wants[form], cost_usd=None)
+
+    def test_an_end_without_usage(self, make, fake):
+        """Of a responses model it is a cut one; of others it was not recorded to be."""
+        fake.script |= dict.fromkeys(MODEL_OF.values(), "nousage")
+        with pytest.raises(puter.StreamError, match="before its answer was whole") as caught:
+            ask(make(), "stream", CODEX)
+        assert caught.value.reply.text == SENTENCE
+        for form in ("claude", "chat", "openrouter"):
+            assert ask(make(), "stream", MODEL_OF[form]).text == SENTENCE
+
+    def test_a_blocked_prompt(self, make, fake):
+        fake.script[CODEX] = "blocked"
+        for how, kind in (("chat", puter.BadRequestError), ("stream", puter.StreamError)):
+            with pytest.raises(kind) as caught:
+                ask(make(), how, CODEX)
+            assert caught.value.code == "prompt_blocked"
+            assert caught.value.hint == "Change the prompt."
+
+    # Through the gateway.
+
+    @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_what_callers_of_the_gateway_send_arrives(self, server, fake, form, path):
+        """A cache mark, thinking, a picture in a result and a later system message, in any dialect."""
+        seen = [text_part("b"), PICTURES["claude" if path == "messages" else "chat"]]
+        if path == "responses":
+            call = {"type": "function_call", "call_id": "t1", "name": "f", "arguments": "{}"}
+            history = [
+                call,
+                {**A_RESULT, "call_id": "t1", "output": [*SEE_IT, PICTURES["responses"]]},
+            ]
+        elif path == "messages":
+            history = [calls_for("t1", before=[SIGNED]), user([result_part("t1", seen)])]
+        else:
+            history = [assistant(None, tool_call("t1")), result("t1", seen)]
+        history = [user([MARKED]), *history, {"role": "system", "content": "later"}]
+        body = {"model": MODEL_OF[form], "max_tokens": 4_000, "messages": history, "input": history}
+        reply = requests.post(f"{server.url}/{path}", json=body, timeout=10)
+        assert reply.ok, reply.text
+        told = compact(arrived(fake))
+        assert told.count(ONE_PIXEL) == 1 and compact(PICTURES.get(form, A_PICTURE)) in told
+        assert '"later"' in told
+        assert ("cache_control" in told) is (form in ("claude", "openrouter"))
+        assert (compact(SIGNED) in told) is (form == "claude" and path == "messages")
+
+    @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
+    def test_the_gateway_gives_signed_thinking_back(self, server, fake, path):
+        fake.script[HAIKU] = thoughtful
+        asked: dict[str, Any] = {"model": HAIKU}
+        history: list[Any] = [user("Paris?")]
+        for _ in range(2):
+            if path == "messages":
+                asked |= {"output_config": {"effort": "low"}, "max_tokens": 4_000}
+                body = {**asked, "messages": history, "tools": [claude_tool("get_weather")]}
+                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
+                ids = [part["id"] for part in told["content"] if part["type"] == "tool_use"]
+                history += [assistant(told["content"]), user([*map(result_part, ids)])]
+            elif path == "responses":
+                asked |= {"reasoning": {"effort": "low"}, "max_output_tokens": 4_000}
+                body = {**asked, "input": history, "tools": [flat_tool("get_weather")]}
+                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
+                ids = [item["call_id"] for item in told["output"] if "call_id" in item]
+                history += told["output"] + [
+                    {**A_RESULT, "call_id": name, "output": "x"} for name in ids
+                ]
+            else:
+                asked |= {"reasoning_effort": "low", "max_tokens": 4_000}
+                body = {**asked, "messages": history, "tools": [WEATHER]}
+                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
+                message = told["choices"][0]["message"]
+                history += [message, *(result(c["id"]) for c in message.get("tool_calls", ()))]
+        assert len(fake.sent) == 2 and fake.sent[1]["thinking"]["type"] == "enabled"
+        first, *_ = arrived(fake)[2]["content"]
+        assert first == {"type": "thinking", "thinking": "hm", "signature": "sig"}
+
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize("scenario", ["internal", "err429", "err500", "err400", "denied"])
+    def test_a_client_behind_the_gateway_asks_once(self, serve, make, fake, scenario, how):
+        server = serve(make(fallback_enabled=False, max_retries=2))
+        post_to(server, body_for(scenario, stream=how == "stream"))
+        alone = len(fake.chat_calls())
+        settings: Any = {"api_style": "openai", "max_retries": 3, "retry_delay_ms": 1}
+        fake.script[lab(scenario)] = scenario
+        make(account_rotation_enabled=False).state.clear_cooldowns()
+        with (
+            puter.Puter("any", api_base_url=server.url, **settings) as client,
+            pytest.raises(puter.PuterError) as caught,
+        ):
+            ask(client, how, lab(scenario))
+        assert len(fake.chat_calls()) == 2 * alone and len(caught.value.attempts) == 1
+
+
+WEB = {"type": "web_search"}
+
+
+class TestWebSearch:
+    """`web_search`: the tool that OpenAI's models run themselves."""
+
+    @pytest.mark.parametrize("model", [GPT, CODEX])
+    def test_python(self, make, fake, model):
+        """At chat models as well, Puter asks the Responses API then: the form is that one's."""
+        make().chat("News?", model=model, web_search=True, images=PNG)
+        assert fake.sent[-1]["tools"] == [WEB]
+        assert [part["type"] for part in fake.sent[-1]["input"][0]["content"]] == [
+            "input_text",
+            "input_image",
+        ]
+
+    @pytest.mark.parametrize("model", [HAIKU, lab("text"), "allam-2-7b"])
+    def test_models_that_cannot(self, make, fake, model):
+        with pytest.raises(puter.BadRequestError, match="does not search the web") as caught:
+            make().chat("News?", model=model, web_search=True)
+        assert GPT in caught.value.hint and not fake.chat_calls()
+
+    def test_with_functions(self, make, fake):
+        make().chat("News?", model=CODEX, web_search=True, tools=[get_weather])
+        assert [tool["type"] for tool in fake.sent[-1]["tools"]] == ["function", "web_search"]
+
+    def test_command(self, signed_in):
+        done = run_cli(signed_in, "ask", "News?", "--web", "-m", GPT)
+        assert (done.returncode, done.stdout) == (0, f"{SENTENCE}\n")
+        assert signed_in.sent[-1]["tools"] == [WEB]
+        done = run_cli(signed_in, "ask", "News?", "--web", "-m", HAIKU)
+        assert done.returncode == 1 and f"Models that do: {CODEX}, {GPT}" in done.stderr
+
+    @pytest.mark.parametrize("model", [GPT, CODEX])
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [{**WEB, "search_context_size": "low"}]}),
+            ("chat/completions", {"messages": HI, "web_search_options": {"search_context_size": "low"}}),
+            ("responses", {"input": "hi", "tools": [{"type": "web_search_preview"}], "tool_choice": "required"}),
+            ("responses", {"input": "hi", "tools": [WEB, flat_tool("f")]}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("tool", name="web_search")}),
+        ],
+    )  # fmt: skip
+    def test_gateway(self, server, fake, path, more, model):
+        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
+        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
+        searches = [tool for tool in fake.sent[-1]["tools"] if tool["type"] == "web_search"]
+        wants_little = "low" in json.dumps(more)
+        assert searches == [{**WEB, "search_context_size": "low"} if wants_little else WEB]
+
+    @pytest.mark.parametrize(
+        ("path", "more", "status"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [WEB]}, 400),
+            ("chat/completions", {"messages": HI, "web_search_options": {}}, 400),
+            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "required"}, 200),
+            ("responses", {"input": "hi", "tools": [WEB]}, 200),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}, 200),
+        ],
+    )
+    def test_gateway_models_that_cannot(self, server, fake, path, more, status):
+        """Agents go on with the words; nobody was asked."""
+        answer = requests.post(f"{server.url}/{path}", json={"model": HAIKU, **more}, timeout=5)
+        assert answer.status_code == status and GPT in answer.text and CODEX in answer.text
+        assert not fake.sent
+
+    @pytest.mark.parametrize("model", [GPT, HAIKU])
+    @pytest.mark.parametrize(
+        ("path", "more"),
+        [
+            ("chat/completions", {"messages": HI, "tools": [WEB], "tool_choice": "none"}),
+            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "none"}),
+            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("none")}),
+        ],
+    )  # fmt: skip
+    def test_gateway_a_search_that_is_not_wanted(self, server, fake, path, more, model):
+        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
+        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
+        assert not fake.sent[-1].get("tools")
+
+    def test_gateway_where_to_search(self, server, fake):
+        place, box = {"city": "Oslo", "country": "NO"}, {"type": "approximate"}
+        asked = {"web_search_options": {"user_location": {**box, "approximate": place}}}
+        requests.post(
+            f"{server.url}/chat/completions",
+            json={"model": GPT, "messages": HI, **asked},
+            timeout=5,
+        )
+        assert fake.sent[-1]["tools"] == [{**WEB, "user_location": {**box, **place}}]
+        for name in ("allowed_domains", "blocked_domains"):
+            search = {**SEARCH, name: ["a.org"], "user_location": {**box, **place}}
+            body = {"model": GPT, "messages": HI, "max_tokens": 9, "tools": [search]}
+            assert requests.post(f"{server.url}/messages", json=body, timeout=5).ok
+            wanted = {"filters": {name: ["a.org"]}, "user_location": {**box, **place}}
+            assert fake.sent[-1]["tools"] == [{**WEB, **wanted}]
+
+    def test_gateway_an_offer_among_others(self, server, fake):
+        """A model that cannot search gets the other tools, as before."""
+        tools = [SEARCH, {"name": "f", "input_schema": {"type": "object"}}]
+        body = {"model": HAIKU, "messages": HI, "max_tokens": 9, "tools": tools}
+        assert requests.post(f"{server.url}/messages", json=body, timeout=5).status_code == 200
+        assert [tool["name"] for tool in fake.sent[-1]["tools"]] == ["f"]
+
+
+class TestPictures:
+    """Pictures that a model draws: the replies that hold them are in the tables of scenarios."""
+
+    def test_in_a_stream(self, make, fake):
+        with make().stream("hi", model=lab("draw")) as stream:
+            chunks = list(stream)
+        assert [chunk.type for chunk in chunks] == ["image", "usage"]
+        assert (chunks[0].image,) == stream.reply.images and str(chunks[0]) == ""
+
+    @pytest.mark.parametrize("form", MODEL_OF)
+    def test_in_the_history(self, make, fake, form, monkeypatch):
+        client = make()
+        monkeypatch.setattr(puter, "_default_client", lambda: client)
+        talk = client.conversation(model=lab("draw"))
+        talk.say("Draw")
+        talk = puter.Conversation.from_json(json.loads(json.dumps(talk.to_json())))
+        assert talk.say("And now?", model=MODEL_OF[form]).text == SENTENCE
+        told, written = compact(arrived(fake)), compact(PICTURES.get(form, PICTURES["chat"]))
+        assert told.count(ONE_PIXEL) == 1 and written in told
+
+    def test_kept_in_a_cached_reply(self, make, fake):
+        client = make(cache_enabled=True)
+        first, again = (client.chat("hi", model=lab("draw")).images for _ in range(2))
+        assert first == again != () and len(fake.chat_calls()) == 1
+
+    def test_files_and_notebooks(self, tmp_path):
+        picture, url = puter.Picture(PNG), puter.Picture(url="https://x.org/a.png")
+        picture.save(tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes() == PNG
+        with pytest.raises(puter.BadRequestError, match=r"a\.png exists .* overwrite=True"):
+            picture.save(tmp_path / "a.png")
+        with pytest.raises(FileNotFoundError):
+            picture.save(tmp_path / "none" / "a.png")
+        with pytest.raises(puter.BadRequestError, match="only a URL"):
+            url.save(tmp_path / "b.png")
+        assert picture._repr_mimebundle_() == {"image/png": PNG}
+        assert url._repr_mimebundle_() == {"text/markdown": "![](https://x.org/a.png)"}
+        assert (picture.as_url(), url.as_url()) == (PNG_URL, "https://x.org/a.png")
+
+    @pytest.mark.parametrize(
+        ("image", "picture"),
+        table(
+            ["a URL", PNG_URL, puter.Picture(PNG)],
+            ["OpenAI's part", {"type": "image_url", "image_url": {"url": PNG_URL}}, puter.Picture(PNG)],
+            ["its URL bare", {"image_url": PNG_URL}, puter.Picture(PNG)],
+            ["in capitals", PNG_URL.replace("data:image/png;base64", "DATA:image/PNG;BASE64"), puter.Picture(PNG)],
+            ["of Responses", {"b64_json": PNG_URL.partition(",")[2]}, puter.Picture(PNG)],
+            ["another kind than it says", {"data": "R0lGODlhAAAA", "mime_type": "image/png"}, puter.Picture(b"GIF89a\0\0\0", "image/gif")],
+            ["Anthropic's part", PICTURES["claude"], puter.Picture(PNG)],
+            ["elsewhere", {"url": "https://x.org/a"}, puter.Picture(url="https://x.org/a")],
+        ),
+    )  # fmt: skip
+    def test_shapes(self, image, picture):
+        assert puter.picture_from(image) == picture
+
+    @pytest.mark.parametrize(
+        "image",
+        [
+            *(None, 5, {}, "file:///a.png", {"image_url": {"url": 5}}),
+            *("data:image/png;base64,", "data:image/png;base64,!!!!", "data:image/svg,<svg/>"),
+            *("data:,", PNG_URL[:-5], "data:image/png,AAAA"),
+        ],
+    )
+    def test_no_picture(self, image):
+        with pytest.raises(ValueError):
+            puter.picture_from(image)
+        with pytest.raises(puter.ReplyError):
+            puter.reply_from_driver({"result": {"message": {"images": [image]}}}, "m")
+        _, error, _ = decoded(json.dumps({"type": "image", "image_url": image}).encode() + b"\n")
+        assert isinstance(error, puter.StreamError)
+
+    @pytest.mark.parametrize("flags", [[], ["--no-stream"]])
+    def test_ask_saves_it(self, desk, flags):
+        for name in ("fox.png", "fox-1.png"):
+            done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "fox.png", "Draw")
+            assert (done.returncode, done.stdout.strip()) == (0, "")
+            assert f"picture: {name}" in done.stderr
+            assert Path(name).read_bytes() == PNG
+        run_cli(desk, "ask", "-m", lab("draw"), *flags, "Draw")
+        assert Path("picture.png").is_file()
+        asked = len(chats(desk))
+        done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "none/a.png", "Draw")
+        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
+        assert len(chats(desk)) == asked
+
+    def test_ask_with_a_place_and_no_picture(self, desk):
+        done = run_cli(desk, "ask", "-m", lab("echo"), "-o", "a.png", "hi")
+        assert (done.returncode, done.stderr) == (0, "the answer has no picture\n")
+
+    def test_ask_needs_no_place_for_words(self, desk, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        assert run_cli(desk, "ask", "-m", lab("echo"), "hi").returncode == 0
+        assert run_cli(desk, "image", "hi").returncode == 1
+
+    def test_a_picture_that_cannot_be_written_is_kept(self, desk, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+        reply = puter.Reply(images=[puter.Picture(PNG), puter.Picture(PNG)])
+        with pytest.raises(puter.StoreError, match=r"It was saved in .*\.png instead"):
+            puter._save_images(reply, functools.partial(puter._saved, output="none/a.png"))
+        kept = list(Path().glob("puter-*.png"))
+        assert [one.read_bytes() for one in kept] == [PNG, PNG]
+
+    def test_ask_writes_the_picture_alone_to_stdout(self, desk):
+        argv = [
+            sys.executable,
+            "-m",
+            "puter",
+            "ask",
+            "-m",
+            lab("draw"),
+            "-o",
+            "-",
+            "--json",
+            "Draw",
+        ]
+        done = subprocess.run(
+            argv, capture_output=True, check=True, env=cli_env(desk), stdin=subprocess.DEVNULL
+        )
+        assert done.stdout == PNG and b'"model"' in done.stderr and not list(Path().glob("*.png"))
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_the_gateway_and_the_way_back(self, server, fake, stream):
+        shown = f"![image]({PNG_URL})"
+        body = body_for("draw", stream=stream)
+        text, _ = answer_of(server, body)
+        assert text == shown
+        back = [*HI, assistant(f"Here: {shown}"), user("And now?")]
+        assert post_to(server, {"model": CLAUDE, "messages": back}).ok
+        self.check_the_way_back(fake, "Here: ")
+        with claude(server) as client:
+            asked: Any = {"max_tokens": 99, "model": lab("draw"), "messages": HI}
+            if stream:
+                with client.messages.stream(**asked) as events:
+                    message = events.get_final_message()
+            else:
+                message = client.messages.create(**asked)
+            assert [block.text for block in message.content] == [shown]
+            back = [*HI, assistant([b.to_dict() for b in message.content]), user("And now?")]
+            client.messages.create(**{**asked, "model": CLAUDE, "messages": back})
+        self.check_the_way_back(fake)
+        with sdk(server) as client:
+            asked = {"model": lab("draw"), "input": "hi"}
+            if stream:
+                with client.responses.stream(**asked) as events:
+                    answer = events.get_final_response()
+            else:
+                answer = client.responses.create(**asked)
+            (item,) = answer.output
+            assert (item.type, item.status, item.result) == (
+                *("image_generation_call", "completed", ONE_PIXEL),
+            )
+            told: Any = [user("hi"), item.to_dict(), user("And now?")]
+            client.responses.create(model=CLAUDE, input=told)
+            self.check_the_way_back(fake)
+            client.responses.create(model=CLAUDE, input="And?", previous_response_id=answer.id)
+            self.check_the_way_back(fake)
+
+    @staticmethod
+    def check_the_way_back(fake: FakePuter, text: str = "") -> None:
+        """The picture arrived once, as a picture, and nowhere as a text."""
+        told = compact(arrived(fake))
+        assert told.count(ONE_PIXEL) == 1 and compact(PICTURES["claude"]) in told
+        assert "![image]" not in told and text in told
+
+
+# ---- models, credit, cached replies, statistics ----
 
 
 class TestModels:
@@ -10873,306 +12134,2036 @@ class TestModels:
         assert len(wanted) == 1 and "token-alice" not in repr(wanted)
 
 
-# =============================================================================
-# Commands: ask
-# =============================================================================
-def cli_env(fake: FakePuter, **more: str) -> dict[str, str]:
-    """The environment of a command that talks to the fake server."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(Path(puter.__file__).parent),
-        "PUTER_API_BASE_URL": fake.url,
-        "PUTER_RETRY_DELAY_MS": "1",
-        **more,
-    }
+class TestBudget:
+    """`budget_usd`: what a client may spend."""
 
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    def test_it_stops(self, make, fake, how):
+        """The call that goes beyond it is answered, the next one is not; free ones go on."""
+        client = make(budget_usd=0.000001)
+        assert ask(client, how, GPT).usage.cost_usd > 0.000001
+        with pytest.raises(
+            puter.BudgetError, match=r"budget of \$0.0000 is spent .*gpt-4o costs"
+        ) as caught:
+            ask(client, how, GPT)
+        assert (caught.value.http_status, len(fake.sent)) == (402, 1)
+        assert ask(client, how, f"openrouter:{PAID_AND_FREE[0]}:free").text
 
-def run_cli(
-    fake: FakePuter, *argv: str, stdin: str | bytes = b"", apart: bool = False, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, here or in a process of its own."""
-    run = run_apart if apart else run_here
-    return subprocess.CompletedProcess(argv, *run(argv, cli_env(fake, **env), stdin))
-
-
-@contextmanager
-def running_cli(fake: FakePuter, *argv: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A command that runs while the test does something to it."""
-    command = [sys.executable, "-m", "puter", *argv]
-    pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    options = {"stdin": subprocess.DEVNULL, **pipes, "env": cli_env(fake), **options}
-    with subprocess.Popen(command, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@pytest.fixture
-def signed_in(fake: FakePuter, home: Path) -> FakePuter:
-    """The fake server, with alice signed in."""
-    sign_in(fake, home, "alice")
-    return fake
-
-
-class TestAskCommand:
-    """`ask`, without a terminal."""
-
-    @pytest.mark.parametrize("how", [[], ["--no-stream"]])
-    def test_an_answer(self, signed_in, how):
-        done = run_cli(signed_in, "ask", "-m", lab("reason"), *how, "Why", "so?", apart=True)
-        assert (done.returncode, done.stdout) == (0, SENTENCE + "\n")
-        assert done.stderr == ("" if how else "thinking...\n")
-        (sent,) = [one for one in signed_in.requests if one.path == CHAT]
-        assert sent.args["messages"] == [{"role": "user", "content": "Why so?"}]
-        assert sent.args.get("stream", False) is not bool(how)
-
-    def test_it_is_printed_as_it_comes(self, signed_in):
-        signed_in.script[lab("text")] = stalls(stream_line("text", text="first"))
-        with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
-            assert process.stdout and process.stdout.read(5) == b"first"
-
-    @pytest.mark.parametrize("scenario", ["text", "twotools", "reason"])
-    def test_json(self, signed_in, scenario):
-        done = run_cli(signed_in, "ask", "--json", "-m", lab(scenario), "hi")
-        told_json = json.loads(done.stdout)
-        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
-        want = {**PLAIN, **GOOD[scenario]}
-        assert told_json["text"] == want["text"]
-        assert told_json["finish_reason"] == want["finish_reason"]
-        names = [call["name"] for call in told_json["tool_calls"]]
-        assert names == [name for name, _ in CALLS.get(scenario, [])]
-        assert told_json["model"] == lab(scenario)
-        assert told_json["usage"]["output_tokens"] == 22
-        assert "token-" not in done.stdout
+    def test_a_paid_fallback_is_not_begun(self, make, fake):
+        """The first error is the one to know."""
+        fake.script["allam-2-7b"] = "internal"
+        client = make(budget_usd=0, fallback_models=[GPT], max_retries=0, retry_delay_ms=0)
+        with pytest.raises(puter.PuterError) as caught:
+            client.chat("hi", model="allam-2-7b")
+        assert not isinstance(caught.value, puter.BudgetError)
+        assert all(one.model != GPT for one in caught.value.attempts)
 
     @pytest.mark.parametrize(
-        ("argv", "stdin", "want"),
+        ("path", "more", "kind"),
         [
-            (["What broke?"], "the log\n", "What broke?\n\nthe log"),
-            ([], "a question\n", "a question"),
-            (["-"], "a question", "a question"),
-            (["hi"], "", "hi"),
-            (["hi"], "é🦊", "hi\n\né🦊"),
-            (["Why", "so?", "-m", lab("echo")], "", "Why so?"),
-            (["--", "-5", "is?"], "", "-5 is?"),
+            ("chat/completions", {"messages": HI}, "insufficient_quota"),
+            ("responses", {"input": "hi"}, "insufficient_quota"),
+            ("messages", {"messages": HI, "max_tokens": 9}, "billing_error"),
         ],
     )
-    def test_a_pipe_joins_the_prompt(self, signed_in, argv, stdin, want):
-        done = run_cli(signed_in, "ask", "-m", lab("echo"), *argv, stdin=stdin)
-        assert (done.returncode, done.stdout) == (0, want + "\n")
+    def test_gateway(self, make, serve, path, more, kind):
+        server = serve(make(budget_usd=0))
+        answer = requests.post(f"{server.url}/{path}", json={"model": GPT, **more}, timeout=5)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (402, "false")
+        assert answer.json()["error"]["type"] == kind and "Stop here" in answer.text
 
-    def test_a_pipe_that_is_slow_to_begin_is_read_to_its_end(self, signed_in):
-        argv = ("ask", "-m", lab("echo"), "hi")
-        with running_cli(signed_in, *argv, stdin=subprocess.PIPE) as process:
-            assert process.stdin and process.stdout and process.stderr
-            waits = process.stderr.readline().decode()
-            assert "standard input" in waits and os.devnull in waits
-            assert not signed_in.requests
-            process.stdin.write(b"the ")
-            process.stdin.flush()
-            out, err = process.communicate(b"log\n", timeout=15)
-        assert (process.returncode, out, err) == (0, b"hi\n\nthe log\n", b"")
+    def test_calls_at_once(self, make, fake):
+        """Who waits for a place is asked again when it is free."""
+        client = make(budget_usd=0.000001, max_concurrent=1)
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(client.chat, "hi", model=GPT) for _ in range(8)]
+        failures = [type(call.exception()) for call in calls if call.exception()]
+        assert failures == [puter.BudgetError] * 7 and len(fake.sent) == 1
+
+    @pytest.mark.parametrize("how", ["closed", "dropped", "broken"])
+    def test_what_did_not_come_whole_counts_by_its_tokens(self, make, fake, how):
+        client = make(budget_usd=0.000001)
+        client.models()
+        if how == "broken":
+            fake.script[GPT] = "midfail"
+            with pytest.raises(puter.StreamError):
+                list(client.stream("hi", model=GPT))
+        else:
+            stream = client.stream("hi", model=GPT)
+            next(stream)
+            if how == "closed":
+                stream.close()
+            del stream
+            gc.collect()
+        with pytest.raises(puter.BudgetError):
+            client.chat("hi", model=GPT)
+
+    def test_what_has_no_price_is_said(self, make, fake, caplog):
+        """Nobody can add it up; a sample costs nothing."""
+        client = make(budget_usd=0.000001)
+        client.speech("hi")
+        assert "puter-tts costs is not known: the budget does not count it" in caplog.text
+        client.chat("hi", model=GPT)
+        with pytest.raises(puter.BudgetError):
+            client.speech("hi")
+        assert client.speech("hi", test_mode=True)
+
+    @pytest.mark.parametrize("text", ["0.1", "-1", "much", "nan", "true"])
+    def test_setting(self, make, monkeypatch, text):
+        monkeypatch.setenv("PUTER_BUDGET_USD", text)
+        if text == "0.1":
+            assert make().config.budget_usd == 0.1
+            return
+        with pytest.raises(puter.ConfigError, match="budget_usd is .* a number from 0 to"):
+            make()
+
+
+def roles(talk: puter.Conversation) -> str:
+    """The roles of a history by their first letters."""
+    return "".join(message["role"][0] for message in talk.messages)
+
+
+class TestReplies:
+    """`Reply` at the prompt and in Jupyter, and cached replies."""
+
+    def test_how_it_looks(self):
+        call = puter.ToolCall("call_1", "get_weather", {"city": "Rome"})
+        reply = puter.Reply("**Hi**", model="m", finish_reason="length")
+        assert str(reply) == reply._repr_markdown_() == "**Hi**"
+        assert repr(reply) == "<m, length>\n**Hi**"
+        assert "-> get_weather({'city': 'Rome'})" in repr(replace(reply, tool_calls=(call,)))
+        assert "get_weather" in puter.Reply(tool_calls=(call,))._repr_markdown_()
+        assert "token" not in repr(puter.Account("alice", "token-alice"))
+
+    def ask(self, client: puter.Puter, how: str, **more: Any) -> puter.Reply:
+        """A reply, whole or from a stream."""
+        more = {"model": lab("reason"), **more}
+        if how == "chat":
+            return client.chat("hi", **more)
+        with client.stream("hi", **more) as stream:
+            assert "".join(map(str, stream)) == str(stream.reply)
+            return stream.reply
+
+    @pytest.mark.parametrize("first", ["chat", "stream"])
+    @pytest.mark.parametrize("second", ["chat", "stream"])
+    def test_the_same_request_is_answered_from_the_cache(self, make, fake, first, second):
+        client = make(cache_enabled=True)
+        one, two = self.ask(client, first), self.ask(client, second)
+        assert len(chats(fake)) == 1
+        for name in ("text", "reasoning", "finish_reason", "model", "account"):
+            assert getattr(one, name) == getattr(two, name), name
+        assert one.usage.cost_usd and two.usage == replace(one.usage, cost_usd=0.0)
+        assert two.reasoning and two.usage and not two.attempts
+        self.ask(make(cache_enabled=True), "chat")  # another process finds it too
+        assert len(chats(fake)) == 1
+
+    def test_calls_are_cached(self, make, fake):
+        client = make(cache_enabled=True)
+        replies = [client.chat("hi", model=lab("extra"), tools=[WEATHER]) for _ in range(2)]
+        assert replies[0].tool_calls == replies[1].tool_calls
+        assert replies[1].tool_calls[0].extra_content == SIGNATURE
+        assert len(chats(fake)) == 1
 
     @pytest.mark.parametrize(
-        ("argv", "more", "code", "words"),
+        "more",
         [
-            *(([*argv], {}, 2, "python -m puter ask") for argv in ([], ["-"], [" "], ["--json"])),
-            (["hi"], {"PUTER_MAX_RETRIES": "many"}, 2, "PUTER_MAX_RETRIES"),
-            *(
-                ([f"{option}={value}", "hi"], {}, 2, f"{option}: invalid ")
-                for option, values in {
-                    "--max-tokens": ("-5", "0", "1.5", "x"),
-                    "--temperature": ("nan", "2.1", "-1", "inf"),
-                }.items()
-                for value in values
-            ),
+            {"temperature": 1},
+            {"model": lab("text")},
+            {"system": "Be brief"},
+            {"tools": [WEATHER]},
+            {"images": [PNG]},
+            {"cache_enabled": False},
         ],
     )
-    def test_nothing_is_asked(self, signed_in, argv, more, code, words):
-        done = run_cli(signed_in, "ask", *argv, **more)
-        assert (done.returncode, done.stdout) == (code, "") and words in done.stderr
-        assert not signed_in.requests and "Traceback" not in done.stderr
+    def test_another_request_is_asked(self, make, fake, more):
+        more = dict(more)
+        client = make(cache_enabled=more.pop("cache_enabled", True))
+        self.ask(client, "chat")
+        self.ask(client, "chat", **more)
+        assert len(chats(fake)) == 2
 
-    @pytest.mark.parametrize(
-        ("turn", "words"),
-        [
-            (Turn(""), "the answer is empty"),
-            (Turn("", calls=(WEATHER_CALL, WEATHER_CALL)), "only a call of get_weather"),
-        ],
-    )
-    @pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]])
-    def test_an_answer_without_text_is_said(self, signed_in, turn, words, how):
-        signed_in.script[lab("text")] = lambda handler, args: turn
-        done = run_cli(signed_in, "ask", "-m", lab("text"), *how, "hi")
-        assert done.returncode == 0 and words in done.stderr
-        assert done.stderr.count("\n") == 1 and bool(done.stdout) is (how == ["--json"])
+    def test_it_grows_old(self, make, fake):
+        client = make(cache_enabled=True, cache_ttl_ms=150)
+        self.ask(client, "chat")
+        time.sleep(0.2)
+        self.ask(client, "chat")
+        assert len(chats(fake)) == 2
 
-    @pytest.mark.parametrize(
-        "argv", [["ask", "hi"], ["ask", "--json", "hi"], ["whoami"], ["usage", "--json"]]
-    )
-    def test_not_signed_in(self, fake, home, argv):
-        done = run_cli(fake, *argv)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "python -m puter login" in done.stderr
-        assert done.stderr.count("\n") == 1 and not fake.requests
+    def test_the_oldest_go(self, make, fake):
+        client = make(cache_enabled=True, cache_max_entries=2)
+        for text in ("a", "b", "c", "c", "b", "a"):
+            client.chat(text, model=lab("echo"))
+        assert len(chats(fake)) == 4  # a, b, c, and a again
 
-    @pytest.mark.parametrize("scenario", ["midfail", "closed", "nousageline"])
-    def test_a_failure_in_the_middle(self, signed_in, scenario):
-        done = run_cli(signed_in, "ask", "-m", lab(scenario), "hi", apart=True)
-        assert done.returncode == 1
-        said = done.stdout.rstrip("\n")
-        assert said and SENTENCE.startswith(said) and done.stdout.endswith("\n")
-        assert done.stderr.startswith("error: ") and "broke off" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert len(signed_in.chat_calls()) == 1
-
-    def test_a_name_in_another_case_is_the_same_model(self, signed_in):
-        done = run_cli(signed_in, "ask", "-m", "Claude-Opus-4-5", "hi")
-        assert (done.returncode, done.stdout, done.stderr) == (0, SENTENCE + "\n", "")
-
-    @pytest.mark.parametrize(
-        ("scenario", "words"), [("badargs", "arguments"), ("html", "502"), ("text", "one two")]
-    )
-    def test_a_failure_is_one_line(self, signed_in, scenario, words):
-        signed_in.script[lab("text")] = refuses(400, "bad_request", "one\n  two")
-        done = run_cli(signed_in, "ask", "--no-fallback", "-m", lab(scenario), "hi")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.count("\n") == 1 and words in done.stderr
-
-    def test_who_stood_in_is_told(self, signed_in):
-        signed_in.script[lab("text")] = "err429"
-        argv = ("ask", "-m", lab("text"), "hi")
-        done = run_cli(signed_in, *argv)
-        assert done.stdout == SENTENCE + "\n"
-        assert f"answered by {FREE[0]} on alice" in done.stderr
-        assert run_cli(signed_in, *argv, PUTER_QUIET_MODE="1").stderr == ""
-        done = run_cli(signed_in, *argv[:-1], "--no-fallback", "hi")
-        assert done.returncode == 1
-
-    @pytest.mark.parametrize("scenario", ["long", "slow", None])
-    def test_a_reader_that_goes_away_is_no_noise(self, signed_in, scenario):
-        argv = ("ask", "-m", lab(scenario), "hi") if scenario else ("models",)
-        with running_cli(signed_in, *argv, bufsize=0) as process:
-            assert process.stdout and process.stderr
-            process.stdout.read(3 if scenario else 0)
-            process.stdout.close()
-            assert process.wait(10) == 141
-            assert process.stderr.read() == b""
-        assert eventually(lambda: signed_in.open_streams == 0)
-
-    @pytest.mark.parametrize("scenario", ["slow", "hang"])
-    def test_ctrl_c(self, signed_in, scenario):
-        argv = ("ask", "-m", lab(scenario), "hi")
-        with running_cli(signed_in, *argv) as process:
-            assert eventually(lambda: signed_in.open_streams == 1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
-            assert process.stderr and b"Traceback" not in process.stderr.read()
-        assert eventually(lambda: signed_in.open_streams == 0)
-
-    def test_the_debug_log(self, signed_in):
-        signed_in.script[lab("text")] = "err429"
-        done = run_cli(signed_in, "ask", "-m", lab("text"), "hi", apart=True, PUTER_DEBUG="1")
-        lines = [one for one in done.stderr.splitlines() if one.startswith("[")]
-        form = r"\[puter-auth\] \d\d:\d\d:\d\d (Request|Rate|Fallback|Stream|Response)"
-        assert len(lines) >= 5 and all(re.match(form, one) for one in lines)
-        assert done.stdout == SENTENCE + "\n"
-        assert "token-alice" not in done.stderr
-
-
-# =============================================================================
-# Commands: whoami and models, and the frame of all
-# =============================================================================
-class TestCatalogueCommands:
-    """`whoami`, `models`, `--version` and `--help`."""
-
-    def test_whoami(self, signed_in):
-        done = run_cli(signed_in, "whoami")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "alice\n", "")
-        signed_in.accounts["token-alice"].temporary = True
-        assert run_cli(signed_in, "whoami").stdout == "alice (temporary)\n"
-        told_json = json.loads(run_cli(signed_in, "whoami", "--json").stdout)
-        assert told_json["username"] == "alice" and told_json["is_temp"] is True
-        signed_in.accounts["token-alice"].dead = True
-        done = run_cli(signed_in, "whoami")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "python -m puter login" in done.stderr
-
-    @pytest.mark.parametrize(
-        ("argv", "want"),
-        [
-            (["--free"], sorted(FREE)),
-            (["--provider", "google"], ["gemini-2.5-flash"]),
-            (["--search", "OPUS"], ["claude-opus-4-5-20251101"]),
-            (["--search", "qwen3", "--free"], [FREE[3]]),
-            (["--search", "nothing-like-this"], []),
-            (["--free", "--sort", "context"], [*sorted(FREE[:4]), FREE[4]]),
-            (["--vision"], [HAIKU, OPUS, SONNET, "gemini-2.5-flash", "gpt-4o", "gpt-5.3-codex"]),
-            (
-                ["--vision", "--sort", "price"],
-                ["gemini-2.5-flash", HAIKU, "gpt-4o", "gpt-5.3-codex", SONNET, OPUS],
-            ),
-            (
-                ["--vision", "--sort", "context"],
-                ["gemini-2.5-flash", SONNET, HAIKU, OPUS, "gpt-4o", "gpt-5.3-codex"],
-            ),
-            (
-                ["--vision", "--sort", "released"],
-                [SONNET, OPUS, HAIKU, "gemini-2.5-flash", "gpt-4o", "gpt-5.3-codex"],
-            ),
-            (["--vision", "--provider", "ANTHROPIC"], [HAIKU, OPUS, SONNET]),
-            (["--vision", "--search", "opus 4.5"], [OPUS]),
-            (["--tools", "--provider", "groq"], []),
-        ],
-    )
-    def test_models(self, fake, home, argv, want):
-        done = run_cli(fake, "models", *argv)
-        head, *rows = done.stdout.splitlines()
-        assert done.returncode == 0 and head.startswith("MODEL ")
-        assert [row.split()[0] for row in rows] == want
-        assert ("No model" in done.stderr) is (not want)
-        told_json = json.loads(run_cli(fake, "models", "--json", *argv).stdout)
-        assert [model["id"] for model in told_json] == want
-        assert len(fake.requests) == 1  # the second process found it on disk
-
-    def test_a_row(self, fake, home):
-        rows = run_cli(fake, "models").stdout.splitlines()
-        opus = next(row for row in rows if row.startswith("claude-opus"))
-        cells = re.split(r"  +", opus)
-        assert cells[1:] == ["claude", "200,000", "text+image+pdf", "yes", "5", "25"]
-        assert len(rows) == len(fake.catalogue) + 1
-
-    def test_refresh(self, fake, home):
+    @pytest.mark.parametrize("how", ["chat", "stream"])
+    @pytest.mark.parametrize("scenario", ["closed", "err400", "badargs"])
+    def test_a_failure_is_not_cached(self, make, fake, how, scenario):
+        client = make(cache_enabled=True, max_retries=0)
         for _ in range(2):
-            assert run_cli(fake, "models", "--refresh").returncode == 0
-        assert len(fake.requests) == 2
+            with pytest.raises(puter.PuterError):
+                ask(client, how, lab(scenario), fallback=False)
+        assert len(chats(fake)) == 2
 
-    def test_no_server(self, fake, home):
-        dead = f"http://127.0.0.1:{free_port()}"
-        done = run_cli(fake, "models", PUTER_API_BASE_URL=dead)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ") and "refused" in done.stderr
+    def test_a_live_stream_that_may_have_lost_calls_is_not_cached(self, make, fake):
+        client = make(cache_enabled=True, stream_tools="live")
+        options = {"model": lab("twotools"), "tools": [WEATHER]}
+        with client.stream("hi", **options) as stream:
+            list(stream)
+        assert len(stream.reply.tool_calls) == 1
+        assert len(client.chat("hi", **options).tool_calls) == 2
 
-    @pytest.mark.parametrize("argv", [[], ["ask"]])
-    def test_help(self, fake, home, argv):
-        done = run_cli(fake, *argv, "--help", apart=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith("usage: python -m puter")
-        version = run_cli(fake, "--version").stdout
-        assert version == f"puter.py {puter.__version__}\n"
-        if not argv:
-            for word in ("ask", "models", "whoami", "exit codes:", "examples:"):
-                assert word in done.stdout
+    def test_a_stream_that_is_left_is_not_cached(self, make, fake):
+        client = make(cache_enabled=True)
+        with client.stream("hi", model=lab("slow")) as stream:
+            next(stream)
+        assert str(client.chat("hi", model=lab("slow"))) == SENTENCE
+        assert len(chats(fake)) == 2
+
+    def test_a_folder_of_its_own(self, make, tmp_path):
+        folder = tmp_path / "replies"
+        client = make(cache_enabled=True, cache_directory=str(folder))
+        self.ask(client, "chat")
+        (path,) = folder.glob("*.sqlite3")
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or os.name == "nt"
+
+    def test_a_file_is_not_sent_for_a_cached_reply(self, make, fake):
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            self.ask(client, "chat", files=[PDF])
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_conversation_remembers_a_cached_reply(self, make):
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            talk = client.conversation(model=lab("echo"))
+            assert "".join(map(str, talk.stream("hi"))) == "hi"
+            assert roles(talk) == "ua"
+
+
+class TestStats:
+    """Statistics of every call, exact however many ask at once."""
+
+    def test_statistics_of_models(self):
+        totals = [("ok", 3, 0.5), ("late", 2, 0.25)]
+        samples = [(4.0, 1.0, 20), (2.0, None, 10), (9.0, 3.0, None)]
+        many, few = puter.stats_of("many", totals, samples), puter.stats_of("few", totals, ())
+        assert (many.model, many.requests, many.successes) == ("many", 5, 3)
+        assert (many.failures, many.cost_usd) == ({"late": 2}, 0.75)
+        assert (many.p50_s, many.p95_s, many.first_s) == (4.0, 9.0, 1.0)
+        assert many.tokens_per_s == 5.0 and many.times == (9.0, 2.0, 4.0)
+        assert (few.model, few.p50_s, few.tokens_per_s) == ("few", None, None)
+
+    @pytest.mark.parametrize(
+        ("sort", "want"),
+        [("id", "abcd"), ("price", "cbda"), ("context", "bdac"), ("released", "dbac")],
+    )
+    def test_orders_of_models(self, sort, want):
+        def priced(name, usd_in, usd_out, **more):
+            return model(name, input_usd_per_million=usd_in, output_usd_per_million=usd_out, **more)
+
+        models = [
+            model("a", context=5, released="2024-01-02"),
+            priced("b", 1.0, 1.0, context=9, released="2024-11-01"),
+            priced("c", 1.5, 0.0),
+            priced("d", 0.5, 3.0, context=7, released="2025-01-01"),
+        ]
+        assert ids(sorted(models, key=puter.MODEL_SORTS[sort])) == list(want)
+
+    @pytest.mark.parametrize(
+        ("values", "percent", "want"),
+        [
+            ([], 50, None),
+            ([3], 95, 3),
+            ([1, 2], 50, 1),
+            ([3, 1, 2], 50, 2),
+            (range(1, 101), 95, 95),
+            (range(1, 12), 95, 11),
+            ([5, 1], 0, 1),
+            ([5, 1], 100, 5),
+        ],
+    )
+    def test_percentile(self, values, percent, want):
+        assert puter.percentile(values, percent) == want
+
+    def test_statistics(self, make, fake):
+        client = make(max_retries=0)
+        for how in ("chat", "stream"):
+            ask(client, how, lab("text"))
+        with client.stream("hi", model=lab("text")) as stream:
+            next(stream)
+        with pytest.raises(puter.PuterError):
+            client.chat("hi", model=lab("err400"), fallback=False)
+        text, failed = client.stats()
+        assert (text.model, text.requests, text.successes) == (lab("text"), 3, 2)
+        assert text.failures == {} and text.cost_usd == pytest.approx(2 * 0.000055)
+        assert 0 < text.p50_s <= text.p95_s < 5
+        assert 0 < text.first_s < 5 and text.tokens_per_s > 0
+        assert (failed.model, failed.requests, failed.successes) == (lab("err400"), 1, 0)
+        assert failed.failures == {"upstream_bad_request": 1} and failed.p50_s is None
+        assert client.stats("puter/" + lab("text")) == [text]
+        assert client.stats("nothing") == []
+
+    def test_retries_and_fallbacks_count_for_who_was_asked(self, make, fake):
+        fake.script[lab("text")] = ["internal", "err429"]
+        make(max_retries=1).chat("hi", model=lab("text"))
+        told = {s.model: (s.requests, s.successes) for s in make().stats()}
+        assert told == {lab("text"): (2, 0), FREE[0]: (1, 1)}
+
+    def test_a_file_of_their_own_or_none(self, make, tmp_path):
+        make(metrics_enabled=False).chat("hi", model=lab("text"))
+        client = make(metrics_file=str(tmp_path / "stats.sqlite3"))
+        client.chat("hi", model=lab("text"))
+        assert (tmp_path / "stats.sqlite3").exists()
+        assert make().stats() == [] and len(client.stats()) == 1
+
+    def test_32_threads(self, make):
+        client = make(max_concurrent=32, max_retries=0)
+
+        def work(how):
+            return [ask(client, how, lab("text")).text for _ in range(3)]
+
+        for thread, outcome in [
+            in_background(functools.partial(work, how)) for how in ["chat", "stream"] * 16
+        ]:
+            thread.join(30)
+            assert outcome == [[SENTENCE] * 3]
+        (stats,) = client.stats()
+        assert (stats.requests, stats.successes, stats.failures) == (96, 96, {})
+        assert stats.cost_usd == pytest.approx(96 * 0.000055)
+
+    def test_8_processes(self, make, home):
+        client = make()
+        script = """
+            for n in range(25):
+                usage = puter.Usage(1, 2, cost_usd=0.5)
+                puter.State().record("m", "ok" if n % 5 else "late", 1.0, 0.5, usage)
+        """
+        run_at_once(script, home, 8)
+        (stats,) = client.stats()
+        assert (stats.requests, stats.successes) == (200, 160)
+        assert stats.failures == {"late": 40} and stats.cost_usd == pytest.approx(100)
+        client.reset_stats()
+        assert client.stats() == []
+
+
+# ---- functions, typed answers, conversations ----
+
+
+def get_time(tz: str) -> dict[str, Any]:
+    """The time in a time zone."""
+    return {"tz": tz, "time": "12:00"}
+
+
+def fails(reason: str) -> str:
+    """Never works."""
+    raise LookupError(reason)
+
+
+class TestRun:
+    """`Puter.run`: functions are called until the model answers."""
+
+    def test_it_calls_and_goes_on(self, make, fake):
+        reply = make().run("Paris?", [get_weather], model=lab("tools"))
+        assert str(reply) == SENTENCE and not reply.tool_calls
+        first, second = chats(fake)
+        assert first["tools"] == [puter.function_schema(get_weather)] == second["tools"]
+        assert [m["role"] for m in second["messages"]] == ["user", "assistant", "tool"]
+        assert second["messages"][2] == {
+            "role": "tool",
+            "tool_call_id": "call_1",
+            "content": "sunny in Paris",
+        }
+
+    @pytest.mark.parametrize(
+        ("scenario", "want"), [("badargs", "not a JSON object"), ("noid", "sunny in Paris")]
+    )
+    def test_calls_that_providers_botch(self, make, fake, scenario, want):
+        no_id = Turn(calls=(tool_call("", "get_weather", '{"city": "Paris"}'),))
+        plan: Any = scenario if scenario == "badargs" else lambda *_: no_id
+        fake.script[lab("text")] = [plan, says("done")]
+        client = make()
+        assert str(client.run("hi", [get_weather], model=lab("text"))) == "done"
+        (called,), answer = sent(fake)[-2]["content"][-1:], sent(fake)[-1]
+        assert want in json.dumps(answer)
+        assert called["id"]
+        if scenario == "badargs":
+            with pytest.raises(puter.ReplyError) as caught:
+                client.chat("hi", model=lab("badargs"), tools=[WEATHER])
+            assert caught.value.reply.tool_calls[0].invalid == caught.value.raw != ""
+
+    def test_a_forced_call_is_forced_once(self, make, fake):
+        make().run("hi", [get_weather], model=lab("tools"), tool_choice="required")
+        assert [args["tool_choice"] for args in chats(fake)] == ["required", "auto"]
+
+    def test_parallel_calls_in_order(self, make, fake):
+        calls = [("get_time", {"tz": "CET"}), ("get_weather", {"city": "Rome"})]
+        fake.script[lab("text")] = [calling(*calls), says("done")]
+        assert str(make().run("hi", [get_weather, get_time], model=lab("text"))) == "done"
+        assert results(fake) == ['{"tz": "CET", "time": "12:00"}', "sunny in Rome"]
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (("fails", {"reason": "no map"}), ["LookupError", "no map"]),
+            (("fails", {}), ["TypeError", "lacks ['reason']"]),
+            (("fails", {"reason": 3}), ["TypeError", "reason is 3", "str"]),
+            (("fails", {"why": "x"}), ["TypeError", "'why'", "'reason'"]),
+            (("nothing", {}), ["no function 'nothing'", "fails"]),
+        ],
+    )
+    def test_a_failure_is_the_models_to_read(self, make, fake, caplog, call, words):
+        fake.script[lab("text")] = [calling(call), says("sorry")]
+        with caplog.at_level(logging.WARNING, "puter"):
+            assert str(make().run("hi", [fails], model=lab("text"))) == "sorry"
+        (told,) = results(fake)
+        assert told.startswith("Error: ") and all(word in told for word in words)
+        assert "Traceback" not in told
+        logged = [r for r in caplog.records if "fails" in r.getMessage()]
+        assert bool(logged) is (call[0] == "fails")
+        assert all(r.exc_info for r in logged)
+
+    def test_on_tool_watches_and_refuses(self, make, fake):
+        made, seen = [], []
+
+        def note(text: str) -> str:
+            """Write a text down."""
+            made.append(text)
+            return "noted"
+
+        def watch(call):
+            seen.append(call.arguments["text"])
+            return {"a": True, "b": False, "c": None}[seen[-1]]
+
+        calls = [("note", {"text": text}) for text in ("a", "b", "c")]
+        fake.script[lab("text")] = [calling(*calls), says("done")]
+        make().run("hi", [note], model=lab("text"), on_tool=watch)
+        assert (seen, made) == (["a", "b", "c"], ["a", "c"])
+        first, refused, last = results(fake)
+        assert (first, last) == ("noted", "noted") and "refused" in refused
+
+    @pytest.mark.parametrize("as_what", ["on_tool", "tool"])
+    def test_a_callback_or_ctrl_c_may_end_it(self, make, fake, as_what):
+        def get_weather(city: str) -> str:
+            raise KeyboardInterrupt
+
+        def stop(call):
+            raise KeyboardInterrupt
+
+        more = {"on_tool": stop} if as_what == "on_tool" else {}
+        with pytest.raises(KeyboardInterrupt):
+            make().run("hi", [get_weather], model=lab("tools"), **more)
+        assert len(chats(fake)) == 1
+
+    @pytest.mark.parametrize("rounds", [2, 3])
+    def test_a_model_that_does_not_stop(self, make, fake, rounds):
+        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
+        with pytest.raises(puter.ReplyError, match=f"after {rounds} rounds"):
+            make().run("hi", [get_weather], model=lab("text"), max_rounds=rounds)
+        assert rounds <= len(chats(fake)) <= rounds + 1
+
+    def test_after_the_last_round_the_model_may_answer(self, make):
+        reply = make().run("hi", [get_weather], model=lab("tools"), max_rounds=1)
+        assert str(reply) == SENTENCE
+
+    def test_options_go_with_every_round(self, make, fake):
+        history = [{"role": "user", "content": "Paris?"}]
+        more = {"system": "Be brief", "temperature": 0.5, "images": [PNG]}
+        make().run(history, [get_weather], model=lab("tools"), **more)
+        assert history == [{"role": "user", "content": "Paris?"}]
+        for args in chats(fake):
+            assert args["temperature"] == 0.5
+            assert args["messages"][0] == {"role": "system", "content": "Be brief"}
+            kinds = [part["type"] for part in args["messages"][1]["content"]]
+            assert kinds == ["text", "image_url"]
+
+    def test_a_note_of_the_provider_goes_back(self, make, fake):
+        fake.script[lab("text")] = ["extra", "text"]
+        make().run("hi", [get_weather], model=lab("text"))
+        assert json.dumps(SIGNATURE) in json.dumps(sent(fake))
+
+    @pytest.mark.parametrize(
+        "tools",
+        [
+            [WEATHER],
+            ["get_weather"],
+            [None],
+            [get_weather, functools.wraps(get_weather)(lambda city: "no")],
+        ],
+        ids=["a schema", "a name", "nothing", "two of one name"],
+    )
+    def test_it_needs_functions_of_names_of_their_own(self, make, fake, tools):
+        with pytest.raises(puter.BadRequestError, match="function|called"):
+            make().run("hi", tools, model=lab("text"))
+        assert not chats(fake)
+
+    def test_an_async_function(self, make, fake):
+        fake.script[lab("text")] = [calling(("slow_weather", {"city": "Rome"})), says("done")]
+        assert make().run("hi", [slow_weather], model=lab("text")).text == "done"
+        assert results(fake) == ["sunny in Rome"]
+
+
+@dataclass
+class Person:
+    name: str
+    age: int
+    tags: list[str] = field(default_factory=list)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class City(TypedDict):
+    city: str
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+NO_TOOLS = "allam-2-7b"
+TYPED_MODELS = [*MODEL_OF.values(), NO_TOOLS]
+
+
+def answers_in_form(model: str, *values: Any) -> list[Scenario]:
+    """What gives these values as the kind of provider of a model is asked for them."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    if model not in (CLAUDE, HAIKU, GPT):
+        return [says(text) for text in texts]
+    calls = [tool_call("call_1", "final_answer", text) for text in texts]
+    return [says("", calls=(call,), finish="tool_calls") for call in calls]
+
+
+class TestTypedAnswers:
+    """`returns`: what a model is asked for, and what becomes of its answer."""
+
+    @pytest.mark.parametrize("model", TYPED_MODELS)
+    @pytest.mark.parametrize(
+        ("kind", "given", "want"),
+        [
+            (Person, {"name": "Al", "age": 3}, Person("Al", 3)),
+            (City, {"city": "Rome"}, {"city": "Rome"}),
+            (Colour, {"value": "blue"}, Colour.BLUE),
+            (Literal["a", 1], {"value": 1}, 1),
+            (list[Person], {"value": [{"name": "Al", "age": 3}]}, [Person("Al", 3)]),
+            (int, {"value": 7}, 7),
+            (bool, {"value": False}, False),
+            (CITY, {"city": "Rome"}, {"city": "Rome"}),
+            ({"type": "array", "items": CITY}, {"value": [{"city": "Rome"}]}, [{"city": "Rome"}]),
+        ],
+    )
+    def test_each_provider(self, make, fake, model, kind, given, want):
+        """The value is what the hint says; `text` is its JSON, and no call is left over."""
+        fake.script[model] = answers_in_form(model, given)
+        reply = make().chat("Who?", model=model, returns=kind)
+        assert (reply.value, reply.tool_calls, reply.finish_reason) == (want, (), "stop")
+        assert json.loads(reply.text) == given.get("value", given)
+        (sent,) = fake.sent
+        text = json.dumps(sent)
+        if model == CODEX:
+            assert sent["text"]["format"]["type"] == "json_schema"
+        elif model in (CLAUDE, GPT):
+            assert len(sent["tools"]) == 1 and "calling the function final_answer" in text
+        else:  # the catalogue does not say that they take tools
+            assert "JSON schema" in text and not sent.get("tools")
+
+    @pytest.mark.parametrize("model", TYPED_MODELS)
+    @pytest.mark.parametrize("wrong", [{"name": "Al", "age": "old"}, {"name": "Al"}, "I cannot."])
+    def test_what_does_not_fit_is_told_once(self, make, fake, model, wrong):
+        """The model reads what was wrong; the costs of both answers are added up."""
+        fake.script[model] = answers_in_form(model, wrong, {"name": "Al", "age": 3})
+        reply = make().chat("Who?", model=model, returns=Person)
+        assert reply.value == Person("Al", 3) and len(reply.attempts) == 2
+        first, second = fake.sent
+        assert "That is not what was asked for: the answer" in json.dumps(second)
+        assert "That is not" not in json.dumps(first)
+
+    @pytest.mark.parametrize("method", ["chat", "stream"])
+    def test_then_it_is_an_error(self, make, fake, method):
+        """With the reply, which was paid for, on it."""
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": 2})
+        with pytest.raises(
+            puter.ReplyError, match="is not what was asked for: the answer"
+        ) as caught:
+            getattr(make(), method)("Who?", model=HAIKU, returns=Person)
+        assert caught.value.reply.tool_calls and caught.value.raw == '{"name": 2}'
+        assert len(fake.sent) == 2
+
+    def test_a_cut_answer_is_not_asked_for_again(self, make, fake):
+        fake.script[NO_TOOLS] = [says('{"na', finish="length")]
+        with pytest.raises(puter.ReplyError, match="not JSON"):
+            make().chat("Who?", model=NO_TOOLS, returns=Person)
+        assert len(fake.sent) == 1
+
+    def test_stream(self, make, fake):
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": "Al", "age": 3})
+        with make().stream("Who?", model=HAIKU, returns=Person) as stream:
+            text = "".join(map(str, stream))
+        assert stream.reply.value == Person("Al", 3)
+        assert json.loads(text) == {"name": "Al", "age": 3}
+
+    def test_with_functions(self, make, fake):
+        """Functions are called first; the last answer has the value."""
+
+        def weather(city: str) -> str:
+            return "sunny in " + city
+
+        turns = [
+            says(
+                "", calls=(tool_call("call_1", "weather", '{"city": "Rome"}'),), finish="tool_calls"
+            )
+        ]
+        fake.script[HAIKU] = turns + answers_in_form(HAIKU, {"city": "Rome"})
+        client = make()
+        reply = client.run("Where?", [weather], model=HAIKU, returns=City)
+        assert reply.value == {"city": "Rome"}
+        fake.script[HAIKU] = turns
+        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=City)
+        assert (calls.tool_calls[0].name, calls.value) == ("weather", None)
+
+    def test_conversation(self, make, fake):
+        """The history has the JSON as the assistant's text, whichever way it came."""
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        talk = make().conversation(model=HAIKU, returns=City)
+        assert talk.say("Where?").value == {"city": "Rome"}
+        assert talk.messages[-1]["content"] == '{"city": "Rome"}'
+        assert "returns" not in talk.to_json()["options"]
+
+    def test_cached(self, make, fake):
+        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        one = make(cache_enabled=True)
+        values = [one.chat("Where?", model=HAIKU, returns=City).value for _ in range(2)]
+        assert values == [{"city": "Rome"}] * 2 and len(fake.sent) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "words"),
+        [(object, "returns is of type"), (dict[int, str], "which a model cannot give")],
+    )
+    def test_unknown_types(self, make, kind, words):
+        with pytest.raises(puter.BadRequestError, match=words):
+            make().chat("Who?", returns=kind)
+
+    @pytest.mark.parametrize(
+        "text",
+        ['{"a": {"city": "x"}, "b": [1,2', '{"a": {"city": "x"}, "c": 2,}', '[{"city": "x"}, {"ci'],
+    )
+    def test_a_piece_of_a_broken_answer_is_no_answer(self, make, fake, text):
+        fake.script[NO_TOOLS] = [says(text), says('{"city": "Rome"}')]
+        assert make().chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
+        assert len(fake.sent) == 2
+
+    def test_deep_alternatives_take_no_time(self):
+        """What decides between them is looked at first."""
+        ops = [
+            {"type": "object", "properties": {"left": {"$ref": "#"}, "op": {"const": op}}}
+            for op in ("add", "sub", "mul", "div")
+        ]
+        value: Any = 1
+        for _ in range(40):
+            value = {"left": value, "op": "div"}
+        read = puter.returns_of({"anyOf": [*ops, {"type": "integer"}]}).read
+        assert read(value, "it") == value
+
+    @pytest.mark.parametrize(
+        ("kind", "word", "want"),
+        [
+            (Literal["yes", "no"], " yes\n", "yes"),
+            (Colour, "red", Colour.RED),
+            (str, "hello", "hello"),
+            (date, "2026-01-02", date(2026, 1, 2)),
+            (datetime, "2026-01-02T07:08:09Z", datetime.fromisoformat("2026-01-02T07:08:09+00:00")),
+        ],
+    )
+    def test_a_bare_word(self, make, fake, kind, word, want):
+        fake.script[NO_TOOLS] = says(word)
+        assert make().chat("Well?", model=NO_TOOLS, returns=kind).value == want
+        assert len(fake.sent) == 1
+
+    def test_functions_that_nobody_offered(self, make, fake):
+        """A call of one is no answer: the model is told."""
+        fake.script[HAIKU] = [calling(("other", {})), *answers_in_form(HAIKU, {"city": "Rome"})]
+        assert make().chat("Where?", model=HAIKU, returns=City).value == {"city": "Rome"}
+
+    def test_a_function_of_this_name(self, make, fake):
+        def final_answer(city: str) -> str:
+            return city
+
+        with pytest.raises(puter.BadRequestError, match="Rename it"):
+            make().chat("Where?", returns=City, tools=[final_answer])
+
+    def test_what_the_callers_types_refuse(self, make, fake):
+        """It is told to the model as well."""
+
+        @dataclass
+        class Even:
+            n: int
+
+            def __post_init__(self) -> None:
+                if self.n % 2:
+                    raise ValueError("n must be even")
+
+        fake.script[NO_TOOLS] = [says('{"n": 1}'), says('{"n": 2}')]
+        assert make().chat("A number?", model=NO_TOOLS, returns=Even).value == Even(2)
+        assert "n must be even" in json.dumps(fake.sent[-1])
+
+    def test_the_second_question_fails(self, make, fake):
+        """The first answer, which was paid for, is on the error."""
+        fake.script[NO_TOOLS] = [says("no"), "internal"]
+        with pytest.raises(puter.PuterError) as caught:
+            make(max_retries=0, fallback_enabled=False).chat("?", model=NO_TOOLS, returns=City)
+        assert caught.value.reply.text == "no"
+
+    def test_what_does_not_fit_is_not_cached(self, make, fake):
+        fake.script[NO_TOOLS] = [says("no"), says("no"), says('{"city": "Rome"}')]
+        client = make(cache_enabled=True)
+        with pytest.raises(puter.ReplyError):
+            client.chat("Where?", model=NO_TOOLS, returns=City)
+        assert client.chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
+
+    @pytest.mark.parametrize(
+        "schema",
+        [
+            {"type": "object", "properties": ["a"]},
+            {"properties": 5},
+            {"type": "strin"},
+            {"type": 5},
+            {"enum": 5},
+            {"minimum": "x"},
+            {"required": 5},
+            {"items": [1]},
+            {"anyOf": [5]},
+            {"$ref": "#/$defs/missing"},
+            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        ],
+    )
+    def test_what_is_no_schema(self, make, fake, schema):
+        with pytest.raises(puter.BadRequestError, match="returns"):
+            make().chat("Well?", returns=schema)
+        assert not fake.requests
+
+    def test_keys_that_may_be_missing_in_hints_that_are_texts(self, monkeypatch):
+        module = types.ModuleType("hints")
+        monkeypatch.setitem(sys.modules, "hints", module)
+        code = "from __future__ import annotations\nfrom typing_extensions import *\n"
+        code += "class A(TypedDict):\n    a: int\n    b: NotRequired[int]\n"
+        code += "class B(TypedDict, total=False):\n    a: Required[int]\n    b: int\n"
+        exec(code, module.__dict__)  # noqa: S102
+        for name in "AB":
+            read = puter.returns_of(getattr(module, name)).read
+            assert read({"a": 1}, "it") == {"a": 1}
+            with pytest.raises(TypeError, match="lacks"):
+                read({"b": 1}, "it")
+
+    def test_two_forms(self, make):
+        with pytest.raises(puter.BadRequestError, match="response_format and `returns`"):
+            make().chat("Who?", returns=int, response_format={"type": "json_object"})
+
+    @pytest.mark.parametrize(
+        ("schema", "value", "fits"),
+        [
+            ({"type": "integer"}, 1, True),
+            ({"type": "integer"}, 1.5, False),
+            ({"type": "number"}, 1, True),
+            ({"type": "integer"}, True, False),
+            ({"type": ["string", "null"]}, None, True),
+            ({"enum": ["a", 2]}, "b", False),
+            ({"const": 2}, 2, True),
+            ({"anyOf": [{"type": "string"}, CITY]}, {"city": "a"}, True),
+            ({"anyOf": [{"type": "string"}, CITY]}, {"town": "a"}, False),
+            ({"type": "array", "items": {"type": "string"}}, ["a", 1], False),
+            ({"type": "array"}, {}, False),
+            ({"type": "array", "minItems": 1}, [], False),
+            ({"type": "number", "minimum": 1, "maximum": 2}, 3, False),
+            ({"type": "number", "minimum": 1, "maximum": 2}, 1.5, True),
+            (CITY, {"city": 1}, False),
+            (CITY, {"city": "a", "more": 1}, True),
+            ({**CITY, "additionalProperties": False}, {"city": "a", "more": 1}, False),
+            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": 1}, False),
+            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": "a"}, True),
+            ({"$ref": "#/$defs/b", "$defs": {"a": CITY, "b": {"$ref": "#/$defs/a"}}}, {}, False),
+            ({"type": "object", "properties": {"next": {"$ref": "#"}}}, {"next": 1}, False),
+            ({"allOf": [CITY, {"required": ["zip"]}]}, {"city": "a"}, False),
+            ({"type": "object", "additionalProperties": {"type": "integer"}}, {"a": "b"}, False),
+            ({"type": "string", "pattern": "^a", "maxLength": 2}, "ab", True),
+            ({"type": "string", "pattern": "^a"}, "b", False),
+            ({"type": "string", "maxLength": 2}, "abc", False),
+            ({"enum": [1, 2]}, True, False),
+            ({"enum": [1.5, 2.0]}, 2, True),
+            ({}, [1], True),
+        ],
+    )
+    def test_schemas(self, schema, value, fits):
+        """A schema of the caller's is checked for what models get wrong."""
+        read = puter.returns_of(schema).read
+        if fits:
+            assert read(value, "it") == value
+        else:
+            with pytest.raises(TypeError, match="it"):
+                read(value, "it")
+
+    @pytest.mark.parametrize("how", ["text", "file", "json"])
+    def test_command(self, signed_in, tmp_path, how):
+        """`ask --schema` prints the JSON alone."""
+        signed_in.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
+        schema = json.dumps(CITY)
+        if how == "file":
+            (tmp_path / "city.json").write_text(schema)
+            schema = str(tmp_path / "city.json")
+        more = ["--json"] if how == "json" else []
+        done = run_cli(signed_in, "ask", "Where?", "--schema", schema, "-m", HAIKU, *more)
+        printed = json.loads(done.stdout)
+        assert done.returncode == 0
+        assert (printed["value"] if more else printed) == {"city": "Rome"}
+
+    @pytest.mark.parametrize(
+        ("schema", "words"),
+        [("{", "not JSON"), ("/no/where.json", "cannot be read"), ("README.md", "not JSON")],
+    )
+    def test_command_without_a_schema(self, signed_in, schema, words):
+        done = run_cli(signed_in, "ask", "Where?", "--schema", schema)
+        assert done.returncode == 1 and words in done.stderr and not signed_in.sent
+
+
+class TestConversation:
+    """Turns that are remembered."""
+
+    @pytest.mark.parametrize("how", ["say", "stream"])
+    def test_it_remembers(self, make, fake, how):
+        talk = make().conversation("Be brief", model=lab("echo"), temperature=0)
+        for text in ("one", "two"):
+            if how == "say":
+                assert str(talk.say(text)) == text
+            else:
+                assert "".join(map(str, talk.stream(text))) == text
+        assert [m["content"] for m in talk.messages] == ["one", "one", "two", "two"]
+        assert roles(talk) == "uaua"
+        assert [m["content"] for m in sent(fake)] == ["Be brief", "one", "one", "two"]
+        assert chats(fake)[-1]["temperature"] == 0
+        assert "4 messages" in repr(talk)
+
+    def test_options_of_a_turn(self, make, fake):
+        talk = make().conversation(model=lab("echo"), temperature=0)
+        talk.say("one", temperature=1, model=lab("text"), system="Once")
+        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (1, lab("text"))
+        talk.say("two")
+        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (0, lab("echo"))
+        assert sent(fake)[0]["role"] == "user"
+
+    def test_no_reply_before_the_first(self, make):
+        with pytest.raises(puter.BadRequestError, match="There is no reply"):
+            make().conversation().reply  # noqa: B018
+
+    def test_the_history_is_yours(self, make, fake):
+        talk = make().conversation(model=lab("echo"))
+        talk.messages = [{"role": "user", "content": "a"}]
+        talk.messages.append({"role": "assistant", "content": "b"})
+        talk.say("c")
+        assert [m["content"] for m in sent(fake)] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("how", ["say", "stream"])
+    @pytest.mark.parametrize("scenario", ["err400", "closed", "html"])
+    def test_a_turn_that_fails_leaves_no_trace(self, make, how, scenario):
+        talk = make(max_retries=0).conversation(model=lab("echo"), fallback=False)
+        talk.say("one")
+        before = list(talk.messages)
+        with pytest.raises(puter.PuterError):
+            getattr(talk, how)("two", model=lab(scenario))
+            list(talk.stream("two", model=lab(scenario)))
+        assert talk.messages == before
+        assert str(talk.say("three")) == "three" and roles(talk) == "uaua"
+
+    def test_a_stream_that_is_left(self, make, fake):
+        talk = make().conversation(model=lab("slow"))
+        chunks = talk.stream("one")
+        next(chunks)
+        chunks.close()  # type: ignore[attr-defined]
+        assert talk.messages == []
+        assert eventually(lambda: fake.open_streams == 0)
+
+    def test_tools(self, make, fake):
+        talk = make().conversation(model=lab("tools"), tools=[get_weather])
+        assert str(talk.say("Paris?")) == SENTENCE
+        assert roles(talk) == "uata"
+        assert talk.messages[2]["content"] == "sunny in Paris"
+        talk.say("And now?")
+        assert roles(talk) == "uataua"
+        refused = make().conversation(model=lab("tools"), on_tool=lambda _: False)
+        refused.say("Paris?", tools=[get_weather])
+        assert "refused" in refused.messages[2]["content"]
+
+    def test_tools_that_fail_leave_no_trace(self, make, fake):
+        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), "err400"]
+        talk = make(max_retries=0).conversation(model=lab("text"), fallback=False)
+        with pytest.raises(puter.PuterError):
+            talk.say("Rome?", tools=[get_weather])
+        assert talk.messages == []
+
+    def test_schemas_are_not_called(self, make):
+        talk = make().conversation(model=lab("tools"))
+        reply = talk.say("Paris?", tools=[WEATHER])
+        assert [call.name for call in reply.tool_calls] == ["get_weather"]
+        assert roles(talk) == "ua" and talk.messages[1]["tool_calls"]
+
+    def test_tools_in_a_stream(self, make):
+        talk = make().conversation(model=lab("tools"), tools=[get_weather])
+        assert "".join(map(str, talk.stream("Paris?"))) == SENTENCE
+        assert roles(talk) == "uata"
+
+    def test_images_and_files_stay_with_their_turn(self, make, fake):
+        talk = make().conversation(model=lab("vision"))
+        talk.say("look", images=[PNG], files=[("a.pdf", PDF)])
+        talk.say("again")
+        kinds = [p["type"] for p in sent(fake)[0]["content"]]
+        assert kinds == ["text", "image_url", "file"]
+        assert sent(fake)[2]["content"] == "again"
+
+    def test_pickle_and_json(self, make, fake, monkeypatch):
+        client = make()
+        monkeypatch.setattr(puter, "_default_client", lambda: client)
+        talk = client.conversation("Be brief", model=lab("echo"), max_tokens=9)
+        talk.say("one", images=[PNG])
+        data = json.loads(json.dumps(talk.to_json()))
+        assert data["messages"] == talk.messages and "token-" not in json.dumps(data)
+        copies = [pickle.loads(pickle.dumps(talk)), puter.Conversation.from_json(data)]
+        for again in (*copies, puter.Conversation.from_json(data, client)):
+            assert (again.system, again.model) == ("Be brief", lab("echo"))
+            assert again.options == {"max_tokens": 9}
+            assert str(again.say("two")) == "two"
+            assert len(again.messages) == 4
+        assert len(talk.messages) == 2  # the copies are on their own
+        empty = puter.Conversation.from_json({})
+        assert (empty.messages, empty.options, empty.model) == ([], {}, None)
+        # Functions are left out.
+        talk = client.conversation(tools=[get_weather], on_tool=print, temperature=0)
+        assert talk.to_json()["options"] == {"temperature": 0}
+
+
+# ---- pictures and sound ----
+
+# One call of each job.
+JOBS_DONE: dict[str, Callable[..., Any]] = {
+    "image": lambda client, text="a dot", **args: client.image(text, **args),
+    "speech": lambda client, text="Hello", **args: client.speech(text, **args),
+    "transcribe": lambda client, text=None, **args: client.transcribe(WAV, prompt=text, **args),
+    "ocr": lambda client, text=None, **args: client.ocr(PNG, **args),
+}
+
+
+def recorded_error(status: int, code: str, message: str) -> tuple[int, JSON]:
+    """An error as the answer of an account."""
+    return status, {"error": message, "message": message, "code": code}
+
+
+class TestMedia:
+    """image, speech, transcribe and ocr: what is sent, what is read, and who is asked."""
+
+    @pytest.mark.parametrize("exchange", MEDIA_EXCHANGES, ids=lambda one: one["name"])
+    def test_the_fake_answers_as_recorded(self, fake, exchange):
+        fake.add_account("a", "t", temporary=exchange["token"] == "temp-api-token")
+        got = post(fake, CHAT, exchange["body"], "t")
+        assert got.status_code == exchange["status"]
+        assert got.headers["Content-Type"].partition(";")[0] == exchange["type"]
+        if "json" not in exchange:
+            return  # a sound
+        if got.status_code != 200:
+            assert got.json() == exchange["json"]
+        else:
+            told, wanted = got.json()["result"], exchange["json"]["result"]
+            assert shape(told) == shape(wanted) or "ocr" in exchange["name"]
+
+    def test_image(self, make, fake):
+        client = make()
+        assert client.image("a dot") == DREW
+        (seen,) = [seen for seen in fake.requests if seen.path == CHAT]
+        assert seen.body == {
+            "interface": "puter-image-generation",
+            "method": "generate",
+            "args": {"prompt": "a dot"},
+        }
+        client.image("a dot", SEEDREAM, quality="low", aspect_ratio="16:9", provider=None)
+        wanted = {"prompt": "a dot", "quality": "low", "aspect_ratio": "16:9"}
+        assert args_sent(fake)[1] == {**wanted, "model": SEEDREAM}
+
+    def test_pictures_to_change(self, make, fake, tmp_path):
+        (tmp_path / "a.png").write_bytes(DREW.data)
+        url = f"{fake.url}/samples/image_example.png"
+        images = [tmp_path / "a.png", DREW.data, DATA_URL, url]
+        assert make().image("blue", model="puter/gpt-image-1", images=images) == DREW
+        assert args_sent(fake) == [
+            {"prompt": "blue", "model": "gpt-image-1", "input_images": [DATA_URL] * 4}
+        ]
+        assert make().image("blue", images=url) == DREW
+        assert args_sent(fake)[1]["input_images"] == [DATA_URL]
+        loaded = [seen for seen in fake.requests if seen.path.startswith("/samples/")]
+        assert [seen.token for seen in loaded] == [None, None]
+
+    def test_speech(self, make, fake):
+        client = make()
+        assert client.speech("Hello") == puter.Audio(SOUND, "audio/mpeg")
+        assert client.speech("Hello", "nova", "tts-1", response_format="wav") == puter.Audio(
+            SOUND, "audio/wav"
+        )
+        assert client.speech("Hello", provider="gemini").mime == "audio/wav"
+        said = {"text": "Hello", "provider": "openai"}
+        more = {"voice": "nova", "model": "tts-1", "response_format": "wav"}
+        assert args_sent(fake) == [said, {**said, **more}, {**said, "provider": "gemini"}]
+        assert not any("driver" in seen.body for seen in fake.requests if seen.path == CHAT)
+
+    def test_a_sound_stays_as_it_is_but_for_the_token(self, make, fake, monkeypatch):
+        sound = Raw(b"\xff\xfb\x80 Bearer token-alice\x80\r\n", content_type="audio/mpeg")
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
+        assert make().speech("Hello").data == b"\xff\xfb\x80 Bearer <token>\x80\r\n"
+
+    def test_transcribe(self, make, fake, tmp_path):
+        client, url = make(), "data:audio/wav;base64," + base64.b64encode(WAV).decode()
+        (tmp_path / "a.txt").write_bytes(WAV)  # its contents count
+        for audio in (WAV, ("a.bin", WAV), tmp_path / "a.txt", str(tmp_path / "a.txt")):
+            told = client.transcribe(audio, language="en")
+            assert (str(told), told.segments, told.raw["usage"]["total_tokens"]) == (HEARD, [], 10)
+        assert args_sent(fake) == [{"file": url, "language": "en"}] * 4
+        assert client.transcribe(WAV, model="whisper-1", response_format="srt").text == SRT
+        whole = client.transcribe(WAV, model="whisper-1", response_format="verbose_json")
+        assert whole.segments[0]["end"] == 1.5 and str(whole) == HEARD
+        assert repr(whole) == f"Transcript(text={HEARD!r})"
+
+    def test_ocr(self, make, fake):
+        client = make()
+        assert client.ocr(PNG) == client.ocr(("a.pdf", PDF)) == "First line\nSecond line"
+        kinds = [args["source"].partition(";")[0] for args in args_sent(fake)]
+        assert kinds == ["data:image/png", "data:application/pdf"]
+
+    @pytest.mark.parametrize(
+        ("head", "kind"),
+        [
+            [b"RIFF....WAVE", "wav"],
+            [b"ID3\x04", "mpeg"],
+            [b"\xff\xfb\x90", "mpeg"],
+            [b"OggS", "ogg"],
+            [b"fLaC", "flac"],
+            [b"\0\0\0\x20ftypM4A ", "mp4"],
+            [b"\x1aE\xdf\xa3", "webm"],
+        ],
+    )
+    def test_kinds_of_recordings(self, make, fake, head, kind):
+        make().transcribe(head)
+        assert args_sent(fake)[0]["file"].startswith(f"data:audio/{kind};base64,")
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_samples_cost_nothing(self, make, fake, job):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        made = JOBS_DONE[job](client, test_mode=True)
+        if job in ("image", "speech"):
+            wanted = (DREW.data, "image/png") if job == "image" else (SOUND, "audio/mpeg")
+            assert (made.data, made.mime) == wanted and made.url.startswith(f"{fake.url}/samples/")
+            assert fake.requests[-1].token is None
+        else:
+            assert str(made)
+        assert ended[0].usage.cost_usd == 0.0
+
+    def test_a_host_that_does_not_know_what_it_holds(self, make, fake):
+        for name, data in (("image_example.png", PNG), ("tts_example.mp3", SOUND)):
+            web(fake, f"/samples/{name}", Raw(data, content_type="application/octet-stream"))
+        assert make().image("a dot", test_mode=True).mime == "image/png"
+        assert make().speech("Hello", test_mode=True).mime == "audio/mpeg"
+
+    def test_a_result_that_cannot_be_loaded(self, make, fake, caplog):
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        picture = make().image("a dot", test_mode=True)
+        assert picture == puter.Picture(url=f"{fake.url}/samples/image_example.png")
+        assert "could not be loaded" in caplog.text and len(fake.chat_calls()) == 1
+
+    # What it costs
+
+    @pytest.mark.parametrize(
+        ("model", "cost"), [(SEEDREAM, 0.03), ("SEEDREAM-4-0", 0.03), ("gpt-image-1-mini", None), (None, None)]
+    )  # fmt: skip
+    def test_price(self, make, fake, model, cost):
+        client, ended = make(), []
+        client._on_answer = lambda model, reply: ended.append(reply)
+        client.image("a dot", model)
+        assert ended[0].usage.cost_usd == cost
+        (stats,) = client.stats()
+        assert (stats.successes, stats.cost_usd) == (1, cost or 0.0)
+        lists = [seen for seen in fake.requests if seen.path == "/puterai/image/models/details"]
+        assert [seen.token for seen in lists] == [None] * (model is not None)
+
+    def test_the_lists_of_models_do_not_mix(self, make, fake):
+        client = make()
+        client.image("a dot", SEEDREAM)
+        assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
+        again, ended = make(), []
+        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
+        again.image("a dot", SEEDREAM)
+        assert OPUS in ids(again.models()) and ended == [0.03]
+        assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
+
+    # What is refused before anything is sent
+
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            [lambda c: c.image(""), "Give a text"],
+            [lambda c: c.speech(5), "Give a text"],
+            [lambda c: c.image("x", model=""), "model is ''"],
+            [lambda c: c.image("x", qualty="low"), "Did you mean quality"],
+            [lambda c: c.image("x", timeout=5), "Did you mean timeout_ms"],
+            [lambda c: c.image("x", timeout_ms=0), "timeout_ms is 0"],
+            [lambda c: c.image("x", max_retries=1), "max_retries belongs to the client"],
+            [
+                lambda c: c.image("x", puter_output_path="~/a.png"),
+                "no argument 'puter_output_path'",
+            ],
+            [lambda c: c.image("x", images=[b"text"]), "not an image"],
+            [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
+            [lambda c: c.transcribe(PNG), "none of WAV"],
+            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
+            [lambda c: c.transcribe("/no/such.wav"), "cannot be read"],
+            [lambda c: c.transcribe(5), "cannot be read"],
+            [lambda c: c.transcribe(("a.wav", "text")), "cannot be read"],
+            [lambda c: c.transcribe(WAV, langage="en"), "Did you mean language"],
+            [lambda c: c.ocr(WAV), "none of PNG"],
+        ],
+    )
+    def test_wrong_arguments(self, make, fake, call, words):
+        with pytest.raises(puter.BadRequestError, match=re.escape(words)):
+            call(make())
+        assert fake.requests == []
+
+    def test_servers_that_are_not_puters(self, make, fake):
+        client = make(api_style="openai", api_base_url=f"{fake.url}/v1", openai_api_key="sk-none")
+        with pytest.raises(puter.BadRequestError, match="Only Puter's own server"):
+            client.image("a dot")
+        assert fake.requests == []
+        assert make(api_style="openai").image("a dot") == DREW
+
+    # What goes wrong
+
+    @pytest.mark.parametrize(
+        ("call", "kind", "words", "calls"),
+        [
+            [lambda c: c.image("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.speech("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
+            [lambda c: c.image("scenario: err401"), puter.ProviderAuthError, "scripted 401", 1],
+            [lambda c: c.image("scenario: err429"), puter.ModelRateLimitError, "scripted 429", 1],
+            [lambda c: c.image("scenario: err500"), puter.ModelUnavailableError, "unavailable", 2],
+            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, f"No picture model is called 'nope'. Some are: {SEEDREAM}, gpt", 1],
+            [lambda c: c.image("x", OPUS), puter.ModelNotFoundError, f"No picture model is called '{OPUS}'", 1],
+            [lambda c: c.image("x", "seedream-4"), puter.ModelNotFoundError, f"mean {SEEDREAM}?", 1],
+            [lambda c: c.speech("x", "nobody"), puter.BadRequestError, f"Expected: {VOICES}", 1],
+            [lambda c: c.speech("x", provider=""), puter.ServerError, "Internal Server Error", 3],
+            [lambda c: c.image("scenario: closed"), puter.ReplyError, "broke off", 1],
+            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "or pass `timeout_ms=`", 1],
+        ],
+    )  # fmt: skip
+    def test_errors(self, make, fake, call, kind, words, calls):
+        client = make("alice", "bob", max_retries=2)
+        if "Internal" in words:
+            fake.accounts["token-alice"].error = recorded_error(500, "internal_error", words)
+        with pytest.raises(kind, match=re.escape(words)) as caught:
+            call(client)
+        assert type(caught.value) is kind
+        assert fake.chat_calls().count(("alice", fake.chat_calls()[0][1])) == calls
+        assert len(caught.value.attempts) == len(fake.chat_calls()) == calls
+        assert "puter models" not in str(caught.value) or kind is not puter.ModelNotFoundError
+
+    @pytest.mark.parametrize(
+        "result", [None, 5, {}, {"url": None}, "ftp://x", {"text": None, "segments": 5}, []]
+    )
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_results_that_cannot_be_read(self, make, fake, monkeypatch, job, result):
+        for known in MEDIA:
+            monkeypatch.setitem(MEDIA, known, lambda *_: result)
+        if job == "transcribe" and isinstance(result, str):
+            return
+        with pytest.raises(puter.ReplyError, match="unknown format"):
+            JOBS_DONE[job](make())
+        assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "data", "mime"),
+        [
+            ("application/octet-stream", SOUND, "audio/mpeg"),
+            ("application/ogg", b"OggS\0", "audio/ogg"),
+            ("", SOUND, "audio/mpeg"),
+            ("audio/pcm", b"\0\1", "audio/pcm"),
+            ("audio/mpeg", b"", None),
+            ("audio/mpeg", b'{"error": "x"}', None),
+            ("application/octet-stream", b"\0\1", None),
+            ("application/json", b'{"result": "data:audio/wav;base64,AAAA"}', "audio/wav"),
+            ("application/json", b'{"result": "data:audio/wav;base64,"}', None),
+        ],
+    )
+    def test_what_is_a_sound(self, make, fake, monkeypatch, kind, data, mime):
+        """What it is counts, not what it is called: it is billed."""
+        sound = Raw(data, content_type=kind)
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
+        if mime is None:
+            with pytest.raises(puter.PuterError):
+                make("alice", "bob", max_retries=2).speech("Hello")
+        else:
+            assert make().speech("Hello").mime == mime
+        assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("answer", "calls"),
+        [
+            (Raw(b"<html>Bad Gateway</html>", 502, HTML_TYPE), 1),
+            (Raw(b"{}", 503), 1),
+            (Raw({"success": True, "result": None, "error": {"message": "later"}}), 1),
+            (Raw({"success": False, "error": {"message": "later"}}), 1),
+            # Puter itself says that nothing was drawn
+            (Raw({"message": "Internal Server Error", "code": "internal_error"}, 500), 3),
+            (Raw({"message": "No", "code": "insufficient_funds"}, 402), 2),
+        ],
+    )
+    def test_what_may_be_billed_is_not_asked_again(self, make, fake, monkeypatch, answer, calls):
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: answer)
+        with pytest.raises(puter.PuterError):
+            make("alice", "bob", max_retries=2).image("a dot")
+        assert len(fake.chat_calls()) == calls
+
+    def test_what_was_not_sent_is_asked_again(self, make):
+        url = f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(puter.NetworkError) as caught:
+            make(api_base_url=url, max_retries=2).image("a dot")
+        assert len(caught.value.attempts) == 3
+
+    # Redirects
+
+    def test_redirects_of_a_result(self, make, fake, tmp_path, monkeypatch):
+        """Each is a request without a token, and without a password of ~/.netrc."""
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+        with FakePuter() as other:
+            there = {"Location": f"{other.url}/hop"}
+            web(fake, "/samples/image_example.png", Raw(b"", 302, headers=there))
+            back = {"Location": "/samples/image_example.png"}
+            web(other, "/hop", Raw(b"", 307, headers=back))
+            assert make().image("a dot", test_mode=True).data == PNG
+            seen = [*fake.requests[-1:], *other.requests]
+        assert len(seen) == 3
+        assert not any("Authorization" in one.headers for one in seen)
+
+    def test_redirects_without_end(self, make, fake, caplog):
+        back = {"Location": "/samples/image_example.png"}
+        web(fake, "/samples/image_example.png", Raw(b"", 302, headers=back))
+        assert not make().image("a dot", test_mode=True).data
+        assert sum(seen.path.startswith("/samples/") for seen in fake.requests) == 6
+        assert "answered 302" in caplog.text
+
+    @pytest.mark.parametrize("method", ["GET", "POST"])
+    def test_what_comes_with_a_redirect_is_bounded(self, make, fake, monkeypatch, method):
+        """Of a download nothing of it is read; of the API as much as of any answer."""
+        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 100_000)
+        sent = [0]
+
+        def endless(handler: FakeHandler) -> None:
+            handler.send_response(302)
+            handler.send_header("Location", f"{fake.url}/samples/tts_example.mp3")
+            handler.end_headers()
+            with suppress(OSError):
+                for sent[0] in range(400):
+                    handler.wfile.write(bytes(100_000))
+
+        path = {"GET": "/samples/image_example.png", "POST": "/drivers/call"}[method]
+        fake.routes[method, path] = endless
+        if method == "GET":
+            assert make().image("a dot", test_mode=True).data == SOUND
+        else:
+            with pytest.raises(puter.ServerError, match="larger than"):
+                make(max_retries=0).chat("hi")
+        assert sent[0] < 399
+
+    def test_a_page_in_place_of_a_sound(self, make, fake, monkeypatch):
+        page = Raw(b"<html>Sign in</html>", content_type=HTML_TYPE)
+        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: page)
+        with pytest.raises(puter.ReplyError, match="answered text/html"):
+            make().speech("Hello")
+        assert len(fake.chat_calls()) == 1
+
+    # Who is asked
+
+    @pytest.mark.parametrize("job", JOBS_DONE)
+    def test_the_next_account_when_one_is_limited(self, make, fake, job):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].max_in_window = 0
+        assert JOBS_DONE[job](client)
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        assert [(c.account, c.reason) for c in client.cooldowns()] == [
+            ("alice", "too_many_requests")
+        ]
+        assert JOBS_DONE[job](client)
+        assert fake.chat_calls()[2][0] == "bob"
+
+    def test_credit(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].credit_microcents = 0
+        assert client.image("a dot") == DREW
+        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
+        # what is too little for a picture may do for a chat
+        assert client.cooldowns() == []
+        fake.accounts["token-bob"].credit_microcents = 0
+        with pytest.raises(puter.CreditError, match="Insufficient credits for image") as caught:
+            client.image("a dot")
+        assert type(caught.value) is puter.CreditError and len(caught.value.attempts) == 2
+        assert not any(seen.path == "/metering/usage" for seen in fake.requests)
+
+    def test_a_dead_token(self, make, fake):
+        client = make("alice", "bob")
+        fake.accounts["token-alice"].dead = True
+        assert client.image("a dot") == DREW
+        assert [c.reason for c in client.cooldowns()] == ["login"]
+
+    def test_no_other_model_answers(self, make, fake):
+        fake.accounts["token-alice"].error = recorded_error(
+            400, "upstream_provider_unavailable", "down"
+        )
+        with pytest.raises(puter.ModelUnavailableError):
+            make().image("a dot", SEEDREAM)
+        assert {model for _, model in fake.chat_calls()} == {SEEDREAM}
+
+    def test_the_limit_of_requests_at_once(self, make, fake, monkeypatch):
+        monkeypatch.setitem(MEDIA, ("puter-ocr", "recognize"), lambda handler, *_: [
+            handler.pause(0.02), recognize(handler, handler.seen.args, None)
+        ][1])  # fmt: skip
+        fake.accounts["token-alice"].max_concurrent = 1
+        client = make(max_concurrent=1, max_retries=0)
+        with ThreadPoolExecutor(4) as pool:
+            texts = list(pool.map(lambda _: client.ocr(PNG), range(8)))
+        assert set(texts) == {"First line\nSecond line"}
+
+    def test_nothing_is_cached(self, make, fake):
+        client = make(cache_enabled=True)
+        for _ in range(2):
+            client.image("a dot")
+        assert len(fake.chat_calls()) == 2
+        stats = client._reply_cache.cache_stats(time.time(), 60)
+        assert (stats["entries"], stats["misses"]) == (0, 0)
+
+    def test_a_name_that_is_put_right(self, make, fake):
+        client = make()
+        assert client.image("a dot", "SeeDream-4-0") == DREW
+        assert [model for _, model in fake.chat_calls()] == ["SeeDream-4-0", SEEDREAM]
+
+    def test_values(self, tmp_path):
+        audio = puter.Audio(b"ID3", url="")
+        assert audio._repr_html_() == '<audio controls src="data:audio/mpeg;base64,SUQz"></audio>'
+        for odd in (puter.Audio(url='https://x/"><b>'), puter.Audio(b"x", 'audio/x"><b>')):
+            assert '"><b>' not in odd._repr_html_() and "&quot;&gt;&lt;b" in odd._repr_html_()
+        audio.save(tmp_path / "a.mp3")
+        with pytest.raises(puter.BadRequestError, match="exists already"):
+            audio.save(tmp_path / "a.mp3")
+        puter.Audio(b"ID3 new").save(tmp_path / "a.mp3", overwrite=True)
+        assert (tmp_path / "a.mp3").read_bytes() == b"ID3 new"
+        assert "SUQz" not in repr(audio) and not isinstance(audio, puter.Picture)
+
+
+# ---- under attack ----
+
+FAILED_WORDS = ("error", "ERROR", "network_error", "malformed_function_call", "abort", "incomplete")
+DOUBTFUL = table(
+    ["a firewall's page", 403, b"<h1>Blocked by the firewall</h1>"],
+    ["a proxy's limit", 429, b"Slow down"],
+    ["a limit without a code", 429, {"message": "too many"}],
+    ["a misread 402", 402, {"message": "pay"}],
+    ["another's code", 403, {"code": "nope", "message": "no"}],
+)
+
+
+def open_files() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+class TestClientUnderAttack:
+    """Failures that look like success, bills that come twice, and what grows for ever."""
+
+    @pytest.mark.parametrize("word", FAILED_WORDS)
+    def test_what_its_provider_gave_up_is_no_answer(self, make, fake, word):
+        fake.script[lab("text")] = lambda *_: Turn("half of", finish=word)
+        with pytest.raises(puter.ReplyError, match="failed while it wrote") as caught:
+            make(fallback_enabled=False).chat("hi", model=lab("text"))
+        assert caught.value.reply.text == "half of" and len(chats(fake)) == 1
+        ended = json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": word}]})
+        _, error, reply = heard(delta(content="half of"), ended, "[DONE]")
+        assert isinstance(error, puter.StreamError) and reply.text == "half of"
+
+    def test_an_end_alone_is_no_answer(self):
+        _, error, _ = heard("[DONE]")
+        assert isinstance(error, puter.StreamError) and "no answer" in error.message
+
+    @pytest.mark.parametrize(
+        ("finish", "words"), [("length", "cut at its longest"), ("content_filter", "filter ended")]
+    )
+    def test_a_cut_is_said(self, signed_in, finish, words):
+        signed_in.script[lab("text")] = lambda *_: Turn("half", finish=finish)
+        done = run_cli(signed_in, "ask", "-m", lab("text"), "--no-stream", "hi")
+        assert (done.returncode, done.stdout) == (0, "half\n") and words in done.stderr
+
+    def test_what_comes_behind_the_end_is_nothing(self):
+        decoder = puter.LineDecoder("m")
+        decoder.feed(
+            stream_line("text", text="all")
+            + stream_line("usage", usage=USAGE)
+            + stream_line("text", text="no")
+        )
+        decoder.finish()
+        assert decoder.error is None and decoder.reply().text == "all"
+
+    def test_a_task_that_closes_is_seen_by_the_task_that_reads(self, make):
+        async def both(stream: puter.Stream) -> None:
+            loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
+
+            async def read() -> None:
+                while await loop.run_in_executor(pool, next, stream, None):
+                    pass
+
+            reading = asyncio.ensure_future(read())
+            await asyncio.sleep(0.1)
+            await loop.run_in_executor(pool, stream.close)
+            with pytest.raises(puter.StreamError, match="closed"):
+                await reading
+            pool.shutdown()
+
+        asyncio.run(both(make().stream("hi", model=lab("slow"))))
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("way", ["leave", "close", "drop", "client"])
+    def test_a_forked_child_ends_only_its_own(self, make, way):
+        client = make()
+        with client.stream("hi", model=lab("slow")) as stream:
+            said = str(next(stream))
+            child = os.fork()
+            if child == 0:
+                with suppress(BaseException):
+                    {
+                        "leave": lambda: stream.__exit__(None, None, None),
+                        "close": stream.close,
+                        "drop": stream.__del__,
+                        "client": client.close,
+                    }[way]()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert said + text_of_chunks(list(stream)) == SENTENCE
+
+    @pytest.mark.parametrize(("how", "asked"), [("chat", 1), ("stream", 2)])
+    def test_a_kept_connection_that_breaks_at_work_is_not_stale(self, how, asked):
+        seen: list[bytes] = []
+        answer = driver_reply(Turn(WIRE_TEXT), openrouter_model("m"))
+        body = compact(answer).encode()
+        head = (
+            f"HTTP/1.1 200 OK\r\nContent-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+
+        def serve(connection: socket.socket) -> None:
+            with suppress(ConnectionAbortedError):
+                while request := read_request(connection):
+                    seen.append(request)
+                    if len(seen) > 1:
+                        time.sleep(0.1)  # at work, and then it fails
+                        hang_up(connection, "closed")
+                    connection.sendall(head.encode() + body)
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter("t", api_base_url=url, retry_delay_ms=1, fallback_enabled=False) as client,
+        ):
+            client.chat("hi", model="m")
+            with pytest.raises(puter.NetworkError) as caught:
+                ask(client, how, "m")
+        assert caught.value.may_be_billed and len(seen) == 1 + asked
+
+    def test_a_connection_that_was_closed_while_idle_is_seen_before(self, make, fake):
+        client = make(max_retries=0)
+        client.chat("hi", model=lab("text"))
+        fake.stop()
+        fake.start()
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    @pytest.mark.parametrize(
+        ("name", "ttl_ms", "is_down", "is_asked"),
+        [
+            ("gift", 20, True, False),
+            ("gift:free", 20, True, True),
+            ("gift", 20, False, True),
+            ("gift", 0, False, True),
+            ("gift", 60_000, True, True),
+        ],
+    )
+    def test_what_an_old_list_calls_free(self, make, fake, name, ttl_ms, is_down, is_asked):
+        fake.catalogue = [openrouter_model("lab/text"), openrouter_model(f"lab/{name}", (0, 0))]
+        fake.script |= {lab("text"): "err429", lab(name): "echo"}
+        client = make(cache_ttl_ms=ttl_ms)
+        client.models()
+        if is_down:
+            fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        time.sleep(0.03)
+        with suppress(puter.ModelRateLimitError):
+            client.chat("hi", model=lab("text"))
+        assert told(fake) == ["alice text", *([f"alice {name}"] if is_asked else [])]
+
+    def test_usage_is_the_sum(self, make, fake):
+        one = {"usage": None}
+        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
+        client = make()
+        one = client.chat("hi", model=lab("text"), tools=[get_weather]).usage
+        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
+        talk = client.conversation(model=lab("text"))
+        for reply in (talk.say("hi", tools=[get_weather]), talk.reply):
+            assert reply.usage == one + one and reply.usage.cost_usd == 2 * one.cost_usd
+        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
+        with pytest.raises(puter.ReplyError) as caught:
+            client.run("hi", [get_weather], model=lab("text"), max_rounds=2)
+        assert caught.value.reply.usage == one + one + one
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+    def test_one_default_client_at_a_time(self, fake, home, monkeypatch):
+        monkeypatch.setattr(puter, "_default", None)
+        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+        counts, clients = [], []
+        for number in range(30):
+            fake.add_account(f"user{number}", f"key-{number}")
+            monkeypatch.setenv("PUTER_AUTH_TOKEN", f"key-{number}")
+            assert puter.chat("hi", model=lab("echo")).text == "hi"
+            clients.append(puter._default_client())  # whoever still holds it
+            counts.append(open_files())
+        puter._default_client().close()
+        assert max(counts[2:]) <= counts[1] + 2
+
+    def test_a_remembered_failure_does_not_grow(self, make, fake):
+        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        client, depths = make(max_retries=0), set()
+        for _ in range(4):
+            with pytest.raises(puter.ServerError) as caught:
+                client.models()
+            depths.add(len(list(traceback.walk_tb(caught.value.__traceback__))))
+        assert client._catalogue._failure[0].__traceback__ is None
+        assert len(depths) <= 2 and len(fake.requests) == 1
+
+    def test_a_clock_that_is_set_back(self, make, fake, move_clock, monkeypatch):
+        monkeypatch.setattr(puter, "MODELS_RETRY_S", 0.05)
+        route = fake.routes["GET", DETAILS]
+        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
+        client = make(max_retries=0)
+        with pytest.raises(puter.ServerError):
+            client.models()
+        move_clock(-7_200.0)
+        fake.routes["GET", DETAILS] = route
+        time.sleep(0.06)
+        assert client.models()
+
+    @pytest.mark.parametrize(("status", "body"), DOUBTFUL)
+    def test_only_puters_own_codes_lock_an_account(self, make, fake, short_window, status, body):
+        fake.script[lab("text")] = lambda *_: Raw(body, status, JSON_TYPE)
+        client = make("alice", "bob")
+        for _ in range(2):
+            with pytest.raises(puter.PuterError) as caught:
+                client.chat("hi", model=lab("text"), fallback=False)
+            assert not isinstance(caught.value, puter.AllAccountsOnCooldownError)
+        assert client.cooldowns() == []
+        fake.script[lab("text")] = "text"
+        assert client.chat("hi", model=lab("text")).text == SENTENCE
+
+    def test_a_call_ends_though_the_others_are_locked(self, make, fake, short_window):
+        fake.add_account("alice", error=(429, {"code": "too_many_requests", "message": "Slow"}))
+        client = make("alice", "bob", max_retries=1)
+        client.state.add_cooldown("bob", "", 300.0, "forbidden", time.time())
+        thread, outcome = in_background(lambda: client.chat("hi", model=lab("text")))
+        thread.join(2)
+        is_over = not thread.is_alive()
+        fake.accounts["token-alice"].error = None  # else it would go on
+        thread.join(5)
+        assert is_over and isinstance(outcome[0], puter.RateLimitError)
+
+    @pytest.mark.parametrize(
+        ("error", "retries", "waited_s", "waiting", "again"),
+        [
+            (puter.RateLimitError(""), 25, 29.9, 0, True),
+            (puter.RateLimitError(""), 25, 30.0, 0, False),
+            (puter.RateLimitError(""), 25, 39.9, 1, True),
+            (puter.RateLimitError(""), 25, 40.0, 1, False),
+            (puter.RateLimitError(""), 25, 100.0, 8, True),
+            (puter.ServerError(""), 3, 0.0, 8, False),
+        ],
+    )
+    def test_patience_grows_with_who_waits(self, error, retries, waited_s, waiting, again):
+        assert puter.may_retry(error, retries, 3, True, waited_s, waiting=waiting) is again
+
+    @pytest.mark.parametrize(
+        ("retry", "rand", "delay_s"), [(1, 0.0, 1.0), (2, 0.0, 1.5), (9, 0.0, 1.5), (9, 1.0, 1.125)]
+    )
+    def test_the_wait_for_a_limit_is_short(self, retry, rand, delay_s):
+        error = puter.RateLimitError("")
+        assert puter.retry_delay_s(error, retry, 1.0, rand=lambda: rand) == delay_s
+
+    def test_a_reset_before_anything_was_sent_is_sent_again(self):
+        seen: list[int] = []
+
+        def serve(connection: socket.socket) -> None:
+            seen.append(1)
+            connection.recv(1)  # the greeting of TLS
+            hang_up(connection, "reset")
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter(
+                "t", api_base_url=url.replace("http:", "https:"), retry_delay_ms=1
+            ) as client,
+            pytest.raises(puter.NetworkError) as caught,
+        ):
+            client.chat("hi", model="m", fallback=False)
+        assert not caught.value.may_be_billed and len(seen) == 4
+
+    def test_a_silent_greeting_is_a_failure_to_connect(self, monkeypatch):
+        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
+        seen: list[int] = []
+
+        def serve(connection: socket.socket) -> None:
+            seen.append(1)
+            connection.recv(99)
+            time.sleep(0.5)
+
+        with (
+            raw_server(serve) as url,
+            puter.Puter(
+                "t", api_base_url=url.replace("http:", "https:"), max_retries=1, retry_delay_ms=1
+            ) as client,
+            pytest.raises((puter.RequestTimeoutError, puter.NetworkError)) as caught,
+        ):
+            client.chat("hi", model="m", fallback=False)
+        assert not caught.value.may_be_billed and len(seen) == 2
+
+    def test_the_servers_own_slip_is_its_fault(self):
+        body = {"success": False, "error": "Cannot read properties of undefined"}
+        error = puter.error_from(200, body)
+        assert isinstance(error, puter.ServerError) and error.retryable
+
+    def test_a_damaged_cached_reply_is_a_miss(self, make, fake):
+        client = make(cache_enabled=True)
+        for damage in ("{", "[]", '{"text": 5}', '{"tool_calls": [{}], "usage": {}}'):
+            client.chat("hi", model=lab("text"))
+            with client.state._open() as db:
+                db.execute("UPDATE replies SET body=?", (damage,))
+        assert client.chat("hi", model=lab("text")).text == SENTENCE and len(chats(fake)) == 5
+
+    def test_a_model_has_one_name(self, make, fake):
+        client = make()
+        client.models()
+        alias, name = "claude-opus-4-5", "claude-opus-4-5-20251101"
+        asked = [
+            client.chat("hi", model=alias),
+            ask(client, "stream", alias),
+            client.chat("hi", model=name),
+        ]
+        assert {reply.model for reply in asked} == {name}
+        with pytest.raises(puter.ModelNotFoundError):
+            client.chat("hi", model="nobody-knows-it")
+        assert [(s.model, s.requests) for s in client.stats()] == [(name, 3)]
+
+    def test_a_token_needs_no_home(self, fake):
+        environ = {
+            n: v for n, v in os.environ.items() if n not in ("PUTER_CONFIG_DIR", "XDG_CONFIG_HOME")
+        }
+        environ |= {"HOME": "", "PUTER_AUTH_TOKEN": "token-alice", "PUTER_API_BASE_URL": fake.url}
+        code, out, err = run_apart(
+            ["ask", "-m", lab("echo"), "hi"],
+            {**environ, "PYTHONPATH": str(Path(puter.__file__).parent)},
+        )
+        assert (code, out) == (0, "hi\n") and "Traceback" not in err
+
+
+# Calls that fail before anything is sent, and words of their advice.
+RAW_FAILURES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a misspelt option": (lambda p: p.conversation(temprature=1, modell="m"), "model"),
+    "a client among options": (
+        lambda p: puter.Conversation.from_json({"options": {"client": 5}}),
+        "client",
+    ),
+    "bytes in a conversation": (lambda p: p.conversation(extra=b"x").to_json(), "JSON"),
+    "no conversation": (lambda p: puter.Conversation.from_json([1]), "to_json"),
+    "a misspelt option of a stream": (lambda p: p.conversation().stream("hi", modell="m"), "model"),
+    "no prompt": (lambda p: p.chat(), "prompt"),
+    "a prompt twice": (lambda p: p.chat("a", prompt="b"), "prompt"),
+}
+
+
+class TestRawFailures:
+    """Each a `PuterError` with advice, and told at once."""
+
+    @pytest.mark.parametrize(("work", "words"), RAW_FAILURES.values(), ids=RAW_FAILURES)
+    def test_is_ours(self, make, fake, work, words):
+        with pytest.raises(puter.PuterError) as caught:
+            work(make())
+        assert words in str(caught.value) and not chats(fake)
+
+    def test_a_prompt_by_name_and_a_model_as_option(self, make, fake):
+        client = make()
+        assert client.chat(prompt="hi", model=lab("echo")).text == "hi"
+        talk = client.conversation(model=client.model(lab("echo")))
+        assert talk.to_json()["model"] == lab("echo")
+
+    def test_infinity(self):
+        def far(distance: float = math.inf) -> str:
+            """How far."""
+            return "far"
+
+        assert "default" not in json.dumps(puter.function_schema(far))
+        call = puter.tool_call_from({"id": "1", "name": "far", "input": '{"distance": 1e400}'})
+        assert call.invalid == '{"distance": 1e400}'
+
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("PUTER_FALLBACK", "PUTER_FALLBACK_ENABLED"),
+            ("PUTER_NO_FALLBACK", "PUTER_FALLBACK_ENABLED"),
+            ("PUTER_TIMEOUT", "PUTER_API_TIMEOUT_MS"),
+            ("PUTER_CACHE", "PUTER_CACHE_ENABLED"),
+            ("PUTER_CACHE_DIR", "PUTER_CACHE_DIRECTORY"),
+            ("PUTER_URL", "PUTER_API_BASE_URL"),
+            ("PUTER_BASE_URL", "PUTER_API_BASE_URL"),
+            ("PUTER_CONCURRENCY", "PUTER_MAX_CONCURRENT"),
+            ("PUTER_ROTATION", "PUTER_ACCOUNT_ROTATION_ENABLED"),
+            ("PUTER_ACCOUNT", "PUTER_AUTH_TOKEN"),
+            ("PUTER_QUIET", "PUTER_QUIET_MODE"),
+            ("PUTER_LOG", "PUTER_DEBUG"),
+            ("PUTER_HOME", "PUTER_CONFIG_DIR"),
+        ],
+    )
+    def test_plausible_wrong_variables(self, tmp_path, variable, meant):
+        told = config_fault(tmp_path, {variable: "0"})
+        assert variable in told and f"Did you mean {meant}" in told
 
 
 # =============================================================================
-# Helpers of the server's tests
+# 10. login
 # =============================================================================
-Serve = Callable[..., puter.OpenAIServer]
+GUI = "https://gui.example"
+NONCE = "0123456789abcdef0123456789abcdef"
+GOOD_CALLBACK = f"/callback/{NONCE}?token=good"
 
-HI: list[JSON] = [{"role": "user", "content": "hi"}]
-KEY = "the-key-of-the-server"
+
+def config_for(fake: FakePuter, folder: Path, **settings: Any) -> puter.Config:
+    """Settings that point to the scripted server."""
+    return puter.Config(api_base_url=fake.url, gui_base_url=fake.url, folder=folder, **settings)
+
+
+def callback_url(sign_in_url: str) -> str:
+    """The address to which the sign-in page would send the browser back."""
+    back = query_value(sign_in_url, "redirectURL")
+    assert back
+    return back
+
+
+class Browser:
+    """Stands in for the person's browser: approves at once, and keeps what it was shown."""
+
+    def __init__(self, fake: FakePuter, token: str | None = None) -> None:
+        self.fake, self.token = fake, token
+        self.shown: list[str] = []
+        self.pages: list[tuple[int, str]] = []
+
+    def open(self, url: str) -> None:
+        """Go to the sign-in page and press the button."""
+        self.pages.append(self.fake.approve(url, self.token))
+
+    def sign_in(self, config: puter.Config, **options: Any) -> puter.Account:
+        """A whole login with this browser."""
+        options = {"port": 0, "open_browser": self.open, "timeout_s": 5.0, **options}
+        return puter.browser_login(config, show=self.shown.append, **options)
+
+
+class Checked:
+    """A callback whose check knows one token, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.callback = puter._Callback(GUI, 1234, NONCE, self.check)
+
+    def check(self, token: str) -> puter.Account:
+        """The account of a token."""
+        self.tokens.append(token)
+        if token != "good":
+            raise puter.AuthError("<b>no</b>")
+        return puter.Account("<i>alice</i>", token)
+
+
+class TestLogin:
+    """The loopback callback takes one token, from Puter's page, on this computer."""
+
+    # The callback, as a table.
+
+    @pytest.mark.parametrize(
+        ("status", "method", "target", "host"),
+        [
+            *((200, "GET", GOOD_CALLBACK, f"{host}:1234") for host in ("127.0.0.1", "LOCALHOST")),
+            (200, "GET", GOOD_CALLBACK, "[::1]:1234"),
+            (200, "GET", f"/callback/{NONCE}?x=1&token=good&y", "127.0.0.1"),
+            *((200, "GET", path, "127.0.0.1:1234") for path in ("/", "/?token=good")),
+            *(
+                (400, "GET", f"/callback/{NONCE}{query}", "127.0.0.1:1234")
+                for query in ("", "?token=", "?Token=good")
+            ),
+            *((404, "GET", path, "127.0.0.1:1234") for path in ("/favicon.ico", "/caf\xe9")),
+            *(
+                (404, "GET", f"/{path}?token=good", "127.0.0.1:1234")
+                for path in (f"callback/{NONCE[:-1]}", f"callback/{NONCE}/", f"Callback/{NONCE}")
+            ),
+            (404, "GET", "/callback/?token=good", "127.0.0.1:1234"),
+            *((405, m, GOOD_CALLBACK, "127.0.0.1:1234") for m in ("POST", "HEAD", "OPTIONS")),
+            *((403, "GET", GOOD_CALLBACK, f"{host}evil.example") for host in ("", "127.0.0.1.")),
+            *((403, "GET", GOOD_CALLBACK, host) for host in ("evil.example:1234", "")),
+            (403, "GET", "/", "evil.example"),
+            (403, "GET", f"/callback/{NONCE}?token=bad", "127.0.0.1:1234"),
+        ],
+    )
+    def test_answers(self, status, method, target, host):
+        checked = Checked()
+        found, title, text = checked.callback.handle(method, target, host)
+        assert (found, bool(title), bool(text)) == (status, True, True)
+        is_sign_in = status == 200 and "callback" in target
+        assert (checked.callback.account is not None) == is_sign_in
+        asked = is_sign_in or "token=bad" in target
+        assert len(checked.tokens) == asked, "only a right request reaches the server"
+
+    def test_the_second_token_is_refused(self):
+        checked = Checked()
+        target = f"/callback/{NONCE}?token="
+        assert checked.callback.handle("GET", f"{target}good", "localhost")[0] == 200
+        assert checked.callback.handle("GET", f"{target}bad", "localhost")[0] == 410
+        assert checked.callback.handle("GET", f"{target}good", "localhost")[0] == 410
+        assert checked.tokens == ["good"]
+        assert checked.callback.account and checked.callback.error is None
+
+    def test_a_request_without_a_token_does_not_use_it_up(self):
+        checked = Checked()
+        target = f"/callback/{NONCE}"
+        assert checked.callback.handle("GET", target, "localhost")[0] == 400
+        assert checked.callback.handle("GET", f"{target}?token=good", "localhost")[0] == 200
+
+    def test_the_sign_in_page(self):
+        url = urlsplit(Checked().callback.sign_in_url)
+        assert f"{url.scheme}://{url.netloc}{url.path}" == f"{GUI}/"
+        assert parse_qs(url.query) == {
+            "action": ["authme"],
+            "redirectURL": [f"http://127.0.0.1:1234/callback/{NONCE}"],
+        }
+        assert "token_type" not in url.query, "a session token could change the password"
+
+    def test_the_root_gives_no_secret_away(self):
+        _, title, text = Checked().callback.handle("GET", "/", "127.0.0.1:1234")
+        assert "terminal shows" in text and NONCE not in title + text
+
+    def test_names_and_errors_are_escaped(self):
+        for token in ("good", "bad"):
+            answer = Checked().callback.handle(
+                "GET", f"/callback/{NONCE}?token={token}", "localhost"
+            )
+            shown = "".join(map(str, answer[1:]))
+            assert "&lt;" in shown and "<" not in shown
+
+    # With a browser.
+
+    def test_from_end_to_end(self, fake, folder):
+        browser = Browser(fake)
+        account = browser.sign_in(config_for(fake, folder))
+        assert (account.username, account.token) == ("bob", "token-bob")
+        assert account.added_at_ms and not account.is_temporary
+        assert len(browser.shown) == 1 and browser.shown[0].startswith(f"{fake.url}/?")
+        ((status, page),) = browser.pages
+        assert status == 200 and "Signed in as bob" in page
+        assert not folder.exists(), "keeping the account is the caller's"
+
+    def test_no_token_goes_to_a_server_that_is_not_puters(self, fake, folder):
+        options = {"api_style": "openai", "api_base_url": f"{fake.url}/v1"}
+        config = puter.Config.load(folder, {}, **options)
+        for sign_in in (
+            lambda: puter.account_of("token-alice", config),
+            lambda: puter.browser_login(config, show=pytest.fail, port=0),
+        ):
+            with pytest.raises(puter.ConfigError, match="no sign-in.*openai_api_key"):
+                sign_in()
+        assert fake.requests == []
+
+    def test_a_person_opens_the_address(self, fake, folder):
+        browser = Browser(fake)
+        threads = []
+
+        def show(url: str) -> None:
+            threads.append(threading.Thread(target=browser.open, args=(url,)))
+            threads[0].start()
+
+        account = puter.browser_login(config_for(fake, folder), show=show, port=0, timeout_s=5)
+        threads[0].join()
+        assert account.username == "bob" and browser.pages[0][0] == 200
+
+    def test_the_nonce_is_long_and_new_each_time(self, fake, folder):
+        browser = Browser(fake)
+        for _ in range(3):
+            browser.sign_in(config_for(fake, folder))
+        nonces = {callback_url(url).rpartition("/")[2] for url in browser.shown}
+        assert len(nonces) == 3
+        assert all(len(bytes.fromhex(nonce)) == 16 for nonce in nonces)
+
+    def test_what_others_send_does_not_disturb(self, fake, folder, capfd):
+        statuses: list[int] = []
+        silent: list[socket.socket] = []
+
+        def open_browser(url: str) -> None:
+            back = callback_url(url)
+            root, port = back.partition("/callback/")[0], urlsplit(back).port
+            for data in (b"", b"\x16\x03\x01\x00\xff garbage\r\n\r\n", b"GET / HT"):
+                silent.append(socket.create_connection(("127.0.0.1", port), 5))
+                silent[-1].sendall(data)
+            for method, address, host in (
+                ("GET", f"{root}/favicon.ico", None),
+                ("GET", f"{root}/callback/{'0' * 32}?token=evil", None),
+                ("POST", f"{back}?token=evil", None),
+                ("DELETE", f"{back}?token=evil", None),
+                ("GET", f"{back}?token=evil", "evil.example"),
+                ("GET", back, None),
+            ):
+                headers = {"Host": host} if host else {}
+                reply = requests.request(method, address, headers=headers, timeout=5)
+                statuses.append(reply.status_code)
+            fake.approve(url)
+
+        account = Browser(fake).sign_in(config_for(fake, folder), open_browser=open_browser)
+        for connection in silent:
+            connection.close()
+        assert account.username == "bob"
+        assert statuses == [404, 404, 405, 405, 403, 400]
+        assert [one.token for one in fake.requests] == ["token-bob"]
+        assert capfd.readouterr() == ("", "")
+
+    def test_the_answer_is_not_kept_by_the_browser(self, fake, folder):
+        replies: list[requests.Response] = []
+
+        def open_browser(url: str) -> None:
+            address = f"{callback_url(url)}?token=token-bob"
+            replies.append(requests.get(address, timeout=5))
+
+        Browser(fake).sign_in(config_for(fake, folder), open_browser=open_browser)
+        headers = replies[0].headers
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Content-Type"] == "text/html; charset=utf-8"
+        # The address bar, and so the history, would show it else.
+        assert "history.replaceState" in replies[0].text
+
+    def test_a_name_with_html_in_it(self, fake, folder):
+        name = "<script>alert('x')</script>{0}"
+        fake.login_token = fake.add_account(name, "token-evil").token
+        browser = Browser(fake)
+        assert browser.sign_in(config_for(fake, folder)).username == name
+        page = browser.pages[0][1]
+        assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+    def test_nobody_comes(self, fake, folder):
+        with pytest.raises(puter.AuthError) as caught:
+            Browser(fake).sign_in(config_for(fake, folder), open_browser=None, timeout_s=0.05)
+        assert "Nobody signed in" in str(caught.value)
+        assert "--no-browser" in str(caught.value)
+
+    def test_a_port_in_use(self, fake, folder, monkeypatch):
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            port = busy.getsockname()[1]
+            with pytest.raises(puter.ConfigError, match=f"port {port}"):
+                Browser(fake).sign_in(config_for(fake, folder), port=port)
+            monkeypatch.setattr(puter, "LOGIN_PORT", port)
+            browser = Browser(fake)
+            assert browser.sign_in(config_for(fake, folder), port=None)
+        assert urlsplit(callback_url(browser.shown[0])).port != port
+
+    def test_the_wanted_port(self, fake, folder):
+        port = free_port()
+        browser = Browser(fake)
+        for _ in range(2):  # the second one finds the first one's closed connections
+            browser.sign_in(config_for(fake, folder), port=port)
+        ports = [urlsplit(callback_url(url)).port for url in browser.shown]
+        assert ports == [port, port]
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port), 5)
+
+    def test_temporary_accounts(self, fake, folder):
+        fake.accounts["token-bob"].temporary = True
+        assert Browser(fake).sign_in(config_for(fake, folder)).is_temporary
+        browser = Browser(fake)
+        with pytest.raises(puter.AuthError, match="auto_create_temp_user") as caught:
+            browser.sign_in(config_for(fake, folder, auto_create_temp_user=False))
+        assert "Sign in to your own account" in str(caught.value)
+        ((status, page),) = browser.pages
+        assert status == 403 and "temporary account" in page
+
+    def test_a_token_that_the_server_refuses(self, fake, folder):
+        browser = Browser(fake, token=SECRET)
+        with pytest.raises(puter.AuthError) as caught:
+            browser.sign_in(config_for(fake, folder))
+        assert browser.pages[0][0] == 403 and "Not signed in" in browser.pages[0][1]
+        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
+
+    def test_a_server_that_is_away(self, fake, folder):
+        config = config_for(fake, folder)
+        fake.stop()
+        browser = Browser(fake, token=SECRET)
+        with pytest.raises(puter.NetworkError) as caught:
+            browser.sign_in(config)
+        assert browser.pages[0][0] == 403
+        assert SECRET not in told_by(caught.value) + browser.pages[0][1]
+
+    def test_an_answer_that_names_nobody(self, fake, folder):
+        fake.routes["GET", "/whoami"] = lambda handler: handler.send(Raw({"username": None}))
+        with pytest.raises(puter.ServerError, match="whose token"):
+            Browser(fake).sign_in(config_for(fake, folder))
+
+    def test_the_token_is_never_shown(self, fake, folder, caplog, capfd):
+        fake.login_token = fake.add_account("carol", SECRET).token
+        browser = Browser(fake)
+        with caplog.at_level(logging.DEBUG):
+            account = browser.sign_in(config_for(fake, folder, debug=True))
+        shown = "".join(capfd.readouterr()) + caplog.text + browser.pages[0][1]
+        assert SECRET not in shown + repr(account) + "".join(browser.shown)
+
+    @posix_only
+    def test_a_browser_that_does_not_wait_for_the_page(self, fake, folder):
+        gone = threading.Event()
+
+        def slow(handler: FakeHandler) -> None:
+            gone.wait(2)
+            whoami(handler)
+
+        def open_browser(url: str) -> None:
+            back = urlsplit(callback_url(url))
+            with connected(back) as tab:
+                reset_when_closed(tab)  # as when a browser is killed
+                tab.sendall(
+                    f"GET {back.path}?token=token-bob HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+                )
+                assert eventually(lambda: bool(fake.requests))
+            gone.set()
+
+        fake.routes["GET", "/whoami"] = slow
+        account = Browser(fake).sign_in(
+            config_for(fake, folder), open_browser=open_browser, timeout_s=1.0
+        )
+        assert account.username == "bob"
+
+    def test_a_browser_that_cannot_be_opened_ends_the_server(self, fake, folder):
+        addresses: list[str] = []
+
+        def broken(url: str) -> None:
+            addresses.append(callback_url(url))
+            raise RuntimeError("no browser")
+
+        with pytest.raises(RuntimeError, match="no browser"):
+            Browser(fake).sign_in(config_for(fake, folder), open_browser=broken)
+        with pytest.raises(requests.exceptions.ConnectionError):
+            requests.get(addresses[0], timeout=5)
+
+
+# =============================================================================
+# 11. gateway
+# =============================================================================
+# ---- what the dialects share, and chat completions ----
 
 
 def function_tool(name: str = "get_weather", **more: Any) -> JSON:
@@ -11187,194 +14178,11 @@ def function_tool(name: str = "get_weather", **more: Any) -> JSON:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def body_for(scenario: Any = "text", **more: Any) -> JSON:
-    """The body of a chat completion."""
-    return {"model": lab(scenario), "messages": HI, **more}
-
-
 def understood(**more: Any) -> puter.ChatRequest:
     """A request as the server understands it."""
     return puter.chat_request(body_for(**more), puter.ResponseMemory())
 
 
-CHAT_PATH = "/v1/chat/completions"
-
-
-def post_to(
-    server: puter.OpenAIServer,
-    body: Any,
-    stream: Any = False,
-    path: str = CHAT_PATH,
-    **headers: Any,
-) -> requests.Response:
-    """A chat completion, by plain `requests`; bytes are sent as they are."""
-    return requests.post(
-        server.url.removesuffix("/v1") + path,
-        data=body if isinstance(body, bytes) else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json", **headers},
-        stream=stream,
-        timeout=20,
-    )
-
-
-def get_from(
-    server: puter.OpenAIServer, path: str, method: str = "GET", **headers: str
-) -> requests.Response:
-    """A request of any other kind."""
-    root = server.url.removesuffix("/v1")
-    return requests.request(method, root + path, headers=headers, timeout=10)
-
-
-def error_of(reply: requests.Response) -> JSON:
-    """The error of a reply, which must have OpenAI's shape."""
-    body = reply.json()
-    assert list(body) == ["error"]
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert isinstance(body["error"]["message"], str)
-    assert isinstance(body["error"]["type"], str)
-    return body["error"]
-
-
-def events_of(text: str) -> list[str]:
-    """The data of Server-Sent Events."""
-    blocks = [block for block in text.split("\n\n") if block]
-    assert all(block.startswith("data: ") for block in blocks), text
-    return [block.removeprefix("data: ") for block in blocks]
-
-
-def frames_of(reply: requests.Response) -> list[JSON]:
-    """The frames of a stream that ended well."""
-    assert reply.status_code == 200, reply.text
-    assert reply.headers["Content-Type"].startswith("text/event-stream")
-    *frames, last = events_of(reply.content.decode())
-    assert last == "[DONE]"
-    return [json.loads(frame) for frame in frames]
-
-
-def deltas_of(frames: Sequence[JSON]) -> list[JSON]:
-    """What each frame adds."""
-    return [choice["delta"] for frame in frames for choice in frame["choices"]]
-
-
-def joined(frames: Sequence[JSON], key: str = "content") -> str:
-    """A text that came in frames."""
-    return "".join(delta.get(key) or "" for delta in deltas_of(frames))
-
-
-def finish_of(frames: Sequence[JSON]) -> str:
-    """The one finish reason, which must come with the last choice."""
-    reasons = [c["finish_reason"] for frame in frames for c in frame["choices"]]
-    assert reasons[:-1] == [None] * (len(reasons) - 1)
-    return reasons[-1]
-
-
-def answer_of(server: puter.OpenAIServer, body: JSON) -> tuple[str, str]:
-    """(text, finish reason) of a request, streamed or not."""
-    reply = post_to(server, body)
-    if body.get("stream"):
-        frames = frames_of(reply)
-        return joined(frames), finish_of(frames)
-    choice = reply.json()["choices"][0]
-    return choice["message"]["content"], choice["finish_reason"]
-
-
-def sent_to(fake: FakePuter) -> JSON:
-    """The arguments of the last chat call that reached Puter."""
-    return [one for one in fake.requests if one.path == CHAT][-1].args
-
-
-@contextmanager
-def connected(server: Any) -> Iterator[socket.socket]:
-    """A bare connection to the port of a server, or of a URL in its parts."""
-    with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
-        yield sock
-
-
-def head_of(
-    method: str = "GET", path: str = "/health", version: str = "1.1", **headers: Any
-) -> bytes:
-    """The head of a request; an underscore in a header's name is a hyphen."""
-    lines = [f"{method} {path} HTTP/{version}"]
-    named = {"Host": "127.0.0.1", **headers}
-    lines += [f"{k.replace('_', '-')}: {v}" for k, v in named.items() if v is not None]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def chat_request(body: JSON, version: str = "1.1", **headers: Any) -> bytes:
-    """A whole chat completion as bytes."""
-    data = json.dumps(body).encode()
-    head = head_of("POST", CHAT_PATH, version, **headers)
-    return head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
-
-
-def until_end(sock: socket.socket, within_s: float = 5.0) -> bytes:
-    """All that comes until the server closes; raises TimeoutError when it does not."""
-    sock.settimeout(within_s)
-    got = b""
-    with suppress(ConnectionError):
-        while data := sock.recv(65_536):
-            got += data
-    return got
-
-
-def until_seen(sock: socket.socket, mark: bytes, within_s: float = 5.0) -> bytes:
-    """What comes until the mark does."""
-    sock.settimeout(within_s)
-    got = b""
-    while mark not in got and (data := sock.recv(65_536)):
-        got += data
-    return got
-
-
-def said_to(server: puter.OpenAIServer, request: bytes) -> bytes:
-    """The whole answer to bytes after which the server closes the connection."""
-    with connected(server) as sock:
-        sock.sendall(request)
-        return until_end(sock)
-
-
-def status_of(answer: bytes) -> int:
-    """The status of an answer; 0 when there is none."""
-    found = re.match(rb"HTTP/1\.[01] (\d+)", answer)
-    return int(found[1]) if found else 0
-
-
-@pytest.fixture
-def serve(make: MakeClient) -> Iterator[Serve]:
-    """Starts servers: `serve(make("alice"), api_key="k")`; without a client, on alice's."""
-    started: list[puter.OpenAIServer] = []
-
-    def start(client: puter.Puter | None = None, **options: Any) -> puter.OpenAIServer:
-        client = client or make(max_retries=0, fallback_enabled=False)
-        server = puter.OpenAIServer(client, **{"port": 0, **options})
-        run = server._server.serve_forever
-        server._server.serve_forever = lambda _: run(0.005)  # so that a stop is soon seen
-        started.append(server.start())
-        return server
-
-    yield start
-    for server in started:
-        server.stop(0)
-
-
-@pytest.fixture
-def server(serve: Serve) -> puter.OpenAIServer:
-    """A server without any options."""
-    return serve()
-
-
-AT_ONCE: Any = {"max_retries": 0, "timeout": 10}
-
-
-def sdk(server: puter.OpenAIServer, key: str = "any") -> openai.OpenAI:
-    """The real SDK, which does not try again."""
-    web = openai.DefaultHttpxClient(verify=False)  # it need not load certificates
-    return openai.OpenAI(base_url=server.url, api_key=key, http_client=web, **AT_ONCE)
-
-
-# =============================================================================
-# Openai server: functions
-# =============================================================================
 TOOLS = [function_tool("get_weather"), function_tool("get_time")]
 NAMED = {"type": "function", "function": {"name": "get_time"}}
 OUR_USAGE = puter.Usage(11, 22, 5, 33, 0.01)
@@ -11445,12 +14253,6 @@ WRONG_CHOICES = (
     *({"function": function} for function in ("get_time", {"name": "nope"})),
     {"type": "required"},
 )
-
-
-def code_of_refusal(rules: puter.AccessRules, path: str = "/v1/models", **headers: Any) -> Any:
-    """Why a caller may not."""
-    refused = puter.refusal(rules, path, {"Host": "127.0.0.1", **headers})
-    return refused and refused.code
 
 
 def frames_for(chunks: Sequence[puter.Chunk], finish: str = "stop", **asked: Any) -> list[JSON]:
@@ -12063,99 +14865,13 @@ class TestTranslation:
         assert puter.dialect_of("/v1/other/longer/y") is chat
 
 
-class TestAccessRules:
-    """Who may call the gateway: hosts, origins, and keys."""
+# ---- responses ----
 
-    @pytest.mark.parametrize(
-        ("bound", "welcome", "refused"),
-        [
-            (
-                "127.0.0.1",
-                "127.0.0.1 127.0.0.1:11480 localhost:80 LOCALHOST [::1]:11480 127.8.9.10:1 Docker:1",
-                "evil.example evil.example:80 localhost.evil.example 127.0.0.1.evil.example 128.0.0.1",
-            ),
-            ("::1", "[::1]:11480", "127.0.0.1:80:80 127.0.0.1@evil.example 127.0.0.1. [::2]"),
-            ("box.lan", "box.lan:11480 BOX.lan", "other.lan"),
-            ("192.168.1.5", "192.168.1.5:11480", "192.168.1.6"),
-        ],
-    )
-    def test_hosts(self, bound, welcome, refused):
-        rules = puter.AccessRules(bound, allowed_hosts=frozenset(["docker"]))
-        with_key = rules._replace(api_key=KEY)  # which is the guard then
-        for host in [*refused.split(), "", None]:
-            assert code_of_refusal(rules, Host=host) == "forbidden_host", host
-            assert code_of_refusal(with_key, Host=host, Authorization=f"Bearer {KEY}") is None
-        for host in welcome.split():
-            assert code_of_refusal(rules, Host=host) is None, host
-
-    @pytest.mark.parametrize(
-        ("allowed", "welcome", "refused"),
-        [
-            ([], [None, "http://127.0.0.1:11480"], ["https://evil.example", "null", ""]),
-            ([], [], ["https://127.0.0.1:11480", "http://127.0.0.1:3000"]),
-            ([], [], ["http://localhost:11480"]),
-            (["https://app.example"], ["https://app.example"], ["https://app.example:8443"]),
-            (["https://app.example"], [], ["http://app.example", "https://app.example.evil"]),
-            (["*"], ["https://anyone.example"], []),
-        ],
-    )
-    def test_origins(self, allowed, welcome, refused):
-        rules = puter.AccessRules("127.0.0.1", None, frozenset(allowed))
-        for code, origins in ((None, welcome), ("forbidden_origin", refused)):
-            for origin in origins:
-                assert code_of_refusal(rules, Host="127.0.0.1:11480", Origin=origin) == code, origin
-
-    @pytest.mark.parametrize(
-        ("paths", "given", "may"),
-        [
-            (["/v1/models"], [f"Bearer {KEY}"], True),
-            (["/v1/models"], [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY], False),
-            (["/v1/models"], ["Bearer", "Bearer ", "Bearer \xff\ud800"], False),
-            (["/v1/models", "/v1/chat/completions", "/nowhere", "/health/"], [""], False),
-            (["/", "/health"], [""], True),
-        ],
-    )
-    def test_keys(self, paths, given, may):
-        rules = puter.AccessRules("127.0.0.1", KEY)
-        free = puter.AccessRules("127.0.0.1")
-        for path, key in itertools.product(paths, given):
-            code = code_of_refusal(rules, path, Authorization=key)
-            assert code == (None if may else "invalid_api_key"), (path, key)
-            assert code_of_refusal(free, path, Authorization=key) is None
-
-    def test_a_key_in_either_header(self):
-        rules = puter.AccessRules("127.0.0.1", KEY)
-        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Bearer {KEY}"}):
-            assert code_of_refusal(rules, **{**headers, "x-api-key": KEY}) is None
-        assert code_of_refusal(rules, **{"x-api-key": "no"}) == "invalid_api_key"
-
-    def test_a_key_is_compared_in_constant_time(self, monkeypatch):
-        import hmac
-
-        compared: list[Any] = []
-
-        def compare(*both: Any) -> bool:
-            compared.append(both)
-            return False
-
-        monkeypatch.setattr(hmac, "compare_digest", compare)
-        rules = puter.AccessRules("127.0.0.1", KEY)
-        headers = {"Authorization": f"Bearer {KEY}x"}
-        assert KEY not in str(puter.refusal(rules, "/v1/models", headers))
-        assert set(compared) == {(f"{KEY}x".encode(), KEY.encode()), (b"", KEY.encode())}
-
-
-# =============================================================================
-# Gateway: responses, messages, names of models
-# =============================================================================
 # The HTTP library of the SDKs, under the name that their version has for it.
 HTTPX: Any = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.split(".")[0])
 RESPONSE_EVENT: Any = TypeAdapter(ResponseStreamEvent)
 CLAUDE_EVENT: Any = TypeAdapter(RawMessageStreamEvent)
-A_RESULT = {"type": "function_call_output", "call_id": "c1"}
 FUNCTIONS_CALL = {"namespace": "functions", "input": "a\nb"}
-SEE_IT = [{"type": "input_text", "text": text} for text in ("see", "it")]
-SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 
 
 def responses_request(memory: Any = None, **body: Any) -> puter.ChatRequest:
@@ -12168,31 +14884,6 @@ def messages_request(*messages: Any, **body: Any) -> puter.ChatRequest:
     """A request of the other dialect."""
     asked = {"model": "m", "max_tokens": 64, "messages": list(messages) or HI, **body}
     return puter.messages_request(asked, puter.ResponseMemory())
-
-
-def typed(kind: str, **more: Any) -> JSON:
-    """An item or a block of a kind."""
-    return {"type": kind, **more}
-
-
-def claude_tool(name: str) -> JSON:
-    """A function as Anthropic's clients offer it."""
-    return {"name": name, "description": "d", "input_schema": {"type": "object"}}
-
-
-def offering(*tools: JSON, **choice: Any) -> JSON:
-    """The function f and other tools, and a choice among them."""
-    return {"tools": [claude_tool("f"), *tools], "tool_choice": choice}
-
-
-def flat_tool(name: str, kind: str = "function", **more: Any) -> JSON:
-    """A tool as clients of responses offer it."""
-    return {"type": kind, "name": name, "description": "d", **more}
-
-
-def image_block(**source: Any) -> JSON:
-    """An image as Anthropic's clients send it."""
-    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", **source}}
 
 
 def agent_answer(dialect: str, *events: Any, **asked: Any) -> list[JSON]:
@@ -12605,6 +15296,19 @@ class TestResponses:
             assert row.body(request, reply_of(), puter.Ending("stop", OUR_USAGE))
 
 
+# ---- messages ----
+
+
+def offering(*tools: JSON, **choice: Any) -> JSON:
+    """The function f and other tools, and a choice among them."""
+    return {"tools": [claude_tool("f"), *tools], "tool_choice": choice}
+
+
+def image_block(**source: Any) -> JSON:
+    """An image as Anthropic's clients send it."""
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", **source}}
+
+
 class TestMessagesDialect:
     """The dialect of Claude Code, without sockets."""
 
@@ -12863,6 +15567,9 @@ class TestMessagesDialect:
             puter.count_tokens({"model": "m"})
 
 
+# ---- the dialects of agents ----
+
+
 def served_model(name: str, models: Sequence[puter.Model]) -> str:
     """The name that is asked for at last."""
     return puter.with_served_model(messages_request(), name, puter.ModelList(models)).model
@@ -12914,6 +15621,183 @@ class TestServedModel:
         assert puter.with_served_model(request, "M", models).args.get("max_tokens") == sent
         assert puter.with_served_model(request, "n", models).args == request.args
         assert puter.with_served_model(request, "x", puter.ModelList()).args == request.args
+
+
+class TestArguments:
+    """What a request's arguments become for each kind of provider."""
+
+    @pytest.mark.parametrize(
+        ("effort", "limit", "sent_effort"),
+        [
+            ("high", None, "high"),
+            ("high", 8_448, "high"),
+            ("high", 8_447, "medium"),
+            ("high", 4_352, "medium"),
+            ("high", 1_500, "low"),
+            ("high", 1_280, "low"),
+            ("high", 1_279, None),
+            ("medium", 9_999, "medium"),
+            ("low", 1_279, None),
+            ("none", 10, "none"),
+        ],
+    )
+    def test_an_effort_leaves_room_for_the_answer(self, effort, limit, sent_effort):
+        args = {"messages": [user("hi")], "reasoning_effort": effort}
+        args |= {"max_tokens": limit} if limit else {}
+        assert (
+            puter.arguments_for("claude", "claude-x", args).get("reasoning_effort") == sent_effort
+        )
+
+    @pytest.mark.parametrize(
+        ("form", "name", "given", "want"),
+        [
+            ("responses", "o3-pro", {"reasoning_effort": "high"}, {}),
+            ("responses", "gpt-5", {"reasoning_effort": "high"}, {"reasoning": {"effort": "high"}}),
+            ("responses", "gpt-5", {"verbosity": "low"}, {"text": {"verbosity": "low"}}),
+            ("chat", "gpt-5", {"verbosity": "low"}, {"verbosity": "low"}),
+            (
+                "responses",
+                "gpt-5",
+                {"tool_choice": NAMED},
+                {"tool_choice": {"type": "function", "name": "get_time"}},
+            ),
+            ("chat", "gpt-5", {"tool_choice": NAMED}, {"tool_choice": NAMED}),
+            *(
+                (form, "m", {name: "x"}, {name: "x"} if form == "responses" else {})
+                for form in ("responses", "chat", "openrouter")
+                for name in puter.RESPONSES_ARGUMENTS
+            ),
+            ("claude", "claude-x", {}, {"temperature": 1}),
+            ("claude", "claude-x", {"temperature": 0}, {"temperature": 0}),
+            ("chat", "m", {}, {}),
+        ],
+    )
+    def test_by_form(self, form, name, given, want):
+        sent = puter.arguments_for(form, name, {"messages": [user("hi")], **given})
+        assert {key: value for key, value in sent.items() if key != "messages"} == want
+
+    @pytest.mark.parametrize("form", puter.FORMS)
+    def test_a_name_goes_to_chat_providers_only(self, form):
+        (message,) = sent_as(form, [user("hi", name="bob")])
+        assert ("name" in message) is (form in ("chat", "openrouter", "openai"))
+
+    @pytest.mark.parametrize("form", puter.FORMS)
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [{"role": "system", "content": "Be brief."}],
+            [user("hi"), assistant(" \n"), user("so?")],
+            [
+                user("hi"),
+                assistant(None, tool_call("c", "f", '{"x": 1e400}')),
+                result("c"),
+                user("so?"),
+            ],
+            [
+                user("hi"),
+                assistant(None, tool_call("c"), tool_call("c")),
+                result("c"),
+                result("c"),
+                user("so?"),
+            ],
+        ],
+        ids=["systems alone", "a blank text", "infinity", "one id twice"],
+    )
+    def test_a_history_never_ends_for_good(self, form, messages):
+        sent = sent_as(form, messages)
+        json.dumps(sent, allow_nan=False)
+        if form in MODEL_OF:
+            assert vendor_fault(form, sent) == ""
+
+
+def kinds_in(union: Any) -> list[str]:
+    """What the members of a union of typed dicts have as their type."""
+    if get_origin(union) is Annotated:
+        return kinds_in(get_args(union)[0])
+    if get_args(union) and get_origin(union) is not Literal:
+        members = [m for m in get_args(union) if m not in (str, type(None))]
+        return sorted({kind for member in members for kind in kinds_in(member)})
+    if hasattr(union, "model_fields"):  # what an answer held, given back as it is
+        return [*get_args(union.model_fields["type"].annotation)]
+    hint = get_type_hints(union, include_extras=True).get("type")
+    while get_origin(hint) not in (None, Literal):
+        hint = get_args(hint)[0]
+    return [kind for kind in get_args(hint) if isinstance(kind, str)]
+
+
+class TestEveryKind:
+    """Every block, item and tool that the vendors' packages define is read, skipped, or named."""
+
+    def test_blocks_of_anthropic(self):
+        beta = anthropic.types.beta
+        kinds = kinds_in(anthropic.types.ContentBlockParam) + kinds_in(beta.BetaContentBlockParam)
+        assert len(kinds) > 20 and {"text", "tool_use", "mcp_tool_use"} <= set(kinds)
+        for kind in kinds:
+            try:
+                puter.read_message(user([{"type": kind}]), "messages[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_items_of_openai(self):
+        kinds = kinds_in(openai.types.responses.ResponseInputItemParam)
+        assert len(kinds) > 20 and {"function_call", "shell_call"} <= set(kinds)
+        for kind in kinds:
+            item = {
+                "type": kind,
+                "call_id": "c",
+                "name": "f",
+                "role": "user",
+                "id": "rs_1",
+                "content": "x",
+            }
+            try:
+                puter._item_message(item, "input[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_parts_of_openai(self):
+        kinds = kinds_in(openai.types.chat.ChatCompletionContentPartParam)
+        kinds += kinds_in(openai.types.responses.ResponseInputContentParam)
+        for kind in kinds:
+            try:
+                puter.read_part({"type": kind}, "messages[0]")
+            except puter.BadRequestError as error:
+                assert "not known" not in error.message, kind
+
+    def test_tools(self):
+        """A tool that a client runs is a function, or refused by its name: never dropped."""
+        run_by_clients = re.compile("bash|text_editor|memory|computer|shell|apply_patch|browser")
+        beta = anthropic.types.beta.BetaToolUnionParam
+        for kind in {*kinds_in(anthropic.types.ToolUnionParam), *kinds_in(beta)}:
+            body = {"tools": [{"type": kind, "name": "own_name"}]}
+            if run_by_clients.search(kind):
+                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
+                    messages_request(user("hi"), **body)
+            else:
+                offered = [
+                    t["function"]["name"] for t in messages_request(user("hi"), **body).tools
+                ]
+                assert offered == (["own_name"] if kind == "custom" else []), kind
+        for kind in kinds_in(openai.types.responses.ToolParam):
+            body = {"input": "hi", "tools": [{"type": kind, "name": "own_name", "tools": []}]}
+            # the container of code_interpreter and the hosted shell are the provider's
+            if run_by_clients.search(kind):
+                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
+                    responses_request(**body)
+            else:
+                offered = [t["function"]["name"] for t in responses_request(**body).tools]
+                assert offered == (["own_name"] if kind in ("function", "custom") else []), kind
+
+    def test_what_was_told_and_what_stays(self):
+        call = {"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}}
+        assert "ls" in str(puter._item_message(call, "input[0]"))
+        (kept,) = puter.read_message(user([{"type": "compaction", "content": "so far"}]), "m")
+        assert kept["content"] == [text_part("so far")]
+
+
+def sent_to(fake: FakePuter) -> JSON:
+    """The arguments of the last chat call that reached Puter."""
+    return [one for one in fake.requests if one.path == CHAT][-1].args
 
 
 def by_client(recorded: Sequence[JSON]) -> list[Any]:
@@ -12999,13 +15883,6 @@ def message_loop(server: puter.OpenAIServer, how: str) -> tuple[str, list[str]]:
             history.append({"role": "user", "content": results})
     text: Any = answer.content[-1]
     return text.text, ids
-
-
-def claude(server: puter.OpenAIServer, key: str = "any") -> anthropic.Anthropic:
-    """Anthropic's SDK, which does not try again."""
-    base = server.url.removesuffix("/v1")
-    web = anthropic.DefaultHttpxClient(verify=False)
-    return anthropic.Anthropic(base_url=base, api_key=key, http_client=web, **AT_ONCE)
 
 
 def event_data(reply: requests.Response) -> list[JSON]:
@@ -13150,9 +16027,344 @@ class TestDialectsOfAgents:
                 assert len(list(signs)) == 3
 
 
-# =============================================================================
-# Openai server: sockets
-# =============================================================================
+# ---- pictures and sound ----
+
+
+def form_of_parts(*parts: tuple[str, bytes], end: bytes = b"--") -> bytes:
+    """A form of (head, content) with the boundary `b`."""
+    body = b"".join(b"--b\r\n%b\r\n\r\n%b\r\n" % (h.encode(), c) for h, c in parts)
+    return body + b"--b" + end + b"\r\n"
+
+
+A_FILE = ('Content-Disposition: form-data; name="file"; filename="a.wav"', WAV)
+A_FORM = "multipart/form-data; boundary=b"
+
+
+class TestMediaGateway:
+    """OpenAI's paths of pictures and sound, with its SDK."""
+
+    @staticmethod
+    def post(
+        server: puter.OpenAIServer,
+        path: str,
+        body: Any,
+        kind: str = "application/json",
+        **head: str,
+    ) -> requests.Response:
+        """A request, by plain `requests`; bytes are sent as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": kind, **head}
+        return requests.post(f"{server.url}/{path}", data=data, headers=headers, timeout=10)
+
+    def test_images(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"prompt": "a dot", "model": "gpt-image-1-mini", "n": 1}
+            made = client.images.generate(**asked, size="1536x1024", quality="low")
+            assert base64.b64decode(made.data[0].b64_json) == DREW.data and made.created > 1e9
+            assert client.images.generate(**asked, response_format="url").data[0].url == DATA_URL
+            client.images.generate(**asked, size="auto", quality="auto", user="u")
+            sample = {"response_format": "url", "extra_body": {"test_mode": True}}
+            made = client.images.generate(prompt="a dot", **sample)
+            assert made.data[0].url == f"{fake.url}/samples/image_example.png"
+        plain = {"prompt": "a dot", "model": "gpt-image-1-mini"}
+        ratio = {"quality": "low", "ratio": {"w": 1536, "h": 1024}}
+        wanted = [{**plain, **ratio}, plain, plain, {"prompt": "a dot", "test_mode": True}]
+        assert args_sent(fake) == wanted
+
+    def test_speech(self, server, fake):
+        with sdk(server) as client:
+            asked: Any = {"input": "Hello", "model": "tts-1", "voice": "nova"}
+            made = client.audio.speech.create(**asked, response_format="wav", speed=1.5)
+            assert made.content == SOUND and made.response.headers["Content-Type"] == "audio/wav"
+            assert made.response.headers["x-puter-model"] == "tts-1"
+            with client.audio.speech.with_streaming_response.create(**asked) as streamed:
+                assert b"".join(streamed.iter_bytes(100)) == SOUND
+                assert streamed.headers["Content-Type"] == "audio/mpeg"
+        said = {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova"}
+        assert args_sent(fake) == [{**said, "response_format": "wav"}, said]
+
+    def test_transcriptions(self, server, fake):
+        audio = WAV + os.urandom(100_000) + b"\r\n--\r\n\r\n\r"
+        with sdk(server) as client:
+            create: Any = client.audio.transcriptions.create
+            asked = {"file": ("é.wav", audio), "model": "whisper-1"}
+            assert create(**asked, language="en", prompt="Hé").text == HEARD
+            assert create(**asked, response_format="text") == HEARD
+            assert create(**asked, response_format="srt") == SRT
+            whole = create(**asked, response_format="verbose_json")
+            assert whole.segments[0].end == 1.5 and whole.language == "english"
+        url = "data:audio/wav;base64," + base64.b64encode(audio).decode()
+        assert {args["file"] for args in args_sent(fake)} == {url}
+        wanted = {"file": url, "model": "whisper-1", "language": "en", "prompt": "Hé"}
+        assert args_sent(fake)[0] == wanted
+
+    @pytest.mark.parametrize(
+        ("asked", "status", "code", "words"),
+        [
+            [{"prompt": "scenario: err400"}, 400, "moderation_blocked", "moderation blocked"],
+            [
+                {"prompt": "x", "model": "nope"},
+                404,
+                "model_not_found",
+                "No picture model is called 'nope'",
+            ],
+            [{"prompt": "scenario: err429"}, 429, "upstream_rate_limited", "scripted 429"],
+            [{"prompt": "scenario: err401"}, 502, "upstream_auth_failed", "scripted 401"],
+        ],
+    )
+    def test_errors(self, server, fake, asked, status, code, words):
+        with sdk(server) as client, pytest.raises(openai.APIStatusError, match=words) as caught:
+            client.images.generate(**asked)
+        assert (caught.value.status_code, caught.value.code) == (status, code)
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+    def test_other_errors(self, server, fake):
+        with sdk(server) as client:
+            with pytest.raises(openai.BadRequestError, match="Expected: alloy"):
+                client.audio.speech.create(input="x", model="tts-1", voice="nobody")
+            fake.accounts["token-alice"].credit_microcents = 0
+            with pytest.raises(openai.APIStatusError, match="Insufficient credits") as caught:
+                client.images.generate(prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (402, "insufficient_funds")
+        assert len(fake.chat_calls()) == 2
+
+    @pytest.mark.parametrize(
+        ("path", "body", "words"),
+        [
+            ["images/generations", {}, "prompt is missing"],
+            ["images/generations", {"prompt": ["x"]}, "prompt is missing"],
+            ["images/generations", {"prompt": "x", "n": 2}, "n must be 1"],
+            ["images/generations", {"prompt": "x", "stream": True}, "stream is not supported"],
+            ["images/generations", {"prompt": "x", "size": "big"}, "size must be"],
+            ["images/generations", {"prompt": "x", "model": 5}, "model is 5"],
+            ["audio/speech", {"input": "", "model": "tts-1"}, "input is missing"],
+            # it would be read from the disk of the gateway
+            ["audio/transcriptions", {"file": "a.wav"}, "file is missing"],
+            ["audio/transcriptions", {"file": ["a.wav", "x"]}, "file is missing"],
+        ],
+    )  # fmt: skip
+    def test_wrong_requests(self, server, fake, tmp_path, monkeypatch, path, body, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, path, body)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+
+    @pytest.mark.parametrize(
+        ("body", "kind", "words"),
+        [
+            [form_of_parts(A_FILE), "multipart/form-data", "no end"],
+            [form_of_parts(A_FILE), "multipart/form-data; boundary=c", "no end"],
+            [form_of_parts(A_FILE, end=b""), A_FORM, "no end"],
+            [form_of_parts(A_FILE)[:-8], A_FORM, "no end"],
+            [form_of_parts(*[A_FILE] * 99), A_FORM, "too many parts"],
+            [form_of_parts((A_FILE[0].replace("file", "data"), WAV)), A_FORM, "file is missing"],
+            [form_of_parts((A_FILE[0].partition("; filename")[0], b"a.wav")), A_FORM, "file is miss"],
+            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
+            [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
+            [b"", A_FORM, "no end"],
+            [form_of_parts((f'{A_FILE[0]}; x="{";" * 500}', WAV)), A_FORM, "is too long"],
+            [form_of_parts(A_FILE), f'{A_FORM}; x="{";" * 500}', "is too long"],
+            *([form_of_parts((f"{A_FILE[0].partition('; filename')[0]}; filename*={name}", WAV)), A_FORM, "cannot be read"]
+              for name in ("idna''x%ff", "undefined''x", "a\0b''x")),
+            [form_of_parts(A_FILE), "multipart/form-data; boundary*=idna''%ff", "cannot be read"],
+        ],
+    )  # fmt: skip
+    def test_wrong_forms(self, server, fake, tmp_path, monkeypatch, body, kind, words):
+        monkeypatch.chdir(tmp_path)
+        Path("a.wav").write_bytes(WAV)
+        told = self.post(server, "audio/transcriptions", body, kind)
+        assert told.status_code == 400 and words in told.json()["error"]["message"]
+        assert fake.chat_calls() == []
+        told = self.post(server, "audio/transcriptions", form_of_parts(A_FILE), A_FORM)
+        assert told.json()["text"] == HEARD
+
+    def test_a_form_that_is_too_large(self, serve, fake):
+        server = serve(limits=puter.Limits(body_bytes=1_000))
+        body = form_of_parts((A_FILE[0], WAV + bytes(2_000)))
+        assert self.post(server, "audio/transcriptions", body, A_FORM).status_code == 413
+        assert fake.chat_calls() == []
+
+    def test_who_may_call(self, serve, make, fake):
+        server = serve(make(), api_key=KEY, allowed_origins=["https://app.example"])
+        asked = {"prompt": "a dot"}
+        assert self.post(server, "images/generations", asked).status_code == 401
+        key = {"Authorization": f"Bearer {KEY}", "Origin": "https://app.example"}
+        told = self.post(server, "images/generations", asked, **key)
+        assert told.ok and told.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        told = get_from(server, "/v1/audio/speech", **key)
+        assert (told.status_code, told.headers["Allow"]) == (405, "POST")
+        told = get_from(server, "/v1/images/generations", "OPTIONS", Origin="https://app.example")
+        assert told.status_code == 204
+        # who may use chosen models alone is not to spend on others
+        few = serve(make(), models=[OPUS])
+        told = self.post(few, "images/generations", asked)
+        assert told.status_code == 404 and "use `python -m puter serve`" in told.text
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_client_that_hangs_up(self, server, fake):
+        body = b'{"prompt": "scenario: hang"}'
+        with connected(server) as sock:
+            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            assert eventually(lambda: fake.accounts["token-alice"].running == 1)
+        assert eventually(lambda: fake.accounts["token-alice"].running == 0)
+        assert len(fake.chat_calls()) == 1
+
+    def test_a_sound_that_is_only_a_url(self, server, fake):
+        fake.routes["GET", "/samples/tts_example.mp3"] = refuses(404, "not_found", "Not Found")
+        asked = {"input": "x", "model": "tts-1", "voice": "nova", "test_mode": True}
+        told = self.post(server, "audio/speech", asked)
+        assert told.status_code == 502 and "only a URL" in told.json()["error"]["message"]
+        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
+        told = self.post(server, "images/generations", {"prompt": "x", "test_mode": True})
+        assert told.json()["data"] == [{"url": f"{fake.url}/samples/image_example.png"}]
+
+
+# ---- who may call ----
+
+
+def code_of_refusal(rules: puter.AccessRules, path: str = "/v1/models", **headers: Any) -> Any:
+    """Why a caller may not."""
+    refused = puter.refusal(rules, path, {"Host": "127.0.0.1", **headers})
+    return refused and refused.code
+
+
+class TestAccessRules:
+    """Who may call the gateway: hosts, origins, and keys."""
+
+    @pytest.mark.parametrize(
+        ("bound", "welcome", "refused"),
+        [
+            (
+                "127.0.0.1",
+                "127.0.0.1 127.0.0.1:11480 localhost:80 LOCALHOST [::1]:11480 127.8.9.10:1 Docker:1",
+                "evil.example evil.example:80 localhost.evil.example 127.0.0.1.evil.example 128.0.0.1",
+            ),
+            ("::1", "[::1]:11480", "127.0.0.1:80:80 127.0.0.1@evil.example 127.0.0.1. [::2]"),
+            ("box.lan", "box.lan:11480 BOX.lan", "other.lan"),
+            ("192.168.1.5", "192.168.1.5:11480", "192.168.1.6"),
+        ],
+    )
+    def test_hosts(self, bound, welcome, refused):
+        rules = puter.AccessRules(bound, allowed_hosts=frozenset(["docker"]))
+        with_key = rules._replace(api_key=KEY)  # which is the guard then
+        for host in [*refused.split(), "", None]:
+            assert code_of_refusal(rules, Host=host) == "forbidden_host", host
+            assert code_of_refusal(with_key, Host=host, Authorization=f"Bearer {KEY}") is None
+        for host in welcome.split():
+            assert code_of_refusal(rules, Host=host) is None, host
+
+    @pytest.mark.parametrize(
+        ("allowed", "welcome", "refused"),
+        [
+            ([], [None, "http://127.0.0.1:11480"], ["https://evil.example", "null", ""]),
+            ([], [], ["https://127.0.0.1:11480", "http://127.0.0.1:3000"]),
+            ([], [], ["http://localhost:11480"]),
+            (["https://app.example"], ["https://app.example"], ["https://app.example:8443"]),
+            (["https://app.example"], [], ["http://app.example", "https://app.example.evil"]),
+            (["*"], ["https://anyone.example"], []),
+        ],
+    )
+    def test_origins(self, allowed, welcome, refused):
+        rules = puter.AccessRules("127.0.0.1", None, frozenset(allowed))
+        for code, origins in ((None, welcome), ("forbidden_origin", refused)):
+            for origin in origins:
+                assert code_of_refusal(rules, Host="127.0.0.1:11480", Origin=origin) == code, origin
+
+    @pytest.mark.parametrize(
+        ("paths", "given", "may"),
+        [
+            (["/v1/models"], [f"Bearer {KEY}"], True),
+            (["/v1/models"], [f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY], False),
+            (["/v1/models"], ["Bearer", "Bearer ", "Bearer \xff\ud800"], False),
+            (["/v1/models", "/v1/chat/completions", "/nowhere", "/health/"], [""], False),
+            (["/", "/health"], [""], True),
+        ],
+    )
+    def test_keys(self, paths, given, may):
+        rules = puter.AccessRules("127.0.0.1", KEY)
+        free = puter.AccessRules("127.0.0.1")
+        for path, key in itertools.product(paths, given):
+            code = code_of_refusal(rules, path, Authorization=key)
+            assert code == (None if may else "invalid_api_key"), (path, key)
+            assert code_of_refusal(free, path, Authorization=key) is None
+
+    def test_a_key_in_either_header(self):
+        rules = puter.AccessRules("127.0.0.1", KEY)
+        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Bearer {KEY}"}):
+            assert code_of_refusal(rules, **{**headers, "x-api-key": KEY}) is None
+        assert code_of_refusal(rules, **{"x-api-key": "no"}) == "invalid_api_key"
+
+    def test_a_key_is_compared_in_constant_time(self, monkeypatch):
+        import hmac
+
+        compared: list[Any] = []
+
+        def compare(*both: Any) -> bool:
+            compared.append(both)
+            return False
+
+        monkeypatch.setattr(hmac, "compare_digest", compare)
+        rules = puter.AccessRules("127.0.0.1", KEY)
+        headers = {"Authorization": f"Bearer {KEY}x"}
+        assert KEY not in str(puter.refusal(rules, "/v1/models", headers))
+        assert set(compared) == {(f"{KEY}x".encode(), KEY.encode()), (b"", KEY.encode())}
+
+
+# ---- the server ----
+
+
+def head_of(
+    method: str = "GET", path: str = "/health", version: str = "1.1", **headers: Any
+) -> bytes:
+    """The head of a request; an underscore in a header's name is a hyphen."""
+    lines = [f"{method} {path} HTTP/{version}"]
+    named = {"Host": "127.0.0.1", **headers}
+    lines += [f"{k.replace('_', '-')}: {v}" for k, v in named.items() if v is not None]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def chat_request(body: JSON, version: str = "1.1", **headers: Any) -> bytes:
+    """A whole chat completion as bytes."""
+    data = json.dumps(body).encode()
+    head = head_of("POST", CHAT_PATH, version, **headers)
+    return head[:-2] + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def until_end(sock: socket.socket, within_s: float = 5.0) -> bytes:
+    """All that comes until the server closes; raises TimeoutError when it does not."""
+    sock.settimeout(within_s)
+    got = b""
+    with suppress(ConnectionError):
+        while data := sock.recv(65_536):
+            got += data
+    return got
+
+
+def until_seen(sock: socket.socket, mark: bytes, within_s: float = 5.0) -> bytes:
+    """What comes until the mark does."""
+    sock.settimeout(within_s)
+    got = b""
+    while mark not in got and (data := sock.recv(65_536)):
+        got += data
+    return got
+
+
+def said_to(server: puter.OpenAIServer, request: bytes) -> bytes:
+    """The whole answer to bytes after which the server closes the connection."""
+    with connected(server) as sock:
+        sock.sendall(request)
+        return until_end(sock)
+
+
+def status_of(answer: bytes) -> int:
+    """The status of an answer; 0 when there is none."""
+    found = re.match(rb"HTTP/1\.[01] (\d+)", answer)
+    return int(found[1]) if found else 0
+
+
 KNOWN_KEYS = (
     *("model", "messages", "tools", "tool_choice", "stop", "n", "max_tokens"),
     *("max_completion_tokens", "response_format", "stream", "stream_options"),
@@ -14068,9 +17280,6 @@ class TestOpenAIServer:
         assert text == "The quick brown fox — "
 
 
-# =============================================================================
-# The gateway under attack, and what odd clients send
-# =============================================================================
 LONG_NAME = "a." * 200_000
 SILENT = b""
 
@@ -14352,318 +17561,13 @@ class TestOddClients:
         ]
 
 
-def kinds_in(union: Any) -> list[str]:
-    """What the members of a union of typed dicts have as their type."""
-    if get_origin(union) is Annotated:
-        return kinds_in(get_args(union)[0])
-    if get_args(union) and get_origin(union) is not Literal:
-        members = [m for m in get_args(union) if m not in (str, type(None))]
-        return sorted({kind for member in members for kind in kinds_in(member)})
-    if hasattr(union, "model_fields"):  # what an answer held, given back as it is
-        return [*get_args(union.model_fields["type"].annotation)]
-    hint = get_type_hints(union, include_extras=True).get("type")
-    while get_origin(hint) not in (None, Literal):
-        hint = get_args(hint)[0]
-    return [kind for kind in get_args(hint) if isinstance(kind, str)]
-
-
-class TestArguments:
-    """What a request's arguments become for each kind of provider."""
-
-    @pytest.mark.parametrize(
-        ("effort", "limit", "sent_effort"),
-        [
-            ("high", None, "high"),
-            ("high", 8_448, "high"),
-            ("high", 8_447, "medium"),
-            ("high", 4_352, "medium"),
-            ("high", 1_500, "low"),
-            ("high", 1_280, "low"),
-            ("high", 1_279, None),
-            ("medium", 9_999, "medium"),
-            ("low", 1_279, None),
-            ("none", 10, "none"),
-        ],
-    )
-    def test_an_effort_leaves_room_for_the_answer(self, effort, limit, sent_effort):
-        args = {"messages": [user("hi")], "reasoning_effort": effort}
-        args |= {"max_tokens": limit} if limit else {}
-        assert (
-            puter.arguments_for("claude", "claude-x", args).get("reasoning_effort") == sent_effort
-        )
-
-    @pytest.mark.parametrize(
-        ("form", "name", "given", "want"),
-        [
-            ("responses", "o3-pro", {"reasoning_effort": "high"}, {}),
-            ("responses", "gpt-5", {"reasoning_effort": "high"}, {"reasoning": {"effort": "high"}}),
-            ("responses", "gpt-5", {"verbosity": "low"}, {"text": {"verbosity": "low"}}),
-            ("chat", "gpt-5", {"verbosity": "low"}, {"verbosity": "low"}),
-            (
-                "responses",
-                "gpt-5",
-                {"tool_choice": NAMED},
-                {"tool_choice": {"type": "function", "name": "get_time"}},
-            ),
-            ("chat", "gpt-5", {"tool_choice": NAMED}, {"tool_choice": NAMED}),
-            *(
-                (form, "m", {name: "x"}, {name: "x"} if form == "responses" else {})
-                for form in ("responses", "chat", "openrouter")
-                for name in puter.RESPONSES_ARGUMENTS
-            ),
-            ("claude", "claude-x", {}, {"temperature": 1}),
-            ("claude", "claude-x", {"temperature": 0}, {"temperature": 0}),
-            ("chat", "m", {}, {}),
-        ],
-    )
-    def test_by_form(self, form, name, given, want):
-        sent = puter.arguments_for(form, name, {"messages": [user("hi")], **given})
-        assert {key: value for key, value in sent.items() if key != "messages"} == want
-
-    @pytest.mark.parametrize("form", puter.FORMS)
-    def test_a_name_goes_to_chat_providers_only(self, form):
-        (message,) = sent_as(form, [user("hi", name="bob")])
-        assert ("name" in message) is (form in ("chat", "openrouter", "openai"))
-
-    @pytest.mark.parametrize("form", puter.FORMS)
-    @pytest.mark.parametrize(
-        "messages",
-        [
-            [{"role": "system", "content": "Be brief."}],
-            [user("hi"), assistant(" \n"), user("so?")],
-            [
-                user("hi"),
-                assistant(None, tool_call("c", "f", '{"x": 1e400}')),
-                result("c"),
-                user("so?"),
-            ],
-            [
-                user("hi"),
-                assistant(None, tool_call("c"), tool_call("c")),
-                result("c"),
-                result("c"),
-                user("so?"),
-            ],
-        ],
-        ids=["systems alone", "a blank text", "infinity", "one id twice"],
-    )
-    def test_a_history_never_ends_for_good(self, form, messages):
-        sent = sent_as(form, messages)
-        json.dumps(sent, allow_nan=False)
-        if form in MODEL_OF:
-            assert vendor_fault(form, sent) == ""
-
-
-class TestEveryKind:
-    """Every block, item and tool that the vendors' packages define is read, skipped, or named."""
-
-    def test_blocks_of_anthropic(self):
-        beta = anthropic.types.beta
-        kinds = kinds_in(anthropic.types.ContentBlockParam) + kinds_in(beta.BetaContentBlockParam)
-        assert len(kinds) > 20 and {"text", "tool_use", "mcp_tool_use"} <= set(kinds)
-        for kind in kinds:
-            try:
-                puter.read_message(user([{"type": kind}]), "messages[0]")
-            except puter.BadRequestError as error:
-                assert "not known" not in error.message, kind
-
-    def test_items_of_openai(self):
-        kinds = kinds_in(openai.types.responses.ResponseInputItemParam)
-        assert len(kinds) > 20 and {"function_call", "shell_call"} <= set(kinds)
-        for kind in kinds:
-            item = {
-                "type": kind,
-                "call_id": "c",
-                "name": "f",
-                "role": "user",
-                "id": "rs_1",
-                "content": "x",
-            }
-            try:
-                puter._item_message(item, "input[0]")
-            except puter.BadRequestError as error:
-                assert "not known" not in error.message, kind
-
-    def test_parts_of_openai(self):
-        kinds = kinds_in(openai.types.chat.ChatCompletionContentPartParam)
-        kinds += kinds_in(openai.types.responses.ResponseInputContentParam)
-        for kind in kinds:
-            try:
-                puter.read_part({"type": kind}, "messages[0]")
-            except puter.BadRequestError as error:
-                assert "not known" not in error.message, kind
-
-    def test_tools(self):
-        """A tool that a client runs is a function, or refused by its name: never dropped."""
-        run_by_clients = re.compile("bash|text_editor|memory|computer|shell|apply_patch|browser")
-        beta = anthropic.types.beta.BetaToolUnionParam
-        for kind in {*kinds_in(anthropic.types.ToolUnionParam), *kinds_in(beta)}:
-            body = {"tools": [{"type": kind, "name": "own_name"}]}
-            if run_by_clients.search(kind):
-                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
-                    messages_request(user("hi"), **body)
-            else:
-                offered = [
-                    t["function"]["name"] for t in messages_request(user("hi"), **body).tools
-                ]
-                assert offered == (["own_name"] if kind == "custom" else []), kind
-        for kind in kinds_in(openai.types.responses.ToolParam):
-            body = {"input": "hi", "tools": [{"type": kind, "name": "own_name", "tools": []}]}
-            # the container of code_interpreter and the hosted shell are the provider's
-            if run_by_clients.search(kind):
-                with pytest.raises(puter.BadRequestError, match=re.escape(kind)):
-                    responses_request(**body)
-            else:
-                offered = [t["function"]["name"] for t in responses_request(**body).tools]
-                assert offered == (["own_name"] if kind in ("function", "custom") else []), kind
-
-    def test_what_was_told_and_what_stays(self):
-        call = {"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}}
-        assert "ls" in str(puter._item_message(call, "input[0]"))
-        (kept,) = puter.read_message(user([{"type": "compaction", "content": "so far"}]), "m")
-        assert kept["content"] == [text_part("so far")]
-
-
 # =============================================================================
-# Commands: serve --openai
-# =============================================================================
-@contextmanager
-def serving(
-    fake: FakePuter, *argv: str, **env: str
-) -> Iterator[tuple[subprocess.Popen[Any], str, list[str]]]:
-    """A server as a process: the process, its base URL, and the lines that it printed."""
-    environ = cli_env(fake, **env)
-    with running_cli(fake, "serve", *argv, env=environ, text=True) as process:
-        assert process.stdout
-        lines = [process.stdout.readline().rstrip("\n") for _ in range(2)]
-        found = re.search(r"http://\S+/v1", lines[0])
-        assert found, process.stderr and process.stderr.read()
-        yield process, found[0], lines
-
-
-class TestServeCommand:
-    """`serve`, as a process of its own."""
-
-    @pytest.mark.parametrize(
-        ("argv", "env", "key"),
-        [
-            ([], {}, None),
-            (["--openai", "--api-key", KEY], {}, KEY),
-            ([], {"PUTER_SERVER_API_KEY": KEY}, KEY),
-        ],
-    )
-    def test_what_is_printed(self, signed_in, argv, env, key):
-        with serving(signed_in, "--port", "0", *argv, **env) as (process, url, lines):
-            lines.append(process.stdout.readline())
-            assert lines[-1].startswith(f"{len(signed_in.catalogue)} models")
-            assert url in lines[1] and "API key" in lines[1] and KEY not in "".join(lines)
-            without = requests.get(f"{url}/models", timeout=5)
-            assert without.status_code == (401 if key else 200)
-            headers = {"Authorization": f"Bearer {key}"}
-            body = {"model": lab("text"), "messages": HI}
-            reply = requests.post(f"{url}/chat/completions", json=body, headers=headers, timeout=5)
-            assert reply.json()["choices"][0]["message"]["content"] == SENTENCE
-
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-    def test_signals(self, signed_in, name):
-        with serving(signed_in, "--port", "0") as (process, url, _):
-            body = {"model": lab("slow"), "messages": HI, "stream": True}
-            with requests.post(
-                f"{url}/chat/completions", json=body, stream=True, timeout=10
-            ) as reply:
-                pieces = reply.iter_content(None)
-                first = next(pieces)
-                process.send_signal(getattr(signal, name))
-                rest = b"".join(pieces)
-            assert b"line." in first + rest
-            assert (first + rest).endswith(b"data: [DONE]\n\n")
-            assert process.wait(5) == 0
-            assert process.stderr
-            assert "Traceback" not in process.stderr.read()
-
-    def test_ctrl_c_while_it_waits_for_the_models(self, signed_in):
-        signed_in.routes["GET", DETAILS] = lambda handler: handler.pause(30)
-        with serving(signed_in, "--port", "0") as (process, _, _lines):
-            assert eventually(lambda: any(one.path == DETAILS for one in signed_in.requests))
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0
-
-    def test_a_second_ctrl_c_ends_what_runs(self, signed_in):
-        with serving(signed_in, "--port", "0") as (process, url, _):
-            assert process.stdout and process.stderr
-            process.stdout.readline()  # it is ready
-            body = {"model": lab("hang"), "messages": HI, "stream": True}
-            thread, _ = in_background(lambda: requests.post(f"{url}/chat/completions", json=body))
-            assert eventually(lambda: signed_in.open_streams == 1)
-            process.send_signal(signal.SIGINT)
-            assert "Stopping" in process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 130
-            assert "Traceback" not in process.stderr.read()
-            thread.join(5)
-
-    def test_a_port_in_use(self, signed_in):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = str(taken.getsockname()[1])
-            done = run_cli(signed_in, "serve", "--port", port, apart=True)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert f"127.0.0.1:{port}" in done.stderr and "in use" in done.stderr
-
-    @pytest.mark.parametrize(
-        ("argv", "words"),
-        [
-            (["--host", "0.0.0.0"], "--api-key"),
-            (["--host", "no.such.host.invalid", "--api-key", KEY], "Cannot listen"),
-            (["--port", "70000"], "invalid number from 0 to 65535 value"),
-            (["--max-connections", "0"], "invalid number, 1 or more, value"),
-            (["--port", "-1"], "--port"),
-            (["--port", "x"], "--port"),
-            (["--mcp"], "not allowed with"),
-        ],
-    )
-    def test_what_cannot_be(self, signed_in, argv, words):
-        done = run_cli(signed_in, "serve", "--openai", *argv, apart=True)
-        assert done.returncode in (1, 2) and done.stdout == ""
-        assert words in done.stderr and "Traceback" not in done.stderr
-        assert KEY not in done.stderr
-
-    def test_nobody_signed_in_and_no_puter(self, fake, home):
-        dead = f"http://127.0.0.1:{free_port()}"
-        with serving(fake, "--port", "0", PUTER_API_BASE_URL=dead) as (process, url, _):
-            assert process.stdout and process.stderr
-            assert "login" in process.stdout.readline()
-            assert "model list" in process.stderr.readline()
-            assert requests.get(url.removesuffix("v1") + "health", timeout=5).ok
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
-
-    def test_origins_and_hosts(self, signed_in):
-        origins = ["https://a.example", "https://b.example"]
-        hosts = ["puter.example", "host.docker.internal"]
-        argv = [word for origin in origins for word in ("--allow-origin", origin)]
-        argv += [word for host in hosts for word in ("--allow-host", host)]
-        with serving(signed_in, "--port", "0", *argv) as (_, url, _lines):
-            rows = [("Origin", one) for one in (*origins, "https://c.example")]
-            rows += [("Host", one) for one in (*hosts, "evil.example")]
-            for name, value in rows:
-                reply = requests.get(f"{url}/models", headers={name: value}, timeout=5)
-                assert reply.ok is (value in (*origins, *hosts))
-
-
-# =============================================================================
-# Helpers of the tests of MCP
+# 12. mcp server
 # =============================================================================
 VERSIONS = puter.MCP_HANDSHAKE_VERSIONS
 NEWEST = "2025-11-25"
 META = "io.modelcontextprotocol/"
 ENVELOPE: dict[str, Any] = {f"{META}protocolVersion": "2026-07-28", f"{META}clientCapabilities": {}}
-
-
-def rpc(method: str, params: Any = None, request_id: Any = 1) -> dict[str, Any]:
-    """A request; one without an id (None) is a notification."""
-    message: dict[str, Any] = {"jsonrpc": "2.0", "method": method}
-    message |= {} if params is None else {"params": params}
-    return message if request_id is None else {**message, "id": request_id}
 
 
 def tool_request(
@@ -14683,11 +17587,6 @@ def lab_chat(scenario: str, request_id: Any = 1, **meta: Any) -> dict[str, Any]:
 def cancelled(request_id: Any) -> dict[str, Any]:
     """The notification that a call is to end."""
     return rpc("notifications/cancelled", {"requestId": request_id}, None)
-
-
-def as_line(message: Any) -> bytes:
-    """A message as it is sent; bytes are sent as they are."""
-    return message if isinstance(message, bytes) else json.dumps(message).encode()
 
 
 def fault_in_answer(answer: Any) -> str:
@@ -14759,19 +17658,6 @@ class Talk:
 
 
 @pytest.fixture
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder of the test's own, and no settings from outside."""
-    others = ("XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CONTINUE_GLOBAL_DIR")
-    for name in list(os.environ):
-        if name.startswith("PUTER_") or name in (*others, "LLM_USER_PATH"):
-            monkeypatch.delenv(name)
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("PUTER_CONFIG_DIR", str(tmp_path / "puter"))
-    return tmp_path
-
-
-@pytest.fixture
 def talk(fake: FakePuter, own_home: Path) -> Iterator[Callable[..., Talk]]:
     """Starts servers in this process: `talk("alice", call_limit_s=1.0)`."""
     made: list[puter.Puter] = []
@@ -14837,7 +17723,6 @@ BAD_LINES: dict[str, tuple[Any, tuple[int, Any] | None]] = {
     **{f"cancel of {n}": (cancelled(n), None) for n in (77, {}, None)},
     "cancel with a list": (rpc("notifications/cancelled", [1], None), None),
 }
-
 # (the _meta of a request, code of the error)
 BAD_ENVELOPES: dict[str, tuple[dict[str, Any], int]] = {
     "version a number": ({**ENVELOPE, f"{META}protocolVersion": 5}, -32602),
@@ -14847,7 +17732,6 @@ BAD_ENVELOPES: dict[str, tuple[dict[str, Any], int]] = {
     "a later version": ({**ENVELOPE, f"{META}protocolVersion": "2027-01-01"}, -32022),
     "an earlier version": ({**ENVELOPE, f"{META}protocolVersion": NEWEST}, -32022),
 }
-
 # (tool, arguments, what the text of the failure says)
 BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {}, "'message'"),
@@ -14866,7 +17750,6 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     *(("models", {"limit": limit}, f"limit is {limit}") for limit in (501, 0)),
     ("account", {"x": 1}, "'x'"),
 ]
-
 # (scenario, what the text of the failure says): the hint is part of it
 FAILURES = [
     ("err400", "scripted 400"),
@@ -15243,93 +18126,6 @@ class TestMcpMessages:
         assert eventually(lambda: server.answers(5), 1.0)
 
 
-# =============================================================================
-# The MCP server as a command
-# =============================================================================
-class McpProcess:
-    """`python -m puter serve --mcp`, and the lines that it has written."""
-
-    def __init__(self, env: Mapping[str, str], *command: str) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command or mcp_argv(), stdin=pipe, stdout=pipe, stderr=pipe, env=dict(env)
-        )
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.stderr = self.process.stderr
-        self.lines: queue.Queue[bytes] = queue.Queue()
-
-    def read(self) -> None:
-        """Reads what comes, in a thread."""
-
-        def work() -> None:
-            for line in self.stdout:
-                self.lines.put(line)
-
-        threading.Thread(target=work, daemon=True).start()
-
-    def send(self, *messages: Any) -> None:
-        self.stdin.write(b"".join(as_line(message) + b"\n" for message in messages))
-        self.stdin.flush()
-
-    def next(self, timeout_s: float = 10.0) -> Any:
-        """The next message."""
-        return json.loads(self.lines.get(timeout=timeout_s))
-
-    def until(self, request_id: Any) -> list[Any]:
-        """All messages up to the answer to a request."""
-        found: list[Any] = []
-        while not found or found[-1].get("id") != request_id:
-            found.append(self.next())
-        return found
-
-    def end(self, timeout_s: float = 2.0) -> tuple[int, bytes]:
-        """Ends its input; gives exit code and stderr. It must end in time."""
-        self.stdin.close()
-        code = self.process.wait(timeout_s)
-        return code, self.stderr.read()
-
-
-def mcp_argv() -> list[str]:
-    """How the server is started here."""
-    return [sys.executable, "-m", "puter", "serve", "--mcp"]
-
-
-@pytest.fixture
-def mcp_env(fake: FakePuter, own_home: Path) -> dict[str, str]:
-    """The near-empty environment in which other programs start the server."""
-    return {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(Path(puter.__file__).resolve().parent),
-        "HOME": str(own_home),
-        "LANG": "C",
-        "PYTHONIOENCODING": "ascii",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **({"SYSTEMROOT": os.environ["SYSTEMROOT"]} if os.name == "nt" else {}),
-        "PUTER_CONFIG_DIR": str(own_home / "puter"),
-        "PUTER_API_BASE_URL": fake.url,
-        "PUTER_AUTH_TOKEN": "token-alice",
-    }
-
-
-@pytest.fixture
-def start_mcp(mcp_env: dict[str, str]) -> Iterator[Callable[..., McpProcess]]:
-    """Starts the command: `start_mcp(PUTER_DEBUG="1")`."""
-    made: list[McpProcess] = []
-
-    def start(*command: str, **env: str) -> McpProcess:
-        made.append(McpProcess({**mcp_env, **env}, *command))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.process.kill()
-        one.process.wait()
-        for stream in (one.stdin, one.stdout, one.stderr):
-            with suppress(OSError):
-                stream.close()
-
-
 def mutated(rand: random.Random) -> Any:
     """A valid message with something wrong in it, as an object or as bytes."""
     odd: list[Any] = [
@@ -15549,3269 +18345,193 @@ class TestMcpCommand:
 
 
 # =============================================================================
-# Other programs
+# 13. cli
 # =============================================================================
-MODELS = [
-    puter.Model(
-        "claude-opus-4-5",
-        "Claude Opus 4.5",
-        "claude",
-        ("anthropic/claude-opus-4-5",),
-        *(200_000, 64_000, ("text", "image", "pdf", "smell"), True),
-    ),
-    puter.Model("openrouter:a/b:free", 'A "B": #1 🦊', "openrouter", free=True),
-    puter.Model("gpt-5-mini", "GPT-5 mini", "openai", ("openai/gpt-5-mini",), 400, 128),
-    puter.Model("old", "Old", "groq", (), 4096, 4096, ("text",), False),
-]
-URL = "http://127.0.0.1:11480/v1"
-SLOTS = ("OPUS", "SONNET", "HAIKU")
-PROGRAMS = tuple(puter.PROGRAMS)
-
-
-@pytest.fixture
-def config(fake: FakePuter, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs `config` with arguments, in this process."""
-    monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-    return lambda *args: puter.main(["config", *args])
-
-
-def texts_of(
-    program: str, models: list[puter.Model] | None = None, key: str | None = None
-) -> list[str]:
-    """What goes into the files of a program."""
-    variable = "PUTER_SERVER_API_KEY" if key else None
-    setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
-    return [puter._file_text(*file) for file in puter.PROGRAMS[program][0](setup).items()]
-
-
-def files_of(program: str) -> tuple[str, ...]:
-    """The names of the files of a program."""
-    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
-
-
-def settings_of(program: str, key: str | None = None) -> Any:
-    """The last of these as the program reads it."""
-    text = texts_of(program, key=key)[-1]
-    if program == "codex":
-        return pytest.importorskip("tomllib").loads(text)
-    return yaml_of(text) if program in ("continue", "llm") else json.loads(text)
-
-
-def yaml_of(text: str) -> Any:
-    """The value of the YAML that is printed: plain keys, and items that are JSON."""
-    whole: JSON = {}
-    items: list[Any] = []
-    for line in text.splitlines():
-        if line.lstrip().startswith("- "):
-            items.append(json.loads(line.lstrip()[2:]))
-        else:
-            key, _, value = line.partition(": ") if ": " in line else (line[:-1], "", "")
-            items = []
-            whole[key] = value or items
-    return whole or items
-
-
-class TestConfigCommand:
-    """The settings, and those of other programs."""
-
-    def test_show_and_path(self, config, own_home, monkeypatch, capsys):
-        assert config("path") == 0
-        path = Path(capsys.readouterr().out.strip())
-        assert path == own_home / "puter" / "puter.json"
-        path.parent.mkdir()
-        text = '{"max_retries": 5, "default_model": "é🦊", "openai_api_key": "secret-key"}'
-        path.write_text(text, "utf-8")
-        monkeypatch.setenv("PUTER_DEBUG", "0")
-        assert config("show", "--json") == 0
-        told = json.loads(capsys.readouterr().out)
-        names = set(puter.Config.__dataclass_fields__) - {"folder", "sources", "ignored"}
-        assert set(told) == names
-        assert told["max_retries"] == {"value": 5, "source": str(path)}
-        assert told["debug"] == {"value": False, "source": "PUTER_DEBUG"}
-        assert told["quiet_mode"] == {"value": False, "source": "default"}
-        assert isinstance(told["fallback_models"]["value"], list)
-        assert config("show") == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert {line.split()[0] for line in lines[1:]} == names
-        assert "secret-key" not in "".join(lines) + json.dumps(told)
-        assert any(re.match(r"default_model +\"é🦊\" +/", line) for line in lines)
-
-    def test_wrong_settings_end_show(self, config, monkeypatch, capsys):
-        monkeypatch.setenv("PUTER_MAX_RETRIES", "many")
-        assert config("show") == 2
-        assert "PUTER_MAX_RETRIES" in capsys.readouterr().err
-
-    @pytest.mark.parametrize("program", PROGRAMS)
-    def test_the_text_goes_to_stdout_alone(self, config, program, own_home, capsys):
-        assert config(program, "--search", "opus") == 0
-        shown = capsys.readouterr()
-        for file in files_of(program):
-            assert f"# {file}\n" in shown.err
-        has_models = program != "claude-desktop"
-        assert ("python -m puter serve\n" in shown.err) is has_models
-        assert ("claude-opus-4-5-20251101" in shown.out) is has_models
-        assert "allam" not in shown.out and set(os.listdir(own_home)) <= {"puter"}
-        assert config(program, "--search", "opus", "--json") == 0
-        files = json.loads(capsys.readouterr().out)
-        assert "".join(one["text"] for one in files) == shown.out
-        assert tuple(one["file"] for one in files) == files_of(program)
-
-    @pytest.mark.parametrize("program", ["continue", "llm", "codex", "claude-code"])
-    def test_no_model_is_nothing_to_print(self, config, program, capsys):
-        assert config(program, "--search", "no such model") == 1
-        shown = capsys.readouterr()
-        assert shown.out == "" and "No models match" in shown.err
-
-    @pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in ("aider", "llm")])
-    @pytest.mark.parametrize("folder", [None, 'a "b" folder'])
-    def test_the_mcp_server_knows_the_folder(self, own_home, monkeypatch, program, folder):
-        wanted = {"PUTER_CONFIG_DIR": str(own_home / folder)} if folder else {}
-        monkeypatch.delenv("PUTER_CONFIG_DIR")
-        for name, value in wanted.items():
-            monkeypatch.setenv(name, value)
-        settings = settings_of(program)
-        keys = ("mcp", "mcpServers", "mcp_servers", "context_servers")
-        servers = next(settings[key] for key in keys if key in settings)
-        server = servers[0] if program == "continue" else servers["puter"]
-        command = server["command"]
-        whole = command if isinstance(command, list) else [command, *server["args"]]
-        assert whole == puter.mcp_command() and Path(whole[0]).is_absolute()
-        assert server.get("env", server.get("environment", {})) == wanted
-        assert server.get("type", "stdio") in ("stdio", "local")
-
-    def test_opencode(self, own_home):
-        settings = settings_of("opencode", "k")
-        assert settings["$schema"] == "https://opencode.ai/config.json"
-        provider = settings["provider"]["puter"]
-        assert provider["npm"] == "@ai-sdk/openai-compatible"
-        key = "{env:PUTER_SERVER_API_KEY}"
-        assert provider["options"] == {"baseURL": URL, "apiKey": key}
-        opus, free, *_ = provider["models"].values()
-        assert opus["modalities"]["input"] == ["text", "image", "pdf"]
-        assert opus["limit"] == {"context": 200_000, "output": 64_000}
-        assert "limit" not in free and free["modalities"]["input"] == ["text"]
-
-    def test_zed(self, own_home):
-        provider = settings_of("zed", "k")["language_models"]["openai_compatible"]["puter"]
-        assert provider["api_url"] == URL
-        for model in provider["available_models"]:
-            assert set(model) == {"name", "display_name", "max_tokens"}
-
-    @pytest.mark.parametrize(("key", "shown"), [(None, "puter"), ("k", '"$PUTER_SERVER_API_KEY"')])
-    def test_claude_code(self, own_home, key, shown):
-        model = replace(MODELS[0], id="it's a/model:free")
-        exports = texts_of("claude-code", [model], key)[0]
-        assert f"export ANTHROPIC_AUTH_TOKEN={shown}\n" in exports
-        script = exports + "env"
-        if os.name == "nt":
-            return
-        out = subprocess.check_output(["sh", "-c", script], env={"PUTER_SERVER_API_KEY": "k"})
-        variables = dict(line.split("=", 1) for line in out.decode().splitlines())
-        assert variables["ANTHROPIC_BASE_URL"] == URL.removesuffix("/v1")
-        assert variables["ANTHROPIC_AUTH_TOKEN"] == (key or "puter")
-        for slot in ("ANTHROPIC_MODEL", *(f"ANTHROPIC_DEFAULT_{n}_MODEL" for n in SLOTS)):
-            assert variables[slot] == model.id
-
-    def test_codex(self, own_home):
-        settings = settings_of("codex")
-        assert (settings["model"], settings["model_provider"]) == ("claude-opus-4-5", "puter")
-        assert settings["model_context_window"] == 200_000
-        assert settings["web_search"] == "disabled"
-        provider = settings["model_providers"]["puter"]
-        assert provider["base_url"] == URL and provider["wire_api"] == "responses"
-        assert "env_key" not in provider and provider["request_max_retries"] == 0
-        provider = settings_of("codex", "k")["model_providers"]["puter"]
-        assert provider["env_key"] == "PUTER_SERVER_API_KEY"
-
-    def test_the_model_of_a_coding_agent(self, config, monkeypatch, capsys):
-        assert config("codex") == 0
-        free = re.escape(puter.DEFAULT_FALLBACK_MODELS[0])
-        assert re.match(rf'model = "{free}"\n', capsys.readouterr().out)
-        monkeypatch.setenv("PUTER_DEFAULT_MODEL", "claude-opus-4.5")
-        assert config("codex") == 0
-        assert 'model = "claude-opus-4-5-20251101"\n' in capsys.readouterr().out
-
-    def test_continue(self, own_home):
-        settings = settings_of("continue", "k")
-        assert settings["schema"] == "v1" and settings["version"] == "1.0.0"
-        opus, free, mini, *_ = settings["models"]
-        assert (free["name"], free["provider"]) == ('Puter: A "B": #1 🦊', "openai")
-        assert mini["model"] == "openai/gpt-5-mini"
-        assert opus["apiKey"] == "${{ secrets.PUTER_SERVER_API_KEY }}"
-        assert opus["capabilities"] == ["tool_use", "image_input"] and opus["apiBase"] == URL
-        lengths = [m.get("defaultCompletionOptions") for m in settings["models"]]
-        for one in filter(None, lengths):  # it leaves room for the question
-            context, most = one["contextLength"], one["maxTokens"]
-            assert context - most - min(max(most, (context - most) / 5), 15_000) > 0
-
-    def test_aider(self, own_home):
-        first, metadata = texts_of("aider", key="k")
-        opus, *_ = yaml_of(first)
-        assert opus["name"] == opus["weak_model_name"] == "openai/claude-opus-4-5"
-        key = "os.environ/PUTER_SERVER_API_KEY"
-        assert opus["extra_params"] == {"api_base": URL, "api_key": key}
-        opus = json.loads(metadata)["openai/claude-opus-4-5"]
-        assert (opus["max_input_tokens"], opus["max_output_tokens"]) == (200000, 64000)
-        assert opus["litellm_provider"] == "openai" and opus["supports_vision"]
-
-    def test_llm(self, own_home):
-        opus, *_ = settings_of("llm")
-        assert opus == {
-            "model_id": "puter/claude-opus-4-5",
-            "model_name": "claude-opus-4-5",
-            "api_base": URL,
-            **dict.fromkeys(("vision", "supports_tools", "supports_schema"), True),
-        }
-        assert all(one["api_key_name"] == "puter" for one in settings_of("llm", "k"))
-
-    def test_the_printed_command_starts_the_server(self, start_mcp, own_home):
-        server = start_mcp(*puter.mcp_command())
-        server.send(rpc("ping"))
-        assert json.loads(server.stdout.readline())["result"] == {}
-
-
-# =============================================================================
-# Helpers of the tests of everyday use
-# =============================================================================
-
-
-def chats(fake: FakePuter) -> list[dict[str, Any]]:
-    """The arguments of every driver call that the server saw."""
-    return [one.args for one in fake.requests if one.path == CHAT]
-
-
-def sent(fake: FakePuter) -> list[dict[str, Any]]:
-    """The messages of the last driver call."""
-    messages: list[dict[str, Any]] = chats(fake)[-1]["messages"]
-    return messages
-
-
-def results(fake: FakePuter) -> list[str]:
-    """The results of functions in the last driver call."""
-    return [one["content"] for one in sent(fake) if one["role"] == "tool"]
-
-
-def calling(*calls: tuple[str, Mapping[str, Any]]) -> Callable[..., Turn]:
-    """A model that calls functions, the first one with the id call_1."""
-    made = [
-        tool_call(f"call_{number}", name, json.dumps(arguments))
-        for number, (name, arguments) in enumerate(calls, 1)
-    ]
-    return lambda handler, args: Turn(calls=tuple(made), finish="tool_calls")
-
-
-def late(seconds: float, turn: Turn) -> Callable[..., Turn]:
-    """A model that thinks for a while before its first byte."""
-
-    def answer(handler: FakeHandler, args: dict[str, Any]) -> Turn:
-        handler.pause(seconds)
-        return turn
-
-    return answer
-
-
-# =============================================================================
-# Function tools
-# =============================================================================
-class Unit(enum.Enum):
-    """A choice, as the functions of the tests take it."""
-
-    CELSIUS = "c"
-    FAHRENHEIT = "f"
-
-
-class Place(TypedDict):
-    """An object with named keys."""
-
-    city: str
-    zip: int
-
-
-class Hints(TypedDict, total=False):
-    """An object whose keys may all be missing."""
-
-    lang: str
-
-
-@dataclass
-class Trip:
-    """An object that becomes an instance."""
-
-    to: str
-    days: int = 1
-    tags: Annotated[list[str], "free words"] = field(default_factory=list)
-    made: bool = field(default=False, init=False)
-
-
-@dataclass
-class Node:
-    """An object that holds its like."""
-
-    name: str
-    children: list[Node] = field(default_factory=list)
-
-
-TRIP_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "to": {"type": "string"},
-        "days": {"type": "integer", "default": 1},
-        "tags": {"type": "array", "items": {"type": "string"}, "description": "free words"},
-    },
-    "required": ["to"],
-    "additionalProperties": False,
-}
-
-
-def get_weather(city: str) -> str:
-    """The weather of a city."""
-    return f"sunny in {city}"
-
-
-def get_time(tz: str) -> dict[str, Any]:
-    """The time in a time zone."""
-    return {"tz": tz, "time": "12:00"}
-
-
-def fails(reason: str) -> str:
-    """Never works."""
-    raise LookupError(reason)
-
-
-def google(city: str, days: int = 3) -> str:
-    """The weather of a city.
-
-    It may be wrong.
-
-    Args:
-        city (str): the name,
-            as people write it: Paris
-        days: how many to look ahead
-
-    Returns:
-        A sentence.
-    """
-    return f"{city} {days}"
-
-
-def sphinx(city: str, days: int = 3) -> str:
-    """The weather of a city.
-
-    It may be wrong.
-
-    :param city: the name,
-        as people write it: Paris
-    :param int days: how many to look ahead
-    :returns: A sentence.
-    """
-    return f"{city} {days}"
-
-
-def only_arguments(city: str) -> str:
-    """Args:
-    city: the name
-    """
-    return city
-
-
-def sphinx_result(city: str) -> str:
-    """The weather of a city.
-
-    :returns: A sentence.
-    """
-    return city
-
-
-async def slow_weather(city: str) -> str:
-    """The weather, from somewhere far away."""
-    await asyncio.sleep(0)
-    return f"sunny in {city}"
-
-
-def schema_of(hint: Any) -> Any:
-    return puter.schema_and_reader(hint)[0]
-
-
-def read_as(value: Any, hint: Any, where: str) -> Any:
-    return puter.schema_and_reader(hint)[1](value, where)
-
-
-class TestFunctionTools:
-    """Python functions as tools: their schema, and calling them with a model's arguments."""
+# ---- ask ----
+
+
+@contextmanager
+def running_cli(fake: FakePuter, *argv: str, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A command that runs while the test does something to it."""
+    command = [sys.executable, "-m", "puter", *argv]
+    pipes: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    options = {"stdin": subprocess.DEVNULL, **pipes, "env": cli_env(fake), **options}
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+class TestAskCommand:
+    """`ask`, without a terminal."""
+
+    @pytest.mark.parametrize("how", [[], ["--no-stream"]])
+    def test_an_answer(self, signed_in, how):
+        done = run_cli(signed_in, "ask", "-m", lab("reason"), *how, "Why", "so?", apart=True)
+        assert (done.returncode, done.stdout) == (0, SENTENCE + "\n")
+        assert done.stderr == ("" if how else "thinking...\n")
+        (sent,) = [one for one in signed_in.requests if one.path == CHAT]
+        assert sent.args["messages"] == [{"role": "user", "content": "Why so?"}]
+        assert sent.args.get("stream", False) is not bool(how)
+
+    def test_it_is_printed_as_it_comes(self, signed_in):
+        signed_in.script[lab("text")] = stalls(stream_line("text", text="first"))
+        with running_cli(signed_in, "ask", "-m", lab("text"), "hi") as process:
+            assert process.stdout and process.stdout.read(5) == b"first"
+
+    @pytest.mark.parametrize("scenario", ["text", "twotools", "reason"])
+    def test_json(self, signed_in, scenario):
+        done = run_cli(signed_in, "ask", "--json", "-m", lab(scenario), "hi")
+        told_json = json.loads(done.stdout)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+        want = {**PLAIN, **GOOD[scenario]}
+        assert told_json["text"] == want["text"]
+        assert told_json["finish_reason"] == want["finish_reason"]
+        names = [call["name"] for call in told_json["tool_calls"]]
+        assert names == [name for name, _ in CALLS.get(scenario, [])]
+        assert told_json["model"] == lab(scenario)
+        assert told_json["usage"]["output_tokens"] == 22
+        assert "token-" not in done.stdout
 
     @pytest.mark.parametrize(
-        ("hint", "want"),
+        ("argv", "stdin", "want"),
         [
-            (str, {"type": "string"}),
-            (int, {"type": "integer"}),
-            (float, {"type": "number"}),
-            (bool, {"type": "boolean"}),
-            (None, {"type": "null"}),
-            (Any, {}),
-            (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
-            (
-                Literal["a", 2, "b"],
-                {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "integer", "enum": [2]}]},
+            (["What broke?"], "the log\n", "What broke?\n\nthe log"),
+            ([], "a question\n", "a question"),
+            (["-"], "a question", "a question"),
+            (["hi"], "", "hi"),
+            (["hi"], "é🦊", "hi\n\né🦊"),
+            (["Why", "so?", "-m", lab("echo")], "", "Why so?"),
+            (["--", "-5", "is?"], "", "-5 is?"),
+        ],
+    )
+    def test_a_pipe_joins_the_prompt(self, signed_in, argv, stdin, want):
+        done = run_cli(signed_in, "ask", "-m", lab("echo"), *argv, stdin=stdin)
+        assert (done.returncode, done.stdout) == (0, want + "\n")
+
+    def test_a_pipe_that_is_slow_to_begin_is_read_to_its_end(self, signed_in):
+        argv = ("ask", "-m", lab("echo"), "hi")
+        with running_cli(signed_in, *argv, stdin=subprocess.PIPE) as process:
+            assert process.stdin and process.stdout and process.stderr
+            waits = process.stderr.readline().decode()
+            assert "standard input" in waits and os.devnull in waits
+            assert not signed_in.requests
+            process.stdin.write(b"the ")
+            process.stdin.flush()
+            out, err = process.communicate(b"log\n", timeout=15)
+        assert (process.returncode, out, err) == (0, b"hi\n\nthe log\n", b"")
+
+    @pytest.mark.parametrize(
+        ("argv", "more", "code", "words"),
+        [
+            *(([*argv], {}, 2, "python -m puter ask") for argv in ([], ["-"], [" "], ["--json"])),
+            (["hi"], {"PUTER_MAX_RETRIES": "many"}, 2, "PUTER_MAX_RETRIES"),
+            *(
+                ([f"{option}={value}", "hi"], {}, 2, f"{option}: invalid ")
+                for option, values in {
+                    "--max-tokens": ("-5", "0", "1.5", "x"),
+                    "--temperature": ("nan", "2.1", "-1", "inf"),
+                }.items()
+                for value in values
             ),
-            (Unit, {"type": "string", "enum": ["c", "f"]}),
-            (Literal[Unit.CELSIUS], {"type": "string", "enum": ["c"]}),
-            (Optional[int], {"anyOf": [{"type": "integer"}, {"type": "null"}]}),  # noqa: UP045
-            (int | None, {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
-            (Union[int, str], {"anyOf": [{"type": "integer"}, {"type": "string"}]}),  # noqa: UP007
-            (list, {"type": "array", "items": {}}),
-            (list[int], {"type": "array", "items": {"type": "integer"}}),
-            (list[Unit], {"type": "array", "items": {"type": "string", "enum": ["c", "f"]}}),
-            (Sequence[str], {"type": "array", "items": {"type": "string"}}),
-            (set[str], {"type": "array", "items": {"type": "string"}}),
-            (tuple, {"type": "array", "items": {}}),
-            (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
-            (tuple[int, int], {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}),
-            (tuple[int, str, int], {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}, "minItems": 3, "maxItems": 3}),
-            (dict, {"type": "object"}),
-            (dict[str, float], {"type": "object", "additionalProperties": {"type": "number"}}),
-            (Annotated[int, "how many"], {"type": "integer", "description": "how many"}),
-            (Annotated[int, 7], {"type": "integer"}),
-            (Annotated[int, {"minimum": 1}, "how many", {"maximum": 9}], {"type": "integer", "description": "how many", "minimum": 1, "maximum": 9}),
-            (Trip, TRIP_SCHEMA),
-            (list[Trip], {"type": "array", "items": TRIP_SCHEMA}),
-            (Place, {"type": "object", "properties": {"city": {"type": "string"}, "zip": {"type": "integer"}}, "required": ["city", "zip"], "additionalProperties": False}),
-            (Hints, {"type": "object", "properties": {"lang": {"type": "string"}}, "required": [], "additionalProperties": False}),
         ],
-    )  # fmt: skip
-    def test_a_hint(self, hint, want):
-        assert schema_of(hint) == want
-        json.dumps(want)
+    )
+    def test_nothing_is_asked(self, signed_in, argv, more, code, words):
+        done = run_cli(signed_in, "ask", *argv, **more)
+        assert (done.returncode, done.stdout) == (code, "") and words in done.stderr
+        assert not signed_in.requests and "Traceback" not in done.stderr
 
     @pytest.mark.parametrize(
-        "hint",
-        [bytes, Node, object, list[bytes], dict[int, str], "str", 3, [], Literal[b"x"], enum.Enum("Odd", {"A": ()})],
-    )  # fmt: skip
-    def test_a_hint_that_json_lacks(self, hint):
-        with pytest.raises(puter.BadRequestError, match="which a model cannot give"):
-            schema_of(hint)
-
-    @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing has it since 3.11")
-    def test_keys_that_may_be_missing(self):
-        import typing
-
-        optional: Any = typing.NotRequired[str]  # type: ignore[attr-defined, unused-ignore]
-        keys: Any = {"city": str, "zip": optional}
-        make: Any = TypedDict
-        hint = make("hint", keys)
-        schema = schema_of(hint)
-        assert schema["required"] == ["city"]
-        assert schema["properties"]["zip"] == {"type": "string"}
-        assert read_as({"city": "Rome"}, hint, "place") == {"city": "Rome"}
-
-    @pytest.mark.parametrize(
-        ("function", "text", "about"),
+        ("turn", "words"),
         [
-            (sphinx, "The weather of a city. It may be wrong.", {"city": "the name, as people write it: Paris", "days": "how many to look ahead"}),
-            pytest.param(google, "The weather of a city. It may be wrong.", {"city": "the name, as people write it: Paris", "days": "how many to look ahead"}),
-            pytest.param(only_arguments, None, {"city": "the name"}),
-            pytest.param(sphinx_result, "The weather of a city.", {"city": None}),
-        ],
-        ids=["sphinx", "google", "only-arguments", "sphinx-result"],
-    )  # fmt: skip
-    def test_a_docstring(self, function, text, about):
-        told = puter.function_schema(function)["function"]
-        assert told.get("description") == text
-        properties = told["parameters"]["properties"]
-        assert {n: p.get("description") for n, p in properties.items()} == about
-
-    def test_a_signature(self):
-        def plan(
-            trip: Trip,
-            unit: Unit,
-            days: int = 3,
-            *,
-            note: str | None = None,
-            exact: bool = False,
-            where: Annotated[str, "a place"] = "here",
-        ) -> None: ...
-
-        told = puter.function_schema(plan)
-        assert told["type"] == "function" and told["function"]["name"] == "plan"
-        assert "description" not in told["function"]
-        schema = told["function"]["parameters"]
-        assert schema["required"] == ["trip", "unit"]
-        assert schema["additionalProperties"] is False
-        assert schema["properties"]["days"] == {"type": "integer", "default": 3}
-        assert schema["properties"]["exact"] == {"type": "boolean", "default": False}
-        where = {"type": "string", "description": "a place", "default": "here"}
-        assert schema["properties"]["where"] == where
-        assert "default" not in schema["properties"]["note"]
-        assert schema["properties"]["trip"] == TRIP_SCHEMA
-
-    def test_methods(self):
-        class Home:
-            name = "Rome"
-
-            def near(self, km: int) -> str:
-                return f"{km} km from {self.name}"
-
-            @classmethod
-            def far(cls, km: int) -> str:
-                return f"{km} km from {cls.name}"
-
-            @staticmethod
-            def plus(km: int) -> str:
-                return f"{km} km"
-
-        for function, want in [
-            (Home().near, "2 km from Rome"),
-            (Home.far, "2 km from Rome"),
-            (Home.plus, "2 km"),
-        ]:
-            schema = puter.function_schema(function)["function"]["parameters"]
-            assert list(schema["properties"]) == ["km"]
-            assert function(**puter.read_arguments(function, {"km": 2})) == want
-
-    def test_a_decorated_function(self):
-        @functools.wraps(sphinx)
-        def wrapped(*args: Any, **kwargs: Any) -> str:
-            return "wrapped " + sphinx(*args, **kwargs)
-
-        assert puter.function_schema(wrapped) == puter.function_schema(sphinx)
-        assert wrapped(**puter.read_arguments(wrapped, {"city": "Rome"})) == "wrapped Rome 3"
-
-    def test_what_a_model_cannot_call(self):
-        def untyped(city) -> None: ...  # type: ignore[no-untyped-def]
-        def many(*cities: str) -> None: ...
-        def named(**cities: str) -> None: ...
-        def by_place(city: str, /) -> None: ...
-        def unknown(city: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
-        def raw(data: bytes) -> None: ...
-
-        table: list[tuple[Callable[..., Any], str]] = [
-            (untyped, "city cannot be a parameter"),
-            (many, "\\*cities cannot be a parameter"),
-            (named, "\\*\\*cities cannot be a parameter"),
-            (by_place, "city cannot be a parameter"),
-            (unknown, "cannot be read"),
-            (raw, "cannot give"),
-            (lambda city: city, "has no name"),
-        ]
-        for function, words in table:
-            with pytest.raises(puter.BadRequestError, match=words):
-                puter.function_schema(function)
-
-    @pytest.mark.parametrize(
-        ("value", "hint", "want"),
-        [
-            *((value, type(value), value) for value in ("a", 1, 1.5, True, 10**400)),
-            (1, float, 1.0),
-            *((value, int | None, value) for value in (None, 2)),
-            ("2", int | str, "2"),
-            ("f", Unit, Unit.FAHRENHEIT),
-            ("a", Literal["a", 1], "a"),
-            (["c"], list[Unit], [Unit.CELSIUS]),
-            ([1, 2], tuple[int, ...], (1, 2)),
-            ([1, 1], set[int], {1}),
-            ([1, "a"], list, [1, "a"]),
-            ({"a": "c"}, dict[str, Unit], {"a": Unit.CELSIUS}),
-            ({"a": [1]}, dict, {"a": [1]}),
-            ({"x": 1}, Any, {"x": 1}),
-            (3, Annotated[int, "how many"], 3),
-            (3, Annotated[int, {"minimum": 3, "maximum": 3}], 3),
-            (None, Annotated[int | None, {"minimum": 1}], None),
-            ("c", Literal[Unit.CELSIUS], Unit.CELSIUS),
-            (2.0, int, 2),
-            ([1, "a"], tuple[int, str], (1, "a")),
-            ([1], frozenset[int], frozenset({1})),
-            ({"to": "Rome"}, Trip, Trip("Rome")),
-            ({"to": "Rome", "days": 2, "tags": ["x"]}, Trip, Trip("Rome", 2, ["x"])),
-            ([{"to": "Rome"}], list[Trip], [Trip("Rome")]),
-            ({"city": "Rome", "zip": 1}, Place, {"city": "Rome", "zip": 1}),
-            ({}, Hints, {}),
+            (Turn(""), "the answer is empty"),
+            (Turn("", calls=(WEATHER_CALL, WEATHER_CALL)), "only a call of get_weather"),
         ],
     )
-    def test_an_argument(self, value, hint, want):
-        made = read_as(value, hint, "it")
-        assert made == want and type(made) is type(want)
+    @pytest.mark.parametrize("how", [[], ["--no-stream"], ["--json"]])
+    def test_an_answer_without_text_is_said(self, signed_in, turn, words, how):
+        signed_in.script[lab("text")] = lambda handler, args: turn
+        done = run_cli(signed_in, "ask", "-m", lab("text"), *how, "hi")
+        assert done.returncode == 0 and words in done.stderr
+        assert done.stderr.count("\n") == 1 and bool(done.stdout) is (how == ["--json"])
 
     @pytest.mark.parametrize(
-        ("value", "hint", "where"),
-        [
-            *((value, int, f"it is {value!r}") for value in ("1", 1.5, True)),
-            *((value, str, f"it is {value}") for value in (1, None)),
-            *((value, Unit, f"it is {value!r}") for value in ("x", "CELSIUS", {})),
-            (True, float, "it is True"),
-            (1, bool, "it is 1"),
-            ("b", Literal["a"], "it is 'b'"),
-            (True, Literal[1], "it is True"),
-            (1, Literal[True], "it is 1"),
-            (10**400, float, "it is 1000"),
-            (0, Annotated[int, {"minimum": 1}], "it is 0"),
-            (10, Annotated[int, {"maximum": 9}], '"maximum": 9'),
-            (10**400, Annotated[int, {"maximum": 9}], '"maximum": 9'),
-            ([1], tuple[int, int], "it is [1]"),
-            (["a", 1], tuple[int, str], "it[0] is 'a'"),
-            *(([], hint, "it is []") for hint in (Literal["a"], int | None, dict, Trip)),
-            ("a", list[str], "it is 'a'"),
-            (["a", 1], list[str], "it[1] is 1"),
-            ({"a": "b"}, dict[str, int], "it.a is 'b'"),
-            ({}, Trip, "it lacks ['to']"),
-            ({"to": "Rome", "by": "car"}, Trip, "it has unexpected arguments ['by']"),
-            ({"to": 1}, Trip, "it.to is 1"),
-            ({"city": "Rome"}, Place, "it lacks ['zip']"),
-        ],
+        "argv", [["ask", "hi"], ["ask", "--json", "hi"], ["whoami"], ["usage", "--json"]]
     )
-    def test_an_argument_that_does_not_fit(self, value, hint, where):
-        with pytest.raises(TypeError, match=re.escape(where)):
-            read_as(value, hint, "it")
-
-    def test_calls(self):
-        def plan(trip: Trip, unit: Unit = Unit.CELSIUS, *, note: str = "") -> Any:
-            return (trip, unit, note)
-
-        def call(arguments):
-            return plan(**puter.read_arguments(plan, arguments))
-
-        trip = {"to": "Rome", "days": 2}
-        assert call({"trip": trip}) == (Trip("Rome", 2), Unit.CELSIUS, "")
-        made = call({"unit": "f", "note": "x", "trip": trip})
-        assert made == (Trip("Rome", 2), Unit.FAHRENHEIT, "x")
-        table: list[tuple[dict[str, Any], str]] = [
-            ({}, r"the call lacks \['trip'\]"),
-            ({"trp": trip}, r"the call has unexpected arguments \['trp'\]; allowed are \['trip'"),
-            ({"trip": {"to": "Rome", "days": "2"}}, "trip.days is '2'"),
-            ({"trip": trip, "unit": "k"}, "unit is 'k'"),
-        ]
-        for arguments, words in table:
-            with pytest.raises(TypeError, match=words):
-                call(arguments)
-
-    @pytest.mark.parametrize(
-        ("value", "want"),
-        [
-            ("sunny", "sunny"),
-            ("", "(no output)"),
-            (" \n", "(no output)"),
-            (None, "(no output)"),
-            ((n * n for n in range(3)), "[0, 1, 4]"),
-            ({"a": map(str, (1, 2))}, '{"a": ["1", "2"]}'),
-            (3, "3"),
-            (True, "true"),
-            ([1, "é"], '[1, "é"]'),
-            (Trip("Rome"), '{"to": "Rome", "days": 1, "tags": [], "made": false}'),
-            ([Unit.CELSIUS, {"b"}], '["c", ["b"]]'),
-            ({"a": None}, '{"a": null}'),
-            (Path("x"), '"x"'),
-        ],
-    )
-    def test_a_result(self, value, want):
-        assert puter.tool_result_text(value) == want
-
-
-class TestRun:
-    """`Puter.run`: functions are called until the model answers."""
-
-    def test_it_calls_and_goes_on(self, make, fake):
-        reply = make().run("Paris?", [get_weather], model=lab("tools"))
-        assert str(reply) == SENTENCE and not reply.tool_calls
-        first, second = chats(fake)
-        assert first["tools"] == [puter.function_schema(get_weather)] == second["tools"]
-        assert [m["role"] for m in second["messages"]] == ["user", "assistant", "tool"]
-        assert second["messages"][2] == {
-            "role": "tool",
-            "tool_call_id": "call_1",
-            "content": "sunny in Paris",
-        }
-
-    @pytest.mark.parametrize(
-        ("scenario", "want"), [("badargs", "not a JSON object"), ("noid", "sunny in Paris")]
-    )
-    def test_calls_that_providers_botch(self, make, fake, scenario, want):
-        no_id = Turn(calls=(tool_call("", "get_weather", '{"city": "Paris"}'),))
-        plan: Any = scenario if scenario == "badargs" else lambda *_: no_id
-        fake.script[lab("text")] = [plan, says("done")]
-        client = make()
-        assert str(client.run("hi", [get_weather], model=lab("text"))) == "done"
-        (called,), answer = sent(fake)[-2]["content"][-1:], sent(fake)[-1]
-        assert want in json.dumps(answer)
-        assert called["id"]
-        if scenario == "badargs":
-            with pytest.raises(puter.ReplyError) as caught:
-                client.chat("hi", model=lab("badargs"), tools=[WEATHER])
-            assert caught.value.reply.tool_calls[0].invalid == caught.value.raw != ""
-
-    def test_a_forced_call_is_forced_once(self, make, fake):
-        make().run("hi", [get_weather], model=lab("tools"), tool_choice="required")
-        assert [args["tool_choice"] for args in chats(fake)] == ["required", "auto"]
-
-    def test_parallel_calls_in_order(self, make, fake):
-        calls = [("get_time", {"tz": "CET"}), ("get_weather", {"city": "Rome"})]
-        fake.script[lab("text")] = [calling(*calls), says("done")]
-        assert str(make().run("hi", [get_weather, get_time], model=lab("text"))) == "done"
-        assert results(fake) == ['{"tz": "CET", "time": "12:00"}', "sunny in Rome"]
-
-    @pytest.mark.parametrize(
-        ("call", "words"),
-        [
-            (("fails", {"reason": "no map"}), ["LookupError", "no map"]),
-            (("fails", {}), ["TypeError", "lacks ['reason']"]),
-            (("fails", {"reason": 3}), ["TypeError", "reason is 3", "str"]),
-            (("fails", {"why": "x"}), ["TypeError", "'why'", "'reason'"]),
-            (("nothing", {}), ["no function 'nothing'", "fails"]),
-        ],
-    )
-    def test_a_failure_is_the_models_to_read(self, make, fake, caplog, call, words):
-        fake.script[lab("text")] = [calling(call), says("sorry")]
-        with caplog.at_level(logging.WARNING, "puter"):
-            assert str(make().run("hi", [fails], model=lab("text"))) == "sorry"
-        (told,) = results(fake)
-        assert told.startswith("Error: ") and all(word in told for word in words)
-        assert "Traceback" not in told
-        logged = [r for r in caplog.records if "fails" in r.getMessage()]
-        assert bool(logged) is (call[0] == "fails")
-        assert all(r.exc_info for r in logged)
-
-    def test_on_tool_watches_and_refuses(self, make, fake):
-        made, seen = [], []
-
-        def note(text: str) -> str:
-            """Write a text down."""
-            made.append(text)
-            return "noted"
-
-        def watch(call):
-            seen.append(call.arguments["text"])
-            return {"a": True, "b": False, "c": None}[seen[-1]]
-
-        calls = [("note", {"text": text}) for text in ("a", "b", "c")]
-        fake.script[lab("text")] = [calling(*calls), says("done")]
-        make().run("hi", [note], model=lab("text"), on_tool=watch)
-        assert (seen, made) == (["a", "b", "c"], ["a", "c"])
-        first, refused, last = results(fake)
-        assert (first, last) == ("noted", "noted") and "refused" in refused
-
-    @pytest.mark.parametrize("as_what", ["on_tool", "tool"])
-    def test_a_callback_or_ctrl_c_may_end_it(self, make, fake, as_what):
-        def get_weather(city: str) -> str:
-            raise KeyboardInterrupt
-
-        def stop(call):
-            raise KeyboardInterrupt
-
-        more = {"on_tool": stop} if as_what == "on_tool" else {}
-        with pytest.raises(KeyboardInterrupt):
-            make().run("hi", [get_weather], model=lab("tools"), **more)
-        assert len(chats(fake)) == 1
-
-    @pytest.mark.parametrize("rounds", [2, 3])
-    def test_a_model_that_does_not_stop(self, make, fake, rounds):
-        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
-        with pytest.raises(puter.ReplyError, match=f"after {rounds} rounds"):
-            make().run("hi", [get_weather], model=lab("text"), max_rounds=rounds)
-        assert rounds <= len(chats(fake)) <= rounds + 1
-
-    def test_after_the_last_round_the_model_may_answer(self, make):
-        reply = make().run("hi", [get_weather], model=lab("tools"), max_rounds=1)
-        assert str(reply) == SENTENCE
-
-    def test_options_go_with_every_round(self, make, fake):
-        history = [{"role": "user", "content": "Paris?"}]
-        more = {"system": "Be brief", "temperature": 0.5, "images": [PNG]}
-        make().run(history, [get_weather], model=lab("tools"), **more)
-        assert history == [{"role": "user", "content": "Paris?"}]
-        for args in chats(fake):
-            assert args["temperature"] == 0.5
-            assert args["messages"][0] == {"role": "system", "content": "Be brief"}
-            kinds = [part["type"] for part in args["messages"][1]["content"]]
-            assert kinds == ["text", "image_url"]
-
-    def test_a_note_of_the_provider_goes_back(self, make, fake):
-        fake.script[lab("text")] = ["extra", "text"]
-        make().run("hi", [get_weather], model=lab("text"))
-        assert json.dumps(SIGNATURE) in json.dumps(sent(fake))
-
-    @pytest.mark.parametrize(
-        "tools",
-        [
-            [WEATHER],
-            ["get_weather"],
-            [None],
-            [get_weather, functools.wraps(get_weather)(lambda city: "no")],
-        ],
-        ids=["a schema", "a name", "nothing", "two of one name"],
-    )
-    def test_it_needs_functions_of_names_of_their_own(self, make, fake, tools):
-        with pytest.raises(puter.BadRequestError, match="function|called"):
-            make().run("hi", tools, model=lab("text"))
-        assert not chats(fake)
-
-    def test_an_async_function(self, make, fake):
-        fake.script[lab("text")] = [calling(("slow_weather", {"city": "Rome"})), says("done")]
-        assert make().run("hi", [slow_weather], model=lab("text")).text == "done"
-        assert results(fake) == ["sunny in Rome"]
-
-
-# =============================================================================
-# Conversations
-# =============================================================================
-def roles(talk: puter.Conversation) -> str:
-    """The roles of a history by their first letters."""
-    return "".join(message["role"][0] for message in talk.messages)
-
-
-class TestConversation:
-    """Turns that are remembered."""
-
-    @pytest.mark.parametrize("how", ["say", "stream"])
-    def test_it_remembers(self, make, fake, how):
-        talk = make().conversation("Be brief", model=lab("echo"), temperature=0)
-        for text in ("one", "two"):
-            if how == "say":
-                assert str(talk.say(text)) == text
-            else:
-                assert "".join(map(str, talk.stream(text))) == text
-        assert [m["content"] for m in talk.messages] == ["one", "one", "two", "two"]
-        assert roles(talk) == "uaua"
-        assert [m["content"] for m in sent(fake)] == ["Be brief", "one", "one", "two"]
-        assert chats(fake)[-1]["temperature"] == 0
-        assert "4 messages" in repr(talk)
-
-    def test_options_of_a_turn(self, make, fake):
-        talk = make().conversation(model=lab("echo"), temperature=0)
-        talk.say("one", temperature=1, model=lab("text"), system="Once")
-        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (1, lab("text"))
-        talk.say("two")
-        assert (chats(fake)[-1]["temperature"], chats(fake)[-1]["model"]) == (0, lab("echo"))
-        assert sent(fake)[0]["role"] == "user"
-
-    def test_no_reply_before_the_first(self, make):
-        with pytest.raises(puter.BadRequestError, match="There is no reply"):
-            make().conversation().reply  # noqa: B018
-
-    def test_the_history_is_yours(self, make, fake):
-        talk = make().conversation(model=lab("echo"))
-        talk.messages = [{"role": "user", "content": "a"}]
-        talk.messages.append({"role": "assistant", "content": "b"})
-        talk.say("c")
-        assert [m["content"] for m in sent(fake)] == ["a", "b", "c"]
-
-    @pytest.mark.parametrize("how", ["say", "stream"])
-    @pytest.mark.parametrize("scenario", ["err400", "closed", "html"])
-    def test_a_turn_that_fails_leaves_no_trace(self, make, how, scenario):
-        talk = make(max_retries=0).conversation(model=lab("echo"), fallback=False)
-        talk.say("one")
-        before = list(talk.messages)
-        with pytest.raises(puter.PuterError):
-            getattr(talk, how)("two", model=lab(scenario))
-            list(talk.stream("two", model=lab(scenario)))
-        assert talk.messages == before
-        assert str(talk.say("three")) == "three" and roles(talk) == "uaua"
-
-    def test_a_stream_that_is_left(self, make, fake):
-        talk = make().conversation(model=lab("slow"))
-        chunks = talk.stream("one")
-        next(chunks)
-        chunks.close()  # type: ignore[attr-defined]
-        assert talk.messages == []
-        assert eventually(lambda: fake.open_streams == 0)
-
-    def test_tools(self, make, fake):
-        talk = make().conversation(model=lab("tools"), tools=[get_weather])
-        assert str(talk.say("Paris?")) == SENTENCE
-        assert roles(talk) == "uata"
-        assert talk.messages[2]["content"] == "sunny in Paris"
-        talk.say("And now?")
-        assert roles(talk) == "uataua"
-        refused = make().conversation(model=lab("tools"), on_tool=lambda _: False)
-        refused.say("Paris?", tools=[get_weather])
-        assert "refused" in refused.messages[2]["content"]
-
-    def test_tools_that_fail_leave_no_trace(self, make, fake):
-        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), "err400"]
-        talk = make(max_retries=0).conversation(model=lab("text"), fallback=False)
-        with pytest.raises(puter.PuterError):
-            talk.say("Rome?", tools=[get_weather])
-        assert talk.messages == []
-
-    def test_schemas_are_not_called(self, make):
-        talk = make().conversation(model=lab("tools"))
-        reply = talk.say("Paris?", tools=[WEATHER])
-        assert [call.name for call in reply.tool_calls] == ["get_weather"]
-        assert roles(talk) == "ua" and talk.messages[1]["tool_calls"]
-
-    def test_tools_in_a_stream(self, make):
-        talk = make().conversation(model=lab("tools"), tools=[get_weather])
-        assert "".join(map(str, talk.stream("Paris?"))) == SENTENCE
-        assert roles(talk) == "uata"
-
-    def test_images_and_files_stay_with_their_turn(self, make, fake):
-        talk = make().conversation(model=lab("vision"))
-        talk.say("look", images=[PNG], files=[("a.pdf", PDF)])
-        talk.say("again")
-        kinds = [p["type"] for p in sent(fake)[0]["content"]]
-        assert kinds == ["text", "image_url", "file"]
-        assert sent(fake)[2]["content"] == "again"
-
-    def test_pickle_and_json(self, make, fake, monkeypatch):
-        client = make()
-        monkeypatch.setattr(puter, "_default_client", lambda: client)
-        talk = client.conversation("Be brief", model=lab("echo"), max_tokens=9)
-        talk.say("one", images=[PNG])
-        data = json.loads(json.dumps(talk.to_json()))
-        assert data["messages"] == talk.messages and "token-" not in json.dumps(data)
-        copies = [pickle.loads(pickle.dumps(talk)), puter.Conversation.from_json(data)]
-        for again in (*copies, puter.Conversation.from_json(data, client)):
-            assert (again.system, again.model) == ("Be brief", lab("echo"))
-            assert again.options == {"max_tokens": 9}
-            assert str(again.say("two")) == "two"
-            assert len(again.messages) == 4
-        assert len(talk.messages) == 2  # the copies are on their own
-        empty = puter.Conversation.from_json({})
-        assert (empty.messages, empty.options, empty.model) == ([], {}, None)
-        # Functions are left out.
-        talk = client.conversation(tools=[get_weather], on_tool=print, temperature=0)
-        assert talk.to_json()["options"] == {"temperature": 0}
-
-
-# =============================================================================
-# Files
-# =============================================================================
-class TestFiles:
-    """`files=` and `images=`: what arrives, and what is refused before anything is sent."""
-
-    @pytest.mark.parametrize("how", ["path", "text", "bytes", "named", "alone"])
-    def test_a_pdf_goes_along(self, make, fake, tmp_path, how):
-        path = tmp_path / "über uns.pdf"
-        path.write_bytes(PDF)
-        named = ("C:\\docs\\über uns.pdf", PDF)
-        ways = {"path": [path], "text": [str(path)], "bytes": [PDF], "named": [named]}
-        name = "document.pdf" if how == "bytes" else "über uns.pdf"
-        assert str(make().chat("Sum up", files=ways.get(how, path), model=lab("text"))) == SENTENCE
-        file = {"type": "file", "file": {"filename": name, "file_data": PDF_URL}}
-        assert sent(fake)[0]["content"] == [text_part("Sum up"), file]
-
-    def test_texts_and_images_are_files_too(self, make, fake):
-        make().chat("hi", files=[("a.csv", b"x,y"), ("b", PNG)], model="gemini-2.5-flash")
-        text, csv, picture = sent(fake)[0]["content"]
-        assert (text["text"], csv["text"]) == ("hi", "a.csv:\n```\nx,y\n```")
-        assert picture == puter.image_part(PNG)
-
-    def test_a_text_is_read_by_any_model(self, make, fake):
-        make().chat("hi", files=[("a.csv", b"x,y")], model="groq:allam-2-7b")
-        assert sent(fake)[0]["content"][1] == text_part("a.csv:\n```\nx,y\n```")
-
-    def test_the_largest_request_is_named_before_it_is_sent(self, make, fake, monkeypatch):
-        monkeypatch.setattr(puter, "MAX_SENT_BYTES", 50_000)
-        with pytest.raises(
-            puter.BadRequestError, match=r"has 5\d,\d+ bytes, but Puter takes 50,000"
-        ):
-            make().chat("hi", files=[PDF + b"0" * 40_000], model=lab("text"))
-        assert not fake.chat_calls()
-
-    @pytest.mark.parametrize(
-        ("given", "words"),
-        [
-            ([("empty.pdf", b"")], "0 bytes"),
-            ([("large.pdf", PDF * 9)], r"225 bytes.*1 to 99"),
-            (["no-such.pdf"], "no-such.pdf.*cannot be read"),
-            ([Path("/")], "cannot be read"),
-            ([None], "cannot be read"),
-        ],
-    )
-    def test_limits_are_named_before_anything_is_sent(self, make, fake, monkeypatch, given, words):
-        monkeypatch.setattr(puter, "MAX_FILE_BYTES", 99)
-        with pytest.raises(puter.BadRequestError, match=words):
-            make().chat("hi", files=[PDF, *given], model=lab("text"))
-        assert not fake.requests
-
-    def test_what_nobody_reads(self, make, fake):
-        with pytest.raises(puter.BadRequestError, match="'a.docx' is neither a text, an image"):
-            make().chat("hi", files=[("a.docx", b"PK\3\4\0")], model=lab("text"))
-        assert not fake.requests
-
-    @pytest.mark.parametrize(
-        ("more", "problem", "near"),
-        [
-            ({"files": [PDF]}, "does not read PDFs", FREE[1]),
-            ({"images": [PNG]}, "does not see images", "gemini-2.5-flash"),
-            ({"images": PNG, "files": PDF}, "does not see images and does not read PDFs", HAIKU),
-            ({"tools": [{"type": "web_search"}]}, "does not search the web", "gpt-4o"),
-        ],
-    )
-    def test_a_model_that_cannot_do_it(self, make, fake, more, problem, near):
-        with pytest.raises(puter.BadRequestError) as caught:
-            make().chat("hi", model="groq:allam-2-7b", **more)
-        assert f"allam-2-7b {problem}" in caught.value.message
-        assert near in caught.value.hint and not fake.chat_calls()
-        assert make().chat("hi", model=near, **more).text
-
-
-# =============================================================================
-# 9. Puter: typed answers
-# =============================================================================
-
-
-@dataclass
-class Person:
-    name: str
-    age: int
-    tags: list[str] = field(default_factory=list)
-
-
-class Colour(enum.Enum):
-    RED = "red"
-    BLUE = "blue"
-
-
-class City(TypedDict):
-    city: str
-
-
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-NO_TOOLS = "allam-2-7b"
-TYPED_MODELS = [*MODEL_OF.values(), NO_TOOLS]
-
-
-def answers_in_form(model: str, *values: Any) -> list[Scenario]:
-    """What gives these values as the kind of provider of a model is asked for them."""
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
-    if model not in (CLAUDE, HAIKU, GPT):
-        return [says(text) for text in texts]
-    calls = [tool_call("call_1", "final_answer", text) for text in texts]
-    return [says("", calls=(call,), finish="tool_calls") for call in calls]
-
-
-class TestTypedAnswers:
-    """`returns`: what a model is asked for, and what becomes of its answer."""
-
-    @pytest.mark.parametrize("model", TYPED_MODELS)
-    @pytest.mark.parametrize(
-        ("kind", "given", "want"),
-        [
-            (Person, {"name": "Al", "age": 3}, Person("Al", 3)),
-            (City, {"city": "Rome"}, {"city": "Rome"}),
-            (Colour, {"value": "blue"}, Colour.BLUE),
-            (Literal["a", 1], {"value": 1}, 1),
-            (list[Person], {"value": [{"name": "Al", "age": 3}]}, [Person("Al", 3)]),
-            (int, {"value": 7}, 7),
-            (bool, {"value": False}, False),
-            (CITY, {"city": "Rome"}, {"city": "Rome"}),
-            ({"type": "array", "items": CITY}, {"value": [{"city": "Rome"}]}, [{"city": "Rome"}]),
-        ],
-    )
-    def test_each_provider(self, make, fake, model, kind, given, want):
-        """The value is what the hint says; `text` is its JSON, and no call is left over."""
-        fake.script[model] = answers_in_form(model, given)
-        reply = make().chat("Who?", model=model, returns=kind)
-        assert (reply.value, reply.tool_calls, reply.finish_reason) == (want, (), "stop")
-        assert json.loads(reply.text) == given.get("value", given)
-        (sent,) = fake.sent
-        text = json.dumps(sent)
-        if model == CODEX:
-            assert sent["text"]["format"]["type"] == "json_schema"
-        elif model in (CLAUDE, GPT):
-            assert len(sent["tools"]) == 1 and "calling the function final_answer" in text
-        else:  # the catalogue does not say that they take tools
-            assert "JSON schema" in text and not sent.get("tools")
-
-    @pytest.mark.parametrize("model", TYPED_MODELS)
-    @pytest.mark.parametrize("wrong", [{"name": "Al", "age": "old"}, {"name": "Al"}, "I cannot."])
-    def test_what_does_not_fit_is_told_once(self, make, fake, model, wrong):
-        """The model reads what was wrong; the costs of both answers are added up."""
-        fake.script[model] = answers_in_form(model, wrong, {"name": "Al", "age": 3})
-        reply = make().chat("Who?", model=model, returns=Person)
-        assert reply.value == Person("Al", 3) and len(reply.attempts) == 2
-        first, second = fake.sent
-        assert "That is not what was asked for: the answer" in json.dumps(second)
-        assert "That is not" not in json.dumps(first)
-
-    @pytest.mark.parametrize("method", ["chat", "stream"])
-    def test_then_it_is_an_error(self, make, fake, method):
-        """With the reply, which was paid for, on it."""
-        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": 2})
-        with pytest.raises(
-            puter.ReplyError, match="is not what was asked for: the answer"
-        ) as caught:
-            getattr(make(), method)("Who?", model=HAIKU, returns=Person)
-        assert caught.value.reply.tool_calls and caught.value.raw == '{"name": 2}'
-        assert len(fake.sent) == 2
-
-    def test_a_cut_answer_is_not_asked_for_again(self, make, fake):
-        fake.script[NO_TOOLS] = [says('{"na', finish="length")]
-        with pytest.raises(puter.ReplyError, match="not JSON"):
-            make().chat("Who?", model=NO_TOOLS, returns=Person)
-        assert len(fake.sent) == 1
-
-    def test_stream(self, make, fake):
-        fake.script[HAIKU] = answers_in_form(HAIKU, {"name": 1}, {"name": "Al", "age": 3})
-        with make().stream("Who?", model=HAIKU, returns=Person) as stream:
-            text = "".join(map(str, stream))
-        assert stream.reply.value == Person("Al", 3)
-        assert json.loads(text) == {"name": "Al", "age": 3}
-
-    def test_with_functions(self, make, fake):
-        """Functions are called first; the last answer has the value."""
-
-        def weather(city: str) -> str:
-            return "sunny in " + city
-
-        turns = [
-            says(
-                "", calls=(tool_call("call_1", "weather", '{"city": "Rome"}'),), finish="tool_calls"
-            )
-        ]
-        fake.script[HAIKU] = turns + answers_in_form(HAIKU, {"city": "Rome"})
-        client = make()
-        reply = client.run("Where?", [weather], model=HAIKU, returns=City)
-        assert reply.value == {"city": "Rome"}
-        fake.script[HAIKU] = turns
-        calls = client.chat("Where?", tools=[weather], model=HAIKU, returns=City)
-        assert (calls.tool_calls[0].name, calls.value) == ("weather", None)
-
-    def test_conversation(self, make, fake):
-        """The history has the JSON as the assistant's text, whichever way it came."""
-        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
-        talk = make().conversation(model=HAIKU, returns=City)
-        assert talk.say("Where?").value == {"city": "Rome"}
-        assert talk.messages[-1]["content"] == '{"city": "Rome"}'
-        assert "returns" not in talk.to_json()["options"]
-
-    def test_cached(self, make, fake):
-        fake.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
-        one = make(cache_enabled=True)
-        values = [one.chat("Where?", model=HAIKU, returns=City).value for _ in range(2)]
-        assert values == [{"city": "Rome"}] * 2 and len(fake.sent) == 1
-
-    @pytest.mark.parametrize(
-        ("kind", "words"),
-        [(object, "returns is of type"), (dict[int, str], "which a model cannot give")],
-    )
-    def test_unknown_types(self, make, kind, words):
-        with pytest.raises(puter.BadRequestError, match=words):
-            make().chat("Who?", returns=kind)
-
-    @pytest.mark.parametrize(
-        "text",
-        ['{"a": {"city": "x"}, "b": [1,2', '{"a": {"city": "x"}, "c": 2,}', '[{"city": "x"}, {"ci'],
-    )
-    def test_a_piece_of_a_broken_answer_is_no_answer(self, make, fake, text):
-        fake.script[NO_TOOLS] = [says(text), says('{"city": "Rome"}')]
-        assert make().chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
-        assert len(fake.sent) == 2
-
-    def test_deep_alternatives_take_no_time(self):
-        """What decides between them is looked at first."""
-        ops = [
-            {"type": "object", "properties": {"left": {"$ref": "#"}, "op": {"const": op}}}
-            for op in ("add", "sub", "mul", "div")
-        ]
-        value: Any = 1
-        for _ in range(40):
-            value = {"left": value, "op": "div"}
-        read = puter.returns_of({"anyOf": [*ops, {"type": "integer"}]}).read
-        assert read(value, "it") == value
-
-    @pytest.mark.parametrize(
-        ("kind", "word", "want"),
-        [
-            (Literal["yes", "no"], " yes\n", "yes"),
-            (Colour, "red", Colour.RED),
-            (str, "hello", "hello"),
-            (date, "2026-01-02", date(2026, 1, 2)),
-            (datetime, "2026-01-02T07:08:09Z", datetime.fromisoformat("2026-01-02T07:08:09+00:00")),
-        ],
-    )
-    def test_a_bare_word(self, make, fake, kind, word, want):
-        fake.script[NO_TOOLS] = says(word)
-        assert make().chat("Well?", model=NO_TOOLS, returns=kind).value == want
-        assert len(fake.sent) == 1
-
-    def test_functions_that_nobody_offered(self, make, fake):
-        """A call of one is no answer: the model is told."""
-        fake.script[HAIKU] = [calling(("other", {})), *answers_in_form(HAIKU, {"city": "Rome"})]
-        assert make().chat("Where?", model=HAIKU, returns=City).value == {"city": "Rome"}
-
-    def test_a_function_of_this_name(self, make, fake):
-        def final_answer(city: str) -> str:
-            return city
-
-        with pytest.raises(puter.BadRequestError, match="Rename it"):
-            make().chat("Where?", returns=City, tools=[final_answer])
-
-    def test_what_the_callers_types_refuse(self, make, fake):
-        """It is told to the model as well."""
-
-        @dataclass
-        class Even:
-            n: int
-
-            def __post_init__(self) -> None:
-                if self.n % 2:
-                    raise ValueError("n must be even")
-
-        fake.script[NO_TOOLS] = [says('{"n": 1}'), says('{"n": 2}')]
-        assert make().chat("A number?", model=NO_TOOLS, returns=Even).value == Even(2)
-        assert "n must be even" in json.dumps(fake.sent[-1])
-
-    def test_the_second_question_fails(self, make, fake):
-        """The first answer, which was paid for, is on the error."""
-        fake.script[NO_TOOLS] = [says("no"), "internal"]
-        with pytest.raises(puter.PuterError) as caught:
-            make(max_retries=0, fallback_enabled=False).chat("?", model=NO_TOOLS, returns=City)
-        assert caught.value.reply.text == "no"
-
-    def test_what_does_not_fit_is_not_cached(self, make, fake):
-        fake.script[NO_TOOLS] = [says("no"), says("no"), says('{"city": "Rome"}')]
-        client = make(cache_enabled=True)
-        with pytest.raises(puter.ReplyError):
-            client.chat("Where?", model=NO_TOOLS, returns=City)
-        assert client.chat("Where?", model=NO_TOOLS, returns=City).value == {"city": "Rome"}
-
-    @pytest.mark.parametrize(
-        "schema",
-        [
-            {"type": "object", "properties": ["a"]},
-            {"properties": 5},
-            {"type": "strin"},
-            {"type": 5},
-            {"enum": 5},
-            {"minimum": "x"},
-            {"required": 5},
-            {"items": [1]},
-            {"anyOf": [5]},
-            {"$ref": "#/$defs/missing"},
-            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
-        ],
-    )
-    def test_what_is_no_schema(self, make, fake, schema):
-        with pytest.raises(puter.BadRequestError, match="returns"):
-            make().chat("Well?", returns=schema)
-        assert not fake.requests
-
-    def test_keys_that_may_be_missing_in_hints_that_are_texts(self, monkeypatch):
-        module = types.ModuleType("hints")
-        monkeypatch.setitem(sys.modules, "hints", module)
-        code = "from __future__ import annotations\nfrom typing_extensions import *\n"
-        code += "class A(TypedDict):\n    a: int\n    b: NotRequired[int]\n"
-        code += "class B(TypedDict, total=False):\n    a: Required[int]\n    b: int\n"
-        exec(code, module.__dict__)  # noqa: S102
-        for name in "AB":
-            read = puter.returns_of(getattr(module, name)).read
-            assert read({"a": 1}, "it") == {"a": 1}
-            with pytest.raises(TypeError, match="lacks"):
-                read({"b": 1}, "it")
-
-    def test_two_forms(self, make):
-        with pytest.raises(puter.BadRequestError, match="response_format and `returns`"):
-            make().chat("Who?", returns=int, response_format={"type": "json_object"})
-
-    @pytest.mark.parametrize(
-        ("schema", "value", "fits"),
-        [
-            ({"type": "integer"}, 1, True),
-            ({"type": "integer"}, 1.5, False),
-            ({"type": "number"}, 1, True),
-            ({"type": "integer"}, True, False),
-            ({"type": ["string", "null"]}, None, True),
-            ({"enum": ["a", 2]}, "b", False),
-            ({"const": 2}, 2, True),
-            ({"anyOf": [{"type": "string"}, CITY]}, {"city": "a"}, True),
-            ({"anyOf": [{"type": "string"}, CITY]}, {"town": "a"}, False),
-            ({"type": "array", "items": {"type": "string"}}, ["a", 1], False),
-            ({"type": "array"}, {}, False),
-            ({"type": "array", "minItems": 1}, [], False),
-            ({"type": "number", "minimum": 1, "maximum": 2}, 3, False),
-            ({"type": "number", "minimum": 1, "maximum": 2}, 1.5, True),
-            (CITY, {"city": 1}, False),
-            (CITY, {"city": "a", "more": 1}, True),
-            ({**CITY, "additionalProperties": False}, {"city": "a", "more": 1}, False),
-            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": 1}, False),
-            ({"$ref": "#/$defs/a", "$defs": {"a": CITY}}, {"city": "a"}, True),
-            ({"$ref": "#/$defs/b", "$defs": {"a": CITY, "b": {"$ref": "#/$defs/a"}}}, {}, False),
-            ({"type": "object", "properties": {"next": {"$ref": "#"}}}, {"next": 1}, False),
-            ({"allOf": [CITY, {"required": ["zip"]}]}, {"city": "a"}, False),
-            ({"type": "object", "additionalProperties": {"type": "integer"}}, {"a": "b"}, False),
-            ({"type": "string", "pattern": "^a", "maxLength": 2}, "ab", True),
-            ({"type": "string", "pattern": "^a"}, "b", False),
-            ({"type": "string", "maxLength": 2}, "abc", False),
-            ({"enum": [1, 2]}, True, False),
-            ({"enum": [1.5, 2.0]}, 2, True),
-            ({}, [1], True),
-        ],
-    )
-    def test_schemas(self, schema, value, fits):
-        """A schema of the caller's is checked for what models get wrong."""
-        read = puter.returns_of(schema).read
-        if fits:
-            assert read(value, "it") == value
-        else:
-            with pytest.raises(TypeError, match="it"):
-                read(value, "it")
-
-    @pytest.mark.parametrize("how", ["text", "file", "json"])
-    def test_command(self, signed_in, tmp_path, how):
-        """`ask --schema` prints the JSON alone."""
-        signed_in.script[HAIKU] = answers_in_form(HAIKU, {"city": "Rome"})
-        schema = json.dumps(CITY)
-        if how == "file":
-            (tmp_path / "city.json").write_text(schema)
-            schema = str(tmp_path / "city.json")
-        more = ["--json"] if how == "json" else []
-        done = run_cli(signed_in, "ask", "Where?", "--schema", schema, "-m", HAIKU, *more)
-        printed = json.loads(done.stdout)
-        assert done.returncode == 0
-        assert (printed["value"] if more else printed) == {"city": "Rome"}
-
-    @pytest.mark.parametrize(
-        ("schema", "words"),
-        [("{", "not JSON"), ("/no/where.json", "cannot be read"), ("README.md", "not JSON")],
-    )
-    def test_command_without_a_schema(self, signed_in, schema, words):
-        done = run_cli(signed_in, "ask", "Where?", "--schema", schema)
-        assert done.returncode == 1 and words in done.stderr and not signed_in.sent
-
-
-# =============================================================================
-# 9. Puter: web search, and the budget
-# =============================================================================
-WEB = {"type": "web_search"}
-
-
-class TestWebSearch:
-    """`web_search`: the tool that OpenAI's models run themselves."""
-
-    @pytest.mark.parametrize("model", [GPT, CODEX])
-    def test_python(self, make, fake, model):
-        """At chat models as well, Puter asks the Responses API then: the form is that one's."""
-        make().chat("News?", model=model, web_search=True, images=PNG)
-        assert fake.sent[-1]["tools"] == [WEB]
-        assert [part["type"] for part in fake.sent[-1]["input"][0]["content"]] == [
-            "input_text",
-            "input_image",
-        ]
-
-    @pytest.mark.parametrize("model", [HAIKU, lab("text"), "allam-2-7b"])
-    def test_models_that_cannot(self, make, fake, model):
-        with pytest.raises(puter.BadRequestError, match="does not search the web") as caught:
-            make().chat("News?", model=model, web_search=True)
-        assert GPT in caught.value.hint and not fake.chat_calls()
-
-    def test_with_functions(self, make, fake):
-        make().chat("News?", model=CODEX, web_search=True, tools=[get_weather])
-        assert [tool["type"] for tool in fake.sent[-1]["tools"]] == ["function", "web_search"]
-
-    def test_command(self, signed_in):
-        done = run_cli(signed_in, "ask", "News?", "--web", "-m", GPT)
-        assert (done.returncode, done.stdout) == (0, f"{SENTENCE}\n")
-        assert signed_in.sent[-1]["tools"] == [WEB]
-        done = run_cli(signed_in, "ask", "News?", "--web", "-m", HAIKU)
-        assert done.returncode == 1 and f"Models that do: {CODEX}, {GPT}" in done.stderr
-
-    @pytest.mark.parametrize("model", [GPT, CODEX])
-    @pytest.mark.parametrize(
-        ("path", "more"),
-        [
-            ("chat/completions", {"messages": HI, "tools": [{**WEB, "search_context_size": "low"}]}),
-            ("chat/completions", {"messages": HI, "web_search_options": {"search_context_size": "low"}}),
-            ("responses", {"input": "hi", "tools": [{"type": "web_search_preview"}], "tool_choice": "required"}),
-            ("responses", {"input": "hi", "tools": [WEB, flat_tool("f")]}),
-            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}),
-            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("tool", name="web_search")}),
-        ],
-    )  # fmt: skip
-    def test_gateway(self, server, fake, path, more, model):
-        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
-        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
-        searches = [tool for tool in fake.sent[-1]["tools"] if tool["type"] == "web_search"]
-        wants_little = "low" in json.dumps(more)
-        assert searches == [{**WEB, "search_context_size": "low"} if wants_little else WEB]
-
-    @pytest.mark.parametrize(
-        ("path", "more", "status"),
-        [
-            ("chat/completions", {"messages": HI, "tools": [WEB]}, 400),
-            ("chat/completions", {"messages": HI, "web_search_options": {}}, 400),
-            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "required"}, 200),
-            ("responses", {"input": "hi", "tools": [WEB]}, 200),
-            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH]}, 200),
-        ],
-    )
-    def test_gateway_models_that_cannot(self, server, fake, path, more, status):
-        """Agents go on with the words; nobody was asked."""
-        answer = requests.post(f"{server.url}/{path}", json={"model": HAIKU, **more}, timeout=5)
-        assert answer.status_code == status and GPT in answer.text and CODEX in answer.text
-        assert not fake.sent
-
-    @pytest.mark.parametrize("model", [GPT, HAIKU])
-    @pytest.mark.parametrize(
-        ("path", "more"),
-        [
-            ("chat/completions", {"messages": HI, "tools": [WEB], "tool_choice": "none"}),
-            ("responses", {"input": "hi", "tools": [WEB], "tool_choice": "none"}),
-            ("messages", {"messages": HI, "max_tokens": 9, "tools": [SEARCH], "tool_choice": typed("none")}),
-        ],
-    )  # fmt: skip
-    def test_gateway_a_search_that_is_not_wanted(self, server, fake, path, more, model):
-        answer = requests.post(f"{server.url}/{path}", json={"model": model, **more}, timeout=5)
-        assert answer.status_code == 200 and SENTENCE.split()[0] in answer.text
-        assert not fake.sent[-1].get("tools")
-
-    def test_gateway_where_to_search(self, server, fake):
-        place, box = {"city": "Oslo", "country": "NO"}, {"type": "approximate"}
-        asked = {"web_search_options": {"user_location": {**box, "approximate": place}}}
-        requests.post(
-            f"{server.url}/chat/completions",
-            json={"model": GPT, "messages": HI, **asked},
-            timeout=5,
-        )
-        assert fake.sent[-1]["tools"] == [{**WEB, "user_location": {**box, **place}}]
-        for name in ("allowed_domains", "blocked_domains"):
-            search = {**SEARCH, name: ["a.org"], "user_location": {**box, **place}}
-            body = {"model": GPT, "messages": HI, "max_tokens": 9, "tools": [search]}
-            assert requests.post(f"{server.url}/messages", json=body, timeout=5).ok
-            wanted = {"filters": {name: ["a.org"]}, "user_location": {**box, **place}}
-            assert fake.sent[-1]["tools"] == [{**WEB, **wanted}]
-
-    def test_gateway_an_offer_among_others(self, server, fake):
-        """A model that cannot search gets the other tools, as before."""
-        tools = [SEARCH, {"name": "f", "input_schema": {"type": "object"}}]
-        body = {"model": HAIKU, "messages": HI, "max_tokens": 9, "tools": tools}
-        assert requests.post(f"{server.url}/messages", json=body, timeout=5).status_code == 200
-        assert [tool["name"] for tool in fake.sent[-1]["tools"]] == ["f"]
-
-
-class TestBudget:
-    """`budget_usd`: what a client may spend."""
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    def test_it_stops(self, make, fake, how):
-        """The call that goes beyond it is answered, the next one is not; free ones go on."""
-        client = make(budget_usd=0.000001)
-        assert ask(client, how, GPT).usage.cost_usd > 0.000001
-        with pytest.raises(
-            puter.BudgetError, match=r"budget of \$0.0000 is spent .*gpt-4o costs"
-        ) as caught:
-            ask(client, how, GPT)
-        assert (caught.value.http_status, len(fake.sent)) == (402, 1)
-        assert ask(client, how, f"openrouter:{PAID_AND_FREE[0]}:free").text
-
-    def test_a_paid_fallback_is_not_begun(self, make, fake):
-        """The first error is the one to know."""
-        fake.script["allam-2-7b"] = "internal"
-        client = make(budget_usd=0, fallback_models=[GPT], max_retries=0, retry_delay_ms=0)
-        with pytest.raises(puter.PuterError) as caught:
-            client.chat("hi", model="allam-2-7b")
-        assert not isinstance(caught.value, puter.BudgetError)
-        assert all(one.model != GPT for one in caught.value.attempts)
-
-    @pytest.mark.parametrize(
-        ("path", "more", "kind"),
-        [
-            ("chat/completions", {"messages": HI}, "insufficient_quota"),
-            ("responses", {"input": "hi"}, "insufficient_quota"),
-            ("messages", {"messages": HI, "max_tokens": 9}, "billing_error"),
-        ],
-    )
-    def test_gateway(self, make, serve, path, more, kind):
-        server = serve(make(budget_usd=0))
-        answer = requests.post(f"{server.url}/{path}", json={"model": GPT, **more}, timeout=5)
-        assert (answer.status_code, answer.headers["x-should-retry"]) == (402, "false")
-        assert answer.json()["error"]["type"] == kind and "Stop here" in answer.text
-
-    def test_calls_at_once(self, make, fake):
-        """Who waits for a place is asked again when it is free."""
-        client = make(budget_usd=0.000001, max_concurrent=1)
-        with ThreadPoolExecutor(8) as pool:
-            calls = [pool.submit(client.chat, "hi", model=GPT) for _ in range(8)]
-        failures = [type(call.exception()) for call in calls if call.exception()]
-        assert failures == [puter.BudgetError] * 7 and len(fake.sent) == 1
-
-    @pytest.mark.parametrize("how", ["closed", "dropped", "broken"])
-    def test_what_did_not_come_whole_counts_by_its_tokens(self, make, fake, how):
-        client = make(budget_usd=0.000001)
-        client.models()
-        if how == "broken":
-            fake.script[GPT] = "midfail"
-            with pytest.raises(puter.StreamError):
-                list(client.stream("hi", model=GPT))
-        else:
-            stream = client.stream("hi", model=GPT)
-            next(stream)
-            if how == "closed":
-                stream.close()
-            del stream
-            gc.collect()
-        with pytest.raises(puter.BudgetError):
-            client.chat("hi", model=GPT)
-
-    def test_what_has_no_price_is_said(self, make, fake, caplog):
-        """Nobody can add it up; a sample costs nothing."""
-        client = make(budget_usd=0.000001)
-        client.speech("hi")
-        assert "puter-tts costs is not known: the budget does not count it" in caplog.text
-        client.chat("hi", model=GPT)
-        with pytest.raises(puter.BudgetError):
-            client.speech("hi")
-        assert client.speech("hi", test_mode=True)
-
-    @pytest.mark.parametrize("text", ["0.1", "-1", "much", "nan", "true"])
-    def test_setting(self, make, monkeypatch, text):
-        monkeypatch.setenv("PUTER_BUDGET_USD", text)
-        if text == "0.1":
-            assert make().config.budget_usd == 0.1
-            return
-        with pytest.raises(puter.ConfigError, match="budget_usd is .* a number from 0 to"):
-            make()
-
-
-# =============================================================================
-# The four kinds of provider, and the gate before them
-# =============================================================================
-def history_of(body: JSON) -> list[JSON]:
-    """The history in a request to a model's provider, Anthropic's system text first."""
-    return body["input"] if "input" in body else [{"system": body.get("system")}, *body["messages"]]
-
-
-def arrived(fake: FakePuter) -> list[JSON]:
-    """The history of the last request that reached a model's provider."""
-    return history_of(fake.sent[-1])
-
-
-def as_arrived(form: str, messages: Sequence[JSON]) -> list[JSON]:
-    """What arrives of messages that are sent so."""
-    asked = BY_NAME[MODEL_OF[form]]
-    args = {"messages": normalised(messages), "tools": []}
-    *_, body = FORMS[form_of(asked, {})].sent(asked, args)
-    return history_of(body)
-
-
-def thoughtful(handler: FakeHandler, args: JSON) -> Answer:
-    """Thinks, calls a tool, and talks once the history holds the result."""
-    if tool_results(args):
-        return Turn(SENTENCE, ("hm",))
-    return Turn("So:", ("hm",), calls=(WEATHER_CALL,), finish="tool_calls")
-
-
-class TestProviders:
-    """What arrives at each kind of provider through the whole client, and what comes back.
-
-    FakePuter refuses what their vendors refuse.
-    """
-
-    @pytest.mark.parametrize(
-        ("messages", "form", "want"),
-        [
-            pytest.param(messages, form, want.get(form, want["chat"]), id=f"{name}-{form}")
-            for name, messages, want in BY_FORM
-            for form in MODEL_OF
-            if form == "claude" or name != "stored PDF"
-        ],
-    )
-    def test_what_arrives(self, make, fake, messages, form, want):
-        reply = make().chat(messages, model=MODEL_OF[form], fallback=False)
-        assert (reply.text, len(reply.attempts)) == (SENTENCE, 1)
-        assert arrived(fake) == as_arrived(form, want)
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_halves_of_an_emoji_become_a_mark(self, make, fake, form):
-        calls = [
-            tool_call("1", "f", '{"a": "\\ud83e"}'),
-            tool_call("2", "f", '{"a": "\\ud83e\\udd8a"}'),
-        ]
-        history = [user("a\ud83e"), assistant(None, *calls), result("1", "\udd8ab"), result("2")]
-        make().chat(history, model=MODEL_OF[form], tools=[WEATHER])
-        told = compact(arrived(fake))
-        assert (
-            "a\ufffd" in told and "\ufffdb" in told and "🦊" in told.replace("\\ud83e\\udd8a", "🦊")
-        )
-        assert not re.search(r"[\ud800-\udfff]|\\ud83e(?!\\udd8a)", told)
-
-    @pytest.mark.parametrize(
-        ("form", "args", "want"),
-        [
-            ("claude", {"max_tokens": 9_000, "reasoning_effort": "high"}, {"thinking": {"type": "enabled", "budget_tokens": 8_192}}),
-            ("claude", {}, {"temperature": 1}),
-            ("responses", {"reasoning_effort": "high"}, {"reasoning": {"effort": "high"}}),
-            ("responses", {"verbosity": "low"}, {"text": {"verbosity": "low"}}),
-            ("responses", {"response_format": {"type": "json_schema", "json_schema": {"name": "s"}}}, {"text": {"format": {"type": "json_schema", "name": "s"}}}),
-            ("responses", {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, {"tool_choice": {"type": "function", "name": "get_weather"}}),
-            ("chat", {"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
-        ],
-    )  # fmt: skip
-    def test_the_arguments_arrive(self, make, fake, form, args, want):
-        make().chat("hi", model=MODEL_OF[form], **args)
-        assert fake.sent[-1].items() >= want.items()
-
-    @pytest.mark.parametrize("how", ["run", "conversation"])
-    def test_signed_thinking_goes_back(self, make, fake, how):
-        # Anthropic refuses the next round of a turn that does not begin with it.
-        fake.script[HAIKU] = thoughtful
-        more: Any = {"model": HAIKU, "reasoning_effort": "low", "max_tokens": 4_000}
-        if how == "run":
-            reply = make().run("Paris?", [get_weather], **more)
-        else:
-            talk = make().conversation(tools=[get_weather], model=HAIKU)
-            reply = talk.say("Paris?", reasoning_effort="low", max_tokens=4_000)
-        assert reply.text == SENTENCE and len(fake.sent) == 2
-        assert fake.sent[1]["thinking"]["type"] == "enabled"
-        first, *_ = arrived(fake)[2]["content"]
-        assert first == {"type": "thinking", "thinking": "hm", "signature": "sig"}
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_streams_with_tools(self, make, fake, form):
-        """They are live where no call is lost, and whole elsewhere; a turn has all its calls."""
-        fake.script[MODEL_OF[form]] = "twotools"
-        with make().stream("hi", model=MODEL_OF[form], tools=[WEATHER]) as stream:
-            calls = [chunk.tool_call.name for chunk in stream if chunk.tool_call]
-        assert calls == ["get_weather", "get_time"]
-        is_live = "stream" in chats(fake)[-1]
-        assert is_live is (form in ("claude", "responses"))
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    @pytest.mark.parametrize(
-        ("scenario", "kind"),
-        [(name, kind) for name, (kind, _) in BAD.items() if re.fullmatch(r"err\d+", name)],
-    )
-    def test_failures_of_claude(self, make, fake, how, scenario, kind):
-        fake.script[HAIKU] = scenario
-        client = make(max_retries=0)
-        with pytest.raises(kind) as caught:
-            ask(client, how, HAIKU, fallback=False)
-        assert type(caught.value) is kind
-        assert f"scripted {scenario[3:]}" in caught.value.message
-        if kind is puter.BadRequestError:
-            with pytest.raises(kind):
-                ask(client, how, HAIKU)
-        else:
-            assert ask(client, how, HAIKU).model == FREE[0]
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_a_failure_in_the_middle(self, make, fake, form):
-        fake.script[MODEL_OF[form]] = "midfail"
-        with pytest.raises(puter.StreamError) as caught:
-            ask(make(), "stream", MODEL_OF[form])
-        words = "terminated" if form == "responses" else "scripted mid-stream failure"
-        assert caught.value.message.endswith(words) and caught.value.reply.text
-
-    @pytest.mark.parametrize(
-        ("form", "how", "scenario", "reason"),
-        [
-            *(("claude", "chat", name, name) for name in ("length",)),
-            ("claude", "chat", "refusal", "content_filter"),
-            ("claude", "chat", "tools", "tool_calls"),
-            ("chat", "chat", "length", "length"),
-            *((form, "stream", "text", "stop") for form in MODEL_OF),
-        ],
-    )
-    def test_how_answers_end(self, make, fake, form, how, scenario, reason):
-        fake.script[MODEL_OF[form]] = scenario
-        assert ask(make(), how, MODEL_OF[form]).finish_reason == reason
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    @pytest.mark.parametrize(("asked", "reason"), [(22, "length"), (23, "stop"), (None, "stop")])
-    def test_all_the_tokens_that_were_allowed(self, make, fake, asked, reason, how):
-        reply = ask(make(), how, CODEX, max_tokens=asked)
-        assert (reply.usage.output_tokens, reply.finish_reason) == (22, reason)
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_what_each_counts(self, make, fake, form):
-        wants = {
-            "claude": puter.Usage(11, 22, 5, 41, 0.00013, 3),
-            "responses": puter.Usage(11, 22, 5, 38),
-            "chat": puter.Usage(11, 22, 5, 38),
-            "openrouter": puter.Usage(11, 22, 0, 33),
-        }
-        for how in ("chat", "stream"):
-            usage = ask(make(), how, MODEL_OF[form]).usage
-            assert usage.cost_usd is not None
-            assert replace(usage, cost_usd=None) == replace(wants[form], cost_usd=None)
-
-    def test_an_end_without_usage(self, make, fake):
-        """Of a responses model it is a cut one; of others it was not recorded to be."""
-        fake.script |= dict.fromkeys(MODEL_OF.values(), "nousage")
-        with pytest.raises(puter.StreamError, match="before its answer was whole") as caught:
-            ask(make(), "stream", CODEX)
-        assert caught.value.reply.text == SENTENCE
-        for form in ("claude", "chat", "openrouter"):
-            assert ask(make(), "stream", MODEL_OF[form]).text == SENTENCE
-
-    def test_a_blocked_prompt(self, make, fake):
-        fake.script[CODEX] = "blocked"
-        for how, kind in (("chat", puter.BadRequestError), ("stream", puter.StreamError)):
-            with pytest.raises(kind) as caught:
-                ask(make(), how, CODEX)
-            assert caught.value.code == "prompt_blocked"
-            assert caught.value.hint == "Change the prompt."
-
-    # Through the gateway.
-
-    @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_what_callers_of_the_gateway_send_arrives(self, server, fake, form, path):
-        """A cache mark, thinking, a picture in a result and a later system message, in any dialect."""
-        seen = [text_part("b"), PICTURES["claude" if path == "messages" else "chat"]]
-        if path == "responses":
-            call = {"type": "function_call", "call_id": "t1", "name": "f", "arguments": "{}"}
-            history = [
-                call,
-                {**A_RESULT, "call_id": "t1", "output": [*SEE_IT, PICTURES["responses"]]},
-            ]
-        elif path == "messages":
-            history = [calls_for("t1", before=[SIGNED]), user([result_part("t1", seen)])]
-        else:
-            history = [assistant(None, tool_call("t1")), result("t1", seen)]
-        history = [user([MARKED]), *history, {"role": "system", "content": "later"}]
-        body = {"model": MODEL_OF[form], "max_tokens": 4_000, "messages": history, "input": history}
-        reply = requests.post(f"{server.url}/{path}", json=body, timeout=10)
-        assert reply.ok, reply.text
-        told = compact(arrived(fake))
-        assert told.count(ONE_PIXEL) == 1 and compact(PICTURES.get(form, A_PICTURE)) in told
-        assert '"later"' in told
-        assert ("cache_control" in told) is (form in ("claude", "openrouter"))
-        assert (compact(SIGNED) in told) is (form == "claude" and path == "messages")
-
-    @pytest.mark.parametrize("path", ["chat/completions", "responses", "messages"])
-    def test_the_gateway_gives_signed_thinking_back(self, server, fake, path):
-        fake.script[HAIKU] = thoughtful
-        asked: dict[str, Any] = {"model": HAIKU}
-        history: list[Any] = [user("Paris?")]
-        for _ in range(2):
-            if path == "messages":
-                asked |= {"output_config": {"effort": "low"}, "max_tokens": 4_000}
-                body = {**asked, "messages": history, "tools": [claude_tool("get_weather")]}
-                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
-                ids = [part["id"] for part in told["content"] if part["type"] == "tool_use"]
-                history += [assistant(told["content"]), user([*map(result_part, ids)])]
-            elif path == "responses":
-                asked |= {"reasoning": {"effort": "low"}, "max_output_tokens": 4_000}
-                body = {**asked, "input": history, "tools": [flat_tool("get_weather")]}
-                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
-                ids = [item["call_id"] for item in told["output"] if "call_id" in item]
-                history += told["output"] + [
-                    {**A_RESULT, "call_id": name, "output": "x"} for name in ids
-                ]
-            else:
-                asked |= {"reasoning_effort": "low", "max_tokens": 4_000}
-                body = {**asked, "messages": history, "tools": [WEATHER]}
-                told = requests.post(f"{server.url}/{path}", json=body, timeout=10).json()
-                message = told["choices"][0]["message"]
-                history += [message, *(result(c["id"]) for c in message.get("tool_calls", ()))]
-        assert len(fake.sent) == 2 and fake.sent[1]["thinking"]["type"] == "enabled"
-        first, *_ = arrived(fake)[2]["content"]
-        assert first == {"type": "thinking", "thinking": "hm", "signature": "sig"}
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    @pytest.mark.parametrize("scenario", ["internal", "err429", "err500", "err400", "denied"])
-    def test_a_client_behind_the_gateway_asks_once(self, serve, make, fake, scenario, how):
-        server = serve(make(fallback_enabled=False, max_retries=2))
-        post_to(server, body_for(scenario, stream=how == "stream"))
-        alone = len(fake.chat_calls())
-        settings: Any = {"api_style": "openai", "max_retries": 3, "retry_delay_ms": 1}
-        fake.script[lab(scenario)] = scenario
-        make(account_rotation_enabled=False).state.clear_cooldowns()
-        with (
-            puter.Puter("any", api_base_url=server.url, **settings) as client,
-            pytest.raises(puter.PuterError) as caught,
-        ):
-            ask(client, how, lab(scenario))
-        assert len(fake.chat_calls()) == 2 * alone and len(caught.value.attempts) == 1
-
-
-LONG_PROMPT = "word " * 20_000
-
-
-class TestCreditGate:
-    """402, which is not always about credit."""
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    def test_a_prompt_too_long_for_puter(self, make, fake, how):
-        client = make("alice", "bob")
-        ask_it = getattr(client, how)
-        with pytest.raises(puter.ContextLengthError) as caught:
-            ask_it(LONG_PROMPT, model=GPT, fallback=False)
-        error = caught.value
-        assert (error.code, error.limit, error.param) == (
-            "context_length_exceeded",
-            16_384,
-            "messages",
-        )
-        assert error.tokens == puter.estimated_tokens([user(LONG_PROMPT)]) > 16_384
-        assert f"about {error.tokens:,} tokens" in error.message and "16,384" in error.message
-        assert "Models that do: openrouter:" in error.hint
-        assert told(fake) == ["alice gpt-4o"] and client.cooldowns() == []
-        answer = ask_it(LONG_PROMPT, model=GPT)
-        assert "".join(map(str, answer)) == SENTENCE if how == "stream" else answer.text == SENTENCE
-        assert answer.model == FREE[0]
-        assert client.cooldowns() == []
-
-    def test_the_server_is_asked_first(self, make, fake):
-        # Its rule may change.
-        make()._catalogue.models_if_any("")
-        gpt = next(m for m in fake.catalogue if m["id"] == GPT)
-        client = make()
-        client.models(refresh=True)
-        gpt["max_tokens"] = 10**6
-        assert client.chat(LONG_PROMPT, model=GPT).model == GPT
-
-    def test_others_in_flight(self, make, fake):
-        """A request that runs holds what it can cost at worst: the refused one is asked again."""
-        alice = fake.add_account("alice", reserves=True, credit_microcents=4_000_000)
-        client = make()
-        with client.stream("hi", model=lab("slow")) as running:
-            next(running)
-            alice.credit_microcents = 3_276_800
-            thread, outcome = in_background(lambda: client.chat("hi", model=lab("text")))
-            assert eventually(lambda: len(fake.chat_calls()) == 2)
-            time.sleep(0.05)
-            assert not outcome
-            list(running)
-        thread.join(5)
-        assert outcome[0].text == SENTENCE
-        assert told(fake) == ["alice slow", "alice text", "alice text"]
-        assert len(outcome[0].attempts) == 1 and client.cooldowns() == []
-
-    @pytest.mark.parametrize("fallback", [False, True])
-    def test_too_dear_for_what_is_left(self, make, fake, fallback):
-        client = make("alice", "bob", account_rotation_enabled=False)
-        fake.accounts["token-alice"].credit_microcents = 100
-        if fallback:
-            assert client.chat("hi", model=OPUS).model == FREE[0]
-        else:
-            with pytest.raises(puter.CreditError, match=r"more than the \$0\.0000 left") as caught:
-                client.chat("hi", model=OPUS, fallback=False)
-            assert (caught.value.scope, caught.value.code) == ("model", "insufficient_funds")
-            assert "max_tokens" in caught.value.hint
-        assert client.cooldowns() == []
-
-    def test_nothing_left(self, make, fake):
-        client = make(*TWO)
-        for account in fake.accounts.values():
-            account.credit_microcents = 0
-        with pytest.raises(puter.CreditError) as caught:
-            client.chat("hi", model=OPUS)
-        assert caught.value.scope == "account" and "free" not in str(caught.value)
-        assert fake.chat_calls() == [(name, OPUS) for name in TWO]  # and no free model
-        resting = [(c.account, c.model, c.reason) for c in client.cooldowns()]
-        assert resting == [(name, "", "insufficient_funds") for name in TWO]
-
-    def test_what_is_left_cannot_be_known(self, make, fake):
-        client = make(max_retries=0)
-        fake.accounts["token-alice"].credit_microcents = 0
-        fake.routes["GET", "/metering/usage"] = refuses(500, "internal_error", "down")
-        with pytest.raises(puter.CreditError, match="more than is left .down") as caught:
-            client.chat("hi", model=OPUS, fallback=False)
-        assert caught.value.scope == "model" and client.cooldowns() == []
-
-    @pytest.mark.parametrize("stream", [False, True])
-    def test_each_dialects_words(self, serve, make, fake, stream):
-        server = serve(make(fallback_enabled=False))
-        tokens = puter.estimated_tokens([user(LONG_PROMPT)])
-        asked: Any = {"model": GPT, "stream": stream}
-        told = post_to(server, {**asked, "messages": [user(LONG_PROMPT)]})
-        assert (told.status_code, error_of(told)["code"]) == (400, "context_length_exceeded")
-        assert error_of(told)["param"] == "messages"
-        with sdk(server) as client, pytest.raises(openai.BadRequestError) as refused:
-            client.responses.create(**asked, input=LONG_PROMPT)
-        assert refused.value.code == "context_length_exceeded"
-        with claude(server) as client, pytest.raises(anthropic.BadRequestError) as refused:
-            client.messages.create(**asked, max_tokens=9, messages=[user(LONG_PROMPT)])
-        words = f"prompt is too long: {tokens} tokens > 16384 maximum"
-        assert refused.value.body["error"]["message"] == words
-
-    def test_the_window_that_agents_learn(self, server, fake):
-        models = {m["id"]: m for m in get_from(server, "/v1/models").json()["data"]}
-        windows = {GPT: 16_384, OPUS: 64_000, FREE[3]: 128_000}
-        assert {name: models[name]["context_length"] for name in windows} == windows
-        assert models[OPUS]["max_completion_tokens"] == 64_000
-
-
-class TestPictures:
-    """Pictures that a model draws: the replies that hold them are in the tables of scenarios."""
-
-    def test_in_a_stream(self, make, fake):
-        with make().stream("hi", model=lab("draw")) as stream:
-            chunks = list(stream)
-        assert [chunk.type for chunk in chunks] == ["image", "usage"]
-        assert (chunks[0].image,) == stream.reply.images and str(chunks[0]) == ""
-
-    @pytest.mark.parametrize("form", MODEL_OF)
-    def test_in_the_history(self, make, fake, form, monkeypatch):
-        client = make()
-        monkeypatch.setattr(puter, "_default_client", lambda: client)
-        talk = client.conversation(model=lab("draw"))
-        talk.say("Draw")
-        talk = puter.Conversation.from_json(json.loads(json.dumps(talk.to_json())))
-        assert talk.say("And now?", model=MODEL_OF[form]).text == SENTENCE
-        told, written = compact(arrived(fake)), compact(PICTURES.get(form, PICTURES["chat"]))
-        assert told.count(ONE_PIXEL) == 1 and written in told
-
-    def test_kept_in_a_cached_reply(self, make, fake):
-        client = make(cache_enabled=True)
-        first, again = (client.chat("hi", model=lab("draw")).images for _ in range(2))
-        assert first == again != () and len(fake.chat_calls()) == 1
-
-    def test_files_and_notebooks(self, tmp_path):
-        picture, url = puter.Picture(PNG), puter.Picture(url="https://x.org/a.png")
-        picture.save(tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes() == PNG
-        with pytest.raises(puter.BadRequestError, match=r"a\.png exists .* overwrite=True"):
-            picture.save(tmp_path / "a.png")
-        with pytest.raises(FileNotFoundError):
-            picture.save(tmp_path / "none" / "a.png")
-        with pytest.raises(puter.BadRequestError, match="only a URL"):
-            url.save(tmp_path / "b.png")
-        assert picture._repr_mimebundle_() == {"image/png": PNG}
-        assert url._repr_mimebundle_() == {"text/markdown": "![](https://x.org/a.png)"}
-        assert (picture.as_url(), url.as_url()) == (PNG_URL, "https://x.org/a.png")
-
-    @pytest.mark.parametrize(
-        ("image", "picture"),
-        table(
-            ["a URL", PNG_URL, puter.Picture(PNG)],
-            ["OpenAI's part", {"type": "image_url", "image_url": {"url": PNG_URL}}, puter.Picture(PNG)],
-            ["its URL bare", {"image_url": PNG_URL}, puter.Picture(PNG)],
-            ["in capitals", PNG_URL.replace("data:image/png;base64", "DATA:image/PNG;BASE64"), puter.Picture(PNG)],
-            ["of Responses", {"b64_json": PNG_URL.partition(",")[2]}, puter.Picture(PNG)],
-            ["another kind than it says", {"data": "R0lGODlhAAAA", "mime_type": "image/png"}, puter.Picture(b"GIF89a\0\0\0", "image/gif")],
-            ["Anthropic's part", PICTURES["claude"], puter.Picture(PNG)],
-            ["elsewhere", {"url": "https://x.org/a"}, puter.Picture(url="https://x.org/a")],
-        ),
-    )  # fmt: skip
-    def test_shapes(self, image, picture):
-        assert puter.picture_from(image) == picture
-
-    @pytest.mark.parametrize(
-        "image",
-        [
-            *(None, 5, {}, "file:///a.png", {"image_url": {"url": 5}}),
-            *("data:image/png;base64,", "data:image/png;base64,!!!!", "data:image/svg,<svg/>"),
-            *("data:,", PNG_URL[:-5], "data:image/png,AAAA"),
-        ],
-    )
-    def test_no_picture(self, image):
-        with pytest.raises(ValueError):
-            puter.picture_from(image)
-        with pytest.raises(puter.ReplyError):
-            puter.reply_from_driver({"result": {"message": {"images": [image]}}}, "m")
-        _, error, _ = decoded(json.dumps({"type": "image", "image_url": image}).encode() + b"\n")
-        assert isinstance(error, puter.StreamError)
-
-    @pytest.mark.parametrize("flags", [[], ["--no-stream"]])
-    def test_ask_saves_it(self, desk, flags):
-        for name in ("fox.png", "fox-1.png"):
-            done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "fox.png", "Draw")
-            assert (done.returncode, done.stdout.strip()) == (0, "")
-            assert f"picture: {name}" in done.stderr
-            assert Path(name).read_bytes() == PNG
-        run_cli(desk, "ask", "-m", lab("draw"), *flags, "Draw")
-        assert Path("picture.png").is_file()
-        asked = len(chats(desk))
-        done = run_cli(desk, "ask", "-m", lab("draw"), *flags, "-o", "none/a.png", "Draw")
-        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
-        assert len(chats(desk)) == asked
-
-    def test_ask_with_a_place_and_no_picture(self, desk):
-        done = run_cli(desk, "ask", "-m", lab("echo"), "-o", "a.png", "hi")
-        assert (done.returncode, done.stderr) == (0, "the answer has no picture\n")
-
-    def test_ask_needs_no_place_for_words(self, desk, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda *_: False)
-        assert run_cli(desk, "ask", "-m", lab("echo"), "hi").returncode == 0
-        assert run_cli(desk, "image", "hi").returncode == 1
-
-    def test_a_picture_that_cannot_be_written_is_kept(self, desk, monkeypatch):
-        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
-        reply = puter.Reply(images=[puter.Picture(PNG), puter.Picture(PNG)])
-        with pytest.raises(puter.StoreError, match=r"It was saved in .*\.png instead"):
-            puter._save_images(reply, functools.partial(puter._saved, output="none/a.png"))
-        kept = list(Path().glob("puter-*.png"))
-        assert [one.read_bytes() for one in kept] == [PNG, PNG]
-
-    def test_ask_writes_the_picture_alone_to_stdout(self, desk):
-        argv = [
-            sys.executable,
-            "-m",
-            "puter",
-            "ask",
-            "-m",
-            lab("draw"),
-            "-o",
-            "-",
-            "--json",
-            "Draw",
-        ]
-        done = subprocess.run(
-            argv, capture_output=True, check=True, env=cli_env(desk), stdin=subprocess.DEVNULL
-        )
-        assert done.stdout == PNG and b'"model"' in done.stderr and not list(Path().glob("*.png"))
-
-    @pytest.mark.parametrize("stream", [False, True])
-    def test_the_gateway_and_the_way_back(self, server, fake, stream):
-        shown = f"![image]({PNG_URL})"
-        body = body_for("draw", stream=stream)
-        text, _ = answer_of(server, body)
-        assert text == shown
-        back = [*HI, assistant(f"Here: {shown}"), user("And now?")]
-        assert post_to(server, {"model": CLAUDE, "messages": back}).ok
-        self.check_the_way_back(fake, "Here: ")
-        with claude(server) as client:
-            asked: Any = {"max_tokens": 99, "model": lab("draw"), "messages": HI}
-            if stream:
-                with client.messages.stream(**asked) as events:
-                    message = events.get_final_message()
-            else:
-                message = client.messages.create(**asked)
-            assert [block.text for block in message.content] == [shown]
-            back = [*HI, assistant([b.to_dict() for b in message.content]), user("And now?")]
-            client.messages.create(**{**asked, "model": CLAUDE, "messages": back})
-        self.check_the_way_back(fake)
-        with sdk(server) as client:
-            asked = {"model": lab("draw"), "input": "hi"}
-            if stream:
-                with client.responses.stream(**asked) as events:
-                    answer = events.get_final_response()
-            else:
-                answer = client.responses.create(**asked)
-            (item,) = answer.output
-            assert (item.type, item.status, item.result) == (
-                *("image_generation_call", "completed", ONE_PIXEL),
-            )
-            told: Any = [user("hi"), item.to_dict(), user("And now?")]
-            client.responses.create(model=CLAUDE, input=told)
-            self.check_the_way_back(fake)
-            client.responses.create(model=CLAUDE, input="And?", previous_response_id=answer.id)
-            self.check_the_way_back(fake)
-
-    @staticmethod
-    def check_the_way_back(fake: FakePuter, text: str = "") -> None:
-        """The picture arrived once, as a picture, and nowhere as a text."""
-        told = compact(arrived(fake))
-        assert told.count(ONE_PIXEL) == 1 and compact(PICTURES["claude"]) in told
-        assert "![image]" not in told and text in told
-
-
-# =============================================================================
-# Pictures and sound
-# =============================================================================
-DREW = puter.Picture(base64.b64decode(ONE_PIXEL))
-DATA_URL = f"data:image/png;base64,{ONE_PIXEL}"
-# One call of each job.
-JOBS_DONE: dict[str, Callable[..., Any]] = {
-    "image": lambda client, text="a dot", **args: client.image(text, **args),
-    "speech": lambda client, text="Hello", **args: client.speech(text, **args),
-    "transcribe": lambda client, text=None, **args: client.transcribe(WAV, prompt=text, **args),
-    "ocr": lambda client, text=None, **args: client.ocr(PNG, **args),
-}
-
-
-def args_sent(fake: FakePuter) -> list[JSON]:
-    """The arguments of every driver call."""
-    return [seen.args for seen in fake.requests if seen.path == CHAT]
-
-
-class TestMedia:
-    """image, speech, transcribe and ocr: what is sent, what is read, and who is asked."""
-
-    @pytest.mark.parametrize("exchange", MEDIA_EXCHANGES, ids=lambda one: one["name"])
-    def test_the_fake_answers_as_recorded(self, fake, exchange):
-        fake.add_account("a", "t", temporary=exchange["token"] == "temp-api-token")
-        got = post(fake, CHAT, exchange["body"], "t")
-        assert got.status_code == exchange["status"]
-        assert got.headers["Content-Type"].partition(";")[0] == exchange["type"]
-        if "json" not in exchange:
-            return  # a sound
-        if got.status_code != 200:
-            assert got.json() == exchange["json"]
-        else:
-            told, wanted = got.json()["result"], exchange["json"]["result"]
-            assert shape(told) == shape(wanted) or "ocr" in exchange["name"]
-
-    def test_image(self, make, fake):
-        client = make()
-        assert client.image("a dot") == DREW
-        (seen,) = [seen for seen in fake.requests if seen.path == CHAT]
-        assert seen.body == {
-            "interface": "puter-image-generation",
-            "method": "generate",
-            "args": {"prompt": "a dot"},
-        }
-        client.image("a dot", SEEDREAM, quality="low", aspect_ratio="16:9", provider=None)
-        wanted = {"prompt": "a dot", "quality": "low", "aspect_ratio": "16:9"}
-        assert args_sent(fake)[1] == {**wanted, "model": SEEDREAM}
-
-    def test_pictures_to_change(self, make, fake, tmp_path):
-        (tmp_path / "a.png").write_bytes(DREW.data)
-        url = f"{fake.url}/samples/image_example.png"
-        images = [tmp_path / "a.png", DREW.data, DATA_URL, url]
-        assert make().image("blue", model="puter/gpt-image-1", images=images) == DREW
-        assert args_sent(fake) == [
-            {"prompt": "blue", "model": "gpt-image-1", "input_images": [DATA_URL] * 4}
-        ]
-        assert make().image("blue", images=url) == DREW
-        assert args_sent(fake)[1]["input_images"] == [DATA_URL]
-        loaded = [seen for seen in fake.requests if seen.path.startswith("/samples/")]
-        assert [seen.token for seen in loaded] == [None, None]
-
-    def test_speech(self, make, fake):
-        client = make()
-        assert client.speech("Hello") == puter.Audio(SOUND, "audio/mpeg")
-        assert client.speech("Hello", "nova", "tts-1", response_format="wav") == puter.Audio(
-            SOUND, "audio/wav"
-        )
-        assert client.speech("Hello", provider="gemini").mime == "audio/wav"
-        said = {"text": "Hello", "provider": "openai"}
-        more = {"voice": "nova", "model": "tts-1", "response_format": "wav"}
-        assert args_sent(fake) == [said, {**said, **more}, {**said, "provider": "gemini"}]
-        assert not any("driver" in seen.body for seen in fake.requests if seen.path == CHAT)
-
-    def test_a_sound_stays_as_it_is_but_for_the_token(self, make, fake, monkeypatch):
-        sound = Raw(b"\xff\xfb\x80 Bearer token-alice\x80\r\n", content_type="audio/mpeg")
-        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
-        assert make().speech("Hello").data == b"\xff\xfb\x80 Bearer <token>\x80\r\n"
-
-    def test_transcribe(self, make, fake, tmp_path):
-        client, url = make(), "data:audio/wav;base64," + base64.b64encode(WAV).decode()
-        (tmp_path / "a.txt").write_bytes(WAV)  # its contents count
-        for audio in (WAV, ("a.bin", WAV), tmp_path / "a.txt", str(tmp_path / "a.txt")):
-            told = client.transcribe(audio, language="en")
-            assert (str(told), told.segments, told.raw["usage"]["total_tokens"]) == (HEARD, [], 10)
-        assert args_sent(fake) == [{"file": url, "language": "en"}] * 4
-        assert client.transcribe(WAV, model="whisper-1", response_format="srt").text == SRT
-        whole = client.transcribe(WAV, model="whisper-1", response_format="verbose_json")
-        assert whole.segments[0]["end"] == 1.5 and str(whole) == HEARD
-        assert repr(whole) == f"Transcript(text={HEARD!r})"
-
-    def test_ocr(self, make, fake):
-        client = make()
-        assert client.ocr(PNG) == client.ocr(("a.pdf", PDF)) == "First line\nSecond line"
-        kinds = [args["source"].partition(";")[0] for args in args_sent(fake)]
-        assert kinds == ["data:image/png", "data:application/pdf"]
-
-    @pytest.mark.parametrize(
-        ("head", "kind"),
-        [
-            [b"RIFF....WAVE", "wav"],
-            [b"ID3\x04", "mpeg"],
-            [b"\xff\xfb\x90", "mpeg"],
-            [b"OggS", "ogg"],
-            [b"fLaC", "flac"],
-            [b"\0\0\0\x20ftypM4A ", "mp4"],
-            [b"\x1aE\xdf\xa3", "webm"],
-        ],
-    )
-    def test_kinds_of_recordings(self, make, fake, head, kind):
-        make().transcribe(head)
-        assert args_sent(fake)[0]["file"].startswith(f"data:audio/{kind};base64,")
-
-    @pytest.mark.parametrize("job", JOBS_DONE)
-    def test_samples_cost_nothing(self, make, fake, job):
-        client, ended = make(), []
-        client._on_answer = lambda model, reply: ended.append(reply)
-        made = JOBS_DONE[job](client, test_mode=True)
-        if job in ("image", "speech"):
-            wanted = (DREW.data, "image/png") if job == "image" else (SOUND, "audio/mpeg")
-            assert (made.data, made.mime) == wanted and made.url.startswith(f"{fake.url}/samples/")
-            assert fake.requests[-1].token is None
-        else:
-            assert str(made)
-        assert ended[0].usage.cost_usd == 0.0
-
-    def test_a_host_that_does_not_know_what_it_holds(self, make, fake):
-        for name, data in (("image_example.png", PNG), ("tts_example.mp3", SOUND)):
-            web(fake, f"/samples/{name}", Raw(data, content_type="application/octet-stream"))
-        assert make().image("a dot", test_mode=True).mime == "image/png"
-        assert make().speech("Hello", test_mode=True).mime == "audio/mpeg"
-
-    def test_a_result_that_cannot_be_loaded(self, make, fake, caplog):
-        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
-        picture = make().image("a dot", test_mode=True)
-        assert picture == puter.Picture(url=f"{fake.url}/samples/image_example.png")
-        assert "could not be loaded" in caplog.text and len(fake.chat_calls()) == 1
-
-    # What it costs
-
-    @pytest.mark.parametrize(
-        ("model", "cost"), [(SEEDREAM, 0.03), ("SEEDREAM-4-0", 0.03), ("gpt-image-1-mini", None), (None, None)]
-    )  # fmt: skip
-    def test_price(self, make, fake, model, cost):
-        client, ended = make(), []
-        client._on_answer = lambda model, reply: ended.append(reply)
-        client.image("a dot", model)
-        assert ended[0].usage.cost_usd == cost
-        (stats,) = client.stats()
-        assert (stats.successes, stats.cost_usd) == (1, cost or 0.0)
-        lists = [seen for seen in fake.requests if seen.path == "/puterai/image/models/details"]
-        assert [seen.token for seen in lists] == [None] * (model is not None)
-
-    def test_the_lists_of_models_do_not_mix(self, make, fake):
-        client = make()
-        client.image("a dot", SEEDREAM)
-        assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
-        again, ended = make(), []
-        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
-        again.image("a dot", SEEDREAM)
-        assert OPUS in ids(again.models()) and ended == [0.03]
-        assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
-
-    # What is refused before anything is sent
-
-    @pytest.mark.parametrize(
-        ("call", "words"),
-        [
-            [lambda c: c.image(""), "Give a text"],
-            [lambda c: c.speech(5), "Give a text"],
-            [lambda c: c.image("x", model=""), "model is ''"],
-            [lambda c: c.image("x", qualty="low"), "Did you mean quality"],
-            [lambda c: c.image("x", timeout=5), "Did you mean timeout_ms"],
-            [lambda c: c.image("x", timeout_ms=0), "timeout_ms is 0"],
-            [lambda c: c.image("x", max_retries=1), "max_retries belongs to the client"],
-            [
-                lambda c: c.image("x", puter_output_path="~/a.png"),
-                "no argument 'puter_output_path'",
-            ],
-            [lambda c: c.image("x", images=[b"text"]), "not an image"],
-            [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
-            [lambda c: c.transcribe(PNG), "none of WAV"],
-            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
-            [lambda c: c.transcribe("/no/such.wav"), "cannot be read"],
-            [lambda c: c.transcribe(5), "cannot be read"],
-            [lambda c: c.transcribe(("a.wav", "text")), "cannot be read"],
-            [lambda c: c.transcribe(WAV, langage="en"), "Did you mean language"],
-            [lambda c: c.ocr(WAV), "none of PNG"],
-        ],
-    )
-    def test_wrong_arguments(self, make, fake, call, words):
-        with pytest.raises(puter.BadRequestError, match=re.escape(words)):
-            call(make())
-        assert fake.requests == []
-
-    def test_servers_that_are_not_puters(self, make, fake):
-        client = make(api_style="openai", api_base_url=f"{fake.url}/v1", openai_api_key="sk-none")
-        with pytest.raises(puter.BadRequestError, match="Only Puter's own server"):
-            client.image("a dot")
-        assert fake.requests == []
-        assert make(api_style="openai").image("a dot") == DREW
-
-    # What goes wrong
-
-    @pytest.mark.parametrize(
-        ("call", "kind", "words", "calls"),
-        [
-            [lambda c: c.image("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
-            [lambda c: c.speech("scenario: err400"), puter.BadRequestError, "moderation blocked the request", 1],
-            [lambda c: c.image("scenario: err401"), puter.ProviderAuthError, "scripted 401", 1],
-            [lambda c: c.image("scenario: err429"), puter.ModelRateLimitError, "scripted 429", 1],
-            [lambda c: c.image("scenario: err500"), puter.ModelUnavailableError, "unavailable", 2],
-            [lambda c: c.image("x", "nope"), puter.ModelNotFoundError, f"No picture model is called 'nope'. Some are: {SEEDREAM}, gpt", 1],
-            [lambda c: c.image("x", OPUS), puter.ModelNotFoundError, f"No picture model is called '{OPUS}'", 1],
-            [lambda c: c.image("x", "seedream-4"), puter.ModelNotFoundError, f"mean {SEEDREAM}?", 1],
-            [lambda c: c.speech("x", "nobody"), puter.BadRequestError, f"Expected: {VOICES}", 1],
-            [lambda c: c.speech("x", provider=""), puter.ServerError, "Internal Server Error", 3],
-            [lambda c: c.image("scenario: closed"), puter.ReplyError, "broke off", 1],
-            [lambda c: c.image("scenario: hang", timeout_ms=200), puter.RequestTimeoutError, "or pass `timeout_ms=`", 1],
-        ],
-    )  # fmt: skip
-    def test_errors(self, make, fake, call, kind, words, calls):
-        client = make("alice", "bob", max_retries=2)
-        if "Internal" in words:
-            fake.accounts["token-alice"].error = recorded_error(500, "internal_error", words)
-        with pytest.raises(kind, match=re.escape(words)) as caught:
-            call(client)
-        assert type(caught.value) is kind
-        assert fake.chat_calls().count(("alice", fake.chat_calls()[0][1])) == calls
-        assert len(caught.value.attempts) == len(fake.chat_calls()) == calls
-        assert "puter models" not in str(caught.value) or kind is not puter.ModelNotFoundError
-
-    @pytest.mark.parametrize(
-        "result", [None, 5, {}, {"url": None}, "ftp://x", {"text": None, "segments": 5}, []]
-    )
-    @pytest.mark.parametrize("job", JOBS_DONE)
-    def test_results_that_cannot_be_read(self, make, fake, monkeypatch, job, result):
-        for known in MEDIA:
-            monkeypatch.setitem(MEDIA, known, lambda *_: result)
-        if job == "transcribe" and isinstance(result, str):
-            return
-        with pytest.raises(puter.ReplyError, match="unknown format"):
-            JOBS_DONE[job](make())
-        assert len(fake.chat_calls()) == 1
-
-    @pytest.mark.parametrize(
-        ("kind", "data", "mime"),
-        [
-            ("application/octet-stream", SOUND, "audio/mpeg"),
-            ("application/ogg", b"OggS\0", "audio/ogg"),
-            ("", SOUND, "audio/mpeg"),
-            ("audio/pcm", b"\0\1", "audio/pcm"),
-            ("audio/mpeg", b"", None),
-            ("audio/mpeg", b'{"error": "x"}', None),
-            ("application/octet-stream", b"\0\1", None),
-            ("application/json", b'{"result": "data:audio/wav;base64,AAAA"}', "audio/wav"),
-            ("application/json", b'{"result": "data:audio/wav;base64,"}', None),
-        ],
-    )
-    def test_what_is_a_sound(self, make, fake, monkeypatch, kind, data, mime):
-        """What it is counts, not what it is called: it is billed."""
-        sound = Raw(data, content_type=kind)
-        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: sound)
-        if mime is None:
-            with pytest.raises(puter.PuterError):
-                make("alice", "bob", max_retries=2).speech("Hello")
-        else:
-            assert make().speech("Hello").mime == mime
-        assert len(fake.chat_calls()) == 1
-
-    @pytest.mark.parametrize(
-        ("answer", "calls"),
-        [
-            (Raw(b"<html>Bad Gateway</html>", 502, HTML_TYPE), 1),
-            (Raw(b"{}", 503), 1),
-            (Raw({"success": True, "result": None, "error": {"message": "later"}}), 1),
-            (Raw({"success": False, "error": {"message": "later"}}), 1),
-            # Puter itself says that nothing was drawn
-            (Raw({"message": "Internal Server Error", "code": "internal_error"}, 500), 3),
-            (Raw({"message": "No", "code": "insufficient_funds"}, 402), 2),
-        ],
-    )
-    def test_what_may_be_billed_is_not_asked_again(self, make, fake, monkeypatch, answer, calls):
-        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: answer)
-        with pytest.raises(puter.PuterError):
-            make("alice", "bob", max_retries=2).image("a dot")
-        assert len(fake.chat_calls()) == calls
-
-    def test_what_was_not_sent_is_asked_again(self, make):
-        url = f"http://127.0.0.1:{free_port()}"
-        with pytest.raises(puter.NetworkError) as caught:
-            make(api_base_url=url, max_retries=2).image("a dot")
-        assert len(caught.value.attempts) == 3
-
-    # Redirects
-
-    def test_redirects_of_a_result(self, make, fake, tmp_path, monkeypatch):
-        """Each is a request without a token, and without a password of ~/.netrc."""
-        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
-        monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-        with FakePuter() as other:
-            there = {"Location": f"{other.url}/hop"}
-            web(fake, "/samples/image_example.png", Raw(b"", 302, headers=there))
-            back = {"Location": "/samples/image_example.png"}
-            web(other, "/hop", Raw(b"", 307, headers=back))
-            assert make().image("a dot", test_mode=True).data == PNG
-            seen = [*fake.requests[-1:], *other.requests]
-        assert len(seen) == 3
-        assert not any("Authorization" in one.headers for one in seen)
-
-    def test_redirects_without_end(self, make, fake, caplog):
-        back = {"Location": "/samples/image_example.png"}
-        web(fake, "/samples/image_example.png", Raw(b"", 302, headers=back))
-        assert not make().image("a dot", test_mode=True).data
-        assert sum(seen.path.startswith("/samples/") for seen in fake.requests) == 6
-        assert "answered 302" in caplog.text
-
-    @pytest.mark.parametrize("method", ["GET", "POST"])
-    def test_what_comes_with_a_redirect_is_bounded(self, make, fake, monkeypatch, method):
-        """Of a download nothing of it is read; of the API as much as of any answer."""
-        monkeypatch.setattr(puter, "MAX_BODY_BYTES", 100_000)
-        sent = [0]
-
-        def endless(handler: FakeHandler) -> None:
-            handler.send_response(302)
-            handler.send_header("Location", f"{fake.url}/samples/tts_example.mp3")
-            handler.end_headers()
-            with suppress(OSError):
-                for sent[0] in range(400):
-                    handler.wfile.write(bytes(100_000))
-
-        path = {"GET": "/samples/image_example.png", "POST": "/drivers/call"}[method]
-        fake.routes[method, path] = endless
-        if method == "GET":
-            assert make().image("a dot", test_mode=True).data == SOUND
-        else:
-            with pytest.raises(puter.ServerError, match="larger than"):
-                make(max_retries=0).chat("hi")
-        assert sent[0] < 399
-
-    def test_a_page_in_place_of_a_sound(self, make, fake, monkeypatch):
-        page = Raw(b"<html>Sign in</html>", content_type=HTML_TYPE)
-        monkeypatch.setitem(MEDIA, ("puter-tts", "synthesize"), lambda *_: page)
-        with pytest.raises(puter.ReplyError, match="answered text/html"):
-            make().speech("Hello")
-        assert len(fake.chat_calls()) == 1
-
-    # Who is asked
-
-    @pytest.mark.parametrize("job", JOBS_DONE)
-    def test_the_next_account_when_one_is_limited(self, make, fake, job):
-        client = make("alice", "bob")
-        fake.accounts["token-alice"].max_in_window = 0
-        assert JOBS_DONE[job](client)
-        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
-        assert [(c.account, c.reason) for c in client.cooldowns()] == [
-            ("alice", "too_many_requests")
-        ]
-        assert JOBS_DONE[job](client)
-        assert fake.chat_calls()[2][0] == "bob"
-
-    def test_credit(self, make, fake):
-        client = make("alice", "bob")
-        fake.accounts["token-alice"].credit_microcents = 0
-        assert client.image("a dot") == DREW
-        assert [account for account, _ in fake.chat_calls()] == ["alice", "bob"]
-        # what is too little for a picture may do for a chat
-        assert client.cooldowns() == []
-        fake.accounts["token-bob"].credit_microcents = 0
-        with pytest.raises(puter.CreditError, match="Insufficient credits for image") as caught:
-            client.image("a dot")
-        assert type(caught.value) is puter.CreditError and len(caught.value.attempts) == 2
-        assert not any(seen.path == "/metering/usage" for seen in fake.requests)
-
-    def test_a_dead_token(self, make, fake):
-        client = make("alice", "bob")
-        fake.accounts["token-alice"].dead = True
-        assert client.image("a dot") == DREW
-        assert [c.reason for c in client.cooldowns()] == ["login"]
-
-    def test_no_other_model_answers(self, make, fake):
-        fake.accounts["token-alice"].error = recorded_error(
-            400, "upstream_provider_unavailable", "down"
-        )
-        with pytest.raises(puter.ModelUnavailableError):
-            make().image("a dot", SEEDREAM)
-        assert {model for _, model in fake.chat_calls()} == {SEEDREAM}
-
-    def test_the_limit_of_requests_at_once(self, make, fake, monkeypatch):
-        monkeypatch.setitem(MEDIA, ("puter-ocr", "recognize"), lambda handler, *_: [
-            handler.pause(0.02), recognize(handler, handler.seen.args, None)
-        ][1])  # fmt: skip
-        fake.accounts["token-alice"].max_concurrent = 1
-        client = make(max_concurrent=1, max_retries=0)
-        with ThreadPoolExecutor(4) as pool:
-            texts = list(pool.map(lambda _: client.ocr(PNG), range(8)))
-        assert set(texts) == {"First line\nSecond line"}
-
-    def test_nothing_is_cached(self, make, fake):
-        client = make(cache_enabled=True)
-        for _ in range(2):
-            client.image("a dot")
-        assert len(fake.chat_calls()) == 2
-        stats = client._reply_cache.cache_stats(time.time(), 60)
-        assert (stats["entries"], stats["misses"]) == (0, 0)
-
-    def test_a_name_that_is_put_right(self, make, fake):
-        client = make()
-        assert client.image("a dot", "SeeDream-4-0") == DREW
-        assert [model for _, model in fake.chat_calls()] == ["SeeDream-4-0", SEEDREAM]
-
-    def test_values(self, tmp_path):
-        audio = puter.Audio(b"ID3", url="")
-        assert audio._repr_html_() == '<audio controls src="data:audio/mpeg;base64,SUQz"></audio>'
-        for odd in (puter.Audio(url='https://x/"><b>'), puter.Audio(b"x", 'audio/x"><b>')):
-            assert '"><b>' not in odd._repr_html_() and "&quot;&gt;&lt;b" in odd._repr_html_()
-        audio.save(tmp_path / "a.mp3")
-        with pytest.raises(puter.BadRequestError, match="exists already"):
-            audio.save(tmp_path / "a.mp3")
-        puter.Audio(b"ID3 new").save(tmp_path / "a.mp3", overwrite=True)
-        assert (tmp_path / "a.mp3").read_bytes() == b"ID3 new"
-        assert "SUQz" not in repr(audio) and not isinstance(audio, puter.Picture)
-
-
-def recorded_error(status: int, code: str, message: str) -> tuple[int, JSON]:
-    """An error as the answer of an account."""
-    return status, {"error": message, "message": message, "code": code}
-
-
-class TestMediaCommands:
-    """image, speak, transcribe and ocr on the command line."""
-
-    def test_image(self, desk):
-        done = run_cli(desk, "image", "a", "red", "dot", "-o", "cat.png", "-m", SEEDREAM)
-        assert (done.returncode, done.stdout) == (0, "cat.png\n")
-        assert done.stderr == f"{SEEDREAM} on alice; cost $0.0300\n"
-        assert Path("cat.png").read_bytes() == DREW.data
-        assert args_sent(desk) == [{"prompt": "a red dot", "model": SEEDREAM}]
-        for name in ("picture.png", "picture-1.png"):
-            done = run_cli(desk, "image", "-a", "cat.png", stdin="a dot\n")
-            assert (done.returncode, done.stdout) == (0, f"{name}\n")
-            assert done.stderr == "puter-image-generation on alice; cost not reported\n"
-            assert Path(name).read_bytes() == DREW.data
-        assert args_sent(desk)[-1] == {"prompt": "a dot", "input_images": [DATA_URL]}
-
-    @pytest.mark.parametrize("command", ["image", "speak"])
-    def test_a_file_that_exists(self, desk, command):
-        Path("a.bin").write_bytes(b"mine")
-        done = run_cli(desk, command, "hi", "-o", "a.bin")
+    def test_not_signed_in(self, fake, home, argv):
+        done = run_cli(fake, *argv)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: a.bin exists already.") and desk.requests == []
-        assert Path("a.bin").read_bytes() == b"mine"
-        done = run_cli(desk, command, "hi", "-o", "a.bin", "--force")
-        assert (done.returncode, done.stdout) == (0, "a.bin\n")
-        assert Path("a.bin").read_bytes() in (DREW.data, SOUND)
-        assert not Path("a-1.bin").exists()
+        assert "python -m puter login" in done.stderr
+        assert done.stderr.count("\n") == 1 and not fake.requests
 
-    def test_a_place_that_cannot_be(self, desk):
-        done = run_cli(desk, "image", "hi", "-o", "none/a.png")
-        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
-        assert desk.requests == []
+    @pytest.mark.parametrize("scenario", ["midfail", "closed", "nousageline"])
+    def test_a_failure_in_the_middle(self, signed_in, scenario):
+        done = run_cli(signed_in, "ask", "-m", lab(scenario), "hi", apart=True)
+        assert done.returncode == 1
+        said = done.stdout.rstrip("\n")
+        assert said and SENTENCE.startswith(said) and done.stdout.endswith("\n")
+        assert done.stderr.startswith("error: ") and "broke off" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(signed_in.chat_calls()) == 1
 
-    def test_a_folder_is_a_place(self, desk):
-        Path("made").mkdir()
-        for argv, name in (
-            (["image", "hi", "-o", "made"], "made/picture.png"),
-            (["image", "hi", "-o", "made/"], "made/picture-1.png"),
-            (["speak", "hi", "-o", "made", "--force"], "made/speech.mp3"),
-        ):
-            done = run_cli(desk, *argv)
-            assert (done.returncode, done.stdout) == (0, f"{name}\n")
-            assert Path(name).is_file()
-        assert run_cli(desk, "image", "hi", "-o", "none/").returncode == 1
-
-    @posix_only
-    def test_a_link_to_nothing_exists(self, desk):
-        Path("a.png").symlink_to("none/b.png")
-        Path("c.png").symlink_to("none/b.png")
-        for more, words in (([], "exists already"), (["--force"], "cannot be written")):
-            done = run_cli(desk, "image", "hi", "-o", "a.png", *more)
-            assert done.returncode == 1 and words in done.stderr and desk.requests == []
-        assert run_cli(desk, "image", "hi", "-o", "c").stdout == "c-1.png\n"
-
-    @posix_only
-    def test_a_device(self, desk):
-        done = run_cli(desk, "image", "hi", "-o", os.devnull, "--force")
-        assert (done.returncode, done.stdout) == (0, f"{os.devnull}\n")
-
-    def test_a_name_that_no_file_can_have(self, desk, monkeypatch):
-        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
-        done = run_cli(desk, "image", "hi", "-o", "y" * 300)
-        (kept,) = Path().glob("puter-*.png")
-        assert (done.returncode, done.stdout) == (1, "") and str(kept.resolve()) in done.stderr
-        assert kept.read_bytes() == DREW.data
-
-    def test_to_stdout(self, desk):
-        env = cli_env(desk)
-        for argv, data in ((["image", "hi"], DREW.data), (["speak", "hi"], SOUND)):
-            command = [sys.executable, "-m", "puter", *argv, "-o", "-"]
-            done = subprocess.run(
-                command, capture_output=True, check=True, env=env, stdin=subprocess.DEVNULL
-            )
-            assert done.stdout == data and b"cost" in done.stderr
-
-    @posix_only
-    def test_to_stdout_of_a_terminal(self, desk):
-        lines = screen(desk, "image", "hi", "-o", "-", code=2)
-        assert "A terminal cannot show it" in lines[0] and desk.requests == []
+    def test_a_name_in_another_case_is_the_same_model(self, signed_in):
+        done = run_cli(signed_in, "ask", "-m", "Claude-Opus-4-5", "hi")
+        assert (done.returncode, done.stdout, done.stderr) == (0, SENTENCE + "\n", "")
 
     @pytest.mark.parametrize(
-        ("output", "form"),
-        [("a.wav", "wav"), ("a.OPUS", "opus"), ("a.ogg", None), ("a", None), ("-.flac", "flac")],
+        ("scenario", "words"), [("badargs", "arguments"), ("html", "502"), ("text", "one two")]
     )
-    def test_the_ending_says_how_to_speak(self, desk, output, form):
-        done = run_cli(desk, "speak", "hi", f"-o{output}")
-        assert done.returncode == 0 and args_sent(desk)[0].get("response_format") == form
-        assert ("note: " in done.stderr) is (output in ("a.OPUS", "a.ogg", "-.flac"))
-
-    @pytest.mark.parametrize(("name", "is_told"), [("a.jpg", True), ("a.PNG", False)])
-    def test_a_picture_of_another_kind(self, desk, name, is_told):
-        done = run_cli(desk, "image", "hi", "-o", name)
-        assert done.returncode == 0
-        assert (f"note: {name} holds image/png\n" in done.stderr) is is_told
-
-    def test_files_from_stdin(self, desk):
-        assert run_cli(desk, "transcribe", "-", stdin=WAV).stdout == f"{HEARD}\n"
-        assert run_cli(desk, "ocr", "-", stdin=PNG).stdout == "First line\nSecond line\n"
-        assert "standard input is none of" in run_cli(desk, "ocr", "-", stdin="a").stderr
-
-    @pytest.mark.parametrize("argv", [["image"], ["image", ""], ["speak", " "], ["speak", "-"]])
-    def test_without_words(self, desk, argv):
-        done = run_cli(desk, *argv)
-        assert (done.returncode, done.stdout) == (2, "") and desk.requests == []
-        assert done.stderr.startswith("error: There are no words. Try: python -m puter ")
-
-    @posix_only
-    def test_a_wait_has_a_reason(self, desk):
-        fails = [refusing(429, "too_many_requests")] * 2
-        draw = ROUTES["POST", CHAT]
-        desk.routes["POST", CHAT] = lambda h: h.send(fails.pop()) if fails else draw(h)
-        with at_terminal(desk, "image", "hi", PUTER_RETRY_DELAY_MS="600") as terminal:
-            terminal.expect("Rate limited (429), next try in")
-            assert terminal.end() == 0
-
-    def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
-        url = f"{desk.url}/samples/none.png"
-        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
-        done = run_cli(desk, "image", "hi", "-o", "a.png")
-        assert (done.returncode, done.stdout) == (0, f"{url}\n")
-        assert not Path("a.png").exists() and len(desk.chat_calls()) == 1
-
-    def test_speak(self, desk):
-        done = run_cli(desk, "speak", "Good morning", "--voice", "nova", "--json")
-        assert done.returncode == 0 and Path("speech.mp3").read_bytes() == SOUND
-        report = json.loads(done.stdout)
-        assert report == {
-            "model": "puter-tts",
-            "account": "alice",
-            "cost_usd": None,
-            "file": "speech.mp3",
-            "mime": "audio/mpeg",
-        }
-        run_cli(desk, "speak", "-", "-o", "x", "-m", "tts-1", stdin="From a pipe.\n")
-        assert Path("x.mp3").read_bytes() == SOUND
-        texts = [args["text"] for args in args_sent(desk)]
-        assert texts == ["Good morning", "From a pipe."] and args_sent(desk)[1]["model"] == "tts-1"
-
-    def test_transcribe_and_ocr(self, desk):
-        Path("a.wav").write_bytes(WAV)
-        Path("page.png").write_bytes(PNG)
-        done = run_cli(desk, "transcribe", "a.wav")
-        assert (done.returncode, done.stdout) == (0, f"{HEARD}\n")
-        assert done.stderr == "puter-speech2txt on alice; cost not reported\n"
-        report = json.loads(run_cli(desk, "transcribe", "a.wav", "--json").stdout)
-        assert (report["text"], report["usage"]["total_tokens"]) == (HEARD, 10)
-        done = run_cli(desk, "ocr", "page.png", PUTER_QUIET_MODE="1")
-        assert (done.stdout, done.stderr) == ("First line\nSecond line\n", "")
-        report = json.loads(run_cli(desk, "ocr", "page.png", "--json").stdout)
-        assert report["text"] == "First line\nSecond line"
-
-    @pytest.mark.parametrize(
-        ("argv", "words"),
-        [
-            [["image", "scenario: err400"], "moderation blocked"],
-            [["image", "hi", "-a", "no.png"], "cannot be read"],
-            [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
-            [["transcribe", "no.wav"], "cannot be read"],
-            [["ocr", "notes.txt"], "none of PNG"],
-        ],
-    )
-    def test_errors(self, desk, argv, words):
-        Path("notes.txt").write_text("remember", "utf-8")
-        done = run_cli(desk, *argv)
+    def test_a_failure_is_one_line(self, signed_in, scenario, words):
+        signed_in.script[lab("text")] = refuses(400, "bad_request", "one\n  two")
+        done = run_cli(signed_in, "ask", "--no-fallback", "-m", lab(scenario), "hi")
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: ") and words in done.stderr
-        assert not list(Path().glob("*.png"))
+        assert done.stderr.count("\n") == 1 and words in done.stderr
 
-    def test_signs_of_life_at_a_terminal(self, desk):
-        with at_terminal(desk, "image", "scenario: hang") as terminal:
-            assert terminal.expect("1 s")
+    def test_who_stood_in_is_told(self, signed_in):
+        signed_in.script[lab("text")] = "err429"
+        argv = ("ask", "-m", lab("text"), "hi")
+        done = run_cli(signed_in, *argv)
+        assert done.stdout == SENTENCE + "\n"
+        assert f"answered by {FREE[0]} on alice" in done.stderr
+        assert run_cli(signed_in, *argv, PUTER_QUIET_MODE="1").stderr == ""
+        done = run_cli(signed_in, *argv[:-1], "--no-fallback", "hi")
+        assert done.returncode == 1
 
+    @pytest.mark.parametrize("scenario", ["long", "slow", None])
+    def test_a_reader_that_goes_away_is_no_noise(self, signed_in, scenario):
+        argv = ("ask", "-m", lab(scenario), "hi") if scenario else ("models",)
+        with running_cli(signed_in, *argv, bufsize=0) as process:
+            assert process.stdout and process.stderr
+            process.stdout.read(3 if scenario else 0)
+            process.stdout.close()
+            assert process.wait(10) == 141
+            assert process.stderr.read() == b""
+        assert eventually(lambda: signed_in.open_streams == 0)
 
-def form_of_parts(*parts: tuple[str, bytes], end: bytes = b"--") -> bytes:
-    """A form of (head, content) with the boundary `b`."""
-    body = b"".join(b"--b\r\n%b\r\n\r\n%b\r\n" % (h.encode(), c) for h, c in parts)
-    return body + b"--b" + end + b"\r\n"
+    @pytest.mark.parametrize("scenario", ["slow", "hang"])
+    def test_ctrl_c(self, signed_in, scenario):
+        argv = ("ask", "-m", lab(scenario), "hi")
+        with running_cli(signed_in, *argv) as process:
+            assert eventually(lambda: signed_in.open_streams == 1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert process.stderr and b"Traceback" not in process.stderr.read()
+        assert eventually(lambda: signed_in.open_streams == 0)
 
-
-A_FILE = ('Content-Disposition: form-data; name="file"; filename="a.wav"', WAV)
-A_FORM = "multipart/form-data; boundary=b"
-
-
-class TestMediaGateway:
-    """OpenAI's paths of pictures and sound, with its SDK."""
-
-    @staticmethod
-    def post(
-        server: puter.OpenAIServer,
-        path: str,
-        body: Any,
-        kind: str = "application/json",
-        **head: str,
-    ) -> requests.Response:
-        """A request, by plain `requests`; bytes are sent as they are."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": kind, **head}
-        return requests.post(f"{server.url}/{path}", data=data, headers=headers, timeout=10)
-
-    def test_images(self, server, fake):
-        with sdk(server) as client:
-            asked: Any = {"prompt": "a dot", "model": "gpt-image-1-mini", "n": 1}
-            made = client.images.generate(**asked, size="1536x1024", quality="low")
-            assert base64.b64decode(made.data[0].b64_json) == DREW.data and made.created > 1e9
-            assert client.images.generate(**asked, response_format="url").data[0].url == DATA_URL
-            client.images.generate(**asked, size="auto", quality="auto", user="u")
-            sample = {"response_format": "url", "extra_body": {"test_mode": True}}
-            made = client.images.generate(prompt="a dot", **sample)
-            assert made.data[0].url == f"{fake.url}/samples/image_example.png"
-        plain = {"prompt": "a dot", "model": "gpt-image-1-mini"}
-        ratio = {"quality": "low", "ratio": {"w": 1536, "h": 1024}}
-        wanted = [{**plain, **ratio}, plain, plain, {"prompt": "a dot", "test_mode": True}]
-        assert args_sent(fake) == wanted
-
-    def test_speech(self, server, fake):
-        with sdk(server) as client:
-            asked: Any = {"input": "Hello", "model": "tts-1", "voice": "nova"}
-            made = client.audio.speech.create(**asked, response_format="wav", speed=1.5)
-            assert made.content == SOUND and made.response.headers["Content-Type"] == "audio/wav"
-            assert made.response.headers["x-puter-model"] == "tts-1"
-            with client.audio.speech.with_streaming_response.create(**asked) as streamed:
-                assert b"".join(streamed.iter_bytes(100)) == SOUND
-                assert streamed.headers["Content-Type"] == "audio/mpeg"
-        said = {"text": "Hello", "provider": "openai", "model": "tts-1", "voice": "nova"}
-        assert args_sent(fake) == [{**said, "response_format": "wav"}, said]
-
-    def test_transcriptions(self, server, fake):
-        audio = WAV + os.urandom(100_000) + b"\r\n--\r\n\r\n\r"
-        with sdk(server) as client:
-            create: Any = client.audio.transcriptions.create
-            asked = {"file": ("é.wav", audio), "model": "whisper-1"}
-            assert create(**asked, language="en", prompt="Hé").text == HEARD
-            assert create(**asked, response_format="text") == HEARD
-            assert create(**asked, response_format="srt") == SRT
-            whole = create(**asked, response_format="verbose_json")
-            assert whole.segments[0].end == 1.5 and whole.language == "english"
-        url = "data:audio/wav;base64," + base64.b64encode(audio).decode()
-        assert {args["file"] for args in args_sent(fake)} == {url}
-        wanted = {"file": url, "model": "whisper-1", "language": "en", "prompt": "Hé"}
-        assert args_sent(fake)[0] == wanted
-
-    @pytest.mark.parametrize(
-        ("asked", "status", "code", "words"),
-        [
-            [{"prompt": "scenario: err400"}, 400, "moderation_blocked", "moderation blocked"],
-            [
-                {"prompt": "x", "model": "nope"},
-                404,
-                "model_not_found",
-                "No picture model is called 'nope'",
-            ],
-            [{"prompt": "scenario: err429"}, 429, "upstream_rate_limited", "scripted 429"],
-            [{"prompt": "scenario: err401"}, 502, "upstream_auth_failed", "scripted 401"],
-        ],
-    )
-    def test_errors(self, server, fake, asked, status, code, words):
-        with sdk(server) as client, pytest.raises(openai.APIStatusError, match=words) as caught:
-            client.images.generate(**asked)
-        assert (caught.value.status_code, caught.value.code) == (status, code)
-        assert caught.value.response.headers["x-should-retry"] == "false"
-
-    def test_other_errors(self, server, fake):
-        with sdk(server) as client:
-            with pytest.raises(openai.BadRequestError, match="Expected: alloy"):
-                client.audio.speech.create(input="x", model="tts-1", voice="nobody")
-            fake.accounts["token-alice"].credit_microcents = 0
-            with pytest.raises(openai.APIStatusError, match="Insufficient credits") as caught:
-                client.images.generate(prompt="x")
-        assert (caught.value.status_code, caught.value.code) == (402, "insufficient_funds")
-        assert len(fake.chat_calls()) == 2
-
-    @pytest.mark.parametrize(
-        ("path", "body", "words"),
-        [
-            ["images/generations", {}, "prompt is missing"],
-            ["images/generations", {"prompt": ["x"]}, "prompt is missing"],
-            ["images/generations", {"prompt": "x", "n": 2}, "n must be 1"],
-            ["images/generations", {"prompt": "x", "stream": True}, "stream is not supported"],
-            ["images/generations", {"prompt": "x", "size": "big"}, "size must be"],
-            ["images/generations", {"prompt": "x", "model": 5}, "model is 5"],
-            ["audio/speech", {"input": "", "model": "tts-1"}, "input is missing"],
-            # it would be read from the disk of the gateway
-            ["audio/transcriptions", {"file": "a.wav"}, "file is missing"],
-            ["audio/transcriptions", {"file": ["a.wav", "x"]}, "file is missing"],
-        ],
-    )  # fmt: skip
-    def test_wrong_requests(self, server, fake, tmp_path, monkeypatch, path, body, words):
-        monkeypatch.chdir(tmp_path)
-        Path("a.wav").write_bytes(WAV)
-        told = self.post(server, path, body)
-        assert told.status_code == 400 and words in told.json()["error"]["message"]
-        assert fake.chat_calls() == []
-
-    @pytest.mark.parametrize(
-        ("body", "kind", "words"),
-        [
-            [form_of_parts(A_FILE), "multipart/form-data", "no end"],
-            [form_of_parts(A_FILE), "multipart/form-data; boundary=c", "no end"],
-            [form_of_parts(A_FILE, end=b""), A_FORM, "no end"],
-            [form_of_parts(A_FILE)[:-8], A_FORM, "no end"],
-            [form_of_parts(*[A_FILE] * 99), A_FORM, "too many parts"],
-            [form_of_parts((A_FILE[0].replace("file", "data"), WAV)), A_FORM, "file is missing"],
-            [form_of_parts((A_FILE[0].partition("; filename")[0], b"a.wav")), A_FORM, "file is miss"],
-            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
-            [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
-            [b"", A_FORM, "no end"],
-            [form_of_parts((f'{A_FILE[0]}; x="{";" * 500}', WAV)), A_FORM, "is too long"],
-            [form_of_parts(A_FILE), f'{A_FORM}; x="{";" * 500}', "is too long"],
-            *([form_of_parts((f"{A_FILE[0].partition('; filename')[0]}; filename*={name}", WAV)), A_FORM, "cannot be read"]
-              for name in ("idna''x%ff", "undefined''x", "a\0b''x")),
-            [form_of_parts(A_FILE), "multipart/form-data; boundary*=idna''%ff", "cannot be read"],
-        ],
-    )  # fmt: skip
-    def test_wrong_forms(self, server, fake, tmp_path, monkeypatch, body, kind, words):
-        monkeypatch.chdir(tmp_path)
-        Path("a.wav").write_bytes(WAV)
-        told = self.post(server, "audio/transcriptions", body, kind)
-        assert told.status_code == 400 and words in told.json()["error"]["message"]
-        assert fake.chat_calls() == []
-        told = self.post(server, "audio/transcriptions", form_of_parts(A_FILE), A_FORM)
-        assert told.json()["text"] == HEARD
-
-    def test_a_form_that_is_too_large(self, serve, fake):
-        server = serve(limits=puter.Limits(body_bytes=1_000))
-        body = form_of_parts((A_FILE[0], WAV + bytes(2_000)))
-        assert self.post(server, "audio/transcriptions", body, A_FORM).status_code == 413
-        assert fake.chat_calls() == []
-
-    def test_who_may_call(self, serve, make, fake):
-        server = serve(make(), api_key=KEY, allowed_origins=["https://app.example"])
-        asked = {"prompt": "a dot"}
-        assert self.post(server, "images/generations", asked).status_code == 401
-        key = {"Authorization": f"Bearer {KEY}", "Origin": "https://app.example"}
-        told = self.post(server, "images/generations", asked, **key)
-        assert told.ok and told.headers["Access-Control-Allow-Origin"] == "https://app.example"
-        told = get_from(server, "/v1/audio/speech", **key)
-        assert (told.status_code, told.headers["Allow"]) == (405, "POST")
-        told = get_from(server, "/v1/images/generations", "OPTIONS", Origin="https://app.example")
-        assert told.status_code == 204
-        # who may use chosen models alone is not to spend on others
-        few = serve(make(), models=[OPUS])
-        told = self.post(few, "images/generations", asked)
-        assert told.status_code == 404 and "use `python -m puter serve`" in told.text
-        assert len(fake.chat_calls()) == 1
-
-    def test_a_client_that_hangs_up(self, server, fake):
-        body = b'{"prompt": "scenario: hang"}'
-        with connected(server) as sock:
-            head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            sock.sendall(head.encode() + body)
-            assert eventually(lambda: fake.accounts["token-alice"].running == 1)
-        assert eventually(lambda: fake.accounts["token-alice"].running == 0)
-        assert len(fake.chat_calls()) == 1
-
-    def test_a_sound_that_is_only_a_url(self, server, fake):
-        fake.routes["GET", "/samples/tts_example.mp3"] = refuses(404, "not_found", "Not Found")
-        asked = {"input": "x", "model": "tts-1", "voice": "nova", "test_mode": True}
-        told = self.post(server, "audio/speech", asked)
-        assert told.status_code == 502 and "only a URL" in told.json()["error"]["message"]
-        fake.routes["GET", "/samples/image_example.png"] = refuses(404, "not_found", "Not Found")
-        told = self.post(server, "images/generations", {"prompt": "x", "test_mode": True})
-        assert told.json()["data"] == [{"url": f"{fake.url}/samples/image_example.png"}]
-
-
-# =============================================================================
-# Cached replies and metrics
-# =============================================================================
-class TestReplies:
-    """`Reply` at the prompt and in Jupyter, and cached replies."""
-
-    def test_how_it_looks(self):
-        call = puter.ToolCall("call_1", "get_weather", {"city": "Rome"})
-        reply = puter.Reply("**Hi**", model="m", finish_reason="length")
-        assert str(reply) == reply._repr_markdown_() == "**Hi**"
-        assert repr(reply) == "<m, length>\n**Hi**"
-        assert "-> get_weather({'city': 'Rome'})" in repr(replace(reply, tool_calls=(call,)))
-        assert "get_weather" in puter.Reply(tool_calls=(call,))._repr_markdown_()
-        assert "token" not in repr(puter.Account("alice", "token-alice"))
-
-    def ask(self, client: puter.Puter, how: str, **more: Any) -> puter.Reply:
-        """A reply, whole or from a stream."""
-        more = {"model": lab("reason"), **more}
-        if how == "chat":
-            return client.chat("hi", **more)
-        with client.stream("hi", **more) as stream:
-            assert "".join(map(str, stream)) == str(stream.reply)
-            return stream.reply
-
-    @pytest.mark.parametrize("first", ["chat", "stream"])
-    @pytest.mark.parametrize("second", ["chat", "stream"])
-    def test_the_same_request_is_answered_from_the_cache(self, make, fake, first, second):
-        client = make(cache_enabled=True)
-        one, two = self.ask(client, first), self.ask(client, second)
-        assert len(chats(fake)) == 1
-        for name in ("text", "reasoning", "finish_reason", "model", "account"):
-            assert getattr(one, name) == getattr(two, name), name
-        assert one.usage.cost_usd and two.usage == replace(one.usage, cost_usd=0.0)
-        assert two.reasoning and two.usage and not two.attempts
-        self.ask(make(cache_enabled=True), "chat")  # another process finds it too
-        assert len(chats(fake)) == 1
-
-    def test_calls_are_cached(self, make, fake):
-        client = make(cache_enabled=True)
-        replies = [client.chat("hi", model=lab("extra"), tools=[WEATHER]) for _ in range(2)]
-        assert replies[0].tool_calls == replies[1].tool_calls
-        assert replies[1].tool_calls[0].extra_content == SIGNATURE
-        assert len(chats(fake)) == 1
-
-    @pytest.mark.parametrize(
-        "more",
-        [
-            {"temperature": 1},
-            {"model": lab("text")},
-            {"system": "Be brief"},
-            {"tools": [WEATHER]},
-            {"images": [PNG]},
-            {"cache_enabled": False},
-        ],
-    )
-    def test_another_request_is_asked(self, make, fake, more):
-        more = dict(more)
-        client = make(cache_enabled=more.pop("cache_enabled", True))
-        self.ask(client, "chat")
-        self.ask(client, "chat", **more)
-        assert len(chats(fake)) == 2
-
-    def test_it_grows_old(self, make, fake):
-        client = make(cache_enabled=True, cache_ttl_ms=150)
-        self.ask(client, "chat")
-        time.sleep(0.2)
-        self.ask(client, "chat")
-        assert len(chats(fake)) == 2
-
-    def test_the_oldest_go(self, make, fake):
-        client = make(cache_enabled=True, cache_max_entries=2)
-        for text in ("a", "b", "c", "c", "b", "a"):
-            client.chat(text, model=lab("echo"))
-        assert len(chats(fake)) == 4  # a, b, c, and a again
-
-    @pytest.mark.parametrize("how", ["chat", "stream"])
-    @pytest.mark.parametrize("scenario", ["closed", "err400", "badargs"])
-    def test_a_failure_is_not_cached(self, make, fake, how, scenario):
-        client = make(cache_enabled=True, max_retries=0)
-        for _ in range(2):
-            with pytest.raises(puter.PuterError):
-                ask(client, how, lab(scenario), fallback=False)
-        assert len(chats(fake)) == 2
-
-    def test_a_live_stream_that_may_have_lost_calls_is_not_cached(self, make, fake):
-        client = make(cache_enabled=True, stream_tools="live")
-        options = {"model": lab("twotools"), "tools": [WEATHER]}
-        with client.stream("hi", **options) as stream:
-            list(stream)
-        assert len(stream.reply.tool_calls) == 1
-        assert len(client.chat("hi", **options).tool_calls) == 2
-
-    def test_a_stream_that_is_left_is_not_cached(self, make, fake):
-        client = make(cache_enabled=True)
-        with client.stream("hi", model=lab("slow")) as stream:
-            next(stream)
-        assert str(client.chat("hi", model=lab("slow"))) == SENTENCE
-        assert len(chats(fake)) == 2
-
-    def test_a_folder_of_its_own(self, make, tmp_path):
-        folder = tmp_path / "replies"
-        client = make(cache_enabled=True, cache_directory=str(folder))
-        self.ask(client, "chat")
-        (path,) = folder.glob("*.sqlite3")
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or os.name == "nt"
-
-    def test_a_file_is_not_sent_for_a_cached_reply(self, make, fake):
-        client = make(cache_enabled=True)
-        for _ in range(2):
-            self.ask(client, "chat", files=[PDF])
-        assert len(fake.chat_calls()) == 1
-
-    def test_a_conversation_remembers_a_cached_reply(self, make):
-        client = make(cache_enabled=True)
-        for _ in range(2):
-            talk = client.conversation(model=lab("echo"))
-            assert "".join(map(str, talk.stream("hi"))) == "hi"
-            assert roles(talk) == "ua"
-
-
-class TestStats:
-    """Statistics of every call, exact however many ask at once."""
-
-    def test_statistics_of_models(self):
-        totals = [("ok", 3, 0.5), ("late", 2, 0.25)]
-        samples = [(4.0, 1.0, 20), (2.0, None, 10), (9.0, 3.0, None)]
-        many, few = puter.stats_of("many", totals, samples), puter.stats_of("few", totals, ())
-        assert (many.model, many.requests, many.successes) == ("many", 5, 3)
-        assert (many.failures, many.cost_usd) == ({"late": 2}, 0.75)
-        assert (many.p50_s, many.p95_s, many.first_s) == (4.0, 9.0, 1.0)
-        assert many.tokens_per_s == 5.0 and many.times == (9.0, 2.0, 4.0)
-        assert (few.model, few.p50_s, few.tokens_per_s) == ("few", None, None)
-
-    @pytest.mark.parametrize(
-        ("sort", "want"),
-        [("id", "abcd"), ("price", "cbda"), ("context", "bdac"), ("released", "dbac")],
-    )
-    def test_orders_of_models(self, sort, want):
-        def priced(name, usd_in, usd_out, **more):
-            return model(name, input_usd_per_million=usd_in, output_usd_per_million=usd_out, **more)
-
-        models = [
-            model("a", context=5, released="2024-01-02"),
-            priced("b", 1.0, 1.0, context=9, released="2024-11-01"),
-            priced("c", 1.5, 0.0),
-            priced("d", 0.5, 3.0, context=7, released="2025-01-01"),
-        ]
-        assert ids(sorted(models, key=puter.MODEL_SORTS[sort])) == list(want)
-
-    @pytest.mark.parametrize(
-        ("values", "percent", "want"),
-        [
-            ([], 50, None),
-            ([3], 95, 3),
-            ([1, 2], 50, 1),
-            ([3, 1, 2], 50, 2),
-            (range(1, 101), 95, 95),
-            (range(1, 12), 95, 11),
-            ([5, 1], 0, 1),
-            ([5, 1], 100, 5),
-        ],
-    )
-    def test_percentile(self, values, percent, want):
-        assert puter.percentile(values, percent) == want
-
-    def test_statistics(self, make, fake):
-        client = make(max_retries=0)
-        for how in ("chat", "stream"):
-            ask(client, how, lab("text"))
-        with client.stream("hi", model=lab("text")) as stream:
-            next(stream)
-        with pytest.raises(puter.PuterError):
-            client.chat("hi", model=lab("err400"), fallback=False)
-        text, failed = client.stats()
-        assert (text.model, text.requests, text.successes) == (lab("text"), 3, 2)
-        assert text.failures == {} and text.cost_usd == pytest.approx(2 * 0.000055)
-        assert 0 < text.p50_s <= text.p95_s < 5
-        assert 0 < text.first_s < 5 and text.tokens_per_s > 0
-        assert (failed.model, failed.requests, failed.successes) == (lab("err400"), 1, 0)
-        assert failed.failures == {"upstream_bad_request": 1} and failed.p50_s is None
-        assert client.stats("puter/" + lab("text")) == [text]
-        assert client.stats("nothing") == []
-
-    def test_retries_and_fallbacks_count_for_who_was_asked(self, make, fake):
-        fake.script[lab("text")] = ["internal", "err429"]
-        make(max_retries=1).chat("hi", model=lab("text"))
-        told = {s.model: (s.requests, s.successes) for s in make().stats()}
-        assert told == {lab("text"): (2, 0), FREE[0]: (1, 1)}
-
-    def test_a_file_of_their_own_or_none(self, make, tmp_path):
-        make(metrics_enabled=False).chat("hi", model=lab("text"))
-        client = make(metrics_file=str(tmp_path / "stats.sqlite3"))
-        client.chat("hi", model=lab("text"))
-        assert (tmp_path / "stats.sqlite3").exists()
-        assert make().stats() == [] and len(client.stats()) == 1
-
-    def test_32_threads(self, make):
-        client = make(max_concurrent=32, max_retries=0)
-
-        def work(how):
-            return [ask(client, how, lab("text")).text for _ in range(3)]
-
-        for thread, outcome in [
-            in_background(functools.partial(work, how)) for how in ["chat", "stream"] * 16
-        ]:
-            thread.join(30)
-            assert outcome == [[SENTENCE] * 3]
-        (stats,) = client.stats()
-        assert (stats.requests, stats.successes, stats.failures) == (96, 96, {})
-        assert stats.cost_usd == pytest.approx(96 * 0.000055)
-
-    def test_8_processes(self, make, home):
-        client = make()
-        script = """
-            for n in range(25):
-                usage = puter.Usage(1, 2, cost_usd=0.5)
-                puter.State().record("m", "ok" if n % 5 else "late", 1.0, 0.5, usage)
-        """
-        run_at_once(script, home, 8)
-        (stats,) = client.stats()
-        assert (stats.requests, stats.successes) == (200, 160)
-        assert stats.failures == {"late": 40} and stats.cost_usd == pytest.approx(100)
-        client.reset_stats()
-        assert client.stats() == []
-
-
-class TestModuleLevel:
-    """`puter.chat`, `puter.stream`, and what the module shows."""
-
-    def test_chat_and_stream(self, fake, home, monkeypatch):
-        sign_in(fake, home, "alice")
-        monkeypatch.setattr(puter, "_default", None)
-        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-        assert str(puter.chat("hi", model=lab("echo"), system="Be brief")) == "hi"
-        client = puter._default_client()
-        with puter.stream("hi", model=lab("text")) as stream:
-            assert "".join(map(str, stream)) == SENTENCE
-        # In a notebook the token may come late: the client is made anew, and only then.
-        assert puter._default_client() is client
-        monkeypatch.setenv("PUTER_AUTH_TOKEN", "token-bob")
-        puter.chat("hi", model=lab("text"))
-        assert [account for account, _ in fake.chat_calls()] == ["alice", "alice", "bob"]
-        puter._default_client().close()
-
-    @pytest.mark.parametrize("name", ["chat", "stream"])
-    def test_functions_look_like_the_methods(self, name):
-        function, method = getattr(puter, name), getattr(puter.Puter, name)
-        parameters = list(inspect.signature(function).parameters)
-        assert parameters == list(inspect.signature(method).parameters)[1:]
-        assert "model" in parameters and function.__doc__.startswith(method.__doc__)
-
-    def test_one_client_for_many_threads(self, home, monkeypatch):
-        monkeypatch.setattr(puter, "_default", None)
-        start = threading.Barrier(8)
-        running = [
-            in_background(lambda: (start.wait(10), puter._default_client())[1]) for _ in range(8)
-        ]
-        for thread, _ in running:
-            thread.join(10)
-        assert len({id(outcome[0]) for _, outcome in running}) == 1
-
-    @pytest.mark.parametrize("answer", ["", "n"])
-    def test_a_person_who_is_not_signed_in_is_asked(self, fake, home, monkeypatch, capsys, answer):
-        alice = puter.Account("alice", "token-alice")
-        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-        sit_down(monkeypatch, lambda _: answer)
-        monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
-        monkeypatch.setattr(puter, "_read_stdin", lambda: b"")
-        code = puter.main(["ask", "-m", lab("echo"), "hello"])
-        told = capsys.readouterr()
-        assert "You are not signed in." in told.err, told
-        if answer == "n":
-            assert (code, told.out) == (1, "") and not fake.requests
-        else:
-            assert (code, told.out) == (0, "hello\n")
-            assert names(puter.AccountStore(home)) == ["alice"]
-
-    @pytest.mark.parametrize(
-        ("given", "words"),
-        [
-            ({"debugg": True}, "no setting 'debugg'.*'debug'"),
-            ({"token": "t", "account": "alice"}, "both given"),
-            ({"config": {"debug": True}}, "config is .*Pass a Config"),
-            ({"session": "s"}, "session is 's'.*requests.Session"),
-        ],
-    )
-    def test_arguments_that_cannot_be(self, home, given, words):
-        with pytest.raises(puter.ConfigError, match=words):
-            puter.Puter(**given)
-
-    def test_names(self):
-        assert puter.__all__ == sorted(puter.__all__, key=lambda n: (n.islower(), n))
-        assert all(hasattr(puter, name) for name in puter.__all__)
-        assert dir(puter) == sorted([*puter.__all__, "__version__"])
-        errors = {
-            name
-            for name, value in vars(puter).items()
-            if isinstance(value, type) and issubclass(value, puter.PuterError)
-            if not name.startswith("_")
-        }
-        assert errors <= set(puter.__all__)
-
-    def test_every_public_name_says_what_it_is(self):
-        for name in puter.__all__:
-            assert getattr(puter, name).__doc__, name
-        assert importlib.import_module("puter").__doc__
-
-
-# =============================================================================
-# Commands at a terminal
-# =============================================================================
-# Takes the terminal for its own, so that Ctrl-C reaches it, and is the command then.
-AT_TERMINAL = (
-    "import fcntl, sys, termios, puter\n"
-    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    "sys.exit(puter.main())"
-)
+    def test_the_debug_log(self, signed_in):
+        signed_in.script[lab("text")] = "err429"
+        done = run_cli(signed_in, "ask", "-m", lab("text"), "hi", apart=True, PUTER_DEBUG="1")
+        lines = [one for one in done.stderr.splitlines() if one.startswith("[")]
+        form = r"\[puter-auth\] \d\d:\d\d:\d\d (Request|Rate|Fallback|Stream|Response)"
+        assert len(lines) >= 5 and all(re.match(form, one) for one in lines)
+        assert done.stdout == SENTENCE + "\n"
+        assert "token-alice" not in done.stderr
 
 
 def plain(text: str) -> str:
     """What a terminal was sent, without colours and moves."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
-
-
-class Terminal:
-    """A command at a pseudo-terminal: `send` types, `expect` waits for what it shows.
-
-    With `piped`, its stdout is a pipe, read into `piped_out` once it has ended.
-    """
-
-    def __init__(
-        self, fake: FakePuter, *argv: str, columns: int = 80, piped: bool = False, **env: str
-    ) -> None:
-        import fcntl
-        import pty
-        import termios
-
-        self.master, tty = pty.openpty()
-        size = struct.pack("HHHH", 24, columns, 0, 0)
-        fcntl.ioctl(tty, termios.TIOCSWINSZ, size)
-        self.shown, self.read_to, self.piped_out = "", 0, b""
-        unset = ("NO_COLOR", "COLUMNS", "LINES", "CI")
-        own = {"TERM": "xterm-256color", "INPUTRC": os.devnull, **env}
-        settings = {n: v for n, v in cli_env(fake).items() if n not in unset} | own
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", AT_TERMINAL, *argv],
-            stdin=tty,
-            stdout=subprocess.PIPE if piped else tty,
-            stderr=tty,
-            env=settings,
-            start_new_session=True,
-        )
-        os.close(tty)
-
-    def read(self, timeout_s: float) -> bool:
-        """Takes what has come; False when nothing did, or nothing will."""
-        if not select.select([self.master], [], [], timeout_s)[0]:
-            return False
-        try:
-            data = os.read(self.master, 65_536)
-        except OSError:  # the other side is closed
-            return False
-        self.shown += data.decode("utf-8", "replace")
-        return bool(data)
-
-    def expect(self, text: str, timeout_s: float = 10.0) -> str:
-        """Waits until it shows the text, behind what was expected before; what led to it."""
-        end = time.monotonic() + timeout_s
-        while (at := self.shown.find(text, self.read_to)) < 0:
-            left = end - time.monotonic()
-            if left <= 0 or not (self.read(left) or self.process.poll() is None):
-                raise AssertionError(f"no {text!r} in {self.shown[self.read_to :]!r}")
-        before, self.read_to = self.shown[self.read_to : at], at + len(text)
-        return before
-
-    def send(self, text: str) -> None:
-        """Types."""
-        os.write(self.master, text.encode())
-
-    def say(self, text: str) -> None:
-        """Types a line at the prompt."""
-        self.expect("> ")
-        self.send(text + "\r")
-        self.expect("\n")
-
-    def end(self, timeout_s: float = 20.0) -> int:
-        """Waits for its end; the exit code. Everything that it showed is in `shown` then."""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and self.process.poll() is None:
-            self.read(0.05)
-        code = self.process.wait(0.1)
-        while self.read(0.05):
-            pass
-        if self.process.stdout:
-            self.piped_out = self.process.stdout.read()
-        return code
-
-    def close(self) -> None:
-        """Ends it for good."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdout:
-            self.process.stdout.close()
-        os.close(self.master)
-
-
-@contextmanager
-def at_terminal(fake: FakePuter, *argv: str, **options: Any) -> Iterator[Terminal]:
-    """A command at a terminal, until the end of the block."""
-    terminal = Terminal(fake, *argv, **options)
-    try:
-        yield terminal
-    finally:
-        terminal.close()
-
-
-@pytest.fixture
-def desk(fake: FakePuter, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePuter:
-    """The fake server, with alice signed in, a home and a working folder of the test's own."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for name in ("NO_COLOR", "TERM", "COLUMNS"):
-        monkeypatch.delenv(name, raising=False)
-    sign_in(fake, home, "alice")
-    return fake
-
-
-def web(fake: FakePuter, path: str, reply: Raw) -> str:
-    """An address of the fake server that answers with this."""
-    fake.routes["GET", path] = lambda handler: handler.send(reply)
-    return fake.url + path
 
 
 def screen(fake: FakePuter, *argv: str, code: int = 0, **options: Any) -> list[str]:
@@ -19205,6 +18925,185 @@ class TestAsk:
         assert terminal.piped_out == out
 
 
+# ---- pictures and sound ----
+
+
+class TestMediaCommands:
+    """image, speak, transcribe and ocr on the command line."""
+
+    def test_image(self, desk):
+        done = run_cli(desk, "image", "a", "red", "dot", "-o", "cat.png", "-m", SEEDREAM)
+        assert (done.returncode, done.stdout) == (0, "cat.png\n")
+        assert done.stderr == f"{SEEDREAM} on alice; cost $0.0300\n"
+        assert Path("cat.png").read_bytes() == DREW.data
+        assert args_sent(desk) == [{"prompt": "a red dot", "model": SEEDREAM}]
+        for name in ("picture.png", "picture-1.png"):
+            done = run_cli(desk, "image", "-a", "cat.png", stdin="a dot\n")
+            assert (done.returncode, done.stdout) == (0, f"{name}\n")
+            assert done.stderr == "puter-image-generation on alice; cost not reported\n"
+            assert Path(name).read_bytes() == DREW.data
+        assert args_sent(desk)[-1] == {"prompt": "a dot", "input_images": [DATA_URL]}
+
+    @pytest.mark.parametrize("command", ["image", "speak"])
+    def test_a_file_that_exists(self, desk, command):
+        Path("a.bin").write_bytes(b"mine")
+        done = run_cli(desk, command, "hi", "-o", "a.bin")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: a.bin exists already.") and desk.requests == []
+        assert Path("a.bin").read_bytes() == b"mine"
+        done = run_cli(desk, command, "hi", "-o", "a.bin", "--force")
+        assert (done.returncode, done.stdout) == (0, "a.bin\n")
+        assert Path("a.bin").read_bytes() in (DREW.data, SOUND)
+        assert not Path("a-1.bin").exists()
+
+    def test_a_place_that_cannot_be(self, desk):
+        done = run_cli(desk, "image", "hi", "-o", "none/a.png")
+        assert done.returncode == 1 and "none/a.png cannot be written" in done.stderr
+        assert desk.requests == []
+
+    def test_a_folder_is_a_place(self, desk):
+        Path("made").mkdir()
+        for argv, name in (
+            (["image", "hi", "-o", "made"], "made/picture.png"),
+            (["image", "hi", "-o", "made/"], "made/picture-1.png"),
+            (["speak", "hi", "-o", "made", "--force"], "made/speech.mp3"),
+        ):
+            done = run_cli(desk, *argv)
+            assert (done.returncode, done.stdout) == (0, f"{name}\n")
+            assert Path(name).is_file()
+        assert run_cli(desk, "image", "hi", "-o", "none/").returncode == 1
+
+    @posix_only
+    def test_a_link_to_nothing_exists(self, desk):
+        Path("a.png").symlink_to("none/b.png")
+        Path("c.png").symlink_to("none/b.png")
+        for more, words in (([], "exists already"), (["--force"], "cannot be written")):
+            done = run_cli(desk, "image", "hi", "-o", "a.png", *more)
+            assert done.returncode == 1 and words in done.stderr and desk.requests == []
+        assert run_cli(desk, "image", "hi", "-o", "c").stdout == "c-1.png\n"
+
+    @posix_only
+    def test_a_device(self, desk):
+        done = run_cli(desk, "image", "hi", "-o", os.devnull, "--force")
+        assert (done.returncode, done.stdout) == (0, f"{os.devnull}\n")
+
+    def test_a_name_that_no_file_can_have(self, desk, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+        done = run_cli(desk, "image", "hi", "-o", "y" * 300)
+        (kept,) = Path().glob("puter-*.png")
+        assert (done.returncode, done.stdout) == (1, "") and str(kept.resolve()) in done.stderr
+        assert kept.read_bytes() == DREW.data
+
+    def test_to_stdout(self, desk):
+        env = cli_env(desk)
+        for argv, data in ((["image", "hi"], DREW.data), (["speak", "hi"], SOUND)):
+            command = [sys.executable, "-m", "puter", *argv, "-o", "-"]
+            done = subprocess.run(
+                command, capture_output=True, check=True, env=env, stdin=subprocess.DEVNULL
+            )
+            assert done.stdout == data and b"cost" in done.stderr
+
+    @posix_only
+    def test_to_stdout_of_a_terminal(self, desk):
+        lines = screen(desk, "image", "hi", "-o", "-", code=2)
+        assert "A terminal cannot show it" in lines[0] and desk.requests == []
+
+    @pytest.mark.parametrize(
+        ("output", "form"),
+        [("a.wav", "wav"), ("a.OPUS", "opus"), ("a.ogg", None), ("a", None), ("-.flac", "flac")],
+    )
+    def test_the_ending_says_how_to_speak(self, desk, output, form):
+        done = run_cli(desk, "speak", "hi", f"-o{output}")
+        assert done.returncode == 0 and args_sent(desk)[0].get("response_format") == form
+        assert ("note: " in done.stderr) is (output in ("a.OPUS", "a.ogg", "-.flac"))
+
+    @pytest.mark.parametrize(("name", "is_told"), [("a.jpg", True), ("a.PNG", False)])
+    def test_a_picture_of_another_kind(self, desk, name, is_told):
+        done = run_cli(desk, "image", "hi", "-o", name)
+        assert done.returncode == 0
+        assert (f"note: {name} holds image/png\n" in done.stderr) is is_told
+
+    def test_files_from_stdin(self, desk):
+        assert run_cli(desk, "transcribe", "-", stdin=WAV).stdout == f"{HEARD}\n"
+        assert run_cli(desk, "ocr", "-", stdin=PNG).stdout == "First line\nSecond line\n"
+        assert "standard input is none of" in run_cli(desk, "ocr", "-", stdin="a").stderr
+
+    @pytest.mark.parametrize("argv", [["image"], ["image", ""], ["speak", " "], ["speak", "-"]])
+    def test_without_words(self, desk, argv):
+        done = run_cli(desk, *argv)
+        assert (done.returncode, done.stdout) == (2, "") and desk.requests == []
+        assert done.stderr.startswith("error: There are no words. Try: python -m puter ")
+
+    @posix_only
+    def test_a_wait_has_a_reason(self, desk):
+        fails = [refusing(429, "too_many_requests")] * 2
+        draw = ROUTES["POST", CHAT]
+        desk.routes["POST", CHAT] = lambda h: h.send(fails.pop()) if fails else draw(h)
+        with at_terminal(desk, "image", "hi", PUTER_RETRY_DELAY_MS="600") as terminal:
+            terminal.expect("Rate limited (429), next try in")
+            assert terminal.end() == 0
+
+    def test_a_picture_that_is_only_a_url(self, desk, monkeypatch):
+        url = f"{desk.url}/samples/none.png"
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: url)
+        done = run_cli(desk, "image", "hi", "-o", "a.png")
+        assert (done.returncode, done.stdout) == (0, f"{url}\n")
+        assert not Path("a.png").exists() and len(desk.chat_calls()) == 1
+
+    def test_speak(self, desk):
+        done = run_cli(desk, "speak", "Good morning", "--voice", "nova", "--json")
+        assert done.returncode == 0 and Path("speech.mp3").read_bytes() == SOUND
+        report = json.loads(done.stdout)
+        assert report == {
+            "model": "puter-tts",
+            "account": "alice",
+            "cost_usd": None,
+            "file": "speech.mp3",
+            "mime": "audio/mpeg",
+        }
+        run_cli(desk, "speak", "-", "-o", "x", "-m", "tts-1", stdin="From a pipe.\n")
+        assert Path("x.mp3").read_bytes() == SOUND
+        texts = [args["text"] for args in args_sent(desk)]
+        assert texts == ["Good morning", "From a pipe."] and args_sent(desk)[1]["model"] == "tts-1"
+
+    def test_transcribe_and_ocr(self, desk):
+        Path("a.wav").write_bytes(WAV)
+        Path("page.png").write_bytes(PNG)
+        done = run_cli(desk, "transcribe", "a.wav")
+        assert (done.returncode, done.stdout) == (0, f"{HEARD}\n")
+        assert done.stderr == "puter-speech2txt on alice; cost not reported\n"
+        report = json.loads(run_cli(desk, "transcribe", "a.wav", "--json").stdout)
+        assert (report["text"], report["usage"]["total_tokens"]) == (HEARD, 10)
+        done = run_cli(desk, "ocr", "page.png", PUTER_QUIET_MODE="1")
+        assert (done.stdout, done.stderr) == ("First line\nSecond line\n", "")
+        report = json.loads(run_cli(desk, "ocr", "page.png", "--json").stdout)
+        assert report["text"] == "First line\nSecond line"
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            [["image", "scenario: err400"], "moderation blocked"],
+            [["image", "hi", "-a", "no.png"], "cannot be read"],
+            [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
+            [["transcribe", "no.wav"], "cannot be read"],
+            [["ocr", "notes.txt"], "none of PNG"],
+        ],
+    )
+    def test_errors(self, desk, argv, words):
+        Path("notes.txt").write_text("remember", "utf-8")
+        done = run_cli(desk, *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and words in done.stderr
+        assert not list(Path().glob("*.png"))
+
+    def test_signs_of_life_at_a_terminal(self, desk):
+        with at_terminal(desk, "image", "scenario: hang") as terminal:
+            assert terminal.expect("1 s")
+
+
+# ---- chat ----
+
+
 class TestChatCommand:
     """`chat`, at a terminal and on a pipe."""
 
@@ -19470,9 +19369,496 @@ class TestChatCommand:
             assert terminal.end() == 0
 
 
-# =============================================================================
-# Commands: what was used, what is there, and whether it works
-# =============================================================================
+# ---- accounts ----
+
+
+class Shell:
+    """Runs commands as a person does, against the scripted server."""
+
+    def __init__(self, fake: FakePuter, folder: Path) -> None:
+        self.fake, self.folder = fake, folder
+        urls = dict.fromkeys(("PUTER_API_BASE_URL", "PUTER_GUI_BASE_URL"), fake.url)
+        self.environ = clean_environ(folder, **urls)
+
+    def run(
+        self, *args: str, stdin: str | bytes = "", apart: bool = False, **environ: str
+    ) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        run = run_apart if apart else run_here
+        code, out, err = run(args, {**self.environ, **environ}, stdin)
+        assert "Traceback" not in err, err
+        return code, out, err
+
+    def good(self, *args: str, stdin: str = "", **environ: str) -> str:
+        """Standard output of a command that must work, and say nothing else."""
+        code, out, err = self.run(*args, stdin=stdin, **environ)
+        assert (code, err) == (0, "")
+        return out
+
+    def refused(self, *args: str, stdin: str = "") -> str:
+        """The one line on standard error of a command that must fail."""
+        code, out, err = self.run(*args, stdin=stdin)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    @property
+    def store(self) -> puter.AccountStore:
+        """The accounts that the commands see."""
+        return puter.AccountStore(self.folder / ACCOUNTS)
+
+    @property
+    def state(self) -> puter.State:
+        """The state that the commands see."""
+        return puter.State(self.folder / STATE, self.fake.url)
+
+
+@pytest.fixture
+def shell(fake: FakePuter, folder: Path) -> Shell:
+    """The commands, with nobody signed in."""
+    return Shell(fake, folder)
+
+
+@pytest.fixture
+def two(shell: Shell) -> Shell:
+    """The commands, with alice and bob signed in; bob is active."""
+    for name in ("alice", "bob"):
+        shell.store.add(puter.Account(name, f"token-{name}", 1_700_000_000_000))
+    return shell
+
+
+NOBODY_REMOVED = "No account was removed: nobody is signed in.\n"
+
+
+class TestAccountCommands:
+    """login, logout, switch and status."""
+
+    # login
+
+    def test_login_with_a_token(self, shell):
+        argv = ("login", "--with-token")
+        _, out, _ = shell.run(*argv, stdin="  token-alice \r\n", apart=True)
+        path = shell.folder / ACCOUNTS
+        assert out == f"Signed in as alice; 1 account in {path}\n"
+        out = shell.good(*argv, stdin="token-bob")
+        assert out == f"Signed in as bob; 2 accounts in {path}\n"
+        assert names(shell.store) == ["alice", "bob"]
+        assert active_name(shell.store) == "bob"
+
+    def test_login_again_renews_the_token_and_ends_the_rests(self, two):
+        state = two.state
+        state.add_cooldown("alice", "", MINUTE_S, "busy", now=time.time())
+        state.add_cooldown("bob", "", MINUTE_S, "busy", now=time.time())
+        two.fake.add_account("alice", "token-new")
+        two.good("login", "--with-token", stdin="token-new\n")
+        assert names(two.store) == ["alice", "bob"]
+        alice = two.store.active()
+        assert alice and (alice.username, alice.token) == ("alice", "token-new")
+        assert alice.added_at_ms == 1_700_000_000_000
+        assert [r.account for r in state.cooldowns(time.time())] == ["bob"]
+        state.close()
+
+    @pytest.mark.parametrize("token", [SECRET, f"two {SECRET}", f"{SECRET}é"])
+    def test_login_with_a_token_that_is_of_no_use(self, shell, token):
+        told = shell.refused("login", "--with-token", stdin=token)
+        assert SECRET not in told
+        assert not shell.store.path.exists()
+
+    def test_login_without_a_server(self, shell):
+        shell.fake.stop()
+        told = shell.refused("login", "--with-token", stdin=SECRET)
+        assert shell.fake.url in told and SECRET not in told
+
+    def test_login_to_a_temporary_account(self, shell):
+        shell.fake.accounts["token-bob"].temporary = True
+        argv, off = ("login", "--with-token"), {"PUTER_AUTO_CREATE_TEMP_USER": "0"}
+        code, _, err = shell.run(*argv, stdin="token-bob", **off)
+        assert code == 1 and "auto_create_temp_user" in err
+        assert shell.store.accounts() == []
+        assert "bob (a temporary account)" in shell.good(*argv, stdin="token-bob")
+        assert shell.store.accounts()[0].is_temporary
+        assert "(temporary, " in shell.good("status")
+
+    @pytest.mark.parametrize(
+        ("argv", "more", "words"),
+        [
+            ("status", {"PUTER_MAX_RETRIES": "many"}, "PUTER_MAX_RETRIES"),
+            ("login --with-token", {}, "--with-token"),
+            ("login --no-browser --port 99999", {}, "port"),
+            ("login --no-browser --port -1", {}, "port"),
+            ("logout alice --all", {}, "not allowed with"),
+            *(
+                (argv, {}, "usage:")
+                for argv in ("", "aks", "switch", "logout a b", "login --port x")
+            ),
+        ],
+    )
+    def test_wrong_usage(self, two, argv, more, words):
+        code, out, err = two.run(*argv.split(), apart=words == "usage:", **more)
+        assert (code, out) == (2, "") and words in err
+        assert len(two.store.accounts()) == 2
+
+    def shown_address(self, process: subprocess.Popen[bytes]) -> str:
+        """The address that a waiting login shows."""
+        assert process.stderr
+        for line in process.stderr:
+            if b"action=authme" in line:
+                return line.decode().strip()
+        raise AssertionError("no address was shown")
+
+    def test_login_with_a_browser_elsewhere(self, shell):
+        shell.fake.login_token = shell.fake.add_account("carol", SECRET).token
+        argv = ("login", "--no-browser", "--port", "0")
+        with running_cli(shell.fake, *argv, env=shell.environ) as process:
+            status, page = shell.fake.approve(self.shown_address(process))
+            out, err = process.communicate(timeout=10)
+        assert (process.returncode, status) == (0, 200)
+        assert out.startswith(b"Signed in as carol; 1 account in ")
+        assert SECRET.encode() not in out + err + page.encode()
+        assert shell.store.accounts()[0].token == SECRET
+
+    @posix_only
+    def test_login_opens_the_browser(self, shell, tmp_path):
+        # A browser that presses the button on the page that it is told to open.
+        browser = tmp_path / "browser"
+        browser.write_text(
+            f"#!{sys.executable}\n"
+            "import html, re, sys, urllib.request as u\n"
+            "page = u.urlopen(sys.argv[1]).read().decode()\n"
+            "u.urlopen(html.unescape(re.search('href=\"([^\"]+)', page)[1])).read()\n"
+        )
+        browser.chmod(0o700)
+        environ = {"BROWSER": f"{browser} %s"}
+        code, out, err = shell.run("login", "--port", "0", apart=True, **environ)
+        assert (code, out[:16]) == (0, "Signed in as bob")
+        assert "Open this URL to sign in" in err
+
+    @posix_only
+    def test_ctrl_c_ends_a_waiting_login_at_once(self, shell):
+        argv = ("login", "--no-browser", "--port", "0")
+        with running_cli(shell.fake, *argv, env=shell.environ) as process:
+            self.shown_address(process)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=5)
+        assert (process.returncode, out) == (130, b"")
+        assert b"Traceback" not in err
+
+    def test_login_with_a_token_in_utf_16(self, shell):
+        # What a redirection of an older PowerShell writes.
+        raw, strict = f"{SECRET}\n".encode("utf-16"), {"PYTHONIOENCODING": "utf-8:strict"}
+        code, _, err = shell.run("login", "--with-token", stdin=raw, apart=True, **strict)
+        assert code in (1, 2) and err.startswith("error: ")
+
+    # login --import
+
+    def test_import(self, shell, tmp_path):
+        shell.fake.stop()  # it needs no network
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps({**PLUGIN_FILE, "activeIndex": 1}))
+        out = shell.good("login", "--import", str(plugin))
+        assert out.splitlines() == ["Added alice", "Added temp_bob", f"2 accounts from {plugin}"]
+        assert accounts_json(shell.folder) == json.loads(plugin.read_text())
+        assert active_name(shell.store) == "temp_bob"
+        assert "Kept temp_bob, whose token is the same" in shell.good(
+            "login", "--import", str(plugin)
+        )
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_import_into_a_filled_store(self, shell, tmp_path, kept):
+        # Which of two tokens is newer nobody knows: the other one is tried before it replaces ours.
+        plugin = tmp_path / "plugin.json"
+        plugin.write_text(json.dumps(PLUGIN_FILE))
+        for name in ("alice", "bob"):
+            shell.store.add(puter.Account(name, f"token-{name}", 1))
+        if not kept:
+            shell.fake.accounts[SECRET] = FakeAccount("alice", SECRET)
+        out = shell.good("login", "--import", str(plugin))
+        done = "Kept alice: the other token was refused" if kept else "Renewed the token of alice\n"
+        assert out.startswith(done) and "\nAdded temp_bob\n" in out and SECRET not in out
+        assert names(shell.store) == ["alice", "bob", "temp_bob"]
+        assert shell.store.accounts()[0].token == ("token-alice" if kept else SECRET)
+        assert active_name(shell.store) == "bob"
+
+    @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", "a folder"])
+    def test_import_of_what_is_no_accounts_file(self, shell, tmp_path, content):
+        path = str(tmp_path / "plugin.json")
+        if isinstance(content, bytes):
+            Path(path).write_bytes(content)
+        elif content == "a folder":
+            Path(path).mkdir()
+        assert path in shell.refused("login", "--import", path)
+        assert not shell.store.path.exists()
+
+    # logout
+
+    def test_logout(self, two):
+        out = two.good("logout")
+        assert out.startswith("Removed bob.\nThe active account is alice.\n")
+        assert "revoke it on puter.com" in out
+        assert names(two.store) == ["alice"]
+        assert two.good("logout", "alice").startswith("Removed alice.\n")
+        assert two.good("logout") == NOBODY_REMOVED
+
+    @pytest.mark.parametrize(
+        ("which", "said", "left"),
+        [
+            ("alice", "Removed alice.\nThe active account is bob.\n", ["bob"]),
+            ("--all", "Removed alice, bob.\n", []),
+        ],
+    )
+    def test_logout_of_others(self, two, which, said, left):
+        assert two.good("logout", which).startswith(said) and names(two.store) == left
+        if not left:
+            assert two.good("logout", "--all") == NOBODY_REMOVED
+            assert "python -m puter login" in two.refused("switch", "alice")
+
+    def test_switch(self, two):
+        assert two.good("switch", "alice") == "The active account is alice.\n"
+        assert "Did you mean 'bob'?" in two.refused("switch", "bop")
+        told = two.refused("logout", "Bob")
+        assert "Did you mean 'bob'?" in told and "alice, bob" in told
+        assert active_name(two.store) == "alice" and len(two.store.accounts()) == 2
+
+    # status
+
+    def test_status(self, two):
+        now, state = time.time(), two.state
+        state.record_success("alice", ("m",), now - 7205, now - 7200)
+        state.add_cooldown("alice", "m1", 500.0, "upstream_failed", now)
+        state.add_cooldown("bob", "", 900.0, "too_many_requests", now)
+        state.add_cooldown("bob", "old", -1.0, "is over", now)
+        state.close()
+        lines = two.good("status").splitlines()
+        assert re.fullmatch(r"  alice  \(last used \d{4}-\d\d-\d\d \d\d:\d\d\)", lines[0])
+        assert lines[1] == "* bob  (last used never)"
+        assert re.fullmatch(r"  cooldown: m1 on alice, \d+ s left \(upstream_failed\)", lines[2])
+        assert re.fullmatch(r"  cooldown: bob, \d+ s left \(too_many_requests\)", lines[3])
+        assert len(lines) == 4
+
+    def test_status_as_json(self, two):
+        state = two.state
+        state.add_cooldown("bob", "m", 900.0, "busy", time.time())
+        state.add_cooldown("alice", "", 1e9, "login", time.time(), token="token-alice")
+        state.close()
+        out = two.good("status", "--json")
+        data = json.loads(out)
+        assert data["config_dir"] == str(two.folder)
+        alice, bob = data["accounts"]
+        assert alice == {
+            "username": "alice",
+            "active": False,
+            "temporary": False,
+            "added_at_ms": 1_700_000_000_000,
+            "last_used_ms": None,
+            "needs_login": True,
+        }
+        assert (bob["active"], bob["needs_login"]) == (True, False)
+        (rest,) = data["cooldowns"]
+        left = rest.pop("seconds_left")
+        assert 0 < left <= 900
+        assert rest == {"account": "bob", "model": "m", "reason": "busy", "strikes": 1}
+        assert "token-" not in out
+        out = two.good("status")
+        assert "alice  (needs a new sign-in: python -m puter login" in out
+        assert out.count("cooldown:") == 1
+        two.store.add(puter.Account("alice", "another"))
+        assert "needs a new" not in two.good("status")
+
+    def test_status_without_accounts(self, shell):
+        code, out, err = shell.run("status")
+        assert (code, err) == (1, "") and "python -m puter login" in out
+        code, out, _ = shell.run("status", "--json")
+        assert code == 1 and json.loads(out)["accounts"] == []
+
+    def test_status_with_a_token_of_the_environment(self, two):
+        out = two.good("status", PUTER_AUTH_TOKEN=SECRET)
+        assert out.startswith("PUTER_AUTH_TOKEN is set") and SECRET not in out
+
+    def test_status_tells_of_a_damaged_state(self, two):
+        (two.folder / STATE).write_bytes(b"this is no database, " * 500)
+        code, out, err = two.run("status")
+        assert code == 0 and "* bob" in out
+        assert STATE in err
+
+    def test_clearing_the_cooldowns(self, two):
+        state = two.state
+        for model in ("", "m"):
+            state.add_cooldown("bob", model, MINUTE_S, "busy", time.time())
+        state.add_cooldown("alice", "", MINUTE_S, "busy", now=0.0)  # over long ago
+        assert two.good("status", "--clear-cooldowns") == "Ended 2 cooldowns.\n"
+        assert state.cooldowns(time.time()) == []
+        assert two.good("status", "--clear-cooldowns") == "Ended 0 cooldowns.\n"
+        state.close()
+
+    # all of them
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            *("login --with-token", "logout", "logout --all", "logout alice", "switch alice"),
+            *("status", "status --json"),
+        ],
+    )
+    def test_a_broken_file_is_named_and_kept(self, two, command):
+        path = two.store.path
+        raw = b'{"version": 1, "accounts": [{"authToken": "%b"' % SECRET.encode()
+        path.write_bytes(raw)
+        told = two.refused(*command.split(), stdin="token-alice")
+        assert str(path) in told and SECRET not in told
+        assert path.read_bytes() == raw
+
+    def test_debug_shows_what_happens_to_the_accounts(self, shell):
+        on: Any = {"apart": True, "PUTER_DEBUG": "1"}
+        code, _, err = shell.run("login", "--with-token", stdin="token-alice", **on)
+        assert code == 0 and "token-alice" not in err
+        assert re.search(r"(?m)^\[puter-auth\] [\d:]{8} Auth: Account added - alice$", err)
+        _, _, err = shell.run("switch", "alice", **on)
+        assert "Auth: Switched account - alice" in err
+
+    @posix_only
+    @pytest.mark.parametrize(
+        ("redirection", "args", "code", "words"),
+        [
+            ("<&-", "login --with-token", 2, "error: No token came."),
+            ("<&-", "chat", 0, ""),
+            ("<&-", "ask --no-fallback hi", 0, ""),
+            (">&-", "status", 1, "error: The output cannot be written"),
+            (">&-", "ask hi", 1, "error: The output cannot be written"),
+            (">/dev/full", "status", 1, "error: The output cannot be written"),
+            ("2>&-", "ask hi", 0, ""),
+            ("2>/dev/full", "switch nobody", 1, ""),
+        ],
+    )
+    def test_streams_that_are_closed_or_full(self, two, redirection, args, code, words):
+        command = ["sh", "-c", f'"$0" -m puter {args} {redirection}', sys.executable]
+        ended, out, err = run_command(command, two.environ)
+        assert (ended, err[: len(words)]) == (code, words), err
+        assert err.count("\n") == bool(words)
+        if "ask" in args:
+            assert len(two.fake.chat_calls()) == (code == 0)
+            assert bool(out) is (code == 0)
+
+    @pytest.mark.parametrize(
+        ("command", "key", "value"),
+        [
+            ("status --clear-cooldowns", "cleared", 0),
+            ("stats --reset", "reset", "all"),
+            ("cache --clear", "deleted", 0),
+            ("config path", "path", None),
+            ("status --check", 0, {"ok": True}),
+        ],
+    )
+    def test_json_is_json(self, two, command, key, value):
+        found = json.loads(two.good(*command.split(), "--json"))[key]
+        assert found == value or value is None or found.items() >= value.items()
+
+    @pytest.mark.parametrize(("argv", "port"), [((), None), (("--port", "0"), 0)])
+    def test_only_the_default_port_may_move(self, two, monkeypatch, capsys, argv, port):
+        asked: list[Any] = []
+
+        def sign_in(config: Any, **more: Any) -> puter.Account:
+            asked.append(more["port"])
+            return puter.Account("carol", SECRET)
+
+        monkeypatch.setattr(puter, "browser_login", sign_in)
+        monkeypatch.setenv("PUTER_CONFIG_DIR", str(two.folder))
+        assert puter.main(["login", *argv]) == 0 and asked == [port]
+
+    def test_what_needs_no_network_loads_no_network(self, two):
+        script = """
+            for args in (["status"], ["switch", "alice"], ["logout", "alice"]):
+                assert puter.main(args) == 0
+            assert not {"requests", "http.server", "sseclient"} & set(sys.modules)
+        """
+        done = run_script(script, two.folder)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- reports ----
+
+
+class TestCatalogueCommands:
+    """`whoami`, `models`, `--version` and `--help`."""
+
+    def test_whoami(self, signed_in):
+        done = run_cli(signed_in, "whoami")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "alice\n", "")
+        signed_in.accounts["token-alice"].temporary = True
+        assert run_cli(signed_in, "whoami").stdout == "alice (temporary)\n"
+        told_json = json.loads(run_cli(signed_in, "whoami", "--json").stdout)
+        assert told_json["username"] == "alice" and told_json["is_temp"] is True
+        signed_in.accounts["token-alice"].dead = True
+        done = run_cli(signed_in, "whoami")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "python -m puter login" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "want"),
+        [
+            (["--free"], sorted(FREE)),
+            (["--provider", "google"], ["gemini-2.5-flash"]),
+            (["--search", "OPUS"], ["claude-opus-4-5-20251101"]),
+            (["--search", "qwen3", "--free"], [FREE[3]]),
+            (["--search", "nothing-like-this"], []),
+            (["--free", "--sort", "context"], [*sorted(FREE[:4]), FREE[4]]),
+            (["--vision"], [HAIKU, OPUS, SONNET, "gemini-2.5-flash", "gpt-4o", "gpt-5.3-codex"]),
+            (
+                ["--vision", "--sort", "price"],
+                ["gemini-2.5-flash", HAIKU, "gpt-4o", "gpt-5.3-codex", SONNET, OPUS],
+            ),
+            (
+                ["--vision", "--sort", "context"],
+                ["gemini-2.5-flash", SONNET, HAIKU, OPUS, "gpt-4o", "gpt-5.3-codex"],
+            ),
+            (
+                ["--vision", "--sort", "released"],
+                [SONNET, OPUS, HAIKU, "gemini-2.5-flash", "gpt-4o", "gpt-5.3-codex"],
+            ),
+            (["--vision", "--provider", "ANTHROPIC"], [HAIKU, OPUS, SONNET]),
+            (["--vision", "--search", "opus 4.5"], [OPUS]),
+            (["--tools", "--provider", "groq"], []),
+        ],
+    )
+    def test_models(self, fake, home, argv, want):
+        done = run_cli(fake, "models", *argv)
+        head, *rows = done.stdout.splitlines()
+        assert done.returncode == 0 and head.startswith("MODEL ")
+        assert [row.split()[0] for row in rows] == want
+        assert ("No model" in done.stderr) is (not want)
+        told_json = json.loads(run_cli(fake, "models", "--json", *argv).stdout)
+        assert [model["id"] for model in told_json] == want
+        assert len(fake.requests) == 1  # the second process found it on disk
+
+    def test_a_row(self, fake, home):
+        rows = run_cli(fake, "models").stdout.splitlines()
+        opus = next(row for row in rows if row.startswith("claude-opus"))
+        cells = re.split(r"  +", opus)
+        assert cells[1:] == ["claude", "200,000", "text+image+pdf", "yes", "5", "25"]
+        assert len(rows) == len(fake.catalogue) + 1
+
+    def test_refresh(self, fake, home):
+        for _ in range(2):
+            assert run_cli(fake, "models", "--refresh").returncode == 0
+        assert len(fake.requests) == 2
+
+    def test_no_server(self, fake, home):
+        dead = f"http://127.0.0.1:{free_port()}"
+        done = run_cli(fake, "models", PUTER_API_BASE_URL=dead)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ") and "refused" in done.stderr
+
+    @pytest.mark.parametrize("argv", [[], ["ask"]])
+    def test_help(self, fake, home, argv):
+        done = run_cli(fake, *argv, "--help", apart=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: python -m puter")
+        version = run_cli(fake, "--version").stdout
+        assert version == f"puter.py {puter.__version__}\n"
+        if not argv:
+            for word in ("ask", "models", "whoami", "exit codes:", "examples:"):
+                assert word in done.stdout
+
+
 class TestReports:
     """`models`, `usage`, `stats`, `cache` and `status --check`."""
 
@@ -19785,959 +20171,353 @@ class TestReports:
         assert "Traceback" not in done.stderr
 
 
-# =============================================================================
-# The client under attack
-# =============================================================================
-FAILED_WORDS = ("error", "ERROR", "network_error", "malformed_function_call", "abort", "incomplete")
-DOUBTFUL = table(
-    ["a firewall's page", 403, b"<h1>Blocked by the firewall</h1>"],
-    ["a proxy's limit", 429, b"Slow down"],
-    ["a limit without a code", 429, {"message": "too many"}],
-    ["a misread 402", 402, {"message": "pay"}],
-    ["another's code", 403, {"code": "nope", "message": "no"}],
-)
+# ---- serve ----
 
 
-def open_files() -> int:
-    """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))
+@contextmanager
+def serving(
+    fake: FakePuter, *argv: str, **env: str
+) -> Iterator[tuple[subprocess.Popen[Any], str, list[str]]]:
+    """A server as a process: the process, its base URL, and the lines that it printed."""
+    environ = cli_env(fake, **env)
+    with running_cli(fake, "serve", *argv, env=environ, text=True) as process:
+        assert process.stdout
+        lines = [process.stdout.readline().rstrip("\n") for _ in range(2)]
+        found = re.search(r"http://\S+/v1", lines[0])
+        assert found, process.stderr and process.stderr.read()
+        yield process, found[0], lines
 
 
-class TestClientUnderAttack:
-    """Failures that look like success, bills that come twice, and what grows for ever."""
-
-    @pytest.mark.parametrize("word", FAILED_WORDS)
-    def test_what_its_provider_gave_up_is_no_answer(self, make, fake, word):
-        fake.script[lab("text")] = lambda *_: Turn("half of", finish=word)
-        with pytest.raises(puter.ReplyError, match="failed while it wrote") as caught:
-            make(fallback_enabled=False).chat("hi", model=lab("text"))
-        assert caught.value.reply.text == "half of" and len(chats(fake)) == 1
-        ended = json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": word}]})
-        _, error, reply = heard(delta(content="half of"), ended, "[DONE]")
-        assert isinstance(error, puter.StreamError) and reply.text == "half of"
-
-    def test_an_end_alone_is_no_answer(self):
-        _, error, _ = heard("[DONE]")
-        assert isinstance(error, puter.StreamError) and "no answer" in error.message
+class TestServeCommand:
+    """`serve`, as a process of its own."""
 
     @pytest.mark.parametrize(
-        ("finish", "words"), [("length", "cut at its longest"), ("content_filter", "filter ended")]
-    )
-    def test_a_cut_is_said(self, signed_in, finish, words):
-        signed_in.script[lab("text")] = lambda *_: Turn("half", finish=finish)
-        done = run_cli(signed_in, "ask", "-m", lab("text"), "--no-stream", "hi")
-        assert (done.returncode, done.stdout) == (0, "half\n") and words in done.stderr
-
-    def test_what_comes_behind_the_end_is_nothing(self):
-        decoder = puter.LineDecoder("m")
-        decoder.feed(
-            stream_line("text", text="all")
-            + stream_line("usage", usage=USAGE)
-            + stream_line("text", text="no")
-        )
-        decoder.finish()
-        assert decoder.error is None and decoder.reply().text == "all"
-
-    def test_a_task_that_closes_is_seen_by_the_task_that_reads(self, make):
-        async def both(stream: puter.Stream) -> None:
-            loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
-
-            async def read() -> None:
-                while await loop.run_in_executor(pool, next, stream, None):
-                    pass
-
-            reading = asyncio.ensure_future(read())
-            await asyncio.sleep(0.1)
-            await loop.run_in_executor(pool, stream.close)
-            with pytest.raises(puter.StreamError, match="closed"):
-                await reading
-            pool.shutdown()
-
-        asyncio.run(both(make().stream("hi", model=lab("slow"))))
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    @pytest.mark.parametrize("way", ["leave", "close", "drop", "client"])
-    def test_a_forked_child_ends_only_its_own(self, make, way):
-        client = make()
-        with client.stream("hi", model=lab("slow")) as stream:
-            said = str(next(stream))
-            child = os.fork()
-            if child == 0:
-                with suppress(BaseException):
-                    {
-                        "leave": lambda: stream.__exit__(None, None, None),
-                        "close": stream.close,
-                        "drop": stream.__del__,
-                        "client": client.close,
-                    }[way]()
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
-            assert said + text_of_chunks(list(stream)) == SENTENCE
-
-    @pytest.mark.parametrize(("how", "asked"), [("chat", 1), ("stream", 2)])
-    def test_a_kept_connection_that_breaks_at_work_is_not_stale(self, how, asked):
-        seen: list[bytes] = []
-        answer = driver_reply(Turn(WIRE_TEXT), openrouter_model("m"))
-        body = compact(answer).encode()
-        head = (
-            f"HTTP/1.1 200 OK\r\nContent-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-
-        def serve(connection: socket.socket) -> None:
-            with suppress(ConnectionAbortedError):
-                while request := read_request(connection):
-                    seen.append(request)
-                    if len(seen) > 1:
-                        time.sleep(0.1)  # at work, and then it fails
-                        hang_up(connection, "closed")
-                    connection.sendall(head.encode() + body)
-
-        with (
-            raw_server(serve) as url,
-            puter.Puter("t", api_base_url=url, retry_delay_ms=1, fallback_enabled=False) as client,
-        ):
-            client.chat("hi", model="m")
-            with pytest.raises(puter.NetworkError) as caught:
-                ask(client, how, "m")
-        assert caught.value.may_be_billed and len(seen) == 1 + asked
-
-    def test_a_connection_that_was_closed_while_idle_is_seen_before(self, make, fake):
-        client = make(max_retries=0)
-        client.chat("hi", model=lab("text"))
-        fake.stop()
-        fake.start()
-        assert client.chat("hi", model=lab("text")).text == SENTENCE
-
-    @pytest.mark.parametrize(
-        ("name", "ttl_ms", "is_down", "is_asked"),
+        ("argv", "env", "key"),
         [
-            ("gift", 20, True, False),
-            ("gift:free", 20, True, True),
-            ("gift", 20, False, True),
-            ("gift", 0, False, True),
-            ("gift", 60_000, True, True),
+            ([], {}, None),
+            (["--openai", "--api-key", KEY], {}, KEY),
+            ([], {"PUTER_SERVER_API_KEY": KEY}, KEY),
         ],
     )
-    def test_what_an_old_list_calls_free(self, make, fake, name, ttl_ms, is_down, is_asked):
-        fake.catalogue = [openrouter_model("lab/text"), openrouter_model(f"lab/{name}", (0, 0))]
-        fake.script |= {lab("text"): "err429", lab(name): "echo"}
-        client = make(cache_ttl_ms=ttl_ms)
-        client.models()
-        if is_down:
-            fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
-        time.sleep(0.03)
-        with suppress(puter.ModelRateLimitError):
-            client.chat("hi", model=lab("text"))
-        assert told(fake) == ["alice text", *([f"alice {name}"] if is_asked else [])]
+    def test_what_is_printed(self, signed_in, argv, env, key):
+        with serving(signed_in, "--port", "0", *argv, **env) as (process, url, lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1].startswith(f"{len(signed_in.catalogue)} models")
+            assert url in lines[1] and "API key" in lines[1] and KEY not in "".join(lines)
+            without = requests.get(f"{url}/models", timeout=5)
+            assert without.status_code == (401 if key else 200)
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {"model": lab("text"), "messages": HI}
+            reply = requests.post(f"{url}/chat/completions", json=body, headers=headers, timeout=5)
+            assert reply.json()["choices"][0]["message"]["content"] == SENTENCE
 
-    def test_usage_is_the_sum(self, make, fake):
-        one = {"usage": None}
-        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
-        client = make()
-        one = client.chat("hi", model=lab("text"), tools=[get_weather]).usage
-        fake.script[lab("text")] = [calling(("get_weather", {"city": "Rome"})), says("done")]
-        talk = client.conversation(model=lab("text"))
-        for reply in (talk.say("hi", tools=[get_weather]), talk.reply):
-            assert reply.usage == one + one and reply.usage.cost_usd == 2 * one.cost_usd
-        fake.script[lab("text")] = calling(("get_weather", {"city": "Rome"}))
-        with pytest.raises(puter.ReplyError) as caught:
-            client.run("hi", [get_weather], model=lab("text"), max_rounds=2)
-        assert caught.value.reply.usage == one + one + one
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+    def test_signals(self, signed_in, name):
+        with serving(signed_in, "--port", "0") as (process, url, _):
+            body = {"model": lab("slow"), "messages": HI, "stream": True}
+            with requests.post(
+                f"{url}/chat/completions", json=body, stream=True, timeout=10
+            ) as reply:
+                pieces = reply.iter_content(None)
+                first = next(pieces)
+                process.send_signal(getattr(signal, name))
+                rest = b"".join(pieces)
+            assert b"line." in first + rest
+            assert (first + rest).endswith(b"data: [DONE]\n\n")
+            assert process.wait(5) == 0
+            assert process.stderr
+            assert "Traceback" not in process.stderr.read()
 
-    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-    def test_one_default_client_at_a_time(self, fake, home, monkeypatch):
-        monkeypatch.setattr(puter, "_default", None)
-        monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
-        counts, clients = [], []
-        for number in range(30):
-            fake.add_account(f"user{number}", f"key-{number}")
-            monkeypatch.setenv("PUTER_AUTH_TOKEN", f"key-{number}")
-            assert puter.chat("hi", model=lab("echo")).text == "hi"
-            clients.append(puter._default_client())  # whoever still holds it
-            counts.append(open_files())
-        puter._default_client().close()
-        assert max(counts[2:]) <= counts[1] + 2
+    def test_ctrl_c_while_it_waits_for_the_models(self, signed_in):
+        signed_in.routes["GET", DETAILS] = lambda handler: handler.pause(30)
+        with serving(signed_in, "--port", "0") as (process, _, _lines):
+            assert eventually(lambda: any(one.path == DETAILS for one in signed_in.requests))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
 
-    def test_a_remembered_failure_does_not_grow(self, make, fake):
-        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
-        client, depths = make(max_retries=0), set()
-        for _ in range(4):
-            with pytest.raises(puter.ServerError) as caught:
-                client.models()
-            depths.add(len(list(traceback.walk_tb(caught.value.__traceback__))))
-        assert client._catalogue._failure[0].__traceback__ is None
-        assert len(depths) <= 2 and len(fake.requests) == 1
+    def test_a_second_ctrl_c_ends_what_runs(self, signed_in):
+        with serving(signed_in, "--port", "0") as (process, url, _):
+            assert process.stdout and process.stderr
+            process.stdout.readline()  # it is ready
+            body = {"model": lab("hang"), "messages": HI, "stream": True}
+            thread, _ = in_background(lambda: requests.post(f"{url}/chat/completions", json=body))
+            assert eventually(lambda: signed_in.open_streams == 1)
+            process.send_signal(signal.SIGINT)
+            assert "Stopping" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert "Traceback" not in process.stderr.read()
+            thread.join(5)
 
-    def test_a_clock_that_is_set_back(self, make, fake, move_clock, monkeypatch):
-        monkeypatch.setattr(puter, "MODELS_RETRY_S", 0.05)
-        route = fake.routes["GET", DETAILS]
-        fake.routes["GET", DETAILS] = lambda handler: handler.send(Raw(b"", 500))
-        client = make(max_retries=0)
-        with pytest.raises(puter.ServerError):
-            client.models()
-        move_clock(-7_200.0)
-        fake.routes["GET", DETAILS] = route
-        time.sleep(0.06)
-        assert client.models()
-
-    @pytest.mark.parametrize(("status", "body"), DOUBTFUL)
-    def test_only_puters_own_codes_lock_an_account(self, make, fake, short_window, status, body):
-        fake.script[lab("text")] = lambda *_: Raw(body, status, JSON_TYPE)
-        client = make("alice", "bob")
-        for _ in range(2):
-            with pytest.raises(puter.PuterError) as caught:
-                client.chat("hi", model=lab("text"), fallback=False)
-            assert not isinstance(caught.value, puter.AllAccountsOnCooldownError)
-        assert client.cooldowns() == []
-        fake.script[lab("text")] = "text"
-        assert client.chat("hi", model=lab("text")).text == SENTENCE
-
-    def test_a_call_ends_though_the_others_are_locked(self, make, fake, short_window):
-        fake.add_account("alice", error=(429, {"code": "too_many_requests", "message": "Slow"}))
-        client = make("alice", "bob", max_retries=1)
-        client.state.add_cooldown("bob", "", 300.0, "forbidden", time.time())
-        thread, outcome = in_background(lambda: client.chat("hi", model=lab("text")))
-        thread.join(2)
-        is_over = not thread.is_alive()
-        fake.accounts["token-alice"].error = None  # else it would go on
-        thread.join(5)
-        assert is_over and isinstance(outcome[0], puter.RateLimitError)
-
-    @pytest.mark.parametrize(
-        ("error", "retries", "waited_s", "waiting", "again"),
-        [
-            (puter.RateLimitError(""), 25, 29.9, 0, True),
-            (puter.RateLimitError(""), 25, 30.0, 0, False),
-            (puter.RateLimitError(""), 25, 39.9, 1, True),
-            (puter.RateLimitError(""), 25, 40.0, 1, False),
-            (puter.RateLimitError(""), 25, 100.0, 8, True),
-            (puter.ServerError(""), 3, 0.0, 8, False),
-        ],
-    )
-    def test_patience_grows_with_who_waits(self, error, retries, waited_s, waiting, again):
-        assert puter.may_retry(error, retries, 3, True, waited_s, waiting=waiting) is again
-
-    @pytest.mark.parametrize(
-        ("retry", "rand", "delay_s"), [(1, 0.0, 1.0), (2, 0.0, 1.5), (9, 0.0, 1.5), (9, 1.0, 1.125)]
-    )
-    def test_the_wait_for_a_limit_is_short(self, retry, rand, delay_s):
-        error = puter.RateLimitError("")
-        assert puter.retry_delay_s(error, retry, 1.0, rand=lambda: rand) == delay_s
-
-    def test_a_reset_before_anything_was_sent_is_sent_again(self):
-        seen: list[int] = []
-
-        def serve(connection: socket.socket) -> None:
-            seen.append(1)
-            connection.recv(1)  # the greeting of TLS
-            hang_up(connection, "reset")
-
-        with (
-            raw_server(serve) as url,
-            puter.Puter(
-                "t", api_base_url=url.replace("http:", "https:"), retry_delay_ms=1
-            ) as client,
-            pytest.raises(puter.NetworkError) as caught,
-        ):
-            client.chat("hi", model="m", fallback=False)
-        assert not caught.value.may_be_billed and len(seen) == 4
-
-    def test_a_silent_greeting_is_a_failure_to_connect(self, monkeypatch):
-        monkeypatch.setattr(puter, "CONNECT_TIMEOUT_S", 0.2)
-        seen: list[int] = []
-
-        def serve(connection: socket.socket) -> None:
-            seen.append(1)
-            connection.recv(99)
-            time.sleep(0.5)
-
-        with (
-            raw_server(serve) as url,
-            puter.Puter(
-                "t", api_base_url=url.replace("http:", "https:"), max_retries=1, retry_delay_ms=1
-            ) as client,
-            pytest.raises((puter.RequestTimeoutError, puter.NetworkError)) as caught,
-        ):
-            client.chat("hi", model="m", fallback=False)
-        assert not caught.value.may_be_billed and len(seen) == 2
-
-    def test_the_servers_own_slip_is_its_fault(self):
-        body = {"success": False, "error": "Cannot read properties of undefined"}
-        error = puter.error_from(200, body)
-        assert isinstance(error, puter.ServerError) and error.retryable
-
-    def test_a_damaged_cached_reply_is_a_miss(self, make, fake):
-        client = make(cache_enabled=True)
-        for damage in ("{", "[]", '{"text": 5}', '{"tool_calls": [{}], "usage": {}}'):
-            client.chat("hi", model=lab("text"))
-            with client.state._open() as db:
-                db.execute("UPDATE replies SET body=?", (damage,))
-        assert client.chat("hi", model=lab("text")).text == SENTENCE and len(chats(fake)) == 5
-
-    def test_a_model_has_one_name(self, make, fake):
-        client = make()
-        client.models()
-        alias, name = "claude-opus-4-5", "claude-opus-4-5-20251101"
-        asked = [
-            client.chat("hi", model=alias),
-            ask(client, "stream", alias),
-            client.chat("hi", model=name),
-        ]
-        assert {reply.model for reply in asked} == {name}
-        with pytest.raises(puter.ModelNotFoundError):
-            client.chat("hi", model="nobody-knows-it")
-        assert [(s.model, s.requests) for s in client.stats()] == [(name, 3)]
-
-    def test_a_token_needs_no_home(self, fake):
-        environ = {
-            n: v for n, v in os.environ.items() if n not in ("PUTER_CONFIG_DIR", "XDG_CONFIG_HOME")
-        }
-        environ |= {"HOME": "", "PUTER_AUTH_TOKEN": "token-alice", "PUTER_API_BASE_URL": fake.url}
-        code, out, err = run_apart(
-            ["ask", "-m", lab("echo"), "hi"],
-            {**environ, "PYTHONPATH": str(Path(puter.__file__).parent)},
-        )
-        assert (code, out) == (0, "hi\n") and "Traceback" not in err
-
-
-# Calls that fail before anything is sent, and words of their advice.
-RAW_FAILURES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a misspelt option": (lambda p: p.conversation(temprature=1, modell="m"), "model"),
-    "a client among options": (
-        lambda p: puter.Conversation.from_json({"options": {"client": 5}}),
-        "client",
-    ),
-    "bytes in a conversation": (lambda p: p.conversation(extra=b"x").to_json(), "JSON"),
-    "no conversation": (lambda p: puter.Conversation.from_json([1]), "to_json"),
-    "a misspelt option of a stream": (lambda p: p.conversation().stream("hi", modell="m"), "model"),
-    "no prompt": (lambda p: p.chat(), "prompt"),
-    "a prompt twice": (lambda p: p.chat("a", prompt="b"), "prompt"),
-}
-
-
-class TestRawFailures:
-    """Each a `PuterError` with advice, and told at once."""
-
-    @pytest.mark.parametrize(("work", "words"), RAW_FAILURES.values(), ids=RAW_FAILURES)
-    def test_is_ours(self, make, fake, work, words):
-        with pytest.raises(puter.PuterError) as caught:
-            work(make())
-        assert words in str(caught.value) and not chats(fake)
-
-    def test_a_prompt_by_name_and_a_model_as_option(self, make, fake):
-        client = make()
-        assert client.chat(prompt="hi", model=lab("echo")).text == "hi"
-        talk = client.conversation(model=client.model(lab("echo")))
-        assert talk.to_json()["model"] == lab("echo")
-
-    def test_infinity(self):
-        def far(distance: float = math.inf) -> str:
-            """How far."""
-            return "far"
-
-        assert "default" not in json.dumps(puter.function_schema(far))
-        call = puter.tool_call_from({"id": "1", "name": "far", "input": '{"distance": 1e400}'})
-        assert call.invalid == '{"distance": 1e400}'
-
-    @pytest.mark.parametrize(
-        ("variable", "meant"),
-        [
-            ("PUTER_FALLBACK", "PUTER_FALLBACK_ENABLED"),
-            ("PUTER_NO_FALLBACK", "PUTER_FALLBACK_ENABLED"),
-            ("PUTER_TIMEOUT", "PUTER_API_TIMEOUT_MS"),
-            ("PUTER_CACHE", "PUTER_CACHE_ENABLED"),
-            ("PUTER_CACHE_DIR", "PUTER_CACHE_DIRECTORY"),
-            ("PUTER_URL", "PUTER_API_BASE_URL"),
-            ("PUTER_BASE_URL", "PUTER_API_BASE_URL"),
-            ("PUTER_CONCURRENCY", "PUTER_MAX_CONCURRENT"),
-            ("PUTER_ROTATION", "PUTER_ACCOUNT_ROTATION_ENABLED"),
-            ("PUTER_ACCOUNT", "PUTER_AUTH_TOKEN"),
-            ("PUTER_QUIET", "PUTER_QUIET_MODE"),
-            ("PUTER_LOG", "PUTER_DEBUG"),
-            ("PUTER_HOME", "PUTER_CONFIG_DIR"),
-        ],
-    )
-    def test_plausible_wrong_variables(self, tmp_path, variable, meant):
-        told = config_fault(tmp_path, {variable: "0"})
-        assert variable in told and f"Did you mean {meant}" in told
-
-
-STATE_WRITER = """
-import sys, threading, puter
-def work(number):
-    for _ in range(25):
-        state = puter.State(sys.argv[1], "s")  # a client for each request
-        state.record(f"m{number % 2}", "ok", 1.0)
-        state.record_success("alice", ("m",), 1.0, 2.0)
-        state.close()
-threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-"""
-
-
-class TestStateUnderAttack:
-    """The state that processes share: locked, deleted, and written by many."""
-
-    def test_many_clients_in_many_processes_lose_nothing(self, folder):
-        path = folder / STATE
-        run_at_once(STATE_WRITER.replace("sys.argv[1]", repr(str(path))), folder, 3)
-        state = puter.State(path)
-        assert (
-            sum(count for name in state.models() for _, count, _ in state.metrics([name])[0]) == 300
-        )
-        assert state._rows("PRAGMA integrity_check") == [("ok",)]
-        plan = str(
-            state._rows(
-                "EXPLAIN QUERY PLAN SELECT seconds FROM samples WHERE model IN ('m') ORDER BY id DESC LIMIT 9"
-            )
-        )
-        assert "samples_by_model" in plan
-        state.close()
-
-    def test_a_lock_of_another_is_waited_for_in_memory(self, state, folder, monkeypatch, caplog):
-        state.record("m", "before", 1.0)
-        state.close()
-        real = sqlite3.connect
-        monkeypatch.setattr(
-            sqlite3, "connect", lambda path, **more: real(path, **{**more, "timeout": 0.05})
-        )
-        other = real(folder / STATE, isolation_level=None)
-        other.execute("BEGIN EXCLUSIVE")
-        state.record("m", "meanwhile", 1.0)
-        assert caplog.text.count("cannot be used") == 1 and "safe" not in caplog.text
-        other.execute("ROLLBACK")
-        other.close()
-        monkeypatch.setattr(state, "_retry_at", 0.0)
-        state.record("m", "after", 1.0)
-        assert {outcome for outcome, *_ in puter.State(folder / STATE).metrics(["m"])[0]} == {
-            "before",
-            "after",
-        }
-
-    @pytest.mark.parametrize("endings", [("",), ("", "-wal", "-shm")])
-    def test_it_may_be_deleted_while_it_is_open(self, state, folder, endings, caplog):
-        state.record("m", "ok", 1.0)
-        for ending in endings:
-            os.unlink(f"{folder / STATE}{ending}")
-        state.record("n", "ok", 1.0)
-        other = puter.State(folder / STATE)
-        assert other.models() == ["n"] and other._rows("PRAGMA integrity_check") == [("ok",)]
-        other.close()
-        assert caplog.text == ""
-
-    def test_a_full_disk_is_said_once_without_bad_advice(self, folder, caplog):
-        state = puter.State(folder / STATE)
-        state._use_memory(sqlite3.OperationalError("database or disk is full"))
-        state._retry_at = 0.5  # over
-        state._use_memory(sqlite3.OperationalError("database or disk is full"))
-        assert len(caplog.records) == 1 and "elet" not in caplog.text
-
-    def test_a_damaged_one_names_all_three_files(self, folder, caplog):
-        puter.State(folder / STATE)._use_memory(sqlite3.DatabaseError("disk I/O error"))
-        assert "-wal and -shm" in caplog.text
-
-    def test_a_file_system_without_locks(self, store, monkeypatch):
-        fcntl = pytest.importorskip("fcntl")
-
-        def flock(handle: int, how: int) -> None:
-            if how != fcntl.LOCK_UN:
-                raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        began = time.monotonic()
-        with pytest.raises(puter.StoreError, match="local disk"):
-            store.add(puter.Account("alice", "t"))
-        assert time.monotonic() - began < 1.0
-
-
-# =============================================================================
-# Everyday use: what people type, paste, and have lying about
-# =============================================================================
-# The plugin's own settings, as its manual shows them.
-PLUGIN_SETTINGS: JSON = {
-    "quiet_mode": False,
-    "debug": False,
-    "api_timeout_ms": 120_000,
-    "auto_create_temp_user": True,
-    "max_retries": 3,
-    "retry_delay_ms": 1_000,
-    "stream_buffer_size": 1_024,
-    "cache_ttl_ms": 300_000,
-    "cache_enabled": True,
-    "cache_max_entries": 100,
-    "metrics_enabled": True,
-    "metrics_max_samples": 500,
-    "fallback_enabled": True,
-    "fallback_cooldown_ms": 60_000,
-    "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free"],
-    "account_rotation_enabled": True,
-    "account_rotation_strategy": "round-robin",
-    "account_rotation_cooldown_ms": 300_000,
-    "log_enabled": True,
-    "log_dir": "~/logs",
-    "auto_update": True,
-}
-# And as it shows them one by one.
-EXAMPLE_SETTINGS = table(
-    ["all", PLUGIN_SETTINGS],
-    ["quiet_mode, debug", {"quiet_mode": False, "debug": False, "api_timeout_ms": 120_000, "auto_create_temp_user": True, "max_retries": 3, "cache_ttl_ms": 300_000}],
-    ["fallback_enabled, fallback_cooldown_ms", {"fallback_enabled": True, "fallback_cooldown_ms": 60_000, "fallback_models": ["openrouter:xiaomi/mimo-v2-flash:free", "openrouter:deepseek/deepseek-r1-0528:free", "openrouter:mistralai/devstral-2512:free"]}],
-    ["fallback_enabled", {"fallback_enabled": False}],
-    ["account_rotation_enabled, account_rotation_strategy", {"account_rotation_enabled": True, "account_rotation_strategy": "round-robin", "account_rotation_cooldown_ms": 300_000}],
-    ["api_timeout_ms", {"api_timeout_ms": 300_000}],
-)  # fmt: skip
-
-
-class TestPluginsFiles:
-    """What a user of the plugin brings along."""
-
-    @pytest.mark.parametrize("settings", EXAMPLE_SETTINGS)
-    def test_its_settings_are_read(self, tmp_path, settings):
-        write_settings(tmp_path, json.dumps(settings))
-        config = load(tmp_path)
-        for name, value in settings.items():
-            if name in puter.IGNORED_SETTINGS:
-                assert name in config.ignored
-            else:
-                given = getattr(config, name)
-                assert (list(given) if isinstance(given, tuple) else given) == value
-
-    def test_config_show_says_which_mean_nothing(self, desk, home):
-        write_settings(home, json.dumps(PLUGIN_SETTINGS))
-        done = run_cli(desk, "config", "show")
-        assert done.returncode == 0 and done.stderr.count("\n") == 1
-        assert all(name in done.stderr for name in puter.IGNORED_SETTINGS)
-        assert "log_dir" not in done.stdout
-
-    def test_its_statistics_are_left_alone(self, make, home, tmp_path):
-        path = tmp_path / "metrics.json"
-        path.write_text('{"models": {}}')
-        client = make(metrics_file=str(path))
-        client.chat("hi", model=lab("text"))
-        assert path.read_text() == '{"models": {}}' and [s.requests for s in client.stats()] == [1]
-
-
-class TestEveryday:
-    """Waits with a reason, variables that win, wrong words, and pipes of any kind."""
-
-    def test_who_answered_instead_is_said(self, desk, home):
-        sign_in(desk, home, "alice", "bob")
-        desk.accounts["token-alice"].credit_microcents = 0
-        for how in ([], ["--no-stream"]):
-            done = run_cli(desk, "ask", "-m", lab("text"), *how, "hi")
-            assert re.search(r"answered by \S+ on bob \(", done.stderr)
-
-    @posix_only
-    def test_a_wait_has_a_reason(self, desk, home):
-        fail = refusing(429, "too_many_requests")
-        desk.script[lab("text")] = [*[lambda *_: fail] * 2, "text"]
-        with at_terminal(
-            desk, "ask", "-m", lab("text"), "hi", PUTER_RETRY_DELAY_MS="600"
-        ) as terminal:
-            terminal.expect("Rate limited (429), next try in")
-            assert terminal.end() == 0
-
-    @posix_only
-    def test_a_wait_that_is_over_is_not_the_reason(self, desk):
-        fail = refusing(429, "too_many_requests")
-        desk.script[lab("text")] = [lambda *_: fail, "hang"]
-        with at_terminal(desk, "ask", "-m", lab("text"), "hi", columns=30) as terminal:
-            terminal.expect(" s Rate limited (429), ne…")
-            terminal.expect(" s\x1b[0m")
-            terminal.send("\x03")
-            assert terminal.end() == 130
-
-    @posix_only
-    def test_pasted_lines_are_one_message(self, desk):
-        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
-            terminal.expect("> ")
-            assert "\x1b[?2004h" in terminal.shown  # the terminal is to mark what is pasted
-            terminal.send("\x1b[200~one\rtwo\rthree\x1b[201~")
-            terminal.send("\r")
-            terminal.expect("three")
-            terminal.say("exit")
-            assert terminal.end() == 0
-        assert [one["messages"][-1]["content"] for one in chats(desk)] == ["one\ntwo\nthree"]
-
-    @posix_only
-    @pytest.mark.parametrize("text", ["/model x\nexit", '"""one\n  two', "    one\n\ntwo\\"])
-    def test_pasted_lines_are_said_as_they_are(self, desk, text):
-        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
-            terminal.expect("> ")
-            terminal.send(f"\x1b[200~{text}\n\x1b[201~\r")
-            assert eventually(lambda: chats(desk))
-            terminal.say("exit")
-            assert terminal.end() == 0
-        assert [one["messages"][-1]["content"] for one in chats(desk)] == [text]
-
-    @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " exit "])
-    def test_words_that_leave(self, desk, word):
-        done = run_cli(desk, "chat", "-m", lab("echo"), stdin=f"hi\n{word}\nmore\n")
-        assert (done.returncode, done.stdout) == (0, "hi\n")
-
-    @posix_only
-    @pytest.mark.parametrize(
-        ("typed", "shown", "term"),
-        [("\x04", "", "xterm"), ("\x04", "", "dumb"), ("exit\r", "exit", "xterm")],
-    )
-    def test_the_shell_gets_a_line_of_its_own(self, desk, typed, shown, term):
-        with at_terminal(desk, "chat", "-m", lab("echo"), TERM=term) as terminal:
-            terminal.expect("> ")
-            terminal.send(typed)
-            assert terminal.end() == 0
-        last = terminal.shown.rpartition("> ")[2]
-        # whether readline ends the line of a Ctrl-D depends on its version
-        assert plain(last).replace("\r", "") in (f"{shown}\n", shown)
-        assert last.endswith("\n" if term == "dumb" else "\r\x1b[K")
-
-    @posix_only
-    def test_a_stopped_answer_counts(self, desk):
-        desk.script[lab("text")] = "hang"
-        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
-            terminal.say("hi")
-            assert eventually(lambda: chats(desk))
-            time.sleep(0.2)
-            terminal.send("\x03")
-            terminal.expect("stopped")
-            terminal.say("/usage")
-            terminal.expect("1 answer;")
-            terminal.say("quit")
-            assert terminal.end() == 0
-
-    @pytest.mark.parametrize(
-        ("data", "want", "note"),
-        [
-            (b"caf\xe9", "caf\ufffd", True),
-            ("é🦊".encode("utf-16"), "é🦊", False),
-            (b"\xfe\xff" + "é🦊".encode("utf-16-be"), "é🦊", False),
-            (b"\xef\xbb\xbfmark", "mark", False),
-        ],
-    )
-    def test_a_pipe_of_any_bytes(self, desk, data, want, note):
-        done = run_cli(desk, "ask", "-m", lab("echo"), stdin=data)
-        assert (done.returncode, done.stdout) == (0, want + "\n")
-        assert ("not all UTF-8" in done.stderr) is note
-
-    @pytest.mark.parametrize(
-        "argv",
-        [
-            ["logout", ""],
-            ["switch", ""],
-            ["stats", "--reset", ""],
-            ["ask", "-m", "", "hi"],
-            ["ask", "-s", " ", "hi"],
-            ["ask", "-a", "", "hi"],
-            ["login", "--import", ""],
-            ["models", "--provider", ""],
-            ["launch", "claude", "-m", ""],
-            ["serve", "--api-key", ""],
-            ["chat", "-m", ""],
-        ],
-    )
-    def test_an_empty_argument_is_wrong_usage(self, desk, home, argv):
-        done = run_cli(desk, *argv, stdin="hi")
-        assert done.returncode == 2 and "must not be empty" in done.stderr
-        assert len(puter.AccountStore(home).accounts()) == 1 and not desk.requests
+    def test_a_port_in_use(self, signed_in):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            done = run_cli(signed_in, "serve", "--port", port, apart=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert f"127.0.0.1:{port}" in done.stderr and "in use" in done.stderr
 
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            (["ask", "--modle", "m", "hi"], "--model"),
-            (["ask", "hello", "-m", "x", "there"], "quotes"),
-            (["models", "--fre"], ""),
+            (["--host", "0.0.0.0"], "--api-key"),
+            (["--host", "no.such.host.invalid", "--api-key", KEY], "Cannot listen"),
+            (["--port", "70000"], "invalid number from 0 to 65535 value"),
+            (["--max-connections", "0"], "invalid number, 1 or more, value"),
+            (["--port", "-1"], "--port"),
+            (["--port", "x"], "--port"),
+            (["--mcp"], "not allowed with"),
         ],
     )
-    def test_misspelt_options(self, desk, argv, words):
-        done = run_cli(desk, *argv)
-        assert words in done.stderr and not chats(desk)
-
-    def test_a_schema_from_stdin(self, desk):
-        desk.script[lab("echo")] = says('{"n": 1}')
-        schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}})
-        argv = ("ask", "-m", lab("echo"), "--schema", "-", "--json", "Count")
-        done = run_cli(desk, *argv, stdin=schema)
-        assert done.returncode == 0 and json.loads(done.stdout)["value"] == {"n": 1}
-        assert sent(desk)[-1]["content"] == "Count"
-
-    def test_models_by_a_word(self, desk):
-        done = run_cli(desk, "models", "claude-opus")
-        assert (
-            done.returncode == 0
-            and "claude-opus-4-5" in done.stdout
-            and "gemini" not in done.stdout
-        )
-
-    def test_the_variable_wins_and_says_so(self, desk, home):
-        sign_in(desk, home, "bob")
-        desk.accounts["token-given"] = FakeAccount("carol", "token-given", dead=True)
-        env = {"PUTER_AUTH_TOKEN": "token-given"}
-        done = run_cli(desk, "ask", "-m", lab("text"), "hi", **env)
-        hint = "PUTER_AUTH_TOKEN is set: unset it, or set it to a token that works."
-        assert done.returncode == 1 and hint in done.stderr
-        assert "PUTER_AUTH_TOKEN is set" in run_cli(desk, "switch", "bob", **env).stderr
-        done = run_cli(
-            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url, **env
-        )
-        assert done.returncode == 0 and "PUTER_AUTH_TOKEN is set" in done.stderr
-        done = run_cli(
-            desk, "login", "--with-token", stdin="token-given\n", PUTER_GUI_BASE_URL=desk.url
-        )
-        assert done.returncode == 1 and "This token was refused" in done.stderr
-
-    def test_a_moment_s_failure_loses_no_sign_in(self, desk):
-        route, failures = desk.routes["GET", "/whoami"], [1]
-
-        def whoami(handler: FakeHandler) -> None:
-            handler.send(Raw(b"", 503)) if failures and failures.pop() else route(handler)
-
-        desk.routes["GET", "/whoami"] = whoami
-        done = run_cli(
-            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url
-        )
-        assert done.returncode == 0 and done.stdout.startswith("Signed in as bob")
-
-    def test_a_wrong_default_model_names_file_and_key(self, desk, home):
-        path = write_settings(home, '{"default_model": "nobody-knows-it"}')
-        done = run_cli(desk, "ask", "hi")
-        assert done.returncode == 1 and f"default_model of {path}" in done.stderr
-
-    def test_without_fallback_none_is_advised(self, desk):
-        desk.script[lab("text")] = "err429"
-        done = run_cli(desk, "ask", "--no-fallback", "-m", lab("text"), "hi")
-        assert done.returncode == 1 and "fallback" not in done.stderr
-
-    def test_a_failed_import_keeps_the_working_token(self, desk, home, tmp_path):
-        dead = {"username": "alice", "authToken": "token-old", "addedAt": 9_000_000_000_000}
-        path = tmp_path / "plugin.json"
-        path.write_text(json.dumps({"version": 1, "accounts": [dead], "activeIndex": 0}))
-        done = run_cli(desk, "login", "--import", str(path), PUTER_GUI_BASE_URL=desk.url)
-        assert "Kept alice" in done.stdout
-        assert puter.AccountStore(home).accounts()[0].token == "token-alice"
-
-    def test_another_package_of_this_name(self, desk, monkeypatch):
-        import importlib.metadata
-
-        rivals = {"puter": ["putergenai", "puter-py"]}
-        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: rivals)
-        done = run_cli(desk, "status", "--check", PUTER_GUI_BASE_URL=desk.url)
-        assert "FAIL  the package putergenai hides this one" in done.stdout
-        assert (
-            "no settings file" in done.stdout and "hides this one; do: pip uninstall" in done.stdout
-        )
-
-    @pytest.mark.parametrize(
-        ("content", "words"),
-        [(None, "no conversation yet"), ("[" * 100_000, "cannot be read"), ("{}", "")],
-    )
-    def test_the_last_conversation(self, desk, home, content, words):
-        if content is not None:
-            (home / puter.CONVERSATION_NAME).write_text(content)
-        done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "hi")
+    def test_what_cannot_be(self, signed_in, argv, words):
+        done = run_cli(signed_in, "serve", "--openai", *argv, apart=True)
+        assert done.returncode in (1, 2) and done.stdout == ""
         assert words in done.stderr and "Traceback" not in done.stderr
-        assert done.returncode == (1 if "read" in words else 0)
+        assert KEY not in done.stderr
 
-    def test_nothing_is_said_of_the_cost_of_what_is_free(self, desk):
-        desk.script[FREE[0]] = says("free")
-        done = run_cli(desk, "ask", "--usage", "-m", FREE[0], "hi")
-        assert "tokens:" in done.stderr and "cost" not in done.stderr
+    def test_nobody_signed_in_and_no_puter(self, fake, home):
+        dead = f"http://127.0.0.1:{free_port()}"
+        with serving(fake, "--port", "0", PUTER_API_BASE_URL=dead) as (process, url, _):
+            assert process.stdout and process.stderr
+            assert "login" in process.stdout.readline()
+            assert "model list" in process.stderr.readline()
+            assert requests.get(url.removesuffix("v1") + "health", timeout=5).ok
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
 
-    @posix_only
-    def test_the_log_begins_on_a_line_of_its_own(self, desk):
-        with at_terminal(desk, "ask", "-m", lab("text"), "hi", PUTER_DEBUG="1") as terminal:
-            assert terminal.end() == 0
-        text = plain(terminal.shown)
-        assert all(
-            before in ("\n", "\r", "") for before in re.findall(r"(.|\n|^)\[puter-auth\]", text)
-        )
-
-    def test_serve_logs_requests(self, desk):
-        with serving(desk, "--log") as (process, url, _):
-            assert requests.get(f"{url}/models", timeout=10).ok
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=10)
-        assert "GET /v1/models" in err
-
-    def test_hosts_that_the_system_does_not_know(self):
-        error = requests.ConnectionError("Failed to resolve 'api.puter.localhost'")
-        ours = puter._network_error(error, "http://api.puter.localhost:4100/x", 1.0)
-        assert "127.0.0.1 api.puter.localhost" in str(ours)
+    def test_origins_and_hosts(self, signed_in):
+        origins = ["https://a.example", "https://b.example"]
+        hosts = ["puter.example", "host.docker.internal"]
+        argv = [word for origin in origins for word in ("--allow-origin", origin)]
+        argv += [word for host in hosts for word in ("--allow-host", host)]
+        with serving(signed_in, "--port", "0", *argv) as (_, url, _lines):
+            rows = [("Origin", one) for one in (*origins, "https://c.example")]
+            rows += [("Host", one) for one in (*hosts, "evil.example")]
+            for name, value in rows:
+                reply = requests.get(f"{url}/models", headers={name: value}, timeout=5)
+                assert reply.ok is (value in (*origins, *hosts))
 
 
-class TestToolsOfEveryKind:
-    """Functions, and what they take and return, as people write them."""
+# ---- config, launch, completion ----
 
-    def test_what_can_be_a_tool(self):
-        class Weather:
-            """Knows the weather."""
-
-            def __call__(self, city: str) -> str:
-                """The weather."""
-                return f"sunny in {city}"
-
-            def method(self, city: str) -> str:
-                """Of a method."""
-                return city
-
-        def both(city: str, days: int) -> str:
-            """Of a partial."""
-            return f"{city} {days}"
-
-        for tool, name, text in (
-            (Weather(), "Weather", "The weather"),
-            (Weather().method, "method", "Of a method"),
-            (functools.partial(both, days=2), "both", "Of a partial"),
-        ):
-            function = puter.function_schema(tool)["function"]
-            assert (function["name"], function["description"].startswith(text)) == (name, True)
-            assert "city" in function["parameters"]["properties"]
-            assert tool(**puter.read_arguments(tool, {"city": "Rome"}))
-
-    @pytest.mark.parametrize(
-        ("hint", "given", "want"),
-        [
-            (datetime, "2026-01-02T03:04:05", datetime(2026, 1, 2, 3, 4, 5)),
-            (date, "2026-01-02", date(2026, 1, 2)),
-            (Path, "a/b", Path("a/b")),
-            (Decimal, "1.50", Decimal("1.50")),
-            (uuid.UUID, "12345678123456781234567812345678", uuid.UUID("12345678123456781234567812345678")),
-            (NewType("City", str), "Rome", "Rome"),
-            (date | None, None, None),
-        ],
-    )  # fmt: skip
-    def test_texts_that_mean_more(self, hint, given, want):
-        assert read_as(given, hint, "x") == want
-        if want is not None and hint is not str and not hasattr(hint, "__supertype__"):
-            for wrong in ("no such thing" if hint is not Path else 5, 5, ["x"]):
-                with pytest.raises(TypeError):
-                    read_as(wrong, hint, "x")
-
-    @pytest.mark.skipif(sys.version_info < (3, 12), reason="new syntax")
-    def test_a_type_statement(self):
-        names: JSON = {}
-        exec("type City = str\ndef f(city: City) -> str: return city", names)  # noqa: S102
-        assert puter.function_schema(names["f"])["function"]["parameters"]["properties"] == {
-            "city": {"type": "string"}
-        }
-
-    def test_pydantic_s_models(self):
-        from pydantic import BaseModel
-
-        class Trip(BaseModel):
-            city: str
-            days: int = 1
-
-        assert schema_of(Trip)["properties"]["city"] == {"title": "City", "type": "string"}
-        assert read_as({"city": "Rome"}, Trip, "x") == Trip(city="Rome")
-        with pytest.raises(TypeError, match="does not fit"):
-            read_as({"days": 1}, Trip, "trip")
-        assert json.loads(puter.tool_result_text(Trip(city="Rome"))) == {"city": "Rome", "days": 1}
-
-    def test_pydantic_s_models_in_one_another(self):
-        """A schema that stands in another one has no definitions of its own."""
-        from pydantic import create_model
-
-        stop: Any = create_model("Stop", city=(str, ...))
-        trip: Any = create_model("Trip", stops=(list[stop], ...))
-        items = schema_of(list[trip])["items"]["properties"]["stops"]["items"]
-        assert items["properties"]["city"]["type"] == "string"
-        loop: Any = create_model("Loop", more=("list[Loop]", ...))
-        loop.model_rebuild(_types_namespace={"Loop": loop})
-        with pytest.raises(puter.BadRequestError, match="recursive"):
-            schema_of(loop)
-
-    def test_numpy_s_docstrings(self):
-        def far(city: str, days: int = 1) -> str:
-            """How far it is.
-
-            Parameters
-            ----------
-            city : str
-                Where to go.
-            days : int, optional
-                How long
-                it may take.
-
-            Returns
-            -------
-            str
-                Words.
-            """
-            return city
-
-        function = puter.function_schema(far)["function"]
-        assert function["description"] == "How far it is."
-        about = {n: p["description"] for n, p in function["parameters"]["properties"].items()}
-        assert about == {"city": "Where to go.", "days": "How long it may take."}
-
-    @pytest.mark.parametrize(
-        ("value", "want"),
-        [
-            (date(2026, 1, 2), "2026-01-02"),
-            (Decimal("1.5"), "1.5"),
-            (
-                {(1, 2): "a", date(2026, 1, 2): "b", Unit("c"): "d"},
-                {"(1, 2)": "a", "2026-01-02": "b", "c": "d"},
-            ),
-            ([types.SimpleNamespace(tolist=lambda: [1, 2])], [[1, 2]]),
-            (types.SimpleNamespace(to_dict=lambda: {"x": {0: 1}}), {"x": {"0": 1}}),
-        ],
-    )
-    def test_results(self, value, want):
-        assert json.loads(puter.tool_result_text(value)) == want
-
-    def test_a_coroutine_within_a_running_loop_is_a_clear_error(self, make, fake):
-        fake.script[lab("text")] = [calling(("slow_weather", {"city": "Rome"})), says("done")]
-
-        async def within() -> str:
-            return make().run("hi", [slow_weather], model=lab("text")).text
-
-        assert asyncio.run(within()) == "done" and "loop" in results(fake)[0]
+MODELS = [
+    puter.Model(
+        "claude-opus-4-5",
+        "Claude Opus 4.5",
+        "claude",
+        ("anthropic/claude-opus-4-5",),
+        *(200_000, 64_000, ("text", "image", "pdf", "smell"), True),
+    ),
+    puter.Model("openrouter:a/b:free", 'A "B": #1 🦊', "openrouter", free=True),
+    puter.Model("gpt-5-mini", "GPT-5 mini", "openai", ("openai/gpt-5-mini",), 400, 128),
+    puter.Model("old", "Old", "groq", (), 4096, 4096, ("text",), False),
+]
+URL = "http://127.0.0.1:11480/v1"
+SLOTS = ("OPUS", "SONNET", "HAIKU")
+PROGRAMS = tuple(puter.PROGRAMS)
 
 
-OTHER_PYTHONS = sorted(
-    {
-        *Path.home().glob(".pyenv/versions/3.*/bin/python"),
-        *(Path(found) for minor in range(8, 15) if (found := shutil.which(f"python3.{minor}"))),
-    }
-)
-ON_ANY_PYTHON = """
-import puter
-import functools
-from typing import Annotated, Optional
-tools = puter.McpServer(None, print).tools()
-assert [t["name"] for t in tools] == ["puter-chat", "puter-models", "puter-account"]
-assert tools[0]["inputSchema"]["required"] == ["message"]
-def f(a: "Annotated[float | None, {'minimum': 0}]" = None, b: Annotated[Optional[int], {"maximum": 9}] = None) -> str:
-    return ""
-schema = puter.function_schema(f)["function"]["parameters"]
-assert schema["properties"]["b"]["maximum"] == 9 and schema["properties"]["a"]["minimum"] == 0, schema
-assert puter.read_arguments(functools.partial(f), {"a": 1}) == {"a": 1.0}
-"""
+@pytest.fixture
+def config(fake: FakePuter, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs `config` with arguments, in this process."""
+    monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
+    return lambda *args: puter.main(["config", *args])
 
 
-class TestOtherPythons:
-    """What only another Python shows, on those that are here."""
+def texts_of(
+    program: str, models: list[puter.Model] | None = None, key: str | None = None
+) -> list[str]:
+    """What goes into the files of a program."""
+    variable = "PUTER_SERVER_API_KEY" if key else None
+    setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
+    return [puter._file_text(*file) for file in puter.PROGRAMS[program][0](setup).items()]
 
-    @pytest.mark.parametrize("python", OTHER_PYTHONS, ids=lambda p: str(p.parent.parent.name))
-    def test_tools_or_a_clear_word(self, python, tmp_path):
-        which = [python, "-c", "import sys; print(sys.version_info[1])"]
-        code, minor, _ = run_command(which, os.environ)
-        if code or int(minor) < 8:
-            pytest.skip("no Python 3.8 or newer behind this name")
-        env = clean_environ(tmp_path, PYTHONDONTWRITEBYTECODE="1")
-        code, _, err = run_command([python, "-c", ON_ANY_PYTHON], env)
-        if int(minor) >= 10:
-            assert (code, err) == (0, "")
+
+def files_of(program: str) -> tuple[str, ...]:
+    """The names of the files of a program."""
+    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
+
+
+def settings_of(program: str, key: str | None = None) -> Any:
+    """The last of these as the program reads it."""
+    text = texts_of(program, key=key)[-1]
+    if program == "codex":
+        return pytest.importorskip("tomllib").loads(text)
+    return yaml_of(text) if program in ("continue", "llm") else json.loads(text)
+
+
+def yaml_of(text: str) -> Any:
+    """The value of the YAML that is printed: plain keys, and items that are JSON."""
+    whole: JSON = {}
+    items: list[Any] = []
+    for line in text.splitlines():
+        if line.lstrip().startswith("- "):
+            items.append(json.loads(line.lstrip()[2:]))
         else:
-            assert code == 1 and err.count("\n") == 1
-            assert "needs Python 3.10" in err
+            key, _, value = line.partition(": ") if ": " in line else (line[:-1], "", "")
+            items = []
+            whole[key] = value or items
+    return whole or items
 
 
-# =============================================================================
-# Commands: launch
-# =============================================================================
+class TestConfigCommand:
+    """The settings, and those of other programs."""
+
+    def test_show_and_path(self, config, own_home, monkeypatch, capsys):
+        assert config("path") == 0
+        path = Path(capsys.readouterr().out.strip())
+        assert path == own_home / "puter" / "puter.json"
+        path.parent.mkdir()
+        text = '{"max_retries": 5, "default_model": "é🦊", "openai_api_key": "secret-key"}'
+        path.write_text(text, "utf-8")
+        monkeypatch.setenv("PUTER_DEBUG", "0")
+        assert config("show", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        names = set(puter.Config.__dataclass_fields__) - {"folder", "sources", "ignored"}
+        assert set(told) == names
+        assert told["max_retries"] == {"value": 5, "source": str(path)}
+        assert told["debug"] == {"value": False, "source": "PUTER_DEBUG"}
+        assert told["quiet_mode"] == {"value": False, "source": "default"}
+        assert isinstance(told["fallback_models"]["value"], list)
+        assert config("show") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines[1:]} == names
+        assert "secret-key" not in "".join(lines) + json.dumps(told)
+        assert any(re.match(r"default_model +\"é🦊\" +/", line) for line in lines)
+
+    def test_wrong_settings_end_show(self, config, monkeypatch, capsys):
+        monkeypatch.setenv("PUTER_MAX_RETRIES", "many")
+        assert config("show") == 2
+        assert "PUTER_MAX_RETRIES" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("program", PROGRAMS)
+    def test_the_text_goes_to_stdout_alone(self, config, program, own_home, capsys):
+        assert config(program, "--search", "opus") == 0
+        shown = capsys.readouterr()
+        for file in files_of(program):
+            assert f"# {file}\n" in shown.err
+        has_models = program != "claude-desktop"
+        assert ("python -m puter serve\n" in shown.err) is has_models
+        assert ("claude-opus-4-5-20251101" in shown.out) is has_models
+        assert "allam" not in shown.out and set(os.listdir(own_home)) <= {"puter"}
+        assert config(program, "--search", "opus", "--json") == 0
+        files = json.loads(capsys.readouterr().out)
+        assert "".join(one["text"] for one in files) == shown.out
+        assert tuple(one["file"] for one in files) == files_of(program)
+
+    @pytest.mark.parametrize("program", ["continue", "llm", "codex", "claude-code"])
+    def test_no_model_is_nothing_to_print(self, config, program, capsys):
+        assert config(program, "--search", "no such model") == 1
+        shown = capsys.readouterr()
+        assert shown.out == "" and "No models match" in shown.err
+
+    @pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in ("aider", "llm")])
+    @pytest.mark.parametrize("folder", [None, 'a "b" folder'])
+    def test_the_mcp_server_knows_the_folder(self, own_home, monkeypatch, program, folder):
+        wanted = {"PUTER_CONFIG_DIR": str(own_home / folder)} if folder else {}
+        monkeypatch.delenv("PUTER_CONFIG_DIR")
+        for name, value in wanted.items():
+            monkeypatch.setenv(name, value)
+        settings = settings_of(program)
+        keys = ("mcp", "mcpServers", "mcp_servers", "context_servers")
+        servers = next(settings[key] for key in keys if key in settings)
+        server = servers[0] if program == "continue" else servers["puter"]
+        command = server["command"]
+        whole = command if isinstance(command, list) else [command, *server["args"]]
+        assert whole == puter.mcp_command() and Path(whole[0]).is_absolute()
+        assert server.get("env", server.get("environment", {})) == wanted
+        assert server.get("type", "stdio") in ("stdio", "local")
+
+    def test_opencode(self, own_home):
+        settings = settings_of("opencode", "k")
+        assert settings["$schema"] == "https://opencode.ai/config.json"
+        provider = settings["provider"]["puter"]
+        assert provider["npm"] == "@ai-sdk/openai-compatible"
+        key = "{env:PUTER_SERVER_API_KEY}"
+        assert provider["options"] == {"baseURL": URL, "apiKey": key}
+        opus, free, *_ = provider["models"].values()
+        assert opus["modalities"]["input"] == ["text", "image", "pdf"]
+        assert opus["limit"] == {"context": 200_000, "output": 64_000}
+        assert "limit" not in free and free["modalities"]["input"] == ["text"]
+
+    def test_zed(self, own_home):
+        provider = settings_of("zed", "k")["language_models"]["openai_compatible"]["puter"]
+        assert provider["api_url"] == URL
+        for model in provider["available_models"]:
+            assert set(model) == {"name", "display_name", "max_tokens"}
+
+    @pytest.mark.parametrize(("key", "shown"), [(None, "puter"), ("k", '"$PUTER_SERVER_API_KEY"')])
+    def test_claude_code(self, own_home, key, shown):
+        model = replace(MODELS[0], id="it's a/model:free")
+        exports = texts_of("claude-code", [model], key)[0]
+        assert f"export ANTHROPIC_AUTH_TOKEN={shown}\n" in exports
+        script = exports + "env"
+        if os.name == "nt":
+            return
+        out = subprocess.check_output(["sh", "-c", script], env={"PUTER_SERVER_API_KEY": "k"})
+        variables = dict(line.split("=", 1) for line in out.decode().splitlines())
+        assert variables["ANTHROPIC_BASE_URL"] == URL.removesuffix("/v1")
+        assert variables["ANTHROPIC_AUTH_TOKEN"] == (key or "puter")
+        for slot in ("ANTHROPIC_MODEL", *(f"ANTHROPIC_DEFAULT_{n}_MODEL" for n in SLOTS)):
+            assert variables[slot] == model.id
+
+    def test_codex(self, own_home):
+        settings = settings_of("codex")
+        assert (settings["model"], settings["model_provider"]) == ("claude-opus-4-5", "puter")
+        assert settings["model_context_window"] == 200_000
+        assert settings["web_search"] == "disabled"
+        provider = settings["model_providers"]["puter"]
+        assert provider["base_url"] == URL and provider["wire_api"] == "responses"
+        assert "env_key" not in provider and provider["request_max_retries"] == 0
+        provider = settings_of("codex", "k")["model_providers"]["puter"]
+        assert provider["env_key"] == "PUTER_SERVER_API_KEY"
+
+    def test_the_model_of_a_coding_agent(self, config, monkeypatch, capsys):
+        assert config("codex") == 0
+        free = re.escape(puter.DEFAULT_FALLBACK_MODELS[0])
+        assert re.match(rf'model = "{free}"\n', capsys.readouterr().out)
+        monkeypatch.setenv("PUTER_DEFAULT_MODEL", "claude-opus-4.5")
+        assert config("codex") == 0
+        assert 'model = "claude-opus-4-5-20251101"\n' in capsys.readouterr().out
+
+    def test_continue(self, own_home):
+        settings = settings_of("continue", "k")
+        assert settings["schema"] == "v1" and settings["version"] == "1.0.0"
+        opus, free, mini, *_ = settings["models"]
+        assert (free["name"], free["provider"]) == ('Puter: A "B": #1 🦊', "openai")
+        assert mini["model"] == "openai/gpt-5-mini"
+        assert opus["apiKey"] == "${{ secrets.PUTER_SERVER_API_KEY }}"
+        assert opus["capabilities"] == ["tool_use", "image_input"] and opus["apiBase"] == URL
+        lengths = [m.get("defaultCompletionOptions") for m in settings["models"]]
+        for one in filter(None, lengths):  # it leaves room for the question
+            context, most = one["contextLength"], one["maxTokens"]
+            assert context - most - min(max(most, (context - most) / 5), 15_000) > 0
+
+    def test_aider(self, own_home):
+        first, metadata = texts_of("aider", key="k")
+        opus, *_ = yaml_of(first)
+        assert opus["name"] == opus["weak_model_name"] == "openai/claude-opus-4-5"
+        key = "os.environ/PUTER_SERVER_API_KEY"
+        assert opus["extra_params"] == {"api_base": URL, "api_key": key}
+        opus = json.loads(metadata)["openai/claude-opus-4-5"]
+        assert (opus["max_input_tokens"], opus["max_output_tokens"]) == (200000, 64000)
+        assert opus["litellm_provider"] == "openai" and opus["supports_vision"]
+
+    def test_llm(self, own_home):
+        opus, *_ = settings_of("llm")
+        assert opus == {
+            "model_id": "puter/claude-opus-4-5",
+            "model_name": "claude-opus-4-5",
+            "api_base": URL,
+            **dict.fromkeys(("vision", "supports_tools", "supports_schema"), True),
+        }
+        assert all(one["api_key_name"] == "puter" for one in settings_of("llm", "k"))
+
+    def test_the_printed_command_starts_the_server(self, start_mcp, own_home):
+        server = start_mcp(*puter.mcp_command())
+        server.send(rpc("ping"))
+        assert json.loads(server.stdout.readline())["result"] == {}
+
+
 # A program that says how it was started, asks the gateway, and ends as its last argument says.
 AGENT = """
 import json, os, signal, sys, time, urllib.error, urllib.request
@@ -21350,19 +21130,6 @@ print(json.dumps([ids, sorted(os.environ)]))
         assert started == [[r"C:\npm\opencode.CMD", "run", "a b"]]
 
 
-# =============================================================================
-# Commands: completion
-# =============================================================================
-def commands_of_parser() -> dict[str, Any]:
-    """The parser of each command."""
-    (commands,) = (
-        action
-        for action in puter.build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return dict(commands.choices)
-
-
 COMPLETED = [
     ("la", ["launch"]),
     ("models pr", ["price"]),
@@ -21468,47 +21235,260 @@ class TestCompletionCommand:
         assert "invalid choice: 'tcsh'" in capsys.readouterr().err
 
 
-# =============================================================================
-# The benchmark plays
-# =============================================================================
-class TestBench:
-    def test_every_part_of_it_plays(self, tmp_path):
-        with ExitStack() as stack:
-            lab = Lab(tmp_path, True, stack)
-            assert lab.ask(load_server, lab.server.said, 1, 0, {"model": "lab/model-0"}) > 0
-            assert lab.ask(load_server, lab.bare_server.said, 1, 0, {"model": "lab/model-0"}) > 0
-            assert lab.ask(read_length, lab.base, 10) > 0
-            assert lab.ask(time_streams, lab.base, 10, 10, 1, 1)["sdk"][0] > 0
-            samples = crowds(lab)
-        assert samples["ours failures"] == samples["bare failures"] == [0]
-        assert samples["ours requests"] == [4]
+# ---- everyday use ----
+
+
+class TestEveryday:
+    """Waits with a reason, variables that win, wrong words, and pipes of any kind."""
+
+    def test_who_answered_instead_is_said(self, desk, home):
+        sign_in(desk, home, "alice", "bob")
+        desk.accounts["token-alice"].credit_microcents = 0
+        for how in ([], ["--no-stream"]):
+            done = run_cli(desk, "ask", "-m", lab("text"), *how, "hi")
+            assert re.search(r"answered by \S+ on bob \(", done.stderr)
+
+    @posix_only
+    def test_a_wait_has_a_reason(self, desk, home):
+        fail = refusing(429, "too_many_requests")
+        desk.script[lab("text")] = [*[lambda *_: fail] * 2, "text"]
+        with at_terminal(
+            desk, "ask", "-m", lab("text"), "hi", PUTER_RETRY_DELAY_MS="600"
+        ) as terminal:
+            terminal.expect("Rate limited (429), next try in")
+            assert terminal.end() == 0
+
+    @posix_only
+    def test_a_wait_that_is_over_is_not_the_reason(self, desk):
+        fail = refusing(429, "too_many_requests")
+        desk.script[lab("text")] = [lambda *_: fail, "hang"]
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", columns=30) as terminal:
+            terminal.expect(" s Rate limited (429), ne…")
+            terminal.expect(" s\x1b[0m")
+            terminal.send("\x03")
+            assert terminal.end() == 130
+
+    @posix_only
+    def test_pasted_lines_are_one_message(self, desk):
+        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+            terminal.expect("> ")
+            assert "\x1b[?2004h" in terminal.shown  # the terminal is to mark what is pasted
+            terminal.send("\x1b[200~one\rtwo\rthree\x1b[201~")
+            terminal.send("\r")
+            terminal.expect("three")
+            terminal.say("exit")
+            assert terminal.end() == 0
+        assert [one["messages"][-1]["content"] for one in chats(desk)] == ["one\ntwo\nthree"]
+
+    @posix_only
+    @pytest.mark.parametrize("text", ["/model x\nexit", '"""one\n  two', "    one\n\ntwo\\"])
+    def test_pasted_lines_are_said_as_they_are(self, desk, text):
+        with at_terminal(desk, "chat", "-m", lab("echo")) as terminal:
+            terminal.expect("> ")
+            terminal.send(f"\x1b[200~{text}\n\x1b[201~\r")
+            assert eventually(lambda: chats(desk))
+            terminal.say("exit")
+            assert terminal.end() == 0
+        assert [one["messages"][-1]["content"] for one in chats(desk)] == [text]
+
+    @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", " exit "])
+    def test_words_that_leave(self, desk, word):
+        done = run_cli(desk, "chat", "-m", lab("echo"), stdin=f"hi\n{word}\nmore\n")
+        assert (done.returncode, done.stdout) == (0, "hi\n")
+
+    @posix_only
+    @pytest.mark.parametrize(
+        ("typed", "shown", "term"),
+        [("\x04", "", "xterm"), ("\x04", "", "dumb"), ("exit\r", "exit", "xterm")],
+    )
+    def test_the_shell_gets_a_line_of_its_own(self, desk, typed, shown, term):
+        with at_terminal(desk, "chat", "-m", lab("echo"), TERM=term) as terminal:
+            terminal.expect("> ")
+            terminal.send(typed)
+            assert terminal.end() == 0
+        last = terminal.shown.rpartition("> ")[2]
+        # whether readline ends the line of a Ctrl-D depends on its version
+        assert plain(last).replace("\r", "") in (f"{shown}\n", shown)
+        assert last.endswith("\n" if term == "dumb" else "\r\x1b[K")
+
+    @posix_only
+    def test_a_stopped_answer_counts(self, desk):
+        desk.script[lab("text")] = "hang"
+        with at_terminal(desk, "chat", "-m", lab("text")) as terminal:
+            terminal.say("hi")
+            assert eventually(lambda: chats(desk))
+            time.sleep(0.2)
+            terminal.send("\x03")
+            terminal.expect("stopped")
+            terminal.say("/usage")
+            terminal.expect("1 answer;")
+            terminal.say("quit")
+            assert terminal.end() == 0
 
     @pytest.mark.parametrize(
-        ("target", "ours", "floor", "ok"),
+        ("data", "want", "note"),
         [
-            ("x <= 0.6", [1.0, 2.0, 9.0], [2.0, 4.0, 10.0], True),
-            ("x >= 0.6", [1.0, 2.0, 9.0], [2.0, 4.0, 10.0], False),
-            ("more <= 1", [3.0], [1.0], False),
-            ("ours <= 0", [0], [], True),
+            (b"caf\xe9", "caf\ufffd", True),
+            ("é🦊".encode("utf-16"), "é🦊", False),
+            (b"\xfe\xff" + "é🦊".encode("utf-16-be"), "é🦊", False),
+            (b"\xef\xbb\xbfmark", "mark", False),
         ],
     )
-    def test_verdict(self, target, ours, floor, ok):
-        bench = Bench("a line", crowds, "ours", "floor" if floor else "", target)
-        reached, line = verdict(bench, {"ours": ours, "floor": floor} if floor else {"ours": ours})
-        assert reached is ok and line.endswith("ok" if ok else "SHORT")
+    def test_a_pipe_of_any_bytes(self, desk, data, want, note):
+        done = run_cli(desk, "ask", "-m", lab("echo"), stdin=data)
+        assert (done.returncode, done.stdout) == (0, want + "\n")
+        assert ("not all UTF-8" in done.stderr) is note
 
-    def test_the_soak_needs_nothing_of_pytests(self):
-        command = [sys.executable, __file__, "soak", "--threads", "2", "--seconds", "0.1"]
-        code, out, err = run_command(command, {**os.environ, **UNCOUNTED})
-        assert code == 0 and "answered" in out, err
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["logout", ""],
+            ["switch", ""],
+            ["stats", "--reset", ""],
+            ["ask", "-m", "", "hi"],
+            ["ask", "-s", " ", "hi"],
+            ["ask", "-a", "", "hi"],
+            ["login", "--import", ""],
+            ["models", "--provider", ""],
+            ["launch", "claude", "-m", ""],
+            ["serve", "--api-key", ""],
+            ["chat", "-m", ""],
+        ],
+    )
+    def test_an_empty_argument_is_wrong_usage(self, desk, home, argv):
+        done = run_cli(desk, *argv, stdin="hi")
+        assert done.returncode == 2 and "must not be empty" in done.stderr
+        assert len(puter.AccountStore(home).accounts()) == 1 and not desk.requests
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["ask", "--modle", "m", "hi"], "--model"),
+            (["ask", "hello", "-m", "x", "there"], "quotes"),
+            (["models", "--fre"], ""),
+        ],
+    )
+    def test_misspelt_options(self, desk, argv, words):
+        done = run_cli(desk, *argv)
+        assert words in done.stderr and not chats(desk)
+
+    def test_a_schema_from_stdin(self, desk):
+        desk.script[lab("echo")] = says('{"n": 1}')
+        schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}})
+        argv = ("ask", "-m", lab("echo"), "--schema", "-", "--json", "Count")
+        done = run_cli(desk, *argv, stdin=schema)
+        assert done.returncode == 0 and json.loads(done.stdout)["value"] == {"n": 1}
+        assert sent(desk)[-1]["content"] == "Count"
+
+    def test_models_by_a_word(self, desk):
+        done = run_cli(desk, "models", "claude-opus")
+        assert (
+            done.returncode == 0
+            and "claude-opus-4-5" in done.stdout
+            and "gemini" not in done.stdout
+        )
+
+    def test_the_variable_wins_and_says_so(self, desk, home):
+        sign_in(desk, home, "bob")
+        desk.accounts["token-given"] = FakeAccount("carol", "token-given", dead=True)
+        env = {"PUTER_AUTH_TOKEN": "token-given"}
+        done = run_cli(desk, "ask", "-m", lab("text"), "hi", **env)
+        hint = "PUTER_AUTH_TOKEN is set: unset it, or set it to a token that works."
+        assert done.returncode == 1 and hint in done.stderr
+        assert "PUTER_AUTH_TOKEN is set" in run_cli(desk, "switch", "bob", **env).stderr
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url, **env
+        )
+        assert done.returncode == 0 and "PUTER_AUTH_TOKEN is set" in done.stderr
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-given\n", PUTER_GUI_BASE_URL=desk.url
+        )
+        assert done.returncode == 1 and "This token was refused" in done.stderr
+
+    def test_a_moment_s_failure_loses_no_sign_in(self, desk):
+        route, failures = desk.routes["GET", "/whoami"], [1]
+
+        def whoami(handler: FakeHandler) -> None:
+            handler.send(Raw(b"", 503)) if failures and failures.pop() else route(handler)
+
+        desk.routes["GET", "/whoami"] = whoami
+        done = run_cli(
+            desk, "login", "--with-token", stdin="token-bob\n", PUTER_GUI_BASE_URL=desk.url
+        )
+        assert done.returncode == 0 and done.stdout.startswith("Signed in as bob")
+
+    def test_a_wrong_default_model_names_file_and_key(self, desk, home):
+        path = write_settings(home, '{"default_model": "nobody-knows-it"}')
+        done = run_cli(desk, "ask", "hi")
+        assert done.returncode == 1 and f"default_model of {path}" in done.stderr
+
+    def test_without_fallback_none_is_advised(self, desk):
+        desk.script[lab("text")] = "err429"
+        done = run_cli(desk, "ask", "--no-fallback", "-m", lab("text"), "hi")
+        assert done.returncode == 1 and "fallback" not in done.stderr
+
+    def test_a_failed_import_keeps_the_working_token(self, desk, home, tmp_path):
+        dead = {"username": "alice", "authToken": "token-old", "addedAt": 9_000_000_000_000}
+        path = tmp_path / "plugin.json"
+        path.write_text(json.dumps({"version": 1, "accounts": [dead], "activeIndex": 0}))
+        done = run_cli(desk, "login", "--import", str(path), PUTER_GUI_BASE_URL=desk.url)
+        assert "Kept alice" in done.stdout
+        assert puter.AccountStore(home).accounts()[0].token == "token-alice"
+
+    def test_another_package_of_this_name(self, desk, monkeypatch):
+        import importlib.metadata
+
+        rivals = {"puter": ["putergenai", "puter-py"]}
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: rivals)
+        done = run_cli(desk, "status", "--check", PUTER_GUI_BASE_URL=desk.url)
+        assert "FAIL  the package putergenai hides this one" in done.stdout
+        assert (
+            "no settings file" in done.stdout and "hides this one; do: pip uninstall" in done.stdout
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [(None, "no conversation yet"), ("[" * 100_000, "cannot be read"), ("{}", "")],
+    )
+    def test_the_last_conversation(self, desk, home, content, words):
+        if content is not None:
+            (home / puter.CONVERSATION_NAME).write_text(content)
+        done = run_cli(desk, "ask", "-c", "-m", lab("echo"), "hi")
+        assert words in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == (1 if "read" in words else 0)
+
+    def test_nothing_is_said_of_the_cost_of_what_is_free(self, desk):
+        desk.script[FREE[0]] = says("free")
+        done = run_cli(desk, "ask", "--usage", "-m", FREE[0], "hi")
+        assert "tokens:" in done.stderr and "cost" not in done.stderr
+
+    @posix_only
+    def test_the_log_begins_on_a_line_of_its_own(self, desk):
+        with at_terminal(desk, "ask", "-m", lab("text"), "hi", PUTER_DEBUG="1") as terminal:
+            assert terminal.end() == 0
+        text = plain(terminal.shown)
+        assert all(
+            before in ("\n", "\r", "") for before in re.findall(r"(.|\n|^)\[puter-auth\]", text)
+        )
+
+    def test_serve_logs_requests(self, desk):
+        with serving(desk, "--log") as (process, url, _):
+            assert requests.get(f"{url}/models", timeout=10).ok
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+        assert "GET /v1/models" in err
+
+    def test_hosts_that_the_system_does_not_know(self):
+        error = requests.ConnectionError("Failed to resolve 'api.puter.localhost'")
+        ours = puter._network_error(error, "http://api.puter.localhost:4100/x", 1.0)
+        assert "127.0.0.1 api.puter.localhost" in str(ours)
 
 
 # =============================================================================
-# The README
+# The README and the project
 # =============================================================================
 README = Path(puter.__file__).resolve().parent / "README.md"
 README_TEXT = README.read_text("utf-8") if README.is_file() else ""
-
 # What the models of the README's examples say to what they are asked.
 README_ANSWERS = {
     "Why is the sky blue?": "Air scatters blue light far more than red, so blue comes to "
@@ -21755,3 +21735,38 @@ class TestReadme:
         """`.ci/run` runs the first line that has `python -m pytest`."""
         line = next(x for x in README_TEXT.splitlines() if "python -m pytest" in x)
         assert line == "python -m pip install '.[test]' && python -m pytest -n auto"
+
+
+# =============================================================================
+# The benchmark and the soak
+# =============================================================================
+class TestBench:
+    def test_every_part_of_it_plays(self, tmp_path):
+        with ExitStack() as stack:
+            lab = Lab(tmp_path, True, stack)
+            assert lab.ask(load_server, lab.server.said, 1, 0, {"model": "lab/model-0"}) > 0
+            assert lab.ask(load_server, lab.bare_server.said, 1, 0, {"model": "lab/model-0"}) > 0
+            assert lab.ask(read_length, lab.base, 10) > 0
+            assert lab.ask(time_streams, lab.base, 10, 10, 1, 1)["sdk"][0] > 0
+            samples = crowds(lab)
+        assert samples["ours failures"] == samples["bare failures"] == [0]
+        assert samples["ours requests"] == [4]
+
+    @pytest.mark.parametrize(
+        ("target", "ours", "floor", "ok"),
+        [
+            ("x <= 0.6", [1.0, 2.0, 9.0], [2.0, 4.0, 10.0], True),
+            ("x >= 0.6", [1.0, 2.0, 9.0], [2.0, 4.0, 10.0], False),
+            ("more <= 1", [3.0], [1.0], False),
+            ("ours <= 0", [0], [], True),
+        ],
+    )
+    def test_verdict(self, target, ours, floor, ok):
+        bench = Bench("a line", crowds, "ours", "floor" if floor else "", target)
+        reached, line = verdict(bench, {"ours": ours, "floor": floor} if floor else {"ours": ours})
+        assert reached is ok and line.endswith("ok" if ok else "SHORT")
+
+    def test_the_soak_needs_nothing_of_pytests(self):
+        command = [sys.executable, __file__, "soak", "--threads", "2", "--seconds", "0.1"]
+        code, out, err = run_command(command, {**os.environ, **UNCOUNTED})
+        assert code == 0 and "answered" in out, err
