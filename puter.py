@@ -5330,7 +5330,8 @@ class Puter:
             # all others are passed on to the server
             if hint := argument_hint(argument):
                 raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
-        _require(isinstance(fallback, bool), "fallback", fallback, "Give True or False.")
+        for switch, value in (("fallback", fallback), ("web_search", web_search)):
+            _require(isinstance(value, bool), switch, value, "Give True or False.")
         is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
         _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
         name = model.id if isinstance(model, Model) else model
@@ -5347,15 +5348,13 @@ class Puter:
         needs = needs_of(messages, schemas)
         if needs.inputs and not is_foreign(self.config):
             self._check_inputs(name, needs)
-        is_plain = not schemas and args.keys() <= {"temperature", "max_tokens"}
-        for m in messages:
-            is_plain &= isinstance(m.get("content"), str) and m.keys() == {"role", "content"}
+        args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
         return Asked(
             model=name,
-            args={"messages": messages, **({"tools": schemas} if schemas else {}), **args},
+            args=args,
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
-            is_plain=is_plain,
+            is_plain=_is_plain(args),
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
             returns=typed,
         )
@@ -5884,6 +5883,13 @@ def _checked_options(options: Mapping[str, Any]) -> JSON:
         if hint := argument_hint(name) or own:
             raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
     return dict(options)
+
+
+def _is_plain(args: JSON) -> bool:
+    """Whether every provider takes a request in the same shape."""
+    is_bare = all(m.keys() == {"role", "content"} for m in args["messages"])
+    are_texts = is_bare and all(isinstance(m["content"], str) for m in args["messages"])
+    return are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
 
 
 def _input_parts(images: Any, files: Any) -> list[JSON]:
@@ -7666,7 +7672,6 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
         request_queue_size = 256
         daemon_threads = True
         block_on_close = False
-
         is_full = False
 
         def get_request(self) -> tuple[Any, Any]:
