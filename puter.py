@@ -2795,7 +2795,7 @@ def _json_value(value: Any) -> Any:
 
 # The function by which a model gives an answer of a form, where it takes functions.
 _ANSWER_TOOL = "final_answer"
-_BEGUN_JSON = re.compile(r"""[{\[]\s*(["'{\[]|\w+\s*:)""")
+_BEGUN_JSON = re.compile(r"""\{\s*(["']|\w+\s*:)|\[\s*["'{\[]""")
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 
 

@@ -14601,6 +14601,7 @@ class TestTranslation:
             ('See [1]: {"a": [1]}. Done', '{"a": [1]}'),
             ('Two: [{"a": 1}, {"b": 2}]', '[{"a": 1}, {"b": 2}]'),
             ('Not {this} but {"a": 1}', '{"a": 1}'),
+            ('[note: sic] {"a": 1}', '{"a": 1}'),
             *((text, text) for text in ("", "Sure!", '{"a": 1', "```json\nno\n```", "[" * 9999)),
             ('{"a": NaN}', '{"a": NaN}'),
         ],
