@@ -2847,6 +2847,10 @@ def _check_schema(schema: Any, where: str, root: Any) -> None:
     unknown = {kinds} - known if isinstance(kinds, str) else {*map(str, kinds)} - known
     _require(not unknown, f"{where}.type", kinds, f"Types are {', '.join(sorted(known))}.")
     _resolved(schema, root)
+    try:
+        re.compile(schema.get("pattern", ""))
+    except re.error as error:
+        raise _misplaced("returns", f"has a pattern that cannot be read ({error})") from None
     for key in ("properties", "$defs", "definitions"):
         for name, one in schema.get(key, {}).items():
             _check_schema(one, f"{where}.{key}.{name}", root)
@@ -2887,7 +2891,8 @@ def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
     for one in schema.get("allOf", ()):
         _fitting(one, value, where, root)
     if options := schema.get("anyOf") or schema.get("oneOf"):
-        types: list[_Type] = [(dict(one), partial(_fitting, one, root=root)) for one in options]
+        pairs = [(_resolved(one, root), partial(_fitting, one, root=root)) for one in options]
+        types: list[_Type] = [({} if one is True else one, read) for one, read in pairs]
         _union_type(types)[1](value, where)
     return value
 
