@@ -9819,7 +9819,11 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
             fine = abs(off_s) < 300
             yield fine, f"the clock differs by {off_s:.0f} s{'' if fine else '; set it right'}"
         what = "the model list: "
-        yield True, f"{len(client.models(refresh=True))} models"
+        models = ModelList(client.models(refresh=True))
+        yield True, f"{len(models)} models"
+        if config.default_model and not models.get(config.default_model):
+            source = config.sources["default_model"]
+            yield False, f"no model is called {config.default_model!r} (default_model of {source})"
     except PuterError as error:
         yield False, f"{what}{error}"
 

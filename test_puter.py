@@ -20146,6 +20146,7 @@ class TestReports:
             ("nobody", "python -m puter login"),
             ("server", "127.0.0.1:9"),
             ("models", "the model list"),
+            ("default", "'nosuch' (default_model of PUTER_DEFAULT_MODEL)"),
         ],
     )
     def test_check_finds(self, desk, home, fault, words):
@@ -20162,6 +20163,8 @@ class TestReports:
             Path(accounts).unlink()
         elif fault == "server":
             env["PUTER_API_BASE_URL"] = "http://127.0.0.1:9"
+        elif fault == "default":
+            env["PUTER_DEFAULT_MODEL"] = "nosuch"
         else:
             desk.routes["GET", "/puterai/chat/models/details"] = lambda handler: handler.send(
                 Raw({"code": "internal_error", "message": "no"}, 500)
