@@ -1448,7 +1448,7 @@ class State:
     _TABLES = """
         CREATE TABLE IF NOT EXISTS cooldowns (
             server TEXT, account TEXT, model TEXT, until_s REAL, strikes INTEGER, reason TEXT,
-            since_s REAL, token_fingerprint TEXT, PRIMARY KEY (server, account, model));
+            since_s REAL, token_mark TEXT, PRIMARY KEY (server, account, model));
         CREATE TABLE IF NOT EXISTS last_used (account TEXT PRIMARY KEY, at_ms INTEGER);
         CREATE TABLE IF NOT EXISTS catalogues (base_url TEXT PRIMARY KEY, body TEXT, at_s REAL);
         CREATE TABLE IF NOT EXISTS totals (
@@ -4417,28 +4417,45 @@ class _Job(NamedTuple):
     read: Callable[[Any], Any]
 
 
+def _audio_from(result: Any) -> Audio:
+    found = picture_from(result)  # a URL is read as a picture's is
+    return Audio(found.data, found.mime) if found.data else Audio(url=found.url)
+
+
+def _transcript_from(result: Any) -> Transcript:
+    if isinstance(result, str):  # where a form of text was asked for (recorded)
+        return Transcript(result)
+    return Transcript(mend_surrogates(result["text"]), result)
+
+
 _JOB_ARGUMENTS = ("model", "provider", "test_mode")
 # By what comes of them. Without a provider, Puter takes one that a server may lack (recorded).
 _JOBS: dict[type[Any], _Job] = {
     Picture: _Job(
-        *("puter-image-generation", "generate", "quality ratio aspect_ratio"),
-        *(lambda prompt: {"prompt": prompt}, picture_from),
+        "puter-image-generation",
+        "generate",
+        "quality ratio aspect_ratio",
+        lambda prompt: {"prompt": prompt},
+        picture_from,
     ),
     Audio: _Job(
-        *("puter-tts", "synthesize", "voice response_format instructions"),
+        "puter-tts",
+        "synthesize",
+        "voice response_format instructions",
         lambda text: {"text": text, "provider": "openai"},
-        lambda r: Audio(p.data, p.mime) if (p := picture_from(r)).data else Audio(url=p.url),
+        _audio_from,
     ),
     Transcript: _Job(
-        *("puter-speech2txt", "transcribe", "response_format language prompt"),
+        "puter-speech2txt",
+        "transcribe",
+        "response_format language prompt",
         lambda audio: {"file": data_url(audio, "audio", _AUDIO_KINDS)},
-        # a text where a form of text was asked for (recorded)
-        lambda r: (
-            Transcript(r) if isinstance(r, str) else Transcript(mend_surrogates(r["text"]), r)
-        ),
+        _transcript_from,
     ),
     str: _Job(
-        *("puter-ocr", "recognize", ""),
+        "puter-ocr",
+        "recognize",
+        "",
         lambda source: {"source": data_url(source, "source", _PAGE_KINDS)},
         lambda result: "\n".join(b["text"] for b in result["blocks"] if _is_text(b.get("text"))),
     ),
@@ -5064,7 +5081,7 @@ class Puter:
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._costs_usd: list[float] = []
         self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
-        self._on_wait: Callable[[str], object] = lambda why: None
+        self._on_wait: Callable[[str, float], object] = lambda why, wait_s: None
         _forkable.add(self)
         if self.config.debug:
             _show_log(logging.DEBUG)
@@ -5514,7 +5531,7 @@ class Puter:
         while target := next_target(call.asked, call.attempts, self._world(call)):
             wait_s = target.not_before_s - time.time()
             if wait_s > 0:
-                self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s")
+                self._on_wait(f"all accounts are limited, next try in {wait_s:.0f} s", wait_s)
                 if call.cancellation.cancelled.wait(wait_s):
                     break
             if target.is_fallback:
@@ -5615,7 +5632,7 @@ class Puter:
                 limit.pause(delay_s)
             what, most_shown = _log_words(failure), max(most, retries)
             _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most_shown, what, delay_s * 1000)
-            self._on_wait(f"{what}, next try in {delay_s:.0f} s")
+            self._on_wait(f"{what}, next try in {delay_s:.0f} s", delay_s)
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
             waited_s += delay_s
@@ -9156,8 +9173,7 @@ def _answer(
     client: Puter, talk: _SavedTalk, message: JSON, options: JSON, whole: bool = False
 ) -> Reply:
     def ask() -> Reply:
-        with closing(_Spinner(client.config.quiet_mode)) as spinner:
-            client._on_wait = spinner.wait
+        with closing(_Spinner(client)) as spinner:
             if whole:
                 return talk.say(message, **options)
             _print_stream(talk.stream(message, **options), spinner)
@@ -9193,16 +9209,20 @@ def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
 class _Spinner(threading.Thread):
     """Shows on a terminal's stderr that something is waited for, and for how long."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, client: Puter) -> None:
         super().__init__(daemon=True)
         self._reason, self._until = "", 0.0
         self._over = threading.Event()
-        if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        client._on_wait = self._show
+        if (
+            not client.config.quiet_mode
+            and sys.stderr.isatty()
+            and os.environ.get("TERM") != "dumb"
+        ):
             self.start()
 
-    def wait(self, why: str) -> None:
-        """Show why, for the seconds that it ends with: "limited, next try in 7 s"."""
-        wait_s = sum(map(int, re.findall(r"\d+(?= s$)", why)))
+    def _show(self, why: str, wait_s: float) -> None:
+        """Show why, for as long as that is waited for."""
         self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
@@ -9260,7 +9280,7 @@ def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
         _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
-# pictures and sound
+# ---- pictures and sound ----
 
 _READ_OPTIONS = (_opt("-m --model MODEL", "a model that does this"), _JSON_FLAG)
 _MADE_OPTIONS = (
@@ -9274,7 +9294,7 @@ _MADE_OPTIONS = (
 @_command(_opt("-a --attach FILE", "a picture to change, or several", **_SEVERAL), *_MADE_OPTIONS)
 def cmd_image(args: Any) -> None:
     """Draw a picture, or change one."""
-    _make(args, Picture, "picture", images=args.attach)
+    _run_job(args, Picture, "picture", images=args.attach)
 
 
 @_command(_opt("--voice NAME", "who speaks"), *_MADE_OPTIONS)
@@ -9282,30 +9302,29 @@ def cmd_speak(args: Any) -> None:
     """Speak a text."""
     ending = os.path.splitext(args.output or "")[1][1:].lower()
     form = ending if ending in _SPOKEN_FORMATS else None
-    _make(args, Audio, "speech", voice=args.voice, response_format=form)
+    _run_job(args, Audio, "speech", voice=args.voice, response_format=form)
 
 
 @_command(_opt("given", "a recording; - reads standard input", metavar="file"), *_READ_OPTIONS)
 def cmd_transcribe(args: Any) -> None:
     """Write down what a recording says."""
-    _make(args, Transcript)
+    _run_job(args, Transcript)
 
 
 @_command(_opt("given", "a picture or PDF; - reads standard input", metavar="file"), *_READ_OPTIONS)
 def cmd_ocr(args: Any) -> None:
     """Read the text of a picture or PDF."""
-    _make(args, str)
+    _run_job(args, str)
 
 
-def _make(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
+def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
     """Have a job done, and print what came of it, or where it was saved."""
     with ExitStack() as stack, _client() as client:
         save: Any = stack.enter_context(_saving(args, name)) if name else str
         given = _given(args)
 
         def make() -> tuple[Any, Reply]:
-            with closing(_Spinner(client.config.quiet_mode)) as spinner:
-                client._on_wait = spinner.wait
+            with closing(_Spinner(client)):
                 return client._make(kind, given, model=args.model, **options)
 
         result, reply = _signed_in(client, make)
@@ -10077,7 +10096,7 @@ def cmd_serve(args: Any) -> None:
             server.stop()
 
 
-# the settings of other programs, for `config` and `launch`
+# ---- the settings of other programs, for `config` and `launch` ----
 
 # What they read, as seen in: OpenCode 1.18.33, Claude Code 2.1.197, Codex 0.169.0, Copilot
 # 1.0.102, Qwen Code 0.24.4, Kilo 7.7.7, pi 1.6.0, Continue's cn 1.5.47, aider 0.86.2 and llm 0.36
