@@ -2269,14 +2269,14 @@ def _claude_effort(effort: Any, args: JSON) -> Any:
 
 
 def needs_of(messages: Sequence[JSON], tools: Sequence[JSON] = ()) -> Needs:
-    """What canonical messages, and the schemas of tools, ask of a model."""
+    """What canonical messages, and the schemas of tools, ask of a model; not yet how much room."""
     kinds = {"web search" for tool in tools if is_web_search(tool)}
     words = {"image_url": "image", "file": "pdf", "puter_path": "puter_path"}
     for message in messages:
         parts = (*_parts(message.get("content")), *message.get("images", ()))
         kinds |= {words[name] for part in parts for name in words.keys() & part.keys()}
     has_functions = any(not is_web_search(tool) for tool in tools)
-    return Needs(has_functions, frozenset(kinds), estimated_tokens(messages))
+    return Needs(has_functions, frozenset(kinds))
 
 
 def estimated_tokens(messages: Sequence[JSON]) -> int:
@@ -3671,17 +3671,18 @@ def fits(model: Model, tokens: int) -> bool:
     return model.window is None or tokens < model.window
 
 
-def answer_limit(model: Model | None, args: JSON) -> float:
-    """The most tokens that an answer may have: what was asked, and what Puter lets it (recorded)."""
+def with_true_end(reply: Reply, model: Model | None, args: JSON) -> Reply:
+    """The reply, ended by "length" if it has all the tokens that it might: few providers say so.
+
+    It may have what was asked for, and what Puter leaves a paid model (recorded).
+    """
+    tokens = reply.usage.output_tokens
+    if reply.finish_reason != "stop" or not tokens:
+        return reply
     limits = [args["max_tokens"]] if _is_number(args.get("max_tokens")) else []
     if model and model.max_tokens and model.output_usd_per_million:
         limits.append(model.max_tokens - estimated_tokens(args["messages"]))
-    return min(limits, default=math.inf)
-
-
-def with_true_end(reply: Reply, limit: float) -> Reply:
-    """The reply, ended by "length" if it has all the tokens that it might: few providers say so."""
-    is_cut = reply.finish_reason == "stop" and (reply.usage.output_tokens or 0) >= limit
+    is_cut = tokens >= min(limits, default=math.inf)
     return replace(reply, finish_reason="length") if is_cut else reply
 
 
@@ -3755,14 +3756,10 @@ class World(NamedTuple):
     elapsed_s: float = 0.0
     is_stale: bool = False
 
-    def without_login(self) -> set[str]:
-        """The accounts whose token is dead until the next sign-in."""
-        return {c.account for c in self.cooldowns if c.reason == "login"}
-
-    def has_substitute(self, account: Account) -> bool:
-        """Whether another account could take its place, now or later."""
-        others = {a.username for a in self.accounts} - {account.username}
-        return not others <= self.without_login()
+    def others(self, account: Account) -> set[str]:
+        """Who could take its place, now or later: all whose token is not dead."""
+        dead = {c.account for c in self.cooldowns if c.reason == "login"}
+        return {a.username for a in self.accounts} - dead - {account.username}
 
 
 class Target(NamedTuple):
@@ -3794,7 +3791,7 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     if same is not None and not leaves:
         model = _next_model(asked, visit, attempts, same, world)
         if model is not None:
-            waits = is_second_round or not world.has_substitute(same)
+            waits = is_second_round or not world.others(same)
             return Target(*model, waits_out_limits=waits)
         if not any(depends_on_account(a.error) for a in visit):
             # the models failed by themselves: another account would meet the same
@@ -3803,9 +3800,9 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         return None
     if account := _next_account(tried, world):
         model = _next_model(asked, [], attempts, account, world)
-        return model and Target(*model, waits_out_limits=not world.has_substitute(account))
+        return model and Target(*model, waits_out_limits=not world.others(account))
     ends = _ends_of_windows(attempts, world)
-    limited = [a for a in world.accounts if a.username in ends and world.has_substitute(a)]
+    limited = [a for a in world.accounts if a.username in ends and world.others(a)]
     if not limited or not world.config.max_retries:
         return None
     account = min(limited, key=lambda a: ends[a.username])
@@ -3813,13 +3810,10 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
 
 
 def _next_account(tried: Collection[str], world: World) -> Account | None:
-    dead = world.without_login()
     cooled = {c.account for c in world.cooldowns if not c.model}
-    alive = [a for a in world.accounts if a.username not in dead]
-    if len(alive) <= 1:
-        # the last usable account is asked during its cooldown as well
-        current = [a for a in world.accounts if a.username == world.current]
-        cooled -= {a.username for a in (alive or current or world.accounts)[:1]}
+    # the last usable account is asked during its cooldown as well
+    last = [a.username for a in world.accounts if not world.others(a)]
+    cooled -= {world.current} if world.current in last else {*last[:1]}
     strategy = world.config.account_rotation_strategy
     return next_account(world.accounts, cooled | {*tried}, strategy, world.current)
 
@@ -3838,8 +3832,9 @@ def _next_model(
         return asked.model, account, False
     if not asked.fallback:
         return None
+    needs = asked.needs._replace(context=estimated_tokens(asked.args["messages"]))
     listed, is_stale = world.config.fallback_models, world.is_stale
-    fallbacks = fallback_order(asked.model, world.models, cooled, asked.needs, listed, is_stale)
+    fallbacks = fallback_order(asked.model, world.models, cooled, needs, listed, is_stale)
     if not visit and not fallbacks:
         # despite its cooldown
         return asked.model, account, False
@@ -4077,37 +4072,31 @@ class _Transport:
         body: Any = None,
         timeout_s: float | None = None,
         cancellation: _InFlight | None = None,
-        streaming: bool = False,
+        leaves_open: Callable[[requests.Response], bool] | None = None,
     ) -> requests.Response:
         """Send one request with `body` as JSON.
 
-        The response's content is read, bounded, and without the token, unless it is the 200 of
-        a stream and was asked for with `streaming`: that one is the caller's to read and close.
+        The response's content is read, bounded, and without the token; one that it
+        `leaves_open` is the caller's to read and close.
         """
         cancellation = cancellation or _InFlight()
         timeout_s = timeout_s or self._config.api_timeout_ms / 1000
         # the token must not follow to another host
-        options: JSON = {"auth": _bearer(token), "allow_redirects": False}
+        options: JSON = {"allow_redirects": False, "auth": partial(_signed, token=token)}
         if body is not None:
             options |= {"data": _encoded(body), "headers": {"Content-Type": "application/json"}}
-        response = self._open(method, url, options, timeout_s, cancellation)
-        if streaming and response.status_code == 200 and is_stream(response):
+        times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
+        in_flight = cancellation.as_current(timeout_s, is_ours=self._custom is None)
+        with _our_errors(url, timeout_s, cancellation), in_flight:
+            response = self._session().request(method, url, timeout=times, stream=True, **options)
+        cancellation.attach(response=response.raw)
+        if leaves_open is not None and leaves_open(response):
             return response
         try:
             self._read(response, timeout_s, token)
         finally:
             response.close()
             cancellation.attach()
-        return response
-
-    def _open(
-        self, method: str, url: str, options: JSON, timeout_s: float, cancellation: _InFlight
-    ) -> requests.Response:
-        times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        in_flight = cancellation.as_current(timeout_s, is_ours=self._custom is None)
-        with _our_errors(url, timeout_s, cancellation), in_flight:
-            response = self._session().request(method, url, timeout=times, stream=True, **options)
-        cancellation.attach(response=response.raw)
         return response
 
     def _read(self, response: requests.Response, timeout_s: float, token: str) -> None:
@@ -4128,13 +4117,12 @@ class _Transport:
     def download(self, url: str, cancellation: _InFlight | None = None) -> tuple[bytes, str]:
         """(contents, MIME type) of a public URL, up to `MAX_FILE_BYTES`; no token is sent."""
         data, until = bytearray(), time.monotonic() + self._config.api_timeout_ms / 1000
-        # each redirect is a request of its own: no password of ~/.netrc goes along
-        options: JSON = {"auth": _bearer(""), "allow_redirects": False}
-        cancellation = cancellation or _InFlight()
+        how: JSON = {"cancellation": cancellation, "leaves_open": lambda response: True}
         try:
+            # each redirect is a request of its own: no password of ~/.netrc goes along
             for _ in range(MAX_REDIRECTS + 1):
                 left_s = max(0.001, until - time.monotonic())
-                with self._open("GET", url, options, left_s, cancellation) as response:
+                with self.send("GET", url, timeout_s=left_s, **how) as response:
                     if not response.is_redirect:
                         _read_into(data, response, left_s, MAX_FILE_BYTES)
                         break
@@ -4302,21 +4290,17 @@ def _root_cause(error: BaseException) -> BaseException:
     return error if inner is None else _root_cause(inner)
 
 
-def _bearer(token: str) -> Callable[[Any], Any]:
-    """Puts our headers on a request; given as `auth`, so that no ~/.netrc overrides the token."""
+def _signed(request: Any, token: str) -> Any:
+    """The request with our headers; given as `auth`, so that no ~/.netrc overrides the token."""
     if not re.fullmatch(r"[!-~]*", token):
         hint = "Copy it again, whole and alone; or sign in with `python -m puter login`."
         raise AuthError("The token contains a space or a character that is not ASCII", hint=hint)
-
-    def sign(request: Any) -> Any:
-        if token:
-            request.headers["Authorization"] = f"Bearer {token}"
-        if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
-            # a session of the caller's may have one of its own
-            request.headers["User-Agent"] = f"puter.py/{__version__}"
-        return request
-
-    return sign
+    if token:
+        request.headers["Authorization"] = f"Bearer {token}"
+    if "python-requests" in str(request.headers.get("User-Agent", "python-requests")):
+        # a session of the caller's may have one of its own
+        request.headers["User-Agent"] = f"puter.py/{__version__}"
+    return request
 
 
 def _encoded(body: Any) -> bytes:
@@ -4364,9 +4348,10 @@ def content_type(response: requests.Response) -> str:
 
 
 def is_stream(response: requests.Response) -> bool:
-    """Whether a response is a stream of one of the two kinds that we read."""
+    """Whether a response is a good one, and a stream of one of the two kinds that we read."""
     kind = content_type(response)
-    return kind == "text/event-stream" or "ndjson" in kind or "jsonl" in kind
+    is_known = kind == "text/event-stream" or "ndjson" in kind or "jsonl" in kind
+    return is_known and response.status_code == 200
 
 
 def _seconds(retry_after: str) -> float | None:
@@ -4472,6 +4457,8 @@ class _Exchange:
     # how it is sent to a model on an account
     open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
     attempts: list[Attempt] = field(default_factory=list)
+    # whether the one that answers is a fallback
+    is_fallback: bool = False
     began: float = field(default_factory=time.monotonic)
 
 
@@ -4757,12 +4744,11 @@ class _Api(NamedTuple):
         if call.asked.returns is not None:
             args = typed_arguments(form, known is not None and known.tools is True, args)
         args = arguments_for(form, known.id if known else model, args)
-        limit = answer_limit(known, args)
         response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
-        if not streaming or response.status_code != 200 or not is_stream(response):
+        if not streaming or not is_stream(response):
             body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return _Incoming.of(with_true_end(read(body, model), limit), started)
+            return _Incoming.of(with_true_end(read(body, model), known, args), started)
         stack.callback(call.cancellation.attach)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
@@ -4778,7 +4764,7 @@ class _Api(NamedTuple):
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
-        return _Incoming(batches, lambda: with_true_end(decoder.reply(), limit), started)
+        return _Incoming(batches, lambda: with_true_end(decoder.reply(), known, args), started)
 
     def work(
         self, job: _Job, call: _Exchange, model: str, account: Account, stack: ExitStack
@@ -4865,11 +4851,10 @@ class _Api(NamedTuple):
             url = f"{base}/drivers/call"
             driver = {"interface": "puter-chat-completion", "driver": "ai-chat"}
             body = {**driver, "method": "complete", "args": body}
-        path, count = _origin_and_path(url)[1], len(args["messages"])
-        words = (path, args["model"], str(streaming).lower(), count)
+        words = (urlsplit(url).path, args["model"], str(streaming).lower(), len(args["messages"]))
         _log.info("Request: POST %s method=complete model=%s stream=%s messages=%d", *words)
-        how: JSON = {"timeout_s": timeout_s, "streaming": streaming, "body": body}
-        how |= {"token": account.token, "cancellation": call.cancellation}
+        how: JSON = {"timeout_s": timeout_s, "body": body, "token": account.token}
+        how |= {"cancellation": call.cancellation, "leaves_open": is_stream if streaming else None}
         return self.transport.send("POST", url, **how)
 
 
@@ -4914,13 +4899,12 @@ class Stream:
     account: str
     attempts: tuple[Attempt, ...] = ()
     _stack: ExitStack = field(default_factory=ExitStack)
-    _note_end: Callable[[str, Reply | None], None] | None = None
-    # is given what was paid for; unlike the end, also of a stream that is dropped
-    _spend: Callable[[Reply], None] = lambda reply: None
+    # is given how it ended, and the reply as far as it came
+    _note_end: Callable[[str, Reply], None] = lambda word, reply: None
     # whether a call whose arguments cannot be read is an error
     _checked: bool = False
     _batch: Iterator[Chunk] = field(default_factory=lambda: iter(()))
-    # "ok", "closed" or an error's code
+    # "ok", "closed", "dropped" or an error's code
     _end_word: str = ""
     _lock: Any = field(default_factory=threading.RLock)
     _reading: Any = field(default_factory=threading.Lock)
@@ -4944,8 +4928,7 @@ class Stream:
         self._release("closed")
 
     def __del__(self) -> None:
-        self._note_end = None
-        self._release("closed")
+        self._release("dropped")
 
     def __repr__(self) -> str:
         state = {"ok": "ended", "": "open"}.get(self._end_word, "closed")
@@ -4962,6 +4945,12 @@ class Stream:
     def close(self) -> None:
         """End the stream now, from any thread; what is on its way is not waited for."""
         self._release("closed")
+
+    def _whole(self) -> Reply:
+        """The reply, once all is read."""
+        while self._next_batch() is not None:
+            pass
+        return self.reply
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
@@ -4999,15 +4988,14 @@ class Stream:
             if self._end_word:
                 return
             self._end_word = word
+        reply = self._partial()
         if word == "ok":
-            self._reply = self._partial()
+            self._reply = reply
         else:
             # a body that was read to its end left a good connection
             self._cancellation.cancel()
         self._stack.close()
-        self._spend(self._reply or self._partial())
-        if self._note_end is not None:
-            self._note_end(word, self._reply)
+        self._note_end(word, reply)
 
     def _partial(self) -> Reply:
         who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
@@ -5080,7 +5068,7 @@ class Puter:
         self._api = _Api(self.config, self._transport, self._catalogue, self._drawing)
         self._limits: dict[str, _ConcurrencyLimit] = {}
         self._costs_usd: list[float] = []
-        self._on_answer: Callable[[str, Reply], object] = lambda model, reply: None
+        self._on_answer: Callable[[Reply, bool], object] = lambda reply, is_fallback: None
         self._on_wait: Callable[[str, float], object] = lambda why, wait_s: None
         _forkable.add(self)
         if self.config.debug:
@@ -5160,7 +5148,7 @@ class Puter:
         answer is not what `returns` says.
         """
         named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        reply = self._complete(self._build_request(prompt, *named, **args))
+        reply = self._open(self._build_request(prompt, *named, **args), is_stream=False)._whole()
         raise_for_invalid(reply)
         return reply
 
@@ -5327,8 +5315,8 @@ class Puter:
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
     # The public methods of `_accounts`, `_catalogue` and `_transport` are for them as well.
-    # `_on_answer` is called with the asked model's name and each reply that ended well, `_on_wait`
-    # with why a call waits before it is sent again.
+    # `_on_answer` is called with each reply that ended well and whether a fallback gave it,
+    # `_on_wait` with why a call waits before it is sent again, and for how long.
 
     def _build_request(
         self,
@@ -5369,7 +5357,7 @@ class Puter:
             args |= _format_of(typed, args, schemas)
         needs = needs_of(messages, schemas)
         if needs.inputs and not is_foreign(self.config):
-            self._check_inputs(name, needs)
+            self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
         args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
         return Asked(
             model=name,
@@ -5380,12 +5368,6 @@ class Puter:
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
             returns=typed,
         )
-
-    def _complete(self, asked: Asked, cancellation: _InFlight | None = None) -> Reply:
-        """The whole reply to a request; another thread may cancel it."""
-        with self._open(asked, cancellation, is_stream=False) as stream:
-            deque(stream, maxlen=0)
-            return stream.reply
 
     def _make(
         self, kind: type[_T], given: Any, cancellation: _InFlight | None = None, **args: Any
@@ -5411,14 +5393,16 @@ class Puter:
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, is_chat=False)
         way = partial(self._api.work, job)
-        with self._open_once(asked, cancellation or _InFlight(), False, way) as stream:
-            deque(stream, maxlen=0)
-            return stream.reply.raw["result"], stream.reply
+        reply = self._open_once(asked, cancellation or _InFlight(), False, way)._whole()
+        return reply.raw["result"], reply
 
     def _open(
         self, asked: Asked, cancellation: _InFlight | None = None, is_stream: bool = True
     ) -> Stream:
-        """The reply to a request as it comes; returns once its first chunk, or all, is there."""
+        """The reply to a request as it comes; returns once its first chunk, or all, is there.
+
+        Another thread may cancel it.
+        """
         cancellation = cancellation or _InFlight()
         if asked.returns is None:
             return self._open_once(asked, cancellation, is_stream)
@@ -5431,21 +5415,20 @@ class Puter:
         reply = Reply()
         for may_ask_again in (True, False):
             try:
-                with self._open_once(asked, cancellation, is_stream=False) as stream:
-                    deque(stream, maxlen=0)
+                answer = self._open_once(asked, cancellation, is_stream=False)._whole()
             except PuterError as error:
                 if attempts:  # the first answer was paid for
                     error.reply = error.reply or reply
                 raise
-            used, attempts = used + stream.reply.usage, attempts + stream.reply.attempts
-            reply = replace(stream.reply, usage=used, attempts=attempts)
+            used, attempts = used + answer.usage, attempts + answer.attempts
+            reply = replace(answer, usage=used, attempts=attempts)
             try:
                 typed = typed_reply(reply, returns, may_call=asked.needs.tools)
             except Exception as error:  # noqa: BLE001 (also what the caller's own types raise)
                 problem = str(error)
             else:
-                if stream.reply.attempts:
-                    self._cache(asked, stream.reply)
+                if answer.attempts:
+                    self._cache(asked, answer)
                 return typed
             given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
             said = "\n".join(filter(None, [reply.text, *given])) or "(nothing)"
@@ -5475,7 +5458,7 @@ class Puter:
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
         note_end = partial(self._note_end, call, incoming.started)
-        return Stream(incoming, cancellation, *who, stack, note_end, partial(self._spend, asked))
+        return Stream(incoming, cancellation, *who, stack, note_end)
 
     def _is_same_model(self, name: str, other: str) -> bool:
         models = self._catalogue.known()
@@ -5552,6 +5535,7 @@ class Puter:
                     break
             else:
                 self._accounts.current = target.account.username
+                call.is_fallback = target.is_fallback
                 return answer
         first = call.attempts[0].error if call.attempts else self._accounts.no_account_error()
         assert first is not None
@@ -5596,7 +5580,8 @@ class Puter:
         """One model on one account, with the retries that the policies allow."""
         model, account, patient = target.model, target.account, target.waits_out_limits
         name, most = account.username, self.config.max_retries
-        limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
+        if (limit := self._limits.get(name)) is None:
+            limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
         patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
         retries, waited_s, waiting, has_waited_for_others = 0, 0.0, 0, False
         while True:
@@ -5709,7 +5694,7 @@ class Puter:
         if error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
             model_id, ms = self._world(call).models.id_of(target.model), config.fallback_cooldown_ms
-        elif is_limit and self._world(call).has_substitute(target.account):
+        elif is_limit and self._world(call).others(target.account):
             model_id, ms = "", config.account_rotation_cooldown_ms
         else:
             return
@@ -5742,23 +5727,25 @@ class Puter:
 
     # ---- what is noted of an answer ----
 
-    def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply | None) -> None:
+    def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
-        request, now, model = call.asked, time.monotonic(), call.attempts[-1].model
-        first_s = call.attempts[-1].seconds if call.is_stream else None
-        self._count(model, word, now - started, first_s, reply.usage if reply else None)
-        if reply is None:
+        request, now, last = call.asked, time.monotonic(), call.attempts[-1]
+        self._spend(request, reply)
+        if word == "dropped":
+            return  # at any time, in any thread
+        first_s = last.seconds if call.is_stream else None
+        self._count(last.model, word, now - started, first_s, reply.usage if word == "ok" else None)
+        if word != "ok":
             _log.info("Response: broke off (%s)", word)
             return
-        is_fallback = not self._is_same_model(model, request.model)
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
-        _log.info("Response: 200 %s", "OK (used fallback model)" if is_fallback else how)
+        _log.info("Response: 200 %s", "OK (used fallback model)" if call.is_fallback else how)
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and request.needs.tools
-        is_odd = is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
+        is_odd = call.is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
         if not is_odd and request.returns is None:
             self._cache(request, reply)
-        self._on_answer(request.model, reply)
+        self._on_answer(reply, call.is_fallback)
 
     def _cache(self, request: Asked, reply: Reply) -> None:
         if self.config.cache_enabled and request.is_chat:
@@ -5826,7 +5813,8 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        deque(self._begin(message, options, streaming=False), maxlen=0)
+        for _ in self._begin(message, options, streaming=False):
+            pass
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
@@ -7971,7 +7959,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
         if asked.canned:
             return Reply(asked.canned, model=asked.model)
-        return self.app.client._complete(request, self.cancellation)
+        return self.app.client._open(request, self.cancellation, is_stream=False)._whole()
 
     def _open(self, asked: ChatRequest, request: Asked) -> Stream:
         """A stream; of a whole reply where all must be there before anything can be given."""
@@ -10669,9 +10657,8 @@ class _LaunchClient(Puter):
         self._requests += 1
         return request
 
-    def _note_answer(self, asked: str, reply: Reply) -> None:
-        fell_back = not self._is_same_model(reply.attempts[-1].model, asked)
-        self._answers.append((reply.model, fell_back, reply.usage))
+    def _note_answer(self, reply: Reply, is_fallback: bool) -> None:
+        self._answers.append((reply.model, is_fallback, reply.usage))
 
     def summary(self) -> str:
         parts = [_plural(self._requests, "request")]

@@ -7290,16 +7290,16 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("messages", "tools", "needs"),
         table(
-            ["text", [user("12345678901")], [], puter.Needs(context=2)],
+            ["text", [user("12345678901")], [], puter.Needs()],
             ["tools", [user("a")], [{}], puter.Needs(tools=True)],
             ["search", [user("a")], [{"type": "web_search"}], puter.Needs(inputs=frozenset({"web search"}))],
             ["search and a tool", [user("a")], [{"type": "web_search"}, {}], puter.Needs(True, frozenset({"web search"}))],
             ["nothing", [assistant(None)], [], puter.Needs()],
-            ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}), context=2)],
-            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}), context=1_500)],
-            ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}), context=1_500)],
+            ["image", [user([PICTURES["chat"], text_part("1234")])], [], puter.Needs(inputs=frozenset({"image"}))],
+            ["PDF", [user([A_PDF])], [], puter.Needs(inputs=frozenset({"pdf"}))],
+            ["stored file", [user([{"type": "file", "puter_path": "/a.pdf"}])], [], puter.Needs(inputs=frozenset({"puter_path"}))],
             ["a picture that was drawn", [assistant("a", images=[PICTURES["chat"]])], [], puter.Needs(inputs=frozenset({"image"}))],
-            ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs(context=2)],
+            ["all together", [user("12 34"), assistant("12 34")], [], puter.Needs()],
         ),
     )  # fmt: skip
     def test_needs(self, messages, tools, needs):
@@ -7323,17 +7323,21 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("known", "args", "limit"),
         [
-            (None, {}, math.inf),
+            (None, {}, None),
             (None, {"max_tokens": 5}, 5),
             (model("m", max_tokens=100, output_usd_per_million=1.0), {}, 96),
             (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 99}, 96),
             (model("m", max_tokens=100, output_usd_per_million=1.0), {"max_tokens": 9}, 9),
-            (model("m", max_tokens=100), {}, math.inf),
+            (model("m", max_tokens=100), {}, None),
         ],
     )
     def test_how_long_an_answer_may_be(self, known, args, limit):
         args = {"messages": [user("one two three four")], **args}
-        assert puter.answer_limit(known, args) == limit
+        for tokens, end in (
+            ((limit - 1, "stop"), (limit, "length")) if limit else ((10**9, "stop"),)
+        ):
+            reply = puter.Reply("a", usage=puter.Usage(output_tokens=tokens))
+            assert puter.with_true_end(reply, known, args).finish_reason == end
 
 
 # ---- files ----
@@ -9067,7 +9071,7 @@ def next_of(names: str, cooled: str, tried: str, given: JSON) -> str | None:
         who, _, name = where.partition("/")
         name = f"{name}:free" if name.startswith("f") else name
         attempts.append(attempt(name, who, TARGET_FAULTS[why]()))
-    asked = puter.Asked(given.pop("model"), {}, puter.Needs(), given.pop("fallback"))
+    asked = puter.Asked(given.pop("model"), {"messages": []}, puter.Needs(), given.pop("fallback"))
     settings = {k: given.pop(k) for k in ("fallback_models", "max_retries") if k in given}
     world = puter.World(
         accounts=[account(name) for name in names],
@@ -10515,11 +10519,11 @@ class TestStream:
     def test_answers_are_reported_inside(self, make, fake, how):
         prepare(fake, {"text": "err429"})
         client, answers = make(), []
-        client._on_answer = lambda asked, reply: answers.append((asked, reply))
+        client._on_answer = lambda reply, is_fallback: answers.append((reply, is_fallback))
         reply = ask(client, how, lab("text"))
         with pytest.raises(puter.PuterError):
             ask(client, how, lab("midfail" if how == "stream" else "err400"), fallback=False)
-        assert answers == [(lab("text"), reply)]
+        assert answers == [(reply, True)]
         assert (reply.model, reply.account, len(reply.attempts)) == (FREE[0], "alice", 2)
 
     # Tools: a stream of most providers loses all but the last of several calls.
@@ -13152,7 +13156,7 @@ class TestMedia:
     @pytest.mark.parametrize("job", JOBS_DONE)
     def test_samples_cost_nothing(self, make, fake, job):
         client, ended = make(), []
-        client._on_answer = lambda model, reply: ended.append(reply)
+        client._on_answer = lambda reply, _: ended.append(reply)
         made = JOBS_DONE[job](client, test_mode=True)
         if job in ("image", "speech"):
             wanted = (DREW.data, "image/png") if job == "image" else (SOUND, "audio/mpeg")
@@ -13181,7 +13185,7 @@ class TestMedia:
     )  # fmt: skip
     def test_price(self, make, fake, model, cost):
         client, ended = make(), []
-        client._on_answer = lambda model, reply: ended.append(reply)
+        client._on_answer = lambda reply, _: ended.append(reply)
         client.image("a dot", model)
         assert ended[0].usage.cost_usd == cost
         (stats,) = client.stats()
@@ -13194,7 +13198,7 @@ class TestMedia:
         client.image("a dot", SEEDREAM)
         assert SEEDREAM not in ids(client.models()) and OPUS in ids(client.models())
         again, ended = make(), []
-        again._on_answer = lambda model, reply: ended.append(reply.usage.cost_usd)
+        again._on_answer = lambda reply, _: ended.append(reply.usage.cost_usd)
         again.image("a dot", SEEDREAM)
         assert OPUS in ids(again.models()) and ended == [0.03]
         assert sum(seen.path == "/puterai/image/models/details" for seen in fake.requests) == 1
