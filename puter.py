@@ -290,6 +290,10 @@ class PuterError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = self.default_hint if hint is None else hint
+        if reply := details.get("reply"):
+            # it says whose fault it was
+            who = {"model": reply.model, "account": reply.account, "attempts": reply.attempts}
+            details = who | details
         for name, value in details.items():
             if not hasattr(type(self), name):
                 raise TypeError(f"{type(self).__name__} has no detail {name!r}")
@@ -3105,7 +3109,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     )
     if reply.finish_reason.lower() in _FAILED_ENDS:
         problem = f"The provider of {model} failed while it wrote ({reply.finish_reason})"
-        raise ReplyError(problem, raw=reply.text[:2_000], reply=reply, model=model)
+        raise ReplyError(problem, raw=reply.text[:2_000], reply=reply)
     return reply
 
 
@@ -4978,9 +4982,8 @@ class Stream:
         return batch
 
     def _broken(self, message: str, code: str | None) -> StreamError:
-        who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
         hint = "" if code == "closed" else _HINT_BY_CODE.get(code or "")
-        return StreamError(message, hint=hint, reply=self._partial(), code=code, **who)
+        return StreamError(message, hint=hint, reply=self._partial(), code=code)
 
     def _release(self, word: str) -> None:
         """Give back the connection and the place, and note how it ended; once."""
@@ -4998,8 +5001,8 @@ class Stream:
         self._note_end(word, reply)
 
     def _partial(self) -> Reply:
-        who: JSON = {n: getattr(self, n) for n in ("model", "account", "attempts")}
-        return replace(self._source.reply(), **who)
+        reply = self._source.reply()
+        return replace(reply, model=self.model, account=self.account, attempts=self.attempts)
 
 
 def raise_for_invalid(reply: Reply) -> None:
@@ -5008,8 +5011,7 @@ def raise_for_invalid(reply: Reply) -> None:
         if call.invalid:
             arguments = f"arguments that are not a JSON object: {call.invalid[:200]!r}"
             message = f"The model called {call.name!r} with {arguments}"
-            who: JSON = {n: getattr(reply, n) for n in ("model", "account", "attempts")}
-            raise ReplyError(message, raw=call.invalid, reply=reply, **who)
+            raise ReplyError(message, raw=call.invalid, reply=reply)
 
 
 class Puter:
@@ -5439,9 +5441,8 @@ class Puter:
             messages = [*asked.args["messages"], *talk]
             asked = asked._replace(args={**asked.args, "messages": messages})
         hint = "Simplify the type or schema, raise `max_tokens`, or use another model."
-        who: JSON = {"model": reply.model, "account": reply.account, "attempts": attempts}
         message = f"The answer of {reply.model} is not what was asked for: {problem}"
-        raise ReplyError(message, raw=said, reply=reply, hint=hint, **who)
+        raise ReplyError(message, raw=said, reply=reply, hint=hint)
 
     def _open_once(
         self,
