@@ -4187,12 +4187,12 @@ def _our_errors(
         raise failure from error
 
 
-def _read_into(data: bytearray, response: requests.Response, timeout_s: float, most: int) -> None:
+def _read_into(data: bytearray, response: requests.Response, timeout_s: float, limit: int) -> None:
     until = time.monotonic() + timeout_s
     for piece in stream_pieces(response, timeout_s):
         data += piece
-        if len(data) > most:
-            raise ServerError(f"The answer is larger than {most:,} bytes")
+        if len(data) > limit:
+            raise ServerError(f"The answer is larger than {limit:,} bytes")
         if time.monotonic() > until:
             problem = f"The answer was not complete after {timeout_s:g} s"
             raise RequestTimeoutError(problem, may_be_billed=True)
@@ -5579,11 +5579,10 @@ class Puter:
 
     def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
-        model, account, patient = target.model, target.account, target.waits_out_limits
-        name, most = account.username, self.config.max_retries
+        model, name, config = target.model, target.account.username, self.config
         if (limit := self._limits.get(name)) is None:
-            limit = self._limits.setdefault(name, _ConcurrencyLimit(self.config.max_concurrent))
-        patience_s = call.asked.timeout_s or self.config.api_timeout_ms / 1000
+            limit = self._limits.setdefault(name, _ConcurrencyLimit(config.max_concurrent))
+        patience_s = call.asked.timeout_s or config.api_timeout_ms / 1000
         retries, waited_s, waiting, has_waited_for_others = 0, 0.0, 0, False
         while True:
             with ExitStack() as stack:
@@ -5591,7 +5590,7 @@ class Puter:
                 self._check_budget(call.asked, model)
                 started = time.monotonic()
                 try:
-                    source = call.open(call, model, account, stack)
+                    incoming = call.open(call, model, target.account, stack)
                 except PuterError as error:
                     failure = error
                 else:
@@ -5600,7 +5599,7 @@ class Puter:
                     names, now = (model, self._catalogue.known().id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
                     limit.passed()
-                    return source, stack.pop_all()
+                    return incoming, stack.pop_all()
             seconds = time.monotonic() - started
             if isinstance(failure, CreditError) and not has_waited_for_others:
                 # what runs beside it holds the most that it may cost until it ends (recorded)
@@ -5610,14 +5609,15 @@ class Puter:
             failure = self._noted(failure, call, target, seconds)
             is_stream = call.is_stream and not self._api.needs_whole_reply(call.asked, model)
             waiting = max(waiting, limit.waiting)
-            if not may_retry(failure, retries, most, patient, waited_s, is_stream, waiting):
+            allowed = (config.max_retries, target.waits_out_limits, waited_s, is_stream, waiting)
+            if not may_retry(failure, retries, *allowed):
                 raise failure
             retries += 1
-            delay_s = retry_delay_s(failure, retries, self.config.retry_delay_ms / 1000)
+            delay_s = retry_delay_s(failure, retries, config.retry_delay_ms / 1000)
             if isinstance(failure, RateLimitError):
                 limit.pause(delay_s)
-            what, most_shown = _log_words(failure), max(most, retries)
-            _log.info("Retry %d/%d: %s, waiting %.0fms", retries, most_shown, what, delay_s * 1000)
+            what, total = _log_words(failure), max(config.max_retries, retries)
+            _log.info("Retry %d/%d: %s, waiting %.0fms", retries, total, what, delay_s * 1000)
             self._on_wait(f"{what}, next try in {delay_s:.0f} s", delay_s)
             if call.cancellation.cancelled.wait(delay_s):
                 raise failure
