@@ -3740,8 +3740,6 @@ class Asked(NamedTuple):
     args: JSON
     needs: Needs
     fallback: bool
-    # whether every provider takes it in the same shape
-    is_plain: bool = True
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
     returns: Returns | None = None
@@ -3802,7 +3800,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
             return None
     if is_second_round:
         return None
-    if account := _next_account(tried, world):
+    cooled = {c.account for c in world.cooldowns if not c.model}
+    # the last usable account is asked during its cooldown as well
+    last = [a.username for a in world.accounts if not world.others(a)]
+    cooled -= {world.current} if world.current in last else {*last[:1]}
+    strategy = world.config.account_rotation_strategy
+    if account := next_account(world.accounts, cooled | tried, strategy, world.current):
         model = _next_model(asked, [], attempts, account, world)
         return model and Target(*model, waits_out_limits=not world.others(account))
     ends = _ends_of_windows(attempts, world)
@@ -3811,15 +3814,6 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
         return None
     account = min(limited, key=lambda a: ends[a.username])
     return Target(asked.model, account, False, True, ends[account.username])
-
-
-def _next_account(tried: Collection[str], world: World) -> Account | None:
-    cooled = {c.account for c in world.cooldowns if not c.model}
-    # the last usable account is asked during its cooldown as well
-    last = [a.username for a in world.accounts if not world.others(a)]
-    cooled -= {world.current} if world.current in last else {*last[:1]}
-    strategy = world.config.account_rotation_strategy
-    return next_account(world.accounts, cooled | {*tried}, strategy, world.current)
 
 
 def _next_model(
@@ -4063,8 +4057,7 @@ class _Transport:
             hint = "Pass a requests.Session, or nothing."
             raise ConfigError(f"session is {_describe(session)}", hint=hint)
         self._config = config
-        self._custom = session
-        self._own: requests.Session | None = None
+        self._session, self._is_ours = session, session is None
         self._lock = threading.RLock()
 
     def send(
@@ -4090,9 +4083,11 @@ class _Transport:
         if body is not None:
             options |= {"data": _encoded(body), "headers": {"Content-Type": "application/json"}}
         times = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
-        in_flight = cancellation.as_current(timeout_s, is_ours=self._custom is None)
+        in_flight = cancellation.as_current(timeout_s, self._is_ours)
+        with self._lock:
+            session = self._session = self._session or _new_session()
         with _our_errors(url, timeout_s, cancellation), in_flight:
-            response = self._session().request(method, url, timeout=times, stream=True, **options)
+            response = session.request(method, url, timeout=times, stream=True, **options)
         cancellation.attach(response=response.raw)
         if leaves_open is not None and leaves_open(response):
             return response
@@ -4142,20 +4137,13 @@ class _Transport:
     def close(self) -> None:
         """Close the connections of our own session; the caller's is the caller's to close."""
         with self._lock:
-            session, self._own = self._own, None
-        if session is not None:
-            session.close()
+            if self._is_ours and self._session is not None:
+                self._session.close()
+                self._session = None
 
     def after_fork(self) -> None:
         """The sockets are the parent's, and the lock may be held there."""
-        self._own, self._lock = None, threading.RLock()
-
-    def _session(self) -> requests.Session:
-        if self._custom is not None:
-            return self._custom
-        with self._lock:
-            self._own = self._own or _new_session()
-            return self._own
+        self._session, self._lock = None if self._is_ours else self._session, threading.RLock()
 
 
 def without_token(text: str, token: str) -> str:
@@ -4822,7 +4810,7 @@ class _Api(NamedTuple):
         if self.config.api_style == "openai":
             return "openai"
         models = self.catalogue.known()
-        if not request.is_plain and models.get(model) is None:
+        if models.get(model) is None and not _is_plain(request.args):
             models = self.catalogue.models_if_any("The model's own form is guessed")
         form = form_of(models.get(model) or model)
         # Puter asks OpenAI's other API then (recorded)
@@ -4906,13 +4894,18 @@ class Stream:
     # is given how it ended, and the reply as far as it came
     _note_end: Callable[[str, Reply], None] = lambda word, reply: None
     # whether a call whose arguments cannot be read is an error
-    _checked: bool = False
+    _is_checked: bool = False
     _batch: Iterator[Chunk] = field(default_factory=lambda: iter(()))
     # "ok", "closed", "dropped" or an error's code
     _end_word: str = ""
     _lock: Any = field(default_factory=threading.RLock)
     _reading: Any = field(default_factory=threading.Lock)
     _reply: Reply | None = None
+
+    @classmethod
+    def of(cls, reply: Reply, cancellation: _InFlight) -> Stream:
+        """A whole reply as a stream."""
+        return cls(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -4965,7 +4958,7 @@ class Stream:
         try:
             with self._reading:  # by one thread at a time
                 batch = next(self._source.batches, None)
-            if self._checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
+            if self._is_checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
                 raise_for_invalid(self._partial())
         except PuterError as error:
             if self._end_word == "closed":
@@ -5150,9 +5143,8 @@ class Puter:
         answer is not what `returns` says.
         """
         named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        reply = self._open(self._build_request(prompt, *named, **args), is_stream=False)._whole()
-        raise_for_invalid(reply)
-        return reply
+        asked = self._build_request(prompt, *named, **args)
+        return self._open(asked, is_stream=False, is_checked=True)._whole()
 
     def stream(
         self,
@@ -5177,9 +5169,7 @@ class Puter:
         `returns` the answer is checked before it is given, and so comes whole.
         """
         named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        opened = self._open(self._build_request(prompt, *named, **args))
-        opened._checked = True
-        return opened
+        return self._open(self._build_request(prompt, *named, **args), is_checked=True)
 
     def run(
         self,
@@ -5366,7 +5356,6 @@ class Puter:
             args=args,
             needs=needs,
             fallback=fallback and self.config.fallback_enabled,
-            is_plain=_is_plain(args),
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
             returns=typed,
         )
@@ -5399,17 +5388,23 @@ class Puter:
         return reply.raw["result"], reply
 
     def _open(
-        self, asked: Asked, cancellation: _InFlight | None = None, is_stream: bool = True
+        self,
+        asked: Asked,
+        cancellation: _InFlight | None = None,
+        is_stream: bool = True,
+        is_checked: bool = False,
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there.
 
-        Another thread may cancel it.
+        Another thread may cancel it. `is_checked` makes a call that cannot be read an error.
         """
         cancellation = cancellation or _InFlight()
         if asked.returns is None:
-            return self._open_once(asked, cancellation, is_stream)
-        reply = self._typed(asked, asked.returns, cancellation)
-        return Stream(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
+            opened = self._open_once(asked, cancellation, is_stream)
+        else:
+            opened = Stream.of(self._typed(asked, asked.returns, cancellation), cancellation)
+        opened._is_checked = is_checked
+        return opened
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _InFlight) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
@@ -5454,7 +5449,7 @@ class Puter:
         call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
         may_be_cached = self.config.cache_enabled and asked.is_chat
         if may_be_cached and (cached := self._cached(asked)):
-            return Stream(_Incoming.of(cached), cancellation, cached.model, cached.account)
+            return Stream.of(cached, cancellation)
         incoming, stack = self._ask_until_answered(call)
         model = self._catalogue.known().id_of(incoming.reply().model)
         who = (model, call.attempts[-1].account, tuple(call.attempts))
@@ -7967,8 +7962,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         if not (asked.wants_json or asked.canned):
             return self.app.client._open(request, self.cancellation)
         reply = _with_json(asked, self._complete(asked, request))
-        who = (reply.model, reply.account, reply.attempts)
-        return Stream(_Incoming.of(reply), self.cancellation, *who)
+        return Stream.of(reply, self.cancellation)
 
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: Asked) -> None:
         """Answer with Server-Sent Events; while the answer is waited for, with signs of life."""
