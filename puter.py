@@ -186,8 +186,14 @@ def _json_or_none(text: str) -> Any:
         return None
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    """A number of a JSON text; ValueError for NaN, and for infinity, as which 1e400 is read."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not JSON")
+    return number
+
+
+_STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -1972,8 +1978,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     if isinstance(value, str):
         value = mend_surrogates(value)
         try:
-            read = json.loads(value, parse_constant=_no_constant) if value.strip() else None
-            json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
+            read = _STRICT_JSON.decode(value) if value.strip() else None
         except (ValueError, RecursionError):
             return {}, value
     # null, a blank text and an empty list are how some providers say that there are none
@@ -2544,13 +2549,12 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return _model_type(hint, where)
     if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
+        return _type({"type": "string", **text_type}, partial(_text_value, hint))
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
         # models write 3.0 for 3, and 3 for 3.0
-        make = hint if hint in (int, float) else lambda value: value
-        return _checked_type({"type": _SCALARS[hint]}, make)
+        return _type({"type": _SCALARS[hint]}, hint if hint in (int, float) else lambda v: v)
     members = inner if origin is Literal else tuple(hint) if isinstance(hint, enum.EnumMeta) else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
     if choices and all(type(value) in _SCALARS for value, _ in choices):
@@ -2558,11 +2562,12 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
     if origin in (typing.Union, types.UnionType):
         return _union_type([type_of(h) for h in inner])
     if kind in _LISTS:
-        is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
-        return _list_type(kind, [type_of(h) for h in inner or [Any] if h is not Ellipsis], is_fixed)
+        return _list_type(kind, inner, type_of)
     # keys in JSON are strings
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
-        return _dict_type(type_of(inner[1] if inner else Any))
+        schema, read = type_of(inner[1] if inner else Any)
+        others = {"additionalProperties": schema} if schema else {}
+        return _type({"type": "object", **others}, dict, lambda name: read)
     is_typed_dict = hasattr(hint, "__required_keys__")  # of typing, or of its extensions
     if hint in outer or not (is_typed_dict or is_dataclass(hint)):
         allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
@@ -2625,11 +2630,20 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
-def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
-    """A type whose values `make` makes; what it refuses does not fit the schema."""
+def _type(
+    schema: JSON, make: Callable[[Any], Any], reader_of: Callable[[Any], _Reader] | None = None
+) -> _Type:
+    """A type whose values `make` makes, of members that `reader_of` their key reads.
+
+    What `make` refuses of a value without members does not fit the schema.
+    """
 
     def read(value: Any, where: str) -> Any:
         _check(schema, value, where)
+        if reader_of and isinstance(value, dict):
+            return make({k: reader_of(k)(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()})
+        if reader_of:
+            return make([reader_of(i)(one, f"{where}[{i}]") for i, one in enumerate(value)])
         try:
             return make(value)
         except (ValueError, TypeError, LookupError, ArithmeticError):
@@ -2686,23 +2700,20 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
     return schema, read_within
 
 
-def _any_of(schemas: Sequence[JSON]) -> JSON:
-    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
-    return {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
-
-
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
-    by_kind: dict[str, list[Any]] = {}
-    for value, _ in choices:
-        by_kind.setdefault(_SCALARS[type(value)], []).append(value)
-    schema = _any_of([{"type": kind, "enum": values} for kind, values in by_kind.items()])
-    by_value = {(isinstance(value, bool), value): member for value, member in choices}
-    return _checked_type(schema, lambda value: by_value[isinstance(value, bool), value])
+    """One of (value in JSON, value in Python), by its kind: True and 1 are equal."""
+    types = []
+    for kind in dict.fromkeys(type(value) for value, _ in choices):
+        members = {value: member for value, member in choices if type(value) is kind}
+        types.append(_type({"type": _SCALARS[kind], "enum": [*members]}, members.__getitem__))
+    return _union_type(types)
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
     """One of several types, the first that fits."""
-    schema = _any_of([schema for schema, _ in types])
+    schemas = [schema for schema, _ in types]
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    schema: JSON = {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
@@ -2713,40 +2724,21 @@ def _union_type(types: Sequence[_Type]) -> _Type:
     return schema, read
 
 
-def _list_type(kind: Any, types: Sequence[_Type], is_fixed: bool) -> _Type:
+def _list_type(kind: Any, hints: Sequence[Any], type_of: Callable[[Any], _Type]) -> _Type:
+    is_fixed = kind is tuple and bool(hints) and Ellipsis not in hints
+    types = [type_of(hint) for hint in hints or [Any] if hint is not Ellipsis]
     item = types[0] if len(types) == 1 else _union_type(types)
     length = {"minItems": len(types), "maxItems": len(types)} if is_fixed else {}
+    make = kind if kind in (tuple, set, frozenset) else list
     schema: JSON = {"type": "array", "items": item[0], **length}
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        readers = [one[1] for one in (types if is_fixed else [item] * len(value))]
-        made = [readers[i](one, f"{where}[{i}]") for i, one in enumerate(value)]
-        return kind(made) if kind in (tuple, set, frozenset) else made
-
-    return schema, read
-
-
-def _dict_type(item: _Type) -> _Type:
-    schema: JSON = {"type": "object", **({"additionalProperties": item[0]} if item[0] else {})}
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        return {name: item[1](one, f"{where}.{name}") for name, one in value.items()}
-
-    return schema, read
+    return _type(schema, make, lambda i: (types[i] if is_fixed else item)[1])
 
 
 def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str]) -> _Type:
     properties = {name: schema for name, (schema, _) in types.items()}
     schema: JSON = {"type": "object", "properties": properties, "required": list(required)}
     schema["additionalProperties"] = False
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        return kind(**{n: types[n][1](v, f"{where}.{n}".lstrip(".")) for n, v in value.items()})
-
-    return schema, read
+    return _type(schema, lambda members: kind(**members), lambda name: types[name][1])
 
 
 def _documented(call: Any) -> tuple[str, dict[str, str]]:
@@ -2858,11 +2850,10 @@ def _check_schema(schema: Any, where: str, root: Any) -> None:
     for key in ("properties", "$defs", "definitions"):
         for name, one in schema.get(key, {}).items():
             _check_schema(one, f"{where}.{key}.{name}", root)
-    for key in ("anyOf", "oneOf", "allOf"):
-        for one in schema.get(key, ()):
+    for key in ("anyOf", "oneOf", "allOf", "items", "additionalProperties"):
+        below = schema.get(key, True)
+        for one in below if isinstance(below, list) else [below]:
             _check_schema(one, f"{where}.{key}", root)
-    for key in ("items", "additionalProperties"):
-        _check_schema(schema.get(key, True), f"{where}.{key}", root)
 
 
 def _resolved(schema: Any, root: Any) -> Any:
@@ -2961,8 +2952,7 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
         return reply
     text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
     try:
-        value = json.loads(text, parse_constant=_no_constant)
-        json.dumps(value, allow_nan=False)  # 1e400 is read as infinity
+        value = _STRICT_JSON.decode(text)
     except (ValueError, RecursionError):
         if not returns.is_wrapped or not text.strip():
             raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
@@ -2977,15 +2967,14 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
 
 def json_text(text: str) -> str:
     """The longest JSON object or list in an answer, else the answer as it is."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
     with suppress(ValueError, RecursionError):
-        decoder.decode(text)
+        _STRICT_JSON.decode(text)
         return text
     best, end = "", 0
     begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
     for begin in itertools.islice(begins, _JSON_ATTEMPTS):
         try:
-            end = decoder.raw_decode(text, begin)[1]
+            end = _STRICT_JSON.raw_decode(text, begin)[1]
         except (ValueError, RecursionError):
             if _BEGUN_JSON.match(text, begin):
                 return text  # cut or broken: what stands in it is not the answer
@@ -8285,7 +8274,7 @@ class McpServer:
             text = line.decode("utf-8-sig").strip()  # Windows programs may begin with a BOM
             if not text:
                 return
-            message = json.loads(text, parse_constant=_no_constant)
+            message = json.loads(text, parse_constant=_finite)
             is_request = _is_request(message)
         except (ValueError, RecursionError):
             self._write(_rpc_failure(None, _RpcError(-32700, "Parse error: invalid JSON")))
