@@ -977,57 +977,33 @@ class Config:
     debug: bool = _key(False, "a log of every request on stderr")
     api_base_url: str = _key("https://api.puter.com", "where Puter's API answers", url=True)
     gui_base_url: str = _key("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _key(
-        120_000,
-        "longest silence of the server, and longest time for a whole answer, in ms",
-        1,
-        86_400_000,
-    )
-    auto_create_temp_user: bool = _key(
-        True, "accept a login that ends in a temporary account, as Puter's page makes them"
-    )
+    api_timeout_ms: int = _key(120_000, "longest silence, and longest answer, in ms", 1, 86_400_000)
+    auto_create_temp_user: bool = _key(True, "accept a login that ends in a temporary account")
     max_retries: int = _key(3, "how often a failed request is sent again", 0, 20)
     retry_delay_ms: int = _key(1_000, "first wait before sending again, in ms; doubles", 0, 600_000)
-    cache_ttl_ms: int = _key(
-        300_000, "how long the model list and cached replies stay valid, in ms", 0, 10**12
-    )
+    cache_ttl_ms: int = _key(300_000, "life of the model list and cached replies, in ms", 0, 10**12)
     cache_enabled: bool = _key(False, "cache whole replies and answer the same request again")
     cache_max_entries: int = _key(500, "cached replies at most", 1, 1_000_000)
     cache_directory: str | None = _key(None, "folder of the cached replies (null: with the state)")
     metrics_enabled: bool = _key(True, "record every call for `stats`")
-    metrics_max_samples: int = _key(
-        1_000, "calls of a model that the percentiles are made of", 1, 1_000_000
-    )
+    metrics_max_samples: int = _key(1_000, "calls of a model behind its percentiles", 1, 1_000_000)
     metrics_file: str | None = _key(None, "file of the statistics (null: with the state)")
     fallback_enabled: bool = _key(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _key(
-        DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
-    )
-    fallback_cooldown_ms: int = _key(
-        60_000, "cooldown of a model that failed on an account, in ms", 0, 10**10
-    )
+    fallback_models: tuple[str, ...] = _key(DEFAULT_FALLBACK_MODELS, "fallback models, in order")
+    fallback_cooldown_ms: int = _key(60_000, "cooldown of a model on an account, in ms", 0, 10**10)
     account_rotation_enabled: bool = _key(True, "go to the next account when one is limited")
     account_rotation_strategy: str = _key(
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
     account_rotation_cooldown_ms: int = _key(
-        300_000,
-        "cooldown of a limited account, in ms; 2x, 3x, 4x when it is limited again",
-        0,
-        10**10,
+        300_000, "cooldown of a limited account, in ms; 2x, 3x, 4x when limited again", 0, 10**10
     )
     default_model: str | None = _key(None, f"model when none is asked for (null: {DEFAULT_MODEL})")
     api_style: str = _key("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
-    openai_api_key: str | None = _key(
-        None, "key of an OpenAI-compatible server that is not Puter's", secret=True
-    )
-    stream_tools: str = _key(
-        "exact", "`live` streams with tools and may lose calls", "exact", "live"
-    )
+    openai_api_key: str | None = _key(None, "key of a server that is not Puter's", secret=True)
+    stream_tools: str = _key("exact", "`live` streams tools and may lose calls", "exact", "live")
     max_concurrent: int = _key(3, "requests at once on one account", 1, 1_000)
-    budget_usd: float | None = _key(
-        None, "what a client may spend, in US dollars; free models go on", 0, 10**6
-    )
+    budget_usd: float | None = _key(None, "what a client may spend, in US dollars", 0, 10**6)
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
