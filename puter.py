@@ -292,6 +292,10 @@ class PuterError(Exception):
     statuses: Sequence[Cooldown] = ()
     param: str | None = None
 
+    def __init_subclass__(cls, **facts: Any) -> None:
+        for name, value in facts.items():
+            setattr(cls, name, value)
+
     def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(message)
         self.message = message
@@ -320,97 +324,76 @@ class PuterError(Exception):
         return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
 
 
-class AuthError(PuterError):
+class AuthError(PuterError, scope="account", http_status=401):
     """The account's token is missing, dead, or of the wrong kind."""
 
-    scope = "account"
     default_hint = "Sign in with `python -m puter login`."
-    http_status = 401
 
 
-class CreditError(PuterError):
+class CreditError(PuterError, scope="account", http_status=402):
     """The account's credit is used up; then free models are refused as well (recorded).
 
     Its `scope` is "model" where something is left, but less than the answer could cost.
     """
 
-    scope: Scope = "account"
     default_hint = "Add another account with `python -m puter login`, or credit on puter.com."
-    http_status = 402
 
 
-class AccessError(PuterError):
+class AccessError(PuterError, scope="account", http_status=403):
     """The account may not do this: it is suspended, not verified, or forbidden to."""
 
-    scope: Scope = "account"
     default_hint = "See the account on puter.com, or use another: `python -m puter switch NAME`."
-    http_status: ClassVar[int] = 403
 
 
-class ModelAccessError(AccessError):
+class ModelAccessError(AccessError, scope="model"):
     """This account may not use this model: it is for subscribers, or the free use is spent."""
 
-    scope = "model"
     default_hint = "Use another model (`python -m puter models --free`) or another account."
 
 
-class SubscriptionError(AccessError):
+class SubscriptionError(AccessError, scope="request", http_status=402):
     """The endpoint needs a paid plan; waiting changes nothing."""
 
-    scope = "request"
     default_hint = 'Set "api_style" to "drivers" (the default): it works for every account.'
-    http_status = 402
 
 
-class RateLimitError(PuterError):
+class RateLimitError(PuterError, scope="account", retryable=True, http_status=429):
     """The account sent too many requests; another model does not help."""
 
-    scope: Scope = "account"
-    retryable = True
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
-    http_status = 429
 
 
-class ModelRateLimitError(PuterError):
+class ModelRateLimitError(PuterError, scope="model", http_status=429):
     """The model's provider is rate-limiting requests."""
 
-    scope = "model"
     default_hint = "Use another model for a while."
-    http_status = 429
 
 
-class ModelUnavailableError(PuterError):
+class ModelUnavailableError(PuterError, scope="model", retryable=True, http_status=503):
     """The model's provider is down, or failed."""
 
-    scope = "model"
-    retryable = True
     default_hint = "Try again later, or use another model (`python -m puter models`)."
-    http_status = 503
 
 
-class ProviderAuthError(ModelUnavailableError):
+class ProviderAuthError(ModelUnavailableError, retryable=False, http_status=502):
     """Puter's own key at the provider was refused; your login is fine."""
 
-    retryable = False
     default_hint = "This is between Puter and the provider: use another model."
-    http_status = 502
 
 
-class ModelNotFoundError(PuterError):
+class ModelNotFoundError(PuterError, http_status=404):
     """No model has this name; `near` lists names that are close."""
 
     default_hint = "List the names with `python -m puter models`."
-    http_status = 404
 
 
-class BadRequestError(PuterError):
+class BadRequestError(PuterError, http_status=400):
     """The request itself is wrong: nobody will accept it as it is.
 
     `param` is the field of an OpenAI request that is at fault, if it is one.
     """
 
     default_hint = "Change the request as the message says; sending it again will not help."
-    http_status = 400
 
 
 class ContextLengthError(BadRequestError):
@@ -425,59 +408,45 @@ class ContextLengthError(BadRequestError):
     default_hint = "Shorten the prompt, or use a model that takes more."
 
 
-class ServerError(PuterError):
+class ServerError(PuterError, scope="server", retryable=True, http_status=502):
     """Puter's server failed, or something that is not a Puter server answered."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Try again later; if it stays, check `api_base_url` in puter.json."
-    http_status = 502
 
 
-class RequestTimeoutError(PuterError):
+class RequestTimeoutError(PuterError, scope="server", retryable=True, http_status=504):
     """No answer in time."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Raise `api_timeout_ms` in puter.json, or pass `timeout_ms=`."
-    http_status = 504
 
 
-class NetworkError(PuterError):
+class NetworkError(PuterError, scope="server", retryable=True, http_status=502):
     """The server cannot be reached: refused, unknown host, TLS, or a broken connection."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Check the network, the proxy settings and `api_base_url`."
-    http_status = 502
 
 
-class ReplyError(PuterError):
+class ReplyError(PuterError, http_status=502):
     """The model's answer cannot be read.
 
     `raw` holds the text in question as it came, `reply` what could be read (or None).
     """
 
     default_hint = "Ask again, or use another model."
-    http_status = 502
 
 
-class StreamError(PuterError):
+class StreamError(PuterError, scope="model", retryable=True, http_status=502):
     """A stream broke before its end; `reply` holds what had come (a `Reply`, or None)."""
 
-    scope = "model"
-    retryable = True
     default_hint = "Send the request again to get the complete answer."
-    http_status = 502
 
 
-class BudgetError(PuterError):
+class BudgetError(PuterError, http_status=402):
     """The budget (`budget_usd`) is spent: nothing that costs money is asked any more."""
 
     default_hint = (
         "Stop here and tell the user: raise `budget_usd` (--budget), or use a free model."
     )
-    http_status = 402
 
 
 class ConfigError(PuterError):
@@ -490,16 +459,13 @@ class StoreError(PuterError):
     default_hint = "Fix the file, or move it away and sign in again."
 
 
-class AllAccountsOnCooldownError(PuterError):
+class AllAccountsOnCooldownError(PuterError, scope="account", retryable=True, http_status=429):
     """Every account is on cooldown; `retry_after_s` says for how long, `statuses` why each."""
 
-    scope = "account"
-    retryable = True
     default_hint = (
         "Wait, add another account with `python -m puter login`, or end the cooldowns with "
         "`python -m puter status --clear-cooldowns`."
     )
-    http_status = 429
 
 
 # Of a token that is of no use until the next sign-in (recorded).
