@@ -1938,19 +1938,18 @@ _Calls = list[tuple[ToolCall, JSON]]
 class Form(NamedTuple):
     """How the messages for one kind of provider are written: pure functions of canonical ones.
 
-    `part` writes a picture or a PDF, `result` a call's result, which holds pictures itself if
-    `has_rich_results`, and `turn` a message with its calls and their written results. `keeps`
-    names the keys and kinds of parts beyond the usual ones that the provider takes.
+    `part` writes a picture or a PDF, `result` a call's result, and `turn` a message with its
+    calls and their written results. `keeps` names the keys and kinds of parts beyond the usual
+    ones that the provider takes. What `is_lossless` brings pictures in results, and every call
+    of a stream; what `is_strict` refuses blank texts, and loses later system messages.
     """
 
     part: Callable[[JSON], JSON]
     result: Callable[[JSON], JSON]
     turn: Callable[[JSON, _Calls], Messages]
-    keeps: frozenset[str] = frozenset()
-    has_rich_results: bool = False
-    loses_later_systems: bool = False
-    refuses_blank: bool = False
-    streams_all_calls: bool = False
+    keeps: tuple[str, ...] = ()
+    is_lossless: bool = False
+    is_strict: bool = False
 
 
 def form_of(model: Model | str) -> str:
@@ -1970,7 +1969,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     for message, calls in _with_results(messages):
         one = _written(message, form, bool(calls))
         is_opening = is_opening and one["role"] == "system"
-        if form.loses_later_systems and one["role"] == "system" and not is_opening:
+        if form.is_strict and one["role"] == "system" and not is_opening:
             one["role"] = "user"
         if calls:
             written = [(call, form.result(_written(result, form))) for call, result in calls]
@@ -1983,7 +1982,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
         shown = [p for _, r in calls for p in _parts(r["content"]) if p["type"] != "text"]
-        if shown and not form.has_rich_results:
+        if shown and not form.is_lossless:
             sent.append({"role": "user", "content": [*map(form.part, shown)]})
         if drawn := message.get("images"):
             text = {"type": "text", "text": "The picture that you drew:"}
@@ -1991,7 +1990,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     if not sent:
         problem = "There is nothing to send: no message has a content"
         raise BadRequestError(problem, hint="Give a prompt that is not empty.")
-    if form.loses_later_systems and all(one["role"] == "system" for one in sent):
+    if form.is_strict and all(one["role"] == "system" for one in sent):
         sent[-1]["role"] = "user"
     return sent
 
@@ -2035,8 +2034,8 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
     role, content = message["role"], message.get("content")
     if not isinstance(content, str):
         content = [one for part in _parts(content) for one in _written_part(part, form)]
-    refuses_blank = form.refuses_blank or has_calls
-    if refuses_blank and _is_text_only(content) and not text_of(content).strip():
+    is_strict = form.is_strict or has_calls
+    if is_strict and _is_text_only(content) and not text_of(content).strip():
         content = None
     keys = ("tool_call_id", "is_error", *form.keeps)
     clean = {key: message[key] for key in keys if message.get(key)}
@@ -2047,7 +2046,7 @@ def _written_part(part: JSON, form: Form) -> list[JSON]:
     kind = part["type"]
     if kind in ("thinking", "redacted_thinking"):
         return [part] if "thinking" in form.keeps else []
-    if kind == "text" and form.refuses_blank and not part["text"].strip():
+    if kind == "text" and form.is_strict and not part["text"].strip():
         return []
     mark = {key: value for key, value in part.items() if key == "cache_control"}
     bare = {key: part[key] for key in part if key not in mark}
@@ -2071,13 +2070,9 @@ def _claude_part(part: JSON) -> JSON:
 
 
 def _claude_turn(message: JSON, calls: _Calls) -> Messages:
-    uses = [_tool_use(call) for call, _ in _unsigned(calls)]
+    uses = [_tool_use(replace(call, extra_content=None)) for call, _ in calls]
     turn = {"role": "assistant", "content": [*_parts(message["content"]), *uses]}
     return [turn, {"role": "user", "content": [result for _, result in calls]}]
-
-
-def _unsigned(calls: _Calls) -> _Calls:
-    return [(replace(call, extra_content=None), result) for call, result in calls]
 
 
 def _result_block(result: JSON) -> JSON:
@@ -2122,6 +2117,11 @@ def _chat_turn(message: JSON, calls: _Calls) -> Messages:
     return turn
 
 
+def _responses_turn(message: JSON, calls: _Calls) -> Messages:
+    unsigned = [(replace(call, extra_content=None), result) for call, result in calls]
+    return _chat_turn(message, unsigned)
+
+
 def _chat_result(result: JSON) -> JSON:
     empty = _NO_OUTPUT if _is_text_only(result["content"]) else "(see the picture below)"
     text = text_of(_parts(result["content"]), glue="\n")
@@ -2140,29 +2140,19 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_result, _chat_turn, frozenset({"name"}))
+_CHAT = Form(dict, _chat_result, _chat_turn, ("name",))
 FORMS = {
     "claude": Form(
         _claude_part,
         _result_block,
         _claude_turn,
-        keeps=frozenset({"cache_control", "thinking"}),
-        has_rich_results=True,
-        loses_later_systems=True,
-        refuses_blank=True,
-        streams_all_calls=True,
+        ("cache_control", "thinking"),
+        is_lossless=True,
+        is_strict=True,
     ),
-    "responses": Form(
-        _responses_part,
-        _responses_result,
-        lambda message, calls: _chat_turn(message, _unsigned(calls)),
-        has_rich_results=True,
-        streams_all_calls=True,
-    ),
+    "responses": Form(_responses_part, _responses_result, _responses_turn, is_lossless=True),
     "chat": _CHAT,
-    "openrouter": _CHAT._replace(
-        keeps=frozenset({"name", "cache_control", "reasoning", "reasoning_details"})
-    ),
+    "openrouter": _CHAT._replace(keeps=("name", "cache_control", "reasoning", "reasoning_details")),
     # an OpenAI-compatible base; Puter's own loses the same calls in streams
     "openai": _CHAT._replace(turn=_openai_turn),
 }
@@ -4757,7 +4747,7 @@ class _Api(NamedTuple):
         is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
-        return not FORMS[self.form(request, model)].streams_all_calls
+        return not FORMS[self.form(request, model)].is_lossless
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
