@@ -469,9 +469,8 @@ class AllAccountsOnCooldownError(PuterError, scope="account", retryable=True, ht
 
 
 # Of a token that is of no use until the next sign-in (recorded).
-DEAD_TOKEN_CODES = (
-    *("token_missing", "reauth_required", "token_auth_failed", "app_or_api_token_required"),
-)
+DEAD_TOKEN_CODES = """token_missing reauth_required token_auth_failed
+    app_or_api_token_required""".split()
 # Puter's error codes and what they mean (recorded, or read in the server's code).
 _KIND_BY_CODE: dict[str, type[PuterError]] = {
     **dict.fromkeys(DEAD_TOKEN_CODES, AuthError),
@@ -489,12 +488,9 @@ _KIND_BY_CODE: dict[str, type[PuterError]] = {
     "internal_error": ServerError,
 }
 _KIND_BY_STATUS: dict[int, type[PuterError]] = {
-    401: AuthError,
-    402: CreditError,
-    403: AccessError,
-    408: RequestTimeoutError,
-    429: RateLimitError,
+    kind.http_status: kind for kind in (AuthError, CreditError, AccessError, RateLimitError)
 }
+_KIND_BY_STATUS[408] = RequestTimeoutError
 # Of proxies that gave up on a server which may still be at work.
 _BILLED_STATUSES = (504, 520, 522, 524)
 _HINT_BY_CODE = {
@@ -847,7 +843,6 @@ class Credit:
 
 
 def money(amount: float, unit: str) -> str:
-    """An amount as people write it."""
     return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
@@ -1089,7 +1084,6 @@ def _from_text(name: str, text: str) -> Any:
 
 
 def _checked(spec: Any, value: Any, where: str) -> Any:
-    """The value to use; raises `ConfigError`."""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         ok, words = isinstance(value, bool), "true or false"
@@ -1233,7 +1227,6 @@ class AccountStore:
 
     @contextmanager
     def _change(self) -> Iterator[JSON]:
-        """Lock, read, let the caller change the data, write it if it did change."""
         try:
             with _locked(self.path) as target:
                 data = self._read()
@@ -1527,12 +1520,10 @@ class State:
         until they are trimmed).
         """
         model, outcome, usage = mend_surrogates(model), mend_surrogates(outcome), usage or Usage()
+        sql = "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET count = count + 1, "
+        sql += "cost_usd = cost_usd + excluded.cost_usd"
         with self._open() as db:
-            db.execute(
-                "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
-                "count = count + 1, cost_usd = cost_usd + excluded.cost_usd",
-                (model, outcome, usage.cost_usd or 0.0),
-            )
+            db.execute(sql, (model, outcome, usage.cost_usd or 0.0))
             if outcome == "ok":
                 row = (model, seconds, first_s, usage.output_tokens)
                 added = db.execute("INSERT INTO samples VALUES (NULL,?,?,?,?)", row)
@@ -1712,12 +1703,11 @@ def messages_from(
 ) -> Messages:
     """A prompt as new canonical messages; `extra_parts` (images, files) join the user's last."""
     if isinstance(prompt, str):
-        messages: Messages = [{"role": "user", "content": prompt}]
-    else:
-        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
-        hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
-        _require(is_list, "The prompt", prompt, hint)
-        messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
+        prompt = [{"role": "user", "content": prompt}]
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
+    hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
+    _require(is_list, "The prompt", prompt, hint)
+    messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
     if extra_parts:
         question = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if question is None:
@@ -1754,7 +1744,12 @@ def read_message(message: Any, where: str) -> Messages:
         place = f"{where}.content[{number}]"
         kind = _dig(part, "type")
         if kind == "tool_result":
-            results.append(_read_result(part, place))
+            id_, output = part.get("tool_use_id"), part.get("content")
+            _require(_is_text(id_), f"{place}.tool_use_id", id_, "Say whose result it is.")
+            if not isinstance(output, str | None):
+                output = read_parts(output, f"{place}.content")
+            marks = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
+            results.append({"role": "tool", "tool_call_id": id_, "content": output, **marks})
         elif kind == "tool_use":
             _check_call(part, part, place)
             own_calls.append(openai_call(tool_call_from(part)))
@@ -1767,17 +1762,7 @@ def read_message(message: Any, where: str) -> Messages:
     return results if is_empty and not own_calls else [*results, read]
 
 
-def _read_result(part: Mapping[str, Any], where: str) -> JSON:
-    call_id, content = part.get("tool_use_id"), part.get("content")
-    _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
-    if not isinstance(content, str | None):
-        content = read_parts(content, f"{where}.content")
-    marks = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **marks}
-
-
 def read_parts(content: Any, where: str) -> list[JSON]:
-    """A content in any vendor's shape as canonical parts."""
     parts = [content] if isinstance(content, str) else [] if content is None else content
     _require(isinstance(parts, (list, tuple)), where, parts, "Give a text or a list of parts.")
     return [known for part in parts for known in read_part(part, where)]
@@ -2356,7 +2341,6 @@ def is_web_search(tool: Any) -> bool:
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
-    """Tools as OpenAI's list of function schemas."""
     is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
@@ -2480,8 +2464,8 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return type_of(other)
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return _model_type(hint, where)
-    if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return _type({"type": "string", **text_type}, partial(_text_value, hint))
+    if isinstance(hint, type) and (about := _TEXT_TYPES.get(_full_name(hint))) is not None:
+        return _type({"type": "string", **about}, partial(_text_value, hint))
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
@@ -2642,7 +2626,6 @@ def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
-    """One of several types, the first that fits."""
     schemas = [schema for schema, _ in types]
     distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
     schema: JSON = {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
@@ -2692,7 +2675,6 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
 
 
 def tool_result_text(value: Any) -> str:
-    """What a function returned, as the text that goes to the model."""
     if value is None:
         return _NO_OUTPUT
     if not isinstance(value, str):
@@ -2789,7 +2771,6 @@ def _check_schema(schema: Any, where: str, root: Any) -> None:
 
 
 def _resolved(schema: Any, root: Any) -> Any:
-    """A schema, or the one that it refers to."""
     seen: list[Any] = []
     while isinstance(schema, Mapping) and "$ref" in schema:
         reference = schema["$ref"]
@@ -3017,16 +2998,11 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     own = [p for p in parts if p.get("type") in ("text", "thinking", "redacted_thinking")]
     if any(part["type"] != "text" for part in own):
         extra["content"] = own
+    text = mend_surrogates(str(text))
+    reasoning = mend_surrogates(reasoning if isinstance(reasoning, str) else thinking)
+    ended, used = _finish_reason(end, calls), usage_from(usage)
     reply = Reply(
-        text=mend_surrogates(str(text)),
-        reasoning=mend_surrogates(reasoning if isinstance(reasoning, str) else thinking),
-        tool_calls=tuple(calls),
-        finish_reason=_finish_reason(end, calls),
-        usage=usage_from(usage),
-        model=model,
-        raw=body,
-        images=images,
-        extra=extra,
+        text, reasoning, tuple(calls), ended, used, model, raw=body, images=images, extra=extra
     )
     if reply.finish_reason.lower() in _FAILED_ENDS:
         problem = f"The provider of {model} failed while it wrote ({reply.finish_reason})"
@@ -3089,7 +3065,6 @@ def chunks_of(reply: Reply) -> list[Chunk]:
 
 
 def message_from(reply: Reply) -> JSON:
-    """A reply as the assistant's message that goes back with the history."""
     calls = [openai_call(call) for call in reply.tool_calls]
     has_text = reply.text.strip() if calls else reply.text
     message: JSON = {"role": "assistant", "content": reply.text if has_text else None}
@@ -3163,15 +3138,11 @@ class _Decoder:
         # a signature on a line of its own
         if calls and notes and not any(call.extra_content for call in calls):
             calls = [replace(calls[0], extra_content=notes[0]["extra_content"]), *calls[1:]]
+        text, reasoning, images = str(self._text), str(self._reasoning), tuple(self._images)
+        ended = _finish_reason(self._finish_word, calls)
+        raw: JSON = {"extra": self._extra} if self._extra else {}
         return Reply(
-            text=str(self._text),
-            reasoning=str(self._reasoning),
-            tool_calls=tuple(calls),
-            finish_reason=_finish_reason(self._finish_word, self._calls),
-            usage=self.usage,
-            model=self.model,
-            raw={"extra": self._extra} if self._extra else {},
-            images=tuple(self._images),
+            text, reasoning, tuple(calls), ended, self.usage, self.model, raw=raw, images=images
         )
 
     def finish(self) -> list[Chunk]:
@@ -3181,7 +3152,6 @@ class _Decoder:
         return []
 
     def fail(self, what: str, code: str | None = None) -> None:
-        """Keep the first fault."""
         if self.error is None:
             problem = f"The reply of {self.model} broke off: {what}"
             hint = _HINT_BY_CODE.get(code or "")
@@ -3454,14 +3424,12 @@ def credit_from(body: Any) -> Credit:
         if isinstance(row, Mapping):
             cost, units, calls = (_amount(row, key) or 0 for key in ("cost", "units", "count"))
             by_api[name] = (cost / scale, units, int(calls))
-    return Credit(
-        unit=unit,
-        allowance=(_amount(info, "monthUsageAllowance") or 0) / scale,
-        remaining=(_amount(info, "remaining") or 0) / scale,
-        used=(_amount(usage, "total") or 0) / scale,
-        by_api=by_api,
-        raw=dict(body),
+    totals, keys = (
+        {**info, "used": usage.get("total")},
+        ("monthUsageAllowance", "remaining", "used"),
     )
+    allowance, remaining, used = ((_amount(totals, key) or 0) / scale for key in keys)
+    return Credit(unit, allowance, remaining, used, by_api, raw=dict(body))
 
 
 # ======================================================================================
