@@ -110,8 +110,7 @@ DEFAULT_FALLBACK_MODELS = tuple(
 """.split()
 )
 CONNECT_TIMEOUT_S = 10.0
-# A whole reply with tools may take minutes before its first byte.
-WHOLE_REPLY_TIMEOUT_S = 600.0
+WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes before its first byte
 RETRY_CAP_S = 30.0
 RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
 RATE_CAP_S = 1.5  # the longest wait for a limit of requests whose end is not told
@@ -141,8 +140,7 @@ def escape_controls(text: str) -> str:
 class _StderrHandler(logging.Handler):
     """Writes to what is stderr at the time, as ``[puter-auth] 15:30:45 …``."""
 
-    # Whether a reply is being printed and has not ended its line.
-    is_line_open = False
+    is_line_open = False  # whether a reply is being printed and has not ended its line
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
@@ -999,8 +997,7 @@ class Config:
         try:
             folder = folder or config_dir(env)
         except ConfigError:
-            # a token alone needs no stored accounts
-            if not env.get(TOKEN_VARIABLE):
+            if not env.get(TOKEN_VARIABLE):  # a token alone needs no stored accounts
                 raise
             folder = Path(os.devnull)
         path = os.path.join(folder, CONFIG_NAME)
@@ -1298,8 +1295,7 @@ def _stamp_of(path: Path) -> tuple[int, int, int] | None:
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    # `resolve` raises no OSError for links in a circle
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))  # `resolve` raises no OSError for links in a circle
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     until = time.monotonic() + LOCK_PATIENCE_S
@@ -1413,10 +1409,8 @@ class State:
         self._db: sqlite3.Connection | None = None
         self._opened = self.path, -1
         self._inherited: list[Any] = []
-        # when the file is tried again after it failed
-        self._retry_at = 0.0
-        # when each account's use was noted last
-        self._uses: dict[str, float] = {}
+        self._retry_at = 0.0  # when the file is tried again after it failed
+        self._uses: dict[str, float] = {}  # when each account's use was noted last
         _forkable.add(self)
 
     def __del__(self) -> None:
@@ -1463,8 +1457,7 @@ class State:
         sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
         is_noted = 0 <= now - self._uses.get(account, -1.0) < 1.0
         if is_noted and not self._rows(sql, self.server, account):
-            # one write a second is enough to know who was used last
-            return
+            return  # one write a second is enough to know who was used last
         self._uses[account] = now
         rows = [(self.server, account, mend_surrogates(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
@@ -1628,8 +1621,7 @@ class State:
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
         self._db, self._opened = db, (path, self._source()[1])
-        # disposable: it need not survive a power cut
-        db.execute("PRAGMA synchronous=OFF")
+        db.execute("PRAGMA synchronous=OFF")  # disposable: it need not survive a power cut
         # it fails while another process makes the file; then that one sets it
         with suppress(sqlite3.OperationalError):
             db.execute("PRAGMA journal_mode=WAL")
@@ -1674,8 +1666,7 @@ _TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_
     apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
 # The beginning of a signature that this module made up, for clients that want one.
 _OWN_SIGNATURE = "unsigned"
-# A tool's result may be empty, but Puter refuses an empty content.
-_NO_OUTPUT = "(no output)"
+_NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
 _NOT_ANSWERED = "(this call was not answered)"
 
 
@@ -1916,8 +1907,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
 
 # ---- history: the canonical shape out, in the form of each kind of provider (recorded) ----
 
-# The calls of a message, each with its result.
-_Calls = list[tuple[ToolCall, JSON]]
+_Calls = list[tuple[ToolCall, JSON]]  # the calls of a message, each with its result
 
 
 class Form(NamedTuple):
@@ -2158,8 +2148,7 @@ def arguments_for(form_name: str, model: str, args: JSON) -> JSON:
         sent = {key: value for key, value in sent.items() if key not in RESPONSES_ARGUMENTS}
     effort = args.get("reasoning_effort") or _dig(args.get("reasoning"), "effort")
     if form_name == "claude":
-        # Puter would send 0; Anthropic's own default is 1
-        sent.setdefault("temperature", 1)
+        sent.setdefault("temperature", 1)  # Puter would send 0; Anthropic's own default is 1
         sent.pop("reasoning", None)
         sent.pop("reasoning_effort", None)
         if effort := _claude_effort(effort, args):
@@ -2479,8 +2468,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return _union_type([type_of(h) for h in inner])
     if kind in _LISTS:
         return _list_type(kind, inner, type_of)
-    # keys in JSON are strings
-    if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
+    if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):  # keys in JSON are strings
         schema, read = type_of(inner[1] if inner else Any)
         others = {"additionalProperties": schema} if schema else {}
         return _type({"type": "object", **others}, dict, lambda name: read)
@@ -2714,8 +2702,7 @@ class Returns(NamedTuple):
 
     schema: JSON
     read: _Reader
-    # whether the value, which is no object, stands in one, under "value"
-    is_wrapped: bool
+    is_wrapped: bool  # whether the value, which is no object, stands in one, under "value"
 
 
 def returns_of(kind: Any) -> Returns:
@@ -2733,8 +2720,7 @@ def returns_of(kind: Any) -> Returns:
     return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
 
 
-# What of a JSON schema is checked, and must be of these kinds.
-_SCHEMA_KEYS: dict[Any, str] = {
+_SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
     (str, list): "type",
     list: "required enum anyOf oneOf allOf",
     dict: "properties $defs definitions",
@@ -3254,8 +3240,7 @@ class LineDecoder(_Decoder):
                 self.error = upstream_error(text, self.model)
             self.fail(provider_error(text)[1])
         else:
-            # extra_content, compaction and what may come
-            self._extra.append(event)
+            self._extra.append(event)  # extra_content, compaction and what may come
 
 
 class EventDecoder(_Decoder):
@@ -3416,19 +3401,15 @@ def credit_from(body: Any) -> Credit:
     if not isinstance(info, Mapping) or "remaining" not in info:
         raise ServerError("The usage report has an unknown format")
     unit: Literal["usd", "credits"] = "credits" if info.get("unit") == "credits" else "usd"
-    # dollars come in microcents
-    scale = 1.0 if unit == "credits" else 100_000_000.0
+    scale = 1.0 if unit == "credits" else 100_000_000.0  # dollars come in microcents
     usage: Any = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     by_api = {}
     for name, row in usage.items():
         if isinstance(row, Mapping):
             cost, units, calls = (_amount(row, key) or 0 for key in ("cost", "units", "count"))
             by_api[name] = (cost / scale, units, int(calls))
-    totals, keys = (
-        {**info, "used": usage.get("total")},
-        ("monthUsageAllowance", "remaining", "used"),
-    )
-    allowance, remaining, used = ((_amount(totals, key) or 0) / scale for key in keys)
+    found = (info.get("monthUsageAllowance"), info.get("remaining"), usage.get("total"))
+    allowance, remaining, used = ((n if _is_number(n) else 0) / scale for n in found)
     return Credit(unit, allowance, remaining, used, by_api, raw=dict(body))
 
 
