@@ -874,7 +874,6 @@ STATE_NAME = "state.sqlite3"
 # Variables of the same prefix that are not settings.
 TOKEN_VARIABLE = "PUTER_AUTH_TOKEN"
 _OTHER_VARIABLES = (TOKEN_VARIABLE, "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
-# Common wrong names, and the right ones.
 _MISNAMED_VARIABLES = {
     "PUTER_TOKEN": "PUTER_AUTH_TOKEN",
     "PUTER_ACCOUNT": "PUTER_AUTH_TOKEN (or `python -m puter switch NAME`)",
@@ -2059,9 +2058,8 @@ def _result_block(result: JSON) -> JSON:
 def _responses_part(part: JSON) -> JSON:
     if "file" in part:
         return {"type": "input_file", **part["file"]}
-    image = part.get("image_url", {})
-    detail = {"detail": image["detail"]} if "detail" in image else {}
-    return {"type": "input_image", "image_url": image.get("url"), **detail}
+    image = dict(part.get("image_url", {}))
+    return {"type": "input_image", "image_url": image.pop("url", None), **image}
 
 
 def _responses_result(result: JSON) -> JSON:
@@ -2134,8 +2132,6 @@ FORMS = {
 # What Puter makes of an effort for Claude: so many tokens of the answer's are for thinking.
 _EFFORT_TOKENS = {"high": 8192, "medium": 4096, "low": 1024}
 _LEAST_ANSWER_TOKENS = 256
-
-
 # What only the Responses API knows.
 RESPONSES_ARGUMENTS = """service_tier metadata store prompt_cache_key truncation include
     safety_identifier""".split()
@@ -2716,8 +2712,8 @@ def returns_of(kind: Any) -> Returns:
     if schema.get("type") == "object":
         return Returns(schema, read, False)
     definitions: JSON = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    whole: JSON = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
-    return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
+    whole, _ = _object_type(dict, {"value": made}, ["value"])
+    return Returns({**whole, **definitions}, read, True)
 
 
 _SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
@@ -5905,12 +5901,8 @@ def account_of(token: str, config: Config) -> Account:
 class _Callback:
     """What the callback does with a request: no sockets, so that a test is a table."""
 
-    def __init__(
-        self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
-    ) -> None:
+    def __init__(self, nonce: str, check: Callable[[str], Account]) -> None:
         self.path = f"/callback/{nonce}"
-        callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
-        self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
         self._check = check
         self._first = threading.Lock()  # of the token that is taken
         self.done = threading.Event()
@@ -5970,15 +5962,15 @@ def browser_login(
     `ConfigError` when the given port is in use, or the server is not Puter's.
     """
     check_sign_in(config)
-    server = _callback_server(port)
-    port, nonce = server.server_address[1], os.urandom(16).hex()
-    callback = _Callback(config.gui_base_url, port, nonce, lambda token: account_of(token, config))
-    server.callback = callback
+    callback = _Callback(os.urandom(16).hex(), lambda token: account_of(token, config))
+    server = _callback_server(callback, port)
+    back = quote(f"http://127.0.0.1:{server.server_address[1]}{callback.path}", safe="")
+    url = f"{config.gui_base_url}/?action=authme&redirectURL={back}"
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
-        show(callback.sign_in_url)
+        show(url)
         if open_browser is not None:
-            open_browser(callback.sign_in_url)
+            open_browser(url)
         until = time.monotonic() + timeout_s
         while not callback.done.wait(0.1):  # in short waits, so that Ctrl-C ends at once
             if time.monotonic() > until:
@@ -5993,15 +5985,14 @@ def browser_login(
     return callback.account
 
 
-def _callback_server(port: int | None) -> Any:
-    """An HTTP server on 127.0.0.1, on this port or the default; its `callback` is set later."""
+def _callback_server(callback: _Callback, port: int | None) -> Any:
+    """An HTTP server on 127.0.0.1, on this port or the default."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # a connection that stays silent must not hold the thread
 
         def answer(self) -> None:
-            callback: _Callback = self.server.callback  # type: ignore[attr-defined]
             try:
                 host = self.headers.get("Host", "")
                 status, title, text = callback.handle(self.command, self.path, host)
@@ -6024,7 +6015,6 @@ def _callback_server(port: int | None) -> Any:
 
     class Server(ThreadingHTTPServer):
         allow_reuse_address = os.name != "nt"  # on Windows it would share a port in use
-        callback: _Callback
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A browser that hangs up early is no news."""
