@@ -8,9 +8,8 @@
 Sign in once with ``python -m puter login``; ``python -m puter --help`` lists the commands.
 `Puter` is the client. Every failure is a `PuterError` that says what happened and what to do.
 
-The names in `__all__` are the module's face and stay; any other may change with a version.
-Remarks such as "(recorded)" mean that a fact was seen in the answers of a real Puter server,
-release 26.07.
+The names in `__all__` are the module's face and stay; any other may change with a version. Remarks
+such as "(recorded)" mean that a fact was seen in the answers of a real Puter server, release 26.07.
 
 The file from top to bottom; each section uses only those above it:
 
@@ -133,7 +132,6 @@ _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
 
 
 def escape_controls(text: str) -> str:
-    """The text with control characters as visible marks, fit for a terminal."""
     return text.translate(_CONTROL_MARKS)
 
 
@@ -953,9 +951,7 @@ class Config:
     account_rotation_strategy: str = _key(
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
-    account_rotation_cooldown_ms: int = _key(
-        300_000, "cooldown of a limited account, in ms; 2x, 3x, 4x when limited again", 0, 10**10
-    )
+    account_rotation_cooldown_ms: int = _key(300_000, "cooldown of an account, in ms", 0, 10**10)
     default_model: str | None = _key(None, f"model when none is asked for (null: {DEFAULT_MODEL})")
     api_style: str = _key("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
     openai_api_key: str | None = _key(None, "key of a server that is not Puter's", secret=True)
@@ -1423,9 +1419,8 @@ class State:
     ) -> Cooldown:
         """Put a model on an account on cooldown for `base_s`, or the whole account (model "").
 
-        An account gets more at its further strikes, by `cooldown_s`.
-        One incident is one strike: a cooldown that still runs stays as it is, but for "login",
-        which is of the `token`.
+        An account gets more at its further strikes, by `cooldown_s`. One incident is one strike: a
+        cooldown that still runs stays as it is, but for "login", which is of the `token`.
         """
         account, model, reason = map(mend_surrogates, (account, model, reason))
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
@@ -1866,7 +1861,6 @@ def _is_text_only(content: Any) -> bool:
 
 
 def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
-    """The texts of a content's parts of one kind, joined."""
     if isinstance(content, str):
         return content if kind == "text" else ""
     parts = content if isinstance(content, (list, tuple)) else ()
@@ -2937,11 +2931,13 @@ def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
     return "tool_calls" if calls and reason == "stop" else reason
 
 
-def _with_own_id(call: ToolCall, others: Iterable[ToolCall]) -> ToolCall:
-    """The call, with a new id if it has none, or that of another call of its reply."""
-    if call.id and all(call.id != other.id for other in others):
-        return call
-    return replace(call, id=f"call_{os.urandom(12).hex()}")
+def _add_call(call: Mapping[str, Any], calls: list[ToolCall]) -> ToolCall:
+    """Put a call to the others of its reply; with a new id if it has none, or that of another."""
+    read = tool_call_from(call)
+    if not read.id or any(read.id == other.id for other in calls):
+        read = replace(read, id=f"call_{os.urandom(12).hex()}")
+    calls.append(read)
+    return read
 
 
 def _no_reply(what: str, body: Any) -> PuterError:
@@ -2970,7 +2966,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         parts = content if isinstance(content, list) else ()
         uses = (part for part in parts if part.get("type") == "tool_use")
         for call in (*(message.get("tool_calls") or ()), *uses):
-            calls.append(_with_own_id(tool_call_from(call), calls))
+            _add_call(call, calls)
         images = tuple(map(picture_from, message.get("images") or ()))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise _no_reply(f"The reply has an unknown format ({error})", body) from error
@@ -3038,7 +3034,6 @@ def reply_from_openai(body: JSON, model: str) -> Reply:
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
-    """A whole reply as the chunks that a stream of it would have had."""
     chunks = [Chunk("reasoning", reply.reasoning)] if reply.reasoning else []
     chunks += [Chunk("text", reply.text)] if reply.text else []
     chunks += [Chunk("image", image=image) for image in reply.images]
@@ -3128,7 +3123,6 @@ class _Decoder:
         )
 
     def finish(self) -> list[Chunk]:
-        """The bytes have ended; the chunks that only now are whole."""
         if not self.whole:
             self.fail("the connection ended before the reply was whole")
         return []
@@ -3142,10 +3136,6 @@ class _Decoder:
     def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
         self._images.append(picture_from(image))
         chunks.append(Chunk("image", image=self._images[-1]))
-
-    def _add_call(self, call: ToolCall, chunks: list[Chunk]) -> None:
-        self._calls.append(_with_own_id(call, self._calls))
-        chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
     def _complete(self, chunks: list[Chunk]) -> None:
         if str(self._finish_word).lower() in _FAILED_ENDS:
@@ -3216,7 +3206,7 @@ class LineDecoder(_Decoder):
         if kind == "reasoning":
             chunks.append(Chunk("reasoning", self._reasoning.add(event["reasoning"] or "")))
         elif kind == "tool_use":
-            self._add_call(tool_call_from(event), chunks)
+            chunks.append(Chunk("tool_call", tool_call=_add_call(event, self._calls)))
         elif kind == "image":
             self._add_image(event, chunks)
         elif kind == "usage":
@@ -3242,10 +3232,8 @@ class LineDecoder(_Decoder):
 class EventDecoder(_Decoder):
     """An OpenAI-compatible stream: the data of Server-Sent Events in, as texts."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self._open_calls: list[JSON] = []
-        self._has_choice = False
+    _open_calls: tuple[JSON, ...] = ()
+    _has_choice = False
 
     def feed(self, data: str) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -3258,7 +3246,7 @@ class EventDecoder(_Decoder):
                 self.fail("it holds no answer")
             else:
                 for call in self._open_calls:
-                    self._add_call(tool_call_from(call), chunks)
+                    chunks.append(Chunk("tool_call", tool_call=_add_call(call, self._calls)))
                 self._complete(chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
@@ -3294,7 +3282,7 @@ class EventDecoder(_Decoder):
         call = next((c for c in reversed(self._open_calls) if c["index"] == index), None)
         if call is None or _is_another(call, part.get("id"), function):
             call = {"index": index, "id": "", "function": {"name": "", "arguments": ""}}
-            self._open_calls.append(call)
+            self._open_calls += (call,)
         call["id"] = call["id"] or part.get("id") or ""
         call["extra_content"] = call.get("extra_content") or part.get("extra_content")
         call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
