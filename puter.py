@@ -95,8 +95,7 @@ __all__ = [
     "ToolCall", "Transcript", "Usage", "chat", "stream",
 ]  # fmt: skip
 
-# Puter's own default: cheap, so that a forgotten `model=` costs little.
-DEFAULT_MODEL = "gpt-5-nano"
+DEFAULT_MODEL = "gpt-5-nano"  # Puter's default: cheap, so that a forgotten `model=` costs little
 DEFAULT_FALLBACK_MODELS = tuple(
     f"openrouter:{name}:free"
     for name in """
@@ -126,6 +125,16 @@ MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
 MAX_REDIRECTS = 5
+JSON = dict[str, Any]
+_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
+# A whole number that is larger than any float is read as None.
+_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
+_log = logging.getLogger("puter")
+_log.addHandler(logging.NullHandler())
+_forkable: WeakSet[Any] = WeakSet()  # what is reset in a forked child, whoever held its locks
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
+_T = TypeVar("_T")
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -155,24 +164,9 @@ def _show_log(level: int) -> None:
         _log.addHandler(handler)
 
 
-_log = logging.getLogger("puter")
-_log.addHandler(logging.NullHandler())
-# What is reset in a forked child, whoever held its locks in the parent.
-_forkable: WeakSet[Any] = WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
-_T = TypeVar("_T")
-
-
 def __dir__() -> list[str]:
     """What tab completion shows of the module."""
     return sorted([*__all__, "__version__"])
-
-
-JSON = dict[str, Any]
-_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
-# A whole number that is larger than any float is read as None.
-_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
 
 
 def _json_or_none(text: str) -> Any:
@@ -487,8 +481,7 @@ _KIND_BY_STATUS: dict[int, type[PuterError]] = {
     kind.http_status: kind for kind in (AuthError, CreditError, AccessError, RateLimitError)
 }
 _KIND_BY_STATUS[408] = RequestTimeoutError
-# Of proxies that gave up on a server which may still be at work.
-_BILLED_STATUSES = (504, 520, 522, 524)
+_BILLED_STATUSES = (504, 520, 522, 524)  # of proxies that gave up; the server may still work
 _HINT_BY_CODE = {
     "app_or_api_token_required": "This is an account session token: sign in with "
     "`python -m puter login`, which gets a token of the right kind.",
@@ -570,10 +563,7 @@ def provider_error(text: Any) -> tuple[int | None, str]:
 
 
 def upstream_error(text: str, model: str) -> PuterError | None:
-    """The error that the first line of a stream stands for, as before any stream (recorded).
-
-    None when it does not say of which kind it is.
-    """
+    """The error that a stream's first line stands for (recorded); None if it does not say which."""
     status, message = provider_error(text)
     if status is None or status < 400:
         return None
@@ -1226,8 +1216,7 @@ class AccountStore:
                 yield data
                 if json.dumps(data) != before:
                     raw = f"{json.dumps(data, indent=2)}\n".encode()
-                    # nothing is written that could not be read again
-                    parse_accounts(raw, str(self.path))
+                    parse_accounts(raw, str(self.path))  # what could not be read is not written
                     _write_private(target, raw)
         except OSError as error:
             raise self._failed(error) from error
@@ -1306,8 +1295,7 @@ def _locked(path: Path) -> Iterator[Path]:
         if os.name != "nt":
             import fcntl
 
-            # closing is not enough when a forked child still has the file open
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child may still have the file open
         os.close(lock)
 
 
@@ -1365,8 +1353,7 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
             try:
                 return method(self, *args, **kwargs)
             except (sqlite3.Error, OSError) as error:
-                # deleted meanwhile, it is made anew
-                if self._db is None or self._source() == self._opened:
+                if self._db is None or self._source() == self._opened:  # else deleted meanwhile
                     self._use_memory(error)
             return run(self, *args, **kwargs)
 
@@ -1409,8 +1396,7 @@ class State:
         _forkable.add(self)
 
     def __del__(self) -> None:
-        # Python 3.13 warns of a connection that nobody closed.
-        if db := getattr(self, "_db", None):
+        if db := getattr(self, "_db", None):  # Python 3.13 warns of one that nobody closed
             db.close()
 
     @_or_in_memory
@@ -1616,8 +1602,7 @@ class State:
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
         self._db, self._opened = db, (path, self._source()[1])
         db.execute("PRAGMA synchronous=OFF")  # disposable: it need not survive a power cut
-        # it fails while another process makes the file; then that one sets it
-        with suppress(sqlite3.OperationalError):
+        with suppress(sqlite3.OperationalError):  # another process makes the file, and sets it
             db.execute("PRAGMA journal_mode=WAL")
         db.executescript(self._TABLES)
         return db
@@ -1637,7 +1622,6 @@ Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
 # ---- history: any vendor's parts in, one canonical shape ----
-#
 # The shape is OpenAI's for chat completions. Beside it stands what other vendors need: marks of
 # `cache_control` on parts, `thinking` that Claude signed among an assistant's parts, a message's
 # `reasoning_details` and `images`, and results (role "tool") that hold pictures or `is_error`.
@@ -1658,8 +1642,7 @@ _SKIPPED_KINDS = """
 # Calls and results of tools that a client runs by a provider's rules: told in words.
 _TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
     apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
-# The beginning of a signature that this module made up, for clients that want one.
-_OWN_SIGNATURE = "unsigned"
+_OWN_SIGNATURE = "unsigned"  # begins what this module made up, for clients that want a signature
 _NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
 _NOT_ANSWERED = "(this call was not answered)"
 
@@ -1805,7 +1788,6 @@ def _dig(value: Any, *path: str) -> Any:
 
 
 def _image_url(image: Any) -> str | None:
-    """The URL of a picture in whatever shape it comes, or None."""
     url = image if isinstance(image, str) else _dig(image, "image_url")
     url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
     data = _dig(image, "data") or _dig(image, "b64_json")
@@ -1908,15 +1890,15 @@ class Form(NamedTuple):
 
     `part` writes a picture or a PDF, `result` a call's result, and `turn` a message with its
     calls and their written results. `keeps` names the keys and kinds of parts beyond the usual
-    ones that the provider takes. What `is_lossless` brings pictures in results, and every call
-    of a stream; what `is_strict` refuses blank texts, and loses later system messages.
+    ones that the provider takes. What `is_lossy` brings no pictures in results, and not every
+    call of a stream; what `is_strict` refuses blank texts, and loses later system messages.
     """
 
     part: Callable[[JSON], JSON]
     result: Callable[[JSON], JSON]
     turn: Callable[[JSON, _Calls], Messages]
     keeps: tuple[str, ...] = ()
-    is_lossless: bool = False
+    is_lossy: bool = False
     is_strict: bool = False
 
 
@@ -1950,7 +1932,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
         shown = [p for _, r in calls for p in _parts(r["content"]) if p["type"] != "text"]
-        if shown and not form.is_lossless:
+        if shown and form.is_lossy:
             sent.append({"role": "user", "content": [*map(form.part, shown)]})
         if drawn := message.get("images"):
             text = {"type": "text", "text": "The picture that you drew:"}
@@ -2107,17 +2089,12 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_result, _chat_turn, ("name",))
+_CHAT = Form(dict, _chat_result, _chat_turn, ("name",), is_lossy=True)
 FORMS = {
     "claude": Form(
-        _claude_part,
-        _result_block,
-        _claude_turn,
-        ("cache_control", "thinking"),
-        is_lossless=True,
-        is_strict=True,
+        _claude_part, _result_block, _claude_turn, ("cache_control", "thinking"), is_strict=True
     ),
-    "responses": Form(_responses_part, _responses_result, _responses_turn, is_lossless=True),
+    "responses": Form(_responses_part, _responses_result, _responses_turn),
     "chat": _CHAT,
     "openrouter": _CHAT._replace(keeps=("name", "cache_control", "reasoning", "reasoning_details")),
     # an OpenAI-compatible base; Puter's own loses the same calls in streams
@@ -2126,7 +2103,6 @@ FORMS = {
 # What Puter makes of an effort for Claude: so many tokens of the answer's are for thinking.
 _EFFORT_TOKENS = {"high": 8192, "medium": 4096, "low": 1024}
 _LEAST_ANSWER_TOKENS = 256
-# What only the Responses API knows.
 RESPONSES_ARGUMENTS = """service_tier metadata store prompt_cache_key truncation include
     safety_identifier""".split()
 
@@ -2234,10 +2210,10 @@ def image_part(image: Image) -> JSON:
             raise BadRequestError(f"The image {image[:40]!r}… is not a base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
-    if (kind := image_kind(data)) is None:
-        problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
-        raise BadRequestError(f"{name} {problem}")
-    return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    if kind := image_kind(data):
+        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
+    raise BadRequestError(f"{name} {problem}")
 
 
 def file_part(file: File) -> JSON:
@@ -2256,11 +2232,11 @@ def file_part(file: File) -> JSON:
     if not data or len(data) > MAX_FILE_BYTES:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
-    if kind := image_kind(data):
-        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    if image_kind(data):
+        return image_part(data)
     if data[:5] == b"%PDF-":
-        url = f"data:application/pdf;base64,{base64.b64encode(data).decode()}"
         name = name if "." in name else f"{name}.pdf"
+        url = _Medium(data, "application/pdf").as_url()
         return {"type": "file", "file": {"filename": name, "file_data": url}}
     if (text := decoded_text(data)) is None:
         problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
@@ -2313,6 +2289,18 @@ def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
 
 # ---- tools: functions to schemas, a model's arguments to Python values ----
 
+# Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
+_Reader = Callable[[Any, str], Any]
+_Type = tuple[JSON, _Reader]  # with its JSON schema
+_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_TEXT_TYPES: dict[str, JSON] = {  # texts in JSON, with what a schema may say of them
+    "datetime.datetime": {"format": "date-time"},
+    "datetime.date": {"format": "date"},
+    "decimal.Decimal": {},
+    "pathlib.Path": {},
+    "uuid.UUID": {"format": "uuid"},
+}
+
 
 def is_web_search(tool: Any) -> bool:
     """Whether a tool is the search that OpenAI's models run themselves."""
@@ -2338,8 +2326,7 @@ def _tool_schema(tool: Any, index: int) -> JSON:
         return search
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
-        # the function alone, under OpenAI's, Anthropic's or MCP's names
-        if function is None:
+        if function is None:  # it stands alone, under OpenAI's, Anthropic's or MCP's names
             names = {"input_schema": "parameters", "inputSchema": "parameters"}
             function = {names.get(k, k): v for k, v in tool.items() if k != "type"}
         if isinstance(function, Mapping) and _is_text(function.get("name")):
@@ -2350,7 +2337,6 @@ def _tool_schema(tool: Any, index: int) -> JSON:
 
 
 def function_schema(function: Callable[..., Any]) -> JSON:
-    """A Python function as OpenAI's schema, from its signature, type hints and docstring."""
     inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
@@ -2361,25 +2347,9 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
-def read_arguments(function: Callable[..., Any], arguments: JSON) -> JSON:
+def read_arguments(function: Callable[..., Any], arguments: JSON) -> Any:
     """A model's arguments, made what the function's hints say; TypeError in words for the model."""
-    read: JSON = _call_type(function, dict, "it")[1](arguments, "")
-    return read
-
-
-# Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
-_Reader = Callable[[Any, str], Any]
-_Type = tuple[JSON, _Reader]  # with its JSON schema
-_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-# Types that are texts in JSON, with what a schema may say of them.
-_TEXT_TYPES: dict[str, JSON] = {
-    "datetime.datetime": {"format": "date-time"},
-    "datetime.date": {"format": "date"},
-    "decimal.Decimal": {},
-    "pathlib.Path": {},
-    "uuid.UUID": {"format": "uuid"},
-}
-_LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
+    return _call_type(function, dict, "it")[1](arguments, "")
 
 
 def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) -> _Type:
@@ -2456,7 +2426,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return _choice_type(choices)
     if origin in (typing.Union, types.UnionType):
         return _union_type([type_of(h) for h in inner])
-    if kind in _LISTS:
+    if kind in (list, tuple, set, frozenset, Sequence, Iterable):
         return _list_type(kind, inner, type_of)
     if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):  # keys in JSON are strings
         schema, read = type_of(inner[1] if inner else Any)
@@ -2639,8 +2609,7 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
     inner, routine = _behind(call)
     doc = inspect.getdoc(routine) or inspect.getdoc(inner) or ""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
-    # before a section such as "Returns:", or a field such as ":raises"
-    end = r"(?=^\w+:\s*$|^:\w|\Z)"
+    end = r"(?=^\w+:\s*$|^:\w|\Z)"  # a section such as "Returns:", or a field such as ":raises"
     head = find(rf"\A(.*?){end}", doc)[0]
     about = find(r"^:param\b[^:]*?(\w+): *(.*?)(?=^:|\Z)", doc)
     for rows in find(r"^Parameters\n-{3,}\n(.*?)(?=^\w[\w ]*\n-{3,}|\Z)", doc):
@@ -2672,8 +2641,7 @@ def _json_value(value: Any) -> Any:
         return [*map(_json_value, value)]
     if is_dataclass(value) and not isinstance(value, type):
         return _json_value(asdict(value))
-    # pydantic's models, NumPy's arrays, pandas' frames
-    for name in ("model_dump", "tolist", "to_dict"):
+    for name in ("model_dump", "tolist", "to_dict"):  # of pydantic, NumPy and pandas
         if callable(getattr(value, name, None)):
             return _json_value(getattr(value, name)())
     return str(value)
@@ -2681,10 +2649,17 @@ def _json_value(value: Any) -> Any:
 
 # ---- typed answers: a type or a JSON schema to what a model is asked, its answer to a value ----
 
-# The function by which a model gives an answer of a form, where it takes functions.
-_ANSWER_TOOL = "final_answer"
+_ANSWER_TOOL = "final_answer"  # the function by which a model that takes some gives its answer
 _BEGUN_JSON = re.compile(r"""\{\s*(["']|\w+\s*:)|\[\s*["'{\[]""")
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
+_SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
+    (str, list): "type",
+    list: "required enum anyOf oneOf allOf",
+    dict: "properties $defs definitions",
+    (dict, bool): "items additionalProperties",
+    (int, float): "minimum maximum minItems maxItems minLength maxLength",
+    str: "$ref pattern",
+}
 
 
 class Returns(NamedTuple):
@@ -2699,7 +2674,7 @@ def returns_of(kind: Any) -> Returns:
     """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
     if isinstance(kind, Mapping):
         _check_schema(kind, "returns", kind)
-        made: _Type = (dict(kind), partial(_fitting, kind))
+        made: _Type = (dict(kind), partial(_fitting, kind, root=kind))
     else:
         made = schema_and_reader(kind, "returns")
     schema, read = made
@@ -2708,16 +2683,6 @@ def returns_of(kind: Any) -> Returns:
     definitions: JSON = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     whole, _ = _object_type(dict, {"value": made}, ["value"])
     return Returns({**whole, **definitions}, read, True)
-
-
-_SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
-    (str, list): "type",
-    list: "required enum anyOf oneOf allOf",
-    dict: "properties $defs definitions",
-    (dict, bool): "items additionalProperties",
-    (int, float): "minimum maximum minItems maxItems minLength maxLength",
-    str: "$ref pattern",
-}
 
 
 def _check_schema(schema: Any, where: str, root: Any) -> None:
@@ -2758,9 +2723,8 @@ def _resolved(schema: Any, root: Any) -> Any:
     return schema
 
 
-def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
+def _fitting(schema: Any, value: Any, where: str, root: Any) -> Any:
     """The value if it fits a JSON schema, by what models get wrong; raises TypeError."""
-    root = schema if root is None else root
     schema = _resolved(schema, root)
     if isinstance(schema, bool):
         return value
@@ -2826,8 +2790,7 @@ def json_instruction(response_format: Any) -> str:
 
 def with_instruction(messages: Messages, text: str) -> Messages:
     """The messages with a system text behind those that they begin with."""
-    opening = takewhile(lambda m: m["role"] in ("system", "developer"), messages)
-    count = len(list(opening))
+    count = len([*takewhile(lambda m: m["role"] in ("system", "developer"), messages)])
     return [*messages[:count], {"role": "system", "content": text}, *messages[count:]]
 
 
@@ -2875,6 +2838,19 @@ def json_text(text: str) -> str:
 
 # ---- replies: bytes and dicts to values ----
 
+_FINISH_WORDS = {
+    "stop": "end_turn stop_sequence eos eos_token stop",
+    "tool_calls": "tool_use function_call tool_calls",
+    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
+    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
+        image_safety""",
+}
+_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
+# The upstream failed while it wrote: what there is, is no answer.
+_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
+    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
+    unknown""".split()
+_FAKE_MODELS = ("fake", "costly", "abuse")
 # Input, output, cached, written to the cache, all: the names that most use, Claude's and
 # OpenRouter's (recorded).
 _USAGE_KEYS = (
@@ -2908,20 +2884,6 @@ def usage_from(body: Any) -> Usage:
     cents, cost = _amount(body, "usd_cents"), _amount(body, "cost_usd")
     cost = cost if cents is None else round(cents / 100, 12)
     return Usage(inputs, outputs, cached, total, cost, written)
-
-
-_FINISH_WORDS = {
-    "stop": "end_turn stop_sequence eos eos_token stop",
-    "tool_calls": "tool_use function_call tool_calls",
-    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
-    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
-        image_safety""",
-}
-_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
-# The upstream failed while it wrote: what there is, is no answer.
-_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
-    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
-    unknown""".split()
 
 
 def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
@@ -3000,9 +2962,6 @@ def picture_from(image: Any) -> Picture:
     if not contents:
         raise ValueError(f"a picture is {_describe(url)}")
     return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
-
-
-_FAKE_MODELS = ("fake", "costly", "abuse")
 
 
 def reply_from_driver(body: JSON, model: str) -> Reply:
@@ -4680,7 +4639,7 @@ class _Api(NamedTuple):
         is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
-        return not FORMS[self.form(request, model)].is_lossless
+        return FORMS[self.form(request, model)].is_lossy
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
