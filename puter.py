@@ -1831,11 +1831,8 @@ def _check_call(call: Any, function: Any, where: str) -> None:
 
 def _parts(content: Any) -> list[JSON]:
     """A content as a list of parts that hold something."""
-    if content is None or content == "":
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [p for p in content if p.get("type") != "text" or p.get("text")]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    return [p for p in parts if p.get("type") != "text" or p.get("text")]
 
 
 def _is_text_only(content: Any) -> bool:
@@ -1851,8 +1848,7 @@ def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "")
 
 def openai_call(call: ToolCall) -> JSON:
     """A call as one of OpenAI's `tool_calls`; the inverse of `tool_call_from`."""
-    arguments = call.invalid or json.dumps(call.arguments)
-    function = {"name": call.name, "arguments": arguments}
+    function = {"name": call.name, "arguments": call.invalid or json.dumps(call.arguments)}
     signed = {"extra_content": call.extra_content} if call.extra_content else {}
     return {"id": call.id, "type": "function", "function": function, **signed}
 
@@ -2622,11 +2618,9 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
 
 
 def tool_result_text(value: Any) -> str:
-    if value is None:
-        return _NO_OUTPUT
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         return json.dumps(_json_value(value), ensure_ascii=False)
-    return value if value.strip() else _NO_OUTPUT
+    return value if value and value.strip() else _NO_OUTPUT
 
 
 def _json_value(value: Any) -> Any:
@@ -2715,8 +2709,7 @@ def _resolved(schema: Any, root: Any) -> Any:
     seen: list[Any] = []
     while isinstance(schema, Mapping) and "$ref" in schema:
         reference = schema["$ref"]
-        path = reference.removeprefix("#").strip("/").split("/")
-        schema = _dig(root, *path) if path != [""] else root
+        schema = _dig(root, *filter(None, reference.removeprefix("#").split("/")))
         if schema is None or reference in seen:
             raise _misplaced("returns", f"has a $ref that leads nowhere: {reference!r}", "")
         seen.append(reference)
