@@ -1886,8 +1886,8 @@ class Form(NamedTuple):
 
     `part` writes a picture or a PDF, `result` a call's result, and `turn` a message with its
     calls and their written results. `keeps` names the keys and kinds of parts beyond the usual
-    ones that the provider takes. What `is_lossy` brings no pictures in results, and not every
-    call of a stream; what `is_strict` refuses blank texts, and loses later system messages.
+    ones that the provider takes. Where it `is_lossy`, Puter loses pictures in results, and calls
+    in streams; where it `is_strict`, blank texts are refused, and later system messages lost.
     """
 
     part: Callable[[JSON], JSON]
