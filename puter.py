@@ -8,9 +8,8 @@
 Sign in once with ``python -m puter login``; ``python -m puter --help`` lists the commands.
 `Puter` is the client. Every failure is a `PuterError` that says what happened and what to do.
 
-The names in `__all__` are the module's face and stay; any other may change with a version.
-Remarks such as "(recorded)" mean that a fact was seen in the answers of a real Puter server,
-release 26.07.
+The names in `__all__` are the module's face and stay; any other may change with a version. Remarks
+such as "(recorded)" mean that a fact was seen in the answers of a real Puter server, release 26.07.
 
 The file from top to bottom; each section uses only those above it:
 
@@ -96,8 +95,7 @@ __all__ = [
     "ToolCall", "Transcript", "Usage", "chat", "stream",
 ]  # fmt: skip
 
-# Puter's own default: cheap, so that a forgotten `model=` costs little.
-DEFAULT_MODEL = "gpt-5-nano"
+DEFAULT_MODEL = "gpt-5-nano"  # Puter's default: cheap, so that a forgotten `model=` costs little
 DEFAULT_FALLBACK_MODELS = tuple(
     f"openrouter:{name}:free"
     for name in """
@@ -110,8 +108,7 @@ DEFAULT_FALLBACK_MODELS = tuple(
 """.split()
 )
 CONNECT_TIMEOUT_S = 10.0
-# A whole reply with tools may take minutes before its first byte.
-WHOLE_REPLY_TIMEOUT_S = 600.0
+WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes before its first byte
 RETRY_CAP_S = 30.0
 RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
 RATE_CAP_S = 1.5  # the longest wait for a limit of requests whose end is not told
@@ -128,21 +125,29 @@ MAX_FILE_BYTES = 30 * 1024 * 1024
 MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
 MAX_LINE_BYTES = 32 * 1024 * 1024
 MAX_REDIRECTS = 5
+JSON = dict[str, Any]
+_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
+# A whole number that is larger than any float is read as None.
+_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
+_log = logging.getLogger("puter")
+_log.addHandler(logging.NullHandler())
+_forkable: WeakSet[Any] = WeakSet()  # what is reset in a forked child, whoever held its locks
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
+_T = TypeVar("_T")
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
 
 
 def escape_controls(text: str) -> str:
-    """The text with control characters as visible marks, fit for a terminal."""
     return text.translate(_CONTROL_MARKS)
 
 
 class _StderrHandler(logging.Handler):
     """Writes to what is stderr at the time, as ``[puter-auth] 15:30:45 …``."""
 
-    # Whether a reply is being printed and has not ended its line.
-    is_line_open = False
+    is_line_open = False  # whether a reply is being printed and has not ended its line
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
@@ -159,24 +164,9 @@ def _show_log(level: int) -> None:
         _log.addHandler(handler)
 
 
-_log = logging.getLogger("puter")
-_log.addHandler(logging.NullHandler())
-# What is reset in a forked child, whoever held its locks in the parent.
-_forkable: WeakSet[Any] = WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
-_T = TypeVar("_T")
-
-
 def __dir__() -> list[str]:
     """What tab completion shows of the module."""
     return sorted([*__all__, "__version__"])
-
-
-JSON = dict[str, Any]
-_LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
-# A whole number that is larger than any float is read as None.
-_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
 
 
 def _json_or_none(text: str) -> Any:
@@ -186,8 +176,14 @@ def _json_or_none(text: str) -> Any:
         return None
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    """A number of a JSON text; ValueError for NaN, and for infinity, as which 1e400 is read."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not JSON")
+    return number
+
+
+_STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -286,6 +282,10 @@ class PuterError(Exception):
     statuses: Sequence[Cooldown] = ()
     param: str | None = None
 
+    def __init_subclass__(cls, **facts: Any) -> None:
+        for name, value in facts.items():
+            setattr(cls, name, value)
+
     def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(message)
         self.message = message
@@ -314,97 +314,76 @@ class PuterError(Exception):
         return " ".join(p if p[-1:] in ".!?:" else f"{p}." for p in parts)
 
 
-class AuthError(PuterError):
+class AuthError(PuterError, scope="account", http_status=401):
     """The account's token is missing, dead, or of the wrong kind."""
 
-    scope = "account"
     default_hint = "Sign in with `python -m puter login`."
-    http_status = 401
 
 
-class CreditError(PuterError):
+class CreditError(PuterError, scope="account", http_status=402):
     """The account's credit is used up; then free models are refused as well (recorded).
 
     Its `scope` is "model" where something is left, but less than the answer could cost.
     """
 
-    scope: Scope = "account"
     default_hint = "Add another account with `python -m puter login`, or credit on puter.com."
-    http_status = 402
 
 
-class AccessError(PuterError):
+class AccessError(PuterError, scope="account", http_status=403):
     """The account may not do this: it is suspended, not verified, or forbidden to."""
 
-    scope: Scope = "account"
     default_hint = "See the account on puter.com, or use another: `python -m puter switch NAME`."
-    http_status: ClassVar[int] = 403
 
 
-class ModelAccessError(AccessError):
+class ModelAccessError(AccessError, scope="model"):
     """This account may not use this model: it is for subscribers, or the free use is spent."""
 
-    scope = "model"
     default_hint = "Use another model (`python -m puter models --free`) or another account."
 
 
-class SubscriptionError(AccessError):
+class SubscriptionError(AccessError, scope="request", http_status=402):
     """The endpoint needs a paid plan; waiting changes nothing."""
 
-    scope = "request"
     default_hint = 'Set "api_style" to "drivers" (the default): it works for every account.'
-    http_status = 402
 
 
-class RateLimitError(PuterError):
+class RateLimitError(PuterError, scope="account", retryable=True, http_status=429):
     """The account sent too many requests; another model does not help."""
 
-    scope: Scope = "account"
-    retryable = True
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
-    http_status = 429
 
 
-class ModelRateLimitError(PuterError):
+class ModelRateLimitError(PuterError, scope="model", http_status=429):
     """The model's provider is rate-limiting requests."""
 
-    scope = "model"
     default_hint = "Use another model for a while."
-    http_status = 429
 
 
-class ModelUnavailableError(PuterError):
+class ModelUnavailableError(PuterError, scope="model", retryable=True, http_status=503):
     """The model's provider is down, or failed."""
 
-    scope = "model"
-    retryable = True
     default_hint = "Try again later, or use another model (`python -m puter models`)."
-    http_status = 503
 
 
-class ProviderAuthError(ModelUnavailableError):
+class ProviderAuthError(ModelUnavailableError, retryable=False, http_status=502):
     """Puter's own key at the provider was refused; your login is fine."""
 
-    retryable = False
     default_hint = "This is between Puter and the provider: use another model."
-    http_status = 502
 
 
-class ModelNotFoundError(PuterError):
+class ModelNotFoundError(PuterError, http_status=404):
     """No model has this name; `near` lists names that are close."""
 
     default_hint = "List the names with `python -m puter models`."
-    http_status = 404
 
 
-class BadRequestError(PuterError):
+class BadRequestError(PuterError, http_status=400):
     """The request itself is wrong: nobody will accept it as it is.
 
     `param` is the field of an OpenAI request that is at fault, if it is one.
     """
 
     default_hint = "Change the request as the message says; sending it again will not help."
-    http_status = 400
 
 
 class ContextLengthError(BadRequestError):
@@ -419,59 +398,45 @@ class ContextLengthError(BadRequestError):
     default_hint = "Shorten the prompt, or use a model that takes more."
 
 
-class ServerError(PuterError):
+class ServerError(PuterError, scope="server", retryable=True, http_status=502):
     """Puter's server failed, or something that is not a Puter server answered."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Try again later; if it stays, check `api_base_url` in puter.json."
-    http_status = 502
 
 
-class RequestTimeoutError(PuterError):
+class RequestTimeoutError(PuterError, scope="server", retryable=True, http_status=504):
     """No answer in time."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Raise `api_timeout_ms` in puter.json, or pass `timeout_ms=`."
-    http_status = 504
 
 
-class NetworkError(PuterError):
+class NetworkError(PuterError, scope="server", retryable=True, http_status=502):
     """The server cannot be reached: refused, unknown host, TLS, or a broken connection."""
 
-    scope = "server"
-    retryable = True
     default_hint = "Check the network, the proxy settings and `api_base_url`."
-    http_status = 502
 
 
-class ReplyError(PuterError):
+class ReplyError(PuterError, http_status=502):
     """The model's answer cannot be read.
 
     `raw` holds the text in question as it came, `reply` what could be read (or None).
     """
 
     default_hint = "Ask again, or use another model."
-    http_status = 502
 
 
-class StreamError(PuterError):
+class StreamError(PuterError, scope="model", retryable=True, http_status=502):
     """A stream broke before its end; `reply` holds what had come (a `Reply`, or None)."""
 
-    scope = "model"
-    retryable = True
     default_hint = "Send the request again to get the complete answer."
-    http_status = 502
 
 
-class BudgetError(PuterError):
+class BudgetError(PuterError, http_status=402):
     """The budget (`budget_usd`) is spent: nothing that costs money is asked any more."""
 
     default_hint = (
         "Stop here and tell the user: raise `budget_usd` (--budget), or use a free model."
     )
-    http_status = 402
 
 
 class ConfigError(PuterError):
@@ -484,22 +449,18 @@ class StoreError(PuterError):
     default_hint = "Fix the file, or move it away and sign in again."
 
 
-class AllAccountsOnCooldownError(PuterError):
+class AllAccountsOnCooldownError(PuterError, scope="account", retryable=True, http_status=429):
     """Every account is on cooldown; `retry_after_s` says for how long, `statuses` why each."""
 
-    scope = "account"
-    retryable = True
     default_hint = (
         "Wait, add another account with `python -m puter login`, or end the cooldowns with "
         "`python -m puter status --clear-cooldowns`."
     )
-    http_status = 429
 
 
 # Of a token that is of no use until the next sign-in (recorded).
-DEAD_TOKEN_CODES = (
-    *("token_missing", "reauth_required", "token_auth_failed", "app_or_api_token_required"),
-)
+DEAD_TOKEN_CODES = """token_missing reauth_required token_auth_failed
+    app_or_api_token_required""".split()
 # Puter's error codes and what they mean (recorded, or read in the server's code).
 _KIND_BY_CODE: dict[str, type[PuterError]] = {
     **dict.fromkeys(DEAD_TOKEN_CODES, AuthError),
@@ -517,14 +478,10 @@ _KIND_BY_CODE: dict[str, type[PuterError]] = {
     "internal_error": ServerError,
 }
 _KIND_BY_STATUS: dict[int, type[PuterError]] = {
-    401: AuthError,
-    402: CreditError,
-    403: AccessError,
-    408: RequestTimeoutError,
-    429: RateLimitError,
+    kind.http_status: kind for kind in (AuthError, CreditError, AccessError, RateLimitError)
 }
-# Of proxies that gave up on a server which may still be at work.
-_BILLED_STATUSES = (504, 520, 522, 524)
+_KIND_BY_STATUS[408] = RequestTimeoutError
+_BILLED_STATUSES = (504, 520, 522, 524)  # of proxies that gave up; the server may still work
 _HINT_BY_CODE = {
     "app_or_api_token_required": "This is an account session token: sign in with "
     "`python -m puter login`, which gets a token of the right kind.",
@@ -606,10 +563,7 @@ def provider_error(text: Any) -> tuple[int | None, str]:
 
 
 def upstream_error(text: str, model: str) -> PuterError | None:
-    """The error that the first line of a stream stands for, as before any stream (recorded).
-
-    None when it does not say of which kind it is.
-    """
+    """The error that a stream's first line stands for (recorded); None if it does not say which."""
     status, message = provider_error(text)
     if status is None or status < 400:
         return None
@@ -875,7 +829,6 @@ class Credit:
 
 
 def money(amount: float, unit: str) -> str:
-    """An amount as people write it."""
     return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
@@ -909,7 +862,6 @@ STATE_NAME = "state.sqlite3"
 # Variables of the same prefix that are not settings.
 TOKEN_VARIABLE = "PUTER_AUTH_TOKEN"
 _OTHER_VARIABLES = (TOKEN_VARIABLE, "PUTER_CONFIG_DIR", "PUTER_SERVER_API_KEY")
-# Common wrong names, and the right ones.
 _MISNAMED_VARIABLES = {
     "PUTER_TOKEN": "PUTER_AUTH_TOKEN",
     "PUTER_ACCOUNT": "PUTER_AUTH_TOKEN (or `python -m puter switch NAME`)",
@@ -971,57 +923,31 @@ class Config:
     debug: bool = _key(False, "a log of every request on stderr")
     api_base_url: str = _key("https://api.puter.com", "where Puter's API answers", url=True)
     gui_base_url: str = _key("https://puter.com", "where Puter's pages are", url=True)
-    api_timeout_ms: int = _key(
-        120_000,
-        "longest silence of the server, and longest time for a whole answer, in ms",
-        1,
-        86_400_000,
-    )
-    auto_create_temp_user: bool = _key(
-        True, "accept a login that ends in a temporary account, as Puter's page makes them"
-    )
+    api_timeout_ms: int = _key(120_000, "longest silence, and longest answer, in ms", 1, 86_400_000)
+    auto_create_temp_user: bool = _key(True, "accept a login that ends in a temporary account")
     max_retries: int = _key(3, "how often a failed request is sent again", 0, 20)
     retry_delay_ms: int = _key(1_000, "first wait before sending again, in ms; doubles", 0, 600_000)
-    cache_ttl_ms: int = _key(
-        300_000, "how long the model list and cached replies stay valid, in ms", 0, 10**12
-    )
+    cache_ttl_ms: int = _key(300_000, "life of the model list and cached replies, in ms", 0, 10**12)
     cache_enabled: bool = _key(False, "cache whole replies and answer the same request again")
     cache_max_entries: int = _key(500, "cached replies at most", 1, 1_000_000)
     cache_directory: str | None = _key(None, "folder of the cached replies (null: with the state)")
     metrics_enabled: bool = _key(True, "record every call for `stats`")
-    metrics_max_samples: int = _key(
-        1_000, "calls of a model that the percentiles are made of", 1, 1_000_000
-    )
+    metrics_max_samples: int = _key(1_000, "calls of a model behind its percentiles", 1, 1_000_000)
     metrics_file: str | None = _key(None, "file of the statistics (null: with the state)")
     fallback_enabled: bool = _key(True, "try free models when the asked one fails")
-    fallback_models: tuple[str, ...] = _key(
-        DEFAULT_FALLBACK_MODELS, "models to fall back to, in order"
-    )
-    fallback_cooldown_ms: int = _key(
-        60_000, "cooldown of a model that failed on an account, in ms", 0, 10**10
-    )
+    fallback_models: tuple[str, ...] = _key(DEFAULT_FALLBACK_MODELS, "fallback models, in order")
+    fallback_cooldown_ms: int = _key(60_000, "cooldown of a model on an account, in ms", 0, 10**10)
     account_rotation_enabled: bool = _key(True, "go to the next account when one is limited")
     account_rotation_strategy: str = _key(
         "round-robin", "which account is next", "round-robin", "least-recently-used"
     )
-    account_rotation_cooldown_ms: int = _key(
-        300_000,
-        "cooldown of a limited account, in ms; 2x, 3x, 4x when it is limited again",
-        0,
-        10**10,
-    )
+    account_rotation_cooldown_ms: int = _key(300_000, "cooldown of an account, in ms", 0, 10**10)
     default_model: str | None = _key(None, f"model when none is asked for (null: {DEFAULT_MODEL})")
     api_style: str = _key("drivers", "`openai`: an OpenAI-compatible base", "drivers", "openai")
-    openai_api_key: str | None = _key(
-        None, "key of an OpenAI-compatible server that is not Puter's", secret=True
-    )
-    stream_tools: str = _key(
-        "exact", "`live` streams with tools and may lose calls", "exact", "live"
-    )
+    openai_api_key: str | None = _key(None, "key of a server that is not Puter's", secret=True)
+    stream_tools: str = _key("exact", "`live` streams tools and may lose calls", "exact", "live")
     max_concurrent: int = _key(3, "requests at once on one account", 1, 1_000)
-    budget_usd: float | None = _key(
-        None, "what a client may spend, in US dollars; free models go on", 0, 10**6
-    )
+    budget_usd: float | None = _key(None, "what a client may spend, in US dollars", 0, 10**6)
     folder: Path = field(default_factory=config_dir)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Where each setting comes from: the file, a variable, "argument" or "default"."""
@@ -1056,8 +982,7 @@ class Config:
         try:
             folder = folder or config_dir(env)
         except ConfigError:
-            # a token alone needs no stored accounts
-            if not env.get(TOKEN_VARIABLE):
+            if not env.get(TOKEN_VARIABLE):  # a token alone needs no stored accounts
                 raise
             folder = Path(os.devnull)
         path = os.path.join(folder, CONFIG_NAME)
@@ -1141,7 +1066,6 @@ def _from_text(name: str, text: str) -> Any:
 
 
 def _checked(spec: Any, value: Any, where: str) -> Any:
-    """The value to use; raises `ConfigError`."""
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         ok, words = isinstance(value, bool), "true or false"
@@ -1285,7 +1209,6 @@ class AccountStore:
 
     @contextmanager
     def _change(self) -> Iterator[JSON]:
-        """Lock, read, let the caller change the data, write it if it did change."""
         try:
             with _locked(self.path) as target:
                 data = self._read()
@@ -1293,8 +1216,7 @@ class AccountStore:
                 yield data
                 if json.dumps(data) != before:
                     raw = f"{json.dumps(data, indent=2)}\n".encode()
-                    # nothing is written that could not be read again
-                    parse_accounts(raw, str(self.path))
+                    parse_accounts(raw, str(self.path))  # what could not be read is not written
                     _write_private(target, raw)
         except OSError as error:
             raise self._failed(error) from error
@@ -1357,8 +1279,7 @@ def _stamp_of(path: Path) -> tuple[int, int, int] | None:
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
     """The real place of a file (a symlinked one stays a symlink), locked for other processes."""
-    # `resolve` raises no OSError for links in a circle
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path))  # `resolve` raises no OSError for links in a circle
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     until = time.monotonic() + LOCK_PATIENCE_S
@@ -1374,8 +1295,7 @@ def _locked(path: Path) -> Iterator[Path]:
         if os.name != "nt":
             import fcntl
 
-            # closing is not enough when a forked child still has the file open
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child may still have the file open
         os.close(lock)
 
 
@@ -1433,8 +1353,7 @@ def _or_in_memory(method: Callable[..., _T]) -> Callable[..., _T]:
             try:
                 return method(self, *args, **kwargs)
             except (sqlite3.Error, OSError) as error:
-                # deleted meanwhile, it is made anew
-                if self._db is None or self._source() == self._opened:
+                if self._db is None or self._source() == self._opened:  # else deleted meanwhile
                     self._use_memory(error)
             return run(self, *args, **kwargs)
 
@@ -1472,15 +1391,12 @@ class State:
         self._db: sqlite3.Connection | None = None
         self._opened = self.path, -1
         self._inherited: list[Any] = []
-        # when the file is tried again after it failed
-        self._retry_at = 0.0
-        # when each account's use was noted last
-        self._uses: dict[str, float] = {}
+        self._retry_at = 0.0  # when the file is tried again after it failed
+        self._uses: dict[str, float] = {}  # when each account's use was noted last
         _forkable.add(self)
 
     def __del__(self) -> None:
-        # Python 3.13 warns of a connection that nobody closed.
-        if db := getattr(self, "_db", None):
+        if db := getattr(self, "_db", None):  # Python 3.13 warns of one that nobody closed
             db.close()
 
     @_or_in_memory
@@ -1489,9 +1405,8 @@ class State:
     ) -> Cooldown:
         """Put a model on an account on cooldown for `base_s`, or the whole account (model "").
 
-        An account gets more at its further strikes, by `cooldown_s`.
-        One incident is one strike: a cooldown that still runs stays as it is, but for "login",
-        which is of the `token`.
+        An account gets more at its further strikes, by `cooldown_s`. One incident is one strike: a
+        cooldown that still runs stays as it is, but for "login", which is of the `token`.
         """
         account, model, reason = map(mend_surrogates, (account, model, reason))
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
@@ -1522,8 +1437,7 @@ class State:
         sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
         is_noted = 0 <= now - self._uses.get(account, -1.0) < 1.0
         if is_noted and not self._rows(sql, self.server, account):
-            # one write a second is enough to know who was used last
-            return
+            return  # one write a second is enough to know who was used last
         self._uses[account] = now
         rows = [(self.server, account, mend_surrogates(name), started_s) for name in {"", *models}]
         delete = "DELETE FROM cooldowns WHERE server=? AND account=? AND model=? AND since_s<=?"
@@ -1579,12 +1493,10 @@ class State:
         until they are trimmed).
         """
         model, outcome, usage = mend_surrogates(model), mend_surrogates(outcome), usage or Usage()
+        sql = "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET count = count + 1, "
+        sql += "cost_usd = cost_usd + excluded.cost_usd"
         with self._open() as db:
-            db.execute(
-                "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET "
-                "count = count + 1, cost_usd = cost_usd + excluded.cost_usd",
-                (model, outcome, usage.cost_usd or 0.0),
-            )
+            db.execute(sql, (model, outcome, usage.cost_usd or 0.0))
             if outcome == "ok":
                 row = (model, seconds, first_s, usage.output_tokens)
                 added = db.execute("INSERT INTO samples VALUES (NULL,?,?,?,?)", row)
@@ -1689,10 +1601,8 @@ class State:
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(path, timeout=10, isolation_level="IMMEDIATE", check_same_thread=False)
         self._db, self._opened = db, (path, self._source()[1])
-        # disposable: it need not survive a power cut
-        db.execute("PRAGMA synchronous=OFF")
-        # it fails while another process makes the file; then that one sets it
-        with suppress(sqlite3.OperationalError):
+        db.execute("PRAGMA synchronous=OFF")  # disposable: it need not survive a power cut
+        with suppress(sqlite3.OperationalError):  # another process makes the file, and sets it
             db.execute("PRAGMA journal_mode=WAL")
         db.executescript(self._TABLES)
         return db
@@ -1712,7 +1622,6 @@ Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
 
 # ---- history: any vendor's parts in, one canonical shape ----
-#
 # The shape is OpenAI's for chat completions. Beside it stands what other vendors need: marks of
 # `cache_control` on parts, `thinking` that Claude signed among an assistant's parts, a message's
 # `reasoning_details` and `images`, and results (role "tool") that hold pictures or `is_error`.
@@ -1733,10 +1642,8 @@ _SKIPPED_KINDS = """
 # Calls and results of tools that a client runs by a provider's rules: told in words.
 _TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
     apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
-# The beginning of a signature that this module made up, for clients that want one.
-_OWN_SIGNATURE = "unsigned"
-# A tool's result may be empty, but Puter refuses an empty content.
-_NO_OUTPUT = "(no output)"
+_OWN_SIGNATURE = "unsigned"  # begins what this module made up, for clients that want a signature
+_NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
 _NOT_ANSWERED = "(this call was not answered)"
 
 
@@ -1764,12 +1671,11 @@ def messages_from(
 ) -> Messages:
     """A prompt as new canonical messages; `extra_parts` (images, files) join the user's last."""
     if isinstance(prompt, str):
-        messages: Messages = [{"role": "user", "content": prompt}]
-    else:
-        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
-        hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
-        _require(is_list, "The prompt", prompt, hint)
-        messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
+        prompt = [{"role": "user", "content": prompt}]
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
+    hint = 'Pass a string, or a list such as [{"role": "user", "content": "Hi"}].'
+    _require(is_list, "The prompt", prompt, hint)
+    messages = [one for i, m in enumerate(prompt) for one in read_message(m, f"messages[{i}]")]
     if extra_parts:
         question = next((m for m in reversed(messages) if m["role"] == "user"), None)
         if question is None:
@@ -1806,7 +1712,12 @@ def read_message(message: Any, where: str) -> Messages:
         place = f"{where}.content[{number}]"
         kind = _dig(part, "type")
         if kind == "tool_result":
-            results.append(_read_result(part, place))
+            id_, output = part.get("tool_use_id"), part.get("content")
+            _require(_is_text(id_), f"{place}.tool_use_id", id_, "Say whose result it is.")
+            if not isinstance(output, str | None):
+                output = read_parts(output, f"{place}.content")
+            marks = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
+            results.append({"role": "tool", "tool_call_id": id_, "content": output, **marks})
         elif kind == "tool_use":
             _check_call(part, part, place)
             own_calls.append(openai_call(tool_call_from(part)))
@@ -1819,17 +1730,7 @@ def read_message(message: Any, where: str) -> Messages:
     return results if is_empty and not own_calls else [*results, read]
 
 
-def _read_result(part: Mapping[str, Any], where: str) -> JSON:
-    call_id, content = part.get("tool_use_id"), part.get("content")
-    _require(_is_text(call_id), f"{where}.tool_use_id", call_id, "Say whose result it is.")
-    if not isinstance(content, str | None):
-        content = read_parts(content, f"{where}.content")
-    marks = {key: part[key] for key in ("is_error", "cache_control") if part.get(key)}
-    return {"role": "tool", "tool_call_id": call_id, "content": content, **marks}
-
-
 def read_parts(content: Any, where: str) -> list[JSON]:
-    """A content in any vendor's shape as canonical parts."""
     parts = [content] if isinstance(content, str) else [] if content is None else content
     _require(isinstance(parts, (list, tuple)), where, parts, "Give a text or a list of parts.")
     return [known for part in parts for known in read_part(part, where)]
@@ -1887,7 +1788,6 @@ def _dig(value: Any, *path: str) -> Any:
 
 
 def _image_url(image: Any) -> str | None:
-    """The URL of a picture in whatever shape it comes, or None."""
     url = image if isinstance(image, str) else _dig(image, "image_url")
     url = _dig(url, "url") or url or _source_url(_dig(image, "source")) or _dig(image, "url")
     data = _dig(image, "data") or _dig(image, "b64_json")
@@ -1931,11 +1831,8 @@ def _check_call(call: Any, function: Any, where: str) -> None:
 
 def _parts(content: Any) -> list[JSON]:
     """A content as a list of parts that hold something."""
-    if content is None or content == "":
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [p for p in content if p.get("type") != "text" or p.get("text")]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    return [p for p in parts if p.get("type") != "text" or p.get("text")]
 
 
 def _is_text_only(content: Any) -> bool:
@@ -1943,7 +1840,6 @@ def _is_text_only(content: Any) -> bool:
 
 
 def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
-    """The texts of a content's parts of one kind, joined."""
     if isinstance(content, str):
         return content if kind == "text" else ""
     parts = content if isinstance(content, (list, tuple)) else ()
@@ -1952,8 +1848,7 @@ def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "")
 
 def openai_call(call: ToolCall) -> JSON:
     """A call as one of OpenAI's `tool_calls`; the inverse of `tool_call_from`."""
-    arguments = call.invalid or json.dumps(call.arguments)
-    function = {"name": call.name, "arguments": arguments}
+    function = {"name": call.name, "arguments": call.invalid or json.dumps(call.arguments)}
     signed = {"extra_content": call.extra_content} if call.extra_content else {}
     return {"id": call.id, "type": "function", "function": function, **signed}
 
@@ -1972,8 +1867,7 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     if isinstance(value, str):
         value = mend_surrogates(value)
         try:
-            read = json.loads(value, parse_constant=_no_constant) if value.strip() else None
-            json.dumps(read, allow_nan=False)  # 1e400 is read as infinity
+            read = _STRICT_JSON.decode(value) if value.strip() else None
         except (ValueError, RecursionError):
             return {}, value
     # null, a blank text and an empty list are how some providers say that there are none
@@ -1984,26 +1878,24 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
 
 # ---- history: the canonical shape out, in the form of each kind of provider (recorded) ----
 
-# The calls of a message, each with its result.
-_Calls = list[tuple[ToolCall, JSON]]
+_Calls = list[tuple[ToolCall, JSON]]  # the calls of a message, each with its result
 
 
 class Form(NamedTuple):
     """How the messages for one kind of provider are written: pure functions of canonical ones.
 
-    `part` writes a picture or a PDF, `result` a call's result, which holds pictures itself if
-    `has_rich_results`, and `turn` a message with its calls and their written results. `keeps`
-    names the keys and kinds of parts beyond the usual ones that the provider takes.
+    `part` writes a picture or a PDF, `result` a call's result, and `turn` a message with its
+    calls and their written results. `keeps` names the keys and kinds of parts beyond the usual
+    ones that the provider takes. Where it `is_lossy`, Puter loses pictures in results, and calls
+    in streams; where it `is_strict`, blank texts are refused, and later system messages lost.
     """
 
     part: Callable[[JSON], JSON]
     result: Callable[[JSON], JSON]
     turn: Callable[[JSON, _Calls], Messages]
-    keeps: frozenset[str] = frozenset()
-    has_rich_results: bool = False
-    loses_later_systems: bool = False
-    refuses_blank: bool = False
-    streams_all_calls: bool = False
+    keeps: tuple[str, ...] = ()
+    is_lossy: bool = False
+    is_strict: bool = False
 
 
 def form_of(model: Model | str) -> str:
@@ -2023,7 +1915,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     for message, calls in _with_results(messages):
         one = _written(message, form, bool(calls))
         is_opening = is_opening and one["role"] == "system"
-        if form.loses_later_systems and one["role"] == "system" and not is_opening:
+        if form.is_strict and one["role"] == "system" and not is_opening:
             one["role"] = "user"
         if calls:
             written = [(call, form.result(_written(result, form))) for call, result in calls]
@@ -2036,7 +1928,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
                 turn[0]["content"] = f"{text_of(sent.pop()['content'])}\n\n{turn[0]['content']}"
         sent += turn
         shown = [p for _, r in calls for p in _parts(r["content"]) if p["type"] != "text"]
-        if shown and not form.has_rich_results:
+        if shown and form.is_lossy:
             sent.append({"role": "user", "content": [*map(form.part, shown)]})
         if drawn := message.get("images"):
             text = {"type": "text", "text": "The picture that you drew:"}
@@ -2044,7 +1936,7 @@ def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
     if not sent:
         problem = "There is nothing to send: no message has a content"
         raise BadRequestError(problem, hint="Give a prompt that is not empty.")
-    if form.loses_later_systems and all(one["role"] == "system" for one in sent):
+    if form.is_strict and all(one["role"] == "system" for one in sent):
         sent[-1]["role"] = "user"
     return sent
 
@@ -2088,8 +1980,8 @@ def _written(message: JSON, form: Form, has_calls: bool = False) -> JSON:
     role, content = message["role"], message.get("content")
     if not isinstance(content, str):
         content = [one for part in _parts(content) for one in _written_part(part, form)]
-    refuses_blank = form.refuses_blank or has_calls
-    if refuses_blank and _is_text_only(content) and not text_of(content).strip():
+    is_strict = form.is_strict or has_calls
+    if is_strict and _is_text_only(content) and not text_of(content).strip():
         content = None
     keys = ("tool_call_id", "is_error", *form.keeps)
     clean = {key: message[key] for key in keys if message.get(key)}
@@ -2100,7 +1992,7 @@ def _written_part(part: JSON, form: Form) -> list[JSON]:
     kind = part["type"]
     if kind in ("thinking", "redacted_thinking"):
         return [part] if "thinking" in form.keeps else []
-    if kind == "text" and form.refuses_blank and not part["text"].strip():
+    if kind == "text" and form.is_strict and not part["text"].strip():
         return []
     mark = {key: value for key, value in part.items() if key == "cache_control"}
     bare = {key: part[key] for key in part if key not in mark}
@@ -2124,13 +2016,9 @@ def _claude_part(part: JSON) -> JSON:
 
 
 def _claude_turn(message: JSON, calls: _Calls) -> Messages:
-    uses = [_tool_use(call) for call, _ in _unsigned(calls)]
+    uses = [_tool_use(replace(call, extra_content=None)) for call, _ in calls]
     turn = {"role": "assistant", "content": [*_parts(message["content"]), *uses]}
     return [turn, {"role": "user", "content": [result for _, result in calls]}]
-
-
-def _unsigned(calls: _Calls) -> _Calls:
-    return [(replace(call, extra_content=None), result) for call, result in calls]
 
 
 def _result_block(result: JSON) -> JSON:
@@ -2142,9 +2030,8 @@ def _result_block(result: JSON) -> JSON:
 def _responses_part(part: JSON) -> JSON:
     if "file" in part:
         return {"type": "input_file", **part["file"]}
-    image = part.get("image_url", {})
-    detail = {"detail": image["detail"]} if "detail" in image else {}
-    return {"type": "input_image", "image_url": image.get("url"), **detail}
+    image = dict(part.get("image_url", {}))
+    return {"type": "input_image", "image_url": image.pop("url", None), **image}
 
 
 def _responses_result(result: JSON) -> JSON:
@@ -2175,6 +2062,11 @@ def _chat_turn(message: JSON, calls: _Calls) -> Messages:
     return turn
 
 
+def _responses_turn(message: JSON, calls: _Calls) -> Messages:
+    unsigned = [(replace(call, extra_content=None), result) for call, result in calls]
+    return _chat_turn(message, unsigned)
+
+
 def _chat_result(result: JSON) -> JSON:
     empty = _NO_OUTPUT if _is_text_only(result["content"]) else "(see the picture below)"
     text = text_of(_parts(result["content"]), glue="\n")
@@ -2193,38 +2085,20 @@ def _tool_use(call: ToolCall) -> JSON:
     return {**part, "extra_content": call.extra_content} if call.extra_content else part
 
 
-_CHAT = Form(dict, _chat_result, _chat_turn, frozenset({"name"}))
+_CHAT = Form(dict, _chat_result, _chat_turn, ("name",), is_lossy=True)
 FORMS = {
     "claude": Form(
-        _claude_part,
-        _result_block,
-        _claude_turn,
-        keeps=frozenset({"cache_control", "thinking"}),
-        has_rich_results=True,
-        loses_later_systems=True,
-        refuses_blank=True,
-        streams_all_calls=True,
+        _claude_part, _result_block, _claude_turn, ("cache_control", "thinking"), is_strict=True
     ),
-    "responses": Form(
-        _responses_part,
-        _responses_result,
-        lambda message, calls: _chat_turn(message, _unsigned(calls)),
-        has_rich_results=True,
-        streams_all_calls=True,
-    ),
+    "responses": Form(_responses_part, _responses_result, _responses_turn),
     "chat": _CHAT,
-    "openrouter": _CHAT._replace(
-        keeps=frozenset({"name", "cache_control", "reasoning", "reasoning_details"})
-    ),
+    "openrouter": _CHAT._replace(keeps=("name", "cache_control", "reasoning", "reasoning_details")),
     # an OpenAI-compatible base; Puter's own loses the same calls in streams
     "openai": _CHAT._replace(turn=_openai_turn),
 }
 # What Puter makes of an effort for Claude: so many tokens of the answer's are for thinking.
 _EFFORT_TOKENS = {"high": 8192, "medium": 4096, "low": 1024}
 _LEAST_ANSWER_TOKENS = 256
-
-
-# What only the Responses API knows.
 RESPONSES_ARGUMENTS = """service_tier metadata store prompt_cache_key truncation include
     safety_identifier""".split()
 
@@ -2236,8 +2110,7 @@ def arguments_for(form_name: str, model: str, args: JSON) -> JSON:
         sent = {key: value for key, value in sent.items() if key not in RESPONSES_ARGUMENTS}
     effort = args.get("reasoning_effort") or _dig(args.get("reasoning"), "effort")
     if form_name == "claude":
-        # Puter would send 0; Anthropic's own default is 1
-        sent.setdefault("temperature", 1)
+        sent.setdefault("temperature", 1)  # Puter would send 0; Anthropic's own default is 1
         sent.pop("reasoning", None)
         sent.pop("reasoning_effort", None)
         if effort := _claude_effort(effort, args):
@@ -2333,10 +2206,10 @@ def image_part(image: Image) -> JSON:
             raise BadRequestError(f"The image {image[:40]!r}… is not a base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
-    if (kind := image_kind(data)) is None:
-        problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
-        raise BadRequestError(f"{name} {problem}")
-    return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    if kind := image_kind(data):
+        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
+    raise BadRequestError(f"{name} {problem}")
 
 
 def file_part(file: File) -> JSON:
@@ -2355,11 +2228,11 @@ def file_part(file: File) -> JSON:
     if not data or len(data) > MAX_FILE_BYTES:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
-    if kind := image_kind(data):
-        return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
+    if image_kind(data):
+        return image_part(data)
     if data[:5] == b"%PDF-":
-        url = f"data:application/pdf;base64,{base64.b64encode(data).decode()}"
         name = name if "." in name else f"{name}.pdf"
+        url = _Medium(data, "application/pdf").as_url()
         return {"type": "file", "file": {"filename": name, "file_data": url}}
     if (text := decoded_text(data)) is None:
         problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
@@ -2412,6 +2285,18 @@ def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
 
 # ---- tools: functions to schemas, a model's arguments to Python values ----
 
+# Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
+_Reader = Callable[[Any, str], Any]
+_Type = tuple[JSON, _Reader]  # with its JSON schema
+_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_TEXT_TYPES: dict[str, JSON] = {  # texts in JSON, with what a schema may say of them
+    "datetime.datetime": {"format": "date-time"},
+    "datetime.date": {"format": "date"},
+    "decimal.Decimal": {},
+    "pathlib.Path": {},
+    "uuid.UUID": {"format": "uuid"},
+}
+
 
 def is_web_search(tool: Any) -> bool:
     """Whether a tool is the search that OpenAI's models run themselves."""
@@ -2419,7 +2304,6 @@ def is_web_search(tool: Any) -> bool:
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
-    """Tools as OpenAI's list of function schemas."""
     is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
@@ -2438,8 +2322,7 @@ def _tool_schema(tool: Any, index: int) -> JSON:
         return search
     if isinstance(tool, Mapping) and tool.get("type", "function") == "function":
         function = tool.get("function")
-        # the function alone, under OpenAI's, Anthropic's or MCP's names
-        if function is None:
+        if function is None:  # it stands alone, under OpenAI's, Anthropic's or MCP's names
             names = {"input_schema": "parameters", "inputSchema": "parameters"}
             function = {names.get(k, k): v for k, v in tool.items() if k != "type"}
         if isinstance(function, Mapping) and _is_text(function.get("name")):
@@ -2450,7 +2333,6 @@ def _tool_schema(tool: Any, index: int) -> JSON:
 
 
 def function_schema(function: Callable[..., Any]) -> JSON:
-    """A Python function as OpenAI's schema, from its signature, type hints and docstring."""
     inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
@@ -2461,25 +2343,9 @@ def function_schema(function: Callable[..., Any]) -> JSON:
     return {"type": "function", "function": {**described, "parameters": parameters}}
 
 
-def read_arguments(function: Callable[..., Any], arguments: JSON) -> JSON:
+def read_arguments(function: Callable[..., Any], arguments: JSON) -> Any:
     """A model's arguments, made what the function's hints say; TypeError in words for the model."""
-    read: JSON = _call_type(function, dict, "it")[1](arguments, "")
-    return read
-
-
-# Takes a value of JSON and its place, for messages; gives what a type hint says, or TypeError.
-_Reader = Callable[[Any, str], Any]
-_Type = tuple[JSON, _Reader]  # with its JSON schema
-_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-# Types that are texts in JSON, with what a schema may say of them.
-_TEXT_TYPES: dict[str, JSON] = {
-    "datetime.datetime": {"format": "date-time"},
-    "datetime.date": {"format": "date"},
-    "decimal.Decimal": {},
-    "pathlib.Path": {},
-    "uuid.UUID": {"format": "uuid"},
-}
-_LISTS = (list, tuple, set, frozenset, Sequence, Iterable)
+    return _call_type(function, dict, "it")[1](arguments, "")
 
 
 def _call_type(call: Any, kind: Any, where: str, outer: tuple[Any, ...] = ()) -> _Type:
@@ -2543,26 +2409,25 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         return type_of(other)
     if hasattr(hint, "model_json_schema") and hasattr(hint, "model_validate"):
         return _model_type(hint, where)
-    if isinstance(hint, type) and (text_type := _TEXT_TYPES.get(_full_name(hint))) is not None:
-        return _checked_type({"type": "string", **text_type}, partial(_text_value, hint))
+    if isinstance(hint, type) and (about := _TEXT_TYPES.get(_full_name(hint))) is not None:
+        return _type({"type": "string", **about}, partial(_text_value, hint))
     if hint is Any:
         return {}, lambda value, where: value
     if isinstance(hint, type) and hint in _SCALARS:
         # models write 3.0 for 3, and 3 for 3.0
-        make = hint if hint in (int, float) else lambda value: value
-        return _checked_type({"type": _SCALARS[hint]}, make)
+        return _type({"type": _SCALARS[hint]}, hint if hint in (int, float) else lambda v: v)
     members = inner if origin is Literal else tuple(hint) if isinstance(hint, enum.EnumMeta) else ()
     choices = [(m.value if isinstance(m, enum.Enum) else m, m) for m in members]
     if choices and all(type(value) in _SCALARS for value, _ in choices):
         return _choice_type(choices)
     if origin in (typing.Union, types.UnionType):
         return _union_type([type_of(h) for h in inner])
-    if kind in _LISTS:
-        is_fixed = kind is tuple and bool(inner) and Ellipsis not in inner
-        return _list_type(kind, [type_of(h) for h in inner or [Any] if h is not Ellipsis], is_fixed)
-    # keys in JSON are strings
-    if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):
-        return _dict_type(type_of(inner[1] if inner else Any))
+    if kind in (list, tuple, set, frozenset, Sequence, Iterable):
+        return _list_type(kind, inner, type_of)
+    if kind in (dict, Mapping) and inner[:1] in ((), (str,), (Any,)):  # keys in JSON are strings
+        schema, read = type_of(inner[1] if inner else Any)
+        others = {"additionalProperties": schema} if schema else {}
+        return _type({"type": "object", **others}, dict, lambda name: read)
     is_typed_dict = hasattr(hint, "__required_keys__")  # of typing, or of its extensions
     if hint in outer or not (is_typed_dict or is_dataclass(hint)):
         allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
@@ -2625,11 +2490,20 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
-def _checked_type(schema: JSON, make: Callable[[Any], Any]) -> _Type:
-    """A type whose values `make` makes; what it refuses does not fit the schema."""
+def _type(
+    schema: JSON, make: Callable[[Any], Any], reader_of: Callable[[Any], _Reader] | None = None
+) -> _Type:
+    """A type whose values `make` makes, of members that `reader_of` their key reads.
+
+    What `make` refuses of a value without members does not fit the schema.
+    """
 
     def read(value: Any, where: str) -> Any:
         _check(schema, value, where)
+        if reader_of and isinstance(value, dict):
+            return make({k: reader_of(k)(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()})
+        if reader_of:
+            return make([reader_of(i)(one, f"{where}[{i}]") for i, one in enumerate(value)])
         try:
             return make(value)
         except (ValueError, TypeError, LookupError, ArithmeticError):
@@ -2686,23 +2560,19 @@ def _annotated_type(schema: JSON, read: _Reader, notes: Sequence[Any]) -> _Type:
     return schema, read_within
 
 
-def _any_of(schemas: Sequence[JSON]) -> JSON:
-    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
-    return {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
-
-
 def _choice_type(choices: Sequence[tuple[Any, Any]]) -> _Type:
-    by_kind: dict[str, list[Any]] = {}
-    for value, _ in choices:
-        by_kind.setdefault(_SCALARS[type(value)], []).append(value)
-    schema = _any_of([{"type": kind, "enum": values} for kind, values in by_kind.items()])
-    by_value = {(isinstance(value, bool), value): member for value, member in choices}
-    return _checked_type(schema, lambda value: by_value[isinstance(value, bool), value])
+    """One of (value in JSON, value in Python), by its kind: True and 1 are equal."""
+    types = []
+    for kind in dict.fromkeys(type(value) for value, _ in choices):
+        members = {value: member for value, member in choices if type(value) is kind}
+        types.append(_type({"type": _SCALARS[kind], "enum": [*members]}, members.__getitem__))
+    return _union_type(types)
 
 
 def _union_type(types: Sequence[_Type]) -> _Type:
-    """One of several types, the first that fits."""
-    schema = _any_of([schema for schema, _ in types])
+    schemas = [schema for schema, _ in types]
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    schema: JSON = {"anyOf": distinct} if len(distinct) > 1 else distinct[0]
 
     def read(value: Any, where: str) -> Any:
         for _, read_as in types:
@@ -2713,40 +2583,21 @@ def _union_type(types: Sequence[_Type]) -> _Type:
     return schema, read
 
 
-def _list_type(kind: Any, types: Sequence[_Type], is_fixed: bool) -> _Type:
+def _list_type(kind: Any, hints: Sequence[Any], type_of: Callable[[Any], _Type]) -> _Type:
+    is_fixed = kind is tuple and bool(hints) and Ellipsis not in hints
+    types = [type_of(hint) for hint in hints or [Any] if hint is not Ellipsis]
     item = types[0] if len(types) == 1 else _union_type(types)
     length = {"minItems": len(types), "maxItems": len(types)} if is_fixed else {}
+    make = kind if kind in (tuple, set, frozenset) else list
     schema: JSON = {"type": "array", "items": item[0], **length}
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        readers = [one[1] for one in (types if is_fixed else [item] * len(value))]
-        made = [readers[i](one, f"{where}[{i}]") for i, one in enumerate(value)]
-        return kind(made) if kind in (tuple, set, frozenset) else made
-
-    return schema, read
-
-
-def _dict_type(item: _Type) -> _Type:
-    schema: JSON = {"type": "object", **({"additionalProperties": item[0]} if item[0] else {})}
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        return {name: item[1](one, f"{where}.{name}") for name, one in value.items()}
-
-    return schema, read
+    return _type(schema, make, lambda i: (types[i] if is_fixed else item)[1])
 
 
 def _object_type(kind: Any, types: Mapping[str, _Type], required: Sequence[str]) -> _Type:
     properties = {name: schema for name, (schema, _) in types.items()}
     schema: JSON = {"type": "object", "properties": properties, "required": list(required)}
     schema["additionalProperties"] = False
-
-    def read(value: Any, where: str) -> Any:
-        _check(schema, value, where)
-        return kind(**{n: types[n][1](v, f"{where}.{n}".lstrip(".")) for n, v in value.items()})
-
-    return schema, read
+    return _type(schema, lambda members: kind(**members), lambda name: types[name][1])
 
 
 def _documented(call: Any) -> tuple[str, dict[str, str]]:
@@ -2754,8 +2605,7 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
     inner, routine = _behind(call)
     doc = inspect.getdoc(routine) or inspect.getdoc(inner) or ""
     find = partial(re.findall, flags=re.MULTILINE | re.DOTALL)
-    # before a section such as "Returns:", or a field such as ":raises"
-    end = r"(?=^\w+:\s*$|^:\w|\Z)"
+    end = r"(?=^\w+:\s*$|^:\w|\Z)"  # a section such as "Returns:", or a field such as ":raises"
     head = find(rf"\A(.*?){end}", doc)[0]
     about = find(r"^:param\b[^:]*?(\w+): *(.*?)(?=^:|\Z)", doc)
     for rows in find(r"^Parameters\n-{3,}\n(.*?)(?=^\w[\w ]*\n-{3,}|\Z)", doc):
@@ -2768,12 +2618,9 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
 
 
 def tool_result_text(value: Any) -> str:
-    """What a function returned, as the text that goes to the model."""
-    if value is None:
-        return _NO_OUTPUT
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         return json.dumps(_json_value(value), ensure_ascii=False)
-    return value if value.strip() else _NO_OUTPUT
+    return value if value and value.strip() else _NO_OUTPUT
 
 
 def _json_value(value: Any) -> Any:
@@ -2788,8 +2635,7 @@ def _json_value(value: Any) -> Any:
         return [*map(_json_value, value)]
     if is_dataclass(value) and not isinstance(value, type):
         return _json_value(asdict(value))
-    # pydantic's models, NumPy's arrays, pandas' frames
-    for name in ("model_dump", "tolist", "to_dict"):
+    for name in ("model_dump", "tolist", "to_dict"):  # of pydantic, NumPy and pandas
         if callable(getattr(value, name, None)):
             return _json_value(getattr(value, name)())
     return str(value)
@@ -2797,38 +2643,10 @@ def _json_value(value: Any) -> Any:
 
 # ---- typed answers: a type or a JSON schema to what a model is asked, its answer to a value ----
 
-# The function by which a model gives an answer of a form, where it takes functions.
-_ANSWER_TOOL = "final_answer"
+_ANSWER_TOOL = "final_answer"  # the function by which a model that takes some gives its answer
 _BEGUN_JSON = re.compile(r"""\{\s*(["']|\w+\s*:)|\[\s*["'{\[]""")
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
-
-
-class Returns(NamedTuple):
-    """What an answer is read as: the schema of an object, and the reader of its value."""
-
-    schema: JSON
-    read: _Reader
-    # whether the value, which is no object, stands in one, under "value"
-    is_wrapped: bool
-
-
-def returns_of(kind: Any) -> Returns:
-    """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
-    if isinstance(kind, Mapping):
-        _check_schema(kind, "returns", kind)
-        made: _Type = (dict(kind), partial(_fitting, kind))
-    else:
-        made = schema_and_reader(kind, "returns")
-    schema, read = made
-    if schema.get("type") == "object":
-        return Returns(schema, read, False)
-    definitions: JSON = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    whole: JSON = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
-    return Returns({**whole, "additionalProperties": False, **definitions}, read, True)
-
-
-# What of a JSON schema is checked, and must be of these kinds.
-_SCHEMA_KEYS: dict[Any, str] = {
+_SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
     (str, list): "type",
     list: "required enum anyOf oneOf allOf",
     dict: "properties $defs definitions",
@@ -2836,6 +2654,29 @@ _SCHEMA_KEYS: dict[Any, str] = {
     (int, float): "minimum maximum minItems maxItems minLength maxLength",
     str: "$ref pattern",
 }
+
+
+class Returns(NamedTuple):
+    """What an answer is read as: the schema of an object, and the reader of its value."""
+
+    schema: JSON
+    read: _Reader
+    is_wrapped: bool  # whether the value, which is no object, stands in one, under "value"
+
+
+def returns_of(kind: Any) -> Returns:
+    """What `returns` asks for: a type that `schema_and_reader` knows, or a JSON schema."""
+    if isinstance(kind, Mapping):
+        _check_schema(kind, "returns", kind)
+        made: _Type = (dict(kind), partial(_fitting, kind, root=kind))
+    else:
+        made = schema_and_reader(kind, "returns")
+    schema, read = made
+    if schema.get("type") == "object":
+        return Returns(schema, read, False)
+    definitions: JSON = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    whole, _ = _object_type(dict, {"value": made}, ["value"])
+    return Returns({**whole, **definitions}, read, True)
 
 
 def _check_schema(schema: Any, where: str, root: Any) -> None:
@@ -2858,29 +2699,25 @@ def _check_schema(schema: Any, where: str, root: Any) -> None:
     for key in ("properties", "$defs", "definitions"):
         for name, one in schema.get(key, {}).items():
             _check_schema(one, f"{where}.{key}.{name}", root)
-    for key in ("anyOf", "oneOf", "allOf"):
-        for one in schema.get(key, ()):
+    for key in ("anyOf", "oneOf", "allOf", "items", "additionalProperties"):
+        below = schema.get(key, True)
+        for one in below if isinstance(below, list) else [below]:
             _check_schema(one, f"{where}.{key}", root)
-    for key in ("items", "additionalProperties"):
-        _check_schema(schema.get(key, True), f"{where}.{key}", root)
 
 
 def _resolved(schema: Any, root: Any) -> Any:
-    """A schema, or the one that it refers to."""
     seen: list[Any] = []
     while isinstance(schema, Mapping) and "$ref" in schema:
         reference = schema["$ref"]
-        path = reference.removeprefix("#").strip("/").split("/")
-        schema = _dig(root, *path) if path != [""] else root
+        schema = _dig(root, *filter(None, reference.removeprefix("#").split("/")))
         if schema is None or reference in seen:
             raise _misplaced("returns", f"has a $ref that leads nowhere: {reference!r}", "")
         seen.append(reference)
     return schema
 
 
-def _fitting(schema: Any, value: Any, where: str, root: Any = None) -> Any:
+def _fitting(schema: Any, value: Any, where: str, root: Any) -> Any:
     """The value if it fits a JSON schema, by what models get wrong; raises TypeError."""
-    root = schema if root is None else root
     schema = _resolved(schema, root)
     if isinstance(schema, bool):
         return value
@@ -2946,8 +2783,7 @@ def json_instruction(response_format: Any) -> str:
 
 def with_instruction(messages: Messages, text: str) -> Messages:
     """The messages with a system text behind those that they begin with."""
-    opening = takewhile(lambda m: m["role"] in ("system", "developer"), messages)
-    count = len(list(opening))
+    count = len([*takewhile(lambda m: m["role"] in ("system", "developer"), messages)])
     return [*messages[:count], {"role": "system", "content": text}, *messages[count:]]
 
 
@@ -2961,8 +2797,7 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
         return reply
     text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
     try:
-        value = json.loads(text, parse_constant=_no_constant)
-        json.dumps(value, allow_nan=False)  # 1e400 is read as infinity
+        value = _STRICT_JSON.decode(text)
     except (ValueError, RecursionError):
         if not returns.is_wrapped or not text.strip():
             raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
@@ -2977,15 +2812,14 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
 
 def json_text(text: str) -> str:
     """The longest JSON object or list in an answer, else the answer as it is."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
     with suppress(ValueError, RecursionError):
-        decoder.decode(text)
+        _STRICT_JSON.decode(text)
         return text
     best, end = "", 0
     begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
     for begin in itertools.islice(begins, _JSON_ATTEMPTS):
         try:
-            end = decoder.raw_decode(text, begin)[1]
+            end = _STRICT_JSON.raw_decode(text, begin)[1]
         except (ValueError, RecursionError):
             if _BEGUN_JSON.match(text, begin):
                 return text  # cut or broken: what stands in it is not the answer
@@ -2997,6 +2831,19 @@ def json_text(text: str) -> str:
 
 # ---- replies: bytes and dicts to values ----
 
+_FINISH_WORDS = {
+    "stop": "end_turn stop_sequence eos eos_token stop",
+    "tool_calls": "tool_use function_call tool_calls",
+    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
+    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
+        image_safety""",
+}
+_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
+# The upstream failed while it wrote: what there is, is no answer.
+_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
+    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
+    unknown""".split()
+_FAKE_MODELS = ("fake", "costly", "abuse")
 # Input, output, cached, written to the cache, all: the names that most use, Claude's and
 # OpenRouter's (recorded).
 _USAGE_KEYS = (
@@ -3032,20 +2879,6 @@ def usage_from(body: Any) -> Usage:
     return Usage(inputs, outputs, cached, total, cost, written)
 
 
-_FINISH_WORDS = {
-    "stop": "end_turn stop_sequence eos eos_token stop",
-    "tool_calls": "tool_use function_call tool_calls",
-    "length": "max_tokens max_output_tokens length model_context_window_exceeded model_length",
-    "content_filter": """safety content_filter recitation refusal blocklist prohibited_content spii
-        image_safety""",
-}
-_FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
-# The upstream failed while it wrote: what there is, is no answer.
-_FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
-    cancelled incomplete failed timeout rate_limit insufficient_system_resource other
-    unknown""".split()
-
-
 def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
     """The provider's word in OpenAI's terms; calls are calls whatever it says."""
     word = word.strip() if isinstance(word, str) else ""
@@ -3053,11 +2886,13 @@ def _finish_reason(word: Any, calls: Sequence[ToolCall]) -> str:
     return "tool_calls" if calls and reason == "stop" else reason
 
 
-def _with_own_id(call: ToolCall, others: Iterable[ToolCall]) -> ToolCall:
-    """The call, with a new id if it has none, or that of another call of its reply."""
-    if call.id and all(call.id != other.id for other in others):
-        return call
-    return replace(call, id=f"call_{os.urandom(12).hex()}")
+def _add_call(call: Mapping[str, Any], calls: list[ToolCall]) -> ToolCall:
+    """Put a call to the others of its reply; with a new id if it has none, or that of another."""
+    read = tool_call_from(call)
+    if not read.id or any(read.id == other.id for other in calls):
+        read = replace(read, id=f"call_{os.urandom(12).hex()}")
+    calls.append(read)
+    return read
 
 
 def _no_reply(what: str, body: Any) -> PuterError:
@@ -3086,7 +2921,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
         parts = content if isinstance(content, list) else ()
         uses = (part for part in parts if part.get("type") == "tool_use")
         for call in (*(message.get("tool_calls") or ()), *uses):
-            calls.append(_with_own_id(tool_call_from(call), calls))
+            _add_call(call, calls)
         images = tuple(map(picture_from, message.get("images") or ()))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise _no_reply(f"The reply has an unknown format ({error})", body) from error
@@ -3096,16 +2931,11 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
     own = [p for p in parts if p.get("type") in ("text", "thinking", "redacted_thinking")]
     if any(part["type"] != "text" for part in own):
         extra["content"] = own
+    text = mend_surrogates(str(text))
+    reasoning = mend_surrogates(reasoning if isinstance(reasoning, str) else thinking)
+    ended, used = _finish_reason(end, calls), usage_from(usage)
     reply = Reply(
-        text=mend_surrogates(str(text)),
-        reasoning=mend_surrogates(reasoning if isinstance(reasoning, str) else thinking),
-        tool_calls=tuple(calls),
-        finish_reason=_finish_reason(end, calls),
-        usage=usage_from(usage),
-        model=model,
-        raw=body,
-        images=images,
-        extra=extra,
+        text, reasoning, tuple(calls), ended, used, model, raw=body, images=images, extra=extra
     )
     if reply.finish_reason.lower() in _FAILED_ENDS:
         problem = f"The provider of {model} failed while it wrote ({reply.finish_reason})"
@@ -3125,9 +2955,6 @@ def picture_from(image: Any) -> Picture:
     if not contents:
         raise ValueError(f"a picture is {_describe(url)}")
     return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
-
-
-_FAKE_MODELS = ("fake", "costly", "abuse")
 
 
 def reply_from_driver(body: JSON, model: str) -> Reply:
@@ -3159,7 +2986,6 @@ def reply_from_openai(body: JSON, model: str) -> Reply:
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
-    """A whole reply as the chunks that a stream of it would have had."""
     chunks = [Chunk("reasoning", reply.reasoning)] if reply.reasoning else []
     chunks += [Chunk("text", reply.text)] if reply.text else []
     chunks += [Chunk("image", image=image) for image in reply.images]
@@ -3168,7 +2994,6 @@ def chunks_of(reply: Reply) -> list[Chunk]:
 
 
 def message_from(reply: Reply) -> JSON:
-    """A reply as the assistant's message that goes back with the history."""
     calls = [openai_call(call) for call in reply.tool_calls]
     has_text = reply.text.strip() if calls else reply.text
     message: JSON = {"role": "assistant", "content": reply.text if has_text else None}
@@ -3242,25 +3067,19 @@ class _Decoder:
         # a signature on a line of its own
         if calls and notes and not any(call.extra_content for call in calls):
             calls = [replace(calls[0], extra_content=notes[0]["extra_content"]), *calls[1:]]
+        text, reasoning, images = str(self._text), str(self._reasoning), tuple(self._images)
+        ended = _finish_reason(self._finish_word, calls)
+        raw: JSON = {"extra": self._extra} if self._extra else {}
         return Reply(
-            text=str(self._text),
-            reasoning=str(self._reasoning),
-            tool_calls=tuple(calls),
-            finish_reason=_finish_reason(self._finish_word, self._calls),
-            usage=self.usage,
-            model=self.model,
-            raw={"extra": self._extra} if self._extra else {},
-            images=tuple(self._images),
+            text, reasoning, tuple(calls), ended, self.usage, self.model, raw=raw, images=images
         )
 
     def finish(self) -> list[Chunk]:
-        """The bytes have ended; the chunks that only now are whole."""
         if not self.whole:
             self.fail("the connection ended before the reply was whole")
         return []
 
     def fail(self, what: str, code: str | None = None) -> None:
-        """Keep the first fault."""
         if self.error is None:
             problem = f"The reply of {self.model} broke off: {what}"
             hint = _HINT_BY_CODE.get(code or "")
@@ -3269,10 +3088,6 @@ class _Decoder:
     def _add_image(self, image: Any, chunks: list[Chunk]) -> None:
         self._images.append(picture_from(image))
         chunks.append(Chunk("image", image=self._images[-1]))
-
-    def _add_call(self, call: ToolCall, chunks: list[Chunk]) -> None:
-        self._calls.append(_with_own_id(call, self._calls))
-        chunks.append(Chunk("tool_call", tool_call=self._calls[-1]))
 
     def _complete(self, chunks: list[Chunk]) -> None:
         if str(self._finish_word).lower() in _FAILED_ENDS:
@@ -3343,7 +3158,7 @@ class LineDecoder(_Decoder):
         if kind == "reasoning":
             chunks.append(Chunk("reasoning", self._reasoning.add(event["reasoning"] or "")))
         elif kind == "tool_use":
-            self._add_call(tool_call_from(event), chunks)
+            chunks.append(Chunk("tool_call", tool_call=_add_call(event, self._calls)))
         elif kind == "image":
             self._add_image(event, chunks)
         elif kind == "usage":
@@ -3363,17 +3178,14 @@ class LineDecoder(_Decoder):
                 self.error = upstream_error(text, self.model)
             self.fail(provider_error(text)[1])
         else:
-            # extra_content, compaction and what may come
-            self._extra.append(event)
+            self._extra.append(event)  # extra_content, compaction and what may come
 
 
 class EventDecoder(_Decoder):
     """An OpenAI-compatible stream: the data of Server-Sent Events in, as texts."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self._open_calls: list[JSON] = []
-        self._has_choice = False
+    _open_calls: tuple[JSON, ...] = ()
+    _has_choice = False
 
     def feed(self, data: str) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -3386,7 +3198,7 @@ class EventDecoder(_Decoder):
                 self.fail("it holds no answer")
             else:
                 for call in self._open_calls:
-                    self._add_call(tool_call_from(call), chunks)
+                    chunks.append(Chunk("tool_call", tool_call=_add_call(call, self._calls)))
                 self._complete(chunks)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             self.fail(f"an event is not what an OpenAI endpoint sends: {data[:80]!r}")
@@ -3422,7 +3234,7 @@ class EventDecoder(_Decoder):
         call = next((c for c in reversed(self._open_calls) if c["index"] == index), None)
         if call is None or _is_another(call, part.get("id"), function):
             call = {"index": index, "id": "", "function": {"name": "", "arguments": ""}}
-            self._open_calls.append(call)
+            self._open_calls += (call,)
         call["id"] = call["id"] or part.get("id") or ""
         call["extra_content"] = call.get("extra_content") or part.get("extra_content")
         call["function"]["name"] = call["function"]["name"] or function.get("name") or ""
@@ -3525,22 +3337,16 @@ def credit_from(body: Any) -> Credit:
     if not isinstance(info, Mapping) or "remaining" not in info:
         raise ServerError("The usage report has an unknown format")
     unit: Literal["usd", "credits"] = "credits" if info.get("unit") == "credits" else "usd"
-    # dollars come in microcents
-    scale = 1.0 if unit == "credits" else 100_000_000.0
+    scale = 1.0 if unit == "credits" else 100_000_000.0  # dollars come in microcents
     usage: Any = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
     by_api = {}
     for name, row in usage.items():
         if isinstance(row, Mapping):
             cost, units, calls = (_amount(row, key) or 0 for key in ("cost", "units", "count"))
             by_api[name] = (cost / scale, units, int(calls))
-    return Credit(
-        unit=unit,
-        allowance=(_amount(info, "monthUsageAllowance") or 0) / scale,
-        remaining=(_amount(info, "remaining") or 0) / scale,
-        used=(_amount(usage, "total") or 0) / scale,
-        by_api=by_api,
-        raw=dict(body),
-    )
+    found = (info.get("monthUsageAllowance"), info.get("remaining"), usage.get("total"))
+    allowance, remaining, used = ((n if _is_number(n) else 0) / scale for n in found)
+    return Credit(unit, allowance, remaining, used, by_api, raw=dict(body))
 
 
 # ======================================================================================
@@ -4826,7 +4632,7 @@ class _Api(NamedTuple):
         is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
-        return not FORMS[self.form(request, model)].streams_all_calls
+        return FORMS[self.form(request, model)].is_lossy
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
@@ -6035,12 +5841,8 @@ def account_of(token: str, config: Config) -> Account:
 class _Callback:
     """What the callback does with a request: no sockets, so that a test is a table."""
 
-    def __init__(
-        self, gui_base_url: str, port: int, nonce: str, check: Callable[[str], Account]
-    ) -> None:
+    def __init__(self, nonce: str, check: Callable[[str], Account]) -> None:
         self.path = f"/callback/{nonce}"
-        callback_url = quote(f"http://127.0.0.1:{port}{self.path}", safe="")
-        self.sign_in_url = f"{gui_base_url}/?action=authme&redirectURL={callback_url}"
         self._check = check
         self._first = threading.Lock()  # of the token that is taken
         self.done = threading.Event()
@@ -6100,15 +5902,15 @@ def browser_login(
     `ConfigError` when the given port is in use, or the server is not Puter's.
     """
     check_sign_in(config)
-    server = _callback_server(port)
-    port, nonce = server.server_address[1], os.urandom(16).hex()
-    callback = _Callback(config.gui_base_url, port, nonce, lambda token: account_of(token, config))
-    server.callback = callback
+    callback = _Callback(os.urandom(16).hex(), lambda token: account_of(token, config))
+    server = _callback_server(callback, port)
+    back = quote(f"http://127.0.0.1:{server.server_address[1]}{callback.path}", safe="")
+    url = f"{config.gui_base_url}/?action=authme&redirectURL={back}"
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
-        show(callback.sign_in_url)
+        show(url)
         if open_browser is not None:
-            open_browser(callback.sign_in_url)
+            open_browser(url)
         until = time.monotonic() + timeout_s
         while not callback.done.wait(0.1):  # in short waits, so that Ctrl-C ends at once
             if time.monotonic() > until:
@@ -6123,15 +5925,14 @@ def browser_login(
     return callback.account
 
 
-def _callback_server(port: int | None) -> Any:
-    """An HTTP server on 127.0.0.1, on this port or the default; its `callback` is set later."""
+def _callback_server(callback: _Callback, port: int | None) -> Any:
+    """An HTTP server on 127.0.0.1, on this port or the default."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # a connection that stays silent must not hold the thread
 
         def answer(self) -> None:
-            callback: _Callback = self.server.callback  # type: ignore[attr-defined]
             try:
                 host = self.headers.get("Host", "")
                 status, title, text = callback.handle(self.command, self.path, host)
@@ -6154,7 +5955,6 @@ def _callback_server(port: int | None) -> Any:
 
     class Server(ThreadingHTTPServer):
         allow_reuse_address = os.name != "nt"  # on Windows it would share a port in use
-        callback: _Callback
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A browser that hangs up early is no news."""
@@ -8285,7 +8085,7 @@ class McpServer:
             text = line.decode("utf-8-sig").strip()  # Windows programs may begin with a BOM
             if not text:
                 return
-            message = json.loads(text, parse_constant=_no_constant)
+            message = json.loads(text, parse_constant=_finite)
             is_request = _is_request(message)
         except (ValueError, RecursionError):
             self._write(_rpc_failure(None, _RpcError(-32700, "Parse error: invalid JSON")))

@@ -13844,7 +13844,6 @@ class TestRawFailures:
 # =============================================================================
 # 10. login
 # =============================================================================
-GUI = "https://gui.example"
 NONCE = "0123456789abcdef0123456789abcdef"
 GOOD_CALLBACK = f"/callback/{NONCE}?token=good"
 
@@ -13884,7 +13883,7 @@ class Checked:
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
-        self.callback = puter._Callback(GUI, 1234, NONCE, self.check)
+        self.callback = puter._Callback(NONCE, self.check)
 
     def check(self, token: str) -> puter.Account:
         """The account of a token."""
@@ -13947,13 +13946,16 @@ class TestLogin:
         assert checked.callback.handle("GET", target, "localhost")[0] == 400
         assert checked.callback.handle("GET", f"{target}?token=good", "localhost")[0] == 200
 
-    def test_the_sign_in_page(self):
-        url = urlsplit(Checked().callback.sign_in_url)
-        assert f"{url.scheme}://{url.netloc}{url.path}" == f"{GUI}/"
-        assert parse_qs(url.query) == {
-            "action": ["authme"],
-            "redirectURL": [f"http://127.0.0.1:1234/callback/{NONCE}"],
-        }
+    def test_the_sign_in_page(self, fake, folder):
+        port, browser = free_port(), Browser(fake)
+        browser.sign_in(config_for(fake, folder), port=port)
+        url = urlsplit(browser.shown[0])
+        assert f"{url.scheme}://{url.netloc}{url.path}" == f"{fake.url}/"
+        query = parse_qs(url.query)
+        assert query.keys() == {"action", "redirectURL"} and query["action"] == ["authme"]
+        assert re.fullmatch(
+            rf"http://127\.0\.0\.1:{port}/callback/[0-9a-f]{{32}}", query["redirectURL"][0]
+        )
         assert "token_type" not in url.query, "a session token could change the password"
 
     def test_the_root_gives_no_secret_away(self):
