@@ -1393,6 +1393,7 @@ class State:
         self._inherited: list[Any] = []
         self._retry_at = 0.0  # when the file is tried again after it failed
         self._uses: dict[str, float] = {}  # when each account's use was noted last
+        self._limited: set[str] = set()  # who had a cooldown, over or not, when they were read last
         _forkable.add(self)
 
     def __del__(self) -> None:
@@ -1434,9 +1435,8 @@ class State:
         Ends the cooldowns that began before, forgets their strikes, and notes the use.
         """
         account = mend_surrogates(account)
-        sql = "SELECT 1 FROM cooldowns WHERE server=? AND account=? LIMIT 1"
         is_noted = 0 <= now - self._uses.get(account, -1.0) < 1.0
-        if is_noted and not self._rows(sql, self.server, account):
+        if is_noted and account not in self._limited:
             return  # one write a second is enough to know who was used last
         self._uses[account] = now
         rows = [(self.server, account, mend_surrogates(name), started_s) for name in {"", *models}]
@@ -1451,12 +1451,14 @@ class State:
         If the clock was set back, the other cooldowns do not count.
         """
         marks = {account.username: token_fingerprint(account.token) for account in accounts}
-        sql = "SELECT * FROM cooldowns WHERE server=? AND until_s>? ORDER BY account, model"
-        cooldowns = []
-        for _, *row, mark in self._rows(sql, self.server, now):
+        sql = "SELECT * FROM cooldowns WHERE server=? ORDER BY account, model"
+        rows, cooldowns = self._rows(sql, self.server), []
+        self._limited = {account for _, account, *_ in rows}
+        for _, *row, mark in rows:
             one = Cooldown(*row)
             is_dead = one.reason == "login" and marks.get(one.account, mark) == mark
-            if is_dead or (one.reason != "login" and now > one.since_s - _CLOCK_SLACK_S):
+            runs = one.since_s - _CLOCK_SLACK_S < now < one.until_s
+            if is_dead or (one.reason != "login" and runs):
                 cooldowns.append(one)
         return cooldowns
 
@@ -1484,7 +1486,7 @@ class State:
         outcome: str,
         seconds: float,
         first_s: float | None = None,
-        usage: Usage | None = None,
+        usage: Usage = Usage(),
         limit: int = 1_000,
     ) -> None:
         """Count one request; `outcome` is "ok", "closed" or an error's code.
@@ -1492,7 +1494,7 @@ class State:
         Of the times of answered ones the latest `limit` of a model are stored (and a few more,
         until they are trimmed).
         """
-        model, outcome, usage = mend_surrogates(model), mend_surrogates(outcome), usage or Usage()
+        model, outcome = mend_surrogates(model), mend_surrogates(outcome)
         sql = "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET count = count + 1, "
         sql += "cost_usd = cost_usd + excluded.cost_usd"
         with self._open() as db:
@@ -5435,7 +5437,7 @@ class Puter:
         if error.reply is not None:
             self._spend(call.asked, error.reply)
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
-            self._count(model, _code_of(error), seconds, None, None)
+            self._count(model, _code_of(error), seconds)
         error.model, error.account = error.model or model, account.username
         if model not in error.message and not isinstance(error, ConfigError):
             error.message = f"{model}: {error.message}"
@@ -5536,7 +5538,8 @@ class Puter:
         if word == "dropped":
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
-        self._count(last.model, word, now - started, first_s, reply.usage if word == "ok" else None)
+        usage = reply.usage if word == "ok" else Usage()
+        self._count(last.model, word, now - started, first_s, usage)
         if word != "ok":
             _log.info("Response: broke off (%s)", word)
             return
@@ -5554,12 +5557,10 @@ class Puter:
             body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), limit)
 
-    def _count(
-        self, model: str, outcome: str, seconds: float, first_s: float | None, usage: Usage | None
-    ) -> None:
+    def _count(self, model: str, outcome: str, seconds: float, *more: Any) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
-            name, samples = self._catalogue.known().id_of(model), self.config.metrics_max_samples
-            self._metrics.record(name, outcome, seconds, first_s, usage, samples)
+            name, limit = self._catalogue.known().id_of(model), self.config.metrics_max_samples
+            self._metrics.record(name, outcome, seconds, *more, limit=limit)
 
 
 @lru_cache
