@@ -183,7 +183,25 @@ def _finite(text: str) -> float:
     return number
 
 
-_STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_STRICT: JSON = {"parse_float": _finite, "parse_constant": _finite}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> JSON:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"duplicate key {key!r}")
+    return dict(pairs)
+
+
+def read_json(text: str | bytes, **hooks: Any) -> Any:
+    """The value of a JSON text; ValueError for any other, whatever Python would make of it.
+
+    With `object_pairs_hook=_unique` also for a key that comes twice: one would be lost.
+    """
+    try:
+        return json.loads(text, **_STRICT, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -1005,28 +1023,16 @@ class Config:
 def _read_config(path: str) -> JSON:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            data = _strict_json(file.read())
+            data = read_json(file.read(), object_pairs_hook=_unique)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = f"{path}: cannot be read as JSON in UTF-8 ({error})"
         raise ConfigError(problem, hint="Fix the file, or move it away.") from error
     if not isinstance(data, dict):
         problem = f"{path}: holds {_describe(data)}, not an object"
         raise ConfigError(problem, hint='It should look like {"debug": true}.')
     return data
-
-
-def _strict_json(text: str) -> Any:
-    """What a JSON text holds; raises ValueError, also for a duplicate key (one would be lost)."""
-
-    def checked(pairs: list[tuple[str, Any]]) -> JSON:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"duplicate key {key!r}")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=checked)
 
 
 def _from_environment(env: Mapping[str, str]) -> JSON:
@@ -1060,8 +1066,8 @@ def _from_text(name: str, text: str) -> Any:
     if kind.startswith("tuple"):
         if not text.lstrip().startswith("["):
             return [part.strip() for part in text.split(",") if part.strip()]
-        with suppress(ValueError, RecursionError):
-            return _strict_json(text)
+        with suppress(ValueError):
+            return read_json(text)
     return text
 
 
@@ -1237,8 +1243,8 @@ def parse_accounts(raw: bytes, where: str) -> JSON:
             raise StoreError(f"{where}: {problem}; the file is unchanged", hint=hint)
 
     try:
-        data = _strict_json(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        data = read_json(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except ValueError as error:
         # The error's text is not shown: it may quote the token.
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise StoreError(f"{where}: is not valid JSON{place}; the file is unchanged") from None
@@ -1869,8 +1875,8 @@ def _arguments_from(value: Any) -> tuple[JSON, str]:
     if isinstance(value, str):
         value = mend_surrogates(value)
         try:
-            read = _STRICT_JSON.decode(value) if value.strip() else None
-        except (ValueError, RecursionError):
+            read = read_json(value) if value.strip() else None
+        except ValueError:
             return {}, value
     # null, a blank text and an empty list are how some providers say that there are none
     if isinstance(read, Mapping) or read is None or read == []:
@@ -2799,8 +2805,8 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
         return reply
     text = (call.invalid or json.dumps(call.arguments)) if call else json_text(reply.text)
     try:
-        value = _STRICT_JSON.decode(text)
-    except (ValueError, RecursionError):
+        value = read_json(text)
+    except ValueError:
         if not returns.is_wrapped or not text.strip():
             raise TypeError(f"the answer is not JSON: {_describe(text)}") from None
         value = text.strip()  # a bare word
@@ -2814,14 +2820,14 @@ def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply
 
 def json_text(text: str) -> str:
     """The longest JSON object or list in an answer, else the answer as it is."""
-    with suppress(ValueError, RecursionError):
-        _STRICT_JSON.decode(text)
+    with suppress(ValueError):
+        read_json(text)
         return text
-    best, end = "", 0
+    best, end, decoder = "", 0, json.JSONDecoder(**_STRICT)
     begins = (m.start() for m in re.finditer(r"[{\[]", text) if m.start() >= end)
     for begin in itertools.islice(begins, _JSON_ATTEMPTS):
         try:
-            end = _STRICT_JSON.raw_decode(text, begin)[1]
+            end = decoder.raw_decode(text, begin)[1]
         except (ValueError, RecursionError):
             if _BEGUN_JSON.match(text, begin):
                 return text  # cut or broken: what stands in it is not the answer
@@ -4492,7 +4498,7 @@ class _Catalogue:
             # one that cannot be read is as good as none
             with suppress(PuterError, ValueError):
                 if stored:
-                    self._models, self._fetched_at = models_from(json.loads(stored[0])), stored[1]
+                    self._models, self._fetched_at = models_from(read_json(stored[0])), stored[1]
         return self._models
 
     def after_fork(self) -> None:
@@ -5294,9 +5300,9 @@ class Puter:
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
         try:
-            reply = reply_from_json(json.loads(body or "{}"))
+            reply = reply_from_json(read_json(body or "{}"))
             reply.text.encode()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             return None  # there is none, or a damaged one
         _log.info("Response: from the cache")
         return replace(reply, usage=replace(reply.usage, cost_usd=0.0))

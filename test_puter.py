@@ -6136,7 +6136,7 @@ class TestAccountStore:
             (b'{"version": 9, "accounts": 5}', "version 9, newer than"),
             (UNREADABLE["token null"], r"accounts\[1\]\.authToken"),
             (UNREADABLE["time a text"], r"accounts\[1\]\.addedAt"),
-            (UNREADABLE["time NaN"], r"accounts\[0\]\.addedAt"),
+            (UNREADABLE["time NaN"], "not valid JSON"),
             (UNREADABLE["index 2"], r'"activeIndex" is 2, but there are 2'),
         ],
     )
