@@ -6095,12 +6095,11 @@ def checked_request(
     a system message as well. `fields` are taken as they are.
     """
     model = body.get("model") or ""  # without one the owner's default is meant
-    if model and not (isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)):
-        raise _bad_request(f"model is {_describe(model)}: name a model", "model")
-    if not messages:
-        raise _bad_request("messages must hold at least one", "messages")
-    if any("puter_path" in part for one in messages for part in _parts(one.get("content"))):
-        raise _bad_request("puter_path is not for callers of this server", "messages")
+    is_name = isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)
+    _demand(is_name or not model, f"model is {_describe(model)}: name a model", "model")
+    _demand(messages, "messages must hold at least one", "messages")
+    is_own = any("puter_path" in part for one in messages for part in _parts(one.get("content")))
+    _demand(not is_own, "puter_path is not for callers of this server", "messages")
     args = {k: v for k, v in args.items() if v is not None}
     _check_limit(args)
     schemas = tool_schemas(tools)
@@ -6135,8 +6134,8 @@ def _check_limit(args: JSON) -> None:
     if limit == -1:
         del args["max_tokens"]
     elif limit is not None:
-        if not _is_number(limit) or limit != int(limit) or limit < 1:
-            raise _bad_request("max_tokens must be a whole number, 1 or more", "max_tokens")
+        is_count = _is_number(limit) and limit == int(limit) and limit >= 1
+        _demand(is_count, "max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = int(limit)
 
 
@@ -6144,22 +6143,26 @@ def _bad_request(why: str, param: str | None = None, status: int = 400, **more: 
     return BadRequestError(f"Bad request: {why}", hint="", param=param, status=status, **more)
 
 
+def _demand(ok: object, why: str, param: str | None = None, **more: Any) -> None:
+    """Raise `BadRequestError`, which says why, if it is not ok."""
+    if not ok:
+        raise _bad_request(why, param, **more)
+
+
 def _objects(value: Any, name: str) -> list[JSON]:
-    value = [] if value is None else value
-    if not isinstance(value, list):
-        raise _bad_request(f"{name} must be a list of objects", name)
-    for number, one in enumerate(value):
+    objects: list[JSON] = [] if value is None else value
+    _demand(isinstance(objects, list), f"{name} must be a list of objects", name)
+    for number, one in enumerate(objects):
         if not isinstance(one, dict):
             raise _bad_request(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
-    return value
+    return objects
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) and stop else stop or []
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise _bad_request("stop must be a string or a list of strings", "stop")
-    if len(stops) > MAX_STOPS:
-        raise _bad_request(f"stop may hold {MAX_STOPS} texts", "stop")
+    stops = [stop] if _is_text(stop) else stop or []
+    is_list = isinstance(stops, list) and all(map(_is_text, stops))
+    _demand(is_list, "stop must be a string or a list of strings", "stop")
+    _demand(len(stops) <= MAX_STOPS, f"stop may hold {MAX_STOPS} texts", "stop")
     return tuple(stops)
 
 
@@ -6177,16 +6180,13 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
     if kind == "allowed_tools":
         allowed = _dig(choice, "allowed_tools") or choice
         chosen, choice = _dig(allowed, "tools"), _dig(allowed, "mode")
-        if not isinstance(chosen, list) or choice not in ("auto", "required"):
-            text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
-            raise _bad_request(text, "tool_choice")
+        text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
+        _demand(isinstance(chosen, list) and choice in ("auto", "required"), text, "tool_choice")
         tools = [_named_tool(tools, one) for one in chosen if _dig(one, "type") in _NAMING_KINDS]
     elif kind not in _NAMING_KINDS:
-        hosted = r"(web_|file_|image_|code_|computer|mcp|shell|local_shell|apply_patch|auto$)"
-        if kind not in ("any", "none") and not re.match(hosted, str(kind)):
-            raise _bad_request(
-                f"tool_choice is {_describe(choice)}, which is not known", "tool_choice"
-            )
+        known = r"web_|file_|image_|code_|computer|mcp|(local_)?shell|apply_patch|(auto|any|none)$"
+        text = f"tool_choice is {_describe(choice)}, which is not known"
+        _demand(re.match(known, str(kind)), text, "tool_choice")
         # of a tool that the provider would run itself, nothing is left to choose
         choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
@@ -6443,10 +6443,9 @@ def _header_text(text: str) -> str:
 
 def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/chat/completions`; raises `BadRequestError`."""
-    if body.get("n") is not None and (body["n"] != 1 or body["n"] is True):
-        raise _bad_request("n must be 1: ask several times for several answers", "n")
-    if body.get("functions"):
-        raise _bad_request("functions are long gone: use tools", "functions")
+    is_one = body.get("n") in (None, 1) and body.get("n") is not True
+    _demand(is_one, "n must be 1: ask several times for several answers", "n")
+    _demand(not body.get("functions"), "functions are long gone: use tools", "functions")
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
@@ -6553,9 +6552,8 @@ def _refuse_client_tool(kind: Any) -> None:
 
 
 def _tool_name(name: Any) -> str:
-    if not isinstance(name, str) or not name:
-        raise _bad_request(f"a tool has the name {_describe(name)}", "tools")
-    return name
+    _demand(_is_text(name), f"a tool has the name {_describe(name)}", "tools")
+    return str(name)
 
 
 def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
@@ -6613,8 +6611,8 @@ _CALL_ITEMS = {
 def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/responses`; raises `BadRequestError`."""
     for name in ("background", "conversation", "prompt"):
-        if body.get(name):
-            raise _bad_request(f"{name} is not supported here", name, code="unsupported_parameter")
+        text = f"{name} is not supported here"
+        _demand(not body.get(name), text, name, code="unsupported_parameter")
     items = _response_items(body, memory)
     instructions = read_parts(body.get("instructions"), "instructions")
     opening = [{"role": "system", "content": instructions}] if instructions else []
@@ -6953,8 +6951,7 @@ _IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     """A request for `/v1/messages`; raises `BadRequestError`."""
     for name in ("model", "messages", "max_tokens"):
-        if body.get(name) is None:
-            raise _bad_request(f"{name}: Field required", name)
+        _demand(body.get(name) is not None, f"{name}: Field required", name)
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
     billing, system = "x-anthropic-billing-header:", read_parts(body.get("system"), "system")
     system = [part for part in system if not str(part.get("text")).startswith(billing)]
@@ -6984,11 +6981,10 @@ def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
     if effort is None and _is_number(budget):
         effort = "low" if budget < 4_000 else "medium" if budget < 16_000 else "high"
     choice, named = body.get("tool_choice"), _dig(body, "tool_choice", "name")
-    if choice is not None and _dig(choice, "type") not in ("auto", "any", "tool", "none"):
-        raise _bad_request(f"tool_choice is {_describe(choice)}", "tool_choice")
-    if named is not None and named in hosted:
-        text = f"the tool {_describe(named)} is not available here: it runs on Anthropic's servers"
-        raise _bad_request(text, "tool_choice")
+    is_known = choice is None or _dig(choice, "type") in ("auto", "any", "tool", "none")
+    _demand(is_known, f"tool_choice is {_describe(choice)}", "tool_choice")
+    text = f"the tool {_describe(named)} is not available here: it runs on Anthropic's servers"
+    _demand(named is None or named not in hosted, text, "tool_choice")
     return {
         **_pick(body, "max_tokens", "temperature", "top_p"),
         **_agent_args(effort, form, name="answer", strict=True),
@@ -7157,16 +7153,16 @@ def media_args(path: str, body: JSON) -> JSON:
     """The arguments of a job, from what OpenAI's clients send; raises `BadRequestError`."""
     kind, given = MEDIA[path]
     # a text would be a path of this computer
-    if not (body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)):
-        raise _bad_request(f"{given} is missing, or not sent as it must be", given)
-    if body.get("n") not in (None, 1) or body.get("stream") in (True, "true"):
-        raise _bad_request("n must be 1, and stream is not supported")
+    is_given = body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)
+    _demand(is_given, f"{given} is missing, or not sent as it must be", given)
+    is_one = body.get("n") in (None, 1) and body.get("stream") not in (True, "true")
+    _demand(is_one, "n must be 1, and stream is not supported")
     names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
     args = {key: value for key, value in _pick(body, *names).items() if value != "auto"}
     if (size := body.get("size")) not in (None, "auto"):
-        if not (found := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", str(size))):
-            raise _bad_request("size must be WIDTHxHEIGHT", "size")
-        args["ratio"] = {"w": int(found[1]), "h": int(found[2])}
+        is_size = re.fullmatch("[0-9]{1,5}x[0-9]{1,5}", str(size))
+        _demand(is_size, "size must be WIDTHxHEIGHT", "size")
+        args["ratio"] = dict(zip("wh", map(int, size.split("x")), strict=True))
     return args
 
 
@@ -7191,8 +7187,7 @@ def form_body(data: bytes, kind: str) -> JSON:
     """The fields of a form (multipart/form-data, RFC 7578); a file is (name, bytes)."""
     boundary, fields = _form_head(f"Content-Type: {kind}".encode("latin-1"))[0], {}
     parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
-    if not boundary or parts[-1][:2] != b"--":
-        raise _bad_request("the form has no end, or too many parts")
+    _demand(boundary and parts[-1][:2] == b"--", "the form has no end, or too many parts")
     for part in parts[1:-1]:
         head, _, content = part.partition(b"\r\n\r\n")
         _, name, file = _form_head(head.lstrip(b"\r\n"))
@@ -7205,8 +7200,8 @@ def _form_head(head: bytes) -> tuple[str, str, str | None]:
     """(boundary, name, file's name) by the head of a form, or of a part of one."""
     from email.parser import BytesHeaderParser
 
-    if len(head) > 512:  # the time that email takes grows with the square
-        raise _bad_request("the head of the form, or of a part of it, is too long")
+    # the time that email takes grows with the square
+    _demand(len(head) <= 512, "the head of the form, or of a part of it, is too long")
     read = BytesHeaderParser().parsebytes(head)
     try:
         name = str(read.get_param("name", "", "content-disposition"))
@@ -7593,8 +7588,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def _read_body(self) -> bytes:
         """The body; memory for it is reserved as it arrives, until the request is answered."""
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
-        if coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise _bad_request(f"the content coding {coding[:50]!r} is not known", status=415)
+        is_known = coding in ("", "identity", "gzip", "x-gzip", "deflate")
+        _demand(is_known, f"the content coding {coding[:50]!r} is not known", status=415)
         self._must_arrive_in(self.app.limits.body_s)
         is_expected = self.headers.get("Expect", "").lower() == "100-continue"
         for size in self._sizes():
@@ -7625,8 +7620,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _check_size(self, size: int) -> None:
         limit = self.app.limits.body_bytes
-        if size > limit:
-            raise _bad_request(f"a request may hold {limit} bytes", status=413)
+        _demand(size <= limit, f"a request may hold {limit} bytes", status=413)
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
@@ -7641,16 +7635,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             yield 0  # a client may wait for our word
             while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
                 yield size
-                if self._line():
-                    raise _bad_request("a chunk is longer than it says")
+                _demand(not self._line(), "a chunk is longer than it says")
             # trailers say nothing to us
-            if not any(not self._line() for _ in range(100)):
-                raise _bad_request("the body has too many trailers")
+            _demand(any(not self._line() for _ in range(100)), "the body has too many trailers")
 
     def _line(self) -> str:
         line = self.rfile.readline(257).decode("latin-1")
-        if not re.fullmatch(r"[^\r\n]*\r?\n", line):
-            raise _bad_request("the body is not chunked as it should be")
+        _demand(re.fullmatch(r"[^\r\n]*\r?\n", line), "the body is not chunked as it should be")
         return line.rstrip("\r\n")
 
     # ---- deciding ----
@@ -7920,8 +7911,7 @@ def _overloaded(text: str) -> ServerError:
 
 
 def _body_size(digits: str, pattern: str, base: int) -> int:
-    if not re.fullmatch(pattern, digits.strip(" \t")):
-        raise _bad_request("the length of the body is no number")
+    _demand(re.fullmatch(pattern, digits.strip(" \t")), "the length of the body is no number")
     return int(digits, base)
 
 
@@ -7936,14 +7926,13 @@ def _commas_outside_texts(data: bytes) -> int:
 
 
 def _json_body(data: bytes, max_values: int) -> JSON:
-    if data.count(b",") > max_values and _commas_outside_texts(data) > max_values:
-        raise _bad_request(f"the body holds more than {max_values} values", status=413)
+    is_large = data.count(b",") > max_values and _commas_outside_texts(data) > max_values
+    _demand(not is_large, f"the body holds more than {max_values} values", status=413)
     try:
-        body = json.loads(data)
+        body: JSON = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise _bad_request(f"the body is not valid JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise _bad_request("the body is not a JSON object")
+    _demand(isinstance(body, dict), "the body is not a JSON object")
     return body
 
 
