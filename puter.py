@@ -6086,13 +6086,15 @@ def checked_request(
     tools: Any,
     args: JSON,
     stop: Any = None,
+    spaces: Mapping[str, str] = types.MappingProxyType({}),
     **fields: Any,
 ) -> ChatRequest:
     """A request of any dialect, checked; raises `BadRequestError`.
 
     Model and streaming are what the `body` says, all else is in OpenAI's shape. `args` may hold
     `tool_choice` and `response_format`; as most providers know neither, they are asked for in
-    a system message as well. `fields` are taken as they are.
+    a system message as well. `spaces` are the namespaces of tools that a choice may name without.
+    `fields` are taken as they are.
     """
     model = body.get("model") or ""  # without one the owner's default is meant
     is_name = isinstance(model, str) and len(model) <= 200 and strip_puter_prefix(model)
@@ -6100,43 +6102,27 @@ def checked_request(
     _demand(messages, "messages must hold at least one", "messages")
     is_own = any("puter_path" in part for one in messages for part in _parts(one.get("content")))
     _demand(not is_own, "puter_path is not for callers of this server", "messages")
-    args = {k: v for k, v in args.items() if v is not None}
-    _check_limit(args)
-    schemas = tool_schemas(tools)
-    functions = [tool["function"] for tool in schemas if "function" in tool]
-    names = {_flat_name("", function["name"]): function["name"] for function in functions}
-    for function in functions:
-        function["name"] = _flat_name("", function["name"])
-    if "none" in (chosen := args.get("tool_choice"), _dig(chosen, "type")):
-        fields |= {"search": None, "must_search": False}
-    offered, choice = _choose_tools(schemas, args)
-    shape = json_instruction(args.get("response_format"))
-    messages = [_restored(message, memory) for message in messages]
-    if orders := [text for text in (choice, shape) if text]:
-        messages = with_instruction(messages, "\n".join(orders))
-    return ChatRequest(
-        model=model,
-        messages=messages,
-        tools=offered,
-        args=args,
-        memory=memory,
-        names=names,
-        streaming=body.get("stream") is True,
-        stop=_stop_texts(stop),
-        wants_json=bool(shape),
-        **fields,
-    )
-
-
-def _check_limit(args: JSON) -> None:
-    """Make `max_tokens` a whole number; -1 is how some say that there is no limit."""
-    limit = args.get("max_tokens")
-    if limit == -1:
-        del args["max_tokens"]
-    elif limit is not None:
+    # -1 is how some say that there is no limit
+    args = {k: v for k, v in args.items() if v is not None and (k, v) != ("max_tokens", -1)}
+    if (limit := args.get("max_tokens")) is not None:
         is_count = _is_number(limit) and limit == int(limit) and limit >= 1
         _demand(is_count, "max_tokens must be a whole number, 1 or more", "max_tokens")
         args["max_tokens"] = int(limit)
+    if "none" in (chosen := args.get("tool_choice"), _dig(chosen, "type")):
+        fields |= {"search": None, "must_search": False}
+    schemas = tool_schemas(tools)
+    functions = [tool["function"] for tool in schemas if "function" in tool]
+    names = {_flat_name(function["name"]): function["name"] for function in functions}
+    for function in functions:
+        function["name"] = _flat_name(function["name"])
+    schemas, order = _choose_tools(schemas, args, spaces)
+    shape = json_instruction(args.get("response_format"))
+    messages = [_restored(message, memory) for message in messages]
+    if orders := [text for text in (order, shape) if text]:
+        messages = with_instruction(messages, "\n".join(orders))
+    fields |= {"streaming": body.get("stream") is True, "wants_json": bool(shape)}
+    fields |= {"memory": memory, "names": names, "stop": _stop_texts(stop)}
+    return ChatRequest(model, messages, schemas, args, **fields)
 
 
 def _bad_request(why: str, param: str | None = None, status: int = 400, **more: Any) -> PuterError:
@@ -6170,11 +6156,25 @@ def _pick(value: Any, *keys: str) -> JSON:
     return {k: value[k] for k in keys if k in value} if isinstance(value, dict) else {}
 
 
-def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
+# A choice of these kinds names a tool of the caller's.
+_NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
+
+
+def _choose_tools(
+    tools: list[JSON], args: JSON, spaces: Mapping[str, str]
+) -> tuple[list[JSON], str]:
     """(the tools to offer, an instruction for the model) by the `tool_choice` of any dialect.
 
     It stays in `args` as chat completions word it, and only if there are tools.
     """
+
+    def named(one: Any) -> JSON:
+        name = str(_dig(one, "function", "name") or _dig(one, "name") or _dig(one, "type"))
+        name = _flat_name(name, _dig(one, "namespace") or spaces.get(name))
+        found = [tool for tool in tools if _dig(tool, "function", "name") == name]
+        _demand(found, f"tool_choice is {_describe(one)}: it names no tool", "tool_choice")
+        return found[0]
+
     choice, order = args.pop("tool_choice", None), ""
     kind = _dig(choice, "type")
     if kind == "allowed_tools":
@@ -6182,7 +6182,7 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
         chosen, choice = _dig(allowed, "tools"), _dig(allowed, "mode")
         text = 'tool_choice allowed_tools needs tools, and "auto" or "required" as mode'
         _demand(isinstance(chosen, list) and choice in ("auto", "required"), text, "tool_choice")
-        tools = [_named_tool(tools, one) for one in chosen if _dig(one, "type") in _NAMING_KINDS]
+        tools = [named(one) for one in chosen if _dig(one, "type") in _NAMING_KINDS]
     elif kind not in _NAMING_KINDS:
         known = r"web_|file_|image_|code_|computer|mcp|(local_)?shell|apply_patch|(auto|any|none)$"
         text = f"tool_choice is {_describe(choice)}, which is not known"
@@ -6195,7 +6195,7 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
     if choice == "required":
         order = "Answer by calling at least one of the functions."
     elif choice not in (None, "auto"):
-        tools = [_named_tool(tools, choice)]
+        tools = [named(choice)]
         name = tools[0]["function"]["name"]
         choice = {"type": "function", "function": {"name": name}}
         order = f"Answer by calling the function {name}."
@@ -6204,20 +6204,7 @@ def _choose_tools(tools: list[JSON], args: JSON) -> tuple[list[JSON], str]:
     return tools, order
 
 
-# A choice of these kinds names a tool of the caller's.
-_NAMING_KINDS = (None, "function", "custom", "tool", "tool_search")
-
-
-def _named_tool(tools: list[JSON], choice: Any) -> JSON:
-    name = _dig(choice, "function", "name") or _dig(choice, "name") or _dig(choice, "type")
-    name = _flat_name(_dig(choice, "namespace"), name)
-    for tool in tools:
-        if _dig(tool, "function", "name") == name:
-            return tool
-    raise _bad_request(f"tool_choice is {_describe(choice)}: it names no tool", "tool_choice")
-
-
-def _flat_name(namespace: Any, name: Any) -> str:
+def _flat_name(name: Any, namespace: Any = None) -> str:
     """The name of a tool as a model may have it: one word of at most 64 letters."""
     flat = f"{namespace}__{name}" if namespace else str(name)
     if namespace or len(flat) > 64:
@@ -6250,16 +6237,12 @@ def _restored(message: JSON, memory: ResponseMemory) -> JSON:
         message["content"] = _SHOWN_IMAGE.sub("", content) or None
     calls = [dict(call) for call in message.get("tool_calls") or []]
     for call in calls:
-        call["function"] = {**call["function"], "name": _flat_name("", call["function"]["name"])}
-        extra = memory.extras.get(_extra_key(call["id"])) or {}
-        call |= {"extra_content": extra["call"]} if extra.get("call") else {}
-        message |= extra.get("message") or {}
+        call["function"] = {**call["function"], "name": _flat_name(call["function"]["name"])}
+        own_id = call["id"].rpartition("_")[2]  # the same in all dialects
+        if extra := memory.extras.get(f"call_{own_id}"):
+            call["extra_content"] = extra
+        message |= memory.extras.get(f"message_{own_id}") or {}
     return {**message, "tool_calls": calls} if calls else message
-
-
-def _extra_key(call_id: str) -> str:
-    """What is the same in the ids that all dialects have for a call of ours."""
-    return f"extra_{call_id.rpartition('_')[2]}"
 
 
 # ---- what the dialects share: answers ----
@@ -6304,14 +6287,15 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
     A call has the caller's name, and an id of ours: a model's own, alike in turns, confuse agents.
     """
     stop, ending = StopText(request.stop), Ending("stop", Usage())
-    failure, first_id = None, ""
+    failure, first_id, extras = None, "", request.memory.extras
     try:
         for batch in batches:
             if batch is None:
                 yield None
             elif isinstance(batch, Reply):
                 ending = Ending(batch.finish_reason, batch.usage)
-                _remember(request, first_id, message=batch.extra)
+                if first_id and batch.extra:
+                    extras.put(f"message_{first_id}", batch.extra)
             for chunk in batch if isinstance(batch, Sequence) else ():
                 text = stop.feed(chunk.text) if chunk.type == "text" else ""
                 text = stop.flush() if chunk.tool_call else text
@@ -6320,10 +6304,12 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
                 if stop.found or chunk.type in ("text", "usage"):
                     continue
                 if call := chunk.tool_call:
-                    name, call_id = request.names.get(call.name, call.name), _new_id("call")
-                    first_id = first_id or call_id
-                    _remember(request, call_id, call=call.extra_content)
-                    chunk = Chunk("tool_call", tool_call=replace(call, id=call_id, name=name))
+                    name, own_id = request.names.get(call.name, call.name), os.urandom(12).hex()
+                    first_id = first_id or own_id
+                    if call.extra_content:
+                        extras.put(f"call_{own_id}", call.extra_content)
+                    call = replace(call, id=f"call_{own_id}", name=name)
+                    chunk = Chunk("tool_call", tool_call=call)
                 yield chunk
             if stop.found and request.streaming and not request.options.get("include_usage", True):
                 break
@@ -6332,13 +6318,6 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
     if text := stop.flush():
         yield Chunk("text", text)
     yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
-
-
-def _remember(request: ChatRequest, call_id: str, **extra: Any) -> None:
-    """Keep what a provider wants back with a call, until the call is back."""
-    if call_id and any(extra.values()):
-        key, memory = _extra_key(call_id), request.memory.extras
-        memory.put(key, {**(memory.get(key) or {}), **extra})
 
 
 def _new_id(prefix: str) -> str:
@@ -6632,26 +6611,18 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
         "verbosity": _dig(body, "text", "verbosity"),
         **_agent_args(_dig(body, "reasoning", "effort"), _dig(body, "text", "format")),
         "max_tokens": body.get("max_output_tokens"),
-        "tool_choice": _with_namespace(choice, offered),
+        "tool_choice": choice,
     }
     functions = [function for _, function in offered.values()]
+    forms = [form for form, _ in reversed(offered.values()) if "namespace" in form]
+    spaces = {form["name"]: form["namespace"] for form in forms if form["name"] not in offered}
     search = next(filter(is_web_search, _objects(body.get("tools"), "tools")), None)
     # what must be called is a tool of the server's own
     must_search = is_web_search(choice) or (
         not offered and "required" in (choice, _dig(choice, "mode"))
     )
-    fields = {"options": options, "search": search, "must_search": must_search}
-    return checked_request(body, memory, messages, functions, args, **fields)
-
-
-def _with_namespace(choice: Any, offered: Mapping[str, tuple[JSON, JSON]]) -> Any:
-    """A choice with the namespace of a tool that it names by the tool's own name."""
-    allowed, name = _dig(choice, "tools"), _dig(choice, "name")
-    if isinstance(allowed, list):
-        return {**choice, "tools": [_with_namespace(one, offered) for one in allowed]}
-    forms = [form for form, _ in offered.values() if "namespace" in form]
-    spaces = [form["namespace"] for form in forms if form["name"] == name]
-    return {"namespace": spaces[0], **choice} if spaces and name not in offered else choice
+    fields: JSON = {"options": options, "search": search, "must_search": must_search}
+    return checked_request(body, memory, messages, functions, args, spaces=spaces, **fields)
 
 
 def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
@@ -6708,7 +6679,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
         name = "tool_search" if kind == "tool_search_call" else item.get("name")
         is_custom = kind == "custom_tool_call"
         arguments = {"input": item.get("input")} if is_custom else item.get("arguments")
-        function = {"name": _flat_name(item.get("namespace"), name), "arguments": arguments}
+        function = {"name": _flat_name(name, item.get("namespace")), "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
         _check_call(call, function, where)
         return {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -6735,7 +6706,7 @@ def _offer(tools: Any, offered: dict[str, tuple[JSON, JSON]], namespace: str = "
         elif kind == "tool_search" and tool.get("execution") == "client":
             offered.setdefault(kind, ({"type": kind}, {"name": kind, **_described(tool)}))
         elif kind in ("function", "custom"):
-            flat = _flat_name(namespace, _tool_name(name))
+            flat = _flat_name(_tool_name(name), namespace)
             form = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
             offered.setdefault(flat, (form, {"name": flat, **_described(tool)}))
         else:
@@ -6970,7 +6941,7 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
     others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
-    fields = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
+    fields: JSON = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
     return checked_request(body, memory, messages, own, args, stop, **fields)
 
