@@ -6631,9 +6631,8 @@ def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
         items = [{"role": "user", "content": items}]
     items = [_referred(item, memory) for item in _objects(items, "input")]
     before = [] if previous is None else memory.get(f"history_{previous}")
-    if before is None:
-        text = f"Previous response with id {str(previous)[:200]!r} not found"
-        raise _bad_request(text, "previous_response_id", code="previous_response_not_found")
+    text = f"Previous response with id {str(previous)[:200]!r} not found"
+    _demand(before is not None, text, "previous_response_id", code="previous_response_not_found")
     return [*before, *items]
 
 
@@ -6643,9 +6642,8 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
         return item
     name = str(item.get("id"))
     remembered: JSON | None = memory.get(f"item_{name}")
-    if remembered is None and not name.startswith("rs_"):
-        why = "Items are not persisted when store is false."
-        raise _bad_request(f"Item with id '{name[:200]}' not found. {why}", "input", status=404)
+    text = f"Item with id '{name[:200]}' not found. Items are not persisted when store is false."
+    _demand(remembered or name.startswith("rs_"), text, "input", status=404)
     return remembered or {"type": "reasoning"}
 
 
@@ -6740,14 +6738,12 @@ def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> 
         if event is None:
             yield writer.state("in_progress")
         elif isinstance(event, PuterError):
-            yield writer.failure(_failure_code(event), str(event))
+            yield writer.failure(event)
         elif isinstance(event, Ending):
             yield from writer.end(event)
         elif event.tool_call:
-            yield from writer.close()
             yield from writer.call(event.tool_call)
         elif event.image:
-            yield from writer.close()
             yield from writer.image(event.image)
         elif event.text:
             yield from writer.text(event.type, event.text)
@@ -6766,7 +6762,7 @@ class _ResponseWriter:
     def __init__(self, request: ChatRequest, model: ModelName) -> None:
         self._request, self._model = request, model
         self._head = {"id": _new_id("resp"), "object": "response", "created_at": int(time.time())}
-        self._count = 0
+        self._numbers = itertools.count()
         self._output: list[JSON] = []
         # of the open item: "text", "reasoning", or none
         self._kind = ""
@@ -6805,22 +6801,25 @@ class _ResponseWriter:
         elif kind == "custom_tool_call" and isinstance(call.arguments.get("input"), str):
             value = call.arguments["input"]
         item = {"type": kind, "id": _new_id(id_prefix), "call_id": call.id, **form}
+        return self._whole_item(item, key, "" if events else {}, value, events)
+
+    def image(self, image: Picture) -> Iterator[JSON]:
+        """A picture; one that is only a URL is a text."""
+        if not image.data:
+            return chain(self.close(), self.text("text", _shown_image(image)))
+        item = {"type": "image_generation_call", "id": _new_id("ig")}
+        return self._whole_item(item, "result", None, base64.b64encode(image.data).decode())
+
+    def _whole_item(
+        self, item: JSON, key: str, empty: Any, value: Any, events: str = ""
+    ) -> Iterator[JSON]:
+        yield from self.close()
         place = {"item_id": item["id"], "output_index": len(self._output)}
-        empty: Any = "" if events else {}
         yield self._item_event("added", {**item, key: empty, "status": "in_progress"})
         if events:
             yield self._event(f"{events}.delta", **place, delta=value)
             yield self._event(f"{events}.done", **place, **{key: value})
         yield self._item_event("done", {**item, key: value, "status": "completed"})
-
-    def image(self, image: Picture) -> Iterator[JSON]:
-        """A picture; one that is only a URL is a text."""
-        if not image.data:
-            yield from self.text("text", _shown_image(image))
-            return
-        item = {"type": "image_generation_call", "id": _new_id("ig"), "status": "completed"}
-        yield self._item_event("added", {**item, "status": "in_progress", "result": None})
-        yield self._item_event("done", {**item, "result": base64.b64encode(image.data).decode()})
 
     def end(self, ending: Ending) -> Iterator[JSON]:
         """The response as it ended; remembered for requests that refer to it."""
@@ -6838,7 +6837,8 @@ class _ResponseWriter:
         yield from self.close(status)
         if reason == "content_filter" and self._request.streaming:
             # Codex would ask five times more if this were an incomplete response.
-            yield self.failure("invalid_prompt", "The provider's filter ended the answer", usage)
+            error = {"code": "invalid_prompt", "message": "The provider's filter ended the answer"}
+            yield self.state("failed", "failed", error=error, usage=usage)
             return
         memory, items = self._request.memory, self._request.options["items"]
         if items is not None:
@@ -6848,11 +6848,17 @@ class _ResponseWriter:
         details = {"reason": reason} if reason else None
         yield self.state(status, status, usage=usage, incomplete_details=details)
 
-    def failure(self, code: str, message: str, usage: JSON | None = None) -> JSON:
+    def failure(self, error: PuterError) -> JSON:
         """It broke off; what came of the open item is shown as incomplete."""
         if self._kind:
             self._output.append(self._text_item("incomplete"))
-        return self.state("failed", "failed", error={"code": code, "message": message}, usage=usage)
+        # it tells Codex whether to ask again
+        code = "server_error" if error.http_status >= 500 else "invalid_prompt"
+        if isinstance(error, ContextLengthError):
+            code = "context_length_exceeded"
+        elif error.openai_type in ("insufficient_quota", "rate_limit_error"):
+            code = error.openai_type.replace("limit_error", "limit_exceeded")
+        return self.state("failed", "failed", error={"code": code, "message": str(error)})
 
     def state(self, event: str, status: str = "in_progress", **more: Any) -> JSON:
         """An event with the response as it is by then."""
@@ -6870,8 +6876,7 @@ class _ResponseWriter:
         return self._event(event, response=response)
 
     def _event(self, name: str, **more: Any) -> JSON:
-        self._count += 1
-        return {"type": f"response.{name}", "sequence_number": self._count - 1, **more}
+        return {"type": f"response.{name}", "sequence_number": next(self._numbers), **more}
 
     def _item_event(self, what: str, item: JSON) -> JSON:
         index = len(self._output)
@@ -6891,15 +6896,6 @@ class _ResponseWriter:
             return {"type": "reasoning", "id": item_id, "summary": parts}
         item = {"type": "message", "id": item_id, "role": "assistant"}
         return {**item, "status": status, "content": parts}
-
-
-def _failure_code(error: PuterError) -> str:
-    """Why a response failed, by the codes that tell Codex whether to ask again."""
-    if isinstance(error, ContextLengthError):
-        return "context_length_exceeded"
-    if error.openai_type in ("insufficient_quota", "rate_limit_error"):
-        return error.openai_type.replace("limit_error", "limit_exceeded")
-    return "server_error" if error.http_status >= 500 else "invalid_prompt"
 
 
 def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
