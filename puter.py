@@ -6221,7 +6221,6 @@ _SHOWN_IMAGE = re.compile(
 
 
 def _shown_image(image: Picture) -> str:
-    """A picture for a dialect that has only texts for answers."""
     return f"![image]({image.as_url()})"
 
 
@@ -6335,7 +6334,6 @@ def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
 
 
 def _with_json(request: ChatRequest, reply: Reply) -> Reply:
-    """The reply with nothing but its JSON, where that is wanted and can be found."""
     if not request.wants_json or reply.tool_calls or reply.finish_reason == "length":
         return reply
     return replace(reply, text=json_text(reply.text))
@@ -6421,7 +6419,6 @@ def _header_text(text: str) -> str:
 
 
 def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
-    """A request for `/v1/chat/completions`; raises `BadRequestError`."""
     is_one = body.get("n") in (None, 1) and body.get("n") is not True
     _demand(is_one, "n must be 1: ask several times for several answers", "n")
     _demand(not body.get("functions"), "functions are long gone: use tools", "functions")
@@ -6446,7 +6443,6 @@ def _read_messages(messages: Any) -> Messages:
 
 
 def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
-    """A whole `chat.completion`."""
     content: Any = "\n\n".join(filter(None, [reply.text, *map(_shown_image, reply.images)]))
     content = content or (None if reply.tool_calls else "")
     message: JSON = {"role": "assistant", "content": content, "refusal": None}
@@ -6462,7 +6458,6 @@ def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def chat_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[Frame]:
-    """The `chat.completion.chunk`s of an answer, as it comes."""
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
 
@@ -6524,7 +6519,6 @@ _CLIENT_TOOLS = re.compile(
 
 
 def _refuse_client_tool(kind: Any) -> None:
-    """Raise `BadRequestError` for a tool that would be missed if it were left out."""
     if isinstance(kind, str) and _CLIENT_TOOLS.fullmatch(kind[:100]):
         problem = f"the tool {_describe(kind)} is for its provider's own models"
         raise _bad_request(f"{problem}: offer it as a function", "tools")
@@ -6588,7 +6582,6 @@ _CALL_ITEMS = {
 
 
 def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
-    """A request for `/v1/responses`; raises `BadRequestError`."""
     for name in ("background", "conversation", "prompt"):
         text = f"{name} is not supported here"
         _demand(not body.get(name), text, name, code="unsupported_parameter")
@@ -6637,7 +6630,6 @@ def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
 
 
 def _referred(item: JSON, memory: ResponseMemory) -> JSON:
-    """The item itself, in place of a reference to it."""
     if item.get("type", "item_reference") != "item_reference" or "role" in item:
         return item
     name = str(item.get("id"))
@@ -6648,7 +6640,6 @@ def _referred(item: JSON, memory: ResponseMemory) -> JSON:
 
 
 def _item_messages(items: Sequence[JSON]) -> Messages:
-    """The items of a request as canonical messages; raises `BadRequestError` for unknown kinds."""
     messages: Messages = []
     for number, item in enumerate(items):
         one, last = _item_message(item, f"input[{number}]"), messages[-1] if messages else {}
@@ -6730,7 +6721,6 @@ def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
-    """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
     yield writer.state("created")
     yield writer.state("in_progress")
@@ -6782,7 +6772,6 @@ class _ResponseWriter:
         yield self._event(f"{events}.delta", **self._place, delta=text)
 
     def close(self, status: str = "completed") -> Iterator[JSON]:
-        """End the open item, if there is one."""
         if self._kind:
             _, part, events, _ = _TEXT_ITEMS[self._kind]
             yield self._event(f"{events}.done", **self._place, text="".join(self._pieces))
@@ -6791,7 +6780,6 @@ class _ResponseWriter:
             self._kind = ""
 
     def call(self, call: ToolCall) -> Iterator[JSON]:
-        """A call, in the form that its tool was offered in."""
         default = {"type": "function", "name": call.name}
         form = {**self._request.options["tools"].get(call.name, default)}
         id_prefix, kind, key, events = _CALL_ITEMS[form.pop("type")]
@@ -6861,7 +6849,6 @@ class _ResponseWriter:
         return self.state("failed", "failed", error={"code": code, "message": str(error)})
 
     def state(self, event: str, status: str = "in_progress", **more: Any) -> JSON:
-        """An event with the response as it is by then."""
         response = {
             **self._head,
             **dict.fromkeys(("error", "incomplete_details", "usage")),
@@ -6916,7 +6903,6 @@ _IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 
 
 def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
-    """A request for `/v1/messages`; raises `BadRequestError`."""
     for name in ("model", "messages", "max_tokens"):
         _demand(body.get(name) is not None, f"{name}: Field required", name)
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
@@ -6961,7 +6947,6 @@ def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
 
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
-    """A whole `message`."""
     signed = [p for p in reply.extra.get("content", ()) if p["type"] != "text"]
     skipped = ("usage", "reasoning") if signed else ("usage",)
     chunks = [chunk for chunk in chunks_of(reply) if chunk.type not in skipped]
@@ -7614,7 +7599,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     # ---- deciding ----
 
     def _route(self) -> None:
-        """Answer one request; a failure before the first byte has a status of its own."""
         self._must_arrive_in(math.inf)
         # a slash too many is forgiven
         path = re.sub("/{2,}", "/", unquote(self.path.partition("?")[0])).rstrip("/") or "/"
@@ -7724,7 +7708,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         return Stream.of(reply, self.cancellation)
 
     def _stream(self, dialect: Dialect, asked: ChatRequest, request: Asked) -> None:
-        """Answer with Server-Sent Events; while the answer is waited for, with signs of life."""
         opened: Future[Stream] = Future()
         has_failed = False
 
@@ -7773,7 +7756,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.wfile.flush()
 
     def _redacted(self, error: PuterError) -> PuterError:
-        """The error without what is only the owner's to know."""
         names: list[str] = [self.app.token_owner]
         with suppress(PuterError):
             names += [account.username for account in self.app.client.accounts]
