@@ -6910,18 +6910,18 @@ def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     system = [part for part in system if not str(part.get("text")).startswith(billing)]
     opening = [{"role": "system", "content": system}] if system else []
     messages = [*opening, *_read_messages(body["messages"])]
-    own, hosted = [], []
+    own, searches, others = [], [], []
     for tool in _objects(body.get("tools"), "tools"):
         if tool.get("type") in (None, "custom"):
             parameters = tool.get("input_schema") or {"type": "object", "properties": {}}
             described = {**_pick(tool, "description"), "parameters": parameters}
             own.append({"name": _tool_name(tool.get("name")), **described})
+        elif is_web_search(tool):
+            searches.append(tool)
         else:
             _refuse_client_tool(tool.get("type"))
-            hosted.append(tool)
-    searches = [tool for tool in hosted if is_web_search(tool)]
+            others.append(tool.get("name"))
     must_search = _dig(body, "tool_choice", "name") in [tool.get("name") for tool in searches]
-    others = [tool.get("name") for tool in hosted if not is_web_search(tool)]
     args = _messages_args({**body, "tool_choice": None} if must_search else body, others)
     fields: JSON = {"options": {}, "search": next(iter(searches), None), "must_search": must_search}
     stop = body.get("stop_sequences")
@@ -7186,8 +7186,8 @@ def refusal(rules: AccessRules, path: str, headers: Any) -> PuterError | None:
     if rules.api_key is None and name not in own_names and not _is_this_computer(name):
         text = f"This server does not answer to the name {str(host)[:100]!r}"
         return AccessError(text, code="forbidden_host", hint="`--allow-host NAME` lets it.")
-    is_own = origin is not None and origin.lower() == f"http://{str(host).lower()}"
-    if origin is not None and not is_own and rules.allowed_origins.isdisjoint((origin, "*")):
+    is_own = str(origin).lower() == f"http://{host}".lower()
+    if not (origin is None or is_own or rules.allowed_origins & {origin, "*"}):
         # a whole URL would be masked for callers
         text = f"Pages of {origin[:100].rpartition('/')[2]} may not call"
         return AccessError(text, code="forbidden_origin", hint="`--allow-origin URL` lets them.")
@@ -7282,11 +7282,9 @@ class OpenAIServer:
         limits: Limits | None = None,
     ) -> None:
         if not _is_this_computer(host) and not api_key:
-            raise ConfigError(
-                f"Listening on {host} without an API key would let everybody on the network use "
-                "your account",
-                hint="Add --api-key, or listen on 127.0.0.1.",
-            )
+            problem = "without an API key would let everybody on the network use your account"
+            hint = "Add --api-key, or listen on 127.0.0.1."
+            raise ConfigError(f"Listening on {host} {problem}", hint=hint)
         if not 0 <= port <= 65_535:
             raise ConfigError(f"The port is {port}, but must be 0 to 65535")
         if max_connections < 1:
@@ -7446,9 +7444,9 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 app.make_room()
             if len(app.deadlines) >= app.max_connections:
                 app.turn_away(request)
-                return
-            app.deadlines[request] = time.monotonic() + app.limits.idle_s
-            super().process_request(request, client_address)
+            else:
+                app.deadlines[request] = time.monotonic() + app.limits.idle_s
+                super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
             app.deadlines.pop(request, None)
@@ -7576,20 +7574,20 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _sizes(self) -> Iterator[int]:
         """How many bytes of the body come next, piece by piece."""
-        coding, length = self.headers.get("Transfer-Encoding"), self.headers.get("Content-Length")
+        coding = self.headers.get("Transfer-Encoding")
         if coding is None:
-            yield _body_size("0" if length is None else length, "[0-9]{1,18}", 10)
-        elif length is not None:
-            raise _bad_request("a request has a Content-Length or a Transfer-Encoding, not both")
-        elif coding.strip(" \t").lower() != "chunked":
-            raise _bad_request(f"the transfer coding {coding[:50]!r} is not known", status=501)
-        else:
-            yield 0  # a client may wait for our word
-            while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
-                yield size
-                _demand(not self._line(), "a chunk is longer than it says")
-            # trailers say nothing to us
-            _demand(any(not self._line() for _ in range(100)), "the body has too many trailers")
+            yield _body_size(self.headers.get("Content-Length", "0"), "[0-9]{1,18}", 10)
+            return
+        text = "a request has a Content-Length or a Transfer-Encoding, not both"
+        _demand("Content-Length" not in self.headers, text)
+        is_known = coding.strip(" \t").lower() == "chunked"
+        _demand(is_known, f"the transfer coding {coding[:50]!r} is not known", status=501)
+        yield 0  # a client may wait for our word
+        while size := _body_size(self._line().partition(";")[0], "[0-9A-Fa-f]{1,8}", 16):
+            yield size
+            _demand(not self._line(), "a chunk is longer than it says")
+        # trailers say nothing to us
+        _demand(any(not self._line() for _ in range(100)), "the body has too many trailers")
 
     def _line(self) -> str:
         line = self.rfile.readline(257).decode("latin-1")
@@ -7668,14 +7666,11 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         client = self.app.client
         asked = dialect.parse(body, self.app.memory)
         models = client._catalogue.models_if_any("The name of the model is passed on unchecked")
-        name = asked.model or client.config.default_model
+        name = asked.model or client.config.default_model or ""
         served = self.app.models
         if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
             name = served[0]
-        if not name:
-            raise _bad_request(
-                "you must name a model (or set default_model in puter.json)", "model"
-            )
+        _demand(name, "you must name a model (or set default_model in puter.json)", "model")
         asked = with_served_model(asked, name, models)
         args = {**asked.args, "tools": asked.tools}
         request = client._build_request(asked.messages, asked.model, **args)
@@ -7791,7 +7786,13 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.wfile.write(b"" if self.command == "HEAD" or body is None else data)
         self.wfile.flush()
         if self.unread:
-            self._discard()
+            # a refused client may not see the answer unless it is read on for a moment
+            until = time.monotonic() + self.app.limits.linger_s
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(self.app.limits.linger_s)
+                while time.monotonic() < until and self.connection.recv(64 * 1024):
+                    pass
 
     def _send_head(self, status: int) -> None:
         self.sent = True
@@ -7801,16 +7802,6 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         for name, value in self.reply_headers.items():
             self.send_header(name, value)
         self.end_headers()
-
-    def _discard(self) -> None:
-        """Take what a refused client still sends, for a moment: else it may not see the answer."""
-        linger_s = self.app.limits.linger_s
-        until = time.monotonic() + linger_s
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(linger_s)
-            while time.monotonic() < until and self.connection.recv(64 * 1024):
-                pass
 
     def _begin_events(self) -> None:
         self.is_chunked = self.request_version != "HTTP/1.0"
