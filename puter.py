@@ -7301,10 +7301,10 @@ class OpenAIServer:
         # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
         self._turned_away: deque[tuple[float, Any]] = deque()
+        # by the connections of running requests: how to end them, and what their bodies hold
         self._running: dict[Any, _InFlight] = {}
-        # what the body of each running request holds
         self._held_bytes: Counter[Any] = Counter()
-        self._idle = threading.Condition()
+        self._lock = threading.Lock()
         self._server = _http_server(self, host, port)
         self.port: int = self._server.server_address[1]
         self.url = f"http://{_in_url(host)}:{self.port}/v1"
@@ -7329,10 +7329,10 @@ class OpenAIServer:
             self._server.shutdown()
         self._server.socket.close()  # new callers are refused, not left waiting
         self._hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
-        patience_s = self.limits.drain_s if drain_s is None else drain_s
+        until = time.monotonic() + (self.limits.drain_s if drain_s is None else drain_s)
         try:
-            with self._idle:
-                self._idle.wait_for(lambda: not self._running, patience_s)
+            while self._running and time.monotonic() < until:
+                time.sleep(0.01)
         finally:
             self._hang_up(self.deadlines.copy())
             for cancellation in list(self._running.values()):
@@ -7347,19 +7347,6 @@ class OpenAIServer:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    @contextmanager
-    def running(self, connection: Any) -> Iterator[_InFlight]:
-        """While inside, the request on this connection is waited for at the end, and can be cancelled."""
-        cancellation = _InFlight()
-        with self._idle:
-            self._running[connection] = cancellation
-        try:
-            yield cancellation
-        finally:
-            with self._idle:
-                del self._running[connection], self._held_bytes[connection]
-                self._idle.notify_all()
-
     @cached_property
     def token_owner(self) -> str:
         """The real name behind a token of its own, which errors must not show; "" for none."""
@@ -7371,8 +7358,8 @@ class OpenAIServer:
 
     def reserve(self, connection: Any, size: int) -> None:
         """Make room for so many bytes more of a running request's body."""
-        with self._idle:
-            if sum(self._held_bytes.values()) + size > self.limits.read_bytes:
+        with self._lock:
+            if self._held_bytes.copy().total() + size > self.limits.read_bytes:
                 raise _overloaded("Too many large requests at once")
             self._held_bytes[connection] += size
 
@@ -7428,9 +7415,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
 
         def get_request(self) -> tuple[Any, Any]:
             try:
-                accepted = super().get_request()
-                self.is_full = False
-                return accepted
+                return super().get_request()
             except OSError as error:
                 if not self.is_full:
                     _log.error("No connection can be accepted: %s", error.strerror or error)
@@ -7440,6 +7425,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
+            self.is_full = False
             if len(app.deadlines) >= app.max_connections:
                 app.make_room()
             if len(app.deadlines) >= app.max_connections:
@@ -7603,18 +7589,20 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.dialect = dialect_of(path, self.headers)
         length = self.headers.get("Content-Length", "0")
         self.unread = length != "0" or "Transfer-Encoding" in self.headers
-        with self.app.running(self.connection) as self.cancellation:
-            try:
-                self._answer(path)
-            except PuterError as error:
-                # what else an abandoned client has sent is not for anybody any more
-                self.close_connection |= self.cancellation.cancelled.is_set()
-                self._fail(error)
-            except (ConnectionError, TimeoutError):
-                raise
-            except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
-                _log.error("A request could not be answered", exc_info=True)
-                self._fail(PuterError("An internal error of puter.py; its log says more"))
+        self.cancellation = self.app._running[self.connection] = _InFlight()
+        try:
+            self._answer(path)
+        except PuterError as error:
+            # what else an abandoned client has sent is not for anybody any more
+            self.close_connection |= self.cancellation.cancelled.is_set()
+            self._fail(error)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:  # noqa: BLE001 (it is answered and logged, and the server lives)
+            _log.error("A request could not be answered", exc_info=True)
+            self._fail(PuterError("An internal error of puter.py; its log says more"))
+        finally:
+            del self.app._running[self.connection], self.app._held_bytes[self.connection]
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _route
 
