@@ -7135,31 +7135,25 @@ def media_body(body: JSON, result: Any) -> tuple[JSON | bytes, str]:
     return {**result.raw, "text": result.text}, "application/json"
 
 
-def form_body(data: bytes, kind: str) -> JSON:
+def form_body(data: bytes, boundary: str) -> JSON:
     """The fields of a form (multipart/form-data, RFC 7578); a file is (name, bytes)."""
-    boundary, fields = _form_head(f"Content-Type: {kind}".encode("latin-1"))[0], {}
+    from email.parser import BytesHeaderParser
+
+    fields: JSON = {}
     parts = (b"\r\n" + data).split(f"\r\n--{boundary}".encode("latin-1", "replace"), 64)
     _demand(boundary and parts[-1][:2] == b"--", "the form has no end, or too many parts")
     for part in parts[1:-1]:
         head, _, content = part.partition(b"\r\n\r\n")
-        _, name, file = _form_head(head.lstrip(b"\r\n"))
+        # the time that email takes grows with the square
+        _demand(len(head) <= 512, "the head of the form, or of a part of it, is too long")
+        read = BytesHeaderParser().parsebytes(head.lstrip(b"\r\n"))
+        try:
+            name, file = read.get_param("name", "", "content-disposition"), read.get_filename()
+        except ValueError as error:
+            raise _bad_request(f"the form cannot be read ({error})") from None
         is_file = file is not None
-        fields[name] = (file, content) if is_file else content.decode("utf-8", "replace")
+        fields[str(name)] = (file, content) if is_file else content.decode("utf-8", "replace")
     return fields
-
-
-def _form_head(head: bytes) -> tuple[str, str, str | None]:
-    """(boundary, name, file's name) by the head of a form, or of a part of one."""
-    from email.parser import BytesHeaderParser
-
-    # the time that email takes grows with the square
-    _demand(len(head) <= 512, "the head of the form, or of a part of it, is too long")
-    read = BytesHeaderParser().parsebytes(head)
-    try:
-        name = str(read.get_param("name", "", "content-disposition"))
-        return read.get_boundary(""), name, read.get_filename()
-    except ValueError as error:
-        raise _bad_request(f"the form cannot be read ({error})") from None
 
 
 # ---- who may call ----
@@ -7670,9 +7664,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
 
     def _answer_media(self, path: str, data: bytes) -> None:
-        form = self.headers.get("Content-Type", "")
-        is_form = form.lower().startswith("multipart/")
-        body = form_body(data, form) if is_form else _json_body(data, self.app.limits.values)
+        if self.headers.get_content_maintype() == "multipart":
+            body = form_body(data, self.headers.get_boundary(""))
+        else:
+            body = _json_body(data, self.app.limits.values)
         args, (kind, given) = media_args(path, body), MEDIA[path]
         result, reply = self.app.client._make(kind, body[given], self.cancellation, **args)
         self.reply_headers |= answer_headers(reply)
