@@ -6622,21 +6622,20 @@ def _response_items(body: JSON, memory: ResponseMemory) -> list[JSON]:
     items, previous = body.get("input"), body.get("previous_response_id")
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
-    items = [_referred(item, memory) for item in _objects(items, "input")]
+    read: list[JSON] = []
+    for item in _objects(items, "input"):
+        if item.get("type", "item_reference") == "item_reference" and "role" not in item:
+            name = str(item.get("id"))
+            known = memory.get(f"item_{name}")
+            text = f"Item with id '{name[:200]}' not found."
+            text += " Items are not persisted when store is false."
+            _demand(known or name.startswith("rs_"), text, "input", status=404)
+            item = known or {"type": "reasoning"}
+        read.append(item)
     before = [] if previous is None else memory.get(f"history_{previous}")
     text = f"Previous response with id {str(previous)[:200]!r} not found"
     _demand(before is not None, text, "previous_response_id", code="previous_response_not_found")
-    return [*before, *items]
-
-
-def _referred(item: JSON, memory: ResponseMemory) -> JSON:
-    if item.get("type", "item_reference") != "item_reference" or "role" in item:
-        return item
-    name = str(item.get("id"))
-    remembered: JSON | None = memory.get(f"item_{name}")
-    text = f"Item with id '{name[:200]}' not found. Items are not persisted when store is false."
-    _demand(remembered or name.startswith("rs_"), text, "input", status=404)
-    return remembered or {"type": "reasoning"}
+    return [*before, *read]
 
 
 def _item_messages(items: Sequence[JSON]) -> Messages:
@@ -7838,19 +7837,16 @@ def _body_size(digits: str, pattern: str, base: int) -> int:
     return int(digits, base)
 
 
-def _commas_outside_texts(data: bytes) -> int:
-    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    count, is_inside = 0, False
-    for start in range(0, len(plain), 64 * 1024):
-        pieces = plain[start : start + 64 * 1024].split(b'"')
-        count += sum(piece.count(b",") for piece in pieces[is_inside::2])
-        is_inside ^= len(pieces) % 2 == 0
-    return count
-
-
 def _json_body(data: bytes, max_values: int) -> JSON:
-    is_large = data.count(b",") > max_values and _commas_outside_texts(data) > max_values
-    _demand(not is_large, f"the body holds more than {max_values} values", status=413)
+    if data.count(b",") > max_values:
+        # those in texts do not count
+        plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+        count, is_inside = 0, False
+        for start in range(0, len(plain), 64 * 1024):
+            pieces = plain[start : start + 64 * 1024].split(b'"')
+            count += sum(piece.count(b",") for piece in pieces[is_inside::2])
+            is_inside ^= len(pieces) % 2 == 0
+        _demand(count <= max_values, f"the body holds more than {max_values} values", status=413)
     try:
         body: JSON = json.loads(data)
     except (ValueError, RecursionError) as error:
