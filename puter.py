@@ -6120,8 +6120,12 @@ def checked_request(
     messages = [_restored(message, memory) for message in messages]
     if orders := [text for text in (order, shape) if text]:
         messages = with_instruction(messages, "\n".join(orders))
+    stops = [stop] if _is_text(stop) else stop or []
+    is_list = isinstance(stops, list) and all(map(_is_text, stops))
+    _demand(is_list, "stop must be a string or a list of strings", "stop")
+    _demand(len(stops) <= MAX_STOPS, f"stop may hold {MAX_STOPS} texts", "stop")
     fields |= {"streaming": body.get("stream") is True, "wants_json": bool(shape)}
-    fields |= {"memory": memory, "names": names, "stop": _stop_texts(stop)}
+    fields |= {"memory": memory, "names": names, "stop": tuple(stops)}
     return ChatRequest(model, messages, schemas, args, **fields)
 
 
@@ -6142,14 +6146,6 @@ def _objects(value: Any, name: str) -> list[JSON]:
         if not isinstance(one, dict):
             raise _bad_request(f"{name}[{number}] is {_describe(one)}, but must be an object", name)
     return objects
-
-
-def _stop_texts(stop: Any) -> tuple[str, ...]:
-    stops = [stop] if _is_text(stop) else stop or []
-    is_list = isinstance(stops, list) and all(map(_is_text, stops))
-    _demand(is_list, "stop must be a string or a list of strings", "stop")
-    _demand(len(stops) <= MAX_STOPS, f"stop may hold {MAX_STOPS} texts", "stop")
-    return tuple(stops)
 
 
 def _pick(value: Any, *keys: str) -> JSON:
@@ -6511,7 +6507,6 @@ def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
 _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
 
-
 # Tools that a client runs by a provider's rules, which other models do not know.
 _CLIENT_TOOLS = re.compile(
     r"(bash_|text_editor_|memory_|browser_|computer|shell$|local_shell|apply_patch)[\w.]*"
@@ -6611,9 +6606,8 @@ def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     spaces = {form["name"]: form["namespace"] for form in forms if form["name"] not in offered}
     search = next(filter(is_web_search, _objects(body.get("tools"), "tools")), None)
     # what must be called is a tool of the server's own
-    must_search = is_web_search(choice) or (
-        not offered and "required" in (choice, _dig(choice, "mode"))
-    )
+    is_required = "required" in (choice, _dig(choice, "mode"))
+    must_search = is_web_search(choice) or (is_required and not offered)
     fields: JSON = {"options": options, "search": search, "must_search": must_search}
     return checked_request(body, memory, messages, functions, args, spaces=spaces, **fields)
 
