@@ -6543,9 +6543,9 @@ def with_served_model(request: ChatRequest, name: str, models: ModelList) -> Cha
     if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
         request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
     elif request.must_search or (request.search is not None and not request.tools):
-        able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3]
-        names = ", ".join(able) or "none"
-        request = request._replace(canned=f"{_NO_SEARCH} Models that search: {names}.")
+        able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3] or ["none"]
+        text = f"{_NO_SEARCH} Models that search: {', '.join(able)}."
+        request = request._replace(canned=text)
     if model is None:
         return request._replace(model=name)
     if model.max_tokens and "max_tokens" in args:
@@ -7595,11 +7595,10 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _answer(self, path: str) -> None:
         headers, client = self.headers, self.app.client
-        for name in _SINGLE_HEADERS:
-            if len(headers.get_all(name, ())) > 1:
-                # where the body ends is anybody's guess
-                self.close_connection = True
-                raise _bad_request(f"there are several {name} headers")
+        if several := [name for name in _SINGLE_HEADERS if len(headers.get_all(name, ())) > 1]:
+            # where the body ends is anybody's guess
+            self.close_connection = True
+            raise _bad_request(f"there are several {several[0]} headers")
         is_preflight = self.command == "OPTIONS" and "Origin" in headers
         refused = refusal(self.app.rules, path, headers)
         if "Origin" in headers and not isinstance(refused, AccessError):
