@@ -7620,7 +7620,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self.reply_headers["Allow"] = ", ".join(allowed)
             raise _bad_request(f"{self.command} is not for {path[:200]}", status=405)
         elif path in DIALECTS:
-            self._answer_dialect(DIALECTS[path], self._read_body())
+            self._answer_dialect(self._read_body())
         elif is_posted:
             self._answer_media(path, self._read_body())
         elif path == "/v1/models":
@@ -7632,13 +7632,12 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         else:
             self._send(200, {"status": "ok", "version": __version__})
 
-    def _answer_dialect(self, dialect: Dialect, data: bytes) -> None:
-        body = _json_body(data, self.app.limits.values)
-        if dialect.compute is not None:
-            self._send(200, dialect.compute(body))
+    def _answer_dialect(self, data: bytes) -> None:
+        body, client = _json_body(data, self.app.limits.values), self.app.client
+        if self.dialect.compute is not None:
+            self._send(200, self.dialect.compute(body))
             return
-        client = self.app.client
-        asked = dialect.parse(body, self.app.memory)
+        asked = self.dialect.parse(body, self.app.memory)
         models = client._catalogue.models_if_any("The name of the model is passed on unchecked")
         name = asked.model or client.config.default_model or ""
         served = self.app.models
@@ -7649,11 +7648,11 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         args = {**asked.args, "tools": asked.tools}
         request = client._build_request(asked.messages, asked.model, **args)
         if asked.streaming:
-            self._stream(dialect, asked, request)
+            self._stream(asked, request)
         else:
             reply = self._complete(asked, request)
             self.reply_headers |= answer_headers(reply)
-            self._send(200, dialect.body(asked, *whole_answer(asked, reply)))
+            self._send(200, self.dialect.body(asked, *whole_answer(asked, reply)))
 
     def _answer_media(self, path: str, data: bytes) -> None:
         if self.headers.get_content_maintype() == "multipart":
@@ -7677,7 +7676,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         reply = _with_json(asked, self._complete(asked, request))
         return Stream.of(reply, self.cancellation)
 
-    def _stream(self, dialect: Dialect, asked: ChatRequest, request: Asked) -> None:
+    def _stream(self, asked: ChatRequest, request: Asked) -> None:
         opened: Future[Stream] = Future()
         has_failed = False
 
@@ -7711,7 +7710,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 # what failed in time has a status of its own
                 self.reply_headers |= answer_headers(opened.result())
             self._begin_events()
-            for frame in dialect.frames(asked, model, answer_events(asked, batches())):
+            for frame in self.dialect.frames(asked, model, answer_events(asked, batches())):
                 self._write_frame(frame)
                 if frame is None or not opened.done():
                     self.wfile.flush()
@@ -7719,7 +7718,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self.close_connection |= self.cancellation.cancelled.is_set()
             # a stream that comes too late is nobody's
             opened.add_done_callback(_close_opened)
-        if has_failed and dialect.cuts_broken_streams:
+        if has_failed and self.dialect.cuts_broken_streams:
             self.close_connection = True
         elif self.is_chunked:
             self.wfile.write(b"0\r\n\r\n")
