@@ -7625,8 +7625,9 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
             self._answer_media(path, self._read_body())
         elif path == "/v1/models":
             served = self.app.models
-            listed = [m for m in client.models() if not served or m.id in served]
-            self._send(200, models_object(listed))
+            data = [model_object(m) for m in client.models() if not served or m.id in served]
+            ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+            self._send(200, {"object": "list", "data": data, "has_more": False, **ends})
         elif is_models:
             self._send(200, model_object(client.model(path.removeprefix("/v1/models/"))))
         else:
@@ -7845,13 +7846,6 @@ def _json_body(data: bytes, max_values: int) -> JSON:
         raise _bad_request(f"the body is not valid JSON ({error})") from None
     _demand(isinstance(body, dict), "the body is not a JSON object")
     return body
-
-
-def models_object(models: Sequence[Model]) -> JSON:
-    """A list of models in OpenAI's shape and Anthropic's at once."""
-    data = [model_object(model) for model in models]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
-    return {"object": "list", "data": data, "has_more": False, **ends}
 
 
 def answer_headers(who: Reply | Stream) -> dict[str, str]:
