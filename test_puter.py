@@ -17456,8 +17456,7 @@ class TestGatewayUnderAttack:
 
     def test_signatures_outlive_large_histories(self, server):
         memory = server.memory
-        asked = understood()._replace(memory=memory)
-        puter._remember(asked, "call_1", call={"google": "signature"})
+        memory.extras.put("call_1", {"google": "signature"})
         for number in range(3):
             memory.put(f"history_{number}", "x" * 7_000_000)
         message = assistant(None, tool_call("call_1"))
