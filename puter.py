@@ -7974,7 +7974,6 @@ _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest
 MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives up a call after 60 s without progress
 MCP_MAX_LETTERS = 1_000_000
 _MCP_TICK_S = 1.0  # between two progress notifications
-_MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
 _MCP_ABOUT = {
     "capabilities": {"tools": {}},
@@ -8044,9 +8043,12 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 
 @dataclass(eq=False)
 class _McpCall:
-    """A call of a tool that is running; its client asks for progress if there is a token."""
+    """A request that is not answered yet; its client asks for progress if there is a token."""
 
-    request: JSON
+    id: str | int
+    method: str
+    params: JSON
+    meta: JSON
     progress_token: str | int | None
     progress: int = 0
     cancellation: _InFlight = field(default_factory=_InFlight)
@@ -8087,23 +8089,22 @@ class McpServer:
             if not text:
                 return
             message = json.loads(text, parse_constant=_finite)
-            is_request = _is_request(message)
-        except (ValueError, RecursionError):
-            self._write(_rpc_failure(None, _RpcError(-32700, "Parse error: invalid JSON")))
-        except _RpcError as error:
+            call = _call_from(message)
+        except (ValueError, RecursionError) as error:
             given_id = message.get("id") if isinstance(message, dict) else None
-            self._write(_rpc_failure(given_id if _is_rpc_id(given_id) else None, error))
+            body = getattr(error, "body", {"code": -32700, "message": "Parse error: invalid JSON"})
+            request_id = given_id if _is_rpc_id(given_id) else None
+            self._write({"jsonrpc": "2.0", "id": request_id, "error": body})
+            return
+        if call is None:
+            self._notified(message)
+            return
+        with self._calls_changed:
+            self._calls.add(call)
+        if call.method == "tools/call":
+            threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
         else:
-            if not is_request:
-                self._notified(message)
-            elif message["method"] == "tools/call":
-                token = _meta_of(message).get("progressToken")
-                call = _McpCall(message, token if _is_rpc_id(token) else None)
-                with self._calls_changed:
-                    self._calls.add(call)
-                threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
-            else:
-                self._write(_rpc_answer(message, lambda: self._result(message)))
+            self._answer(call, self._result)
 
     def close(self, patience_s: float = 0.0) -> None:
         """Wait so long for the calls that run; then answer them with what there is."""
@@ -8127,25 +8128,24 @@ class McpServer:
             tools.append({**tool, "annotations": hints})
         return tools
 
-    def _result(self, message: JSON) -> JSON:
+    def _result(self, call: _McpCall) -> JSON:
         """The result of a request that needs no tool; raises `_RpcError`."""
-        method, params = message["method"], message.get("params") or {}
-        if method == "initialize":
-            asked = params.get("protocolVersion")
+        if call.method == "initialize":
+            asked = call.params.get("protocolVersion")
             if not isinstance(asked, str):
                 raise _RpcError(-32602, "initialize needs a protocolVersion")
             older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
             version = (older or MCP_HANDSHAKE_VERSIONS)[-1]
             return {"protocolVersion": version, "serverInfo": _MCP_SERVER_INFO, **_MCP_ABOUT}
-        if method == "ping":
+        if call.method == "ping":
             return {}
         lists: dict[str, JSON] = {
             "tools/list": {"tools": self.tools()},
             "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
-        if method not in lists:
-            raise _RpcError(-32601, f"Method not found: {method}")
-        return {**lists[method], "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
+        if call.method not in lists:
+            raise _RpcError(-32601, f"Method not found: {call.method}")
+        return {**lists[call.method], "ttlMs": 3_600_000, "cacheScope": "private"}
 
     def _notified(self, message: JSON) -> None:
         """End the call that the client cancels; what else comes needs nothing."""
@@ -8154,9 +8154,10 @@ class McpServer:
             return
         asked = params.get("requestId")
         with self._calls_changed:
-            calls = [c for c in self._calls if _is_rpc_id(asked) and c.request["id"] == asked]
+            calls = [call for call in self._calls if _is_rpc_id(asked) and call.id == asked]
+            self._calls.difference_update(calls)
+            self._calls_changed.notify_all()
         for call in calls:
-            self._answer_once(call, None)
             call.cancellation.cancel()
 
     # ---- calls of tools ----
@@ -8167,13 +8168,12 @@ class McpServer:
         limit.daemon = True
         if call.progress_token is None:
             limit.start()
-        self._answer_once(call, _rpc_answer(call.request, lambda: self._tool_result(call)))
+        self._answer(call, self._tool_result)
         limit.cancel()
 
     def _tool_result(self, call: _McpCall) -> JSON:
         """What a tool gives, or why it failed; raises `_RpcError` for a wrong call."""
-        params = call.request.get("params") or {}
-        name, arguments = params.get("name"), params.get("arguments") or {}
+        name, arguments = call.params.get("name"), call.params.get("arguments") or {}
         if not isinstance(name, str) or name not in _MCP_TOOLS:
             raise _RpcError(-32602, f"Unknown tool: {name!r}")
         if not isinstance(arguments, dict):
@@ -8202,16 +8202,26 @@ class McpServer:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
             output = _tool_output(text, _chat_output(reply, partial=True))
-        self._answer_once(call, _rpc_answer(call.request, lambda: output))
+        self._answer(call, lambda _: output)
         call.cancellation.cancel()
 
-    def _answer_once(self, call: _McpCall, answer: JSON | None) -> None:
-        """Write the answer of a call unless it ended before; nothing of it is written later."""
+    def _answer(self, call: _McpCall, work: Callable[[_McpCall], JSON]) -> None:
+        """Write what comes of a request, unless it has ended meanwhile; nothing is written later."""
+        try:
+            is_stateless, result = _check_envelope(call), work(call)
+            if is_stateless:
+                stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
+                result = {"resultType": "complete", **result, "_meta": stamp}
+            answer = {"result": result}
+        except _RpcError as error:
+            answer = {"error": error.body}
+        except Exception:  # noqa: BLE001 (it is reported and logged, and the server lives)
+            _log.error("A request could not be answered", exc_info=True)
+            answer = {"error": {"code": -32603, "message": "Internal error"}}
         with self._calls_changed:
             if call in self._calls:
                 self._calls.remove(call)
-                if answer is not None:
-                    self._write(answer)
+                self._write({"jsonrpc": "2.0", "id": call.id, **answer})
                 self._calls_changed.notify_all()
 
     def _report_progress(self) -> None:
@@ -8312,21 +8322,16 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
     return output if structured is None else {**output, "structuredContent": structured}
 
 
-class _RpcError(Exception):
+class _RpcError(ValueError):
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.body = {"code": code, "message": message} | ({"data": data} if data else {})
 
 
-def _meta_of(message: JSON) -> JSON:
-    meta = (message.get("params") or {}).get("_meta")
-    return meta if isinstance(meta, dict) else {}
-
-
-def _check_envelope(request: JSON) -> bool:
+def _check_envelope(call: _McpCall) -> bool:
     """Whether a request is of the stateless protocol; raises `_RpcError` for a wrong one."""
-    meta, key = _meta_of(request), f"{_MCP_META}protocolVersion"
-    if key not in meta and request["method"] != "server/discover":
+    meta, key = call.meta, f"{_MCP_META}protocolVersion"
+    if key not in meta and call.method != "server/discover":
         return False
     if not isinstance(meta.get(key), str):
         raise _RpcError(-32602, f"params._meta needs {key}, a string")
@@ -8338,42 +8343,29 @@ def _check_envelope(request: JSON) -> bool:
     return True
 
 
-def _is_request(message: Any) -> bool:
+def _call_from(message: Any) -> _McpCall | None:
+    """The request of a message, None for a notification or response; raises `_RpcError`."""
     if not isinstance(message, dict):
         raise _RpcError(-32600, "A message must be an object; batches are not supported")
-    is_call = isinstance(message.get("method"), str)
+    is_call, params = isinstance(message.get("method"), str), message.get("params")
     is_response = not is_call and ("result" in message or "error" in message)
     if is_response or (is_call and "id" not in message):
-        return False
+        return None
     if not is_call or message.get("jsonrpc") != "2.0":
         raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
     if not _is_rpc_id(message["id"]):
         raise _RpcError(-32600, "An id must be a string or a whole number")
-    if not isinstance(message.get("params"), (dict, type(None))):
+    if not isinstance(params, (dict, type(None))):
         raise _RpcError(-32600, "params must be an object")
-    return True
+    meta = (params or {}).get("_meta")
+    meta = meta if isinstance(meta, dict) else {}
+    token = meta.get("progressToken")
+    token = token if _is_rpc_id(token) else None
+    return _McpCall(message["id"], message["method"], params or {}, meta, token)
 
 
 def _is_rpc_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def _rpc_answer(request: JSON, work: Callable[[], JSON]) -> JSON:
-    try:
-        is_stateless, result = _check_envelope(request), work()
-    except _RpcError as error:
-        return _rpc_failure(request["id"], error)
-    except Exception:  # noqa: BLE001 (it is reported and logged, and the server lives)
-        _log.error("A request could not be answered", exc_info=True)
-        return _rpc_failure(request["id"], _RpcError(-32603, "Internal error"))
-    if is_stateless:
-        stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
-        result = {"resultType": "complete", **result, "_meta": stamp}
-    return {"jsonrpc": "2.0", "id": request["id"], "result": result}
-
-
-def _rpc_failure(request_id: str | int | None, error: _RpcError) -> JSON:
-    return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
 
 
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
