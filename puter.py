@@ -8709,8 +8709,8 @@ def cmd_ask(args: Any) -> None:
     prompt = _prompt_of(args)
     is_taken = "-" in (*args.attach, args.schema)
     wants_stdin = not is_taken and (prompt == "-" or not sys.stdin.isatty())
-    piped = _text_of_pipe(_read_stdin()).strip() if wants_stdin else ""
-    text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
+    piped = _text_of_pipe(_read_input("-")).strip() if wants_stdin else ""
+    text = "\n\n".join(filter(None, ["" if prompt == "-" else prompt, piped]))
     with _client() as client, _saving(args, "picture") as save:
         message = message_with(text, args.attach, client)
         if not text.strip() and not args.attach:
@@ -8734,11 +8734,8 @@ def cmd_ask(args: Any) -> None:
 
 
 def _schema_from(source: str) -> JSON:
-    text: str | bytes = source
-    if not source.lstrip().startswith("{"):
-        text = _read_stdin() if source == "-" else _bytes_of(source, "file")[0]
     try:
-        schema = json.loads(text)
+        schema = json.loads(source if source.lstrip().startswith("{") else _read_input(source))
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"The schema is not JSON ({error})", hint="Correct it.") from None
     _require(isinstance(schema, dict), "The schema", schema, 'Write {"type": "object", …}.')
@@ -8816,8 +8813,10 @@ def _free_name(stem: str, ending: str) -> str:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _read_stdin() -> bytes:
-    """All of standard input; a line on stderr says so when nothing comes."""
+def _read_input(source: str) -> bytes:
+    """A file, or all of standard input ("-"); a line on stderr says so when nothing comes."""
+    if source != "-":
+        return _bytes_of(source, "file")[0]
     waits = "Waiting for the end of standard input (at a terminal: Ctrl-D; to leave it out: < "
     note = threading.Timer(IDLE_STDIN_S, _info, [f"{waits}{os.devnull})", True])
     note.daemon = True
@@ -8846,20 +8845,18 @@ def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
     """
     parts: list[JSON] = []
     for source in sources:
-        name = os.path.basename(source)
         if re.match(r"https?://", source):
             data, _ = client._transport.download(source)
             name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
-        elif source == "-":
-            data, name = _read_stdin(), "standard input"
         else:
-            data = _bytes_of(source, "file")[0]
+            data = _read_input(source)
+            name = "standard input" if source == "-" else os.path.basename(source)
         if not data:
             raise BadRequestError(f"{source} is empty", hint="Attach something else.")
         parts.append(file_part((name, data)))
-    texts = [part["text"] for part in parts if part["type"] == "text"]
+    texts = [text, *(part["text"] for part in parts if part["type"] == "text")]
     others = [part for part in parts if part["type"] != "text"]
-    return messages_from("\n\n".join([*([text] if text else []), *texts]), None, others)[0]
+    return messages_from("\n\n".join(filter(None, texts)), None, others)[0]
 
 
 class _SavedTalk(Conversation):
@@ -8990,15 +8987,11 @@ class _Spinner(threading.Thread):
         self._reason, self._until = "", 0.0
         self._over = threading.Event()
         client._on_wait = self._show
-        if (
-            not client.config.quiet_mode
-            and sys.stderr.isatty()
-            and os.environ.get("TERM") != "dumb"
-        ):
+        can_wipe = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        if can_wipe and not client.config.quiet_mode:
             self.start()
 
     def _show(self, why: str, wait_s: float) -> None:
-        """Show why, for as long as that is waited for."""
         self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
@@ -9024,12 +9017,11 @@ def _reply_report(reply: Reply) -> JSON:
     for one in reply.attempts:
         result = {"error": one.error and one.error.message, "seconds": round(one.seconds, 3)}
         attempts.append({"model": one.model, "account": one.account, **result})
-    value = {} if reply.value is None else {"value": reply.value}
-    cost = {"cost_usd": reply.usage.cost_usd, **value}
-    return {**reply_to_json(reply), **cost, "attempts": attempts}
+    report = {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
+    return report if reply.value is None else {**report, "value": reply.value}
 
 
-def _usage_words(usages: Iterable[Usage]) -> str:
+def _usage_words(usages: Iterable[Usage | None]) -> str:
     reported = [u for u in usages if u]
     used = sum(reported, Usage())
     words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
@@ -9094,10 +9086,17 @@ def cmd_ocr(args: Any) -> None:
 
 
 def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
-    """Have a job done, and print what came of it, or where it was saved."""
     with ExitStack() as stack, _client() as client:
         save: Any = stack.enter_context(_saving(args, name)) if name else str
-        given = _given(args)
+        given: Any = args.given
+        if name:
+            words = " ".join(args.given)
+            given = (_text_of_pipe(_read_input("-")) if words in ("", "-") else words).strip()
+            if not given:
+                hint = f'Try: python -m puter {args.command} "A red bicycle"'
+                raise ConfigError("There are no words", hint=hint)
+        elif given == "-":
+            given = ("standard input", _read_input("-"))
 
         def make() -> tuple[Any, Reply]:
             with closing(_Spinner(client)):
@@ -9114,18 +9113,6 @@ def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None
             _info(f"{reply.model} on {reply.account}; {price}", dim=True)
 
 
-def _given(args: Any) -> Any:
-    """The words, or the file, that a command of pictures and sound was given."""
-    if isinstance(args.given, str):
-        return ("standard input", _read_stdin()) if args.given == "-" else args.given
-    words = " ".join(args.given)
-    words = _text_of_pipe(_read_stdin()) if words in ("", "-") else words
-    if not words.strip():
-        hint = f'Try: python -m puter {args.command} "A red bicycle"'
-        raise ConfigError("There are no words", hint=hint)
-    return words.strip()
-
-
 class _Chat:
     """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
 
@@ -9136,8 +9123,8 @@ class _Chat:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        self.answered = 0
-        self.used: list[Usage] = []
+        # of each turn; None for one that failed, or was stopped
+        self.used: list[Usage | None] = []
         self.matches: list[str] = []
 
     def run(self) -> None:
@@ -9178,10 +9165,9 @@ class _Chat:
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.used.append(Usage())  # one that is stopped counts
+        self.used.append(None)
         reply = _answer(self.client, self.talk, message, self.options)
         self.unanswered = None
-        self.answered += 1
         self.used[-1] = reply.usage
         _save_images(reply, partial(_saved, output="picture"))
         _comment(self.client, self.talk.model, reply)
@@ -9302,7 +9288,7 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, {"max_tokens": args.max_tokens, "temperature": args.temperature})
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if len(chat.used) > chat.answered else 0
+            return 1 if None in chat.used else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
         for role, mark in (("user", "> "), ("assistant", "")):

@@ -5133,7 +5133,7 @@ class TestModuleLevel:
         monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
         sit_down(monkeypatch, lambda _: answer)
         monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
-        monkeypatch.setattr(puter, "_read_stdin", lambda: b"")
+        monkeypatch.setattr(puter, "_read_input", lambda _: b"")
         code = puter.main(["ask", "-m", lab("echo"), "hello"])
         told = capsys.readouterr()
         assert "You are not signed in." in told.err, told
