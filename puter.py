@@ -8436,7 +8436,13 @@ AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work wit
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv` is without the program's name."""
     can_write = sys.stdout is not None
-    _prepare_streams()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: no file that is opened later may get its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            with suppress(OSError):  # it has been read from already
+                stream.reconfigure(encoding="utf-8", errors="replace")
     args = _parsed(argv)
     try:
         if not can_write:
@@ -8458,18 +8464,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         _error(f"The output cannot be written ({error.strerror or error}).")
         return 1
-
-
-def _prepare_streams() -> None:
-    """UTF-8 for all three; for a closed one the null device, so that no file gets its number."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            with suppress(OSError):  # it has been read from already
-                stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def _parsed(argv: Sequence[str] | None) -> Any:
@@ -9517,16 +9511,9 @@ def cmd_status(args: Any) -> int:
             lines = ([marks[fine], (text, "")] for fine, text in checks)
             _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
             return 0 if all(fine for fine, _ in checks) else 1
-        report = _status_report(client, time.time())
-    _report(args, report, _status_lines(report, from_environment))
-    return 0 if report["accounts"] or from_environment else 1
-
-
-def _status_report(client: Puter, now: float) -> JSON:
-    accounts, active = client.store.accounts(), client.store.active()
-    cooldowns = client.state.cooldowns(now, accounts)
+        now, active, accounts = time.time(), client.store.active(), client.store.accounts()
+        cooldowns, used = client.state.cooldowns(now, accounts), client.state.last_used_ms()
     dead = {c.account for c in cooldowns if c.reason == "login"}
-    used = client.state.last_used_ms()
     report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
     for a in accounts:
         times = {"added_at_ms": a.added_at_ms, "last_used_ms": used.get(a.username, a.last_used_ms)}
@@ -9537,7 +9524,8 @@ def _status_report(client: Puter, now: float) -> JSON:
             row = {"account": c.account, "model": c.model or None, "reason": c.reason}
             row |= {"strikes": c.strikes, "seconds_left": round(c.until_s - now, 1)}
             report["cooldowns"].append(row)
-    return report
+    _report(args, report, _status_lines(report, from_environment))
+    return 0 if accounts or from_environment else 1
 
 
 def _status_lines(report: JSON, from_environment: bool) -> Iterator[_Line]:
