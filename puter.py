@@ -7984,21 +7984,16 @@ _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __v
 _NOBODY = "You are not signed in. Sign in with: python -m puter login"
 
 
-def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
-    """What each account may still spend; one that fails says why, and hides no other."""
-    rows = []
-    for account in accounts:
-        row: JSON = {"username": account.username, "error": None}
-        rows.append(row)
-        try:
-            row |= asdict(client.usage(account.username))
-        except PuterError as error:
-            row["error"] = str(error)
-            continue
-        names = ("cost", "units", "count")
-        row["by_api"] = {api: dict(zip(names, costs)) for api, costs in row["by_api"].items()}
-        del row["raw"]
-    return rows
+def credit_row(client: Puter, account: Account) -> JSON:
+    """What an account may still spend; when that fails, why."""
+    try:
+        credit = asdict(client.usage(account.username))
+    except PuterError as error:
+        return {"username": account.username, "error": str(error)}
+    del credit["raw"]
+    names = ("cost", "units", "count")
+    by_api = {api: dict(zip(names, costs)) for api, costs in credit["by_api"].items()}
+    return {"username": account.username, "error": None, **credit, "by_api": by_api}
 
 
 def credit_text(row: JSON) -> str:
@@ -8192,7 +8187,7 @@ class McpServer:
                     call.text.append(str(chunk))
         except PuterError as error:
             return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
-        return _tool_output(call.stream.reply.text, _chat_output(call.stream.reply, partial=False))
+        return _chat_output(call.stream.reply, partial=False)
 
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
@@ -8201,7 +8196,7 @@ class McpServer:
         if stream is not None and text:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
-            output = _tool_output(text, _chat_output(reply, partial=True))
+            output = _chat_output(reply, partial=True)
         self._answer(call, lambda _: output)
         call.cancellation.cancel()
 
@@ -8295,23 +8290,28 @@ class McpServer:
         client = self._client()
         active = client.active_account
         rows, lines = [], []
-        for account, credit in zip(client.accounts, credit_rows(client, client.accounts)):
-            row = {**credit, "active": account == active, "temporary": account.is_temporary}
+        for account in client.accounts:
+            row = credit_row(client, account)
+            row |= {"active": account == active, "temporary": account.is_temporary}
             rows.append({k: row[k] for k in _MCP_ACCOUNT["properties"] if k in row})
             lines.append(f"{'*' if row['active'] else ' '} {account.username}: {credit_text(row)}")
         return "\n".join(lines) or _NOBODY, {"accounts": rows}
 
 
+def _prices(model: Model) -> tuple[float | None, float | None]:
+    return model.input_usd_per_million, model.output_usd_per_million
+
+
 def _price_text(model: Model) -> str:
-    prices = (model.input_usd_per_million, model.output_usd_per_million)
-    into, out = ("?" if price is None else f"${price:g}" for price in prices)
+    into, out = ("?" if price is None else f"${price:g}" for price in _prices(model))
     return "free" if model.free else f"{into} in, {out} out, a million tokens"
 
 
 def _chat_output(reply: Reply, partial: bool) -> JSON:
     keys = ("text", "reasoning", "model", "account", "finish_reason")
     usage = {k: v for k, v in asdict(reply.usage).items() if v is not None}
-    return {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
+    answer: JSON = {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
+    return _tool_output(reply.text, answer)
 
 
 def _tool_output(text: str, structured: JSON | None = None) -> JSON:
@@ -8713,10 +8713,9 @@ def cmd_ask(args: Any) -> None:
         talk = _conversation(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         options |= {"fallback": not args.no_fallback, "web_search": args.web}
-        if args.schema:
-            options["returns"] = _schema_from(args.schema)
+        options["returns"] = args.schema and _schema_from(args.schema)
         whole = args.json or args.no_stream
-        reply = _answer(client, talk, message, options, whole)
+        reply = talk.turn(client, message, options, whole)
         if whole:
             _report(args, _reply_report(reply), str(reply).split("\n") if reply.text else [])
         _save_images(reply, save)
@@ -8770,12 +8769,9 @@ def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
 
 
 def _save_images(reply: Reply, save: Callable[[_Medium], str]) -> None:
-    def show(image: Picture) -> None:
-        _info(f"picture: {save(image)}")
-
     with ExitStack() as stack:  # when one fails, the others are saved all the same
         for image in reversed(reply.images):
-            stack.callback(show, image)
+            stack.callback(lambda image: _info(f"picture: {save(image)}"), image)
 
 
 def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
@@ -8789,13 +8785,12 @@ def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
     try:
         medium.save(path, overwrite)
     except OSError as error:
-        from tempfile import mkstemp
+        from tempfile import NamedTemporaryFile
 
-        handle, kept = mkstemp(usual[0], "puter-")
-        with open(handle, "wb") as file:
+        with NamedTemporaryFile(prefix="puter-", suffix=usual[0], delete=False) as file:
             file.write(medium.data)
         problem = f"{path} cannot be written ({error.strerror or error})"
-        raise StoreError(problem, hint=f"It was saved in {kept} instead.") from error
+        raise StoreError(problem, hint=f"It was saved in {file.name} instead.") from error
     if ending.lower() not in ("", *usual):
         _info(f"note: {path} holds {medium.mime}")
     return path
@@ -8903,6 +8898,20 @@ class _SavedTalk(Conversation):
         except (OSError, TypeError, ValueError, StoreError) as error:
             _info(f"warning: The conversation could not be saved in {self.path} ({error}).")
 
+    def turn(self, client: Puter, message: JSON, options: JSON, whole: bool = False) -> Reply:
+        """Say or stream a message, and save the conversation; the stream is printed."""
+
+        def ask() -> Reply:
+            with closing(_Spinner(client)) as spinner:
+                if whole:
+                    return self.say(message, **options)
+                _print_stream(self.stream(message, **options), spinner)
+                return self.reply
+
+        reply = _signed_in(client, ask)
+        self.save()
+        return reply
+
     def words(self, role: str) -> list[str]:
         """What somebody said, each message on a line."""
         texts = (text_of(m.get("content")) for m in self.messages if m.get("role") == role)
@@ -8934,21 +8943,6 @@ def _conversation(args: Any, client: Puter) -> _SavedTalk:
     talk.may_replace = args.run is cmd_ask and not goes_on
     talk.model, talk.system = args.model or talk.model, args.system or talk.system
     return talk
-
-
-def _answer(
-    client: Puter, talk: _SavedTalk, message: JSON, options: JSON, whole: bool = False
-) -> Reply:
-    def ask() -> Reply:
-        with closing(_Spinner(client)) as spinner:
-            if whole:
-                return talk.say(message, **options)
-            _print_stream(talk.stream(message, **options), spinner)
-            return talk.reply
-
-    reply = _signed_in(client, ask)
-    talk.save()
-    return reply
 
 
 def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
@@ -9160,7 +9154,7 @@ class _Chat:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
         self.used.append(None)
-        reply = _answer(self.client, self.talk, message, self.options)
+        reply = self.talk.turn(self.client, message, self.options)
         self.unanswered = None
         self.used[-1] = reply.usage
         _save_images(reply, partial(_saved, output="picture"))
@@ -9239,8 +9233,8 @@ class _Chat:
         if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
-            said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
-            text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
+            said = (f"## {m['role']}\n\n{text_of(m.get('content'))}" for m in self.talk.messages)
+            text = "\n\n".join(said)
         file_errors = _failing(f"{name} cannot be written", "Choose another name.")
         with file_errors, open(os.path.expanduser(name), "x", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -9294,10 +9288,7 @@ def cmd_chat(args: Any) -> int:
 
 
 def _read_message() -> tuple[str, bool]:
-    """(a line, or several; whether between \"\"\"); raises EOFError at the end.
-
-    At the end of a pipe, what was begun counts as it is.
-    """
+    """(a line, or several; whether as they are); what the end of a pipe cuts counts as it is."""
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
     text = _read_line(prompt)
     if "\n" in text.strip():  # it was pasted
@@ -9605,10 +9596,6 @@ def cmd_whoami(args: Any) -> None:
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
 
 
-def _prices(model: Model) -> tuple[float | None, float | None]:
-    return model.input_usd_per_million, model.output_usd_per_million
-
-
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     "id": lambda m: m.id,
     "price": lambda m: (m.input_usd_per_million is None, sum(filter(None, _prices(m))), m.id),
@@ -9656,10 +9643,10 @@ def _tokens(count: int) -> str:
 def _table(
     rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = (), cut: int = 0
 ) -> Iterator[_Line]:
-    """Rows of texts, the head first, as lines with aligned columns (`<` or `>` a column).
+    """Rows, the head first, as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow, columns that say the same in all rows are left out and
-    named once, then the `spare` ones are left out, in that order; at last `cut` is shortened.
+    On a narrow terminal, columns that say the same in all rows are named once, then the
+    `spare` ones are left out, in that order; at last `cut` is shortened.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     columns = list(range(len(widths)))
@@ -9695,11 +9682,9 @@ def _cut(text: str, most: int) -> str:
 def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
-        if not client.accounts:
-            _signed_in(client, client.whoami)
-        active = client.active_account
-        accounts = client.accounts if args.all else [active] if active else []
-        rows = credit_rows(client, accounts)
+        active = _signed_in(client, client._accounts.first)
+        accounts = client.accounts if args.all else [active]
+        rows = [credit_row(client, account) for account in accounts]
     _report(args, rows, (line for row in rows for line in _credit_lines(row)))
     return 1 if any(row["error"] for row in rows) else 0
 
@@ -10430,8 +10415,8 @@ class _LaunchClient(Puter):
             parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
             parts += [_plural(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
-        credit = credit_rows(self, [active] if active else [])
-        parts += (f"{row['username']}: {credit_text(row)}" for row in credit if not row["error"])
+        if active and not (row := credit_row(self, active))["error"]:
+            parts.append(f"{active.username}: {credit_text(row)}")
         return "; ".join(parts)
 
 
