@@ -8043,7 +8043,7 @@ class _McpCall:
     id: str | int
     method: str
     params: JSON
-    meta: JSON
+    is_stateless: bool
     progress_token: str | int | None
     progress: int = 0
     cancellation: _InFlight = field(default_factory=_InFlight)
@@ -8086,9 +8086,8 @@ class McpServer:
             message = json.loads(text, parse_constant=_finite)
             call = _call_from(message)
         except (ValueError, RecursionError) as error:
-            given_id = message.get("id") if isinstance(message, dict) else None
             body = getattr(error, "body", {"code": -32700, "message": "Parse error: invalid JSON"})
-            request_id = given_id if _is_rpc_id(given_id) else None
+            request_id = _rpc_id(message.get("id")) if isinstance(message, dict) else None
             self._write({"jsonrpc": "2.0", "id": request_id, "error": body})
             return
         if call is None:
@@ -8147,9 +8146,8 @@ class McpServer:
         params = message.get("params")
         if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
             return
-        asked = params.get("requestId")
         with self._calls_changed:
-            calls = [call for call in self._calls if _is_rpc_id(asked) and call.id == asked]
+            calls = [c for c in self._calls if c.id == _rpc_id(params.get("requestId"))]
             self._calls.difference_update(calls)
             self._calls_changed.notify_all()
         for call in calls:
@@ -8203,8 +8201,8 @@ class McpServer:
     def _answer(self, call: _McpCall, work: Callable[[_McpCall], JSON]) -> None:
         """Write what comes of a request, unless it has ended meanwhile; nothing is written later."""
         try:
-            is_stateless, result = _check_envelope(call), work(call)
-            if is_stateless:
+            result = work(call)
+            if call.is_stateless:
                 stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
                 result = {"resultType": "complete", **result, "_meta": stamp}
             answer = {"result": result}
@@ -8328,44 +8326,37 @@ class _RpcError(ValueError):
         self.body = {"code": code, "message": message} | ({"data": data} if data else {})
 
 
-def _check_envelope(call: _McpCall) -> bool:
-    """Whether a request is of the stateless protocol; raises `_RpcError` for a wrong one."""
-    meta, key = call.meta, f"{_MCP_META}protocolVersion"
-    if key not in meta and call.method != "server/discover":
-        return False
-    if not isinstance(meta.get(key), str):
-        raise _RpcError(-32602, f"params._meta needs {key}, a string")
-    if meta[key] != MCP_STATELESS_VERSION:
-        versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
-        raise _RpcError(-32022, "Unsupported protocol version", versions)
-    if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
-        raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
-    return True
-
-
 def _call_from(message: Any) -> _McpCall | None:
     """The request of a message, None for a notification or response; raises `_RpcError`."""
     if not isinstance(message, dict):
         raise _RpcError(-32600, "A message must be an object; batches are not supported")
-    is_call, params = isinstance(message.get("method"), str), message.get("params")
+    method, params = message.get("method"), message.get("params")
+    is_call = isinstance(method, str)
     is_response = not is_call and ("result" in message or "error" in message)
     if is_response or (is_call and "id" not in message):
         return None
-    if not is_call or message.get("jsonrpc") != "2.0":
+    if not isinstance(method, str) or message.get("jsonrpc") != "2.0":
         raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
-    if not _is_rpc_id(message["id"]):
+    if _rpc_id(message["id"]) is None:
         raise _RpcError(-32600, "An id must be a string or a whole number")
     if not isinstance(params, (dict, type(None))):
         raise _RpcError(-32600, "params must be an object")
-    meta = (params or {}).get("_meta")
-    meta = meta if isinstance(meta, dict) else {}
-    token = meta.get("progressToken")
-    token = token if _is_rpc_id(token) else None
-    return _McpCall(message["id"], message["method"], params or {}, meta, token)
+    params = params or {}
+    meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+    key = f"{_MCP_META}protocolVersion"
+    is_stateless = key in meta or method == "server/discover"
+    if is_stateless and not isinstance(meta.get(key), str):
+        raise _RpcError(-32602, f"params._meta needs {key}, a string")
+    if is_stateless and meta[key] != MCP_STATELESS_VERSION:
+        versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
+        raise _RpcError(-32022, "Unsupported protocol version", versions)
+    if is_stateless and not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
+        raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
+    return _McpCall(message["id"], method, params, is_stateless, _rpc_id(meta.get("progressToken")))
 
 
-def _is_rpc_id(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
+def _rpc_id(value: Any) -> str | int | None:
+    return value if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
@@ -8599,8 +8590,8 @@ _Line = str | Sequence[tuple[str, str]]
 
 
 def _has_style(output: Any) -> bool:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return output.isatty() and not plain
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return output.isatty() and not is_plain
 
 
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
@@ -9121,7 +9112,7 @@ class _Chat:
             try:
                 text, is_block = _read_message()
                 note = "(stopped; the answer is not saved, /retry asks again)"
-                self.say(text) if is_block else self.take(text)
+                self.take(text, is_block)
             except EOFError:
                 if sys.stdin.isatty() and sys.stderr.isatty():
                     # the shell's prompt begins a line of its own; readline may have begun it
@@ -9132,23 +9123,20 @@ class _Chat:
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
-    def take(self, line: str) -> None:
-        """One message or command. A path at the beginning makes it a message."""
-        word, _, argument = line.rstrip().partition(" ")
-        if not line.strip():
-            return
-        if line.strip() in ("exit", "quit", "/exit", "/quit"):
+    def take(self, text: str, is_block: bool) -> None:
+        """A message, or a line that may be a command; a path at its beginning makes it a message."""
+        word, _, argument = text.rstrip().partition(" ")
+        is_path = "/" in word[1:] or (argument and os.path.exists(word))
+        if not is_block and text.strip() in ("exit", "quit", "/exit", "/quit"):
             raise EOFError
-        if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
-            self.say(line)
+        if is_block or is_path or not text.startswith("/"):
+            if is_block or text.strip():
+                self.ask(message_with(text, self.attached, self.client))
+                self.attached = []
         elif word in self.commands():
             self.commands()[word](argument.strip())
         else:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
-
-    def say(self, text: str) -> None:
-        self.ask(message_with(text, self.attached, self.client))
-        self.attached = []
 
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
@@ -9282,8 +9270,7 @@ def cmd_chat(args: Any) -> int:
         for role, mark in (("user", "> "), ("assistant", "")):
             for said in talk.words(role)[-1:]:
                 _info(mark + _cut(said, 200), dim=True)
-        with _line_editing(chat):
-            chat.run()
+        _run_with_readline(chat)
     return 0
 
 
@@ -9305,13 +9292,11 @@ def _read_message() -> tuple[str, bool]:
     return text.rstrip().removesuffix('"""').strip("\n"), True
 
 
-@contextmanager
-def _line_editing(chat: _Chat) -> Iterator[None]:
+def _run_with_readline(chat: _Chat) -> None:
     try:
         import readline
     except ImportError:  # Windows
-        yield
-        return
+        return chat.run()
     path = chat.client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
@@ -9323,7 +9308,7 @@ def _line_editing(chat: _Chat) -> Iterator[None]:
     readline.set_history_length(1_000)
     known = readline.get_current_history_length()
     try:
-        yield
+        chat.run()
     finally:
         # a history that cannot be saved is no reason to fail; libedit cannot append
         with suppress(OSError, AttributeError):
@@ -9499,43 +9484,35 @@ def cmd_status(args: Any) -> int:
             checks = list(_checks(client))
             bad, good = ("✗ ", "✓ ") if _has_style(sys.stdout) else ("FAIL  ", "ok    ")
             marks = {False: (bad, "red"), True: (good, "green")}
-            lines = ([marks[fine], (text, "")] for fine, text in checks)
-            _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
+            data = [{"ok": fine, "text": text} for fine, text in checks]
+            _report(args, data, ([marks[fine], (text, "")] for fine, text in checks))
             return 0 if all(fine for fine, _ in checks) else 1
         now, active, accounts = time.time(), client.store.active(), client.store.accounts()
         cooldowns, used = client.state.cooldowns(now, accounts), client.state.last_used_ms()
     dead = {c.account for c in cooldowns if c.reason == "login"}
     report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
+    note = "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
+    lines: list[_Line] = [note] if from_environment else []
+    on, off = "●○" if _has_style(sys.stdout) else "* "
     for a in accounts:
-        times = {"added_at_ms": a.added_at_ms, "last_used_ms": used.get(a.username, a.last_used_ms)}
+        used_ms, needs_login = used.get(a.username, a.last_used_ms), a.username in dead
         row = {"username": a.username, "active": a == active, "temporary": a.is_temporary}
-        report["accounts"].append({**row, **times, "needs_login": a.username in dead})
+        row |= {"added_at_ms": a.added_at_ms, "last_used_ms": used_ms, "needs_login": needs_login}
+        report["accounts"].append(row)
+        notes = ["temporary"] if a.is_temporary else []
+        notes += ["needs a new sign-in: python -m puter login"] if needs_login else []
+        notes.append(f"last used {_when(used_ms / 1000) if used_ms else 'never'}")
+        mark = (on, "green") if a == active else (off, "")
+        lines.append([mark, (f" {a.username}", "bold"), (f"  ({', '.join(notes)})", "")])
     for c in cooldowns:
         if c.reason != "login":
+            left_s = round(c.until_s - now, 1)
             row = {"account": c.account, "model": c.model or None, "reason": c.reason}
-            row |= {"strikes": c.strikes, "seconds_left": round(c.until_s - now, 1)}
-            report["cooldowns"].append(row)
-    _report(args, report, _status_lines(report, from_environment))
+            report["cooldowns"].append({**row, "strikes": c.strikes, "seconds_left": left_s})
+            what = f"{c.model} on {c.account}" if c.model else c.account
+            lines.append(f"  cooldown: {what}, {left_s:.0f} s left ({c.reason})")
+    _report(args, report, lines if accounts or from_environment else [*lines, _NOBODY])
     return 0 if accounts or from_environment else 1
-
-
-def _status_lines(report: JSON, from_environment: bool) -> Iterator[_Line]:
-    if from_environment:
-        yield "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
-    active, other = "●○" if _has_style(sys.stdout) else "* "
-    for account in report["accounts"]:
-        notes = ["temporary"] if account["temporary"] else []
-        notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
-        used = account["last_used_ms"]
-        notes.append(f"last used {_when(used / 1000) if used else 'never'}")
-        mark = (active, "green") if account["active"] else (other, "")
-        yield [mark, (f" {account['username']}", "bold"), (f"  ({', '.join(notes)})", "")]
-    for cooldown in report["cooldowns"]:
-        name, model = cooldown["account"], cooldown["model"]
-        what = f"{model} on {name}" if model else name
-        yield f"  cooldown: {what}, {cooldown['seconds_left']:.0f} s left ({cooldown['reason']})"
-    if not report["accounts"] and not from_environment:
-        yield _NOBODY
 
 
 def _when(at_s: float) -> str:
@@ -9722,24 +9699,15 @@ def _credit_lines(row: JSON) -> Iterator[_Line]:
 @_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
 def cmd_stats(args: Any) -> None:
     """How the models have done."""
+    of_model = f" of {args.model}" if args.model else ""
     with _client() as client:
         if args.reset:
             client.reset_stats(args.model)
-            of_model = f" of {args.model}" if args.model else ""
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return
         stats = client.stats(args.model)
         free = {m.id for m in client._catalogue.known() if m.free}
-    _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model, free))
-
-
-def _stats_lines(
-    stats: Sequence[ModelStats], model: str | None, free: Collection[str]
-) -> Iterator[_Line]:
-    if not stats:
-        yield f"There are no statistics{f' of {model}' if model else ''} yet."
-        return
-    styled = _has_style(sys.stdout)
+    failures, styled = [], _has_style(sys.stdout)
     head = ("MODEL", "ASKED", "OK %" if styled else "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
     rows = [(*head, *["TIMES"] * styled)]
     for one in stats:
@@ -9752,13 +9720,13 @@ def _stats_lines(
         longest = max(one.times, default=0.0) or 1.0
         bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cost = f"${one.cost_usd:.4f}" if one.cost_usd or one.model in free else "-"
-        cells = (one.model, *counts, *times, speed, cost)
-        rows.append((*cells, *[bars or "-"] * styled))
-    yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
-    for one in stats:
+        rows.append((one.model, *counts, *times, speed, cost, *[bars or "-"] * styled))
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
-            yield f"failures of {one.model}: {reasons}"
+            failures.append(f"failures of {one.model}: {reasons}")
+    nothing = [f"There are no statistics{of_model} yet."]
+    lines = chain(_table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2)), failures)
+    _report(args, [asdict(s) for s in stats], lines if stats else nothing)
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
