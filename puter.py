@@ -8048,7 +8048,10 @@ class _McpCall:
     progress: int = 0
     cancellation: _InFlight = field(default_factory=_InFlight)
     stream: Stream | None = None
-    text: list[str] = field(default_factory=list)  # of the answer so far
+
+    def text(self) -> str:
+        """Of the answer so far."""
+        return self.stream._partial().text if self.stream else ""
 
 
 class McpServer:
@@ -8181,17 +8184,16 @@ class McpServer:
             if not isinstance(result, Asked):
                 return _tool_output(*result)
             with self._client()._open(result, call.cancellation) as call.stream:
-                for chunk in call.stream:
-                    call.text.append(str(chunk))
+                deque(call.stream, maxlen=0)
         except PuterError as error:
-            return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
+            return _tool_output("\n\n".join(filter(None, [str(error), call.text()])))
         return _chat_output(call.stream.reply, partial=False)
 
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
-        stream, text, limit = call.stream, "".join(call.text), f"{self._call_limit_s:.0f} s"
+        stream, text, limit = call.stream, call.text(), f"{self._call_limit_s:.0f} s"
         output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
-        if stream is not None and text:
+        if stream and text:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
             output = _chat_output(reply, partial=True)
@@ -8226,7 +8228,7 @@ class McpServer:
                     if call.progress_token is not None:
                         call.progress += 1  # it must rise each time
                         params = {"progressToken": call.progress_token, "progress": call.progress}
-                        params["message"] = f"{sum(map(len, call.text))} characters so far"
+                        params["message"] = f"{len(call.text())} characters so far"
                         self._write({"jsonrpc": "2.0", "method": method, "params": params})
 
     def _client(self) -> Puter:
@@ -8709,10 +8711,9 @@ def cmd_ask(args: Any) -> None:
         reply = talk.turn(client, message, options, whole)
         if whole:
             _report(args, _reply_report(reply), str(reply).split("\n") if reply.text else [])
-        _save_images(reply, save)
         if args.output and not reply.images:
             _info("the answer has no picture")
-        _comment(client, talk.model, reply)
+        talk.conclude(client, reply, save)
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
 
@@ -8757,12 +8758,6 @@ def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
     if (output or args.run is not cmd_ask) and not os.access(place, os.W_OK):
         raise BadRequestError(f"{path} cannot be written", hint="Choose another place with -o.")
     yield partial(_saved, output=path, overwrite=force)
-
-
-def _save_images(reply: Reply, save: Callable[[_Medium], str]) -> None:
-    with ExitStack() as stack:  # when one fails, the others are saved all the same
-        for image in reversed(reply.images):
-            stack.callback(lambda image: _info(f"picture: {save(image)}"), image)
 
 
 def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
@@ -8903,6 +8898,29 @@ class _SavedTalk(Conversation):
         self.save()
         return reply
 
+    def conclude(self, client: Puter, reply: Reply, save: Callable[[_Medium], str]) -> None:
+        """Save an answer's pictures, and say what is special: empty, cut, or who else answered."""
+        with ExitStack() as stack:  # when one fails, the others are saved all the same
+            for image in reversed(reply.images):
+                stack.callback(lambda image: _info(f"picture: {save(image)}"), image)
+        if client.config.quiet_mode:
+            return
+        if not reply.text and not reply.images:
+            calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
+            what = f"only a call of {calls}" if calls else "empty"
+            _info(f"the answer is {what}", dim=True)
+        if reply.finish_reason == "length":
+            _info("the answer was cut at its longest length (--max-tokens)", dim=True)
+        if reply.finish_reason == "content_filter":
+            _info("the provider's filter ended the answer", dim=True)
+        attempts, active = reply.attempts, client._accounts.active_name
+        is_other = active not in (None, reply.account)
+        wanted = client.config.model_name(self.model)
+        if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
+            errors = (a.error.message for a in attempts if a.error)
+            why = next(errors, "what was asked is on cooldown")
+            _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
+
     def words(self, role: str) -> list[str]:
         """What somebody said, each message on a line."""
         texts = (text_of(m.get("content")) for m in self.messages if m.get("role") == role)
@@ -8912,10 +8930,8 @@ class _SavedTalk(Conversation):
 def _prompt_of(args: Any) -> str:
     """The question; what follows -c may be its beginning, as the help of `ask` says."""
     word = args.continue_ or ""
-    is_name = len(args.prompt) == 1 or (
-        _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
-    )
-    if word and not is_name:
+    is_saved = _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
+    if word and len(args.prompt) != 1 and not is_saved:
         args.continue_, args.prompt = "", [word, *args.prompt]
     return " ".join(args.prompt)
 
@@ -9006,25 +9022,6 @@ def _usage_words(usages: Iterable[Usage | None]) -> str:
     words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
     cost = "; cost not reported" if used.cost_usd is None else f"; cost ${used.cost_usd:.6f}"
     return f"{words}{cost if used.cost_usd != 0 else ''}" if reported else "tokens: not reported"
-
-
-def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
-    """Say what is special about an answer: nothing in it, cut, or from another model or account."""
-    if client.config.quiet_mode:
-        return
-    if not reply.text and not reply.images:
-        calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
-        _info(f"the answer is only a call of {calls}" if calls else "the answer is empty", dim=True)
-    if reply.finish_reason == "length":
-        _info("the answer was cut at its longest length (--max-tokens)", dim=True)
-    if reply.finish_reason == "content_filter":
-        _info("the provider's filter ended the answer", dim=True)
-    attempts, active = reply.attempts, client._accounts.active_name
-    is_other = active not in (None, reply.account)
-    wanted = client.config.model_name(asked)
-    if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
-        why = next((a.error.message for a in attempts if a.error), "what was asked is on cooldown")
-        _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
 # ---- pictures and sound ----
@@ -9145,8 +9142,7 @@ class _Chat:
         reply = self.talk.turn(self.client, message, self.options)
         self.unanswered = None
         self.used[-1] = reply.usage
-        _save_images(reply, partial(_saved, output="picture"))
-        _comment(self.client, self.talk.model, reply)
+        self.talk.conclude(self.client, reply, partial(_saved, output="picture"))
 
     def commands(self) -> dict[str, Callable[[str], None]]:
         return {f"/{n[3:]}": getattr(self, n) for n in vars(_Chat) if n.startswith("do_")}
@@ -9431,9 +9427,9 @@ def _import_accounts(client: Puter, name: str) -> None:
                 why = f": the other token was refused ({error.message})"
         if why:
             _print(f"Kept {account.username}{why}")
-            continue
-        is_new = store.add(account, activate=False)
-        _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
+        else:
+            is_new = store.add(account, activate=False)
+            _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
     _print(f"{_plural(len(imported), 'account')} from {path}")
