@@ -8364,9 +8364,8 @@ def _rpc_id(value: Any) -> str | int | None:
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     """Speak MCP on stdin and stdout until stdin ends, and end the process then.
 
-    Nothing else may reach stdout, so the process's own is for messages, and whatever
-    prints goes to stderr. Messages are written by a thread of their own, so that a client
-    that does not read is no reason not to see the end of stdin.
+    The process's own stdout is for messages alone: whatever prints goes to stderr. A thread
+    writes them, so that the end of stdin is seen even if the client does not read.
     """
     if sys.stdin.isatty():
         print("Waiting for an MCP client on standard input; Ctrl-C ends it", file=sys.stderr)
@@ -8421,8 +8420,6 @@ CONVERSATIONS_FOLDER = "conversations"
 _TALK_NAME = re.compile(r"\w[\w.-]{0,63}")
 # Of the files for each kind, the usual one first; for other kinds it is their name.
 _ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
-_SPOKEN_FORMATS = ("mp3", "wav", "opus", "aac", "flac", "pcm")
-IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
 
@@ -8729,10 +8726,7 @@ def _schema_from(source: str) -> JSON:
 
 @contextmanager
 def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
-    """What saves a medium where -o says, and returns the place: checked before anything is paid.
-
-    With `-o -` only its bytes go to stdout, and what else is printed inside to stderr.
-    """
+    """What saves a medium where -o says, and returns the place: checked before anything is paid."""
     output, force, stdout = args.output or "", getattr(args, "force", False), sys.stdout
     if output == "-":
         if stdout.isatty():
@@ -8742,7 +8736,7 @@ def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
             stdout.buffer.write(medium.data)
             return "standard output" if medium.data else medium.url
 
-        sys.stdout = sys.stderr
+        sys.stdout = sys.stderr  # for what else is printed inside
         try:
             yield write
         finally:
@@ -8789,11 +8783,11 @@ def _free_name(stem: str, ending: str) -> str:
 
 
 def _read_input(source: str) -> bytes:
-    """A file, or all of standard input ("-"); a line on stderr says so when nothing comes."""
+    """A file, or all of standard input ("-"); when nothing comes for 2 s, it is mentioned."""
     if source != "-":
         return _bytes_of(source, "file")[0]
     waits = "Waiting for the end of standard input (at a terminal: Ctrl-D; to leave it out: < "
-    note = threading.Timer(IDLE_STDIN_S, _info, [f"{waits}{os.devnull})", True])
+    note = threading.Timer(2.0, _info, [f"{waits}{os.devnull})", True])
     note.daemon = True
     note.start()
     try:
@@ -8814,10 +8808,7 @@ def _text_of_pipe(data: bytes) -> str:
 
 
 def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
-    """A person's message with files, URLs and "-" (stdin), each sorted by what it holds.
-
-    Texts join the text, images and files stand beside it. Raises `BadRequestError`.
-    """
+    """A message with files, URLs and "-" (stdin): texts join the text, all else stands beside it."""
     parts: list[JSON] = []
     for source in sources:
         if re.match(r"https?://", source):
@@ -9045,7 +9036,7 @@ def cmd_image(args: Any) -> None:
 def cmd_speak(args: Any) -> None:
     """Speak a text."""
     ending = os.path.splitext(args.output or "")[1][1:].lower()
-    form = ending if ending in _SPOKEN_FORMATS else None
+    form = ending if ending in "mp3 wav opus aac flac pcm".split() else None
     _run_job(args, Audio, "speech", voice=args.voice, response_format=form)
 
 
@@ -9090,10 +9081,7 @@ def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None
 
 
 class _Chat:
-    """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
-
-    The docstrings of the commands, in this order, are what /help shows.
-    """
+    """A conversation by lines: `/x` is `do_x`, whose docstring /help shows; all else is said."""
 
     def __init__(self, client: Puter, talk: _SavedTalk, options: JSON) -> None:
         self.client, self.talk, self.options = client, talk, options
@@ -9101,7 +9089,6 @@ class _Chat:
         self.unanswered: JSON | None = None
         # of each turn; None for one that failed, or was stopped
         self.used: list[Usage | None] = []
-        self.matches: list[str] = []
 
     def run(self) -> None:
         while True:
@@ -9234,23 +9221,6 @@ class _Chat:
         _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
         _info("Ctrl-C stops an answer; exit or Ctrl-D leaves.")
 
-    def complete(self, text: str, state: int) -> str | None:
-        """For readline: the command, model or file number `state` that begins so."""
-        import readline
-
-        if state == 0:
-            command, space, _ = readline.get_line_buffer().partition(" ")
-            names: Iterable[str] = ()
-            if not space:
-                names = self.commands()
-            elif command in ("/attach", "/save"):
-                names = glob.glob(glob.escape(text) + "*")
-            elif command == "/model":
-                with suppress(PuterError):  # none without the list
-                    names = [m.id for m in self.client.models()]
-            self.matches = [name for name in names if name.startswith(text)]
-        return self.matches[state] if state < len(self.matches) else None
-
 
 @_command(*_TALK_OPTIONS)
 def cmd_chat(args: Any) -> int:
@@ -9293,11 +9263,27 @@ def _run_with_readline(chat: _Chat) -> None:
         import readline
     except ImportError:  # Windows
         return chat.run()
+    matches: list[str] = []
+
+    def complete(text: str, state: int) -> str | None:
+        if state == 0:
+            command, space, _ = readline.get_line_buffer().partition(" ")
+            names: Iterable[str] = ()
+            if not space:
+                names = chat.commands()
+            elif command in ("/attach", "/save"):
+                names = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    names = [m.id for m in chat.client.models()]
+            matches[:] = [name for name in names if name.startswith(text)]
+        return matches[state] if state < len(matches) else None
+
     path = chat.client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
     readline.set_completer_delims(" ")
-    readline.set_completer(chat.complete)
+    readline.set_completer(complete)
     readline.parse_and_bind("tab: complete")
     if os.environ.get("TERM") != "dumb":  # several pasted lines are one message
         readline.parse_and_bind("set enable-bracketed-paste on")
@@ -9483,7 +9469,7 @@ def cmd_status(args: Any) -> int:
             data = [{"ok": fine, "text": text} for fine, text in checks]
             _report(args, data, ([marks[fine], (text, "")] for fine, text in checks))
             return 0 if all(fine for fine, _ in checks) else 1
-        now, active, accounts = time.time(), client.store.active(), client.store.accounts()
+        now, (accounts, active) = time.time(), client.store.read()
         cooldowns, used = client.state.cooldowns(now, accounts), client.state.last_used_ms()
     dead = {c.account for c in cooldowns if c.reason == "login"}
     report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
