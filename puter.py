@@ -8094,7 +8094,7 @@ class McpServer:
             self._write({"jsonrpc": "2.0", "id": request_id, "error": body})
             return
         if call is None:
-            self._notified(message)
+            self._notified(message.get("method"), message.get("params"))
             return
         with self._calls_changed:
             self._calls.add(call)
@@ -8107,9 +8107,8 @@ class McpServer:
         """Wait so long for the calls that run; then answer them with what there is."""
         with self._calls_changed:
             self._calls_changed.wait_for(lambda: not self._calls, patience_s)
-            late = list(self._calls)
-        for call in late:
-            self._expire(call)
+            for call in list(self._calls):
+                self._expire(call)
         self._closed.set()
 
     def tools(self) -> list[JSON]:
@@ -8144,17 +8143,15 @@ class McpServer:
             raise _RpcError(-32601, f"Method not found: {call.method}")
         return {**lists[call.method], "ttlMs": 3_600_000, "cacheScope": "private"}
 
-    def _notified(self, message: JSON) -> None:
+    def _notified(self, method: Any, params: Any) -> None:
         """End the call that the client cancels; what else comes needs nothing."""
-        params = message.get("params")
-        if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
+        if method != "notifications/cancelled" or not isinstance(params, dict):
             return
         with self._calls_changed:
-            calls = [c for c in self._calls if c.id == _rpc_id(params.get("requestId"))]
-            self._calls.difference_update(calls)
+            for call in [c for c in self._calls if c.id == _rpc_id(params.get("requestId"))]:
+                self._calls.remove(call)
+                call.cancellation.cancel()
             self._calls_changed.notify_all()
-        for call in calls:
-            call.cancellation.cancel()
 
     # ---- calls of tools ----
 
@@ -8589,8 +8586,7 @@ _Line = str | Sequence[tuple[str, str]]
 
 
 def _has_style(output: Any) -> bool:
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return output.isatty() and not is_plain
+    return output.isatty() and not (os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
 
 
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
@@ -9053,6 +9049,7 @@ def cmd_ocr(args: Any) -> None:
 
 
 def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
+    """Have something made, or read; `name` is that of the file which is made, if one is."""
     with ExitStack() as stack, _client() as client:
         save: Any = stack.enter_context(_saving(args, name)) if name else str
         given: Any = args.given
@@ -9241,7 +9238,7 @@ def cmd_chat(args: Any) -> int:
 
 
 def _read_message() -> tuple[str, bool]:
-    """(a line, or several; whether as they are); what the end of a pipe cuts counts as it is."""
+    """(what was typed, whether it is a message as it stands); what a pipe's end cuts counts."""
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
     text = _read_line(prompt)
     if "\n" in text.strip():  # it was pasted
@@ -9338,17 +9335,17 @@ def cmd_login(args: Any) -> None:
         if args.file is not None:
             _import_accounts(client, args.file)
             return
-        if args.with_token:
-            if not (token := _read_token()):
-                hint = "Try: python -m puter login --with-token < FILE"
-                raise ConfigError("No token came", hint=hint)
+        if not args.with_token:
+            account = _sign_in(client.config, args.no_browser, args.port)
+        elif token := _read_token():
             try:
                 account = account_of(token, client.config)
             except AuthError as error:
                 error.hint = "This token was refused: copy it again, whole."
                 raise
         else:
-            account = _sign_in(client.config, args.no_browser, args.port)
+            hint = "Try: python -m puter login --with-token < FILE"
+            raise ConfigError("No token came", hint=hint)
         _print(_add_account(client, account))
 
 
