@@ -8198,7 +8198,7 @@ class McpServer:
         call.cancellation.cancel()
 
     def _answer(self, call: _McpCall, work: Callable[[_McpCall], JSON]) -> None:
-        """Write what comes of a request, unless it has ended meanwhile; nothing is written later."""
+        """Write what comes of a request, unless it has ended meanwhile; nothing comes later."""
         try:
             result = work(call)
             if call.is_stateless:
@@ -8804,7 +8804,7 @@ def _text_of_pipe(data: bytes) -> str:
 
 
 def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
-    """A message with files, URLs and "-" (stdin): texts join the text, all else stands beside it."""
+    """A message with files, URLs and "-" (stdin): texts join the text, others stand beside it."""
     parts: list[JSON] = []
     for source in sources:
         if re.match(r"https?://", source):
@@ -9105,7 +9105,7 @@ class _Chat:
                 _info(f"\n{note}")
 
     def take(self, text: str, is_block: bool) -> None:
-        """A message, or a line that may be a command; a path at its beginning makes it a message."""
+        """A message, or a line that may be a command; a path in front makes it a message."""
         word, _, argument = text.rstrip().partition(" ")
         is_path = "/" in word[1:] or (argument and os.path.exists(word))
         if not is_block and text.strip() in ("exit", "quit", "/exit", "/quit"):
