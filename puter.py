@@ -9639,8 +9639,7 @@ def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
         active = _signed_in(client, client._accounts.first)
-        accounts = client.accounts if args.all else [active]
-        rows = [credit_row(client, account) for account in accounts]
+        rows = [credit_row(client, a) for a in (client.accounts if args.all else [active])]
     _report(args, rows, (line for row in rows for line in _credit_lines(row)))
     return 1 if any(row["error"] for row in rows) else 0
 
