@@ -7874,7 +7874,6 @@ _MCP_VERSIONS = [MCP_STATELESS_VERSION, *MCP_HANDSHAKE_VERSIONS[::-1]]  # newest
 MCP_CALL_LIMIT_S = 55.0  # Claude Desktop gives up a call after 60 s without progress
 MCP_MAX_LETTERS = 1_000_000
 _MCP_TICK_S = 1.0  # between two progress notifications
-_MCP_LIST_TTL_MS = 3_600_000
 _MCP_META = "io.modelcontextprotocol/"
 _MCP_ABOUT = {
     "capabilities": {"tools": {}},
@@ -7885,21 +7884,16 @@ _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __v
 _NOBODY = "You are not signed in. Sign in with: python -m puter login"
 
 
-def credit_rows(client: Puter, accounts: Sequence[Account]) -> list[JSON]:
-    """What each account may still spend; one that fails says why, and hides no other."""
-    rows = []
-    for account in accounts:
-        row: JSON = {"username": account.username, "error": None}
-        rows.append(row)
-        try:
-            row |= asdict(client.usage(account.username))
-        except PuterError as error:
-            row["error"] = str(error)
-            continue
-        names = ("cost", "units", "count")
-        row["by_api"] = {api: dict(zip(names, costs)) for api, costs in row["by_api"].items()}
-        del row["raw"]
-    return rows
+def credit_row(client: Puter, account: Account) -> JSON:
+    """What an account may still spend; when that fails, why."""
+    try:
+        credit = asdict(client.usage(account.username))
+    except PuterError as error:
+        return {"username": account.username, "error": str(error)}
+    del credit["raw"]
+    names = ("cost", "units", "count")
+    by_api = {api: dict(zip(names, costs)) for api, costs in credit["by_api"].items()}
+    return {"username": account.username, "error": None, **credit, "by_api": by_api}
 
 
 def credit_text(row: JSON) -> str:
@@ -7944,14 +7938,20 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 
 @dataclass(eq=False)
 class _McpCall:
-    """A call of a tool that is running; its client asks for progress if there is a token."""
+    """A request that is not answered yet; its client asks for progress if there is a token."""
 
-    request: JSON
+    id: str | int
+    method: str
+    params: JSON
+    is_stateless: bool
     progress_token: str | int | None
     progress: int = 0
     cancellation: _InFlight = field(default_factory=_InFlight)
     stream: Stream | None = None
-    text: list[str] = field(default_factory=list)  # of the answer so far
+
+    def text(self) -> str:
+        """Of the answer so far."""
+        return self.stream._partial().text if self.stream else ""
 
 
 class McpServer:
@@ -7987,31 +7987,28 @@ class McpServer:
             if not text:
                 return
             message = json.loads(text, parse_constant=_finite)
-            is_request = _is_request(message)
-        except (ValueError, RecursionError):
-            self._write(_rpc_failure(None, _RpcError(-32700, "Parse error: invalid JSON")))
-        except _RpcError as error:
-            given_id = message.get("id") if isinstance(message, dict) else None
-            self._write(_rpc_failure(given_id if _is_rpc_id(given_id) else None, error))
+            call = _call_from(message)
+        except (ValueError, RecursionError) as error:
+            body = getattr(error, "body", {"code": -32700, "message": "Parse error: invalid JSON"})
+            request_id = _rpc_id(message.get("id")) if isinstance(message, dict) else None
+            self._write({"jsonrpc": "2.0", "id": request_id, "error": body})
+            return
+        if call is None:
+            self._notified(message.get("method"), message.get("params"))
+            return
+        with self._calls_changed:
+            self._calls.add(call)
+        if call.method == "tools/call":
+            threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
         else:
-            if not is_request:
-                self._notified(message)
-            elif message["method"] == "tools/call":
-                token = _meta_of(message).get("progressToken")
-                call = _McpCall(message, token if _is_rpc_id(token) else None)
-                with self._calls_changed:
-                    self._calls.add(call)
-                threading.Thread(target=self._run_call, args=(call,), daemon=True).start()
-            else:
-                self._write(_rpc_answer(message, lambda: self._result(message)))
+            self._answer(call, self._result)
 
     def close(self, patience_s: float = 0.0) -> None:
         """Wait so long for the calls that run; then answer them with what there is."""
         with self._calls_changed:
             self._calls_changed.wait_for(lambda: not self._calls, patience_s)
-            late = list(self._calls)
-        for call in late:
-            self._expire(call)
+            for call in list(self._calls):
+                self._expire(call)
         self._closed.set()
 
     def tools(self) -> list[JSON]:
@@ -8027,37 +8024,34 @@ class McpServer:
             tools.append({**tool, "annotations": hints})
         return tools
 
-    def _result(self, message: JSON) -> JSON:
+    def _result(self, call: _McpCall) -> JSON:
         """The result of a request that needs no tool; raises `_RpcError`."""
-        method, params = message["method"], message.get("params") or {}
-        if method == "initialize":
-            asked = params.get("protocolVersion")
+        if call.method == "initialize":
+            asked = call.params.get("protocolVersion")
             if not isinstance(asked, str):
                 raise _RpcError(-32602, "initialize needs a protocolVersion")
             older = [version for version in MCP_HANDSHAKE_VERSIONS if version <= asked]
             version = (older or MCP_HANDSHAKE_VERSIONS)[-1]
             return {"protocolVersion": version, "serverInfo": _MCP_SERVER_INFO, **_MCP_ABOUT}
-        if method == "ping":
+        if call.method == "ping":
             return {}
         lists: dict[str, JSON] = {
             "tools/list": {"tools": self.tools()},
             "server/discover": {"supportedVersions": _MCP_VERSIONS, **_MCP_ABOUT},
         }
-        if method not in lists:
-            raise _RpcError(-32601, f"Method not found: {method}")
-        return {**lists[method], "ttlMs": _MCP_LIST_TTL_MS, "cacheScope": "private"}
+        if call.method not in lists:
+            raise _RpcError(-32601, f"Method not found: {call.method}")
+        return {**lists[call.method], "ttlMs": 3_600_000, "cacheScope": "private"}
 
-    def _notified(self, message: JSON) -> None:
+    def _notified(self, method: Any, params: Any) -> None:
         """End the call that the client cancels; what else comes needs nothing."""
-        params = message.get("params")
-        if message.get("method") != "notifications/cancelled" or not isinstance(params, dict):
+        if method != "notifications/cancelled" or not isinstance(params, dict):
             return
-        asked = params.get("requestId")
         with self._calls_changed:
-            calls = [c for c in self._calls if _is_rpc_id(asked) and c.request["id"] == asked]
-        for call in calls:
-            self._answer_once(call, None)
-            call.cancellation.cancel()
+            for call in [c for c in self._calls if c.id == _rpc_id(params.get("requestId"))]:
+                self._calls.remove(call)
+                call.cancellation.cancel()
+            self._calls_changed.notify_all()
 
     # ---- calls of tools ----
 
@@ -8067,13 +8061,12 @@ class McpServer:
         limit.daemon = True
         if call.progress_token is None:
             limit.start()
-        self._answer_once(call, _rpc_answer(call.request, lambda: self._tool_result(call)))
+        self._answer(call, self._tool_result)
         limit.cancel()
 
     def _tool_result(self, call: _McpCall) -> JSON:
         """What a tool gives, or why it failed; raises `_RpcError` for a wrong call."""
-        params = call.request.get("params") or {}
-        name, arguments = params.get("name"), params.get("arguments") or {}
+        name, arguments = call.params.get("name"), call.params.get("arguments") or {}
         if not isinstance(name, str) or name not in _MCP_TOOLS:
             raise _RpcError(-32602, f"Unknown tool: {name!r}")
         if not isinstance(arguments, dict):
@@ -8088,30 +8081,39 @@ class McpServer:
             if not isinstance(result, Asked):
                 return _tool_output(*result)
             with self._client()._open(result, call.cancellation) as call.stream:
-                for chunk in call.stream:
-                    call.text.append(str(chunk))
+                deque(call.stream, maxlen=0)
         except PuterError as error:
-            return _tool_output("\n\n".join(filter(None, [str(error), "".join(call.text)])))
-        return _tool_output(call.stream.reply.text, _chat_output(call.stream.reply, partial=False))
+            return _tool_output("\n\n".join(filter(None, [str(error), call.text()])))
+        return _chat_output(call.stream.reply, partial=False)
 
     def _expire(self, call: _McpCall) -> None:
         """Answer a call whose time is over with what there is, and end it."""
-        stream, text, limit = call.stream, "".join(call.text), f"{self._call_limit_s:.0f} s"
+        stream, text, limit = call.stream, call.text(), f"{self._call_limit_s:.0f} s"
         output = _tool_output(f"No answer came within {limit}. Ask again, or a faster model.")
-        if stream is not None and text:
+        if stream and text:
             text += f"\n\n[cut off after {limit}, before the answer was whole]"
             reply = Reply(text, finish_reason="length", model=stream.model, account=stream.account)
-            output = _tool_output(text, _chat_output(reply, partial=True))
-        self._answer_once(call, _rpc_answer(call.request, lambda: output))
+            output = _chat_output(reply, partial=True)
+        self._answer(call, lambda _: output)
         call.cancellation.cancel()
 
-    def _answer_once(self, call: _McpCall, answer: JSON | None) -> None:
-        """Write the answer of a call unless it ended before; nothing of it is written later."""
+    def _answer(self, call: _McpCall, work: Callable[[_McpCall], JSON]) -> None:
+        """Write what comes of a request, unless it has ended meanwhile; nothing comes later."""
+        try:
+            result = work(call)
+            if call.is_stateless:
+                stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
+                result = {"resultType": "complete", **result, "_meta": stamp}
+            answer = {"result": result}
+        except _RpcError as error:
+            answer = {"error": error.body}
+        except Exception:  # noqa: BLE001 (it is reported and logged, and the server lives)
+            _log.error("A request could not be answered", exc_info=True)
+            answer = {"error": {"code": -32603, "message": "Internal error"}}
         with self._calls_changed:
             if call in self._calls:
                 self._calls.remove(call)
-                if answer is not None:
-                    self._write(answer)
+                self._write({"jsonrpc": "2.0", "id": call.id, **answer})
                 self._calls_changed.notify_all()
 
     def _report_progress(self) -> None:
@@ -8123,7 +8125,7 @@ class McpServer:
                     if call.progress_token is not None:
                         call.progress += 1  # it must rise each time
                         params = {"progressToken": call.progress_token, "progress": call.progress}
-                        params["message"] = f"{sum(map(len, call.text))} characters so far"
+                        params["message"] = f"{len(call.text())} characters so far"
                         self._write({"jsonrpc": "2.0", "method": method, "params": params})
 
     def _client(self) -> Puter:
@@ -8185,23 +8187,28 @@ class McpServer:
         client = self._client()
         active = client.active_account
         rows, lines = [], []
-        for account, credit in zip(client.accounts, credit_rows(client, client.accounts)):
-            row = {**credit, "active": account == active, "temporary": account.is_temporary}
+        for account in client.accounts:
+            row = credit_row(client, account)
+            row |= {"active": account == active, "temporary": account.is_temporary}
             rows.append({k: row[k] for k in _MCP_ACCOUNT["properties"] if k in row})
             lines.append(f"{'*' if row['active'] else ' '} {account.username}: {credit_text(row)}")
         return "\n".join(lines) or _NOBODY, {"accounts": rows}
 
 
+def _prices(model: Model) -> tuple[float | None, float | None]:
+    return model.input_usd_per_million, model.output_usd_per_million
+
+
 def _price_text(model: Model) -> str:
-    prices = (model.input_usd_per_million, model.output_usd_per_million)
-    into, out = ("?" if price is None else f"${price:g}" for price in prices)
+    into, out = ("?" if price is None else f"${price:g}" for price in _prices(model))
     return "free" if model.free else f"{into} in, {out} out, a million tokens"
 
 
 def _chat_output(reply: Reply, partial: bool) -> JSON:
     keys = ("text", "reasoning", "model", "account", "finish_reason")
     usage = {k: v for k, v in asdict(reply.usage).items() if v is not None}
-    return {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
+    answer: JSON = {**{k: getattr(reply, k) for k in keys}, "partial": partial, "usage": usage}
+    return _tool_output(reply.text, answer)
 
 
 def _tool_output(text: str, structured: JSON | None = None) -> JSON:
@@ -8212,76 +8219,50 @@ def _tool_output(text: str, structured: JSON | None = None) -> JSON:
     return output if structured is None else {**output, "structuredContent": structured}
 
 
-class _RpcError(Exception):
+class _RpcError(ValueError):
     def __init__(self, code: int, message: str, data: Any = None) -> None:
         super().__init__(message)
         self.body = {"code": code, "message": message} | ({"data": data} if data else {})
 
 
-def _meta_of(message: JSON) -> JSON:
-    meta = (message.get("params") or {}).get("_meta")
-    return meta if isinstance(meta, dict) else {}
-
-
-def _check_envelope(request: JSON) -> bool:
-    """Whether a request is of the stateless protocol; raises `_RpcError` for a wrong one."""
-    meta, key = _meta_of(request), f"{_MCP_META}protocolVersion"
-    if key not in meta and request["method"] != "server/discover":
-        return False
-    if not isinstance(meta.get(key), str):
-        raise _RpcError(-32602, f"params._meta needs {key}, a string")
-    if meta[key] != MCP_STATELESS_VERSION:
-        versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
-        raise _RpcError(-32022, "Unsupported protocol version", versions)
-    if not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
-        raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
-    return True
-
-
-def _is_request(message: Any) -> bool:
+def _call_from(message: Any) -> _McpCall | None:
+    """The request of a message, None for a notification or response; raises `_RpcError`."""
     if not isinstance(message, dict):
         raise _RpcError(-32600, "A message must be an object; batches are not supported")
-    is_call = isinstance(message.get("method"), str)
+    method, params = message.get("method"), message.get("params")
+    is_call = isinstance(method, str)
     is_response = not is_call and ("result" in message or "error" in message)
     if is_response or (is_call and "id" not in message):
-        return False
-    if not is_call or message.get("jsonrpc") != "2.0":
+        return None
+    if not isinstance(method, str) or message.get("jsonrpc") != "2.0":
         raise _RpcError(-32600, 'A message needs "jsonrpc": "2.0" and a method')
-    if not _is_rpc_id(message["id"]):
+    if _rpc_id(message["id"]) is None:
         raise _RpcError(-32600, "An id must be a string or a whole number")
-    if not isinstance(message.get("params"), (dict, type(None))):
+    if not isinstance(params, (dict, type(None))):
         raise _RpcError(-32600, "params must be an object")
-    return True
+    params = params or {}
+    meta = params["_meta"] if isinstance(params.get("_meta"), dict) else {}
+    key = f"{_MCP_META}protocolVersion"
+    is_stateless = key in meta or method == "server/discover"
+    if is_stateless and not isinstance(meta.get(key), str):
+        raise _RpcError(-32602, f"params._meta needs {key}, a string")
+    if is_stateless and meta[key] != MCP_STATELESS_VERSION:
+        versions = {"supported": _MCP_VERSIONS, "requested": meta[key]}
+        raise _RpcError(-32022, "Unsupported protocol version", versions)
+    if is_stateless and not isinstance(meta.get(f"{_MCP_META}clientCapabilities"), dict):
+        raise _RpcError(-32602, f"params._meta needs {_MCP_META}clientCapabilities")
+    return _McpCall(message["id"], method, params, is_stateless, _rpc_id(meta.get("progressToken")))
 
 
-def _is_rpc_id(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def _rpc_answer(request: JSON, work: Callable[[], JSON]) -> JSON:
-    try:
-        is_stateless, result = _check_envelope(request), work()
-    except _RpcError as error:
-        return _rpc_failure(request["id"], error)
-    except Exception:  # noqa: BLE001 (it is reported and logged, and the server lives)
-        _log.error("A request could not be answered", exc_info=True)
-        return _rpc_failure(request["id"], _RpcError(-32603, "Internal error"))
-    if is_stateless:
-        stamp = {f"{_MCP_META}serverInfo": _MCP_SERVER_INFO}
-        result = {"resultType": "complete", **result, "_meta": stamp}
-    return {"jsonrpc": "2.0", "id": request["id"], "result": result}
-
-
-def _rpc_failure(request_id: str | int | None, error: _RpcError) -> JSON:
-    return {"jsonrpc": "2.0", "id": request_id, "error": error.body}
+def _rpc_id(value: Any) -> str | int | None:
+    return value if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     """Speak MCP on stdin and stdout until stdin ends, and end the process then.
 
-    Nothing else may reach stdout, so the process's own is for messages, and whatever
-    prints goes to stderr. Messages are written by a thread of their own, so that a client
-    that does not read is no reason not to see the end of stdin.
+    The process's own stdout is for messages alone: whatever prints goes to stderr. A thread
+    writes them, so that the end of stdin is seen even if the client does not read.
     """
     if sys.stdin.isatty():
         print("Waiting for an MCP client on standard input; Ctrl-C ends it", file=sys.stderr)
@@ -8336,15 +8317,19 @@ CONVERSATIONS_FOLDER = "conversations"
 _TALK_NAME = re.compile(r"\w[\w.-]{0,63}")
 # Of the files for each kind, the usual one first; for other kinds it is their name.
 _ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
-_SPOKEN_FORMATS = ("mp3", "wav", "opus", "aac", "flac", "pcm")
-IDLE_STDIN_S = 2.0  # a pipe that stays silent for so long is mentioned
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv` is without the program's name."""
     can_write = sys.stdout is not None
-    _prepare_streams()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: no file that is opened later may get its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            with suppress(OSError):  # it has been read from already
+                stream.reconfigure(encoding="utf-8", errors="replace")
     args = _parsed(argv)
     try:
         if not can_write:
@@ -8366,18 +8351,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         _error(f"The output cannot be written ({error.strerror or error}).")
         return 1
-
-
-def _prepare_streams() -> None:
-    """UTF-8 for all three; for a closed one the null device, so that no file gets its number."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            with suppress(OSError):  # it has been read from already
-                stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def _parsed(argv: Sequence[str] | None) -> Any:
@@ -8513,8 +8486,7 @@ _Line = str | Sequence[tuple[str, str]]
 
 
 def _has_style(output: Any) -> bool:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return output.isatty() and not plain
+    return output.isatty() and not (os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
 
 
 def _print(line: _Line, end: str = "\n", output: Any = None, style: str = "") -> None:
@@ -8617,8 +8589,8 @@ def cmd_ask(args: Any) -> None:
     prompt = _prompt_of(args)
     is_taken = "-" in (*args.attach, args.schema)
     wants_stdin = not is_taken and (prompt == "-" or not sys.stdin.isatty())
-    piped = _text_of_pipe(_read_stdin()).strip() if wants_stdin else ""
-    text = "\n\n".join(t for t in ("" if prompt == "-" else prompt, piped) if t)
+    piped = _text_of_pipe(_read_input("-")).strip() if wants_stdin else ""
+    text = "\n\n".join(filter(None, ["" if prompt == "-" else prompt, piped]))
     with _client() as client, _saving(args, "picture") as save:
         message = message_with(text, args.attach, client)
         if not text.strip() and not args.attach:
@@ -8627,26 +8599,21 @@ def cmd_ask(args: Any) -> None:
         talk = _conversation(args, client)
         options: JSON = {"max_tokens": args.max_tokens, "temperature": args.temperature}
         options |= {"fallback": not args.no_fallback, "web_search": args.web}
-        if args.schema:
-            options["returns"] = _schema_from(args.schema)
+        options["returns"] = args.schema and _schema_from(args.schema)
         whole = args.json or args.no_stream
-        reply = _answer(client, talk, message, options, whole)
+        reply = talk.turn(client, message, options, whole)
         if whole:
             _report(args, _reply_report(reply), str(reply).split("\n") if reply.text else [])
-        _save_images(reply, save)
         if args.output and not reply.images:
             _info("the answer has no picture")
-        _comment(client, talk.model, reply)
+        talk.conclude(client, reply, save)
         if args.usage:
             _info(_usage_words([reply.usage]), dim=True)
 
 
 def _schema_from(source: str) -> JSON:
-    text: str | bytes = source
-    if not source.lstrip().startswith("{"):
-        text = _read_stdin() if source == "-" else _bytes_of(source, "file")[0]
     try:
-        schema = json.loads(text)
+        schema = json.loads(source if source.lstrip().startswith("{") else _read_input(source))
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"The schema is not JSON ({error})", hint="Correct it.") from None
     _require(isinstance(schema, dict), "The schema", schema, 'Write {"type": "object", …}.')
@@ -8655,10 +8622,7 @@ def _schema_from(source: str) -> JSON:
 
 @contextmanager
 def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
-    """What saves a medium where -o says, and returns the place: checked before anything is paid.
-
-    With `-o -` only its bytes go to stdout, and what else is printed inside to stderr.
-    """
+    """What saves a medium where -o says, and returns the place: checked before anything is paid."""
     output, force, stdout = args.output or "", getattr(args, "force", False), sys.stdout
     if output == "-":
         if stdout.isatty():
@@ -8668,7 +8632,7 @@ def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
             stdout.buffer.write(medium.data)
             return "standard output" if medium.data else medium.url
 
-        sys.stdout = sys.stderr
+        sys.stdout = sys.stderr  # for what else is printed inside
         try:
             yield write
         finally:
@@ -8686,15 +8650,6 @@ def _saving(args: Any, name: str) -> Iterator[Callable[[_Medium], str]]:
     yield partial(_saved, output=path, overwrite=force)
 
 
-def _save_images(reply: Reply, save: Callable[[_Medium], str]) -> None:
-    def show(image: Picture) -> None:
-        _info(f"picture: {save(image)}")
-
-    with ExitStack() as stack:  # when one fails, the others are saved all the same
-        for image in reversed(reply.images):
-            stack.callback(show, image)
-
-
 def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
     """Where it is now: in a file of this name, or one like it that is free; else its URL."""
     if not medium.data:
@@ -8706,13 +8661,12 @@ def _saved(medium: _Medium, output: str, overwrite: bool = False) -> str:
     try:
         medium.save(path, overwrite)
     except OSError as error:
-        from tempfile import mkstemp
+        from tempfile import NamedTemporaryFile
 
-        handle, kept = mkstemp(usual[0], "puter-")
-        with open(handle, "wb") as file:
+        with NamedTemporaryFile(prefix="puter-", suffix=usual[0], delete=False) as file:
             file.write(medium.data)
         problem = f"{path} cannot be written ({error.strerror or error})"
-        raise StoreError(problem, hint=f"It was saved in {kept} instead.") from error
+        raise StoreError(problem, hint=f"It was saved in {file.name} instead.") from error
     if ending.lower() not in ("", *usual):
         _info(f"note: {path} holds {medium.mime}")
     return path
@@ -8724,10 +8678,12 @@ def _free_name(stem: str, ending: str) -> str:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _read_stdin() -> bytes:
-    """All of standard input; a line on stderr says so when nothing comes."""
+def _read_input(source: str) -> bytes:
+    """A file, or all of standard input ("-"); when nothing comes for 2 s, it is mentioned."""
+    if source != "-":
+        return _bytes_of(source, "file")[0]
     waits = "Waiting for the end of standard input (at a terminal: Ctrl-D; to leave it out: < "
-    note = threading.Timer(IDLE_STDIN_S, _info, [f"{waits}{os.devnull})", True])
+    note = threading.Timer(2.0, _info, [f"{waits}{os.devnull})", True])
     note.daemon = True
     note.start()
     try:
@@ -8748,26 +8704,21 @@ def _text_of_pipe(data: bytes) -> str:
 
 
 def message_with(text: str, sources: Sequence[str], client: Puter) -> JSON:
-    """A person's message with files, URLs and "-" (stdin), each sorted by what it holds.
-
-    Texts join the text, images and files stand beside it. Raises `BadRequestError`.
-    """
+    """A message with files, URLs and "-" (stdin): texts join the text, others stand beside it."""
     parts: list[JSON] = []
     for source in sources:
-        name = os.path.basename(source)
         if re.match(r"https?://", source):
             data, _ = client._transport.download(source)
             name = source.partition("?")[0].rstrip("/").rpartition("/")[2] or "page"
-        elif source == "-":
-            data, name = _read_stdin(), "standard input"
         else:
-            data = _bytes_of(source, "file")[0]
+            data = _read_input(source)
+            name = "standard input" if source == "-" else os.path.basename(source)
         if not data:
             raise BadRequestError(f"{source} is empty", hint="Attach something else.")
         parts.append(file_part((name, data)))
-    texts = [part["text"] for part in parts if part["type"] == "text"]
+    texts = [text, *(part["text"] for part in parts if part["type"] == "text")]
     others = [part for part in parts if part["type"] != "text"]
-    return messages_from("\n\n".join([*([text] if text else []), *texts]), None, others)[0]
+    return messages_from("\n\n".join(filter(None, texts)), None, others)[0]
 
 
 class _SavedTalk(Conversation):
@@ -8820,6 +8771,43 @@ class _SavedTalk(Conversation):
         except (OSError, TypeError, ValueError, StoreError) as error:
             _info(f"warning: The conversation could not be saved in {self.path} ({error}).")
 
+    def turn(self, client: Puter, message: JSON, options: JSON, whole: bool = False) -> Reply:
+        """Say or stream a message, and save the conversation; the stream is printed."""
+
+        def ask() -> Reply:
+            with closing(_Spinner(client)) as spinner:
+                if whole:
+                    return self.say(message, **options)
+                _print_stream(self.stream(message, **options), spinner)
+                return self.reply
+
+        reply = _signed_in(client, ask)
+        self.save()
+        return reply
+
+    def conclude(self, client: Puter, reply: Reply, save: Callable[[_Medium], str]) -> None:
+        """Save an answer's pictures, and say what is special: empty, cut, or who else answered."""
+        with ExitStack() as stack:  # when one fails, the others are saved all the same
+            for image in reversed(reply.images):
+                stack.callback(lambda image: _info(f"picture: {save(image)}"), image)
+        if client.config.quiet_mode:
+            return
+        if not reply.text and not reply.images:
+            calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
+            what = f"only a call of {calls}" if calls else "empty"
+            _info(f"the answer is {what}", dim=True)
+        if reply.finish_reason == "length":
+            _info("the answer was cut at its longest length (--max-tokens)", dim=True)
+        if reply.finish_reason == "content_filter":
+            _info("the provider's filter ended the answer", dim=True)
+        attempts, active = reply.attempts, client._accounts.active_name
+        is_other = active not in (None, reply.account)
+        wanted = client.config.model_name(self.model)
+        if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
+            errors = (a.error.message for a in attempts if a.error)
+            why = next(errors, "what was asked is on cooldown")
+            _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
+
     def words(self, role: str) -> list[str]:
         """What somebody said, each message on a line."""
         texts = (text_of(m.get("content")) for m in self.messages if m.get("role") == role)
@@ -8829,10 +8817,8 @@ class _SavedTalk(Conversation):
 def _prompt_of(args: Any) -> str:
     """The question; what follows -c may be its beginning, as the help of `ask` says."""
     word = args.continue_ or ""
-    is_name = len(args.prompt) == 1 or (
-        _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
-    )
-    if word and not is_name:
+    is_saved = _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
+    if word and len(args.prompt) != 1 and not is_saved:
         args.continue_, args.prompt = "", [word, *args.prompt]
     return " ".join(args.prompt)
 
@@ -8851,21 +8837,6 @@ def _conversation(args: Any, client: Puter) -> _SavedTalk:
     talk.may_replace = args.run is cmd_ask and not goes_on
     talk.model, talk.system = args.model or talk.model, args.system or talk.system
     return talk
-
-
-def _answer(
-    client: Puter, talk: _SavedTalk, message: JSON, options: JSON, whole: bool = False
-) -> Reply:
-    def ask() -> Reply:
-        with closing(_Spinner(client)) as spinner:
-            if whole:
-                return talk.say(message, **options)
-            _print_stream(talk.stream(message, **options), spinner)
-            return talk.reply
-
-    reply = _signed_in(client, ask)
-    talk.save()
-    return reply
 
 
 def _print_stream(chunks: Iterator[Chunk], spinner: _Spinner) -> None:
@@ -8898,15 +8869,11 @@ class _Spinner(threading.Thread):
         self._reason, self._until = "", 0.0
         self._over = threading.Event()
         client._on_wait = self._show
-        if (
-            not client.config.quiet_mode
-            and sys.stderr.isatty()
-            and os.environ.get("TERM") != "dumb"
-        ):
+        can_wipe = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        if can_wipe and not client.config.quiet_mode:
             self.start()
 
     def _show(self, why: str, wait_s: float) -> None:
-        """Show why, for as long as that is waited for."""
         self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
@@ -8932,36 +8899,16 @@ def _reply_report(reply: Reply) -> JSON:
     for one in reply.attempts:
         result = {"error": one.error and one.error.message, "seconds": round(one.seconds, 3)}
         attempts.append({"model": one.model, "account": one.account, **result})
-    value = {} if reply.value is None else {"value": reply.value}
-    cost = {"cost_usd": reply.usage.cost_usd, **value}
-    return {**reply_to_json(reply), **cost, "attempts": attempts}
+    report = {**reply_to_json(reply), "cost_usd": reply.usage.cost_usd, "attempts": attempts}
+    return report if reply.value is None else {**report, "value": reply.value}
 
 
-def _usage_words(usages: Iterable[Usage]) -> str:
+def _usage_words(usages: Iterable[Usage | None]) -> str:
     reported = [u for u in usages if u]
     used = sum(reported, Usage())
     words = f"tokens: {used.input_tokens or 0} in, {used.output_tokens or 0} out"
     cost = "; cost not reported" if used.cost_usd is None else f"; cost ${used.cost_usd:.6f}"
     return f"{words}{cost if used.cost_usd != 0 else ''}" if reported else "tokens: not reported"
-
-
-def _comment(client: Puter, asked: str | None, reply: Reply) -> None:
-    """Say what is special about an answer: nothing in it, cut, or from another model or account."""
-    if client.config.quiet_mode:
-        return
-    if not reply.text and not reply.images:
-        calls = ", ".join(dict.fromkeys(call.name for call in reply.tool_calls))
-        _info(f"the answer is only a call of {calls}" if calls else "the answer is empty", dim=True)
-    if reply.finish_reason == "length":
-        _info("the answer was cut at its longest length (--max-tokens)", dim=True)
-    if reply.finish_reason == "content_filter":
-        _info("the provider's filter ended the answer", dim=True)
-    attempts, active = reply.attempts, client._accounts.active_name
-    is_other = active not in (None, reply.account)
-    wanted = client.config.model_name(asked)
-    if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
-        why = next((a.error.message for a in attempts if a.error), "what was asked is on cooldown")
-        _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
 
 # ---- pictures and sound ----
@@ -8985,7 +8932,7 @@ def cmd_image(args: Any) -> None:
 def cmd_speak(args: Any) -> None:
     """Speak a text."""
     ending = os.path.splitext(args.output or "")[1][1:].lower()
-    form = ending if ending in _SPOKEN_FORMATS else None
+    form = ending if ending in "mp3 wav opus aac flac pcm".split() else None
     _run_job(args, Audio, "speech", voice=args.voice, response_format=form)
 
 
@@ -9002,10 +8949,18 @@ def cmd_ocr(args: Any) -> None:
 
 
 def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None:
-    """Have a job done, and print what came of it, or where it was saved."""
+    """Have something made, or read; `name` is that of the file which is made, if one is."""
     with ExitStack() as stack, _client() as client:
         save: Any = stack.enter_context(_saving(args, name)) if name else str
-        given = _given(args)
+        given: Any = args.given
+        if name:
+            words = " ".join(args.given)
+            given = (_text_of_pipe(_read_input("-")) if words in ("", "-") else words).strip()
+            if not given:
+                hint = f'Try: python -m puter {args.command} "A red bicycle"'
+                raise ConfigError("There are no words", hint=hint)
+        elif given == "-":
+            given = ("standard input", _read_input("-"))
 
         def make() -> tuple[Any, Reply]:
             with closing(_Spinner(client)):
@@ -9022,31 +8977,15 @@ def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None
             _info(f"{reply.model} on {reply.account}; {price}", dim=True)
 
 
-def _given(args: Any) -> Any:
-    """The words, or the file, that a command of pictures and sound was given."""
-    if isinstance(args.given, str):
-        return ("standard input", _read_stdin()) if args.given == "-" else args.given
-    words = " ".join(args.given)
-    words = _text_of_pipe(_read_stdin()) if words in ("", "-") else words
-    if not words.strip():
-        hint = f'Try: python -m puter {args.command} "A red bicycle"'
-        raise ConfigError("There are no words", hint=hint)
-    return words.strip()
-
-
 class _Chat:
-    """An interactive conversation: `do_x` is the command `/x`, all else is said to the model.
-
-    The docstrings of the commands, in this order, are what /help shows.
-    """
+    """A conversation by lines: `/x` is `do_x`, whose docstring /help shows; all else is said."""
 
     def __init__(self, client: Puter, talk: _SavedTalk, options: JSON) -> None:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        self.answered = 0
-        self.used: list[Usage] = []
-        self.matches: list[str] = []
+        # of each turn; None for one that failed, or was stopped
+        self.used: list[Usage | None] = []
 
     def run(self) -> None:
         while True:
@@ -9054,7 +8993,7 @@ class _Chat:
             try:
                 text, is_block = _read_message()
                 note = "(stopped; the answer is not saved, /retry asks again)"
-                self.say(text) if is_block else self.take(text)
+                self.take(text, is_block)
             except EOFError:
                 if sys.stdin.isatty() and sys.stderr.isatty():
                     # the shell's prompt begins a line of its own; readline may have begun it
@@ -9065,34 +9004,29 @@ class _Chat:
             except KeyboardInterrupt:
                 _info(f"\n{note}")
 
-    def take(self, line: str) -> None:
-        """One message or command. A path at the beginning makes it a message."""
-        word, _, argument = line.rstrip().partition(" ")
-        if not line.strip():
-            return
-        if line.strip() in ("exit", "quit", "/exit", "/quit"):
+    def take(self, text: str, is_block: bool) -> None:
+        """A message, or a line that may be a command; a path in front makes it a message."""
+        word, _, argument = text.rstrip().partition(" ")
+        is_path = "/" in word[1:] or (argument and os.path.exists(word))
+        if not is_block and text.strip() in ("exit", "quit", "/exit", "/quit"):
             raise EOFError
-        if not word.startswith("/") or "/" in word[1:] or (argument and os.path.exists(word)):
-            self.say(line)
+        if is_block or is_path or not text.startswith("/"):
+            if is_block or text.strip():
+                self.ask(message_with(text, self.attached, self.client))
+                self.attached = []
         elif word in self.commands():
             self.commands()[word](argument.strip())
         else:
             _info(f"There is no command {word}; see /help. A space in front sends the line.")
 
-    def say(self, text: str) -> None:
-        self.ask(message_with(text, self.attached, self.client))
-        self.attached = []
-
     def ask(self, message: JSON) -> None:
         """One turn; a message that fails can be sent again with /retry."""
         self.unanswered = message
-        self.used.append(Usage())  # one that is stopped counts
-        reply = _answer(self.client, self.talk, message, self.options)
+        self.used.append(None)
+        reply = self.talk.turn(self.client, message, self.options)
         self.unanswered = None
-        self.answered += 1
         self.used[-1] = reply.usage
-        _save_images(reply, partial(_saved, output="picture"))
-        _comment(self.client, self.talk.model, reply)
+        self.talk.conclude(self.client, reply, partial(_saved, output="picture"))
 
     def commands(self) -> dict[str, Callable[[str], None]]:
         return {f"/{n[3:]}": getattr(self, n) for n in vars(_Chat) if n.startswith("do_")}
@@ -9167,8 +9101,8 @@ class _Chat:
         if name.endswith(".json"):
             text = json.dumps(self.talk.to_json(), indent=2, ensure_ascii=False)
         else:
-            said = [(m["role"], text_of(m.get("content"))) for m in self.talk.messages]
-            text = "\n\n".join(f"## {role}\n\n{words}" for role, words in said)
+            said = (f"## {m['role']}\n\n{text_of(m.get('content'))}" for m in self.talk.messages)
+            text = "\n\n".join(said)
         file_errors = _failing(f"{name} cannot be written", "Choose another name.")
         with file_errors, open(os.path.expanduser(name), "x", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -9184,23 +9118,6 @@ class _Chat:
         _info('A line that ends in \\ goes on in the next; """ begins and ends a longer text.')
         _info("Ctrl-C stops an answer; exit or Ctrl-D leaves.")
 
-    def complete(self, text: str, state: int) -> str | None:
-        """For readline: the command, model or file number `state` that begins so."""
-        import readline
-
-        if state == 0:
-            command, space, _ = readline.get_line_buffer().partition(" ")
-            names: Iterable[str] = ()
-            if not space:
-                names = self.commands()
-            elif command in ("/attach", "/save"):
-                names = glob.glob(glob.escape(text) + "*")
-            elif command == "/model":
-                with suppress(PuterError):  # none without the list
-                    names = [m.id for m in self.client.models()]
-            self.matches = [name for name in names if name.startswith(text)]
-        return self.matches[state] if state < len(self.matches) else None
-
 
 @_command(*_TALK_OPTIONS)
 def cmd_chat(args: Any) -> int:
@@ -9210,22 +9127,18 @@ def cmd_chat(args: Any) -> int:
         chat = _Chat(client, talk, {"max_tokens": args.max_tokens, "temperature": args.temperature})
         if not sys.stdin.isatty():
             chat.run()
-            return 1 if len(chat.used) > chat.answered else 0
+            return 1 if None in chat.used else 0
         shown = client.config.model_name(talk.model)
         _info(f"Talking with {shown}; /help lists the commands, Ctrl-D leaves.")
         for role, mark in (("user", "> "), ("assistant", "")):
             for said in talk.words(role)[-1:]:
                 _info(mark + _cut(said, 200), dim=True)
-        with _line_editing(chat):
-            chat.run()
+        _run_with_readline(chat)
     return 0
 
 
 def _read_message() -> tuple[str, bool]:
-    """(a line, or several; whether between \"\"\"); raises EOFError at the end.
-
-    At the end of a pipe, what was begun counts as it is.
-    """
+    """(what was typed, whether it is a message as it stands); what a pipe's end cuts counts."""
     prompt, more = ("> ", ". ") if sys.stdin.isatty() else ("", "")
     text = _read_line(prompt)
     if "\n" in text.strip():  # it was pasted
@@ -9242,25 +9155,39 @@ def _read_message() -> tuple[str, bool]:
     return text.rstrip().removesuffix('"""').strip("\n"), True
 
 
-@contextmanager
-def _line_editing(chat: _Chat) -> Iterator[None]:
+def _run_with_readline(chat: _Chat) -> None:
     try:
         import readline
     except ImportError:  # Windows
-        yield
-        return
+        return chat.run()
+    matches: list[str] = []
+
+    def complete(text: str, state: int) -> str | None:
+        if state == 0:
+            command, space, _ = readline.get_line_buffer().partition(" ")
+            names: Iterable[str] = ()
+            if not space:
+                names = chat.commands()
+            elif command in ("/attach", "/save"):
+                names = glob.glob(glob.escape(text) + "*")
+            elif command == "/model":
+                with suppress(PuterError):  # none without the list
+                    names = [m.id for m in chat.client.models()]
+            matches[:] = [name for name in names if name.startswith(text)]
+        return matches[state] if state < len(matches) else None
+
     path = chat.client.config.folder / "chat-history"
     with suppress(OSError):  # none yet
         readline.read_history_file(path)
     readline.set_completer_delims(" ")
-    readline.set_completer(chat.complete)
+    readline.set_completer(complete)
     readline.parse_and_bind("tab: complete")
     if os.environ.get("TERM") != "dumb":  # several pasted lines are one message
         readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(1_000)
     known = readline.get_current_history_length()
     try:
-        yield
+        chat.run()
     finally:
         # a history that cannot be saved is no reason to fail; libedit cannot append
         with suppress(OSError, AttributeError):
@@ -9308,17 +9235,17 @@ def cmd_login(args: Any) -> None:
         if args.file is not None:
             _import_accounts(client, args.file)
             return
-        if args.with_token:
-            if not (token := _read_token()):
-                hint = "Try: python -m puter login --with-token < FILE"
-                raise ConfigError("No token came", hint=hint)
+        if not args.with_token:
+            account = _sign_in(client.config, args.no_browser, args.port)
+        elif token := _read_token():
             try:
                 account = account_of(token, client.config)
             except AuthError as error:
                 error.hint = "This token was refused: copy it again, whole."
                 raise
         else:
-            account = _sign_in(client.config, args.no_browser, args.port)
+            hint = "Try: python -m puter login --with-token < FILE"
+            raise ConfigError("No token came", hint=hint)
         _print(_add_account(client, account))
 
 
@@ -9383,9 +9310,9 @@ def _import_accounts(client: Puter, name: str) -> None:
                 why = f": the other token was refused ({error.message})"
         if why:
             _print(f"Kept {account.username}{why}")
-            continue
-        is_new = store.add(account, activate=False)
-        _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
+        else:
+            is_new = store.add(account, activate=False)
+            _print(f"{'Added' if is_new else 'Renewed the token of'} {account.username}")
     if imported and not stored:
         store.switch(imported[data["activeIndex"]].username)
     _print(f"{_plural(len(imported), 'account')} from {path}")
@@ -9436,49 +9363,35 @@ def cmd_status(args: Any) -> int:
             checks = list(_checks(client))
             bad, good = ("✗ ", "✓ ") if _has_style(sys.stdout) else ("FAIL  ", "ok    ")
             marks = {False: (bad, "red"), True: (good, "green")}
-            lines = ([marks[fine], (text, "")] for fine, text in checks)
-            _report(args, [{"ok": fine, "text": text} for fine, text in checks], lines)
+            data = [{"ok": fine, "text": text} for fine, text in checks]
+            _report(args, data, ([marks[fine], (text, "")] for fine, text in checks))
             return 0 if all(fine for fine, _ in checks) else 1
-        report = _status_report(client, time.time())
-    _report(args, report, _status_lines(report, from_environment))
-    return 0 if report["accounts"] or from_environment else 1
-
-
-def _status_report(client: Puter, now: float) -> JSON:
-    accounts, active = client.store.accounts(), client.store.active()
-    cooldowns = client.state.cooldowns(now, accounts)
+        now, (accounts, active) = time.time(), client.store.read()
+        cooldowns, used = client.state.cooldowns(now, accounts), client.state.last_used_ms()
     dead = {c.account for c in cooldowns if c.reason == "login"}
-    used = client.state.last_used_ms()
     report: JSON = {"config_dir": str(client.config.folder), "accounts": [], "cooldowns": []}
+    note = "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
+    lines: list[_Line] = [note] if from_environment else []
+    on, off = "●○" if _has_style(sys.stdout) else "* "
     for a in accounts:
-        times = {"added_at_ms": a.added_at_ms, "last_used_ms": used.get(a.username, a.last_used_ms)}
+        used_ms, needs_login = used.get(a.username, a.last_used_ms), a.username in dead
         row = {"username": a.username, "active": a == active, "temporary": a.is_temporary}
-        report["accounts"].append({**row, **times, "needs_login": a.username in dead})
+        row |= {"added_at_ms": a.added_at_ms, "last_used_ms": used_ms, "needs_login": needs_login}
+        report["accounts"].append(row)
+        notes = ["temporary"] if a.is_temporary else []
+        notes += ["needs a new sign-in: python -m puter login"] if needs_login else []
+        notes.append(f"last used {_when(used_ms / 1000) if used_ms else 'never'}")
+        mark = (on, "green") if a == active else (off, "")
+        lines.append([mark, (f" {a.username}", "bold"), (f"  ({', '.join(notes)})", "")])
     for c in cooldowns:
         if c.reason != "login":
+            left_s = round(c.until_s - now, 1)
             row = {"account": c.account, "model": c.model or None, "reason": c.reason}
-            row |= {"strikes": c.strikes, "seconds_left": round(c.until_s - now, 1)}
-            report["cooldowns"].append(row)
-    return report
-
-
-def _status_lines(report: JSON, from_environment: bool) -> Iterator[_Line]:
-    if from_environment:
-        yield "PUTER_AUTH_TOKEN is set: its account is used, and none of these."
-    active, other = "●○" if _has_style(sys.stdout) else "* "
-    for account in report["accounts"]:
-        notes = ["temporary"] if account["temporary"] else []
-        notes += ["needs a new sign-in: python -m puter login"] if account["needs_login"] else []
-        used = account["last_used_ms"]
-        notes.append(f"last used {_when(used / 1000) if used else 'never'}")
-        mark = (active, "green") if account["active"] else (other, "")
-        yield [mark, (f" {account['username']}", "bold"), (f"  ({', '.join(notes)})", "")]
-    for cooldown in report["cooldowns"]:
-        name, model = cooldown["account"], cooldown["model"]
-        what = f"{model} on {name}" if model else name
-        yield f"  cooldown: {what}, {cooldown['seconds_left']:.0f} s left ({cooldown['reason']})"
-    if not report["accounts"] and not from_environment:
-        yield _NOBODY
+            report["cooldowns"].append({**row, "strikes": c.strikes, "seconds_left": left_s})
+            what = f"{c.model} on {c.account}" if c.model else c.account
+            lines.append(f"  cooldown: {what}, {left_s:.0f} s left ({c.reason})")
+    _report(args, report, lines if accounts or from_environment else [*lines, _NOBODY])
+    return 0 if accounts or from_environment else 1
 
 
 def _when(at_s: float) -> str:
@@ -9539,10 +9452,6 @@ def cmd_whoami(args: Any) -> None:
     _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
 
 
-def _prices(model: Model) -> tuple[float | None, float | None]:
-    return model.input_usd_per_million, model.output_usd_per_million
-
-
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     "id": lambda m: m.id,
     "price": lambda m: (m.input_usd_per_million is None, sum(filter(None, _prices(m))), m.id),
@@ -9590,10 +9499,10 @@ def _tokens(count: int) -> str:
 def _table(
     rows: Sequence[Sequence[str]], sides: str, spare: Sequence[int] = (), cut: int = 0
 ) -> Iterator[_Line]:
-    """Rows of texts, the head first, as lines with aligned columns (`<` or `>` a column).
+    """Rows, the head first, as lines with aligned columns (`<` or `>` a column).
 
-    On a terminal that is too narrow, columns that say the same in all rows are left out and
-    named once, then the `spare` ones are left out, in that order; at last `cut` is shortened.
+    On a narrow terminal, columns that say the same in all rows are named once, then the
+    `spare` ones are left out, in that order; at last `cut` is shortened.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     columns = list(range(len(widths)))
@@ -9629,11 +9538,8 @@ def _cut(text: str, most: int) -> str:
 def cmd_usage(args: Any) -> int:
     """The credit that is left this month."""
     with _client() as client:
-        if not client.accounts:
-            _signed_in(client, client.whoami)
-        active = client.active_account
-        accounts = client.accounts if args.all else [active] if active else []
-        rows = credit_rows(client, accounts)
+        active = _signed_in(client, client._accounts.first)
+        rows = [credit_row(client, a) for a in (client.accounts if args.all else [active])]
     _report(args, rows, (line for row in rows for line in _credit_lines(row)))
     return 1 if any(row["error"] for row in rows) else 0
 
@@ -9671,24 +9577,15 @@ def _credit_lines(row: JSON) -> Iterator[_Line]:
 @_command(_opt("model", "only this one", nargs="?"), _opt("--reset", "delete them"), _JSON_FLAG)
 def cmd_stats(args: Any) -> None:
     """How the models have done."""
+    of_model = f" of {args.model}" if args.model else ""
     with _client() as client:
         if args.reset:
             client.reset_stats(args.model)
-            of_model = f" of {args.model}" if args.model else ""
             _report(args, {"reset": args.model or "all"}, [f"Statistics{of_model} were reset."])
             return
         stats = client.stats(args.model)
         free = {m.id for m in client._catalogue.known() if m.free}
-    _report(args, [asdict(s) for s in stats], _stats_lines(stats, args.model, free))
-
-
-def _stats_lines(
-    stats: Sequence[ModelStats], model: str | None, free: Collection[str]
-) -> Iterator[_Line]:
-    if not stats:
-        yield f"There are no statistics{f' of {model}' if model else ''} yet."
-        return
-    styled = _has_style(sys.stdout)
+    failures, styled = [], _has_style(sys.stdout)
     head = ("MODEL", "ASKED", "OK %" if styled else "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
     rows = [(*head, *["TIMES"] * styled)]
     for one in stats:
@@ -9701,13 +9598,13 @@ def _stats_lines(
         longest = max(one.times, default=0.0) or 1.0
         bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cost = f"${one.cost_usd:.4f}" if one.cost_usd or one.model in free else "-"
-        cells = (one.model, *counts, *times, speed, cost)
-        rows.append((*cells, *[bars or "-"] * styled))
-    yield from _table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2))
-    for one in stats:
+        rows.append((one.model, *counts, *times, speed, cost, *[bars or "-"] * styled))
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
-            yield f"failures of {one.model}: {reasons}"
+            failures.append(f"failures of {one.model}: {reasons}")
+    nothing = [f"There are no statistics{of_model} yet."]
+    lines = chain(_table(rows, "<>>>>>>><", (4, 5, 6, 3, 8, 2)), failures)
+    _report(args, [asdict(s) for s in stats], lines if stats else nothing)
 
 
 @_command(_opt("--clear", "delete them"), _JSON_FLAG)
@@ -10364,8 +10261,8 @@ class _LaunchClient(Puter):
             parts += [f"answered: {', '.join(counts)}", _usage_words(usages)]
             parts += [_plural(sum(fallbacks), "fallback")] if any(fallbacks) else []
         active = self.active_account if self._requests else None
-        credit = credit_rows(self, [active] if active else [])
-        parts += (f"{row['username']}: {credit_text(row)}" for row in credit if not row["error"])
+        if active and not (row := credit_row(self, active))["error"]:
+            parts.append(f"{active.username}: {credit_text(row)}")
         return "; ".join(parts)
 
 

@@ -5133,7 +5133,7 @@ class TestModuleLevel:
         monkeypatch.setenv("PUTER_API_BASE_URL", fake.url)
         sit_down(monkeypatch, lambda _: answer)
         monkeypatch.setattr(puter, "browser_login", lambda *_, **__: alice)
-        monkeypatch.setattr(puter, "_read_stdin", lambda: b"")
+        monkeypatch.setattr(puter, "_read_input", lambda _: b"")
         code = puter.main(["ask", "-m", lab("echo"), "hello"])
         told = capsys.readouterr()
         assert "You are not signed in." in told.err, told
@@ -11942,8 +11942,9 @@ class TestPictures:
     def test_a_picture_that_cannot_be_written_is_kept(self, desk, monkeypatch):
         monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
         reply = puter.Reply(images=[puter.Picture(PNG), puter.Picture(PNG)])
+        talk, save = puter._SavedTalk(Path.cwd()), functools.partial(puter._saved, output="none/a")
         with pytest.raises(puter.StoreError, match=r"It was saved in .*\.png instead"):
-            puter._save_images(reply, functools.partial(puter._saved, output="none/a.png"))
+            talk.conclude(puter.Puter(), reply, save)
         kept = list(Path().glob("puter-*.png"))
         assert [one.read_bytes() for one in kept] == [PNG, PNG]
 
