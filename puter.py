@@ -2214,7 +2214,7 @@ def image_part(image: Image) -> JSON:
             raise BadRequestError(f"The image {image[:40]!r}… is not a base64 data URL")
         return {"type": "image_url", "image_url": {"url": image}}
     data, name = _bytes_of(image, "image")
-    if kind := image_kind(data):
+    if kind := mime_of(data):
         return {"type": "image_url", "image_url": {"url": Picture(data, kind).as_url()}}
     problem = f"is not an image in PNG, JPEG, GIF or WebP ({len(data)} bytes)"
     raise BadRequestError(f"{name} {problem}")
@@ -2236,7 +2236,7 @@ def file_part(file: File) -> JSON:
     if not data or len(data) > MAX_FILE_BYTES:
         limits = f"may be 1 to {MAX_FILE_BYTES:,} bytes"
         raise BadRequestError(f"The file {name!r} is {len(data):,} bytes, but {limits}")
-    if image_kind(data):
+    if mime_of(data):
         return image_part(data)
     if data[:5] == b"%PDF-":
         name = name if "." in name else f"{name}.pdf"
@@ -2276,8 +2276,8 @@ def _bytes_of(source: Image, what: str) -> tuple[bytes, str]:
         raise BadRequestError(problem, hint="Check the path.") from error
 
 
-def image_kind(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | None:
-    """The MIME type of an image (or another of `kinds`) by its first bytes; None for others."""
+def mime_of(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | None:
+    """The MIME type of a file of one of these kinds, by its first bytes; None for others."""
     return next((k for k, start in kinds.items() if re.match(start, data, re.DOTALL)), None)
 
 
@@ -2285,7 +2285,7 @@ def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
     """A path, bytes or (name, bytes) as a data URL; `BadRequestError` if it is none of `kinds`."""
     named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
     data, name = source[::-1] if named else _bytes_of(source, what)
-    if kind := image_kind(data, kinds):
+    if kind := mime_of(data, kinds):
         return _Medium(data, kind).as_url()
     known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
     raise BadRequestError(f"{name} is none of {known}", hint="Convert it first.", param=what)
@@ -2962,7 +2962,7 @@ def picture_from(image: Any) -> Picture:
     contents = base64.b64decode(encoded, validate=True) if is_base64 else b""
     if not contents:
         raise ValueError(f"a picture is {_describe(url)}")
-    return Picture(contents, image_kind(contents) or head[5:].partition(";")[0])
+    return Picture(contents, mime_of(contents) or head[5:].partition(";")[0])
 
 
 def reply_from_driver(body: JSON, model: str) -> Reply:
@@ -3557,7 +3557,8 @@ class Asked(NamedTuple):
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
     returns: Returns | None = None
-    is_chat: bool = True
+    # what comes of it: the answer of a chat, or one of the jobs' results
+    makes: type[Any] = Reply
 
 
 class World(NamedTuple):
@@ -3571,6 +3572,8 @@ class World(NamedTuple):
     now: float = 0.0
     elapsed_s: float = 0.0
     is_stale: bool = False
+    # whether the budget is: then only what is free may be asked
+    is_spent: bool = False
 
     def others(self, account: Account) -> set[str]:
         """Who could take its place, now or later: all whose token is not dead."""
@@ -3655,7 +3658,7 @@ def _next_model(
     tried, here = {a.model for a in attempts} - names, {a.model for a in visit}
     if world.elapsed_s > FALLBACK_BUDGET_S or len(tried) >= FALLBACKS_PER_CALL:
         return None
-    left = (m for m in fallbacks if m.id not in here)
+    left = (m for m in fallbacks if m.id not in here and (m.free or not world.is_spent))
     found = next((m for m in left if is_worth_trying(m, attempts, world.models)), None)
     return (found.id, account, True) if found else None
 
@@ -3762,8 +3765,8 @@ class _InFlight:
         # re-entrant: a stream may be dropped, and so closed, at any time
         self._lock = threading.RLock()
         self.cancelled = threading.Event()
-        # wakes the thread that waits for its turn
-        self.waker: threading.Event | None = None
+        # where a thread may wait for its turn
+        self.waker: threading.Condition | None = None
         self.timeout_s = 0.0
         # whether a byte of the request may have been sent
         self.has_sent = True
@@ -3775,7 +3778,8 @@ class _InFlight:
         """End the call: a thread that waits for its bytes wakes up."""
         self.cancelled.set()
         if self.waker is not None:
-            self.waker.set()
+            with self.waker:
+                self.waker.notify_all()
         with self._lock:
             # http.client takes a socket from its connection when the body ends with it, and
             # gives it back after the last byte: another call may use the connection then
@@ -4190,6 +4194,8 @@ _OTHER_NAMES = {
     "stream": "the method `stream`",
     "max_rounds": "`run`, which takes it",
     "on_tool": "`run`, which takes it",
+    "client": "`conversation` of that client, which makes one that uses it",
+    "images": "`image`, which takes them",
     # it would write into the storage of the account
     "puter_output_path": "`save` of the result",
 }
@@ -4199,6 +4205,7 @@ class _Job(NamedTuple):
     """Work that is no chat: how it is called, how its arguments are made, its result is read.
 
     `names` are the arguments that are known beside those of every job; all are passed on.
+    `files` are the kinds of the file that comes of it, if it is one.
     """
 
     interface: str
@@ -4206,6 +4213,7 @@ class _Job(NamedTuple):
     names: str
     args: Callable[[Any], JSON]
     read: Callable[[Any], Any]
+    files: Mapping[str, bytes] = types.MappingProxyType({})
 
 
 def _audio_from(result: Any) -> Audio:
@@ -4228,6 +4236,7 @@ _JOBS: dict[type[Any], _Job] = {
         "quality ratio aspect_ratio",
         lambda prompt: {"prompt": prompt},
         picture_from,
+        _IMAGE_KINDS,
     ),
     Audio: _Job(
         "puter-tts",
@@ -4235,6 +4244,7 @@ _JOBS: dict[type[Any], _Job] = {
         "voice response_format instructions",
         lambda text: {"text": text, "provider": "openai"},
         _audio_from,
+        _AUDIO_KINDS,
     ),
     Transcript: _Job(
         "puter-speech2txt",
@@ -4298,9 +4308,9 @@ class _ConcurrencyLimit:
         self._paused_until = 0.0
         # when a call last ended
         self._released_at = 0.0
-        self._queue: deque[threading.Event] = deque()
+        self._queue: deque[_InFlight] = deque()
         # re-entrant: a stream may be dropped, and so give back its place, at any time
-        self._lock = threading.RLock()
+        self._changed = threading.Condition(threading.RLock())
 
     @property
     def waiting(self) -> int:
@@ -4309,48 +4319,42 @@ class _ConcurrencyLimit:
     @contextmanager
     def place(self, cancellation: _InFlight, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `BusyError` when none was given back for so long."""
-        arrived, turn = time.monotonic(), threading.Event()
-        cancellation.waker = turn
-        with self._lock:
-            self._queue.append(turn)
-        try:
-            while not cancellation.cancelled.is_set():
-                turn.clear()
-                with self._lock:
+        arrived, cancellation.waker = time.monotonic(), self._changed
+        with self._changed:
+            self._queue.append(cancellation)
+            try:
+                while not cancellation.cancelled.is_set():
                     now, until = time.monotonic(), self._paused_until
-                    is_next = self._running < self._allowed and self._queue[0] is turn
+                    is_next = self._running < self._allowed and self._queue[0] is cancellation
                     if is_next and now >= until:
                         self._running += 1
                         break
-                if not is_next:
-                    until = max(arrived, self._released_at, until) + patience_s
-                if until <= now:
-                    problem = f"All {self._places} requests that may run at once on the account"
-                    raise BusyError(f"{problem} have been running for {patience_s:g} s")
-                turn.wait(until - now)
-            else:
-                raise BusyError("The call was given up before it was sent")
-        finally:
-            cancellation.waker = None
-            with self._lock:
-                self._queue.remove(turn)
-                self._wake_next()
+                    if not is_next:
+                        until = max(arrived, self._released_at, until) + patience_s
+                    if until <= now:
+                        problem = f"All {self._places} requests that may run at once on the account"
+                        raise BusyError(f"{problem} have been running for {patience_s:g} s")
+                    self._changed.wait(until - now)
+                else:
+                    raise BusyError("The call was given up before it was sent")
+            finally:
+                self._queue.remove(cancellation)
+                self._changed.notify_all()
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 self._running -= 1
                 self._released_at = time.monotonic()
-                self._wake_next()
+                self._changed.notify_all()
 
     def wait_for_end(self, cancellation: _InFlight, patience_s: float) -> bool:
         """Wait until one of the running calls ends; False if none runs, or for so long."""
-        began = time.monotonic()
-        while self._running and time.monotonic() < began + patience_s:
-            if self._released_at > began:
-                return True
-            if cancellation.cancelled.wait(0.05):
-                break
+        began, is_over = time.monotonic(), cancellation.cancelled.is_set
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._released_at > began or not self._running or is_over(), patience_s
+            )
         return self._released_at > began
 
     def pause(self, seconds: float) -> None:
@@ -4360,13 +4364,9 @@ class _ConcurrencyLimit:
 
     def passed(self) -> None:
         """The server took a request: one more may go beside it."""
-        with self._lock:
+        with self._changed:
             self._allowed = min(self._allowed + 1, self._places)
-            self._wake_next()
-
-    def _wake_next(self) -> None:
-        if self._queue:
-            self._queue[0].set()
+            self._changed.notify_all()
 
 
 @dataclass
@@ -4573,10 +4573,10 @@ class _Api(NamedTuple):
         return _Incoming(batches, lambda: with_true_end(decoder.reply(), known, args), started)
 
     def work(
-        self, job: _Job, call: _Exchange, model: str, account: Account, stack: ExitStack
+        self, kind: type[Any], call: _Exchange, model: str, account: Account, stack: ExitStack
     ) -> _Incoming:
-        """Have a job done; what came of it is the `result` in the `raw` of the reply."""
-        started, args = time.monotonic(), dict(call.asked.args)
+        """Have one of the `_JOBS` done; what comes of it is the `value` of the reply."""
+        job, started, args = _JOBS[kind], time.monotonic(), dict(call.asked.args)
         if model != job.interface:
             args["model"] = model
         body = {"interface": job.interface, "method": job.method, "args": args}
@@ -4585,25 +4585,25 @@ class _Api(NamedTuple):
         _log.info("Request: POST /drivers/call method=%s model=%s", job.method, model)
         response = self.transport.send("POST", url, token=account.token, body=body, **how)
         try:
-            result = self._result(job, response, call.cancellation)
+            value = self._result(kind, response, call.cancellation)
         except PuterError as error:
             # what is not Puter's own word may stand for work that was done, and billed
-            is_own, kind = error.code in _KIND_BY_CODE, (error.status or 0) // 100
-            error.may_be_billed |= not is_own and kind in (2, 5)
+            is_own, hundreds = error.code in _KIND_BY_CODE, (error.status or 0) // 100
+            error.may_be_billed |= not is_own and hundreds in (2, 5)
             raise
         cost = 0.0 if args.get("test_mode") else None
-        if cost is None and "model" in args and isinstance(result, Picture):
+        if cost is None and "model" in args and kind is Picture:
             known = self.drawing.models_if_any("The price is not known").get(model)
             cost = known.usd_per_image if known else None
-        raw = {"result": result}
-        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, raw=raw), started)
+        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, value=value), started)
 
-    def _result(self, job: _Job, response: requests.Response, cancellation: _InFlight) -> Any:
-        data, kind = response.content, content_type(response)
-        if not kind.startswith("audio/") or data[:2] in (b"", b'{"'):
-            kind = image_kind(data, _AUDIO_KINDS) or ""
-        if response.status_code == 200 and kind:
-            return Audio(data, kind)
+    def _result(self, kind: type[Any], response: requests.Response, cancellation: _InFlight) -> Any:
+        job, data, mime = _JOBS[kind], response.content, content_type(response)
+        families = {one.partition("/")[0] for one in job.files}
+        if mime.partition("/")[0] not in families or data[:2] in (b"", b'{"'):
+            mime = mime_of(data, job.files) or ""
+        if response.status_code == 200 and mime:
+            return kind(data, mime)
         body = body_of(response)
         try:
             result = job.read(body["result"])
@@ -4611,9 +4611,9 @@ class _Api(NamedTuple):
             raise _no_reply(f"The result has an unknown format ({error!r})", body) from error
         if isinstance(result, _Medium) and not result.data:
             try:
-                data, kind = self.transport.download(result.url, cancellation)
-                kind = image_kind(data, _IMAGE_KINDS | _AUDIO_KINDS) or kind
-                return replace(result, data=data, mime=kind or result.mime)
+                data, mime = self.transport.download(result.url, cancellation)
+                mime = mime_of(data, job.files) or mime or result.mime
+                return replace(result, data=data, mime=mime)
             except PuterError as error:
                 # it is made, and paid for: whoever asked can still load it
                 _log.warning("%s could not be loaded: %s", result.url, error)
@@ -5142,10 +5142,7 @@ class Puter:
         """Check the caller's arguments, and ask no model; raises `BadRequestError`."""
         args = {k: v for k, v in args.items() if v is not None}
         prompt = args.pop("prompt", None) if prompt is None else prompt
-        for argument in args:
-            # all others are passed on to the server
-            if hint := argument_hint(argument):
-                raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
+        _check_names(args)
         for switch, value in (("fallback", fallback), ("web_search", web_search)):
             _require(isinstance(value, bool), switch, value, "Give True or False.")
         is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
@@ -5179,10 +5176,8 @@ class Puter:
     ) -> tuple[_T, Reply]:
         """Have one of the `_JOBS` done: what came of it, and the reply that brought it."""
         job, args = _JOBS[kind], {k: v for k, v in args.items() if v is not None}
-        known = (*_JOB_ARGUMENTS, "images", "timeout_ms", *job.names.split())
-        for argument in args.keys() - known:
-            if hint := argument_hint(argument, known):
-                raise BadRequestError(f"There is no argument {argument!r}", hint=hint)
+        takes = ("images", "timeout_ms") if kind is Picture else ("timeout_ms",)
+        _check_names(args, known=(*_JOB_ARGUMENTS, *takes, *job.names.split()))
         hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
         _require(not is_foreign(self.config), "api_style", style, hint)
         content = job.args(given)
@@ -5196,10 +5191,10 @@ class Puter:
             is_url = re.compile("(?i)https?://").match
             own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
-        asked = asked._replace(args=content | args, is_chat=False)
-        way = partial(self._api.work, job)
+        asked = asked._replace(args=content | args, makes=kind)
+        way = partial(self._api.work, kind)
         reply = self._open_once(asked, cancellation or _InFlight(), False, way)._whole()
-        return reply.raw["result"], reply
+        return reply.value, reply
 
     def _open(
         self,
@@ -5261,7 +5256,7 @@ class Puter:
         way: Callable[..., _Incoming] | None = None,
     ) -> Stream:
         call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
-        may_be_cached = self.config.cache_enabled and asked.is_chat
+        may_be_cached = self.config.cache_enabled and asked.makes is Reply
         if may_be_cached and (cached := self._cached(asked)):
             return Stream.of(cached, cancellation)
         incoming, stack = self._ask_until_answered(call)
@@ -5334,8 +5329,6 @@ class Puter:
             try:
                 answer = self._send_with_retries(call, target)
             except PuterError as error:
-                if isinstance(error, BudgetError) and call.attempts:
-                    break
                 is_own = isinstance(error, (BusyError, BudgetError))
                 if call.cancellation.cancelled.is_set() or is_own:
                     # its owner gave up, or has too much open: no account's fault
@@ -5352,13 +5345,17 @@ class Puter:
         first.attempts = tuple(call.attempts)
         raise first from first.__cause__
 
+    def _is_spent(self) -> bool:
+        budget = self.config.budget_usd
+        return budget is not None and sum(self._costs_usd) >= budget
+
     def _check_budget(self, asked: Asked, name: str) -> None:
         """Raise `BudgetError` once the budget is spent, but for what costs nothing."""
-        budget, spent = self.config.budget_usd, sum(self._costs_usd)
-        if budget is None or spent < budget or asked.args.get("test_mode"):
+        if not self._is_spent() or asked.args.get("test_mode"):
             return
         model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
         if model is None or not model.free:
+            budget, spent = self.config.budget_usd or 0, sum(self._costs_usd)
             amounts = f"{money(budget, 'usd')} is spent ({money(spent, 'usd')})"
             message = f"The budget of {amounts}, and {name} costs money"
             raise BudgetError(message, code="budget_spent", model=name)
@@ -5383,8 +5380,8 @@ class Puter:
             used = {a.username: a.last_used_ms for a in accounts} | self.state.last_used_ms()
             accounts = [replace(a, last_used_ms=used[a.username]) for a in accounts]
         current = self._accounts.current or self._accounts.active_name
-        elapsed_s, is_stale = time.monotonic() - call.began, self._catalogue.is_stale
-        return World(accounts, cooldowns, models, self.config, current, now, elapsed_s, is_stale)
+        more = (time.monotonic() - call.began, self._catalogue.is_stale, self._is_spent())
+        return World(accounts, cooldowns, models, self.config, current, now, *more)
 
     def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
         """One model on one account, with the retries that the policies allow."""
@@ -5437,7 +5434,7 @@ class Puter:
     ) -> PuterError:
         """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
-        if isinstance(error, CreditError) and call.asked.is_chat:
+        if isinstance(error, CreditError) and call.asked.makes is Reply:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if error.reply is not None:
@@ -5500,7 +5497,7 @@ class Puter:
         is_own = error.code in _KIND_BY_CODE and code != "invalid_api_key"
         is_limit = error.scope == "account" and is_own and not error.is_momentary
         # what is too little for a picture may do for a chat
-        is_limit &= call.asked.is_chat or not isinstance(error, CreditError)
+        is_limit &= call.asked.makes is Reply or not isinstance(error, CreditError)
         if error.scope == "model" and not isinstance(error, CreditError):
             # cooldowns are of ids, which the list knows
             model_id, ms = self._world(call).models.id_of(target.model), config.fallback_cooldown_ms
@@ -5516,11 +5513,14 @@ class Puter:
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
         why = "No similar name was looked up"
-        models = (self._catalogue if call.asked.is_chat else self._drawing).models_if_any(why)
+        lists = {Reply: self._catalogue, Picture: self._drawing}
+        if call.asked.makes not in lists:
+            return
+        models = lists[call.asked.makes].models_if_any(why)
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
-            if not call.asked.is_chat:
+            if call.asked.makes is Picture:
                 # the command lists those of chats
                 unknown.message = unknown.message.replace("No", "No picture", 1)
                 some = f"Some are: {', '.join(m.id for m in models[:5])}."
@@ -5559,7 +5559,7 @@ class Puter:
         self._on_answer(reply, call.is_fallback)
 
     def _cache(self, request: Asked, reply: Reply) -> None:
-        if self.config.cache_enabled and request.is_chat:
+        if self.config.cache_enabled and request.makes is Reply:
             body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
             self._reply_cache.cache_put(self._cache_key(request), body, time.time(), limit)
 
@@ -5569,13 +5569,21 @@ class Puter:
             self._metrics.record(name, outcome, seconds, *more, limit=limit)
 
 
+def _check_names(
+    names: Iterable[str], what: str = "argument {!r}", known: tuple[str, ...] = ()
+) -> None:
+    """Raise `BadRequestError` for misspelt arguments of ours; all others go on to the server."""
+    for name in (n for n in names if n not in known):
+        if hint := _argument_hint(name, known):
+            raise BadRequestError(f"There is no {what.format(name)}", hint=hint)
+
+
 @lru_cache
-def argument_hint(name: str, names: tuple[str, ...] = ()) -> str:
-    """The hint for an argument that looks like a misspelt one of ours, else ""."""
+def _argument_hint(name: str, known: tuple[str, ...]) -> str:
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
-    names = names or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    known = known or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     meant = _OTHER_NAMES.get(name) or "".join(near)
     return f"Did you mean {meant}?" if meant else ""
 
@@ -5697,10 +5705,8 @@ class Conversation:
 
 
 def _checked_options(options: Mapping[str, Any]) -> JSON:
-    for name in (n for n in options if n not in ("max_rounds", "on_tool", *_OWN_ARGUMENTS)):
-        own = "It is given when the conversation is made." if name == "client" else ""
-        if hint := argument_hint(name) or own:
-            raise BadRequestError(f"There is no option {name!r} of a turn", hint=hint)
+    own = ("max_rounds", "on_tool", *_OWN_ARGUMENTS)
+    _check_names((n for n in options if n not in own), "option {!r} of a turn")
     return dict(options)
 
 

@@ -9014,6 +9014,8 @@ TARGETS = table(
     ["without fallback", "ab", "", "a/ask:down", None, {"fallback": False}],
     ["an unknown name", "ab", "", "a/ask:unknown", None, {}],
     ["the user's own list comes first", "ab", "", "a/ask:down", "a/s", {"fallback_models": ("s",)}],
+    ["of a list, one that costs money", "ab", "", "a/f1:down", "a/ask", {"model": "f1:free", "fallback_models": ("ask",)}],
+    ["none of these once the budget is spent", "ab", "", "a/f1:down", "a/f2", {"model": "f1:free", "fallback_models": ("ask",), "is_spent": True}],
     # a list that could not be fetched: what it calls free may cost by now
     ["stale: names that say free", "ab", "", "a/ask:down a/f1:key a/f2:key a/f3:key a/f4:key", "a/f5", {"is_stale": True}],
     ["stale: no other", "ab", "", "a/ask:down", None, {"is_stale": True, "models": TARGET_MODELS[7:]}],
@@ -12155,13 +12157,13 @@ class TestBudget:
         assert ask(client, how, f"openrouter:{PAID_AND_FREE[0]}:free").text
 
     def test_a_paid_fallback_is_not_begun(self, make, fake):
-        """The first error is the one to know."""
-        fake.script["allam-2-7b"] = "internal"
-        client = make(budget_usd=0, fallback_models=[GPT], max_retries=0, retry_delay_ms=0)
-        with pytest.raises(puter.PuterError) as caught:
-            client.chat("hi", model="allam-2-7b")
-        assert not isinstance(caught.value, puter.BudgetError)
-        assert all(one.model != GPT for one in caught.value.attempts)
+        """A free one behind it is."""
+        fake.script["allam-2-7b"] = "err429"
+        settings = {"budget_usd": 0, "max_retries": 0, "retry_delay_ms": 0}
+        client = make(fallback_models=[GPT], **settings)
+        reply = client.chat("hi", model="allam-2-7b")
+        assert GPT not in [one.model for one in reply.attempts]
+        assert client.model(reply.attempts[-1].model).free
 
     @pytest.mark.parametrize(
         ("path", "more", "kind"),
