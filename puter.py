@@ -5515,6 +5515,7 @@ class Puter:
         why = "No similar name was looked up"
         lists = {Reply: self._catalogue, Picture: self._drawing}
         if call.asked.makes not in lists:
+            error.hint = "Correct its name, or leave it out."
             return
         models = lists[call.asked.makes].models_if_any(why)
         try:

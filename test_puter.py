@@ -13223,6 +13223,7 @@ class TestMedia:
                 "no argument 'puter_output_path'",
             ],
             [lambda c: c.image("x", images=[b"text"]), "not an image"],
+            [lambda c: c.speech("x", images=["a.png"]), "Did you mean `image`"],
             [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
             [lambda c: c.transcribe(PNG), "none of WAV"],
             [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
@@ -13274,6 +13275,14 @@ class TestMedia:
         assert fake.chat_calls().count(("alice", fake.chat_calls()[0][1])) == calls
         assert len(caught.value.attempts) == len(fake.chat_calls()) == calls
         assert "puter models" not in str(caught.value) or kind is not puter.ModelNotFoundError
+
+    def test_an_unknown_model_that_reads_sounds(self, make, fake):
+        """There is no list to look it up in."""
+        error = recorded_error(400, "bad_request", "Model not found: wisper-1")
+        fake.accounts["token-alice"].error = error
+        with pytest.raises(puter.ModelNotFoundError) as caught:
+            make().transcribe(WAV, model="wisper-1")
+        assert str(caught.value) == "Model not found: wisper-1. Correct its name, or leave it out."
 
     @pytest.mark.parametrize(
         "result", [None, 5, {}, {"url": None}, "ftp://x", {"text": None, "segments": 5}, []]
