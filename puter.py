@@ -42,10 +42,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 (people copy this file anywhere)
 
 import base64
 import copy
-import difflib
 import enum
 import errno
-import glob
 import inspect
 import io
 import itertools
@@ -53,20 +51,14 @@ import json
 import logging
 import math
 import os
-import queue
 import re
-import select
-import shlex
 import signal
-import socket
 import threading
 import time
 import types
 import typing
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache, partial, wraps
@@ -78,6 +70,7 @@ from weakref import WeakSet
 
 if TYPE_CHECKING:
     import sqlite3
+    from concurrent.futures import Future
     from typing import TypeGuard
 
     import requests
@@ -233,9 +226,15 @@ def _describe(value: Any) -> str:
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
+def _near_names(name: str, names: Iterable[str], likeness: float = 0.6) -> list[str]:
+    from difflib import get_close_matches
+
+    return get_close_matches(name, list(names), 6, likeness)
+
+
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question for the hint of an unknown name, with a blank behind it; "" if none is near."""
-    near = difflib.get_close_matches(name, list(names))
+    near = _near_names(name, names)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
@@ -514,9 +513,8 @@ _UPSTREAM_CODES = {
     **dict.fromkeys((401, 402, 403), "upstream_auth_failed"),
     429: "upstream_rate_limited",
 }
-_TOO_LONG = re.compile(
-    "prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
-    re.IGNORECASE,
+_TOO_LONG = (
+    "(?i)prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context"
 )
 
 
@@ -535,7 +533,7 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
         kind = ModelAccessError
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
-    if kind is BadRequestError and _TOO_LONG.search(message):
+    if kind is BadRequestError and re.search(_TOO_LONG, message):
         kind, code = ContextLengthError, "context_length_exceeded"
     text = message or f"The server answered {status} without saying why"
     if provider_words not in text:
@@ -639,7 +637,7 @@ class ToolCall:
     invalid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Medium:
     """What a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
@@ -734,7 +732,7 @@ class Attempt:
         return f"{self.model} on {self.account}: {result}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Reply:
     """A whole answer; `str()` is its text.
 
@@ -1046,7 +1044,7 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
             settings[name] = _from_text(name, text)
             continue
         # what is less alike may be another program's
-        near = difflib.get_close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
+        near = _near_names(variable, [*ours, *_OTHER_VARIABLES], 0.85)
         if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
             hint = f"Did you mean {meant}?"
             raise ConfigError(f"{variable}: there is no such setting", hint=hint)
@@ -1456,13 +1454,14 @@ class State:
 
         If the clock was set back, the other cooldowns do not count.
         """
-        marks = {account.username: token_fingerprint(account.token) for account in accounts}
+        tokens = {account.username: account.token for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? ORDER BY account, model"
         rows, cooldowns = self._rows(sql, self.server), []
         self._limited = {account for _, account, *_ in rows}
         for _, *row, mark in rows:
             one = Cooldown(*row)
-            is_dead = one.reason == "login" and marks.get(one.account, mark) == mark
+            token = tokens.get(one.account)
+            is_dead = one.reason == "login" and (token is None or token_fingerprint(token) == mark)
             runs = one.since_s - _CLOCK_SLACK_S < now < one.until_s
             if is_dead or (one.reason != "login" and runs):
                 cooldowns.append(one)
@@ -3283,7 +3282,7 @@ class ModelList(tuple[Model, ...]):
             return model
         wanted = strip_puter_prefix(name).lower()[:200]
         paid = self.get(wanted.removesuffix(":free"))
-        near = [self._by_name[n].id for n in difflib.get_close_matches(wanted, self._by_name, n=6)]
+        near = [self._by_name[n].id for n in _near_names(wanted, self._by_name)]
         tail = wanted.rpartition("/")[2]
         near += [m.id for m in self if tail and tail in m.id.lower()]
         near = list(dict.fromkeys([*([paid.id] if paid else []), *near]))[:3]
@@ -3752,6 +3751,14 @@ def _api_origin(config: Config) -> str:
     return config.api_base_url.removesuffix(_OPENAI_PATH)
 
 
+def _hang_up(connections: Iterable[Any]) -> None:
+    import socket
+
+    for connection in connections:
+        with suppress(OSError):  # it may be closed already
+            connection.shutdown(socket.SHUT_RDWR)
+
+
 class _InFlight:
     """One call in flight, so that another thread can end it, even before its headers."""
 
@@ -3783,9 +3790,8 @@ class _InFlight:
             sock = getattr(getattr(reader, "raw", None), "_sock", None)
             sock = sock or getattr(self._connection, "sock", None)
             if sock is not None and self._pid == os.getpid():
-                # it may be closed already; a forked child would end the parent's answer
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                # a forked child would end the parent's answer
+                _hang_up([sock])
 
     @contextmanager
     def as_current(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
@@ -4253,7 +4259,7 @@ _JOBS: dict[type[Any], _Job] = {
 }
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
@@ -4369,7 +4375,7 @@ class _ConcurrencyLimit:
             self._queue[0].set()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
@@ -4442,7 +4448,7 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
     return by_name[name]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
@@ -5575,8 +5581,7 @@ def argument_hint(name: str, names: tuple[str, ...] = ()) -> str:
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
     names = names or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or "".join(near)
+    meant = _OTHER_NAMES.get(name) or "".join(_near_names(name, names, 0.8)[:1])
     return f"Did you mean {meant}?" if meant else ""
 
 
@@ -6217,9 +6222,7 @@ def _flat_name(name: Any, namespace: Any = None) -> str:
 # ---- what the dialects share: contents ----
 
 # A picture in a text of ours, as `_shown_image` writes it.
-_SHOWN_IMAGE = re.compile(
-    r"!\[image\]\((data:image/[\w.+-]{1,20};base64,[A-Za-z0-9+/=]+|https?://[^\s()]+)\)"
-)
+_SHOWN_IMAGE = r"!\[image\]\((data:image/[\w.+-]{1,20};base64,[A-Za-z0-9+/=]+|https?://[^\s()]+)\)"
 
 
 def _shown_image(image: Picture) -> str:
@@ -6233,9 +6236,9 @@ def _restored(message: JSON, memory: ResponseMemory) -> JSON:
         content = "\n\n".join(part["text"] for part in content if part["text"]) or None
     message = {**message, "content": content}
     if message["role"] == "assistant" and isinstance(content, str) and "![image](" in content:
-        urls = [{"url": found} for found in _SHOWN_IMAGE.findall(content)]
+        urls = [{"url": found} for found in re.findall(_SHOWN_IMAGE, content)]
         message["images"] = [{"type": "image_url", "image_url": url} for url in urls]
-        message["content"] = _SHOWN_IMAGE.sub("", content) or None
+        message["content"] = re.sub(_SHOWN_IMAGE, "", content) or None
     calls = [dict(call) for call in message.get("tool_calls") or []]
     for call in calls:
         call["function"] = {**call["function"], "name": _flat_name(call["function"]["name"])}
@@ -6514,13 +6517,13 @@ _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
 
 # Tools that a client runs by a provider's rules, which other models do not know.
-_CLIENT_TOOLS = re.compile(
+_CLIENT_TOOLS = (
     r"(bash_|text_editor_|memory_|browser_|computer|shell$|local_shell|apply_patch)[\w.]*"
 )
 
 
 def _refuse_client_tool(kind: Any) -> None:
-    if isinstance(kind, str) and _CLIENT_TOOLS.fullmatch(kind[:100]):
+    if isinstance(kind, str) and re.fullmatch(_CLIENT_TOOLS, kind[:100]):
         problem = f"the tool {_describe(kind)} is for its provider's own models"
         raise _bad_request(f"{problem}: offer it as a function", "tools")
 
@@ -7233,6 +7236,9 @@ class Limits(NamedTuple):
 
 def _has_hung_up(connection: Any) -> bool:
     """Whether its other side has closed, even with bytes of it unread where poll can tell."""
+    import select
+    import socket
+
     try:
         if hasattr(select, "POLLRDHUP"):
             poller = select.poll()
@@ -7321,24 +7327,18 @@ class OpenAIServer:
         if self._thread is not None:
             self._server.shutdown()
         self._server.socket.close()  # new callers are refused, not left waiting
-        self._hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
+        _hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
         until = time.monotonic() + (self.limits.drain_s if drain_s is None else drain_s)
         try:
             while self._running and time.monotonic() < until:
                 time.sleep(0.01)
         finally:
-            self._hang_up(self.deadlines.copy())
+            _hang_up(self.deadlines.copy())
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
             for _, connection in self._turned_away:
                 connection.close()
-
-    def _hang_up(self, connections: Iterable[Any]) -> None:
-        for connection in connections:
-            # it may be closed already
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     @cached_property
     def token_owner(self) -> str:
@@ -7362,12 +7362,14 @@ class OpenAIServer:
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
             self.deadlines.pop(oldest, None)
-            self._hang_up([oldest])
+            _hang_up([oldest])
         while self._turned_away:
             self._turned_away.popleft()[1].close()
 
     def turn_away(self, connection: Any) -> None:
         """Say that there is no room, without waiting for anything."""
+        import socket
+
         error = _overloaded(f"All {self.max_connections} connections are in use")
         body = json.dumps(chat_error(error, 503, "")).encode()
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n"
@@ -7383,7 +7385,7 @@ class OpenAIServer:
         now = time.monotonic()
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
-        self._hang_up([c for c, due in self.deadlines.copy().items() if due < now])
+        _hang_up([c for c, due in self.deadlines.copy().items() if due < now])
         for connection, cancellation in self._running.copy().items():
             if _has_hung_up(connection):
                 cancellation.cancel()
@@ -7394,6 +7396,7 @@ _HandlerBase: Any = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
+    import socket
     from http.server import BaseHTTPRequestHandler
     from socketserver import ThreadingTCPServer
 
@@ -7445,7 +7448,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
 
 
 # The base class looks for a boundary in it, in a time that grows with the square.
-_LONG_TYPE = re.compile(rb"(?i)(^|[\r\n])content-type:([^\r\n]|[\r\n]+[ \t]){512}")
+_LONG_TYPE = rb"(?i)(^|[\r\n])content-type:([^\r\n]|[\r\n]+[ \t]){512}"
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
@@ -7498,7 +7501,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 return False
             if line in (b"\r\n", b"\n"):
                 break
-        if _LONG_TYPE.search(head):
+        if re.search(_LONG_TYPE, head):
             self.send_error(400, "the Content-Type is too long")
             return False
         self.rfile = io.BytesIO(head)
@@ -7516,6 +7519,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _read_body(self) -> bytes:
         """The body; memory for it is reserved as it arrives, until the request is answered."""
+        import zlib
+
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
         is_known = coding in ("", "identity", "gzip", "x-gzip", "deflate")
         _demand(is_known, f"the content coding {coding[:50]!r} is not known", status=415)
@@ -7684,6 +7689,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         return Stream.of(reply, self.cancellation)
 
     def _stream(self, asked: ChatRequest, request: Asked) -> None:
+        from concurrent.futures import Future, wait
+
         opened: Future[Stream] = Future()
         has_failed = False
 
@@ -7759,6 +7766,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self._fail(_bad_request(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | bytes | None, kind: str = "application/json") -> None:
+        import socket
+
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         if body is not None:
             self.reply_headers |= {"Content-Type": kind, "Content-Length": str(len(data))}
@@ -7936,7 +7945,7 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _McpCall:
     """A request that is not answered yet; its client asks for progress if there is a token."""
 
@@ -8264,13 +8273,15 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     The process's own stdout is for messages alone: whatever prints goes to stderr. A thread
     writes them, so that the end of stdin is seen even if the client does not read.
     """
+    from queue import SimpleQueue
+
     if sys.stdin.isatty():
         print("Waiting for an MCP client on standard input; Ctrl-C ends it", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, whatever it does
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    messages: SimpleQueue[Any] = SimpleQueue()
     server = McpServer(make_client, messages.put)
 
     def write_lines() -> None:
@@ -8314,7 +8325,7 @@ Names are up to 64 letters, digits, dots, - and _, and do not begin with a dot o
 """
 CONVERSATION_NAME = "conversation.json"
 CONVERSATIONS_FOLDER = "conversations"
-_TALK_NAME = re.compile(r"\w[\w.-]{0,63}")
+_TALK_NAME = r"\w[\w.-]{0,63}"
 # Of the files for each kind, the usual one first; for other kinds it is their name.
 _ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
@@ -8356,7 +8367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str] | None) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
-    parser = build_parser()
+    parser = build_parser(*words[:1])
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
         is_option = unknown[0].startswith("-")
@@ -8395,8 +8406,8 @@ def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_
     return add
 
 
-def build_parser() -> Any:
-    """The `argparse` parser of all commands."""
+def build_parser(first: str = "") -> Any:
+    """The `argparse` parser of all commands; of one alone, if the command line begins with it."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -8412,7 +8423,8 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, groups, epilog) in _COMMANDS.items():
+    for name in [first] if first in _COMMANDS else _COMMANDS:
+        run, groups, epilog = _COMMANDS[name]
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
@@ -8817,7 +8829,7 @@ class _SavedTalk(Conversation):
 def _prompt_of(args: Any) -> str:
     """The question; what follows -c may be its beginning, as the help of `ask` says."""
     word = args.continue_ or ""
-    is_saved = _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
+    is_saved = re.fullmatch(_TALK_NAME, word) and _SavedTalk(config_dir(), word).stamp
     if word and len(args.prompt) != 1 and not is_saved:
         args.continue_, args.prompt = "", [word, *args.prompt]
     return " ".join(args.prompt)
@@ -8825,7 +8837,7 @@ def _prompt_of(args: Any) -> str:
 
 def _conversation(args: Any, client: Puter) -> _SavedTalk:
     name = args.continue_ or ""
-    if name and not _TALK_NAME.fullmatch(name):
+    if name and not re.fullmatch(_TALK_NAME, name):
         hint = "Use up to 64 letters, digits, dots, - and _, and no dot or - in front."
         raise ConfigError(f"{name!r} cannot be the name of a conversation", hint=hint)
     talk = _SavedTalk(client.config.folder, name, client)
@@ -9156,6 +9168,8 @@ def _read_message() -> tuple[str, bool]:
 
 
 def _run_with_readline(chat: _Chat) -> None:
+    import glob
+
     try:
         import readline
     except ImportError:  # Windows
@@ -9817,6 +9831,8 @@ def claude_environ(setup: Setup) -> dict[str, str]:
 
 def claude_code_files(setup: Setup) -> JSON:
     """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+    import shlex
+
     variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
     variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
     exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
@@ -10179,6 +10195,7 @@ def _agent(name: str) -> str:
 def cmd_launch(args: Any) -> int:
     """Run a coding agent on this account; its exit code is ours."""
     import shutil
+    from concurrent.futures import ThreadPoolExecutor
 
     command = [args.program, *args.arguments] if args.program else args.arguments
     if not command:
@@ -10355,6 +10372,8 @@ def _clear_left_folders(place: Path) -> None:
 
 def _this_system() -> str:
     """Where a process has its number: the computer, and on Linux also its start and container."""
+    import socket
+
     names = [socket.gethostname()]
     with suppress(OSError):
         names.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
