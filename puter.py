@@ -9704,6 +9704,7 @@ class Setup(NamedTuple):
 
     The first model is the one to ask, `small` the id of the one for small tasks ("": the same).
     The gateway's key is in an environment variable, `key_variable`, or else any will do.
+    `folder` is where files for a launch go.
     """
 
     models: Sequence[Model]
@@ -9712,10 +9713,22 @@ class Setup(NamedTuple):
     url: str = _BASE_URL
     key: str = "puter"
     key_variable: str | None = None
+    folder: Path = Path()
 
     def key_as(self, form: str) -> str:
         """The key for a file: how the program names a variable, KEY in `form`, or the key."""
         return form.replace("KEY", self.key_variable) if self.key_variable else self.key
+
+    def file(self, name: str, content: Any) -> str:
+        """The path of a new file for a launch."""
+        path = self.folder / name
+        _write_private(path, _file_text(name, content).encode())
+        return str(path)
+
+    def mcp_words(self, flag: str) -> list[str]:
+        """The argument that names a file with the MCP server, if the program gets that."""
+        servers = mcp_servers(self, type="stdio")
+        return [flag + self.file("mcp.json", servers)] if self.mcp else []
 
 
 def _file_text(file: str, content: Any) -> str:
@@ -9759,7 +9772,7 @@ def _sees_images(model: Model) -> bool:
     return "image" in (model.inputs or ())
 
 
-def opencode_files(setup: Setup) -> JSON:
+def opencode_settings(setup: Setup) -> JSON:
     """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -9770,8 +9783,7 @@ def opencode_files(setup: Setup) -> JSON:
     server = {"type": "local", "command": mcp_command(), "enabled": True}
     server["environment"] = _mcp_server()["env"]
     settings: JSON = {"$schema": "https://opencode.ai/config.json", "provider": {"puter": provider}}
-    settings |= {"mcp": {"puter": server}} if setup.mcp else {}
-    return {"~/.config/opencode/opencode.json": settings}
+    return settings | ({"mcp": {"puter": server}} if setup.mcp else {})
 
 
 def _opencode_model(model: Model) -> JSON:
@@ -9793,16 +9805,15 @@ def _opencode_model(model: Model) -> JSON:
     return settings
 
 
-def zed_files(setup: Setup) -> JSON:
+def zed_settings(setup: Setup) -> JSON:
     """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     models = [
         {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
     ]
     provider = {"puter": {"api_url": setup.url, "available_models": models}}
-    settings: JSON = {"language_models": {"openai_compatible": provider}}
-    settings["context_servers"] = {"puter": _mcp_server()}
-    return {"settings.json (in Zed: open settings)": settings}
+    servers = {"puter": _mcp_server()}
+    return {"language_models": {"openai_compatible": provider}, "context_servers": servers}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
@@ -9829,18 +9840,19 @@ def claude_environ(setup: Setup) -> dict[str, str]:
     return environ
 
 
-def claude_code_files(setup: Setup) -> JSON:
-    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+def claude_exports(setup: Setup) -> str:
     import shlex
 
     variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
     variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
-    exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
-    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-    return {"a shell, before `claude`": exports, "~/.claude.json": server}
+    return "".join(f"export {name}={value}\n" for name, value in variables.items())
 
 
-def codex_files(setup: Setup) -> JSON:
+def mcp_servers(_: Setup, **more: str) -> JSON:
+    return {"mcpServers": {"puter": _mcp_server(**more)}}
+
+
+def codex_settings(setup: Setup) -> JSON:
     """Codex: a provider that speaks Responses, and the MCP server."""
     model = setup.models[0]
     provider = {
@@ -9856,11 +9868,10 @@ def codex_files(setup: Setup) -> JSON:
     settings: JSON = {"model": model.id, "model_provider": "puter", "web_search": "disabled"}
     settings |= {"model_context_window": model.window} if model.window else {}
     settings["model_providers.puter"] = provider
-    settings |= {"mcp_servers.puter": _mcp_server()} if setup.mcp else {}
-    return {"~/.codex/config.toml": settings}
+    return settings | ({"mcp_servers.puter": _mcp_server()} if setup.mcp else {})
 
 
-def continue_files(setup: Setup) -> JSON:
+def continue_settings(setup: Setup) -> str:
     """Continue: models with the provider `openai`, and the MCP server."""
     key, models = setup.key_as("${{ secrets.KEY }}"), []
     same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
@@ -9871,31 +9882,34 @@ def continue_files(setup: Setup) -> JSON:
         can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
         models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
     server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}])
-    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_yaml_items(models)}"
-    return {"~/.continue/config.yaml": f"{text}mcpServers:\n{server}"}
+    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
+    return f"{head}models:\n{_yaml_items(models)}mcpServers:\n{server}"
 
 
-def aider_files(setup: Setup) -> JSON:
+def aider_models(setup: Setup) -> list[JSON]:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
     extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
     same = {"edit_format": "diff", "use_repo_map": True, "extra_params": extra}
-    kind = {"litellm_provider": "openai", "mode": "chat"}
-    models, metadata = [], {}
-    for m in setup.models:
-        name, limit = f"openai/{m.id}", m.max_tokens or 4_096
-        models.append({"name": name, "weak_model_name": name, **same})
-        metadata[name] = {
-            **kind,
-            **dict.fromkeys(("max_tokens", "max_output_tokens"), limit),
+    names = [f"openai/{m.id}" for m in setup.models]
+    return [{"name": name, "weak_model_name": name, **same} for name in names]
+
+
+def aider_metadata(setup: Setup) -> JSON:
+    return {
+        f"openai/{m.id}": {
+            "litellm_provider": "openai",
+            "mode": "chat",
+            **dict.fromkeys(("max_tokens", "max_output_tokens"), m.max_tokens or 4_096),
             "max_input_tokens": m.window or 128_000,
             "supports_vision": _sees_images(m),
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
         }
-    return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
+        for m in setup.models
+    }
 
 
-def llm_files(setup: Setup) -> JSON:
+def llm_models(setup: Setup) -> list[JSON]:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
     same: JSON = {"api_base": setup.url, "supports_schema": True}
     same |= {"api_key_name": "puter"} if setup.key_variable else {}
@@ -9903,32 +9917,30 @@ def llm_files(setup: Setup) -> JSON:
     for m in setup.models:
         can = {"vision": _sees_images(m), "supports_tools": m.tools is not False}
         models.append({"model_id": f"puter/{m.id}", "model_name": m.id, **same, **can})
-    file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
-    return {file: models}
+    return models
 
 
-_DESKTOP_FILE = "claude_desktop_config.json (Settings, Developer, Edit Config)"
 # In the folder of a launch: whose it is.
 _LAUNCH_MARK = "puter-launch.txt"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
 _KEY_VARIABLE = "PUTERPY_KEY"
-# What a program is started with: more arguments, more variables (None takes one out), and files
-# (name -> contents) in the temporary folder. Nothing of the user's is written or changed.
-LaunchPlan = tuple[list[str], Mapping[str, str | None], JSON]
+# What a program is started with: more arguments, and more variables (None takes one out).
+# Files go into the temporary folder: nothing of the user's is written or changed.
+LaunchPlan = tuple[list[str], Mapping[str, str | None]]
 
 
-def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_opencode(setup: Setup) -> LaunchPlan:
     """OpenCode, and Kilo that is made from it, lay a variable's settings over the user's own."""
-    (settings,) = opencode_files(setup).values()
+    settings = opencode_settings(setup)
     settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
     settings |= {"enabled_providers": ["puter"], "disabled_providers": []}
     names = ("OPENCODE_CONFIG_CONTENT", "KILO_CONFIG_CONTENT")
-    return [], dict.fromkeys(names, json.dumps(settings)), {}
+    return [], dict.fromkeys(names, json.dumps(settings))
 
 
-def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_claude(setup: Setup) -> LaunchPlan:
     """Claude Code takes variables, and again as settings: those of the user's would win."""
     variables = claude_environ(setup)
     # These would send it elsewhere.
@@ -9936,21 +9948,22 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
-    files = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
-    words = ["--settings", str(folder / "settings.json")]
-    return words, {**dict.fromkeys(others), **variables}, files
+    settings = {"env": {**variables, **dict.fromkeys(others, "")}}
+    words = ["--settings", setup.file("settings.json", settings)]
+    words += setup.mcp_words("--mcp-config=")
+    return words, {**dict.fromkeys(others), **variables}
 
 
-def _plan_codex(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_codex(setup: Setup) -> LaunchPlan:
     """Codex takes settings as arguments; a catalogue tells it what the models can do."""
-    (settings,) = codex_files(setup).values()
+    settings = codex_settings(setup)
     settings.pop("model_context_window", None)  # the catalogue has each model's
-    settings["model_catalog_json"] = str(folder / "models.json")
+    catalogue = {"models": [_codex_model(m) for m in setup.models]}
+    settings["model_catalog_json"] = setup.file("models.json", catalogue)
     if setup.mcp:  # Codex hides its variables from servers
         names = [name for name in os.environ if name.startswith("PUTER_")]
         settings["mcp_servers.puter"]["env_vars"] = names
-    words = [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")]
-    return words, {}, {"models.json": {"models": [_codex_model(m) for m in setup.models]}}
+    return [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")], {}
 
 
 # With a catalogue Codex uses these in place of its own prompt.
@@ -9991,17 +10004,16 @@ def _codex_model(model: Model) -> JSON:
     }
 
 
-def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_aider(setup: Setup) -> LaunchPlan:
     """aider takes files with settings of models; a key in them may name a variable."""
-    files = dict(zip(("models.yml", "metadata.json"), aider_files(setup).values()))
     model = f"openai/{setup.models[0].id}"
     words = ["--model", model, "--editor-model", model, "--weak-model", f"openai/{setup.small}"]
-    words += ["--model-settings-file", str(folder / "models.yml")]
-    words += ["--model-metadata-file", str(folder / "metadata.json")]
-    return words, {"OPENAI_API_KEY": setup.key}, files
+    words += ["--model-settings-file", setup.file("models.yml", aider_models(setup))]
+    words += ["--model-metadata-file", setup.file("metadata.json", aider_metadata(setup))]
+    return words, {"OPENAI_API_KEY": setup.key}
 
 
-def _plan_copilot(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_copilot(setup: Setup) -> LaunchPlan:
     """Copilot takes variables, and needs no login then."""
     model = setup.models[0]
     settings = {
@@ -10014,10 +10026,11 @@ def _plan_copilot(setup: Setup, _: Path) -> LaunchPlan:
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
     variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    return [], {**variables, "COPILOT_MODEL": model.id}, {}
+    words = setup.mcp_words("--additional-mcp-config=@")
+    return words, {**variables, "COPILOT_MODEL": model.id}
 
 
-def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_qwen(setup: Setup) -> LaunchPlan:
     """Qwen Code takes a file of settings that win over the user's."""
     same = {"baseUrl": setup.url, "envKey": setup.key_variable}
     models = [
@@ -10025,12 +10038,12 @@ def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
         for m in setup.models
     ]
     settings = {"modelProviders": {"openai": models}, "fastModel": setup.small}
-    variables = {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}
     words = ["--auth-type", "openai", "--model", setup.models[0].id]
-    return words, variables, {"settings.json": settings}
+    words += setup.mcp_words("--mcp-config=")
+    return words, {"QWEN_CODE_SYSTEM_SETTINGS_PATH": setup.file("settings.json", settings)}
 
 
-def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_pi(setup: Setup) -> LaunchPlan:
     """pi takes a provider from an extension."""
     models = [
         {
@@ -10048,11 +10061,11 @@ def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
     text = f"pi.registerProvider('puter', {{...{provider}, apiKey: process.env.{_KEY_VARIABLE}}})"
     if setup.mcp:
         text += f"; pi.registerMcpServer('puter', {json.dumps(_mcp_server(exposure='direct'))})"
-    words = ["-e", str(folder / "puter.js"), "--model", f"puter/{setup.models[0].id}"]
-    return words, {}, {"puter.js": f"export default (pi) => {{ {text} }}\n"}
+    extension = setup.file("puter.js", f"export default (pi) => {{ {text} }}\n")
+    return ["-e", extension, "--model", f"puter/{setup.models[0].id}"], {}
 
 
-def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_other(setup: Setup) -> LaunchPlan:
     """What the SDKs of OpenAI and Anthropic read, each with its own form of the URL."""
     keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
     variables = {
@@ -10061,57 +10074,90 @@ def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
         **dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), setup.url),
         "ANTHROPIC_BASE_URL": setup.url.removesuffix("/v1"),
     }
-    return [], variables, {}
+    return [], variables
 
 
-class Launcher(NamedTuple):
-    """How `launch` starts a program; `install` is the command that installs it."""
+class Program(NamedTuple):
+    """Another program: what `config` prints for it, and how `launch` starts it."""
 
-    plan: Callable[[Setup, Path], LaunchPlan]
+    # the files that `config` prints, and how their contents are made
+    files: Mapping[str, Callable[[Setup], Any]] = {}
+    # what to do with them
+    note: str = ""
+    # the command that installs it; without one `launch` does not know the program
     install: str = ""
-    # the flag for a file with MCP servers, where that is not part of the plan
-    mcp_flag: str = ""
+    plan: Callable[[Setup], LaunchPlan] = _plan_other
+    # the command that starts it, where that is not its name
+    command: str = ""
     # whether it calls tools, and takes MCP servers
     uses_tools: bool = True
 
 
-# What goes into each of its files, and what to do then.
-PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
-    "opencode": (opencode_files, "Run: opencode -m puter/MODEL"),
-    "zed": (zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."),
-    "claude-desktop": (
-        lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
+PROGRAMS = {
+    "opencode": Program(
+        {"~/.config/opencode/opencode.json": opencode_settings},
+        "Run: opencode -m puter/MODEL",
+        "npm install -g opencode-ai",
+        _plan_opencode,
+    ),
+    "zed": Program(
+        {"settings.json (in Zed: open settings)": zed_settings},
+        "Zed reads the key from PUTER_API_KEY; any will do if the server has none.",
+    ),
+    "claude-desktop": Program(
+        {"claude_desktop_config.json (Settings, Developer, Edit Config)": mcp_servers},
         "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": (
-        claude_code_files,
+    "claude-code": Program(
+        {
+            "a shell, before `claude`": claude_exports,
+            "~/.claude.json": partial(mcp_servers, type="stdio"),
+        },
         'The variables can also stand under "env" in ~/.claude/settings.json.',
+        "npm install -g @anthropic-ai/claude-code",
+        _plan_claude,
+        command="claude",
     ),
-    "codex": (codex_files, "Run: codex, or codex -m MODEL"),
-    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
-    "aider": (aider_files, "Run: aider --model openai/MODEL"),
-    "llm": (llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
+    "codex": Program(
+        {"~/.codex/config.toml": codex_settings},
+        "Run: codex, or codex -m MODEL",
+        "npm install -g @openai/codex",
+        _plan_codex,
+    ),
+    "copilot": Program(install="npm install -g @github/copilot", plan=_plan_copilot),
+    "qwen": Program(install="npm install -g @qwen-code/qwen-code", plan=_plan_qwen),
+    "kilo": Program(install="npm install -g @kilocode/cli", plan=_plan_opencode),
+    "pi": Program(install="npm install -g @earendil-works/pi-coding-agent", plan=_plan_pi),
+    "continue": Program(
+        {"~/.continue/config.yaml": continue_settings},
+        "Then choose a model whose name begins with Puter.",
+    ),
+    "aider": Program(
+        {
+            "~/.aider.model.settings.yml": aider_models,
+            "~/.aider.model.metadata.json": aider_metadata,
+        },
+        "Run: aider --model openai/MODEL",
+        "python -m pip install aider-chat",
+        _plan_aider,
+        uses_tools=False,
+    ),
+    "llm": Program(
+        {
+            "extra-openai-models.yaml, in the folder of the file that `llm logs path` names": llm_models
+        },
+        "Run: llm -m puter/MODEL. With a server key: llm keys set puter",
+    ),
 }
 # By the commands that start them.
-LAUNCHED = {
-    "opencode": Launcher(_plan_opencode, "npm install -g opencode-ai"),
-    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code", "--mcp-config="),
-    "codex": Launcher(_plan_codex, "npm install -g @openai/codex"),
-    "copilot": Launcher(
-        _plan_copilot, "npm install -g @github/copilot", "--additional-mcp-config=@"
-    ),
-    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code", "--mcp-config="),
-    "kilo": Launcher(_plan_opencode, "npm install -g @kilocode/cli"),
-    "pi": Launcher(_plan_pi, "npm install -g @earendil-works/pi-coding-agent"),
-    "aider": Launcher(_plan_aider, "python -m pip install aider-chat", uses_tools=False),
-}
+LAUNCHED = {row.command or name: row for name, row in PROGRAMS.items() if row.install}
 
 
 @_command(
     _opt(
         "what",
         "show: every setting; path: where they stand; else the program to print settings for",
-        choices=["show", "path", *PROGRAMS],
+        choices=["show", "path", *(name for name, row in PROGRAMS.items() if row.files)],
     ),
     _JSON_FLAG,
     _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
@@ -10150,9 +10196,9 @@ def _config_program(args: Any) -> None:
         if not models:
             raise PuterError("No models match, so there is nothing to set up")
     variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
-    files_of, note = PROGRAMS[args.what]
-    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
-    texts = {file: _file_text(file, content) for file, content in files.items()}
+    program = PROGRAMS[args.what]
+    setup = Setup(models, url=args.base_url, key_variable=variable)
+    texts = {file: _file_text(file, content(setup)) for file, content in program.files.items()}
     if args.json:
         _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
         return
@@ -10161,7 +10207,7 @@ def _config_program(args: Any) -> None:
         _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
-    _info(note)
+    _info(program.note)
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
@@ -10204,7 +10250,7 @@ def cmd_launch(args: Any) -> int:
         for line in _table(rows, "<<<"):
             _print(line)
         return 0
-    program = LAUNCHED.get(args.program, Launcher(_plan_other, uses_tools=False))
+    program = LAUNCHED.get(args.program, Program(uses_tools=False))
     path = shutil.which(command[0])
     if path is None and os.path.dirname(command[0]) and os.path.exists(command[0]):
         _error(f"{command[0]} cannot be started (Permission denied). Is it executable?")
@@ -10324,21 +10370,17 @@ def _launch_log(config: Config) -> Iterator[None]:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: list[str]) -> int:
+def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: list[str]) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
     folder = TemporaryDirectory(prefix="puter-launch-")
     with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
-        setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        words, variables, files = program.plan(setup, Path(name))
-        if setup.mcp and program.mcp_flag:
-            words.append(f"{program.mcp_flag}{Path(name, 'mcp.json')}")
-            files["mcp.json"] = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-        mark = {_LAUNCH_MARK: f"{os.getpid()} {_this_system()}"}
-        for file, content in {**mark, **files}.items():
-            _write_private(Path(name, file), _file_text(file, content).encode())
+        place: JSON = {"url": server.url, "key": key, "folder": Path(name)}
+        setup = setup._replace(key_variable=_KEY_VARIABLE, **place)
+        setup.file(_LAUNCH_MARK, f"{os.getpid()} {_this_system()}")
+        words, variables = program.plan(setup)
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
         direct = f"{hosts},127.0.0.1".lstrip(",")

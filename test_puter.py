@@ -20326,7 +20326,7 @@ MODELS = [
 ]
 URL = "http://127.0.0.1:11480/v1"
 SLOTS = ("OPUS", "SONNET", "HAIKU")
-PROGRAMS = tuple(puter.PROGRAMS)
+PROGRAMS = tuple(name for name, program in puter.PROGRAMS.items() if program.files)
 
 
 @pytest.fixture
@@ -20342,12 +20342,13 @@ def texts_of(
     """What goes into the files of a program."""
     variable = "PUTER_SERVER_API_KEY" if key else None
     setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
-    return [puter._file_text(*file) for file in puter.PROGRAMS[program][0](setup).items()]
+    files = puter.PROGRAMS[program].files
+    return [puter._file_text(file, make(setup)) for file, make in files.items()]
 
 
 def files_of(program: str) -> tuple[str, ...]:
     """The names of the files of a program."""
-    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
+    return tuple(puter.PROGRAMS[program].files)
 
 
 def settings_of(program: str, key: str | None = None) -> Any:
@@ -21695,7 +21696,7 @@ class TestReadme:
     def test_programs(self):
         listed = README_TEXT.partition("\n`python -m puter config PROGRAM` prints")[2]
         listed = listed.partition("PROGRAM is")[2].partition("\n\n")[0]
-        assert set(re.findall(r"`([\w-]+)`", listed)) == set(puter.PROGRAMS)
+        assert set(re.findall(r"`([\w-]+)`", listed)) == set(PROGRAMS)
 
     def test_mcp_tools(self):
         rows = readme_table("MCP", "Tool", "Arguments", "Gives")
