@@ -9920,8 +9920,8 @@ def llm_models(setup: Setup) -> list[JSON]:
     return models
 
 
-# In the folder of a launch: whose it is.
-_LAUNCH_MARK = "puter-launch.txt"
+# In the folder of a launch: a file that is locked while the launch runs, and empty before.
+_LAUNCH_MARK = "puter-launch.lock"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # The variable that holds the gateway's key, for the program alone.
@@ -10375,12 +10375,13 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: li
 
     key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
+    server = OpenAIServer(client, port=0, api_key=key, models=models)
     folder = TemporaryDirectory(prefix="puter-launch-")
-    with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
+    with server, folder as name, open(Path(name, _LAUNCH_MARK), "wb", 0) as mark:
+        with suppress(OSError):  # some file systems have no locks
+            mark.write(b"locked" if _try_lock(mark.fileno()) else b"")
         place: JSON = {"url": server.url, "key": key, "folder": Path(name)}
-        setup = setup._replace(key_variable=_KEY_VARIABLE, **place)
-        setup.file(_LAUNCH_MARK, f"{os.getpid()} {_this_system()}")
-        words, variables = program.plan(setup)
+        words, variables = program.plan(setup._replace(key_variable=_KEY_VARIABLE, **place))
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
         direct = f"{hosts},127.0.0.1".lstrip(",")
@@ -10395,32 +10396,17 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: li
 
 
 def _clear_left_folders(place: Path) -> None:
-    """Remove the folders, which hold keys, of launches that were killed."""
+    """Remove the folders, which hold keys, of launches that were killed: nobody locks them."""
     import shutil
 
     if os.name == "nt":
-        return  # there is no asking whether a process lives
+        return  # what is open cannot be removed
     for folder in place.glob("puter-launch-*"):
-        with suppress(OSError, ValueError):
-            if folder.lstat().st_uid != os.getuid():
-                continue
-            pid, _, system = (folder / _LAUNCH_MARK).read_text("utf-8").partition(" ")
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                if system == _this_system():
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _this_system() -> str:
-    """Where a process has its number: the computer, and on Linux also its start and container."""
-    import socket
-
-    names = [socket.gethostname()]
-    with suppress(OSError):
-        names.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
-        names.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(names)
+        with suppress(OSError):
+            if folder.lstat().st_uid == os.getuid():
+                with open(folder / _LAUNCH_MARK, "rb+") as mark:
+                    if mark.read() and _try_lock(mark.fileno()):
+                        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
