@@ -9732,18 +9732,14 @@ class Setup(NamedTuple):
 
 
 def _file_text(file: str, content: Any) -> str:
+    """A list is written as YAML: each item is one line of JSON, which YAML reads as well."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return _yaml_items(content)
+        return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in content)
     if file.endswith(".toml"):
         return "".join(f"{name} = {_toml_value(value)}\n" for name, value in content.items())
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _yaml_items(items: Iterable[JSON]) -> str:
-    """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
-    return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
 
 
 def _toml_value(value: Any) -> str:
@@ -9773,12 +9769,28 @@ def _sees_images(model: Model) -> bool:
 
 
 def opencode_settings(setup: Setup) -> JSON:
-    """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
+    # Any other kind makes its file invalid.
+    kinds = ("text", "audio", "image", "video", "pdf")
+    # The catalogue does not say which models think; their names do.
+    reasons = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
+    models: JSON = {}
+    for m in setup.models:
+        inputs = [k for k in m.inputs or ("text",) if k in kinds]
+        models[m.id] = {
+            "name": m.name,
+            "attachment": len(inputs) > 1,
+            "reasoning": re.search(reasons, m.id.lower()) is not None,
+            "temperature": True,
+            "tool_call": m.tools is not False,
+            "modalities": {"input": inputs, "output": ["text"]},
+        }
+        if m.window and m.max_tokens:  # it takes both or none
+            models[m.id]["limit"] = {"context": m.window, "output": m.max_tokens}
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Puter.com",
         "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
-        "models": {m.id: _opencode_model(m) for m in setup.models},
+        "models": models,
     }
     server = {"type": "local", "command": mcp_command(), "enabled": True}
     server["environment"] = _mcp_server()["env"]
@@ -9786,27 +9798,7 @@ def opencode_settings(setup: Setup) -> JSON:
     return settings | ({"mcp": {"puter": server}} if setup.mcp else {})
 
 
-def _opencode_model(model: Model) -> JSON:
-    # Any other kind makes its file invalid.
-    kinds = ("text", "audio", "image", "video", "pdf")
-    inputs = [k for k in model.inputs or ("text",) if k in kinds]
-    # The catalogue does not say which models think; their names do.
-    reasons = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
-    settings: JSON = {
-        "name": model.name,
-        "attachment": len(inputs) > 1,
-        "reasoning": re.search(reasons, model.id.lower()) is not None,
-        "temperature": True,
-        "tool_call": model.tools is not False,
-        "modalities": {"input": inputs, "output": ["text"]},
-    }
-    if model.window and model.max_tokens:  # it takes both or none
-        settings["limit"] = {"context": model.window, "output": model.max_tokens}
-    return settings
-
-
 def zed_settings(setup: Setup) -> JSON:
-    """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     models = [
         {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
@@ -9853,7 +9845,6 @@ def mcp_servers(_: Setup, **more: str) -> JSON:
 
 
 def codex_settings(setup: Setup) -> JSON:
-    """Codex: a provider that speaks Responses, and the MCP server."""
     model = setup.models[0]
     provider = {
         "name": "puter.py",
@@ -9872,7 +9863,6 @@ def codex_settings(setup: Setup) -> JSON:
 
 
 def continue_settings(setup: Setup) -> str:
-    """Continue: models with the provider `openai`, and the MCP server."""
     key, models = setup.key_as("${{ secrets.KEY }}"), []
     same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
     for m in setup.models:
@@ -9881,9 +9871,9 @@ def continue_settings(setup: Setup) -> str:
         name = full if re.match(r"gpt-5|o\d", m.id) else m.id
         can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
         models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
-    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}])
-    head = "name: Local Config\nversion: 1.0.0\nschema: v1\n"
-    return f"{head}models:\n{_yaml_items(models)}mcpServers:\n{server}"
+    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_file_text('', models)}"
+    server = {"name": "puter", **_mcp_server(type="stdio")}
+    return f"{text}mcpServers:\n{_file_text('', [server])}"
 
 
 def aider_models(setup: Setup) -> list[JSON]:
@@ -9924,8 +9914,6 @@ def llm_models(setup: Setup) -> list[JSON]:
 _LAUNCH_MARK = "puter-launch.lock"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
-# The variable that holds the gateway's key, for the program alone.
-_KEY_VARIABLE = "PUTERPY_KEY"
 # What a program is started with: more arguments, and more variables (None takes one out).
 # Files go into the temporary folder: nothing of the user's is written or changed.
 LaunchPlan = tuple[list[str], Mapping[str, str | None]]
@@ -9949,21 +9937,8 @@ def _plan_claude(setup: Setup) -> LaunchPlan:
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
     settings = {"env": {**variables, **dict.fromkeys(others, "")}}
-    words = ["--settings", setup.file("settings.json", settings)]
-    words += setup.mcp_words("--mcp-config=")
+    words = ["--settings", setup.file("settings.json", settings), *setup.mcp_words("--mcp-config=")]
     return words, {**dict.fromkeys(others), **variables}
-
-
-def _plan_codex(setup: Setup) -> LaunchPlan:
-    """Codex takes settings as arguments; a catalogue tells it what the models can do."""
-    settings = codex_settings(setup)
-    settings.pop("model_context_window", None)  # the catalogue has each model's
-    catalogue = {"models": [_codex_model(m) for m in setup.models]}
-    settings["model_catalog_json"] = setup.file("models.json", catalogue)
-    if setup.mcp:  # Codex hides its variables from servers
-        names = [name for name in os.environ if name.startswith("PUTER_")]
-        settings["mcp_servers.puter"]["env_vars"] = names
-    return [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")], {}
 
 
 # With a catalogue Codex uses these in place of its own prompt.
@@ -9984,24 +9959,35 @@ a few sentences on what you did and what is left. When something is unclear, loo
 """
 
 
-def _codex_model(model: Model) -> JSON:
-    return {
-        "slug": model.id,
-        "display_name": model.name,
-        "supported_reasoning_levels": [],
-        "shell_type": "shell_command",
-        "visibility": "list",
-        "supported_in_api": True,
-        "priority": 1,
-        "base_instructions": _CODEX_INSTRUCTIONS,
-        "support_verbosity": False,
-        "truncation_policy": {"mode": "tokens", "limit": 10_000},
-        "experimental_supported_tools": [],
-        "apply_patch_tool_type": "freeform",
-        "context_window": model.window or AGENT_CONTEXT,
-        "supports_parallel_tool_calls": True,
-        "input_modalities": ["text", "image"] if _sees_images(model) else ["text"],
-    }
+def _plan_codex(setup: Setup) -> LaunchPlan:
+    """Codex takes settings as arguments; a catalogue tells it what the models can do."""
+    settings = codex_settings(setup)
+    settings.pop("model_context_window", None)  # the catalogue has each model's
+    models = [
+        {
+            "slug": m.id,
+            "display_name": m.name,
+            "supported_reasoning_levels": [],
+            "shell_type": "shell_command",
+            "visibility": "list",
+            "supported_in_api": True,
+            "priority": 1,
+            "base_instructions": _CODEX_INSTRUCTIONS,
+            "support_verbosity": False,
+            "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            "experimental_supported_tools": [],
+            "apply_patch_tool_type": "freeform",
+            "context_window": m.window or AGENT_CONTEXT,
+            "supports_parallel_tool_calls": True,
+            "input_modalities": ["text", "image"] if _sees_images(m) else ["text"],
+        }
+        for m in setup.models
+    ]
+    settings["model_catalog_json"] = setup.file("models.json", {"models": models})
+    if setup.mcp:  # Codex hides its variables from servers
+        names = [name for name in os.environ if name.startswith("PUTER_")]
+        settings["mcp_servers.puter"]["env_vars"] = names
+    return [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")], {}
 
 
 def _plan_aider(setup: Setup) -> LaunchPlan:
@@ -10026,8 +10012,8 @@ def _plan_copilot(setup: Setup) -> LaunchPlan:
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
     variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    words = setup.mcp_words("--additional-mcp-config=@")
-    return words, {**variables, "COPILOT_MODEL": model.id}
+    variables["COPILOT_MODEL"] = model.id
+    return setup.mcp_words("--additional-mcp-config=@"), variables
 
 
 def _plan_qwen(setup: Setup) -> LaunchPlan:
@@ -10058,7 +10044,8 @@ def _plan_pi(setup: Setup) -> LaunchPlan:
         for m in setup.models
     ]
     provider = json.dumps({"baseUrl": setup.url, "api": "openai-completions", "models": models})
-    text = f"pi.registerProvider('puter', {{...{provider}, apiKey: process.env.{_KEY_VARIABLE}}})"
+    with_key = f"{{...{provider}, apiKey: process.env.{setup.key_variable}}}"
+    text = f"pi.registerProvider('puter', {with_key})"
     if setup.mcp:
         text += f"; pi.registerMcpServer('puter', {json.dumps(_mcp_server(exposure='direct'))})"
     extension = setup.file("puter.js", f"export default (pi) => {{ {text} }}\n")
@@ -10281,14 +10268,13 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
-    version = None
+    environ = {n: value for n, value in os.environ.items() if n not in _SECRET_VARIABLES}
+    how: JSON = {"capture_output": True, "errors": "replace", "timeout": 20, "env": environ}
     with suppress(OSError, subprocess.TimeoutExpired):
-        environ = {n: value for n, value in os.environ.items() if n not in _SECRET_VARIABLES}
-        asked = subprocess.run(
-            [path, "--version"], capture_output=True, timeout=20, check=False, env=environ
-        )
-        version = re.search(rb"\d+(\.\d+)+", asked.stdout)
-    return (name, version[0].decode() if version else "?", path)
+        said = subprocess.run([path, "--version"], check=False, **how).stdout
+        if version := re.search(r"\d+(\.\d+)+", said):
+            return (name, version[0], path)
+    return (name, "?", path)
 
 
 class _LaunchClient(Puter):
@@ -10360,8 +10346,8 @@ def _launch_log(config: Config) -> Iterator[None]:
     path = config.folder / "launch.log"
     os.makedirs(path.parent, 0o700, exist_ok=True)
     with _failing(f"{path} cannot be opened", "Move it away."):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with open(descriptor, "a", 1, encoding="utf-8") as log, redirect_stderr(log):
+        log = open(path, "a", 1, "utf-8", opener=partial(os.open, mode=0o600))  # noqa: SIM115
+    with log, redirect_stderr(log):
         size = log.tell()
         _show_log(logging.DEBUG if config.debug else logging.WARNING)
         yield
@@ -10373,20 +10359,21 @@ def _launch_log(config: Config) -> Iterator[None]:
 def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: list[str]) -> int:
     from tempfile import TemporaryDirectory, gettempdir
 
-    key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
-    server = OpenAIServer(client, port=0, api_key=key, models=models)
+    key = os.urandom(24).hex()
+    server = OpenAIServer(client, port=0, api_key=key, models=[m.id for m in setup.models])
     folder = TemporaryDirectory(prefix="puter-launch-")
     with server, folder as name, open(Path(name, _LAUNCH_MARK), "wb", 0) as mark:
         with suppress(OSError):  # some file systems have no locks
             mark.write(b"locked" if _try_lock(mark.fileno()) else b"")
-        place: JSON = {"url": server.url, "key": key, "folder": Path(name)}
-        words, variables = program.plan(setup._replace(key_variable=_KEY_VARIABLE, **place))
+        gateway: JSON = {"url": server.url, "key": key, "key_variable": "PUTERPY_KEY"}
+        setup = setup._replace(folder=Path(name), **gateway)
+        words, variables = program.plan(setup)
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
         direct = f"{hosts},127.0.0.1".lstrip(",")
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
-        merged[_KEY_VARIABLE] = key
+        merged["PUTERPY_KEY"] = key
         if not setup.mcp:  # its commands could read them
             merged |= dict.fromkeys(_SECRET_VARIABLES)
         environ = {name: value for name, value in merged.items() if value is not None}
@@ -10454,8 +10441,7 @@ complete -o default -F _puter puter
 """
 _FISH_HEAD = """\
 function _puter
-    set -l hidden '-*'
-    string match -q -- '-*' (commandline -ct); and set hidden
+    string match -q -- '-*' (commandline -ct); or set -l hidden '-*'
     string split -- ' ' $argv | string match -v -- "$hidden"
 end
 """
