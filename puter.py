@@ -9910,7 +9910,7 @@ def llm_models(setup: Setup) -> list[JSON]:
     return models
 
 
-# In the folder of a launch: a file that is locked while the launch runs, and empty before.
+# In the folder of a launch, locked while that runs: the name of its computer, once it is locked.
 _LAUNCH_MARK = "puter-launch.lock"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
@@ -10002,17 +10002,16 @@ def _plan_aider(setup: Setup) -> LaunchPlan:
 def _plan_copilot(setup: Setup) -> LaunchPlan:
     """Copilot takes variables, and needs no login then."""
     model = setup.models[0]
-    settings = {
-        "BASE_URL": setup.url,
-        "API_KEY": setup.key,
-        "WIRE_API": "responses",
-        "MAX_PROMPT_TOKENS": str(model.window or AGENT_CONTEXT),
-        "MAX_OUTPUT_TOKENS": str(model.max_tokens or 4_096),
-    }
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
-    variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    variables["COPILOT_MODEL"] = model.id
+    variables |= {
+        "COPILOT_MODEL": model.id,
+        "COPILOT_PROVIDER_BASE_URL": setup.url,
+        "COPILOT_PROVIDER_API_KEY": setup.key,
+        "COPILOT_PROVIDER_WIRE_API": "responses",
+        "COPILOT_PROVIDER_MAX_PROMPT_TOKENS": str(model.window or AGENT_CONTEXT),
+        "COPILOT_PROVIDER_MAX_OUTPUT_TOKENS": str(model.max_tokens or 4_096),
+    }
     return setup.mcp_words("--additional-mcp-config=@"), variables
 
 
@@ -10055,29 +10054,23 @@ def _plan_pi(setup: Setup) -> LaunchPlan:
 def _plan_other(setup: Setup) -> LaunchPlan:
     """What the SDKs of OpenAI and Anthropic read, each with its own form of the URL."""
     keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-    variables = {
+    return [], {
         **dict.fromkeys(keys, setup.key),
         **dict.fromkeys(("OPENAI_MODEL", "ANTHROPIC_MODEL"), setup.models[0].id),
         **dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), setup.url),
         "ANTHROPIC_BASE_URL": setup.url.removesuffix("/v1"),
     }
-    return [], variables
 
 
 class Program(NamedTuple):
     """Another program: what `config` prints for it, and how `launch` starts it."""
 
-    # the files that `config` prints, and how their contents are made
-    files: Mapping[str, Callable[[Setup], Any]] = {}
-    # what to do with them
-    note: str = ""
-    # the command that installs it; without one `launch` does not know the program
-    install: str = ""
+    files: Mapping[str, Callable[[Setup], Any]] = {}  # that `config` prints, and their makers
+    note: str = ""  # what to do with them
+    install: str = ""  # the command for it; without one `launch` does not know the program
     plan: Callable[[Setup], LaunchPlan] = _plan_other
-    # the command that starts it, where that is not its name
-    command: str = ""
-    # whether it calls tools, and takes MCP servers
-    uses_tools: bool = True
+    command: str = ""  # that starts it, where that is not its name
+    uses_tools: bool = True  # and takes MCP servers
 
 
 PROGRAMS = {
@@ -10285,8 +10278,8 @@ class _LaunchClient(Puter):
         self._only_free = only_free
         if only_free:
             free = ModelList(self.models(free=True))
-            names = filter(free.get, config.fallback_models)
-            self.config = replace(self.config, fallback_models=tuple(names))
+            names = tuple(filter(free.get, config.fallback_models))
+            self.config = replace(self.config, fallback_models=names)
         self._requests = 0
         # of each answer: its model, whether it fell back to that, and what it cost
         self._answers: list[tuple[str, bool, Usage]] = []
@@ -10357,6 +10350,7 @@ def _launch_log(config: Config) -> Iterator[None]:
 
 
 def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: list[str]) -> int:
+    import socket
     from tempfile import TemporaryDirectory, gettempdir
 
     _clear_left_folders(Path(gettempdir()))
@@ -10365,7 +10359,7 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: li
     folder = TemporaryDirectory(prefix="puter-launch-")
     with server, folder as name, open(Path(name, _LAUNCH_MARK), "wb", 0) as mark:
         with suppress(OSError):  # some file systems have no locks
-            mark.write(b"locked" if _try_lock(mark.fileno()) else b"")
+            mark.write(socket.gethostname().encode() if _try_lock(mark.fileno()) else b"")
         gateway: JSON = {"url": server.url, "key": key, "key_variable": "PUTERPY_KEY"}
         setup = setup._replace(folder=Path(name), **gateway)
         words, variables = program.plan(setup)
@@ -10385,6 +10379,7 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: li
 def _clear_left_folders(place: Path) -> None:
     """Remove the folders, which hold keys, of launches that were killed: nobody locks them."""
     import shutil
+    import socket
 
     if os.name == "nt":
         return  # what is open cannot be removed
@@ -10392,7 +10387,8 @@ def _clear_left_folders(place: Path) -> None:
         with suppress(OSError):
             if folder.lstat().st_uid == os.getuid():
                 with open(folder / _LAUNCH_MARK, "rb+") as mark:
-                    if mark.read() and _try_lock(mark.fileno()):
+                    is_of_here = mark.read() == socket.gethostname().encode()
+                    if is_of_here and _try_lock(mark.fileno()):
                         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -10429,7 +10425,7 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
 
 # For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
 # Options are shown only when the word begins like one; where nothing fits, the shell shows files.
-_COMPLETION = """\
+_BASH = """\
 _puter() {
     local words= word="${COMP_WORDS[COMP_CWORD]}" hidden='-*'
     [[ $word == -* ]] && hidden=
@@ -10439,16 +10435,13 @@ CASES    esac
 }
 complete -o default -F _puter puter
 """
-_FISH_HEAD = """\
+_FISH = """\
 function _puter
     string match -q -- '-*' (commandline -ct); or set -l hidden '-*'
     string split -- ' ' $argv | string match -v -- "$hidden"
 end
 """
-_ZSH_HEAD = """\
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
-autoload -Uz bashcompinit && bashcompinit
-"""
+_ZSH = "autoload -Uz compinit bashcompinit\n(( $+functions[compdef] )) || compinit\nbashcompinit\n"
 
 
 @_command(
@@ -10466,8 +10459,8 @@ def cmd_completion(args: Any) -> None:
         else:
             place = f"*:{command}" if command else "1:*"
             cases += f"        {place}) words='{words}' ;;\n"
-    head = {"zsh": _ZSH_HEAD, "fish": _FISH_HEAD}.get(args.shell, "")
-    _print(head + (cases if is_fish else _COMPLETION.replace("CASES", cases)), end="")
+    head = {"zsh": _ZSH, "fish": _FISH}.get(args.shell, "")
+    _print(head + (cases if is_fish else _BASH.replace("CASES", cases)), end="")
 
 
 if __name__ == "__main__":

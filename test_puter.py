@@ -21050,17 +21050,19 @@ print(json.dumps([ids, sorted(os.environ)]))
 
     @posix_only
     def test_other_folders_are_left_alone(self, tmp_path, monkeypatch):
+        host = socket.gethostname()
         names = {
-            "puter-holiday": "locked",
+            "puter-holiday": host,
             "puter-launch-no-mark": None,
             "puter-launch-empty": "",
-            "puter-launch-living": "locked",
+            "puter-launch-living": host,
+            "puter-launch-elsewhere": f"{host} too",
         }
         for name, text in names.items():
             (tmp_path / name).mkdir()
             if text is not None:
                 (tmp_path / name / puter._LAUNCH_MARK).write_text(text)
-        (tmp_path / "puter-launch-file").write_text("locked")
+        (tmp_path / "puter-launch-file").write_text(host)
         with open(tmp_path / "puter-launch-living" / puter._LAUNCH_MARK) as mark:
             assert puter._try_lock(mark.fileno())
             puter._clear_left_folders(tmp_path)
