@@ -52,7 +52,6 @@ import logging
 import math
 import os
 import re
-import signal
 import threading
 import time
 import types
@@ -8273,6 +8272,7 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     The process's own stdout is for messages alone: whatever prints goes to stderr. A thread
     writes them, so that the end of stdin is seen even if the client does not read.
     """
+    import signal
     from queue import SimpleQueue
 
     if sys.stdin.isatty():
@@ -9660,6 +9660,8 @@ def cmd_cache(args: Any) -> None:
 )
 def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
+    import signal
+
     if args.mcp:
         serve_mcp(partial(_client, **_budget(args)))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -10416,6 +10418,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
 @contextmanager
 def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
     """While inside, these signals go to these handlers; Windows has not all of them."""
+    import signal
+
     with ExitStack() as stack:
         for name, handler in handlers.items():
             if number := getattr(signal, name, None):
