@@ -42,10 +42,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 (people copy this file anywhere)
 
 import base64
 import copy
-import difflib
 import enum
 import errno
-import glob
 import inspect
 import io
 import itertools
@@ -53,20 +51,13 @@ import json
 import logging
 import math
 import os
-import queue
 import re
-import select
-import shlex
-import signal
-import socket
 import threading
 import time
 import types
 import typing
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache, partial, wraps
@@ -78,6 +69,7 @@ from weakref import WeakSet
 
 if TYPE_CHECKING:
     import sqlite3
+    from concurrent.futures import Future
     from typing import TypeGuard
 
     import requests
@@ -233,9 +225,15 @@ def _describe(value: Any) -> str:
     return f"{shown} ({kinds.get(type(value), type(value).__name__)})"
 
 
+def _near_names(name: str, names: Iterable[str], likeness: float = 0.6) -> list[str]:
+    from difflib import get_close_matches
+
+    return get_close_matches(name, list(names), 6, likeness)
+
+
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question for the hint of an unknown name, with a blank behind it; "" if none is near."""
-    near = difflib.get_close_matches(name, list(names))
+    near = _near_names(name, names)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
@@ -514,9 +512,8 @@ _UPSTREAM_CODES = {
     **dict.fromkeys((401, 402, 403), "upstream_auth_failed"),
     429: "upstream_rate_limited",
 }
-_TOO_LONG = re.compile(
-    "prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context",
-    re.IGNORECASE,
+_TOO_LONG = (
+    "(?i)prompt is too long|context.{0,9}(length|window)|too many (input )?tokens|maximum context"
 )
 
 
@@ -535,7 +532,7 @@ def error_from(status: int, body: Any, **details: Any) -> PuterError:
         kind = ModelAccessError
     elif code in (None, "bad_request") and message.startswith("Model not found"):
         kind = ModelNotFoundError
-    if kind is BadRequestError and _TOO_LONG.search(message):
+    if kind is BadRequestError and re.search(_TOO_LONG, message):
         kind, code = ContextLengthError, "context_length_exceeded"
     text = message or f"The server answered {status} without saying why"
     if provider_words not in text:
@@ -639,7 +636,7 @@ class ToolCall:
     invalid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Medium:
     """What a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
@@ -734,7 +731,7 @@ class Attempt:
         return f"{self.model} on {self.account}: {result}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Reply:
     """A whole answer; `str()` is its text.
 
@@ -1046,7 +1043,7 @@ def _from_environment(env: Mapping[str, str]) -> JSON:
             settings[name] = _from_text(name, text)
             continue
         # what is less alike may be another program's
-        near = difflib.get_close_matches(variable, [*ours, *_OTHER_VARIABLES], cutoff=0.85)
+        near = _near_names(variable, [*ours, *_OTHER_VARIABLES], 0.85)
         if meant := _MISNAMED_VARIABLES.get(variable) or "".join(near[:1]):
             hint = f"Did you mean {meant}?"
             raise ConfigError(f"{variable}: there is no such setting", hint=hint)
@@ -1456,13 +1453,14 @@ class State:
 
         If the clock was set back, the other cooldowns do not count.
         """
-        marks = {account.username: token_fingerprint(account.token) for account in accounts}
+        tokens = {account.username: account.token for account in accounts}
         sql = "SELECT * FROM cooldowns WHERE server=? ORDER BY account, model"
         rows, cooldowns = self._rows(sql, self.server), []
         self._limited = {account for _, account, *_ in rows}
         for _, *row, mark in rows:
             one = Cooldown(*row)
-            is_dead = one.reason == "login" and marks.get(one.account, mark) == mark
+            token = tokens.get(one.account)
+            is_dead = one.reason == "login" and (token is None or token_fingerprint(token) == mark)
             runs = one.since_s - _CLOCK_SLACK_S < now < one.until_s
             if is_dead or (one.reason != "login" and runs):
                 cooldowns.append(one)
@@ -3283,7 +3281,7 @@ class ModelList(tuple[Model, ...]):
             return model
         wanted = strip_puter_prefix(name).lower()[:200]
         paid = self.get(wanted.removesuffix(":free"))
-        near = [self._by_name[n].id for n in difflib.get_close_matches(wanted, self._by_name, n=6)]
+        near = [self._by_name[n].id for n in _near_names(wanted, self._by_name)]
         tail = wanted.rpartition("/")[2]
         near += [m.id for m in self if tail and tail in m.id.lower()]
         near = list(dict.fromkeys([*([paid.id] if paid else []), *near]))[:3]
@@ -3755,6 +3753,14 @@ def _api_origin(config: Config) -> str:
     return config.api_base_url.removesuffix(_OPENAI_PATH)
 
 
+def _hang_up(connections: Iterable[Any]) -> None:
+    import socket
+
+    for connection in connections:
+        with suppress(OSError):  # it may be closed already
+            connection.shutdown(socket.SHUT_RDWR)
+
+
 class _InFlight:
     """One call in flight, so that another thread can end it, even before its headers."""
 
@@ -3787,9 +3793,8 @@ class _InFlight:
             sock = getattr(getattr(reader, "raw", None), "_sock", None)
             sock = sock or getattr(self._connection, "sock", None)
             if sock is not None and self._pid == os.getpid():
-                # it may be closed already; a forked child would end the parent's answer
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                # a forked child would end the parent's answer
+                _hang_up([sock])
 
     @contextmanager
     def as_current(self, timeout_s: float, is_ours: bool) -> Iterator[None]:
@@ -4263,7 +4268,7 @@ _JOBS: dict[type[Any], _Job] = {
 }
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
 
@@ -4369,7 +4374,7 @@ class _ConcurrencyLimit:
             self._changed.notify_all()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Accounts:
     """The accounts that a client may ask: which there are, who is on cooldown, who is next.
 
@@ -4442,7 +4447,7 @@ def _account_named(accounts: Sequence[Account], name: str) -> Account:
     return by_name[name]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Catalogue:
     """The model list, from memory, disk or the server, as fresh as `cache_ttl_ms` asks."""
 
@@ -5584,8 +5589,7 @@ def _argument_hint(name: str, known: tuple[str, ...]) -> str:
     if name in ("account", "token", "config", "session", *_SETTINGS):
         return f"{name} belongs to the client: Puter({name}=…)."
     known = known or ("prompt", "max_rounds", "on_tool", *_OWN_ARGUMENTS)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or "".join(near)
+    meant = _OTHER_NAMES.get(name) or "".join(_near_names(name, known, 0.8)[:1])
     return f"Did you mean {meant}?" if meant else ""
 
 
@@ -6224,9 +6228,7 @@ def _flat_name(name: Any, namespace: Any = None) -> str:
 # ---- what the dialects share: contents ----
 
 # A picture in a text of ours, as `_shown_image` writes it.
-_SHOWN_IMAGE = re.compile(
-    r"!\[image\]\((data:image/[\w.+-]{1,20};base64,[A-Za-z0-9+/=]+|https?://[^\s()]+)\)"
-)
+_SHOWN_IMAGE = r"!\[image\]\((data:image/[\w.+-]{1,20};base64,[A-Za-z0-9+/=]+|https?://[^\s()]+)\)"
 
 
 def _shown_image(image: Picture) -> str:
@@ -6240,9 +6242,9 @@ def _restored(message: JSON, memory: ResponseMemory) -> JSON:
         content = "\n\n".join(part["text"] for part in content if part["text"]) or None
     message = {**message, "content": content}
     if message["role"] == "assistant" and isinstance(content, str) and "![image](" in content:
-        urls = [{"url": found} for found in _SHOWN_IMAGE.findall(content)]
+        urls = [{"url": found} for found in re.findall(_SHOWN_IMAGE, content)]
         message["images"] = [{"type": "image_url", "image_url": url} for url in urls]
-        message["content"] = _SHOWN_IMAGE.sub("", content) or None
+        message["content"] = re.sub(_SHOWN_IMAGE, "", content) or None
     calls = [dict(call) for call in message.get("tool_calls") or []]
     for call in calls:
         call["function"] = {**call["function"], "name": _flat_name(call["function"]["name"])}
@@ -6521,13 +6523,13 @@ _EFFORTS = {e: e for e in ("none", "minimal", "low", "medium", "high")}
 _EFFORTS |= {"xhigh": "high", "max": "high"}
 
 # Tools that a client runs by a provider's rules, which other models do not know.
-_CLIENT_TOOLS = re.compile(
+_CLIENT_TOOLS = (
     r"(bash_|text_editor_|memory_|browser_|computer|shell$|local_shell|apply_patch)[\w.]*"
 )
 
 
 def _refuse_client_tool(kind: Any) -> None:
-    if isinstance(kind, str) and _CLIENT_TOOLS.fullmatch(kind[:100]):
+    if isinstance(kind, str) and re.fullmatch(_CLIENT_TOOLS, kind[:100]):
         problem = f"the tool {_describe(kind)} is for its provider's own models"
         raise _bad_request(f"{problem}: offer it as a function", "tools")
 
@@ -7240,6 +7242,9 @@ class Limits(NamedTuple):
 
 def _has_hung_up(connection: Any) -> bool:
     """Whether its other side has closed, even with bytes of it unread where poll can tell."""
+    import select
+    import socket
+
     try:
         if hasattr(select, "POLLRDHUP"):
             poller = select.poll()
@@ -7328,24 +7333,18 @@ class OpenAIServer:
         if self._thread is not None:
             self._server.shutdown()
         self._server.socket.close()  # new callers are refused, not left waiting
-        self._hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
+        _hang_up(self.deadlines.copy().keys() - self._running.copy().keys())
         until = time.monotonic() + (self.limits.drain_s if drain_s is None else drain_s)
         try:
             while self._running and time.monotonic() < until:
                 time.sleep(0.01)
         finally:
-            self._hang_up(self.deadlines.copy())
+            _hang_up(self.deadlines.copy())
             for cancellation in list(self._running.values()):
                 cancellation.cancel()
             self._server.server_close()
             for _, connection in self._turned_away:
                 connection.close()
-
-    def _hang_up(self, connections: Iterable[Any]) -> None:
-        for connection in connections:
-            # it may be closed already
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     @cached_property
     def token_owner(self) -> str:
@@ -7369,12 +7368,14 @@ class OpenAIServer:
         if due:
             oldest = min(due, key=lambda c: (c in self._running, due[c]))
             self.deadlines.pop(oldest, None)
-            self._hang_up([oldest])
+            _hang_up([oldest])
         while self._turned_away:
             self._turned_away.popleft()[1].close()
 
     def turn_away(self, connection: Any) -> None:
         """Say that there is no room, without waiting for anything."""
+        import socket
+
         error = _overloaded(f"All {self.max_connections} connections are in use")
         body = json.dumps(chat_error(error, 503, "")).encode()
         head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n"
@@ -7390,7 +7391,7 @@ class OpenAIServer:
         now = time.monotonic()
         while self._turned_away and (self._turned_away[0][0] < now or len(self._turned_away) > 64):
             self._turned_away.popleft()[1].close()
-        self._hang_up([c for c, due in self.deadlines.copy().items() if due < now])
+        _hang_up([c for c, due in self.deadlines.copy().items() if due < now])
         for connection, cancellation in self._running.copy().items():
             if _has_hung_up(connection):
                 cancellation.cancel()
@@ -7401,6 +7402,7 @@ _HandlerBase: Any = object
 
 
 def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
+    import socket
     from http.server import BaseHTTPRequestHandler
     from socketserver import ThreadingTCPServer
 
@@ -7452,7 +7454,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
 
 
 # The base class looks for a boundary in it, in a time that grows with the square.
-_LONG_TYPE = re.compile(rb"(?i)(^|[\r\n])content-type:([^\r\n]|[\r\n]+[ \t]){512}")
+_LONG_TYPE = rb"(?i)(^|[\r\n])content-type:([^\r\n]|[\r\n]+[ \t]){512}"
 _SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization", "x-api-key")
 
 
@@ -7505,7 +7507,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 return False
             if line in (b"\r\n", b"\n"):
                 break
-        if _LONG_TYPE.search(head):
+        if re.search(_LONG_TYPE, head):
             self.send_error(400, "the Content-Type is too long")
             return False
         self.rfile = io.BytesIO(head)
@@ -7523,6 +7525,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
     def _read_body(self) -> bytes:
         """The body; memory for it is reserved as it arrives, until the request is answered."""
+        import zlib
+
         body, coding = bytearray(), self.headers.get("Content-Encoding", "identity").strip().lower()
         is_known = coding in ("", "identity", "gzip", "x-gzip", "deflate")
         _demand(is_known, f"the content coding {coding[:50]!r} is not known", status=415)
@@ -7691,6 +7695,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         return Stream.of(reply, self.cancellation)
 
     def _stream(self, asked: ChatRequest, request: Asked) -> None:
+        from concurrent.futures import Future, wait
+
         opened: Future[Stream] = Future()
         has_failed = False
 
@@ -7766,6 +7772,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self._fail(_bad_request(message or "it cannot be read", status=int(code)))
 
     def _send(self, status: int, body: JSON | bytes | None, kind: str = "application/json") -> None:
+        import socket
+
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         if body is not None:
             self.reply_headers |= {"Content-Type": kind, "Content-Length": str(len(data))}
@@ -7943,7 +7951,7 @@ _MCP_TOOLS: dict[str, tuple[str, str, JSON]] = {
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _McpCall:
     """A request that is not answered yet; its client asks for progress if there is a token."""
 
@@ -8271,13 +8279,16 @@ def serve_mcp(make_client: Callable[[], Puter]) -> NoReturn:
     The process's own stdout is for messages alone: whatever prints goes to stderr. A thread
     writes them, so that the end of stdin is seen even if the client does not read.
     """
+    import signal
+    from queue import SimpleQueue
+
     if sys.stdin.isatty():
         print("Waiting for an MCP client on standard input; Ctrl-C ends it", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, whatever it does
     sys.stdout.flush()
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    messages: SimpleQueue[Any] = SimpleQueue()
     server = McpServer(make_client, messages.put)
 
     def write_lines() -> None:
@@ -8321,7 +8332,7 @@ Names are up to 64 letters, digits, dots, - and _, and do not begin with a dot o
 """
 CONVERSATION_NAME = "conversation.json"
 CONVERSATIONS_FOLDER = "conversations"
-_TALK_NAME = re.compile(r"\w[\w.-]{0,63}")
+_TALK_NAME = r"\w[\w.-]{0,63}"
 # Of the files for each kind, the usual one first; for other kinds it is their name.
 _ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
@@ -8363,7 +8374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str] | None) -> Any:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
-    parser = build_parser()
+    parser = build_parser(*words[:1])
     args, unknown = parser.parse_known_args(words[:end])
     if unknown:
         is_option = unknown[0].startswith("-")
@@ -8402,8 +8413,8 @@ def _command(*options: _Option | list[_Option], epilog: str = "") -> Callable[[_
     return add
 
 
-def build_parser() -> Any:
-    """The `argparse` parser of all commands."""
+def build_parser(first: str = "") -> Any:
+    """The `argparse` parser of all commands; of one alone, if the command line begins with it."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -8419,7 +8430,8 @@ def build_parser() -> Any:
     )
     parser.add_argument("--version", action="version", version=f"puter.py {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (run, groups, epilog) in _COMMANDS.items():
+    for name in [first] if first in _COMMANDS else _COMMANDS:
+        run, groups, epilog = _COMMANDS[name]
         whole = run.__doc__ or " "
         texts: Any = {"help": whole[0].lower() + whole[1:].removesuffix("."), "description": whole}
         command = commands.add_parser(name, formatter_class=shape, epilog=epilog, **texts)
@@ -8824,7 +8836,7 @@ class _SavedTalk(Conversation):
 def _prompt_of(args: Any) -> str:
     """The question; what follows -c may be its beginning, as the help of `ask` says."""
     word = args.continue_ or ""
-    is_saved = _TALK_NAME.fullmatch(word) and _SavedTalk(config_dir(), word).stamp
+    is_saved = re.fullmatch(_TALK_NAME, word) and _SavedTalk(config_dir(), word).stamp
     if word and len(args.prompt) != 1 and not is_saved:
         args.continue_, args.prompt = "", [word, *args.prompt]
     return " ".join(args.prompt)
@@ -8832,7 +8844,7 @@ def _prompt_of(args: Any) -> str:
 
 def _conversation(args: Any, client: Puter) -> _SavedTalk:
     name = args.continue_ or ""
-    if name and not _TALK_NAME.fullmatch(name):
+    if name and not re.fullmatch(_TALK_NAME, name):
         hint = "Use up to 64 letters, digits, dots, - and _, and no dot or - in front."
         raise ConfigError(f"{name!r} cannot be the name of a conversation", hint=hint)
     talk = _SavedTalk(client.config.folder, name, client)
@@ -9163,6 +9175,8 @@ def _read_message() -> tuple[str, bool]:
 
 
 def _run_with_readline(chat: _Chat) -> None:
+    import glob
+
     try:
         import readline
     except ImportError:  # Windows
@@ -9653,6 +9667,8 @@ def cmd_cache(args: Any) -> None:
 )
 def cmd_serve(args: Any) -> None:
     """Serve other programs with your account."""
+    import signal
+
     if args.mcp:
         serve_mcp(partial(_client, **_budget(args)))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -9697,6 +9713,7 @@ class Setup(NamedTuple):
 
     The first model is the one to ask, `small` the id of the one for small tasks ("": the same).
     The gateway's key is in an environment variable, `key_variable`, or else any will do.
+    `folder` is where files for a launch go.
     """
 
     models: Sequence[Model]
@@ -9705,25 +9722,33 @@ class Setup(NamedTuple):
     url: str = _BASE_URL
     key: str = "puter"
     key_variable: str | None = None
+    folder: Path = Path()
 
     def key_as(self, form: str) -> str:
         """The key for a file: how the program names a variable, KEY in `form`, or the key."""
         return form.replace("KEY", self.key_variable) if self.key_variable else self.key
 
+    def file(self, name: str, content: Any) -> str:
+        """The path of a new file for a launch."""
+        path = self.folder / name
+        _write_private(path, _file_text(name, content).encode())
+        return str(path)
+
+    def mcp_words(self, flag: str) -> list[str]:
+        """The argument that names a file with the MCP server, if the program gets that."""
+        servers = mcp_servers(self, type="stdio")
+        return [flag + self.file("mcp.json", servers)] if self.mcp else []
+
 
 def _file_text(file: str, content: Any) -> str:
+    """A list is written as YAML: each item is one line of JSON, which YAML reads as well."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return _yaml_items(content)
+        return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in content)
     if file.endswith(".toml"):
         return "".join(f"{name} = {_toml_value(value)}\n" for name, value in content.items())
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _yaml_items(items: Iterable[JSON]) -> str:
-    """Items of a YAML list; each is one line of JSON, which YAML reads as well."""
-    return "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in items)
 
 
 def _toml_value(value: Any) -> str:
@@ -9752,50 +9777,44 @@ def _sees_images(model: Model) -> bool:
     return "image" in (model.inputs or ())
 
 
-def opencode_files(setup: Setup) -> JSON:
-    """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
+def opencode_settings(setup: Setup) -> JSON:
+    # Any other kind makes its file invalid.
+    kinds = ("text", "audio", "image", "video", "pdf")
+    # The catalogue does not say which models think; their names do.
+    reasons = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
+    models: JSON = {}
+    for m in setup.models:
+        inputs = [k for k in m.inputs or ("text",) if k in kinds]
+        models[m.id] = {
+            "name": m.name,
+            "attachment": len(inputs) > 1,
+            "reasoning": re.search(reasons, m.id.lower()) is not None,
+            "temperature": True,
+            "tool_call": m.tools is not False,
+            "modalities": {"input": inputs, "output": ["text"]},
+        }
+        if m.window and m.max_tokens:  # it takes both or none
+            models[m.id]["limit"] = {"context": m.window, "output": m.max_tokens}
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "Puter.com",
         "options": {"baseURL": setup.url, "apiKey": setup.key_as("{env:KEY}")},
-        "models": {m.id: _opencode_model(m) for m in setup.models},
+        "models": models,
     }
     server = {"type": "local", "command": mcp_command(), "enabled": True}
     server["environment"] = _mcp_server()["env"]
     settings: JSON = {"$schema": "https://opencode.ai/config.json", "provider": {"puter": provider}}
-    settings |= {"mcp": {"puter": server}} if setup.mcp else {}
-    return {"~/.config/opencode/opencode.json": settings}
+    return settings | ({"mcp": {"puter": server}} if setup.mcp else {})
 
 
-def _opencode_model(model: Model) -> JSON:
-    # Any other kind makes its file invalid.
-    kinds = ("text", "audio", "image", "video", "pdf")
-    inputs = [k for k in model.inputs or ("text",) if k in kinds]
-    # The catalogue does not say which models think; their names do.
-    reasons = r"(^|[/:-])(o[134]|gpt-5|deepseek-r|qwq|qvq)|reason|thinking|magistral"
-    settings: JSON = {
-        "name": model.name,
-        "attachment": len(inputs) > 1,
-        "reasoning": re.search(reasons, model.id.lower()) is not None,
-        "temperature": True,
-        "tool_call": model.tools is not False,
-        "modalities": {"input": inputs, "output": ["text"]},
-    }
-    if model.window and model.max_tokens:  # it takes both or none
-        settings["limit"] = {"context": model.window, "output": model.max_tokens}
-    return settings
-
-
-def zed_files(setup: Setup) -> JSON:
-    """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
+def zed_settings(setup: Setup) -> JSON:
     models = [
         {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
     ]
     provider = {"puter": {"api_url": setup.url, "available_models": models}}
-    settings: JSON = {"language_models": {"openai_compatible": provider}}
-    settings["context_servers"] = {"puter": _mcp_server()}
-    return {"settings.json (in Zed: open settings)": settings}
+    servers = {"puter": _mcp_server()}
+    return {"language_models": {"openai_compatible": provider}, "context_servers": servers}
 
 
 def claude_environ(setup: Setup) -> dict[str, str]:
@@ -9822,17 +9841,19 @@ def claude_environ(setup: Setup) -> dict[str, str]:
     return environ
 
 
-def claude_code_files(setup: Setup) -> JSON:
-    """Claude Code: variables for the gateway, and the MCP server for the user's settings."""
+def claude_exports(setup: Setup) -> str:
+    import shlex
+
     variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
     variables["ANTHROPIC_AUTH_TOKEN"] = setup.key_as('"$KEY"')
-    exports = "".join(f"export {name}={value}\n" for name, value in variables.items())
-    server = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-    return {"a shell, before `claude`": exports, "~/.claude.json": server}
+    return "".join(f"export {name}={value}\n" for name, value in variables.items())
 
 
-def codex_files(setup: Setup) -> JSON:
-    """Codex: a provider that speaks Responses, and the MCP server."""
+def mcp_servers(_: Setup, **more: str) -> JSON:
+    return {"mcpServers": {"puter": _mcp_server(**more)}}
+
+
+def codex_settings(setup: Setup) -> JSON:
     model = setup.models[0]
     provider = {
         "name": "puter.py",
@@ -9847,12 +9868,10 @@ def codex_files(setup: Setup) -> JSON:
     settings: JSON = {"model": model.id, "model_provider": "puter", "web_search": "disabled"}
     settings |= {"model_context_window": model.window} if model.window else {}
     settings["model_providers.puter"] = provider
-    settings |= {"mcp_servers.puter": _mcp_server()} if setup.mcp else {}
-    return {"~/.codex/config.toml": settings}
+    return settings | ({"mcp_servers.puter": _mcp_server()} if setup.mcp else {})
 
 
-def continue_files(setup: Setup) -> JSON:
-    """Continue: models with the provider `openai`, and the MCP server."""
+def continue_settings(setup: Setup) -> str:
     key, models = setup.key_as("${{ secrets.KEY }}"), []
     same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
     for m in setup.models:
@@ -9861,32 +9880,35 @@ def continue_files(setup: Setup) -> JSON:
         name = full if re.match(r"gpt-5|o\d", m.id) else m.id
         can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
         models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
-    server = _yaml_items([{"name": "puter", **_mcp_server(type="stdio")}])
-    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_yaml_items(models)}"
-    return {"~/.continue/config.yaml": f"{text}mcpServers:\n{server}"}
+    text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_file_text('', models)}"
+    server = {"name": "puter", **_mcp_server(type="stdio")}
+    return f"{text}mcpServers:\n{_file_text('', [server])}"
 
 
-def aider_files(setup: Setup) -> JSON:
+def aider_models(setup: Setup) -> list[JSON]:
     """aider: each model with its own URL, so that its other OpenAI models stay as they are."""
     extra = {"api_base": setup.url, "api_key": setup.key_as("os.environ/KEY")}
     same = {"edit_format": "diff", "use_repo_map": True, "extra_params": extra}
-    kind = {"litellm_provider": "openai", "mode": "chat"}
-    models, metadata = [], {}
-    for m in setup.models:
-        name, limit = f"openai/{m.id}", m.max_tokens or 4_096
-        models.append({"name": name, "weak_model_name": name, **same})
-        metadata[name] = {
-            **kind,
-            **dict.fromkeys(("max_tokens", "max_output_tokens"), limit),
+    names = [f"openai/{m.id}" for m in setup.models]
+    return [{"name": name, "weak_model_name": name, **same} for name in names]
+
+
+def aider_metadata(setup: Setup) -> JSON:
+    return {
+        f"openai/{m.id}": {
+            "litellm_provider": "openai",
+            "mode": "chat",
+            **dict.fromkeys(("max_tokens", "max_output_tokens"), m.max_tokens or 4_096),
             "max_input_tokens": m.window or 128_000,
             "supports_vision": _sees_images(m),
             "input_cost_per_token": (m.input_usd_per_million or 0) / 1e6,
             "output_cost_per_token": (m.output_usd_per_million or 0) / 1e6,
         }
-    return {"~/.aider.model.settings.yml": models, "~/.aider.model.metadata.json": metadata}
+        for m in setup.models
+    }
 
 
-def llm_files(setup: Setup) -> JSON:
+def llm_models(setup: Setup) -> list[JSON]:
     """llm: extra OpenAI models; without a key name it sends a dummy and never a real key."""
     same: JSON = {"api_base": setup.url, "supports_schema": True}
     same |= {"api_key_name": "puter"} if setup.key_variable else {}
@@ -9894,32 +9916,28 @@ def llm_files(setup: Setup) -> JSON:
     for m in setup.models:
         can = {"vision": _sees_images(m), "supports_tools": m.tools is not False}
         models.append({"model_id": f"puter/{m.id}", "model_name": m.id, **same, **can})
-    file = "extra-openai-models.yaml, in the folder of the file that `llm logs path` names"
-    return {file: models}
+    return models
 
 
-_DESKTOP_FILE = "claude_desktop_config.json (Settings, Developer, Edit Config)"
-# In the folder of a launch: whose it is.
-_LAUNCH_MARK = "puter-launch.txt"
+# In the folder of a launch, locked while that runs: the name of its computer, once it is locked.
+_LAUNCH_MARK = "puter-launch.lock"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
-# The variable that holds the gateway's key, for the program alone.
-_KEY_VARIABLE = "PUTERPY_KEY"
-# What a program is started with: more arguments, more variables (None takes one out), and files
-# (name -> contents) in the temporary folder. Nothing of the user's is written or changed.
-LaunchPlan = tuple[list[str], Mapping[str, str | None], JSON]
+# What a program is started with: more arguments, and more variables (None takes one out).
+# Files go into the temporary folder: nothing of the user's is written or changed.
+LaunchPlan = tuple[list[str], Mapping[str, str | None]]
 
 
-def _plan_opencode(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_opencode(setup: Setup) -> LaunchPlan:
     """OpenCode, and Kilo that is made from it, lay a variable's settings over the user's own."""
-    (settings,) = opencode_files(setup).values()
+    settings = opencode_settings(setup)
     settings |= {"model": f"puter/{setup.models[0].id}", "small_model": f"puter/{setup.small}"}
     settings |= {"enabled_providers": ["puter"], "disabled_providers": []}
     names = ("OPENCODE_CONFIG_CONTENT", "KILO_CONFIG_CONTENT")
-    return [], dict.fromkeys(names, json.dumps(settings)), {}
+    return [], dict.fromkeys(names, json.dumps(settings))
 
 
-def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_claude(setup: Setup) -> LaunchPlan:
     """Claude Code takes variables, and again as settings: those of the user's would win."""
     variables = claude_environ(setup)
     # These would send it elsewhere.
@@ -9927,21 +9945,9 @@ def _plan_claude(setup: Setup, folder: Path) -> LaunchPlan:
     others = [f"CLAUDE_CODE_USE_{name}" for name in clouds]
     others += "ANTHROPIC_API_KEY ANTHROPIC_UNIX_SOCKET ANTHROPIC_PROFILE".split()
     others += "CLAUDE_CODE_API_BASE_URL CLAUDE_CODE_SUBAGENT_MODEL".split()
-    files = {"settings.json": {"env": {**variables, **dict.fromkeys(others, "")}}}
-    words = ["--settings", str(folder / "settings.json")]
-    return words, {**dict.fromkeys(others), **variables}, files
-
-
-def _plan_codex(setup: Setup, folder: Path) -> LaunchPlan:
-    """Codex takes settings as arguments; a catalogue tells it what the models can do."""
-    (settings,) = codex_files(setup).values()
-    settings.pop("model_context_window", None)  # the catalogue has each model's
-    settings["model_catalog_json"] = str(folder / "models.json")
-    if setup.mcp:  # Codex hides its variables from servers
-        names = [name for name in os.environ if name.startswith("PUTER_")]
-        settings["mcp_servers.puter"]["env_vars"] = names
-    words = [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")]
-    return words, {}, {"models.json": {"models": [_codex_model(m) for m in setup.models]}}
+    settings = {"env": {**variables, **dict.fromkeys(others, "")}}
+    words = ["--settings", setup.file("settings.json", settings), *setup.mcp_words("--mcp-config=")]
+    return words, {**dict.fromkeys(others), **variables}
 
 
 # With a catalogue Codex uses these in place of its own prompt.
@@ -9962,53 +9968,63 @@ a few sentences on what you did and what is left. When something is unclear, loo
 """
 
 
-def _codex_model(model: Model) -> JSON:
-    return {
-        "slug": model.id,
-        "display_name": model.name,
-        "supported_reasoning_levels": [],
-        "shell_type": "shell_command",
-        "visibility": "list",
-        "supported_in_api": True,
-        "priority": 1,
-        "base_instructions": _CODEX_INSTRUCTIONS,
-        "support_verbosity": False,
-        "truncation_policy": {"mode": "tokens", "limit": 10_000},
-        "experimental_supported_tools": [],
-        "apply_patch_tool_type": "freeform",
-        "context_window": model.window or AGENT_CONTEXT,
-        "supports_parallel_tool_calls": True,
-        "input_modalities": ["text", "image"] if _sees_images(model) else ["text"],
-    }
+def _plan_codex(setup: Setup) -> LaunchPlan:
+    """Codex takes settings as arguments; a catalogue tells it what the models can do."""
+    settings = codex_settings(setup)
+    settings.pop("model_context_window", None)  # the catalogue has each model's
+    models = [
+        {
+            "slug": m.id,
+            "display_name": m.name,
+            "supported_reasoning_levels": [],
+            "shell_type": "shell_command",
+            "visibility": "list",
+            "supported_in_api": True,
+            "priority": 1,
+            "base_instructions": _CODEX_INSTRUCTIONS,
+            "support_verbosity": False,
+            "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            "experimental_supported_tools": [],
+            "apply_patch_tool_type": "freeform",
+            "context_window": m.window or AGENT_CONTEXT,
+            "supports_parallel_tool_calls": True,
+            "input_modalities": ["text", "image"] if _sees_images(m) else ["text"],
+        }
+        for m in setup.models
+    ]
+    settings["model_catalog_json"] = setup.file("models.json", {"models": models})
+    if setup.mcp:  # Codex hides its variables from servers
+        names = [name for name in os.environ if name.startswith("PUTER_")]
+        settings["mcp_servers.puter"]["env_vars"] = names
+    return [w for k, v in settings.items() for w in ("-c", f"{k}={_toml_value(v)}")], {}
 
 
-def _plan_aider(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_aider(setup: Setup) -> LaunchPlan:
     """aider takes files with settings of models; a key in them may name a variable."""
-    files = dict(zip(("models.yml", "metadata.json"), aider_files(setup).values()))
     model = f"openai/{setup.models[0].id}"
     words = ["--model", model, "--editor-model", model, "--weak-model", f"openai/{setup.small}"]
-    words += ["--model-settings-file", str(folder / "models.yml")]
-    words += ["--model-metadata-file", str(folder / "metadata.json")]
-    return words, {"OPENAI_API_KEY": setup.key}, files
+    words += ["--model-settings-file", setup.file("models.yml", aider_models(setup))]
+    words += ["--model-metadata-file", setup.file("metadata.json", aider_metadata(setup))]
+    return words, {"OPENAI_API_KEY": setup.key}
 
 
-def _plan_copilot(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_copilot(setup: Setup) -> LaunchPlan:
     """Copilot takes variables, and needs no login then."""
     model = setup.models[0]
-    settings = {
-        "BASE_URL": setup.url,
-        "API_KEY": setup.key,
-        "WIRE_API": "responses",
-        "MAX_PROMPT_TOKENS": str(model.window or AGENT_CONTEXT),
-        "MAX_OUTPUT_TOKENS": str(model.max_tokens or 4_096),
-    }
     # the user's others would lead it elsewhere
     variables: JSON = dict.fromkeys(n for n in os.environ if n.startswith("COPILOT_PROVIDER_"))
-    variables |= {f"COPILOT_PROVIDER_{name}": value for name, value in settings.items()}
-    return [], {**variables, "COPILOT_MODEL": model.id}, {}
+    variables |= {
+        "COPILOT_MODEL": model.id,
+        "COPILOT_PROVIDER_BASE_URL": setup.url,
+        "COPILOT_PROVIDER_API_KEY": setup.key,
+        "COPILOT_PROVIDER_WIRE_API": "responses",
+        "COPILOT_PROVIDER_MAX_PROMPT_TOKENS": str(model.window or AGENT_CONTEXT),
+        "COPILOT_PROVIDER_MAX_OUTPUT_TOKENS": str(model.max_tokens or 4_096),
+    }
+    return setup.mcp_words("--additional-mcp-config=@"), variables
 
 
-def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_qwen(setup: Setup) -> LaunchPlan:
     """Qwen Code takes a file of settings that win over the user's."""
     same = {"baseUrl": setup.url, "envKey": setup.key_variable}
     models = [
@@ -10016,12 +10032,12 @@ def _plan_qwen(setup: Setup, folder: Path) -> LaunchPlan:
         for m in setup.models
     ]
     settings = {"modelProviders": {"openai": models}, "fastModel": setup.small}
-    variables = {"QWEN_CODE_SYSTEM_SETTINGS_PATH": str(folder / "settings.json")}
     words = ["--auth-type", "openai", "--model", setup.models[0].id]
-    return words, variables, {"settings.json": settings}
+    words += setup.mcp_words("--mcp-config=")
+    return words, {"QWEN_CODE_SYSTEM_SETTINGS_PATH": setup.file("settings.json", settings)}
 
 
-def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
+def _plan_pi(setup: Setup) -> LaunchPlan:
     """pi takes a provider from an extension."""
     models = [
         {
@@ -10036,73 +10052,101 @@ def _plan_pi(setup: Setup, folder: Path) -> LaunchPlan:
         for m in setup.models
     ]
     provider = json.dumps({"baseUrl": setup.url, "api": "openai-completions", "models": models})
-    text = f"pi.registerProvider('puter', {{...{provider}, apiKey: process.env.{_KEY_VARIABLE}}})"
+    with_key = f"{{...{provider}, apiKey: process.env.{setup.key_variable}}}"
+    text = f"pi.registerProvider('puter', {with_key})"
     if setup.mcp:
         text += f"; pi.registerMcpServer('puter', {json.dumps(_mcp_server(exposure='direct'))})"
-    words = ["-e", str(folder / "puter.js"), "--model", f"puter/{setup.models[0].id}"]
-    return words, {}, {"puter.js": f"export default (pi) => {{ {text} }}\n"}
+    extension = setup.file("puter.js", f"export default (pi) => {{ {text} }}\n")
+    return ["-e", extension, "--model", f"puter/{setup.models[0].id}"], {}
 
 
-def _plan_other(setup: Setup, _: Path) -> LaunchPlan:
+def _plan_other(setup: Setup) -> LaunchPlan:
     """What the SDKs of OpenAI and Anthropic read, each with its own form of the URL."""
     keys = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-    variables = {
+    return [], {
         **dict.fromkeys(keys, setup.key),
         **dict.fromkeys(("OPENAI_MODEL", "ANTHROPIC_MODEL"), setup.models[0].id),
         **dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), setup.url),
         "ANTHROPIC_BASE_URL": setup.url.removesuffix("/v1"),
     }
-    return [], variables, {}
 
 
-class Launcher(NamedTuple):
-    """How `launch` starts a program; `install` is the command that installs it."""
+class Program(NamedTuple):
+    """Another program: what `config` prints for it, and how `launch` starts it."""
 
-    plan: Callable[[Setup, Path], LaunchPlan]
-    install: str = ""
-    # the flag for a file with MCP servers, where that is not part of the plan
-    mcp_flag: str = ""
-    # whether it calls tools, and takes MCP servers
-    uses_tools: bool = True
+    files: Mapping[str, Callable[[Setup], Any]] = {}  # that `config` prints, and their makers
+    note: str = ""  # what to do with them
+    install: str = ""  # the command for it; without one `launch` does not know the program
+    plan: Callable[[Setup], LaunchPlan] = _plan_other
+    command: str = ""  # that starts it, where that is not its name
+    uses_tools: bool = True  # and takes MCP servers
 
 
-# What goes into each of its files, and what to do then.
-PROGRAMS: dict[str, tuple[Callable[[Setup], JSON], str]] = {
-    "opencode": (opencode_files, "Run: opencode -m puter/MODEL"),
-    "zed": (zed_files, "Zed reads the key from PUTER_API_KEY; any will do if the server has none."),
-    "claude-desktop": (
-        lambda _: {_DESKTOP_FILE: {"mcpServers": {"puter": _mcp_server()}}},
+PROGRAMS = {
+    "opencode": Program(
+        {"~/.config/opencode/opencode.json": opencode_settings},
+        "Run: opencode -m puter/MODEL",
+        "npm install -g opencode-ai",
+        _plan_opencode,
+    ),
+    "zed": Program(
+        {"settings.json (in Zed: open settings)": zed_settings},
+        "Zed reads the key from PUTER_API_KEY; any will do if the server has none.",
+    ),
+    "claude-desktop": Program(
+        {"claude_desktop_config.json (Settings, Developer, Edit Config)": mcp_servers},
         "Quit Claude Desktop before you change its file: it rewrites it.",
     ),
-    "claude-code": (
-        claude_code_files,
+    "claude-code": Program(
+        {
+            "a shell, before `claude`": claude_exports,
+            "~/.claude.json": partial(mcp_servers, type="stdio"),
+        },
         'The variables can also stand under "env" in ~/.claude/settings.json.',
+        "npm install -g @anthropic-ai/claude-code",
+        _plan_claude,
+        command="claude",
     ),
-    "codex": (codex_files, "Run: codex, or codex -m MODEL"),
-    "continue": (continue_files, "Then choose a model whose name begins with Puter."),
-    "aider": (aider_files, "Run: aider --model openai/MODEL"),
-    "llm": (llm_files, "Run: llm -m puter/MODEL. With a server key: llm keys set puter"),
+    "codex": Program(
+        {"~/.codex/config.toml": codex_settings},
+        "Run: codex, or codex -m MODEL",
+        "npm install -g @openai/codex",
+        _plan_codex,
+    ),
+    "copilot": Program(install="npm install -g @github/copilot", plan=_plan_copilot),
+    "qwen": Program(install="npm install -g @qwen-code/qwen-code", plan=_plan_qwen),
+    "kilo": Program(install="npm install -g @kilocode/cli", plan=_plan_opencode),
+    "pi": Program(install="npm install -g @earendil-works/pi-coding-agent", plan=_plan_pi),
+    "continue": Program(
+        {"~/.continue/config.yaml": continue_settings},
+        "Then choose a model whose name begins with Puter.",
+    ),
+    "aider": Program(
+        {
+            "~/.aider.model.settings.yml": aider_models,
+            "~/.aider.model.metadata.json": aider_metadata,
+        },
+        "Run: aider --model openai/MODEL",
+        "python -m pip install aider-chat",
+        _plan_aider,
+        uses_tools=False,
+    ),
+    "llm": Program(
+        {
+            "extra-openai-models.yaml, in the folder of the file that `llm logs path` names": llm_models
+        },
+        "Run: llm -m puter/MODEL. With a server key: llm keys set puter",
+    ),
 }
 # By the commands that start them.
-LAUNCHED = {
-    "opencode": Launcher(_plan_opencode, "npm install -g opencode-ai"),
-    "claude": Launcher(_plan_claude, "npm install -g @anthropic-ai/claude-code", "--mcp-config="),
-    "codex": Launcher(_plan_codex, "npm install -g @openai/codex"),
-    "copilot": Launcher(
-        _plan_copilot, "npm install -g @github/copilot", "--additional-mcp-config=@"
-    ),
-    "qwen": Launcher(_plan_qwen, "npm install -g @qwen-code/qwen-code", "--mcp-config="),
-    "kilo": Launcher(_plan_opencode, "npm install -g @kilocode/cli"),
-    "pi": Launcher(_plan_pi, "npm install -g @earendil-works/pi-coding-agent"),
-    "aider": Launcher(_plan_aider, "python -m pip install aider-chat", uses_tools=False),
-}
+LAUNCHED = {row.command or name: row for name, row in PROGRAMS.items() if row.install}
 
 
 @_command(
     _opt(
         "what",
         "show: every setting; path: where they stand; else the program to print settings for",
-        choices=["show", "path", *PROGRAMS],
+        choices=["show", "path", *(name for name, row in PROGRAMS.items() if row.files)],
     ),
     _JSON_FLAG,
     _opt("--base-url URL", "of the server (%(default)s)", default=_BASE_URL),
@@ -10141,9 +10185,9 @@ def _config_program(args: Any) -> None:
         if not models:
             raise PuterError("No models match, so there is nothing to set up")
     variable = "PUTER_SERVER_API_KEY" if os.environ.get("PUTER_SERVER_API_KEY") else None
-    files_of, note = PROGRAMS[args.what]
-    files = files_of(Setup(models, url=args.base_url, key_variable=variable))
-    texts = {file: _file_text(file, content) for file, content in files.items()}
+    program = PROGRAMS[args.what]
+    setup = Setup(models, url=args.base_url, key_variable=variable)
+    texts = {file: _file_text(file, content(setup)) for file, content in program.files.items()}
     if args.json:
         _report(args, [{"file": file, "text": text} for file, text in texts.items()], ())
         return
@@ -10152,7 +10196,7 @@ def _config_program(args: Any) -> None:
         _print(text, end="")
     if models:
         _info("The server must run: python -m puter serve")
-    _info(note)
+    _info(program.note)
 
 
 def _agent_model(models: Sequence[Model], config: Config) -> Model | None:
@@ -10186,6 +10230,7 @@ def _agent(name: str) -> str:
 def cmd_launch(args: Any) -> int:
     """Run a coding agent on this account; its exit code is ours."""
     import shutil
+    from concurrent.futures import ThreadPoolExecutor
 
     command = [args.program, *args.arguments] if args.program else args.arguments
     if not command:
@@ -10194,7 +10239,7 @@ def cmd_launch(args: Any) -> int:
         for line in _table(rows, "<<<"):
             _print(line)
         return 0
-    program = LAUNCHED.get(args.program, Launcher(_plan_other, uses_tools=False))
+    program = LAUNCHED.get(args.program, Program(uses_tools=False))
     path = shutil.which(command[0])
     if path is None and os.path.dirname(command[0]) and os.path.exists(command[0]):
         _error(f"{command[0]} cannot be started (Permission denied). Is it executable?")
@@ -10225,14 +10270,13 @@ def _launcher_row(name: str) -> tuple[str, str, str]:
     path = shutil.which(name)
     if path is None:
         return (name, "-", f"not installed; {LAUNCHED[name].install}")
-    version = None
+    environ = {n: value for n, value in os.environ.items() if n not in _SECRET_VARIABLES}
+    how: JSON = {"capture_output": True, "errors": "replace", "timeout": 20, "env": environ}
     with suppress(OSError, subprocess.TimeoutExpired):
-        environ = {n: value for n, value in os.environ.items() if n not in _SECRET_VARIABLES}
-        asked = subprocess.run(
-            [path, "--version"], capture_output=True, timeout=20, check=False, env=environ
-        )
-        version = re.search(rb"\d+(\.\d+)+", asked.stdout)
-    return (name, version[0].decode() if version else "?", path)
+        said = subprocess.run([path, "--version"], check=False, **how).stdout
+        if version := re.search(r"\d+(\.\d+)+", said):
+            return (name, version[0], path)
+    return (name, "?", path)
 
 
 class _LaunchClient(Puter):
@@ -10243,8 +10287,8 @@ class _LaunchClient(Puter):
         self._only_free = only_free
         if only_free:
             free = ModelList(self.models(free=True))
-            names = filter(free.get, config.fallback_models)
-            self.config = replace(self.config, fallback_models=tuple(names))
+            names = tuple(filter(free.get, config.fallback_models))
+            self.config = replace(self.config, fallback_models=names)
         self._requests = 0
         # of each answer: its model, whether it fell back to that, and what it cost
         self._answers: list[tuple[str, bool, Usage]] = []
@@ -10304,8 +10348,8 @@ def _launch_log(config: Config) -> Iterator[None]:
     path = config.folder / "launch.log"
     os.makedirs(path.parent, 0o700, exist_ok=True)
     with _failing(f"{path} cannot be opened", "Move it away."):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with open(descriptor, "a", 1, encoding="utf-8") as log, redirect_stderr(log):
+        log = open(path, "a", 1, "utf-8", opener=partial(os.open, mode=0o600))  # noqa: SIM115
+    with log, redirect_stderr(log):
         size = log.tell()
         _show_log(logging.DEBUG if config.debug else logging.WARNING)
         yield
@@ -10314,26 +10358,25 @@ def _launch_log(config: Config) -> Iterator[None]:
         _info(f"What happened meanwhile is in {path}")
 
 
-def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: list[str]) -> int:
+def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: list[str]) -> int:
+    import socket
     from tempfile import TemporaryDirectory, gettempdir
 
-    key, models = os.urandom(24).hex(), [m.id for m in setup.models]
     _clear_left_folders(Path(gettempdir()))
+    key = os.urandom(24).hex()
+    server = OpenAIServer(client, port=0, api_key=key, models=[m.id for m in setup.models])
     folder = TemporaryDirectory(prefix="puter-launch-")
-    with folder as name, OpenAIServer(client, port=0, api_key=key, models=models) as server:
-        setup = setup._replace(url=server.url, key=key, key_variable=_KEY_VARIABLE)
-        words, variables, files = program.plan(setup, Path(name))
-        if setup.mcp and program.mcp_flag:
-            words.append(f"{program.mcp_flag}{Path(name, 'mcp.json')}")
-            files["mcp.json"] = {"mcpServers": {"puter": _mcp_server(type="stdio")}}
-        mark = {_LAUNCH_MARK: f"{os.getpid()} {_this_system()}"}
-        for file, content in {**mark, **files}.items():
-            _write_private(Path(name, file), _file_text(file, content).encode())
+    with server, folder as name, open(Path(name, _LAUNCH_MARK), "wb", 0) as mark:
+        with suppress(OSError):  # some file systems have no locks
+            mark.write(socket.gethostname().encode() if _try_lock(mark.fileno()) else b"")
+        gateway: JSON = {"url": server.url, "key": key, "key_variable": "PUTERPY_KEY"}
+        setup = setup._replace(folder=Path(name), **gateway)
+        words, variables = program.plan(setup)
         # No proxy may stand between the program and the gateway.
         hosts = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
         direct = f"{hosts},127.0.0.1".lstrip(",")
         merged: JSON = {**os.environ, "NO_PROXY": direct, "no_proxy": direct, **variables}
-        merged[_KEY_VARIABLE] = key
+        merged["PUTERPY_KEY"] = key
         if not setup.mcp:  # its commands could read them
             merged |= dict.fromkeys(_SECRET_VARIABLES)
         environ = {name: value for name, value in merged.items() if value is not None}
@@ -10343,30 +10386,19 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Launcher, command: l
 
 
 def _clear_left_folders(place: Path) -> None:
-    """Remove the folders, which hold keys, of launches that were killed."""
+    """Remove the folders, which hold keys, of launches that were killed: nobody locks them."""
     import shutil
+    import socket
 
     if os.name == "nt":
-        return  # there is no asking whether a process lives
+        return  # what is open cannot be removed
     for folder in place.glob("puter-launch-*"):
-        with suppress(OSError, ValueError):
-            if folder.lstat().st_uid != os.getuid():
-                continue
-            pid, _, system = (folder / _LAUNCH_MARK).read_text("utf-8").partition(" ")
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                if system == _this_system():
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _this_system() -> str:
-    """Where a process has its number: the computer, and on Linux also its start and container."""
-    names = [socket.gethostname()]
-    with suppress(OSError):
-        names.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())
-        names.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(names)
+        with suppress(OSError):
+            if folder.lstat().st_uid == os.getuid():
+                with open(folder / _LAUNCH_MARK, "rb+") as mark:
+                    is_of_here = mark.read() == socket.gethostname().encode()
+                    if is_of_here and _try_lock(mark.fileno()):
+                        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -10393,6 +10425,8 @@ def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:
 @contextmanager
 def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
     """While inside, these signals go to these handlers; Windows has not all of them."""
+    import signal
+
     with ExitStack() as stack:
         for name, handler in handlers.items():
             if number := getattr(signal, name, None):
@@ -10402,7 +10436,7 @@ def _signals(**handlers: Callable[[int, Any], Any]) -> Iterator[None]:
 
 # For bash; zsh takes it as well. Each case: the word's place, the command before it, its words.
 # Options are shown only when the word begins like one; where nothing fits, the shell shows files.
-_COMPLETION = """\
+_BASH = """\
 _puter() {
     local words= word="${COMP_WORDS[COMP_CWORD]}" hidden='-*'
     [[ $word == -* ]] && hidden=
@@ -10412,17 +10446,13 @@ CASES    esac
 }
 complete -o default -F _puter puter
 """
-_FISH_HEAD = """\
+_FISH = """\
 function _puter
-    set -l hidden '-*'
-    string match -q -- '-*' (commandline -ct); and set hidden
+    string match -q -- '-*' (commandline -ct); or set -l hidden '-*'
     string split -- ' ' $argv | string match -v -- "$hidden"
 end
 """
-_ZSH_HEAD = """\
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
-autoload -Uz bashcompinit && bashcompinit
-"""
+_ZSH = "autoload -Uz compinit bashcompinit\n(( $+functions[compdef] )) || compinit\nbashcompinit\n"
 
 
 @_command(
@@ -10440,8 +10470,8 @@ def cmd_completion(args: Any) -> None:
         else:
             place = f"*:{command}" if command else "1:*"
             cases += f"        {place}) words='{words}' ;;\n"
-    head = {"zsh": _ZSH_HEAD, "fish": _FISH_HEAD}.get(args.shell, "")
-    _print(head + (cases if is_fish else _COMPLETION.replace("CASES", cases)), end="")
+    head = {"zsh": _ZSH, "fish": _FISH}.get(args.shell, "")
+    _print(head + (cases if is_fish else _BASH.replace("CASES", cases)), end="")
 
 
 if __name__ == "__main__":

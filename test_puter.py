@@ -19787,7 +19787,9 @@ class TestAccountCommands:
 
     def test_what_needs_no_network_loads_no_network(self, two):
         script = """
-            for args in (["status"], ["switch", "alice"], ["logout", "alice"]):
+            assert puter.main(["status"]) == 0
+            assert not {"socket", "hashlib", "difflib", "concurrent.futures"} & set(sys.modules)
+            for args in (["switch", "alice"], ["logout", "alice"]):
                 assert puter.main(args) == 0
             assert not {"requests", "http.server", "sseclient"} & set(sys.modules)
         """
@@ -20337,7 +20339,7 @@ MODELS = [
 ]
 URL = "http://127.0.0.1:11480/v1"
 SLOTS = ("OPUS", "SONNET", "HAIKU")
-PROGRAMS = tuple(puter.PROGRAMS)
+PROGRAMS = tuple(name for name, program in puter.PROGRAMS.items() if program.files)
 
 
 @pytest.fixture
@@ -20353,12 +20355,13 @@ def texts_of(
     """What goes into the files of a program."""
     variable = "PUTER_SERVER_API_KEY" if key else None
     setup = puter.Setup(MODELS if models is None else models, url=URL, key_variable=variable)
-    return [puter._file_text(*file) for file in puter.PROGRAMS[program][0](setup).items()]
+    files = puter.PROGRAMS[program].files
+    return [puter._file_text(file, make(setup)) for file, make in files.items()]
 
 
 def files_of(program: str) -> tuple[str, ...]:
     """The names of the files of a program."""
-    return tuple(puter.PROGRAMS[program][0](puter.Setup(MODELS)))
+    return tuple(puter.PROGRAMS[program].files)
 
 
 def settings_of(program: str, key: str | None = None) -> Any:
@@ -21041,7 +21044,7 @@ print(json.dumps([ids, sorted(os.environ)]))
             assert process.wait(10) == 128 + 9
 
     @posix_only
-    def test_folders_of_killed_launches_are_cleared(self, agents, tmp_path, monkeypatch):
+    def test_folders_of_killed_launches_are_cleared(self, agents, tmp_path):
         place = tmp_path / "temporary"
         place.mkdir()
         env = {**cli_env(agents), "TMPDIR": str(place)}
@@ -21053,42 +21056,42 @@ print(json.dumps([ids, sorted(os.environ)]))
             assert folder.is_dir()  # it lives
             one.kill()
             one.wait()
-            with monkeypatch.context() as patch:
-                patch.setattr(puter, "_this_system", lambda: "elsewhere")
-                puter._clear_left_folders(place)
-            assert folder.is_dir()
             run_command([sys.executable, "-m", "puter", "launch", "-m", OPUS, "--", "true"], env)
             assert not [*place.iterdir()]
 
     @posix_only
     def test_other_folders_are_left_alone(self, tmp_path, monkeypatch):
-        gone = subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
-        mark = f"{gone.pid} {puter._this_system()}"
+        host = socket.gethostname()
         names = {
-            f"puter-{gone.pid}-holiday": mark,
+            "puter-holiday": host,
             "puter-launch-no-mark": None,
             "puter-launch-empty": "",
-            "puter-launch-words": f"x{mark}",
-            "puter-launch-living": mark.replace(str(gone.pid), str(os.getpid()), 1),
-            "puter-launch-elsewhere": f"{mark} too",
+            "puter-launch-living": host,
+            "puter-launch-elsewhere": f"{host} too",
         }
         for name, text in names.items():
             (tmp_path / name).mkdir()
             if text is not None:
                 (tmp_path / name / puter._LAUNCH_MARK).write_text(text)
-        (tmp_path / "puter-launch-file").write_text(mark)
-        puter._clear_left_folders(tmp_path)
-        assert sorted(os.listdir(tmp_path)) == sorted([*names, "puter-launch-file"])
-        left = tmp_path / "puter-launch-left"
-        left.mkdir()
-        (left / puter._LAUNCH_MARK).write_text(mark)
+        (tmp_path / "puter-launch-file").write_text(host)
+        with open(tmp_path / "puter-launch-living" / puter._LAUNCH_MARK) as mark:
+            assert puter._try_lock(mark.fileno())
+            puter._clear_left_folders(tmp_path)
+            assert sorted(os.listdir(tmp_path)) == sorted([*names, "puter-launch-file"])
         with monkeypatch.context() as patch:
             patch.setattr(os, "getuid", lambda: -1)  # of somebody else
             puter._clear_left_folders(tmp_path)
-        assert left.is_dir()
+        assert (tmp_path / "puter-launch-living").is_dir()
         puter._clear_left_folders(tmp_path)
-        assert not left.exists()
+        assert not (tmp_path / "puter-launch-living").exists()
+
+    def test_a_launch_does_without_locks(self, agents, monkeypatch):
+        def no_locks(*_: Any) -> bool:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(puter, "_try_lock", no_locks)
+        monkeypatch.setenv("PUTER_API_BASE_URL", agents.url)
+        assert puter.main(["launch", "opencode", "-m", OPUS, "--", "3"]) == 3
 
     def test_no_secret_reaches_a_program(self, agents, own_home, capfd):
         names = ("PUTER_AUTH_TOKEN", "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
@@ -21706,7 +21709,7 @@ class TestReadme:
     def test_programs(self):
         listed = README_TEXT.partition("\n`python -m puter config PROGRAM` prints")[2]
         listed = listed.partition("PROGRAM is")[2].partition("\n\n")[0]
-        assert set(re.findall(r"`([\w-]+)`", listed)) == set(puter.PROGRAMS)
+        assert set(re.findall(r"`([\w-]+)`", listed)) == set(PROGRAMS)
 
     def test_mcp_tools(self):
         rows = readme_table("MCP", "Tool", "Arguments", "Gives")
