@@ -9919,8 +9919,6 @@ def llm_models(setup: Setup) -> list[JSON]:
     return models
 
 
-# In the folder of a launch, locked while that runs: the name of its computer, once it is locked.
-_LAUNCH_MARK = "puter-launch.lock"
 _SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # What a program is started with: more arguments, and more variables (None takes one out).
@@ -10359,16 +10357,12 @@ def _launch_log(config: Config) -> Iterator[None]:
 
 
 def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: list[str]) -> int:
-    import socket
-    from tempfile import TemporaryDirectory, gettempdir
+    from tempfile import TemporaryDirectory
 
-    _clear_left_folders(Path(gettempdir()))
     key = os.urandom(24).hex()
     server = OpenAIServer(client, port=0, api_key=key, models=[m.id for m in setup.models])
     folder = TemporaryDirectory(prefix="puter-launch-")
-    with server, folder as name, open(Path(name, _LAUNCH_MARK), "wb", 0) as mark:
-        with suppress(OSError):  # some file systems have no locks
-            mark.write(socket.gethostname().encode() if _try_lock(mark.fileno()) else b"")
+    with server, folder as name:
         gateway: JSON = {"url": server.url, "key": key, "key_variable": "PUTERPY_KEY"}
         setup = setup._replace(folder=Path(name), **gateway)
         words, variables = program.plan(setup)
@@ -10383,22 +10377,6 @@ def _run_with_gateway(client: Puter, setup: Setup, program: Program, command: li
         code = _run_program([command[0], *words, *command[1:]], environ)
         server.stop()  # the last answer may still be on its way into the summary
     return code
-
-
-def _clear_left_folders(place: Path) -> None:
-    """Remove the folders, which hold keys, of launches that were killed: nobody locks them."""
-    import shutil
-    import socket
-
-    if os.name == "nt":
-        return  # what is open cannot be removed
-    for folder in place.glob("puter-launch-*"):
-        with suppress(OSError):
-            if folder.lstat().st_uid == os.getuid():
-                with open(folder / _LAUNCH_MARK, "rb+") as mark:
-                    is_of_here = mark.read() == socket.gethostname().encode()
-                    if is_of_here and _try_lock(mark.fileno()):
-                        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_program(command: Sequence[str], environ: Mapping[str, str]) -> int:

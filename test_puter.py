@@ -21043,56 +21043,6 @@ print(json.dumps([ids, sorted(os.environ)]))
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 128 + 9
 
-    @posix_only
-    def test_folders_of_killed_launches_are_cleared(self, agents, tmp_path):
-        place = tmp_path / "temporary"
-        place.mkdir()
-        env = {**cli_env(agents), "TMPDIR": str(place)}
-        with running_cli(agents, "launch", "opencode", "-m", OPUS, "--", "wait", env=env) as one:
-            while b"ready" not in one.stdout.readline():
-                pass
-            (folder,) = place.iterdir()
-            puter._clear_left_folders(place)
-            assert folder.is_dir()  # it lives
-            one.kill()
-            one.wait()
-            run_command([sys.executable, "-m", "puter", "launch", "-m", OPUS, "--", "true"], env)
-            assert not [*place.iterdir()]
-
-    @posix_only
-    def test_other_folders_are_left_alone(self, tmp_path, monkeypatch):
-        host = socket.gethostname()
-        names = {
-            "puter-holiday": host,
-            "puter-launch-no-mark": None,
-            "puter-launch-empty": "",
-            "puter-launch-living": host,
-            "puter-launch-elsewhere": f"{host} too",
-        }
-        for name, text in names.items():
-            (tmp_path / name).mkdir()
-            if text is not None:
-                (tmp_path / name / puter._LAUNCH_MARK).write_text(text)
-        (tmp_path / "puter-launch-file").write_text(host)
-        with open(tmp_path / "puter-launch-living" / puter._LAUNCH_MARK) as mark:
-            assert puter._try_lock(mark.fileno())
-            puter._clear_left_folders(tmp_path)
-            assert sorted(os.listdir(tmp_path)) == sorted([*names, "puter-launch-file"])
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "getuid", lambda: -1)  # of somebody else
-            puter._clear_left_folders(tmp_path)
-        assert (tmp_path / "puter-launch-living").is_dir()
-        puter._clear_left_folders(tmp_path)
-        assert not (tmp_path / "puter-launch-living").exists()
-
-    def test_a_launch_does_without_locks(self, agents, monkeypatch):
-        def no_locks(*_: Any) -> bool:
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(puter, "_try_lock", no_locks)
-        monkeypatch.setenv("PUTER_API_BASE_URL", agents.url)
-        assert puter.main(["launch", "opencode", "-m", OPUS, "--", "3"]) == 3
-
     def test_no_secret_reaches_a_program(self, agents, own_home, capfd):
         names = ("PUTER_AUTH_TOKEN", "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
         env = dict.fromkeys(names, "token-alice")
