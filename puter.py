@@ -99,24 +99,6 @@ DEFAULT_FALLBACK_MODELS = tuple(
     google/gemma-3-27b-it mistralai/mistral-small-3.2-24b-instruct
 """.split()
 )
-CONNECT_TIMEOUT_S = 10.0
-WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes before its first byte
-RETRY_CAP_S = 30.0
-RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
-RATE_CAP_S = 1.5  # the longest wait for a limit of requests whose end is not told
-RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
-RATE_PATIENCE_S = 30.0  # how long a limit of requests is waited for, when nobody else can be asked
-FALLBACKS_PER_CALL = 5
-MAX_ATTEMPTS_SHOWN = 8
-FALLBACK_BUDGET_S = 120.0  # no further fallback is begun after so long
-MAX_REFUSALS_PER_PROVIDER = 2
-MODELS_TIMEOUT_S = 10.0
-MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
-MAX_BODY_BYTES = 64 * 1024 * 1024
-MAX_FILE_BYTES = 30 * 1024 * 1024
-MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
-MAX_LINE_BYTES = 32 * 1024 * 1024
-MAX_REDIRECTS = 5
 JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
 # A whole number that is larger than any float is read as None.
@@ -247,6 +229,7 @@ def strip_puter_prefix(name: str) -> str:
 # 2. errors · uses: nothing above but the constants
 # ======================================================================================
 Scope = Literal["request", "model", "account", "server"]
+MAX_ATTEMPTS_SHOWN = 8
 # By HTTP status, what OpenAI calls an error, and Anthropic:
 # https://platform.claude.com/docs/en/api/errors
 _ERROR_TYPES = {
@@ -1626,6 +1609,9 @@ Messages = list[JSON]
 Prompt = str | Sequence[Mapping[str, Any]]
 Image = str | bytes | os.PathLike[str]
 File = str | bytes | os.PathLike[str] | tuple[str, bytes]
+MAX_FILE_BYTES = 30 * 1024 * 1024
+MAX_SENT_BYTES = 50 * 1024 * 1024  # a larger request is 413 (recorded)
+MAX_LINE_BYTES = 32 * 1024 * 1024
 
 # ---- history: any vendor's parts in, one canonical shape ----
 # The shape is OpenAI's for chat completions. Beside it stands what other vendors need: marks of
@@ -1646,7 +1632,7 @@ _SKIPPED_KINDS = """
     container_upload fallback tool_addition tool_removal
 """.split()
 # Calls and results of tools that a client runs by a provider's rules: told in words.
-_TOLD_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
+_WORDED_KINDS = """local_shell_call local_shell_call_output shell_call shell_call_output
     apply_patch_call apply_patch_call_output computer_call computer_call_output""".split()
 _OWN_SIGNATURE = "unsigned"  # begins what this module made up, for clients that want a signature
 _NO_OUTPUT = "(no output)"  # a tool's result may be empty, but Puter refuses an empty content
@@ -2282,7 +2268,7 @@ def mime_of(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | Non
 def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
     """A path, bytes or (name, bytes) as a data URL; `BadRequestError` if it is none of `kinds`."""
     named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
-    data, name = source[::-1] if named else _bytes_of(source, what)
+    data, name = (source[1], source[0]) if named else _bytes_of(source, what)
     if kind := mime_of(data, kinds):
         return _Medium(data, kind).as_url()
     known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
@@ -2525,18 +2511,19 @@ def _misfit(value: Any, where: str, schema: JSON) -> TypeError:
 def _check(schema: JSON, value: Any, where: str) -> None:
     """Raise TypeError unless a value fits a schema, whatever the values are that it holds."""
     kinds = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type")
-    is_whole = isinstance(value, float) and value.is_integer()
     names = {list: ["array"], dict: ["object"], int: ["integer", "number"]}
-    own = names.get(type(value)) or [_SCALARS.get(type(value), ""), *["integer"] * is_whole]
+    own = names.get(type(value)) or [_SCALARS.get(type(value), "")]
+    if isinstance(value, float) and value.is_integer():
+        own = ["integer", "number"]
     choices = schema.get("enum", [schema["const"]] if "const" in schema else [value])
     # True and 1 are equal
     ok = any(one == value and isinstance(one, bool) is isinstance(value, bool) for one in choices)
     ok &= not kinds or not {*own}.isdisjoint(kinds)
     if isinstance(value, (list, str)) or _is_number(value):
-        is_text = isinstance(value, str)
-        end = "Length" if is_text else "Items" if isinstance(value, list) else "imum"
+        bounds: dict[Any, Any] = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems")}
+        least, most = bounds.get(type(value), ("minimum", "maximum"))
         size = len(value) if isinstance(value, (list, str)) else value
-        ok &= schema.get(f"min{end}", -math.inf) <= size <= schema.get(f"max{end}", math.inf)
+        ok &= schema.get(least, -math.inf) <= size <= schema.get(most, math.inf)
     if isinstance(value, str) and "pattern" in schema:
         ok &= re.search(schema["pattern"], value) is not None
     if not ok:
@@ -3258,6 +3245,9 @@ def _is_another(call: JSON, call_id: Any, function: Mapping[str, Any]) -> bool:
     return is_again and not _arguments_from(before)[1]
 
 
+# ---- replies: the catalogue and credit ----
+
+
 class ModelList(tuple[Model, ...]):
     """The catalogue; a model by any of its names, in any case, with or without `puter/`."""
 
@@ -3356,9 +3346,17 @@ def credit_from(body: Any) -> Credit:
 
 
 # ======================================================================================
-# 7. policies · uses: errors, values, messages. Plain functions that decide
+# 7. policies · uses: errors, values, config, messages. Plain functions that decide
 # ======================================================================================
 NextStep = Literal["raise", "next_model", "next_account"]
+RETRY_CAP_S = 30.0
+RATE_PAUSE_S = 0.25  # the least wait after a 429, so that nobody hammers
+RATE_CAP_S = 1.5  # the longest wait for a limit of requests whose end is not told
+RATE_WINDOW_S = 10.0  # Puter counts the requests of the last 10 s (recorded)
+RATE_PATIENCE_S = 30.0  # how long a limit of requests is waited for, when nobody else can be asked
+FALLBACKS_PER_CALL = 5
+FALLBACK_BUDGET_S = 120.0  # no further fallback is begun after so long
+MAX_REFUSALS_PER_PROVIDER = 2
 # Whose models read a PDF, and search the web; of the others nothing is known (recorded).
 _PDF_PROVIDERS = frozenset(
     "claude openai-responses azure-openai-responses openai-completion azure-openai openrouter".split()
@@ -3449,6 +3447,9 @@ def is_worth_trying(model: Model, attempts: Sequence[Attempt], models: ModelList
     return refusals < MAX_REFUSALS_PER_PROVIDER
 
 
+# ---- which models ----
+
+
 def fallback_order(
     model: str,
     candidates: ModelList,
@@ -3525,6 +3526,9 @@ def lacking(model: Model, needs: Needs) -> list[str]:
         "web search": model.provider in SEARCH_PROVIDERS,
     }
     return sorted(kind for kind in inputs if not takes[kind])
+
+
+# ---- whom to ask next ----
 
 
 def next_account(
@@ -3622,13 +3626,15 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     strategy = world.config.account_rotation_strategy
     if account := next_account(world.accounts, cooled | tried, strategy, world.current):
         model = _next_model(asked, [], attempts, account, world)
-        return model and Target(*model, waits_out_limits=not world.others(account))
+        waits = not world.others(account)
+        return None if model is None else Target(*model, waits_out_limits=waits)
     ends = _ends_of_windows(attempts, world)
     limited = [a for a in world.accounts if a.username in ends and world.others(a)]
     if not limited or not world.config.max_retries:
         return None
     account = min(limited, key=lambda a: ends[a.username])
-    return Target(asked.model, account, False, True, ends[account.username])
+    not_before_s = ends[account.username]
+    return Target(asked.model, account, waits_out_limits=True, not_before_s=not_before_s)
 
 
 def _next_model(
@@ -3668,6 +3674,9 @@ def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, flo
         if cooldown.reason == "too_many_requests" and not cooldown.model:
             ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
     return ends
+
+
+# ---- statistics, and the search in a catalogue ----
 
 
 def stats_of(model: str, totals: Sequence[Any], samples: Sequence[Any]) -> ModelStats:
@@ -3712,6 +3721,9 @@ def is_from(model: Model, provider: str) -> bool:
 # 8. transport · uses: errors, config. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
+CONNECT_TIMEOUT_S = 10.0
+MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_REDIRECTS = 5
 # What decides on proxies and certificates.
 _NETWORK_VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "no")]
 _NETWORK_VARIABLES += [*map(str.upper, _NETWORK_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
@@ -4185,6 +4197,9 @@ def _seconds(retry_after: str) -> float | None:
 # ======================================================================================
 # 9. Puter · uses: everything above
 # ======================================================================================
+WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes before its first byte
+MODELS_TIMEOUT_S = 10.0
+MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 _OWN_ARGUMENTS = "model system images files tools returns web_search fallback timeout_ms".split()
 _LACKING_WORDS = {
     "image": "does not see images",
@@ -4204,6 +4219,9 @@ _OTHER_NAMES = {
     # it would write into the storage of the account
     "puter_output_path": "`save` of the result",
 }
+
+
+# ---- work that is no chat ----
 
 
 class _Job(NamedTuple):
@@ -4416,7 +4434,6 @@ class _Accounts:
         return None if self.token is not None or self.pinned else self._stored()[1]
 
     def no_account_error(self) -> PuterError:
-        """Why there is no account to ask."""
         if not (accounts := self.usable()):
             return AuthError("You are not signed in")
         now, count = time.time(), len(accounts)
@@ -4763,7 +4780,6 @@ class Stream:
         self._release("closed")
 
     def _whole(self) -> Reply:
-        """The reply, once all is read."""
         while self._next_batch() is not None:
             pass
         return self.reply
@@ -4785,8 +4801,8 @@ class Stream:
             self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
-            is_told = isinstance(error, StreamError)
-            what = "" if is_told else f"The reply of {self.model} broke off: "
+            is_worded = isinstance(error, StreamError)
+            what = "" if is_worded else f"The reply of {self.model} broke off: "
             raise self._broken(what + error.message, error.code) from error
         if batch is None:
             self._release("ok")
@@ -5186,7 +5202,7 @@ class Puter:
         hint, style = 'Only Puter\'s own server does this: set "drivers".', self.config.api_style
         _require(not is_foreign(self.config), "api_style", style, hint)
         content = job.args(given)
-        _require(all(map(_is_text, content.values())), "What is asked", given, "Give a text.")
+        _require(all(map(_is_text, content.values())), "The input", given, "Give a text.")
         # without a model the server's own does it, which goes by the name of the interface here
         model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
         timeout_ms = args.pop("timeout_ms", longest)
@@ -5296,7 +5312,6 @@ class Puter:
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, request: Asked) -> Reply | None:
-        """The cached reply to the same request, if there is one and it is fresh."""
         ttl_s = self.config.cache_ttl_ms / 1000
         body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
         try:
@@ -5437,7 +5452,6 @@ class Puter:
     def _noted(
         self, error: PuterError, call: _Exchange, target: Target, seconds: float
     ) -> PuterError:
-        """Note an attempt that failed; the error says whose it was."""
         model, account = target.model, target.account
         if isinstance(error, CreditError) and call.asked.makes is Reply:
             error = self._explained(error, call.asked, target)
@@ -5716,7 +5730,6 @@ def _checked_options(options: Mapping[str, Any]) -> JSON:
 
 
 def _is_plain(args: JSON) -> bool:
-    """Whether every provider takes a request in the same shape."""
     is_bare = all(m.keys() == {"role", "content"} for m in args["messages"])
     are_texts = is_bare and all(isinstance(m["content"], str) for m in args["messages"])
     return are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
@@ -5810,7 +5823,7 @@ _show_signature(stream, Puter.stream)
 
 
 # ======================================================================================
-# 10. login · uses: errors, values, config, Puter
+# 10. login · uses: errors, values, config, policies, transport, Puter
 # ======================================================================================
 LOGIN_PORT = 19847  # the port that the plugin's users know
 LOGIN_TIMEOUT_S = 300.0
@@ -6042,7 +6055,7 @@ class ChatRequest(NamedTuple):
     what only its dialect needs to word the answer; `include_usage` false there ends the reading
     of a stream at a stop text. `memory` holds what providers want back with calls. `search` is
     the tool with which the model may search the web; it is all that is wanted if `must_search`,
-    or without `tools`. An `answer` is ours already: no model is asked.
+    or without `tools`. What is `canned` is the answer: no model is asked.
     """
 
     model: str
@@ -6432,7 +6445,7 @@ def _header_text(text: str) -> str:
 def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
     is_one = body.get("n") in (None, 1) and body.get("n") is not True
     _demand(is_one, "n must be 1: ask several times for several answers", "n")
-    _demand(not body.get("functions"), "functions are long gone: use tools", "functions")
+    _demand(not body.get("functions"), "functions is not supported: use tools", "functions")
     args = {k: body.get(k) for k in _PASSED_ON}
     limit = body.get("max_completion_tokens")
     args["max_tokens"] = body.get("max_tokens") if limit is None else limit
@@ -6683,7 +6696,7 @@ def _item_message(item: JSON, where: str) -> JSON | None:
     if kind == "image_generation_call" and item.get("result"):
         url = {"url": f"data:image/png;base64,{item['result']}"}
         return {"role": "assistant", "images": [{"type": "image_url", "image_url": url}]}
-    if kind in _TOLD_KINDS:
+    if kind in _WORDED_KINDS:
         role = "user" if kind.endswith("_output") else "assistant"
         return {"role": role, "content": f"[{kind}: {json.dumps(item)[:4_000]}]"}
     if kind not in _SKIPPED_KINDS:
@@ -6992,10 +7005,10 @@ def messages_frames(request: ChatRequest, model: ModelName, events: Events) -> I
             block, delta = _block_and_delta(event)
             if event.tool_call or block["type"] != kind:
                 yield from close()
-                index += bool(kind)
+                index = index + 1 if kind else 0
                 kind, has_called = block["type"], has_called or bool(event.tool_call)
-                growing = block.keys() & {"text", "thinking", "signature", "input"}
-                block |= {key: type(block[key])() for key in growing}
+                empty: JSON = {"text": "", "thinking": "", "signature": "", "input": {}}
+                block |= {key: empty[key] for key in empty if key in block}
                 yield {"type": "content_block_start", "index": index, "content_block": block}
             yield {"type": "content_block_delta", "index": index, "delta": delta}
 
@@ -7114,7 +7127,7 @@ def media_args(path: str, body: JSON) -> JSON:
     kind, given = MEDIA[path]
     # a text would be a path of this computer
     is_given = body.get(given) and isinstance(body[given], tuple if kind is Transcript else str)
-    _demand(is_given, f"{given} is missing, or not sent as it must be", given)
+    _demand(is_given, f"{given} is missing, or of the wrong kind", given)
     is_one = body.get("n") in (None, 1) and body.get("stream") not in (True, "true")
     _demand(is_one, "n must be 1, and stream is not supported")
     names = (*_JOB_ARGUMENTS, *_JOBS[kind].names.split())
@@ -7847,7 +7860,7 @@ def _overloaded(text: str) -> ServerError:
 
 
 def _body_size(digits: str, pattern: str, base: int) -> int:
-    _demand(re.fullmatch(pattern, digits.strip(" \t")), "the length of the body is no number")
+    _demand(re.fullmatch(pattern, digits.strip(" \t")), "the length of the body is not a number")
     return int(digits, base)
 
 
@@ -7858,12 +7871,12 @@ def _json_body(data: bytes, max_values: int) -> JSON:
         count, is_inside = 0, False
         for start in range(0, len(plain), 64 * 1024):
             pieces = plain[start : start + 64 * 1024].split(b'"')
-            count += sum(piece.count(b",") for piece in pieces[is_inside::2])
-            is_inside ^= len(pieces) % 2 == 0
+            count += sum(piece.count(b",") for piece in pieces[1 if is_inside else 0 :: 2])
+            is_inside = is_inside if len(pieces) % 2 else not is_inside
         _demand(count <= max_values, f"the body holds more than {max_values} values", status=413)
     try:
-        body: JSON = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        body: JSON = read_json(data)
+    except ValueError as error:
         raise _bad_request(f"the body is not valid JSON ({error})") from None
     _demand(isinstance(body, dict), "the body is not a JSON object")
     return body
@@ -7965,7 +7978,6 @@ class _McpCall:
     stream: Stream | None = None
 
     def text(self) -> str:
-        """Of the answer so far."""
         return self.stream._partial().text if self.stream else ""
 
 
@@ -8001,9 +8013,9 @@ class McpServer:
             text = line.decode("utf-8-sig").strip()  # Windows programs may begin with a BOM
             if not text:
                 return
-            message = json.loads(text, parse_constant=_finite)
+            message = read_json(text)
             call = _call_from(message)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             body = getattr(error, "body", {"code": -32700, "message": "Parse error: invalid JSON"})
             request_id = _rpc_id(message.get("id")) if isinstance(message, dict) else None
             self._write({"jsonrpc": "2.0", "id": request_id, "error": body})
@@ -8632,8 +8644,8 @@ def cmd_ask(args: Any) -> None:
 
 def _schema_from(source: str) -> JSON:
     try:
-        schema = json.loads(source if source.lstrip().startswith("{") else _read_input(source))
-    except (ValueError, RecursionError) as error:
+        schema = read_json(source if source.lstrip().startswith("{") else _read_input(source))
+    except ValueError as error:
         raise BadRequestError(f"The schema is not JSON ({error})", hint="Correct it.") from None
     _require(isinstance(schema, dict), "The schema", schema, 'Write {"type": "object", …}.')
     return dict(schema)
@@ -8762,12 +8774,12 @@ class _SavedTalk(Conversation):
         try:
             if not self.path.is_file():  # to open a FIFO would wait
                 raise ValueError("it is no file")
-            saved = Conversation.from_json(json.loads(self.path.read_text(encoding="utf-8")))
+            saved = Conversation.from_json(read_json(self.path.read_text(encoding="utf-8")))
             _require(isinstance(saved.model or "", str), "model", saved.model, "")
             messages_from(saved.messages, saved.system)
             self.system, self.model = saved.system, saved.model
             self.messages, self.options = saved.messages, saved.options
-        except (OSError, ValueError, TypeError, RecursionError, BadRequestError) as error:
+        except (OSError, ValueError, TypeError, BadRequestError) as error:
             why = getattr(error, "message", error)
             problem = f"{self.path}: the conversation cannot be read ({why})"
             hint = "Move the file away, or ask without --continue."
@@ -8828,7 +8840,6 @@ class _SavedTalk(Conversation):
             _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
 
     def words(self, role: str) -> list[str]:
-        """What somebody said, each message on a line."""
         texts = (text_of(m.get("content")) for m in self.messages if m.get("role") == role)
         return [" ".join(text.split()) for text in texts]
 
@@ -8896,7 +8907,6 @@ class _Spinner(threading.Thread):
         self._reason, self._until = why, time.monotonic() + wait_s + 0.5
 
     def close(self) -> None:
-        """Wipe it off the line; more than once is fine."""
         self._over.set()
         if self.is_alive():
             self.join()
@@ -8977,7 +8987,7 @@ def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None
             given = (_text_of_pipe(_read_input("-")) if words in ("", "-") else words).strip()
             if not given:
                 hint = f'Try: python -m puter {args.command} "A red bicycle"'
-                raise ConfigError("There are no words", hint=hint)
+                raise ConfigError("No text was given", hint=hint)
         elif given == "-":
             given = ("standard input", _read_input("-"))
 
@@ -8994,6 +9004,9 @@ def _run_job(args: Any, kind: type[Any], name: str = "", **options: Any) -> None
         if not client.config.quiet_mode:
             price = "cost not reported" if cost is None else f"cost ${cost:.4f}"
             _info(f"{reply.model} on {reply.account}; {price}", dim=True)
+
+
+# ---- a conversation at the terminal ----
 
 
 class _Chat:
@@ -9242,6 +9255,9 @@ def cmd_conversations(args: Any) -> None:
     _report(args, rows, _table(table, "<<><<", (3,), cut=4) if rows else nothing)
 
 
+# ---- accounts ----
+
+
 @_command(
     [
         _opt("--with-token", "read a token from stdin"),
@@ -9266,7 +9282,7 @@ def cmd_login(args: Any) -> None:
                 raise
         else:
             hint = "Try: python -m puter login --with-token < FILE"
-            raise ConfigError("No token came", hint=hint)
+            raise ConfigError("No token was given", hint=hint)
         _print(_add_account(client, account))
 
 
@@ -9309,7 +9325,7 @@ def _note_variable() -> None:
 
 
 def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _import_accounts(client: Puter, name: str) -> None:
@@ -9470,7 +9486,8 @@ def cmd_whoami(args: Any) -> None:
     """Ask the server whose token is in use."""
     with _client() as client:
         user = _signed_in(client, client.whoami)
-    _report(args, user, [f"{user.get('username')}{' (temporary)' * bool(user.get('is_temp'))}"])
+    kind = " (temporary)" if user.get("is_temp") else ""
+    _report(args, user, [f"{user.get('username')}{kind}"])
 
 
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
@@ -9480,6 +9497,9 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     # The newest first; the date as a number, such as 20251101.
     "released": lambda m: (-int(f"0{re.sub(r'[^0-9]', '', m.released or '')[:8]}"), m.id),
 }
+
+
+# ---- models, credit, statistics ----
 
 
 @_command(
@@ -9511,7 +9531,6 @@ def cmd_models(args: Any) -> None:
 
 
 def _tokens(count: int) -> str:
-    """200,000; on a terminal 200K."""
     if not _has_style(sys.stdout) or count < 1_000:
         return f"{count:,}"
     return f"{count / 1e6:.1f}M".replace(".0", "") if count >= 1e6 else f"{count / 1e3:.0f}K"
@@ -9608,7 +9627,7 @@ def cmd_stats(args: Any) -> None:
         free = {m.id for m in client._catalogue.known() if m.free}
     failures, styled = [], _has_style(sys.stdout)
     head = ("MODEL", "ASKED", "OK %" if styled else "OK", "P50", "P95", "FIRST", "TOK/S", "COST")
-    rows = [(*head, *["TIMES"] * styled)]
+    rows: list[Sequence[str]] = [(*head, "TIMES") if styled else head]
     for one in stats:
         times = ("-" if t is None else f"{t:.2f}s" for t in (one.p50_s, one.p95_s, one.first_s))
         speed = "-" if one.tokens_per_s is None else f"{one.tokens_per_s:.0f}"
@@ -9619,7 +9638,8 @@ def cmd_stats(args: Any) -> None:
         longest = max(one.times, default=0.0) or 1.0
         bars = "".join("▁▂▃▄▅▆▇█"[round(7 * t / longest)] for t in one.times)
         cost = f"${one.cost_usd:.4f}" if one.cost_usd or one.model in free else "-"
-        rows.append((one.model, *counts, *times, speed, cost, *[bars or "-"] * styled))
+        cells = (one.model, *counts, *times, speed, cost)
+        rows.append((*cells, bars or "-") if styled else cells)
         if one.failures:
             reasons = ", ".join(f"{code} {n}" for code, n in sorted(one.failures.items()))
             failures.append(f"failures of {one.model}: {reasons}")
@@ -9649,6 +9669,9 @@ def cmd_cache(args: Any) -> None:
         f"{lookups} look-ups, {rate} found; replies last {config.cache_ttl_ms / 1000:.0f} s",
     )
     _report(args, stats, lines)
+
+
+# ---- servers ----
 
 
 @_command(
@@ -9878,7 +9901,8 @@ def continue_settings(setup: Setup) -> str:
         # It sends names such as gpt-5 or o3 to another endpoint: the full id avoids that.
         full = next((a for a in m.aliases if "/" in a and ":" not in a), m.id)
         name = full if re.match(r"gpt-5|o\d", m.id) else m.id
-        can = ["tool_use"] * (m.tools is not False) + ["image_input"] * _sees_images(m)
+        kinds = {"tool_use": m.tools is not False, "image_input": _sees_images(m)}
+        can = [kind for kind, can_do_it in kinds.items() if can_do_it]
         models.append({"name": f"Puter: {m.name}", "model": name, **same, "capabilities": can})
     text = f"name: Local Config\nversion: 1.0.0\nschema: v1\nmodels:\n{_file_text('', models)}"
     server = {"name": "puter", **_mcp_server(type="stdio")}
@@ -10214,6 +10238,9 @@ def _agent(name: str) -> str:
         known = f"choose from {', '.join(LAUNCHED)}"
         raise ArgumentTypeError(f"invalid choice: {name!r} ({known}, or: launch -- {name} ...)")
     return name
+
+
+# ---- launch ----
 
 
 @_command(

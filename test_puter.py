@@ -18933,7 +18933,7 @@ class TestAsk:
         [
             ("ask hello", False, ["Sign in with the browser now? [Y/n] ", "n\r"], 1, b""),
             (f"chat -m {lab('echo')}", True, ["> ", "one\r\x04", "> "], 0, b"one\n"),
-            ("login --with-token", False, ["Token", "\x04", "No token came."], 2, b""),
+            ("login --with-token", False, ["Token", "\x04", "No token was given."], 2, b""),
         ],
     )
     def test_questions_never_go_into_a_file(self, fake, home, argv, signed_in, steps, code, out):
@@ -19053,7 +19053,7 @@ class TestMediaCommands:
     def test_without_words(self, desk, argv):
         done = run_cli(desk, *argv)
         assert (done.returncode, done.stdout) == (2, "") and desk.requests == []
-        assert done.stderr.startswith("error: There are no words. Try: python -m puter ")
+        assert done.stderr.startswith("error: No text was given. Try: python -m puter ")
 
     @posix_only
     def test_a_wait_has_a_reason(self, desk):
@@ -19740,7 +19740,7 @@ class TestAccountCommands:
     @pytest.mark.parametrize(
         ("redirection", "args", "code", "words"),
         [
-            ("<&-", "login --with-token", 2, "error: No token came."),
+            ("<&-", "login --with-token", 2, "error: No token was given."),
             ("<&-", "chat", 0, ""),
             ("<&-", "ask --no-fallback hi", 0, ""),
             (">&-", "status", 1, "error: The output cannot be written"),
