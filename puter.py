@@ -187,6 +187,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _new_id(prefix: str, glue: str = "_") -> str:
+    return f"{prefix}{glue}{os.urandom(12).hex()}"
+
+
 def mend_surrogates(text: str) -> str:
     """The text with halves of surrogate pairs joined; a half that stays alone becomes U+FFFD."""
     try:
@@ -2883,7 +2887,7 @@ def _add_call(call: Mapping[str, Any], calls: list[ToolCall]) -> ToolCall:
     """Put a call to the others of its reply; with a new id if it has none, or that of another."""
     read = tool_call_from(call)
     if not read.id or any(read.id == other.id for other in calls):
-        read = replace(read, id=f"call_{os.urandom(12).hex()}")
+        read = replace(read, id=_new_id("call"))
     calls.append(read)
     return read
 
@@ -4641,28 +4645,28 @@ class _Api(NamedTuple):
                 _log.warning("%s could not be loaded: %s", result.url, error)
         return result
 
-    def form(self, request: Asked, model: str) -> str:
+    def form(self, asked: Asked, model: str) -> str:
         """The form for a model; the list is asked for where more than plain text is sent."""
         if self.config.api_style == "openai":
             return "openai"
         models = self.catalogue.known()
-        if models.get(model) is None and not _is_plain(request.args):
+        if models.get(model) is None and not _is_plain(asked.args):
             models = self.catalogue.models_if_any("The model's own form is guessed")
         form = form_of(models.get(model) or model)
         # Puter asks OpenAI's other API then (recorded)
-        is_search = "web search" in request.needs.inputs
+        is_search = "web search" in asked.needs.inputs
         return "responses" if is_search and form == "chat" else form
 
     def data(self, path: str, account: Account) -> JSON:
         url = _api_origin(self.config) + path
         return body_of(self.transport.send("GET", url, token=account.token))
 
-    def needs_whole_reply(self, request: Asked, model: str) -> bool:
+    def needs_whole_reply(self, asked: Asked, model: str) -> bool:
         """Whether a stream could lose all but the last of several calls in a turn (recorded)."""
-        is_one = not request.needs.tools or request.args.get("parallel_tool_calls") is False
+        is_one = not asked.needs.tools or asked.args.get("parallel_tool_calls") is False
         if is_one or self.config.stream_tools == "live" or is_foreign(self.config):
             return False
-        return FORMS[self.form(request, model)].is_lossy
+        return FORMS[self.form(asked, model)].is_lossy
 
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
@@ -5311,9 +5315,9 @@ class Puter:
         able.sort(key=lambda m: "image" in needs.inputs and not m.inputs)
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
-    def _cached(self, request: Asked) -> Reply | None:
+    def _cached(self, asked: Asked) -> Reply | None:
         ttl_s = self.config.cache_ttl_ms / 1000
-        body = self._reply_cache.cache_get(self._cache_key(request), time.time(), ttl_s)
+        body = self._reply_cache.cache_get(self._cache_key(asked), time.time(), ttl_s)
         try:
             reply = reply_from_json(read_json(body or "{}"))
             reply.text.encode()
@@ -5322,11 +5326,11 @@ class Puter:
         _log.info("Response: from the cache")
         return replace(reply, usage=replace(reply.usage, cost_usd=0.0))
 
-    def _cache_key(self, request: Asked) -> str:
+    def _cache_key(self, asked: Asked) -> str:
         import hashlib
 
         server = [self.config.api_base_url, self.config.api_style]
-        return hashlib.sha256(_encoded([*server, request.model, request.args])).hexdigest()
+        return hashlib.sha256(_encoded([*server, asked.model, asked.args])).hexdigest()
 
     # ---- the walk over models and accounts ----
 
@@ -5469,18 +5473,18 @@ class Puter:
             error.hint = f"{TOKEN_VARIABLE} is set: unset it, or set it to a token that works."
         return error
 
-    def _explained(self, error: CreditError, request: Asked, target: Target) -> PuterError:
+    def _explained(self, error: CreditError, asked: Asked, target: Target) -> PuterError:
         """What a 402 means: a prompt too long for Puter's limit, or how much credit is left."""
         if is_foreign(self.config) or error.code != "insufficient_funds":
             return error
         model, why = target.model, "The limits of the model are not known"
         known = self._catalogue.models_if_any(why).get(model)
-        form = self._api.form(request, model)
-        tokens = estimated_tokens(messages_for(form, request.args["messages"]))
+        form = self._api.form(asked, model)
+        tokens = estimated_tokens(messages_for(form, asked.args["messages"]))
         if known and not fits(known, tokens):
             limits = f"Puter lets {known.id} be asked with fewer than {known.window:,}"
             problem = f"The prompt has about {tokens:,} tokens, but {limits}"
-            hint = f"Shorten it. {self._able_hint(request.needs._replace(context=tokens))}"
+            hint = f"Shorten it. {self._able_hint(asked.needs._replace(context=tokens))}"
             details: JSON = {"tokens": tokens, "limit": known.window, "param": "messages"}
             details["code"] = "context_length_exceeded"
             return ContextLengthError(problem, hint=hint, **details)
@@ -5559,8 +5563,8 @@ class Puter:
 
     def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
-        request, now, last = call.asked, time.monotonic(), call.attempts[-1]
-        self._spend(request, reply)
+        asked, now, last = call.asked, time.monotonic(), call.attempts[-1]
+        self._spend(asked, reply)
         if word == "dropped":
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
@@ -5572,16 +5576,16 @@ class Puter:
         how = f"{'Stream complete' if call.is_stream else 'OK'} ({now - call.began:.1f}s)"
         _log.info("Response: 200 %s", "OK (used fallback model)" if call.is_fallback else how)
         is_live = call.is_stream and self.config.stream_tools == "live"
-        may_lack_calls = is_live and request.needs.tools
+        may_lack_calls = is_live and asked.needs.tools
         is_odd = call.is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if not is_odd and request.returns is None:
-            self._cache(request, reply)
+        if not is_odd and asked.returns is None:
+            self._cache(asked, reply)
         self._on_answer(reply, call.is_fallback)
 
-    def _cache(self, request: Asked, reply: Reply) -> None:
-        if self.config.cache_enabled and request.makes is Reply:
+    def _cache(self, asked: Asked, reply: Reply) -> None:
+        if self.config.cache_enabled and asked.makes is Reply:
             body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
-            self._reply_cache.cache_put(self._cache_key(request), body, time.time(), limit)
+            self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
 
     def _count(self, model: str, outcome: str, seconds: float, *more: Any) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
@@ -5692,17 +5696,17 @@ class Conversation:
         messages = [*self.messages, *messages_from(prompt, None, parts)]
         return self._turns(messages, asked, streaming)
 
-    def _turns(self, messages: Messages, asked: JSON, streaming: bool) -> Iterator[Chunk]:
-        max_rounds, on_tool = asked.pop("max_rounds", 8), asked.pop("on_tool", None)
+    def _turns(self, messages: Messages, options: JSON, streaming: bool) -> Iterator[Chunk]:
+        max_rounds, on_tool = options.pop("max_rounds", 8), options.pop("on_tool", None)
         is_count = isinstance(max_rounds, int) and max_rounds >= 0
         _require(is_count, "max_rounds", max_rounds, "Give 0 or more.")
-        tools = asked.get("tools") or ()
+        tools = options.get("tools") or ()
         is_run = all(map(callable, _as_list(tools, "tools")))
         functions = _functions_by_name(tools) if is_run else {}
         client, used = self._client or _default_client(), Usage()
         for rounds_left in range(max_rounds, -1, -1):
-            request = client._build_request(messages, **asked)
-            with client._open(request, is_stream=streaming) as stream:
+            asked = client._build_request(messages, **options)
+            with client._open(asked, is_stream=streaming) as stream:
                 yield from stream
             used += stream.reply.usage
             reply = replace(stream.reply, usage=used)
@@ -5715,9 +5719,9 @@ class Conversation:
             for call in reply.tool_calls if rounds_left else ():
                 result = _called(call, functions, on_tool)
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
-            if asked.get("tool_choice") not in (None, "none"):
+            if options.get("tool_choice") not in (None, "none"):
                 # it has called: a choice that forces it would make it call for ever
-                asked["tool_choice"] = "auto"
+                options["tool_choice"] = "auto"
         message = f"The model still calls functions after {max_rounds} rounds"
         hint = "Raise `max_rounds`, or say in the prompt when to stop."
         raise ReplyError(message, raw=repr(reply), reply=reply, hint=hint)
@@ -5820,6 +5824,31 @@ def _show_signature(function: Any, method: Any) -> None:
 
 _show_signature(chat, Puter.chat)
 _show_signature(stream, Puter.stream)
+
+
+# ---- credit in words, for the MCP server and the command line ----
+
+_NOBODY = "You are not signed in. Sign in with: python -m puter login"
+
+
+def credit_row(client: Puter, account: Account) -> JSON:
+    """What an account may still spend; when that fails, why."""
+    try:
+        credit = asdict(client.usage(account.username))
+    except PuterError as error:
+        return {"username": account.username, "error": str(error)}
+    del credit["raw"]
+    names = ("cost", "units", "count")
+    by_api = {api: dict(zip(names, costs)) for api, costs in credit["by_api"].items()}
+    return {"username": account.username, "error": None, **credit, "by_api": by_api}
+
+
+def credit_text(row: JSON) -> str:
+    """A row of credit in words."""
+    if row["error"]:
+        return str(row["error"])
+    left, whole = (money(row[key], row["unit"]) for key in ("remaining", "allowance"))
+    return f"{left} of {whole} left this month"
 
 
 # ======================================================================================
@@ -6343,10 +6372,6 @@ def answer_events(request: ChatRequest, batches: Iterable[Batch]) -> Iterator[Ev
     yield failure or (Ending("stop", ending.usage, stop.found) if stop.found else ending)
 
 
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{os.urandom(12).hex()}"
-
-
 def whole_answer(request: ChatRequest, reply: Reply) -> tuple[Reply, Ending]:
     """The reply as its stream would have given it, and how that ends."""
     reply = _with_json(request, reply)
@@ -6515,7 +6540,7 @@ def chat_frames(request: ChatRequest, model: ModelName, events: Events) -> Itera
 
 
 def _chat_head(kind: str) -> JSON:
-    return {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time())}
+    return {"id": _new_id("chatcmpl", "-"), "object": kind, "created": int(time.time())}
 
 
 def chat_error(error: PuterError, status: int, request_id: str) -> JSON:
@@ -7668,22 +7693,22 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         if self.dialect.compute is not None:
             self._send(200, self.dialect.compute(body))
             return
-        asked = self.dialect.parse(body, self.app.memory)
+        request = self.dialect.parse(body, self.app.memory)
         models = client._catalogue.models_if_any("The name of the model is passed on unchecked")
-        name = asked.model or client.config.default_model or ""
+        name = request.model or client.config.default_model or ""
         served = self.app.models
         if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
             name = served[0]
         _demand(name, "you must name a model (or set default_model in puter.json)", "model")
-        asked = with_served_model(asked, name, models)
-        args = {**asked.args, "tools": asked.tools}
-        request = client._build_request(asked.messages, asked.model, **args)
-        if asked.streaming:
-            self._stream(asked, request)
+        request = with_served_model(request, name, models)
+        args = {**request.args, "tools": request.tools}
+        asked = client._build_request(request.messages, request.model, **args)
+        if request.streaming:
+            self._stream(request, asked)
         else:
-            reply = self._complete(asked, request)
+            reply = self._complete(request, asked)
             self.reply_headers |= answer_headers(reply)
-            self._send(200, self.dialect.body(asked, *whole_answer(asked, reply)))
+            self._send(200, self.dialect.body(request, *whole_answer(request, reply)))
 
     def _answer_media(self, path: str, data: bytes) -> None:
         if self.headers.get_content_maintype() == "multipart":
@@ -7695,19 +7720,19 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.reply_headers |= answer_headers(reply)
         self._send(200, *media_body(body, result))
 
-    def _complete(self, asked: ChatRequest, request: Asked) -> Reply:
-        if asked.canned:
-            return Reply(asked.canned, model=asked.model)
-        return self.app.client._open(request, self.cancellation, is_stream=False)._whole()
+    def _complete(self, request: ChatRequest, asked: Asked) -> Reply:
+        if request.canned:
+            return Reply(request.canned, model=request.model)
+        return self.app.client._open(asked, self.cancellation, is_stream=False)._whole()
 
-    def _open(self, asked: ChatRequest, request: Asked) -> Stream:
+    def _open(self, request: ChatRequest, asked: Asked) -> Stream:
         """A stream; of a whole reply where all must be there before anything can be given."""
-        if not (asked.wants_json or asked.canned):
-            return self.app.client._open(request, self.cancellation)
-        reply = _with_json(asked, self._complete(asked, request))
+        if not (request.wants_json or request.canned):
+            return self.app.client._open(asked, self.cancellation)
+        reply = _with_json(request, self._complete(request, asked))
         return Stream.of(reply, self.cancellation)
 
-    def _stream(self, asked: ChatRequest, request: Asked) -> None:
+    def _stream(self, request: ChatRequest, asked: Asked) -> None:
         from concurrent.futures import Future, wait
 
         opened: Future[Stream] = Future()
@@ -7715,7 +7740,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         def open_it() -> None:
             try:
-                opened.set_result(self._open(asked, request))
+                opened.set_result(self._open(request, asked))
             except BaseException as error:  # noqa: BLE001 (the handler raises it)
                 opened.set_exception(error)
 
@@ -7735,7 +7760,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
 
         def model() -> str:
             is_known = opened.done() and not opened.exception()
-            return (is_known and opened.result().model) or request.model
+            return (is_known and opened.result().model) or asked.model
 
         threading.Thread(target=open_it, daemon=True).start()
         try:
@@ -7743,7 +7768,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                 # what failed in time has a status of its own
                 self.reply_headers |= answer_headers(opened.result())
             self._begin_events()
-            for frame in self.dialect.frames(asked, model, answer_events(asked, batches())):
+            for frame in self.dialect.frames(request, model, answer_events(request, batches())):
                 self._write_frame(frame)
                 if frame is None or not opened.done():
                     self.wfile.flush()
@@ -7909,27 +7934,6 @@ _MCP_ABOUT = {
     "the default. Every answer says which model gave it.",
 }
 _MCP_SERVER_INFO = {"name": "puter", "title": "Puter.com models", "version": __version__}
-_NOBODY = "You are not signed in. Sign in with: python -m puter login"
-
-
-def credit_row(client: Puter, account: Account) -> JSON:
-    """What an account may still spend; when that fails, why."""
-    try:
-        credit = asdict(client.usage(account.username))
-    except PuterError as error:
-        return {"username": account.username, "error": str(error)}
-    del credit["raw"]
-    names = ("cost", "units", "count")
-    by_api = {api: dict(zip(names, costs)) for api, costs in credit["by_api"].items()}
-    return {"username": account.username, "error": None, **credit, "by_api": by_api}
-
-
-def credit_text(row: JSON) -> str:
-    """A row of credit in words."""
-    if row["error"]:
-        return str(row["error"])
-    left, whole = (money(row[key], row["unit"]) for key in ("remaining", "allowance"))
-    return f"{left} of {whole} left this month"
 
 
 def _schema_of(**names: str) -> JSON:
