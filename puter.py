@@ -461,7 +461,7 @@ class AllAccountsOnCooldownError(PuterError, scope="account", retryable=True, ht
     )
 
 
-# Of a token that is of no use until the next sign-in (recorded).
+# A token with one of these cannot be used until the next sign-in (recorded).
 DEAD_TOKEN_CODES = """token_missing reauth_required token_auth_failed
     app_or_api_token_required""".split()
 # Puter's error codes and what they mean (recorded, or read in the server's code).
@@ -484,7 +484,7 @@ _KIND_BY_STATUS: dict[int, type[PuterError]] = {
     kind.http_status: kind for kind in (AuthError, CreditError, AccessError, RateLimitError)
 }
 _KIND_BY_STATUS[408] = RequestTimeoutError
-_BILLED_STATUSES = (504, 520, 522, 524)  # of proxies that gave up; the server may still work
+_BILLED_STATUSES = (504, 520, 522, 524)  # from proxies that gave up; the server may still work
 _HINT_BY_CODE = {
     "app_or_api_token_required": "This is an account session token: sign in with "
     "`python -m puter login`, which gets a token of the right kind.",
@@ -1850,7 +1850,7 @@ def openai_call(call: ToolCall) -> JSON:
 
 
 def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
-    """One of OpenAI's `tool_calls`, or a `tool_use` part; KeyError, TypeError for what is none."""
+    """One of OpenAI's `tool_calls`, or a `tool_use` part; KeyError or TypeError for others."""
     function = call.get("function", call)
     read, invalid = _arguments_from(function.get("arguments", function.get("input")))
     extra = call.get("extra_content") or None
@@ -1858,7 +1858,7 @@ def tool_call_from(call: Mapping[str, Any]) -> ToolCall:
 
 
 def _arguments_from(value: Any) -> tuple[JSON, str]:
-    """(a call's arguments, ""), or ({}, the text of what is no JSON object)."""
+    """(a call's arguments, ""), or ({}, the text that is not a JSON object)."""
     read = value
     if isinstance(value, str):
         value = mend_surrogates(value)
@@ -1905,7 +1905,7 @@ def form_of(model: Model | str) -> str:
 
 
 def messages_for(form_name: str, messages: Sequence[JSON]) -> Messages:
-    """Canonical messages as a kind of provider takes them; raises `BadRequestError` for none."""
+    """Canonical messages as a kind of provider takes them; raises `BadRequestError` if none is left."""
     form, is_opening = FORMS[form_name], True
     sent: Messages = []
     for message, calls in _with_results(messages):
@@ -2237,7 +2237,7 @@ def file_part(file: File) -> JSON:
 
 
 def decoded_text(data: bytes) -> str | None:
-    """A file's text: UTF-8, UTF-16 with its mark, else Latin-1; None for what is no text."""
+    """A file's text: UTF-8, UTF-16 with its mark, else Latin-1; None if it is not text."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     if re.search(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]", data):
@@ -2245,7 +2245,7 @@ def decoded_text(data: bytes) -> str | None:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        # of Windows, whose letters are those of Latin-1, and which has more of them
+        # what Windows writes: Latin-1 with more letters
         return data.decode("cp1252", "replace")
 
 
@@ -2424,7 +2424,7 @@ def schema_and_reader(hint: Any, where: str = "the hint", outer: tuple[Any, ...]
         schema, read = type_of(inner[1] if inner else Any)
         others = {"additionalProperties": schema} if schema else {}
         return _type({"type": "object", **others}, dict, lambda name: read)
-    is_typed_dict = hasattr(hint, "__required_keys__")  # of typing, or of its extensions
+    is_typed_dict = hasattr(hint, "__required_keys__")  # from typing, or typing_extensions
     if hint in outer or not (is_typed_dict or is_dataclass(hint)):
         allowed = "str, int, float, bool, list, dict, Literal, Enum, a dataclass or TypedDict"
         problem = f"{where} is of type {hint!r}, which a model cannot give"
@@ -2658,7 +2658,7 @@ class Returns(NamedTuple):
 
     schema: JSON
     read: _Reader
-    is_wrapped: bool  # whether the value, which is no object, stands in one, under "value"
+    is_wrapped: bool  # whether the value is not an object, and so stands in one under "value"
 
 
 def returns_of(kind: Any) -> Returns:
@@ -2677,7 +2677,7 @@ def returns_of(kind: Any) -> Returns:
 
 
 def _check_schema(schema: Any, where: str, root: Any) -> None:
-    """Raise `BadRequestError` for what is no JSON schema, before anybody is asked."""
+    """Raise `BadRequestError` for what is not a JSON schema, before anybody is asked."""
     if isinstance(schema, bool):
         return
     _require(isinstance(schema, Mapping), where, schema, 'Write {"type": "object", …}.')
@@ -2787,7 +2787,7 @@ def with_instruction(messages: Messages, text: str) -> Messages:
 def typed_reply(reply: Reply, returns: Returns, may_call: bool = False) -> Reply:
     """The reply with its `value`; raises TypeError, in words for the model, if it does not fit.
 
-    If it `may_call` the caller's own functions, a reply that does is no answer yet.
+    If it `may_call` the caller's own functions, a reply that does is not an answer yet.
     """
     call = next((call for call in reply.tool_calls if call.name == _ANSWER_TOOL), None)
     if reply.tool_calls and call is None and may_call:
@@ -2836,7 +2836,7 @@ _FINISH_WORDS = {
         image_safety""",
 }
 _FINISH_REASONS = {one: end for end, words in _FINISH_WORDS.items() for one in words.split()}
-# The upstream failed while it wrote: what there is, is no answer.
+# The upstream failed while it wrote: what there is, is not an answer.
 _FAILED_ENDS = """error network_error server_error malformed_function_call abort aborted canceled
     cancelled incomplete failed timeout rate_limit insufficient_system_resource other
     unknown""".split()
@@ -2941,7 +2941,7 @@ def reply_from(choice: Mapping[str, Any], usage: Any, model: str, body: JSON) ->
 
 
 def picture_from(image: Any) -> Picture:
-    """A picture of a reply, in whatever shape it comes; raises ValueError for what is none."""
+    """A picture of a reply, in whatever shape it comes; raises ValueError for anything else."""
     if (url := _image_url(image)) is None:
         raise ValueError(f"a picture is {_describe(image)}")
     if url[:5].lower() != "data:":
@@ -5904,7 +5904,7 @@ class _Callback:
     def __init__(self, nonce: str, check: Callable[[str], Account]) -> None:
         self.path = f"/callback/{nonce}"
         self._check = check
-        self._first = threading.Lock()  # of the token that is taken
+        self._first = threading.Lock()  # held by the token that came first
         self.done = threading.Event()
         self.account: Account | None = None
         self.error: PuterError | None = None
@@ -6242,7 +6242,7 @@ def _choose_tools(
         known = r"web_|file_|image_|code_|computer|mcp|(local_)?shell|apply_patch|(auto|any|none)$"
         text = f"tool_choice is {_describe(choice)}, which is not known"
         _demand(re.match(known, str(kind)), text, "tool_choice")
-        # of a tool that the provider would run itself, nothing is left to choose
+        # a tool that the provider would run itself leaves nothing to choose
         choice = {"any": "required", "none": "none"}.get(str(kind), "auto")
     if not tools or choice == "none":
         args.pop("parallel_tool_calls", None)
@@ -6785,7 +6785,7 @@ def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> 
             yield from writer.text(event.type, event.text)
 
 
-# Of each kind of text: the prefix of its item's id, its events, and the name of an index.
+# For each kind of text: the prefix of its item's id, its events, and the name of an index.
 _TEXT_ITEMS = {
     "text": ("msg", "content_part", "output_text", "content_index"),
     "reasoning": ("rs", "reasoning_summary_part", "reasoning_summary_text", "summary_index"),
@@ -6800,7 +6800,7 @@ class _ResponseWriter:
         self._head = {"id": _new_id("resp"), "object": "response", "created_at": int(time.time())}
         self._numbers = itertools.count()
         self._output: list[JSON] = []
-        # of the open item: "text", "reasoning", or none
+        # what the open item is: "text", "reasoning", or none
         self._kind = ""
         self._place: JSON = {}
         self._pieces: list[str] = []
@@ -7344,7 +7344,7 @@ class OpenAIServer:
         # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
         self._turned_away: deque[tuple[float, Any]] = deque()
-        # by the connections of running requests: how to end them, and what their bodies hold
+        # for the connections of running requests: how to end them, and what their bodies hold
         self._running: dict[Any, _InFlight] = {}
         self._held_bytes: Counter[Any] = Counter()
         self._lock = threading.Lock()
@@ -8349,7 +8349,7 @@ Names are up to 64 letters, digits, dots, - and _, and do not begin with a dot o
 CONVERSATION_NAME = "conversation.json"
 CONVERSATIONS_FOLDER = "conversations"
 _TALK_NAME = r"\w[\w.-]{0,63}"
-# Of the files for each kind, the usual one first; for other kinds it is their name.
+# Endings of files by their kind, the usual one first; other kinds are named as they end.
 _ENDINGS = {"image/jpeg": ".jpg .jpeg", "audio/mpeg": ".mp3", "audio/ogg": ".ogg .opus"}
 AGENT_CONTEXT = 64_000  # the least, in tokens, that a coding agent can work with
 
@@ -8765,7 +8765,7 @@ class _SavedTalk(Conversation):
     def __init__(self, folder: Path, name: str = "", client: Puter | None = None) -> None:
         super().__init__(client=client)
         self.folder, self.name = folder, name
-        # of the file when this process used it last
+        # what the file was like when this process used it last
         self.stamp = _stamp_of(self.path)
 
     @property
@@ -9020,7 +9020,7 @@ class _Chat:
         self.client, self.talk, self.options = client, talk, options
         self.attached: list[str] = []
         self.unanswered: JSON | None = None
-        # of each turn; None for one that failed, or was stopped
+        # what each turn used; None for one that failed, or was stopped
         self.used: list[Usage | None] = []
 
     def run(self) -> None:
@@ -10164,7 +10164,7 @@ PROGRAMS = {
         "Run: llm -m puter/MODEL. With a server key: llm keys set puter",
     ),
 }
-# By the commands that start them.
+# Keyed by the commands that start them.
 LAUNCHED = {row.command or name: row for name, row in PROGRAMS.items() if row.install}
 
 
@@ -10319,7 +10319,7 @@ class _LaunchClient(Puter):
             names = tuple(filter(free.get, config.fallback_models))
             self.config = replace(self.config, fallback_models=names)
         self._requests = 0
-        # of each answer: its model, whether it fell back to that, and what it cost
+        # for each answer: its model, whether it was a fallback, and its usage
         self._answers: list[tuple[str, bool, Usage]] = []
         self._on_answer = self._note_answer
 
