@@ -6119,12 +6119,23 @@ Frame = JSON | str | None
 ModelName = Callable[[], str]
 
 
+def event_text(frame: Frame) -> str:
+    """A frame as a Server-Sent Event."""
+    if frame is None:
+        return ": keep-alive\n\n"
+    if isinstance(frame, str):
+        return f"data: {frame}\n\n"
+    name = f"event: {frame['type']}\n" if "type" in frame else ""
+    return f"{name}data: {json.dumps(frame)}\n\n"
+
+
 class Dialect(NamedTuple):
     """One protocol that the gateway speaks: pure translations, no I/O.
 
     `parse` raises `BadRequestError`. `body` gets the reply as `whole_answer` gives it. `error`
     gets the HTTP status and the id of the request. `compute` is for a path that asks no model. A
-    stream that broke off is cut without HTTP's own end when `cuts_broken_streams`.
+    stream that broke off is cut without HTTP's own end when `cuts_broken_streams`; `write` makes
+    a frame what a stream of the type `mime` holds.
     """
 
     parse: Callable[[JSON, ResponseMemory], ChatRequest]
@@ -6133,6 +6144,8 @@ class Dialect(NamedTuple):
     error: Callable[[PuterError, int, str], JSON]
     compute: Callable[[JSON], JSON] | None = None
     cuts_broken_streams: bool = False
+    write: Callable[[Frame], str] = event_text
+    mime: str = "text/event-stream; charset=utf-8"
 
 
 # ---- what the dialects share: requests ----
@@ -7840,22 +7853,14 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
     def _begin_events(self) -> None:
         self.is_chunked = self.request_version != "HTTP/1.0"
         self.close_connection |= not self.is_chunked
-        kind = "text/event-stream; charset=utf-8"
-        self.reply_headers |= {"Content-Type": kind, "Cache-Control": "no-cache"}
+        self.reply_headers |= {"Content-Type": self.dialect.mime, "Cache-Control": "no-cache"}
         self.reply_headers["X-Accel-Buffering"] = "no"  # else nginx would gather the stream
         if self.is_chunked:
             self.reply_headers["Transfer-Encoding"] = "chunked"
         self._send_head(200)
 
     def _write_frame(self, frame: Frame) -> None:
-        if frame is None:
-            text = ": keep-alive"
-        elif isinstance(frame, str):
-            text = f"data: {frame}"
-        else:
-            name = f"event: {frame['type']}\n" if "type" in frame else ""
-            text = f"{name}data: {json.dumps(frame)}"
-        block = f"{text}\n\n".encode()
+        block = self.dialect.write(frame).encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _allow_page(self, origin: str) -> None:
