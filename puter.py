@@ -464,7 +464,8 @@ class AllAccountsOnCooldownError(PuterError, scope="account", retryable=True, ht
 # A token with one of these cannot be used until the next sign-in (recorded).
 DEAD_TOKEN_CODES = """token_missing reauth_required token_auth_failed
     app_or_api_token_required""".split()
-# Puter's error codes and what they mean (recorded, or read in the server's code).
+# Puter's error codes and what they mean (recorded, or read in the server's code). What is
+# not among them may be a proxy's word: it cools no account.
 _KIND_BY_CODE: dict[str, type[PuterError]] = {
     **dict.fromkeys(DEAD_TOKEN_CODES, AuthError),
     "invalid_api_key": AuthError,
@@ -7353,6 +7354,9 @@ class OpenAIServer:
         self.models = list(models)
         self.limits = limits or Limits()
         self.memory = ResponseMemory()
+        # the real name behind a token of its own, which errors must not show
+        self._token_owner = ""
+        self._asking = threading.Thread(target=self._ask_owner, daemon=True)
         self.stopping = threading.Event()
         # when the next bytes of each connection must be there: never, while it is answered
         self.deadlines: dict[Any, float] = {}
@@ -7374,6 +7378,7 @@ class OpenAIServer:
         run = self._server.serve_forever
         self._thread = threading.Thread(target=run, args=(0.05,), daemon=True)
         self._thread.start()
+        self._asking.start()
         return self
 
     __enter__ = start
@@ -7397,14 +7402,15 @@ class OpenAIServer:
             for _, connection in self._turned_away:
                 connection.close()
 
-    @cached_property
-    def token_owner(self) -> str:
-        """The real name behind a token of its own, which errors must not show; "" for none."""
+    def _ask_owner(self) -> None:
         client = self.client
         if client._accounts.token and not is_foreign(client.config):
             with suppress(PuterError):
-                return str(client.whoami().get("username") or "")
-        return ""
+                self._token_owner = str(client.whoami().get("username") or "")
+
+    def token_owner(self) -> str:
+        self._asking.join(1.0)
+        return self._token_owner
 
     def reserve(self, connection: Any, size: int) -> None:
         """Make room for so many bytes more of a running request's body."""
@@ -7796,7 +7802,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self.wfile.flush()
 
     def _redacted(self, error: PuterError) -> PuterError:
-        names: list[str] = [self.app.token_owner]
+        names: list[str] = [self.app.token_owner()]
         with suppress(PuterError):
             names += [account.username for account in self.app.client.accounts]
         return redacted_error(error, names, self.app.client.config.api_base_url)
