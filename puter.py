@@ -3522,15 +3522,15 @@ def cost_of(reply: Reply, model: Model | None, messages: Sequence[JSON]) -> floa
 
 
 def lacking(model: Model, needs: Needs) -> list[str]:
-    """What the request holds and the model does not take; nothing for an unknown provider."""
-    inputs = needs.inputs if model.provider else frozenset[str]()
-    takes = {
-        "image": model.inputs is None or "image" in model.inputs,
-        "pdf": model.provider in _PDF_PROVIDERS,
-        "puter_path": model.provider == "claude",
-        "web search": model.provider in SEARCH_PROVIDERS,
+    """What the model cannot do with the request, in words; nothing for an unknown provider."""
+    provider, wanted = model.provider, needs.inputs if model.provider else ()
+    can = {
+        ("image", "see images"): model.inputs is None or "image" in model.inputs,
+        ("pdf", "read PDFs"): provider in _PDF_PROVIDERS,
+        ("puter_path", "read files that are stored at Puter"): provider == "claude",
+        ("web search", "search the web"): provider in SEARCH_PROVIDERS,
     }
-    return sorted(kind for kind in inputs if not takes[kind])
+    return [what for (kind, what), ok in can.items() if kind in wanted and not ok]
 
 
 # ---- whom to ask next ----
@@ -3615,10 +3615,9 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     error = visit[-1].error if visit else None
     leaves = error is not None and next_step(error, False, asked.fallback) == "next_account"
     if same is not None and not leaves:
-        model = _next_model(asked, visit, attempts, same, world)
-        if model is not None:
-            waits = is_second_round or not world.others(same)
-            return Target(*model, waits_out_limits=waits)
+        target = _next_model(asked, visit, attempts, same, world)
+        if target is not None:
+            return target._replace(waits_out_limits=True) if is_second_round else target
         if not any(depends_on_account(a.error) for a in visit):
             # the models failed by themselves: another account would meet the same
             return None
@@ -3630,10 +3629,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     cooled -= {world.current} if world.current in last else {*last[:1]}
     strategy = world.config.account_rotation_strategy
     if account := next_account(world.accounts, cooled | tried, strategy, world.current):
-        model = _next_model(asked, [], attempts, account, world)
-        waits = not world.others(account)
-        return None if model is None else Target(*model, waits_out_limits=waits)
-    ends = _ends_of_windows(attempts, world)
+        return _next_model(asked, [], attempts, account, world)
+    soon_s = world.now + RATE_PAUSE_S
+    ends = {a.account: soon_s for a in attempts if isinstance(a.error, RateLimitError)}
+    for cooldown in world.cooldowns:
+        if cooldown.reason == "too_many_requests" and not cooldown.model:
+            ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
     limited = [a for a in world.accounts if a.username in ends and world.others(a)]
     if not limited or not world.config.max_retries:
         return None
@@ -3648,12 +3649,13 @@ def _next_model(
     attempts: Sequence[Attempt],
     account: Account,
     world: World,
-) -> tuple[str, Account, bool] | None:
-    """The model to ask on this account after this visit to it, and whether it is a fallback."""
+) -> Target | None:
+    """The model to ask on this account after this visit to it."""
+    own = Target(asked.model, account, waits_out_limits=not world.others(account))
     names = {asked.model, world.models.id_of(asked.model)}
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
-        return asked.model, account, False
+        return own
     if not asked.fallback:
         return None
     needs = asked.needs._replace(context=estimated_tokens(asked.args["messages"]))
@@ -3661,7 +3663,7 @@ def _next_model(
     fallbacks = fallback_order(asked.model, world.models, cooled, needs, listed, is_stale)
     if not visit and not fallbacks:
         # despite its cooldown
-        return asked.model, account, False
+        return own
     if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
         return None
     tried, here = {a.model for a in attempts} - names, {a.model for a in visit}
@@ -3669,16 +3671,7 @@ def _next_model(
         return None
     left = (m for m in fallbacks if m.id not in here and (m.free or not world.is_spent))
     found = next((m for m in left if is_worth_trying(m, attempts, world.models)), None)
-    return (found.id, account, True) if found else None
-
-
-def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, float]:
-    limited = [a.account for a in attempts if isinstance(a.error, RateLimitError)]
-    ends = dict.fromkeys(limited, world.now + RATE_PAUSE_S)
-    for cooldown in world.cooldowns:
-        if cooldown.reason == "too_many_requests" and not cooldown.model:
-            ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
-    return ends
+    return own._replace(model=found.id, is_fallback=True) if found else None
 
 
 # ---- statistics, and the search in a catalogue ----
@@ -3831,24 +3824,21 @@ class _InFlight:
             self.cancel()
 
 
-@lru_cache
-def _cancellable(connection_class: type[Any]) -> type[Any]:
-    """A urllib3 connection class that reports to the `_InFlight` of its thread."""
+class _Cancellable:
+    """Mixed into urllib3's connection classes: reports to the `_InFlight` of its thread."""
 
-    class Cancellable(connection_class):  # type: ignore[misc]
-        timeout: Any
+    sock: Any
+    connect: Callable[[], None]
 
-        def request(self, *args: Any, **kwargs: Any) -> None:
-            call: _InFlight = _InFlight.current.call
-            if self.sock is None:
-                self.connect()
-            call.attach(connection=self)
-            # urllib3 would leave the (short) time for connecting on the socket
-            self.timeout = call.timeout_s
-            call.has_sent = True
-            super().request(*args, **kwargs)
-
-    return Cancellable
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        call: _InFlight = _InFlight.current.call
+        if self.sock is None:
+            self.connect()
+        call.attach(connection=self)
+        # urllib3 would leave the (short) time for connecting on the socket
+        self.timeout = call.timeout_s
+        call.has_sent = True
+        super().request(*args, **kwargs)  # type: ignore[misc]
 
 
 def _new_session() -> requests.Session:
@@ -3865,14 +3855,11 @@ def _new_session() -> requests.Session:
         def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
             pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
             if "ConnectionCls" not in vars(pool):
-                pool.ConnectionCls = _cancellable(pool.ConnectionCls)
+                pool.ConnectionCls = type("Cancellable", (_Cancellable, pool.ConnectionCls), {})
             return pool
 
     class Session(requests.Session):
         """Reads proxies and certificates from the environment again when that has changed."""
-
-        def get_redirect_target(self, resp: Any) -> None:
-            """None: else what comes with a redirect would be read to its end, if it has one."""
 
         def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
             key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
@@ -3882,6 +3869,8 @@ def _new_session() -> requests.Session:
 
     settings: dict[Any, Any] = {}
     session = Session()
+    # else what comes with a redirect would be read to its end, if it has one
+    session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -4206,12 +4195,6 @@ WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes befor
 MODELS_TIMEOUT_S = 10.0
 MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 _OWN_ARGUMENTS = "model system images files tools returns web_search fallback timeout_ms".split()
-_LACKING_WORDS = {
-    "image": "does not see images",
-    "pdf": "does not read PDFs",
-    "puter_path": "does not read files that are stored at Puter",
-    "web search": "does not search the web",
-}
 # Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
     "messages": "the prompt itself",
@@ -5291,21 +5274,13 @@ class Puter:
         note_end = partial(self._note_end, call, incoming.started)
         return Stream(incoming, cancellation, *who, stack, note_end)
 
-    def _is_same_model(self, name: str, other: str) -> bool:
-        models = self._catalogue.known()
-        return models.id_of(name) == models.id_of(other)
-
-    def _server_date(self) -> str | None:
-        url = f"{_api_origin(self.config)}/puterai/chat/models"
-        return self._transport.send("GET", url).headers.get("Date")
-
     # ---- before anybody is asked ----
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
         """Raise `BadRequestError` for what the model is known not to take, naming some that do."""
         model = self._catalogue.models_if_any("What the model takes was not checked").get(name)
         if model is not None and (missing := lacking(model, needs)):
-            problem = " and ".join(_LACKING_WORDS[kind] for kind in missing)
+            problem = " and ".join(f"does not {what}" for what in missing)
             hint = self._able_hint(needs)
             raise BadRequestError(f"{model.id} {problem}", model=model.id, hint=hint)
 
@@ -8848,8 +8823,8 @@ class _SavedTalk(Conversation):
             _info("the provider's filter ended the answer", dim=True)
         attempts, active = reply.attempts, client._accounts.active_name
         is_other = active not in (None, reply.account)
-        wanted = client.config.model_name(self.model)
-        if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
+        wanted, id_of = client.config.model_name(self.model), client._catalogue.known().id_of
+        if attempts and (is_other or id_of(attempts[-1].model) != id_of(wanted)):
             errors = (a.error.message for a in attempts if a.error)
             why = next(errors, "what was asked is on cooldown")
             _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
@@ -9480,7 +9455,8 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
         except PuterError as error:
             yield False, f"{whose}: {error}"
     try:
-        date = client._server_date()
+        url = f"{_api_origin(config)}/puterai/chat/models"
+        date = client._transport.send("GET", url).headers.get("Date")
         yield True, f"{config.api_base_url} answers"
         with suppress(ValueError):  # a date that is none
             off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
