@@ -109,6 +109,7 @@ _forkable: WeakSet[Any] = WeakSet()  # what is reset in a forked child, whoever 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
 _T = TypeVar("_T")
+_P = typing.ParamSpec("_P")
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -4830,6 +4831,18 @@ def raise_for_invalid(reply: Reply) -> None:
             raise ReplyError(message, raw=call.invalid, reply=reply)
 
 
+def _takes(source: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[_P, _T]]:
+    """Let type checkers, help and completion show the arguments that a method passes on."""
+
+    def shown(method: Callable[..., _T]) -> Callable[..., _T]:
+        signature, own = inspect.signature(source), inspect.signature(method)
+        signature = signature.replace(return_annotation=own.return_annotation)
+        method.__signature__ = signature  # type: ignore[attr-defined]
+        return method
+
+    return shown
+
+
 class Puter:
     """The client of one person's Puter accounts; safe to share between threads.
 
@@ -4924,7 +4937,7 @@ class Puter:
 
     # ---- asking ----
 
-    def chat(
+    def _build_request(
         self,
         prompt: Prompt | None = None,
         /,
@@ -4939,7 +4952,41 @@ class Puter:
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
-    ) -> Reply:
+    ) -> Asked:
+        """Check what `chat` and `stream` are given, and ask no model."""
+        args = {k: v for k, v in args.items() if v is not None}
+        prompt = args.pop("prompt", None) if prompt is None else prompt
+        _check_names(args)
+        for switch, value in (("fallback", fallback), ("web_search", web_search)):
+            _require(isinstance(value, bool), switch, value, "Give True or False.")
+        is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
+        _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
+        name = model.id if isinstance(model, Model) else model
+        is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
+        _require(is_name, "model", model, "Give an id or alias, or a Model.")
+        name = self.config.model_name(name)
+        messages = messages_from(prompt, system, _input_parts(images, files))
+        schemas = tool_schemas(tools)
+        if web_search and not any(map(is_web_search, schemas)):
+            schemas += tool_schemas([{"type": "web_search"}])
+        typed = None if returns is None else returns_of(returns)
+        if typed is not None:
+            args |= _format_of(typed, args, schemas)
+        needs = needs_of(messages, schemas)
+        if needs.inputs and not is_foreign(self.config):
+            self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
+        args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
+        return Asked(
+            model=name,
+            args=args,
+            needs=needs,
+            fallback=fallback and self.config.fallback_enabled,
+            timeout_s=timeout_ms / 1000 if timeout_ms else None,
+            returns=typed,
+        )
+
+    @_takes(_build_request)
+    def chat(self, prompt: Prompt | None = None, /, **args: Any) -> Reply:
         """Ask a model and wait for its whole answer.
 
         Args:
@@ -4965,34 +5012,18 @@ class Puter:
         `ReplyError`, with the reply on it, when a call's arguments cannot be read, or the
         answer is not what `returns` says.
         """
-        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        asked = self._build_request(prompt, *named, **args)
+        asked = self._build_request(prompt, **args)
         return self._open(asked, is_stream=False, is_checked=True)._whole()
 
-    def stream(
-        self,
-        prompt: Prompt | None = None,
-        /,
-        *,
-        model: str | Model | None = None,
-        system: str | None = None,
-        images: Sequence[Image] = (),
-        files: Sequence[File] = (),
-        tools: Sequence[Any] | None = None,
-        returns: Any = None,
-        web_search: bool = False,
-        fallback: bool = True,
-        timeout_ms: int | None = None,
-        **args: Any,
-    ) -> Stream:
+    @_takes(_build_request)
+    def stream(self, prompt: Prompt | None = None, /, **args: Any) -> Stream:
         """Ask a model and get its answer as it comes; arguments as for `chat`.
 
         Returns once the first chunk is there: errors before it are raised here, as by `chat`.
         After that nothing is tried again, and a broken answer is a `StreamError`. With
         `returns` the answer is checked before it is given, and so comes whole.
         """
-        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        return self._open(self._build_request(prompt, *named, **args), is_checked=True)
+        return self._open(self._build_request(prompt, **args), is_checked=True)
 
     def run(
         self,
@@ -5133,53 +5164,6 @@ class Puter:
     # `_on_answer` is called with each reply that ended well and whether a fallback gave it,
     # `_on_wait` with why a call waits before it is sent again, and for how long.
 
-    def _build_request(
-        self,
-        prompt: Prompt | None,
-        /,
-        model: str | Model | None = None,
-        system: str | None = None,
-        images: Sequence[Image] = (),
-        files: Sequence[File] = (),
-        tools: Sequence[Any] | None = None,
-        returns: Any = None,
-        web_search: bool = False,
-        fallback: bool = True,
-        timeout_ms: int | None = None,
-        **args: Any,
-    ) -> Asked:
-        """Check the caller's arguments, and ask no model; raises `BadRequestError`."""
-        args = {k: v for k, v in args.items() if v is not None}
-        prompt = args.pop("prompt", None) if prompt is None else prompt
-        _check_names(args)
-        for switch, value in (("fallback", fallback), ("web_search", web_search)):
-            _require(isinstance(value, bool), switch, value, "Give True or False.")
-        is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
-        _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
-        name = model.id if isinstance(model, Model) else model
-        is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
-        _require(is_name, "model", model, "Give an id or alias, or a Model.")
-        name = self.config.model_name(name)
-        messages = messages_from(prompt, system, _input_parts(images, files))
-        schemas = tool_schemas(tools)
-        if web_search and not any(map(is_web_search, schemas)):
-            schemas += tool_schemas([{"type": "web_search"}])
-        typed = None if returns is None else returns_of(returns)
-        if typed is not None:
-            args |= _format_of(typed, args, schemas)
-        needs = needs_of(messages, schemas)
-        if needs.inputs and not is_foreign(self.config):
-            self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
-        args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
-        return Asked(
-            model=name,
-            args=args,
-            needs=needs,
-            fallback=fallback and self.config.fallback_enabled,
-            timeout_s=timeout_ms / 1000 if timeout_ms else None,
-            returns=typed,
-        )
-
     def _make(
         self, kind: type[_T], given: Any, cancellation: _InFlight | None = None, **args: Any
     ) -> tuple[_T, Reply]:
@@ -5194,7 +5178,7 @@ class Puter:
         # without a model the server's own does it, which goes by the name of the interface here
         model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
         timeout_ms = args.pop("timeout_ms", longest)
-        asked = self._build_request("-", model, fallback=False, timeout_ms=timeout_ms)
+        asked = self._build_request("-", model=model, fallback=False, timeout_ms=timeout_ms)
         if images := _as_list(args.pop("images", ()), "images"):
             # only data URLs are taken (recorded)
             is_url = re.compile("(?i)https?://").match
@@ -7696,7 +7680,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         _demand(name, "you must name a model (or set default_model in puter.json)", "model")
         request = with_served_model(request, name, models)
         args = {**request.args, "tools": request.tools}
-        asked = client._build_request(request.messages, request.model, **args)
+        asked = client._build_request(request.messages, model=request.model, **args)
         if request.streaming:
             self._stream(request, asked)
         else:
@@ -8171,7 +8155,8 @@ class McpServer:
             max_tokens: The most tokens of the answer.
         """
         args: JSON = {"temperature": temperature, "max_tokens": max_tokens}
-        return self._client()._build_request(message, model or None, system or None, **args)
+        args |= {"model": model or None, "system": system or None}
+        return self._client()._build_request(message, **args)
 
     def models(
         self,

@@ -10233,7 +10233,7 @@ def opening(
 ) -> tuple[Any, threading.Thread, list[Any]]:
     """A stream that another thread opens: what gives it up, the thread, and its outcome."""
     call = puter._InFlight()
-    request = client._build_request("hi", model, **more)
+    request = client._build_request("hi", model=model, **more)
     return (call, *in_background(lambda: client._open(request, call)))
 
 
