@@ -4283,24 +4283,13 @@ class _Exchange:
     is_stream: bool
     cancellation: _InFlight
     # how it is sent to a model on an account
-    open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
+    open: Callable[[_Exchange, str, Account, ExitStack], Stream]
     attempts: list[Attempt] = field(default_factory=list)
     # whether the one that answers is a fallback
     is_fallback: bool = False
     began: float = field(default_factory=time.monotonic)
-
-
-class _Incoming(NamedTuple):
-    """A reply as it arrives: its chunks, what has come of it so far, and when it was asked for."""
-
-    batches: Iterator[list[Chunk]]
-    reply: Callable[[], Reply]
+    # when the latest attempt began
     started: float = 0.0
-
-    @classmethod
-    def of(cls, reply: Reply, started: float = 0.0) -> _Incoming:
-        """A whole reply, given out as a stream."""
-        return cls(map(chunks_of, [reply]), lambda: reply, started)
 
 
 class BusyError(RateLimitError):
@@ -4544,7 +4533,7 @@ class _Api(NamedTuple):
     catalogue: _Catalogue
     drawing: _Catalogue
 
-    def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
+    def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> Stream:
         """Ask, and read up to the first chunk, or all of a whole reply.
 
         The stack gives back the connection that the answer needs.
@@ -4555,7 +4544,6 @@ class _Api(NamedTuple):
             # it may take minutes before its first byte
             timeout_s = max(timeout_s, WHOLE_REPLY_TIMEOUT_S)
         timeout_s = call.asked.timeout_s or timeout_s
-        started = time.monotonic()
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
         args = call.asked.args
         if call.asked.returns is not None:
@@ -4565,10 +4553,10 @@ class _Api(NamedTuple):
         if not streaming or not is_stream(response):
             body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return _Incoming.of(with_true_end(read(body, model), known, args), started)
+            return Stream.of(with_true_end(read(body, model), known, args), call.cancellation)
         stack.callback(call.cancellation.attach)
         stack.callback(response.close)
-        _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
+        _log.info("Stream connected duration=%.0fms", (time.monotonic() - call.started) * 1000)
 
         def needs_usage() -> bool:
             # the list is asked for only where it matters
@@ -4581,13 +4569,14 @@ class _Api(NamedTuple):
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
-        return _Incoming(batches, lambda: with_true_end(decoder.reply(), known, args), started)
+        return Stream(
+            batches, lambda: with_true_end(decoder.reply(), known, args), call.cancellation
+        )
 
-    def work(
-        self, kind: type[Any], call: _Exchange, model: str, account: Account, stack: ExitStack
-    ) -> _Incoming:
+    def work(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> Stream:
         """Have one of the `_JOBS` done; what comes of it is the `value` of the reply."""
-        job, started, args = _JOBS[kind], time.monotonic(), dict(call.asked.args)
+        kind, args = call.asked.makes, dict(call.asked.args)
+        job = _JOBS[kind]
         if model != job.interface:
             args["model"] = model
         body = {"interface": job.interface, "method": job.method, "args": args}
@@ -4606,7 +4595,8 @@ class _Api(NamedTuple):
         if cost is None and "model" in args and kind is Picture:
             known = self.drawing.models_if_any("The price is not known").get(model)
             cost = known.usd_per_image if known else None
-        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, value=value), started)
+        reply = Reply(usage=Usage(cost_usd=cost), model=model, value=value)
+        return Stream.of(reply, call.cancellation)
 
     def _result(self, kind: type[Any], response: requests.Response, cancellation: _InFlight) -> Any:
         job, data, mime = _JOBS[kind], response.content, content_type(response)
@@ -4634,8 +4624,13 @@ class _Api(NamedTuple):
         """The form for a model; the list is asked for where more than plain text is sent."""
         if self.config.api_style == "openai":
             return "openai"
-        models = self.catalogue.known()
-        if models.get(model) is None and not _is_plain(asked.args):
+        models, args = self.catalogue.known(), asked.args
+        are_texts = all(
+            m.keys() == {"role", "content"} and isinstance(m["content"], str)
+            for m in args["messages"]
+        )
+        is_plain = are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
+        if not is_plain and models.get(model) is None:
             models = self.catalogue.models_if_any("The model's own form is guessed")
         form = form_of(models.get(model) or model)
         # Puter asks OpenAI's other API then (recorded)
@@ -4710,10 +4705,12 @@ class Stream:
     Attributes: `model` and `account` (the names of those that answer), `attempts`.
     """
 
-    _source: _Incoming
+    _batches: Iterator[list[Chunk]]
+    # what has come of it so far
+    _read: Callable[[], Reply]
     _cancellation: _InFlight
-    model: str
-    account: str
+    model: str = ""
+    account: str = ""
     attempts: tuple[Attempt, ...] = ()
     _stack: ExitStack = field(default_factory=ExitStack)
     # is given how it ended, and the reply as far as it came
@@ -4730,7 +4727,8 @@ class Stream:
     @classmethod
     def of(cls, reply: Reply, cancellation: _InFlight) -> Stream:
         """A whole reply as a stream."""
-        return cls(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
+        who = (reply.model, reply.account, reply.attempts)
+        return cls(iter([chunks_of(reply)]), lambda: reply, cancellation, *who)
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -4781,7 +4779,7 @@ class Stream:
             raise self._broken(_CLOSED, "closed")
         try:
             with self._reading:  # by one thread at a time
-                batch = next(self._source.batches, None)
+                batch = next(self._batches, None)
             if self._is_checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
                 raise_for_invalid(self._partial())
         except PuterError as error:
@@ -4818,8 +4816,7 @@ class Stream:
         self._note_end(word, reply)
 
     def _partial(self) -> Reply:
-        reply = self._source.reply()
-        return replace(reply, model=self.model, account=self.account, attempts=self.attempts)
+        return replace(self._read(), model=self.model, account=self.account, attempts=self.attempts)
 
 
 def raise_for_invalid(reply: Reply) -> None:
@@ -5185,7 +5182,7 @@ class Puter:
             own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, makes=kind)
-        way = partial(self._api.work, kind)
+        way = self._api.work
         reply = self._open_once(asked, cancellation or _InFlight(), False, way)._whole()
         return reply.value, reply
 
@@ -5246,17 +5243,17 @@ class Puter:
         asked: Asked,
         cancellation: _InFlight,
         is_stream: bool,
-        way: Callable[..., _Incoming] | None = None,
+        way: Callable[..., Stream] | None = None,
     ) -> Stream:
         call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
         may_be_cached = self.config.cache_enabled and asked.makes is Reply
         if may_be_cached and (cached := self._cached(asked)):
             return Stream.of(cached, cancellation)
-        incoming, stack = self._ask_until_answered(call)
-        model = self._catalogue.known().id_of(incoming.reply().model)
-        who = (model, call.attempts[-1].account, tuple(call.attempts))
-        note_end = partial(self._note_end, call, incoming.started)
-        return Stream(incoming, cancellation, *who, stack, note_end)
+        answer = self._ask_until_answered(call)
+        answer.model = self._catalogue.known().id_of(answer._read().model)
+        answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
+        answer._note_end = partial(self._note_end, call)
+        return answer
 
     # ---- before anybody is asked ----
 
@@ -5294,11 +5291,10 @@ class Puter:
 
     # ---- the walk over models and accounts ----
 
-    def _ask_until_answered(self, call: _Exchange) -> tuple[_Incoming, ExitStack]:
+    def _ask_until_answered(self, call: _Exchange) -> Stream:
         """Ask whom the policies name next, until somebody answers.
 
-        When nobody does, the first error is raised with all that was tried. The stack gives
-        back what the answer still needs.
+        When nobody does, the first error is raised with all that was tried.
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
             wait_s = target.not_before_s - time.time()
@@ -5334,8 +5330,8 @@ class Puter:
         return budget is not None and sum(self._costs_usd) >= budget
 
     def _check_budget(self, asked: Asked, name: str) -> None:
-        """Raise `BudgetError` once the budget is spent, but for what costs nothing."""
-        if not self._is_spent() or asked.args.get("test_mode"):
+        """Raise `BudgetError`, now that the budget is spent, but for what costs nothing."""
+        if asked.args.get("test_mode"):
             return
         model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
         if model is None or not model.free:
@@ -5367,7 +5363,7 @@ class Puter:
         more = (time.monotonic() - call.began, self._catalogue.is_stale, self._is_spent())
         return World(accounts, cooldowns, models, self.config, current, now, *more)
 
-    def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
+    def _send_with_retries(self, call: _Exchange, target: Target) -> Stream:
         """One model on one account, with the retries that the policies allow."""
         model, name, config = target.model, target.account.username, self.config
         if (limit := self._limits.get(name)) is None:
@@ -5377,20 +5373,22 @@ class Puter:
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
-                self._check_budget(call.asked, model)
-                started = time.monotonic()
+                if self._is_spent():
+                    self._check_budget(call.asked, model)
+                call.started = time.monotonic()
                 try:
-                    incoming = call.open(call, model, target.account, stack)
+                    answer = call.open(call, model, target.account, stack)
                 except PuterError as error:
                     failure = error
                 else:
-                    seconds = time.monotonic() - started
+                    seconds = time.monotonic() - call.started
                     call.attempts.append(Attempt(model, name, None, seconds))
                     names, now = (model, self._catalogue.known().id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
                     limit.passed()
-                    return incoming, stack.pop_all()
-            seconds = time.monotonic() - started
+                    answer._stack = stack.pop_all()
+                    return answer
+            seconds = time.monotonic() - call.started
             if isinstance(failure, CreditError) and not has_waited_for_others:
                 # what runs beside it holds the most that it may cost until it ends (recorded)
                 has_waited_for_others = True
@@ -5521,7 +5519,7 @@ class Puter:
 
     # ---- what is noted of an answer ----
 
-    def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply) -> None:
+    def _note_end(self, call: _Exchange, word: str, reply: Reply) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
         asked, now, last = call.asked, time.monotonic(), call.attempts[-1]
         self._spend(asked, reply)
@@ -5529,7 +5527,7 @@ class Puter:
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
         usage = reply.usage if word == "ok" else Usage()
-        self._count(last.model, word, now - started, first_s, usage)
+        self._count(last.model, word, now - call.started, first_s, usage)
         if word != "ok":
             _log.info("Response: broke off (%s)", word)
             return
@@ -5691,12 +5689,6 @@ def _checked_options(options: Mapping[str, Any]) -> JSON:
     own = ("max_rounds", "on_tool", *_OWN_ARGUMENTS)
     _check_names((n for n in options if n not in own), "option {!r} of a turn")
     return dict(options)
-
-
-def _is_plain(args: JSON) -> bool:
-    is_bare = all(m.keys() == {"role", "content"} for m in args["messages"])
-    are_texts = is_bare and all(isinstance(m["content"], str) for m in args["messages"])
-    return are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
 
 
 def _input_parts(images: Any, files: Any) -> list[JSON]:
