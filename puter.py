@@ -70,7 +70,7 @@ from weakref import WeakSet
 if TYPE_CHECKING:
     import sqlite3
     from concurrent.futures import Future
-    from typing import TypeGuard
+    from typing import Concatenate, TypeGuard
 
     import requests
     from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
@@ -5207,16 +5207,15 @@ class Puter:
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _InFlight) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
-        used, attempts = Usage(), tuple[Attempt, ...]()
         reply = Reply()
         for may_ask_again in (True, False):
             try:
                 answer = self._open_once(asked, cancellation, is_stream=False)._whole()
             except PuterError as error:
-                if attempts:  # the first answer was paid for
+                if reply.attempts:  # the first answer was paid for
                     error.reply = error.reply or reply
                 raise
-            used, attempts = used + answer.usage, attempts + answer.attempts
+            used, attempts = reply.usage + answer.usage, reply.attempts + answer.attempts
             reply = replace(answer, usage=used, attempts=attempts)
             try:
                 typed = typed_reply(reply, returns, may_call=asked.needs.tools)
@@ -5758,24 +5757,21 @@ def _default_client() -> Puter:
         return _default[1]
 
 
-def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
-    """On a client that is made at the first use."""
-    return _default_client().chat(prompt, **arguments)
+def _on_default_client(method: Callable[Concatenate[Puter, _P], _T]) -> Callable[_P, _T]:
+    """A method as a function of the module, for type checkers and help as well."""
+    call: Callable[..., _T] = method
+
+    def function(prompt: Prompt | None = None, /, **arguments: Any) -> _T:
+        return call(_default_client(), prompt, **arguments)
+
+    function.__name__ = function.__qualname__ = method.__name__
+    function.__doc__ = f"{method.__doc__}\n\n    On a client that is made at the first use."
+    function.__signature__ = inspect.signature(partial(call, None))  # type: ignore[attr-defined]
+    shown: Callable[..., _T] = function
+    return shown
 
 
-def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
-    """On a client that is made at the first use."""
-    return _default_client().stream(prompt, **arguments)
-
-
-def _show_signature(function: Any, method: Any) -> None:
-    """Let help and completion show a function as the method that it calls."""
-    function.__signature__ = inspect.signature(partial(method, None))
-    function.__doc__ = f"{method.__doc__}\n\n    {function.__doc__}"
-
-
-_show_signature(chat, Puter.chat)
-_show_signature(stream, Puter.stream)
+chat, stream = _on_default_client(Puter.chat), _on_default_client(Puter.stream)
 
 
 # ---- credit in words, for the MCP server and the command line ----
