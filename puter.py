@@ -3472,15 +3472,16 @@ def fallback_order(
     only what is still free counts. What an `is_stale` list calls free may cost by now, but for
     names that say it.
     """
-    is_own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
-    wanted = [m for m in map(candidates.get, listed) if m and (is_own_list or m.free)]
-    wanted += [m for m in candidates if m.free]
-    if is_stale:
-        own = {candidates.id_of(name) for name in listed} if is_own_list else set()
-        wanted = [m for m in wanted if m.id.endswith(":free") or m.id in own]
+    known = [m for m in map(candidates.get, listed) if m]
+    own = [m.id for m in known] if tuple(listed) != DEFAULT_FALLBACK_MODELS else []
     skipped = {candidates.id_of(name) for name in (model, *cooled)}
-    unique = {m.id: m for m in wanted}.values()
-    return [m for m in unique if m.id not in skipped and can_do(m, needs or Needs())]
+    unique = {m.id: m for m in (*known, *candidates)}
+    wanted = []
+    for m in unique.values():
+        is_free = m.free and (m.id.endswith(":free") or not is_stale)
+        if (is_free or m.id in own) and m.id not in skipped and can_do(m, needs or Needs()):
+            wanted.append(m)
+    return wanted
 
 
 def can_do(model: Model, needs: Needs) -> bool:
@@ -3564,7 +3565,9 @@ class Asked(NamedTuple):
     fallback: bool
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
+    # what the answer is checked by, and whether its form is asked for
     returns: Returns | None = None
+    is_typed: bool = False
     # what comes of it: the answer of a chat, or one of the jobs' results
     makes: type[Any] = Reply
 
@@ -3971,10 +3974,6 @@ class _Transport:
                 self._session.close()
                 self._session = None
 
-    def after_fork(self) -> None:
-        """The sockets are the parent's, and the lock may be held there."""
-        self._session, self._lock = None if self._is_ours else self._session, threading.RLock()
-
 
 def without_token(text: str, token: str) -> str:
     """A server's text without the token: some show the request in their pages and errors.
@@ -4178,15 +4177,14 @@ def is_stream(response: requests.Response) -> bool:
 
 def _seconds(retry_after: str) -> float | None:
     """A Retry-After header in seconds; it may also be a date (RFC 9110, 10.2.3)."""
-    try:
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
         seconds = float(retry_after)
         return max(0.0, seconds) if math.isfinite(seconds) else None
-    except ValueError:
-        from email.utils import parsedate_to_datetime
-
-        with suppress(ValueError):
-            return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-        return None
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return None
 
 
 # ======================================================================================
@@ -4501,10 +4499,6 @@ class _Catalogue:
                     self._models, self._fetched_at = models_from(read_json(stored[0])), stored[1]
         return self._models
 
-    def after_fork(self) -> None:
-        """The lock may be held by a thread that does not exist in the child."""
-        self._lock = threading.RLock()
-
     def _fetch(self, refresh: bool) -> ModelList:
         error, failed_at = self._failure or (None, 0.0)
         if error and not refresh and time.monotonic() - failed_at < MODELS_RETRY_S:
@@ -4546,7 +4540,7 @@ class _Api(NamedTuple):
         timeout_s = call.asked.timeout_s or timeout_s
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
         args = call.asked.args
-        if call.asked.returns is not None:
+        if call.asked.is_typed:
             args = typed_arguments(form, known is not None and known.tools is True, args)
         args = arguments_for(form, known.id if known else model, args)
         response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
@@ -4773,8 +4767,6 @@ class Stream:
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
-        if self._end_word == "ok":
-            return None
         if self._end_word == "closed":
             raise self._broken(_CLOSED, "closed")
         try:
@@ -4927,9 +4919,11 @@ class Puter:
 
     def _after_fork(self) -> None:
         """A forked child begins without connections, and with nothing running."""
-        self._transport.after_fork()
-        self._catalogue.after_fork()
-        self._drawing.after_fork()
+        if self._transport._is_ours:
+            self._transport._session = None
+        for holder in (self._transport, self._catalogue, self._drawing):
+            # it may be held by a thread that does not exist in the child
+            holder._lock = threading.RLock()
         self._limits = {}
 
     # ---- asking ----
@@ -4980,6 +4974,7 @@ class Puter:
             fallback=fallback and self.config.fallback_enabled,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
             returns=typed,
+            is_typed=typed is not None,
         )
 
     @_takes(_build_request)
@@ -5182,8 +5177,7 @@ class Puter:
             own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, makes=kind)
-        way = self._api.work
-        reply = self._open_once(asked, cancellation or _InFlight(), False, way)._whole()
+        reply = self._open(asked, cancellation, is_stream=False, way=self._api.work)._whole()
         return reply.value, reply
 
     def _open(
@@ -5192,25 +5186,34 @@ class Puter:
         cancellation: _InFlight | None = None,
         is_stream: bool = True,
         is_checked: bool = False,
+        way: Callable[..., Stream] | None = None,
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there.
 
         Another thread may cancel it. `is_checked` makes a call that cannot be read an error.
+        `way` is how it is sent, if it is no chat.
         """
         cancellation = cancellation or _InFlight()
-        if asked.returns is None:
-            opened = self._open_once(asked, cancellation, is_stream)
+        may_be_cached = self.config.cache_enabled and asked.makes is Reply
+        if asked.returns is not None:
+            answer = Stream.of(self._typed(asked, asked.returns, cancellation), cancellation)
+        elif may_be_cached and (cached := self._cached(asked)):
+            answer = Stream.of(cached, cancellation)
         else:
-            opened = Stream.of(self._typed(asked, asked.returns, cancellation), cancellation)
-        opened._is_checked = is_checked
-        return opened
+            call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
+            answer = self._ask_until_answered(call)
+            answer.model = self._catalogue.known().id_of(answer._read().model)
+            answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
+            answer._note_end = partial(self._note_end, call)
+        answer._is_checked = is_checked
+        return answer
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _InFlight) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
-        reply = Reply()
+        reply, asked = Reply(), asked._replace(returns=None)
         for may_ask_again in (True, False):
             try:
-                answer = self._open_once(asked, cancellation, is_stream=False)._whole()
+                answer = self._open(asked, cancellation, is_stream=False)._whole()
             except PuterError as error:
                 if reply.attempts:  # the first answer was paid for
                     error.reply = error.reply or reply
@@ -5237,23 +5240,6 @@ class Puter:
         message = f"The answer of {reply.model} is not what was asked for: {problem}"
         raise ReplyError(message, raw=said, reply=reply, hint=hint)
 
-    def _open_once(
-        self,
-        asked: Asked,
-        cancellation: _InFlight,
-        is_stream: bool,
-        way: Callable[..., Stream] | None = None,
-    ) -> Stream:
-        call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
-        may_be_cached = self.config.cache_enabled and asked.makes is Reply
-        if may_be_cached and (cached := self._cached(asked)):
-            return Stream.of(cached, cancellation)
-        answer = self._ask_until_answered(call)
-        answer.model = self._catalogue.known().id_of(answer._read().model)
-        answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
-        answer._note_end = partial(self._note_end, call)
-        return answer
-
     # ---- before anybody is asked ----
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
@@ -5266,9 +5252,9 @@ class Puter:
 
     def _able_hint(self, needs: Needs) -> str:
         able = [m for m in self._catalogue.models_if_any("No model is named") if can_do(m, needs)]
-        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        # of some the list does not say what they take
-        able.sort(key=lambda m: "image" in needs.inputs and not m.inputs)
+        # of some the list does not say what they take: they come last
+        see = "image" in needs.inputs
+        able.sort(key=lambda m: (see and not m.inputs, not m.free, m.input_usd_per_million or 0))
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, asked: Asked) -> Reply | None:
@@ -5414,7 +5400,8 @@ class Puter:
         self, error: PuterError, call: _Exchange, target: Target, seconds: float
     ) -> PuterError:
         model, account = target.model, target.account
-        if isinstance(error, CreditError) and call.asked.makes is Reply:
+        is_vague = error.code == "insufficient_funds" and not is_foreign(self.config)
+        if is_vague and call.asked.makes is Reply:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
         if error.reply is not None:
@@ -5430,10 +5417,8 @@ class Puter:
             error.hint = f"{TOKEN_VARIABLE} is set: unset it, or set it to a token that works."
         return error
 
-    def _explained(self, error: CreditError, asked: Asked, target: Target) -> PuterError:
+    def _explained(self, error: PuterError, asked: Asked, target: Target) -> PuterError:
         """What a 402 means: a prompt too long for Puter's limit, or how much credit is left."""
-        if is_foreign(self.config) or error.code != "insufficient_funds":
-            return error
         model, why = target.model, "The limits of the model are not known"
         known = self._catalogue.models_if_any(why).get(model)
         form = self._api.form(asked, model)
@@ -5535,7 +5520,7 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and asked.needs.tools
         is_odd = call.is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if not is_odd and asked.returns is None:
+        if not is_odd and not asked.is_typed:
             self._cache(asked, reply)
         self._on_answer(reply, call.is_fallback)
 
@@ -5610,8 +5595,7 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._begin(message, options, streaming=False):
-            pass
+        deque(self._begin(message, options, streaming=False), maxlen=0)
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
