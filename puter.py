@@ -4078,8 +4078,8 @@ def _network_error(
         return cause
     is_timeout = isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError))
     if isinstance(error, rq.ConnectTimeout) or (is_timeout and is_unsent):
-        within = f"within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"
-        problem = f"{host} did not accept a connection {within}"
+        longest_s = min(CONNECT_TIMEOUT_S, timeout_s)
+        problem = f"{host} did not accept a connection within {longest_s:g} s"
         return RequestTimeoutError(problem, hint=NetworkError.default_hint)
     if is_timeout:
         return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
@@ -4685,9 +4685,6 @@ def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chu
         raise decoder.error
 
 
-_CLOSED = "The stream was closed before its end"
-
-
 @dataclass(repr=False, eq=False)
 class Stream:
     """A reply as it comes: iterate over it for `Chunk`s; `reply` is the whole once it ended.
@@ -4768,7 +4765,7 @@ class Stream:
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
         if self._end_word == "closed":
-            raise self._broken(_CLOSED, "closed")
+            raise self._broken()
         try:
             with self._reading:  # by one thread at a time
                 batch = next(self._batches, None)
@@ -4776,7 +4773,7 @@ class Stream:
                 raise_for_invalid(self._partial())
         except PuterError as error:
             if self._end_word == "closed":
-                raise self._broken(_CLOSED, "closed") from error
+                raise self._broken() from error
             self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
@@ -4788,7 +4785,9 @@ class Stream:
         self._batch = iter(batch or ())
         return batch
 
-    def _broken(self, message: str, code: str | None) -> StreamError:
+    def _broken(
+        self, message: str = "The stream was closed before its end", code: str | None = "closed"
+    ) -> StreamError:
         hint = "" if code == "closed" else _HINT_BY_CODE.get(code or "")
         return StreamError(message, hint=hint, reply=self._partial(), code=code)
 
@@ -4967,15 +4966,9 @@ class Puter:
         if needs.inputs and not is_foreign(self.config):
             self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
         args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
-        return Asked(
-            model=name,
-            args=args,
-            needs=needs,
-            fallback=fallback and self.config.fallback_enabled,
-            timeout_s=timeout_ms / 1000 if timeout_ms else None,
-            returns=typed,
-            is_typed=typed is not None,
-        )
+        may_fall_back = fallback and self.config.fallback_enabled
+        timeout_s = timeout_ms / 1000 if timeout_ms else None
+        return Asked(name, args, needs, may_fall_back, timeout_s, typed, typed is not None)
 
     @_takes(_build_request)
     def chat(self, prompt: Prompt | None = None, /, **args: Any) -> Reply:
@@ -5225,7 +5218,7 @@ class Puter:
             except Exception as error:  # noqa: BLE001 (also what the caller's own types raise)
                 problem = str(error)
             else:
-                if answer.attempts:
+                if answer.attempts and self.config.cache_enabled:
                     self._cache(asked, answer)
                 return typed
             given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
@@ -5299,6 +5292,8 @@ class Puter:
                     # its owner gave up, or has too much open: no account's fault
                     raise
                 self._note_failure(error, call, target)
+                if isinstance(error, ModelNotFoundError) and not target.is_fallback:
+                    self._correct_name(error, call)
                 if next_step(error, target.is_fallback, call.asked.fallback) == "raise":
                     break
             else:
@@ -5327,8 +5322,6 @@ class Puter:
 
     def _spend(self, asked: Asked, reply: Reply) -> None:
         """Count what an answer cost, whole or not, against the budget."""
-        if self.config.budget_usd is None:
-            return
         model = self._catalogue.known().get(reply.model)
         cost = cost_of(reply, model, asked.args.get("messages", ()))
         if cost is None:
@@ -5404,7 +5397,7 @@ class Puter:
         if is_vague and call.asked.makes is Reply:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
-        if error.reply is not None:
+        if error.reply is not None and self.config.budget_usd is not None:
             self._spend(call.asked, error.reply)
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
             self._count(model, _code_of(error), seconds)
@@ -5445,14 +5438,10 @@ class Puter:
     def _note_failure(self, error: PuterError, call: _Exchange, target: Target) -> None:
         """Note in the state who is on cooldown, so that nobody runs into the same again.
 
-        A misspelt name is only put right. An account with too many requests at once, or that
-        has no substitute, is never on cooldown.
+        An account with too many requests at once, or that has no substitute, is never on
+        cooldown.
         """
         code, name, config = _code_of(error), target.account.username, self.config
-        if isinstance(error, ModelNotFoundError):
-            if not target.is_fallback:
-                self._correct_name(error, call)
-            return
         if isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
             token = target.account.token
             self.state.add_cooldown(name, "", math.inf, "login", time.time(), token)
@@ -5477,12 +5466,11 @@ class Puter:
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
-        why = "No similar name was looked up"
         lists = {Reply: self._catalogue, Picture: self._drawing}
         if call.asked.makes not in lists:
             error.hint = "Correct its name, or leave it out."
             return
-        models = lists[call.asked.makes].models_if_any(why)
+        models = lists[call.asked.makes].models_if_any("No similar name was looked up")
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
@@ -5506,7 +5494,8 @@ class Puter:
     def _note_end(self, call: _Exchange, word: str, reply: Reply) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
         asked, now, last = call.asked, time.monotonic(), call.attempts[-1]
-        self._spend(asked, reply)
+        if self.config.budget_usd is not None:
+            self._spend(asked, reply)
         if word == "dropped":
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
@@ -5520,14 +5509,14 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and asked.needs.tools
         is_odd = call.is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if not is_odd and not asked.is_typed:
+        may_be_cached = self.config.cache_enabled and asked.makes is Reply and not asked.is_typed
+        if may_be_cached and not is_odd:
             self._cache(asked, reply)
         self._on_answer(reply, call.is_fallback)
 
     def _cache(self, asked: Asked, reply: Reply) -> None:
-        if self.config.cache_enabled and asked.makes is Reply:
-            body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
-            self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
+        body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
+        self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
 
     def _count(self, model: str, outcome: str, seconds: float, *more: Any) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
