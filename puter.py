@@ -4645,9 +4645,7 @@ class _Api(NamedTuple):
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
     ) -> requests.Response:
-        base, body = self.config.api_base_url, dict(args)
-        if streaming:
-            body["stream"] = True
+        base, body = self.config.api_base_url, {**args, "stream": True} if streaming else args
         if self.config.api_style == "openai":
             if streaming:
                 body.setdefault("stream_options", {"include_usage": True})
@@ -5309,10 +5307,8 @@ class Puter:
         budget = self.config.budget_usd
         return budget is not None and sum(self._costs_usd) >= budget
 
-    def _check_budget(self, asked: Asked, name: str) -> None:
+    def _check_budget(self, name: str) -> None:
         """Raise `BudgetError`, now that the budget is spent, but for what costs nothing."""
-        if asked.args.get("test_mode"):
-            return
         model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
         if model is None or not model.free:
             budget, spent = self.config.budget_usd or 0, sum(self._costs_usd)
@@ -5351,8 +5347,8 @@ class Puter:
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
-                if self._is_spent():
-                    self._check_budget(call.asked, model)
+                if self._is_spent() and not call.asked.args.get("test_mode"):
+                    self._check_budget(model)
                 call.started = time.monotonic()
                 try:
                     answer = call.open(call, model, target.account, stack)
