@@ -5168,7 +5168,7 @@ class Puter:
             own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, makes=kind)
-        reply = self._open(asked, cancellation, is_stream=False, way=self._api.work)._whole()
+        reply = self._open(asked, cancellation, is_stream=False)._whole()
         return reply.value, reply
 
     def _open(
@@ -5177,12 +5177,10 @@ class Puter:
         cancellation: _InFlight | None = None,
         is_stream: bool = True,
         is_checked: bool = False,
-        way: Callable[..., Stream] | None = None,
     ) -> Stream:
         """The reply to a request as it comes; returns once its first chunk, or all, is there.
 
         Another thread may cancel it. `is_checked` makes a call that cannot be read an error.
-        `way` is how it is sent, if it is no chat.
         """
         cancellation = cancellation or _InFlight()
         may_be_cached = self.config.cache_enabled and asked.makes is Reply
@@ -5191,7 +5189,8 @@ class Puter:
         elif may_be_cached and (cached := self._cached(asked)):
             answer = Stream.of(cached, cancellation)
         else:
-            call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
+            way = self._api.open if asked.makes is Reply else self._api.work
+            call = _Exchange(asked, is_stream, cancellation, way)
             answer = self._ask_until_answered(call)
             answer.model = self._catalogue.known().id_of(answer._read().model)
             answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
