@@ -3611,14 +3611,18 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     """
     visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
     tried = {name for name, _ in visits}
-    names = (asked.model, world.models.id_of(asked.model))
-    begins = Counter(a.account for a in attempts if a.model in names)
-    is_second_round = len(visits) > len(tried) or max(begins.values(), default=0) > 1
+
+    def leaves(one: Attempt) -> bool:
+        error = one.error
+        return error is not None and next_step(error, False, asked.fallback) == "next_account"
+
+    # an account is asked again after it was left; what it has not left are retries
+    pairs = itertools.pairwise(attempts)
+    comes_back = any(a.account == b.account and leaves(a) for a, b in pairs)
+    is_second_round = len(visits) > len(tried) or comes_back
     name, visit = visits[-1] if visits else ("", [])
     same = next((a for a in world.accounts if a.username == name), None)
-    error = visit[-1].error if visit else None
-    leaves = error is not None and next_step(error, False, asked.fallback) == "next_account"
-    if same is not None and not leaves:
+    if same is not None and not leaves(visit[-1]):
         target = _next_model(asked, visit, attempts, same, world)
         if target is not None:
             return target._replace(waits_out_limits=True) if is_second_round else target
