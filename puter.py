@@ -70,7 +70,7 @@ from weakref import WeakSet
 if TYPE_CHECKING:
     import sqlite3
     from concurrent.futures import Future
-    from typing import TypeGuard
+    from typing import Concatenate, TypeGuard
 
     import requests
     from typing_extensions import Self  # noqa: UP035 (typing's own needs 3.11)
@@ -109,6 +109,7 @@ _forkable: WeakSet[Any] = WeakSet()  # what is reset in a forked child, whoever 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [one._after_fork() for one in list(_forkable)])
 _T = TypeVar("_T")
+_P = typing.ParamSpec("_P")
 # C0 but newline and tab, DEL, and C1: what a terminal obeys instead of showing it.
 _CONTROL_MARKS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"}
 _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
@@ -3471,15 +3472,16 @@ def fallback_order(
     only what is still free counts. What an `is_stale` list calls free may cost by now, but for
     names that say it.
     """
-    is_own_list = tuple(listed) != DEFAULT_FALLBACK_MODELS
-    wanted = [m for m in map(candidates.get, listed) if m and (is_own_list or m.free)]
-    wanted += [m for m in candidates if m.free]
-    if is_stale:
-        own = {candidates.id_of(name) for name in listed} if is_own_list else set()
-        wanted = [m for m in wanted if m.id.endswith(":free") or m.id in own]
+    known = [m for m in map(candidates.get, listed) if m]
+    own = [m.id for m in known] if tuple(listed) != DEFAULT_FALLBACK_MODELS else []
     skipped = {candidates.id_of(name) for name in (model, *cooled)}
-    unique = {m.id: m for m in wanted}.values()
-    return [m for m in unique if m.id not in skipped and can_do(m, needs or Needs())]
+    unique = {m.id: m for m in (*known, *candidates)}
+    wanted = []
+    for m in unique.values():
+        is_free = m.free and (m.id.endswith(":free") or not is_stale)
+        if (is_free or m.id in own) and m.id not in skipped and can_do(m, needs or Needs()):
+            wanted.append(m)
+    return wanted
 
 
 def can_do(model: Model, needs: Needs) -> bool:
@@ -3522,15 +3524,15 @@ def cost_of(reply: Reply, model: Model | None, messages: Sequence[JSON]) -> floa
 
 
 def lacking(model: Model, needs: Needs) -> list[str]:
-    """What the request holds and the model does not take; nothing for an unknown provider."""
-    inputs = needs.inputs if model.provider else frozenset[str]()
-    takes = {
-        "image": model.inputs is None or "image" in model.inputs,
-        "pdf": model.provider in _PDF_PROVIDERS,
-        "puter_path": model.provider == "claude",
-        "web search": model.provider in SEARCH_PROVIDERS,
+    """What the model cannot do with the request, in words; nothing for an unknown provider."""
+    provider, wanted = model.provider, needs.inputs if model.provider else ()
+    can = {
+        ("image", "see images"): model.inputs is None or "image" in model.inputs,
+        ("pdf", "read PDFs"): provider in _PDF_PROVIDERS,
+        ("puter_path", "read files that are stored at Puter"): provider == "claude",
+        ("web search", "search the web"): provider in SEARCH_PROVIDERS,
     }
-    return sorted(kind for kind in inputs if not takes[kind])
+    return [what for (kind, what), ok in can.items() if kind in wanted and not ok]
 
 
 # ---- whom to ask next ----
@@ -3563,7 +3565,9 @@ class Asked(NamedTuple):
     fallback: bool
     # as the caller asked; None is the setting's
     timeout_s: float | None = None
+    # what the answer is checked by, and whether its form is asked for
     returns: Returns | None = None
+    is_typed: bool = False
     # what comes of it: the answer of a chat, or one of the jobs' results
     makes: type[Any] = Reply
 
@@ -3607,18 +3611,21 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     """
     visits = [(name, list(visit)) for name, visit in groupby(attempts, lambda a: a.account)]
     tried = {name for name, _ in visits}
-    names = (asked.model, world.models.id_of(asked.model))
-    begins = Counter(a.account for a in attempts if a.model in names)
-    is_second_round = len(visits) > len(tried) or max(begins.values(), default=0) > 1
+
+    def leaves(one: Attempt) -> bool:
+        error = one.error
+        return error is not None and next_step(error, False, asked.fallback) == "next_account"
+
+    # an account is asked again after it was left; what it has not left are retries
+    pairs = itertools.pairwise(attempts)
+    comes_back = any(a.account == b.account and leaves(a) for a, b in pairs)
+    is_second_round = len(visits) > len(tried) or comes_back
     name, visit = visits[-1] if visits else ("", [])
     same = next((a for a in world.accounts if a.username == name), None)
-    error = visit[-1].error if visit else None
-    leaves = error is not None and next_step(error, False, asked.fallback) == "next_account"
-    if same is not None and not leaves:
-        model = _next_model(asked, visit, attempts, same, world)
-        if model is not None:
-            waits = is_second_round or not world.others(same)
-            return Target(*model, waits_out_limits=waits)
+    if same is not None and not leaves(visit[-1]):
+        target = _next_model(asked, visit, attempts, same, world)
+        if target is not None:
+            return target._replace(waits_out_limits=True) if is_second_round else target
         if not any(depends_on_account(a.error) for a in visit):
             # the models failed by themselves: another account would meet the same
             return None
@@ -3630,10 +3637,12 @@ def next_target(asked: Asked, attempts: Sequence[Attempt], world: World) -> Targ
     cooled -= {world.current} if world.current in last else {*last[:1]}
     strategy = world.config.account_rotation_strategy
     if account := next_account(world.accounts, cooled | tried, strategy, world.current):
-        model = _next_model(asked, [], attempts, account, world)
-        waits = not world.others(account)
-        return None if model is None else Target(*model, waits_out_limits=waits)
-    ends = _ends_of_windows(attempts, world)
+        return _next_model(asked, [], attempts, account, world)
+    soon_s = world.now + RATE_PAUSE_S
+    ends = {a.account: soon_s for a in attempts if isinstance(a.error, RateLimitError)}
+    for cooldown in world.cooldowns:
+        if cooldown.reason == "too_many_requests" and not cooldown.model:
+            ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
     limited = [a for a in world.accounts if a.username in ends and world.others(a)]
     if not limited or not world.config.max_retries:
         return None
@@ -3648,12 +3657,13 @@ def _next_model(
     attempts: Sequence[Attempt],
     account: Account,
     world: World,
-) -> tuple[str, Account, bool] | None:
-    """The model to ask on this account after this visit to it, and whether it is a fallback."""
+) -> Target | None:
+    """The model to ask on this account after this visit to it."""
+    own = Target(asked.model, account, waits_out_limits=not world.others(account))
     names = {asked.model, world.models.id_of(asked.model)}
     cooled = {c.model for c in world.cooldowns if c.account == account.username and c.model}
     if not visit and (names.isdisjoint(cooled) or not asked.fallback):
-        return asked.model, account, False
+        return own
     if not asked.fallback:
         return None
     needs = asked.needs._replace(context=estimated_tokens(asked.args["messages"]))
@@ -3661,7 +3671,7 @@ def _next_model(
     fallbacks = fallback_order(asked.model, world.models, cooled, needs, listed, is_stale)
     if not visit and not fallbacks:
         # despite its cooldown
-        return asked.model, account, False
+        return own
     if visit and isinstance(visit[-1].error, ModelNotFoundError) and visit[-1].model in names:
         return None
     tried, here = {a.model for a in attempts} - names, {a.model for a in visit}
@@ -3669,16 +3679,7 @@ def _next_model(
         return None
     left = (m for m in fallbacks if m.id not in here and (m.free or not world.is_spent))
     found = next((m for m in left if is_worth_trying(m, attempts, world.models)), None)
-    return (found.id, account, True) if found else None
-
-
-def _ends_of_windows(attempts: Sequence[Attempt], world: World) -> dict[str, float]:
-    limited = [a.account for a in attempts if isinstance(a.error, RateLimitError)]
-    ends = dict.fromkeys(limited, world.now + RATE_PAUSE_S)
-    for cooldown in world.cooldowns:
-        if cooldown.reason == "too_many_requests" and not cooldown.model:
-            ends[cooldown.account] = cooldown.since_s + RATE_WINDOW_S
-    return ends
+    return own._replace(model=found.id, is_fallback=True) if found else None
 
 
 # ---- statistics, and the search in a catalogue ----
@@ -3831,24 +3832,21 @@ class _InFlight:
             self.cancel()
 
 
-@lru_cache
-def _cancellable(connection_class: type[Any]) -> type[Any]:
-    """A urllib3 connection class that reports to the `_InFlight` of its thread."""
+class _Cancellable:
+    """Mixed into urllib3's connection classes: reports to the `_InFlight` of its thread."""
 
-    class Cancellable(connection_class):  # type: ignore[misc]
-        timeout: Any
+    sock: Any
+    connect: Callable[[], None]
 
-        def request(self, *args: Any, **kwargs: Any) -> None:
-            call: _InFlight = _InFlight.current.call
-            if self.sock is None:
-                self.connect()
-            call.attach(connection=self)
-            # urllib3 would leave the (short) time for connecting on the socket
-            self.timeout = call.timeout_s
-            call.has_sent = True
-            super().request(*args, **kwargs)
-
-    return Cancellable
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        call: _InFlight = _InFlight.current.call
+        if self.sock is None:
+            self.connect()
+        call.attach(connection=self)
+        # urllib3 would leave the (short) time for connecting on the socket
+        self.timeout = call.timeout_s
+        call.has_sent = True
+        super().request(*args, **kwargs)  # type: ignore[misc]
 
 
 def _new_session() -> requests.Session:
@@ -3865,14 +3863,11 @@ def _new_session() -> requests.Session:
         def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
             pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
             if "ConnectionCls" not in vars(pool):
-                pool.ConnectionCls = _cancellable(pool.ConnectionCls)
+                pool.ConnectionCls = type("Cancellable", (_Cancellable, pool.ConnectionCls), {})
             return pool
 
     class Session(requests.Session):
         """Reads proxies and certificates from the environment again when that has changed."""
-
-        def get_redirect_target(self, resp: Any) -> None:
-            """None: else what comes with a redirect would be read to its end, if it has one."""
 
         def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
             key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
@@ -3882,6 +3877,8 @@ def _new_session() -> requests.Session:
 
     settings: dict[Any, Any] = {}
     session = Session()
+    # else what comes with a redirect would be read to its end, if it has one
+    session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
     # accounts do not mix
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
@@ -3980,10 +3977,6 @@ class _Transport:
             if self._is_ours and self._session is not None:
                 self._session.close()
                 self._session = None
-
-    def after_fork(self) -> None:
-        """The sockets are the parent's, and the lock may be held there."""
-        self._session, self._lock = None if self._is_ours else self._session, threading.RLock()
 
 
 def without_token(text: str, token: str) -> str:
@@ -4089,8 +4082,8 @@ def _network_error(
         return cause
     is_timeout = isinstance(error, (rq.Timeout, u3.TimeoutError, TimeoutError))
     if isinstance(error, rq.ConnectTimeout) or (is_timeout and is_unsent):
-        within = f"within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"
-        problem = f"{host} did not accept a connection {within}"
+        longest_s = min(CONNECT_TIMEOUT_S, timeout_s)
+        problem = f"{host} did not accept a connection within {longest_s:g} s"
         return RequestTimeoutError(problem, hint=NetworkError.default_hint)
     if is_timeout:
         return RequestTimeoutError(f"{host} was silent for {timeout_s:g} s", may_be_billed=True)
@@ -4188,15 +4181,14 @@ def is_stream(response: requests.Response) -> bool:
 
 def _seconds(retry_after: str) -> float | None:
     """A Retry-After header in seconds; it may also be a date (RFC 9110, 10.2.3)."""
-    try:
+    from email.utils import parsedate_to_datetime
+
+    with suppress(ValueError):
         seconds = float(retry_after)
         return max(0.0, seconds) if math.isfinite(seconds) else None
-    except ValueError:
-        from email.utils import parsedate_to_datetime
-
-        with suppress(ValueError):
-            return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-        return None
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return None
 
 
 # ======================================================================================
@@ -4206,12 +4198,6 @@ WHOLE_REPLY_TIMEOUT_S = 600.0  # a whole reply with tools may take minutes befor
 MODELS_TIMEOUT_S = 10.0
 MODELS_RETRY_S = 60.0  # how long a failure to fetch the model list is remembered
 _OWN_ARGUMENTS = "model system images files tools returns web_search fallback timeout_ms".split()
-_LACKING_WORDS = {
-    "image": "does not see images",
-    "pdf": "does not read PDFs",
-    "puter_path": "does not read files that are stored at Puter",
-    "web search": "does not search the web",
-}
 # Names of other libraries, too different from ours for a near match.
 _OTHER_NAMES = {
     "messages": "the prompt itself",
@@ -4299,24 +4285,13 @@ class _Exchange:
     is_stream: bool
     cancellation: _InFlight
     # how it is sent to a model on an account
-    open: Callable[[_Exchange, str, Account, ExitStack], _Incoming]
+    open: Callable[[_Exchange, str, Account, ExitStack], Stream]
     attempts: list[Attempt] = field(default_factory=list)
     # whether the one that answers is a fallback
     is_fallback: bool = False
     began: float = field(default_factory=time.monotonic)
-
-
-class _Incoming(NamedTuple):
-    """A reply as it arrives: its chunks, what has come of it so far, and when it was asked for."""
-
-    batches: Iterator[list[Chunk]]
-    reply: Callable[[], Reply]
+    # when the latest attempt began
     started: float = 0.0
-
-    @classmethod
-    def of(cls, reply: Reply, started: float = 0.0) -> _Incoming:
-        """A whole reply, given out as a stream."""
-        return cls(map(chunks_of, [reply]), lambda: reply, started)
 
 
 class BusyError(RateLimitError):
@@ -4528,10 +4503,6 @@ class _Catalogue:
                     self._models, self._fetched_at = models_from(read_json(stored[0])), stored[1]
         return self._models
 
-    def after_fork(self) -> None:
-        """The lock may be held by a thread that does not exist in the child."""
-        self._lock = threading.RLock()
-
     def _fetch(self, refresh: bool) -> ModelList:
         error, failed_at = self._failure or (None, 0.0)
         if error and not refresh and time.monotonic() - failed_at < MODELS_RETRY_S:
@@ -4560,7 +4531,7 @@ class _Api(NamedTuple):
     catalogue: _Catalogue
     drawing: _Catalogue
 
-    def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> _Incoming:
+    def open(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> Stream:
         """Ask, and read up to the first chunk, or all of a whole reply.
 
         The stack gives back the connection that the answer needs.
@@ -4571,20 +4542,19 @@ class _Api(NamedTuple):
             # it may take minutes before its first byte
             timeout_s = max(timeout_s, WHOLE_REPLY_TIMEOUT_S)
         timeout_s = call.asked.timeout_s or timeout_s
-        started = time.monotonic()
         form, known = self.form(call.asked, model), self.catalogue.known().get(model)
         args = call.asked.args
-        if call.asked.returns is not None:
+        if call.asked.is_typed:
             args = typed_arguments(form, known is not None and known.tools is True, args)
         args = arguments_for(form, known.id if known else model, args)
         response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
         if not streaming or not is_stream(response):
             body = body_of(response)
             read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return _Incoming.of(with_true_end(read(body, model), known, args), started)
+            return Stream.of(with_true_end(read(body, model), known, args), call.cancellation)
         stack.callback(call.cancellation.attach)
         stack.callback(response.close)
-        _log.info("Stream connected duration=%.0fms", (time.monotonic() - started) * 1000)
+        _log.info("Stream connected duration=%.0fms", (time.monotonic() - call.started) * 1000)
 
         def needs_usage() -> bool:
             # the list is asked for only where it matters
@@ -4597,13 +4567,14 @@ class _Api(NamedTuple):
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
-        return _Incoming(batches, lambda: with_true_end(decoder.reply(), known, args), started)
+        return Stream(
+            batches, lambda: with_true_end(decoder.reply(), known, args), call.cancellation
+        )
 
-    def work(
-        self, kind: type[Any], call: _Exchange, model: str, account: Account, stack: ExitStack
-    ) -> _Incoming:
+    def work(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> Stream:
         """Have one of the `_JOBS` done; what comes of it is the `value` of the reply."""
-        job, started, args = _JOBS[kind], time.monotonic(), dict(call.asked.args)
+        kind, args = call.asked.makes, dict(call.asked.args)
+        job = _JOBS[kind]
         if model != job.interface:
             args["model"] = model
         body = {"interface": job.interface, "method": job.method, "args": args}
@@ -4622,7 +4593,8 @@ class _Api(NamedTuple):
         if cost is None and "model" in args and kind is Picture:
             known = self.drawing.models_if_any("The price is not known").get(model)
             cost = known.usd_per_image if known else None
-        return _Incoming.of(Reply(usage=Usage(cost_usd=cost), model=model, value=value), started)
+        reply = Reply(usage=Usage(cost_usd=cost), model=model, value=value)
+        return Stream.of(reply, call.cancellation)
 
     def _result(self, kind: type[Any], response: requests.Response, cancellation: _InFlight) -> Any:
         job, data, mime = _JOBS[kind], response.content, content_type(response)
@@ -4650,8 +4622,13 @@ class _Api(NamedTuple):
         """The form for a model; the list is asked for where more than plain text is sent."""
         if self.config.api_style == "openai":
             return "openai"
-        models = self.catalogue.known()
-        if models.get(model) is None and not _is_plain(asked.args):
+        models, args = self.catalogue.known(), asked.args
+        are_texts = all(
+            m.keys() == {"role", "content"} and isinstance(m["content"], str)
+            for m in args["messages"]
+        )
+        is_plain = are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
+        if not is_plain and models.get(model) is None:
             models = self.catalogue.models_if_any("The model's own form is guessed")
         form = form_of(models.get(model) or model)
         # Puter asks OpenAI's other API then (recorded)
@@ -4672,9 +4649,7 @@ class _Api(NamedTuple):
     def _send(
         self, call: _Exchange, args: JSON, account: Account, timeout_s: float, streaming: bool
     ) -> requests.Response:
-        base, body = self.config.api_base_url, dict(args)
-        if streaming:
-            body["stream"] = True
+        base, body = self.config.api_base_url, {**args, "stream": True} if streaming else args
         if self.config.api_style == "openai":
             if streaming:
                 body.setdefault("stream_options", {"include_usage": True})
@@ -4712,9 +4687,6 @@ def decoded(decoder: Any, parts: Iterable[Any], token: str) -> Iterator[list[Chu
         raise decoder.error
 
 
-_CLOSED = "The stream was closed before its end"
-
-
 @dataclass(repr=False, eq=False)
 class Stream:
     """A reply as it comes: iterate over it for `Chunk`s; `reply` is the whole once it ended.
@@ -4726,10 +4698,12 @@ class Stream:
     Attributes: `model` and `account` (the names of those that answer), `attempts`.
     """
 
-    _source: _Incoming
+    _batches: Iterator[list[Chunk]]
+    # what has come of it so far
+    _read: Callable[[], Reply]
     _cancellation: _InFlight
-    model: str
-    account: str
+    model: str = ""
+    account: str = ""
     attempts: tuple[Attempt, ...] = ()
     _stack: ExitStack = field(default_factory=ExitStack)
     # is given how it ended, and the reply as far as it came
@@ -4746,7 +4720,8 @@ class Stream:
     @classmethod
     def of(cls, reply: Reply, cancellation: _InFlight) -> Stream:
         """A whole reply as a stream."""
-        return cls(_Incoming.of(reply), cancellation, reply.model, reply.account, reply.attempts)
+        who = (reply.model, reply.account, reply.attempts)
+        return cls(iter([chunks_of(reply)]), lambda: reply, cancellation, *who)
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -4791,18 +4766,16 @@ class Stream:
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
-        if self._end_word == "ok":
-            return None
         if self._end_word == "closed":
-            raise self._broken(_CLOSED, "closed")
+            raise self._broken()
         try:
             with self._reading:  # by one thread at a time
-                batch = next(self._source.batches, None)
+                batch = next(self._batches, None)
             if self._is_checked and any(c.tool_call and c.tool_call.invalid for c in batch or ()):
                 raise_for_invalid(self._partial())
         except PuterError as error:
             if self._end_word == "closed":
-                raise self._broken(_CLOSED, "closed") from error
+                raise self._broken() from error
             self._release(_code_of(error))
             if isinstance(error, ReplyError):
                 raise
@@ -4814,7 +4787,9 @@ class Stream:
         self._batch = iter(batch or ())
         return batch
 
-    def _broken(self, message: str, code: str | None) -> StreamError:
+    def _broken(
+        self, message: str = "The stream was closed before its end", code: str | None = "closed"
+    ) -> StreamError:
         hint = "" if code == "closed" else _HINT_BY_CODE.get(code or "")
         return StreamError(message, hint=hint, reply=self._partial(), code=code)
 
@@ -4834,8 +4809,7 @@ class Stream:
         self._note_end(word, reply)
 
     def _partial(self) -> Reply:
-        reply = self._source.reply()
-        return replace(reply, model=self.model, account=self.account, attempts=self.attempts)
+        return replace(self._read(), model=self.model, account=self.account, attempts=self.attempts)
 
 
 def raise_for_invalid(reply: Reply) -> None:
@@ -4845,6 +4819,18 @@ def raise_for_invalid(reply: Reply) -> None:
             arguments = f"arguments that are not a JSON object: {call.invalid[:200]!r}"
             message = f"The model called {call.name!r} with {arguments}"
             raise ReplyError(message, raw=call.invalid, reply=reply)
+
+
+def _takes(source: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[_P, _T]]:
+    """Let type checkers, help and completion show the arguments that a method passes on."""
+
+    def shown(method: Callable[..., _T]) -> Callable[..., _T]:
+        signature, own = inspect.signature(source), inspect.signature(method)
+        signature = signature.replace(return_annotation=own.return_annotation)
+        method.__signature__ = signature  # type: ignore[attr-defined]
+        return method
+
+    return shown
 
 
 class Puter:
@@ -4934,14 +4920,16 @@ class Puter:
 
     def _after_fork(self) -> None:
         """A forked child begins without connections, and with nothing running."""
-        self._transport.after_fork()
-        self._catalogue.after_fork()
-        self._drawing.after_fork()
+        if self._transport._is_ours:
+            self._transport._session = None
+        for holder in (self._transport, self._catalogue, self._drawing):
+            # it may be held by a thread that does not exist in the child
+            holder._lock = threading.RLock()
         self._limits = {}
 
     # ---- asking ----
 
-    def chat(
+    def _build_request(
         self,
         prompt: Prompt | None = None,
         /,
@@ -4956,7 +4944,36 @@ class Puter:
         fallback: bool = True,
         timeout_ms: int | None = None,
         **args: Any,
-    ) -> Reply:
+    ) -> Asked:
+        """Check what `chat` and `stream` are given, and ask no model."""
+        args = {k: v for k, v in args.items() if v is not None}
+        prompt = args.pop("prompt", None) if prompt is None else prompt
+        _check_names(args)
+        for switch, value in (("fallback", fallback), ("web_search", web_search)):
+            _require(isinstance(value, bool), switch, value, "Give True or False.")
+        is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
+        _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
+        name = model.id if isinstance(model, Model) else model
+        is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
+        _require(is_name, "model", model, "Give an id or alias, or a Model.")
+        name = self.config.model_name(name)
+        messages = messages_from(prompt, system, _input_parts(images, files))
+        schemas = tool_schemas(tools)
+        if web_search and not any(map(is_web_search, schemas)):
+            schemas += tool_schemas([{"type": "web_search"}])
+        typed = None if returns is None else returns_of(returns)
+        if typed is not None:
+            args |= _format_of(typed, args, schemas)
+        needs = needs_of(messages, schemas)
+        if needs.inputs and not is_foreign(self.config):
+            self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
+        args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
+        may_fall_back = fallback and self.config.fallback_enabled
+        timeout_s = timeout_ms / 1000 if timeout_ms else None
+        return Asked(name, args, needs, may_fall_back, timeout_s, typed, typed is not None)
+
+    @_takes(_build_request)
+    def chat(self, prompt: Prompt | None = None, /, **args: Any) -> Reply:
         """Ask a model and wait for its whole answer.
 
         Args:
@@ -4982,34 +4999,18 @@ class Puter:
         `ReplyError`, with the reply on it, when a call's arguments cannot be read, or the
         answer is not what `returns` says.
         """
-        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        asked = self._build_request(prompt, *named, **args)
+        asked = self._build_request(prompt, **args)
         return self._open(asked, is_stream=False, is_checked=True)._whole()
 
-    def stream(
-        self,
-        prompt: Prompt | None = None,
-        /,
-        *,
-        model: str | Model | None = None,
-        system: str | None = None,
-        images: Sequence[Image] = (),
-        files: Sequence[File] = (),
-        tools: Sequence[Any] | None = None,
-        returns: Any = None,
-        web_search: bool = False,
-        fallback: bool = True,
-        timeout_ms: int | None = None,
-        **args: Any,
-    ) -> Stream:
+    @_takes(_build_request)
+    def stream(self, prompt: Prompt | None = None, /, **args: Any) -> Stream:
         """Ask a model and get its answer as it comes; arguments as for `chat`.
 
         Returns once the first chunk is there: errors before it are raised here, as by `chat`.
         After that nothing is tried again, and a broken answer is a `StreamError`. With
         `returns` the answer is checked before it is given, and so comes whole.
         """
-        named = (model, system, images, files, tools, returns, web_search, fallback, timeout_ms)
-        return self._open(self._build_request(prompt, *named, **args), is_checked=True)
+        return self._open(self._build_request(prompt, **args), is_checked=True)
 
     def run(
         self,
@@ -5150,53 +5151,6 @@ class Puter:
     # `_on_answer` is called with each reply that ended well and whether a fallback gave it,
     # `_on_wait` with why a call waits before it is sent again, and for how long.
 
-    def _build_request(
-        self,
-        prompt: Prompt | None,
-        /,
-        model: str | Model | None = None,
-        system: str | None = None,
-        images: Sequence[Image] = (),
-        files: Sequence[File] = (),
-        tools: Sequence[Any] | None = None,
-        returns: Any = None,
-        web_search: bool = False,
-        fallback: bool = True,
-        timeout_ms: int | None = None,
-        **args: Any,
-    ) -> Asked:
-        """Check the caller's arguments, and ask no model; raises `BadRequestError`."""
-        args = {k: v for k, v in args.items() if v is not None}
-        prompt = args.pop("prompt", None) if prompt is None else prompt
-        _check_names(args)
-        for switch, value in (("fallback", fallback), ("web_search", web_search)):
-            _require(isinstance(value, bool), switch, value, "Give True or False.")
-        is_time = timeout_ms is None or (_is_number(timeout_ms) and 0 < timeout_ms < 10**9)
-        _require(is_time, "timeout_ms", timeout_ms, "Give milliseconds, 1 or more.")
-        name = model.id if isinstance(model, Model) else model
-        is_name = name is None or (isinstance(name, str) and strip_puter_prefix(name))
-        _require(is_name, "model", model, "Give an id or alias, or a Model.")
-        name = self.config.model_name(name)
-        messages = messages_from(prompt, system, _input_parts(images, files))
-        schemas = tool_schemas(tools)
-        if web_search and not any(map(is_web_search, schemas)):
-            schemas += tool_schemas([{"type": "web_search"}])
-        typed = None if returns is None else returns_of(returns)
-        if typed is not None:
-            args |= _format_of(typed, args, schemas)
-        needs = needs_of(messages, schemas)
-        if needs.inputs and not is_foreign(self.config):
-            self._check_inputs(name, needs._replace(context=estimated_tokens(messages)))
-        args = {"messages": messages, **({"tools": schemas} if schemas else {}), **args}
-        return Asked(
-            model=name,
-            args=args,
-            needs=needs,
-            fallback=fallback and self.config.fallback_enabled,
-            timeout_s=timeout_ms / 1000 if timeout_ms else None,
-            returns=typed,
-        )
-
     def _make(
         self, kind: type[_T], given: Any, cancellation: _InFlight | None = None, **args: Any
     ) -> tuple[_T, Reply]:
@@ -5211,15 +5165,14 @@ class Puter:
         # without a model the server's own does it, which goes by the name of the interface here
         model, longest = args.pop("model", job.interface), max(self.config.api_timeout_ms, 600_000)
         timeout_ms = args.pop("timeout_ms", longest)
-        asked = self._build_request("-", model, fallback=False, timeout_ms=timeout_ms)
+        asked = self._build_request("-", model=model, fallback=False, timeout_ms=timeout_ms)
         if images := _as_list(args.pop("images", ()), "images"):
             # only data URLs are taken (recorded)
             is_url = re.compile("(?i)https?://").match
             own = [self._transport.download(i)[0] if is_url(str(i)) else i for i in images]
             args["input_images"] = [one["image_url"]["url"] for one in map(image_part, own)]
         asked = asked._replace(args=content | args, makes=kind)
-        way = partial(self._api.work, kind)
-        reply = self._open_once(asked, cancellation or _InFlight(), False, way)._whole()
+        reply = self._open(asked, cancellation, is_stream=False)._whole()
         return reply.value, reply
 
     def _open(
@@ -5234,32 +5187,39 @@ class Puter:
         Another thread may cancel it. `is_checked` makes a call that cannot be read an error.
         """
         cancellation = cancellation or _InFlight()
-        if asked.returns is None:
-            opened = self._open_once(asked, cancellation, is_stream)
+        may_be_cached = self.config.cache_enabled and asked.makes is Reply
+        if asked.returns is not None:
+            answer = Stream.of(self._typed(asked, asked.returns, cancellation), cancellation)
+        elif may_be_cached and (cached := self._cached(asked)):
+            answer = Stream.of(cached, cancellation)
         else:
-            opened = Stream.of(self._typed(asked, asked.returns, cancellation), cancellation)
-        opened._is_checked = is_checked
-        return opened
+            way = self._api.open if asked.makes is Reply else self._api.work
+            call = _Exchange(asked, is_stream, cancellation, way)
+            answer = self._ask_until_answered(call)
+            answer.model = self._catalogue.known().id_of(answer._read().model)
+            answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
+            answer._note_end = partial(self._note_end, call)
+        answer._is_checked = is_checked
+        return answer
 
     def _typed(self, asked: Asked, returns: Returns, cancellation: _InFlight) -> Reply:
         """The reply with its value; if it does not fit, the model is told, and asked once more."""
-        used, attempts = Usage(), tuple[Attempt, ...]()
-        reply = Reply()
+        reply, asked = Reply(), asked._replace(returns=None)
         for may_ask_again in (True, False):
             try:
-                answer = self._open_once(asked, cancellation, is_stream=False)._whole()
+                answer = self._open(asked, cancellation, is_stream=False)._whole()
             except PuterError as error:
-                if attempts:  # the first answer was paid for
+                if reply.attempts:  # the first answer was paid for
                     error.reply = error.reply or reply
                 raise
-            used, attempts = used + answer.usage, attempts + answer.attempts
+            used, attempts = reply.usage + answer.usage, reply.attempts + answer.attempts
             reply = replace(answer, usage=used, attempts=attempts)
             try:
                 typed = typed_reply(reply, returns, may_call=asked.needs.tools)
             except Exception as error:  # noqa: BLE001 (also what the caller's own types raise)
                 problem = str(error)
             else:
-                if answer.attempts:
+                if answer.attempts and self.config.cache_enabled:
                     self._cache(asked, answer)
                 return typed
             given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
@@ -5274,46 +5234,21 @@ class Puter:
         message = f"The answer of {reply.model} is not what was asked for: {problem}"
         raise ReplyError(message, raw=said, reply=reply, hint=hint)
 
-    def _open_once(
-        self,
-        asked: Asked,
-        cancellation: _InFlight,
-        is_stream: bool,
-        way: Callable[..., _Incoming] | None = None,
-    ) -> Stream:
-        call = _Exchange(asked, is_stream, cancellation, way or self._api.open)
-        may_be_cached = self.config.cache_enabled and asked.makes is Reply
-        if may_be_cached and (cached := self._cached(asked)):
-            return Stream.of(cached, cancellation)
-        incoming, stack = self._ask_until_answered(call)
-        model = self._catalogue.known().id_of(incoming.reply().model)
-        who = (model, call.attempts[-1].account, tuple(call.attempts))
-        note_end = partial(self._note_end, call, incoming.started)
-        return Stream(incoming, cancellation, *who, stack, note_end)
-
-    def _is_same_model(self, name: str, other: str) -> bool:
-        models = self._catalogue.known()
-        return models.id_of(name) == models.id_of(other)
-
-    def _server_date(self) -> str | None:
-        url = f"{_api_origin(self.config)}/puterai/chat/models"
-        return self._transport.send("GET", url).headers.get("Date")
-
     # ---- before anybody is asked ----
 
     def _check_inputs(self, name: str, needs: Needs) -> None:
         """Raise `BadRequestError` for what the model is known not to take, naming some that do."""
         model = self._catalogue.models_if_any("What the model takes was not checked").get(name)
         if model is not None and (missing := lacking(model, needs)):
-            problem = " and ".join(_LACKING_WORDS[kind] for kind in missing)
+            problem = " and ".join(f"does not {what}" for what in missing)
             hint = self._able_hint(needs)
             raise BadRequestError(f"{model.id} {problem}", model=model.id, hint=hint)
 
     def _able_hint(self, needs: Needs) -> str:
         able = [m for m in self._catalogue.models_if_any("No model is named") if can_do(m, needs)]
-        able.sort(key=lambda m: (not m.free, m.input_usd_per_million or 0))
-        # of some the list does not say what they take
-        able.sort(key=lambda m: "image" in needs.inputs and not m.inputs)
+        # of some the list does not say what they take: they come last
+        see = "image" in needs.inputs
+        able.sort(key=lambda m: (see and not m.inputs, not m.free, m.input_usd_per_million or 0))
         return f"Models that do: {', '.join(m.id for m in able[:3]) or 'none'}."
 
     def _cached(self, asked: Asked) -> Reply | None:
@@ -5335,11 +5270,10 @@ class Puter:
 
     # ---- the walk over models and accounts ----
 
-    def _ask_until_answered(self, call: _Exchange) -> tuple[_Incoming, ExitStack]:
+    def _ask_until_answered(self, call: _Exchange) -> Stream:
         """Ask whom the policies name next, until somebody answers.
 
-        When nobody does, the first error is raised with all that was tried. The stack gives
-        back what the answer still needs.
+        When nobody does, the first error is raised with all that was tried.
         """
         while target := next_target(call.asked, call.attempts, self._world(call)):
             wait_s = target.not_before_s - time.time()
@@ -5359,6 +5293,8 @@ class Puter:
                     # its owner gave up, or has too much open: no account's fault
                     raise
                 self._note_failure(error, call, target)
+                if isinstance(error, ModelNotFoundError) and not target.is_fallback:
+                    self._correct_name(error, call)
                 if next_step(error, target.is_fallback, call.asked.fallback) == "raise":
                     break
             else:
@@ -5374,10 +5310,8 @@ class Puter:
         budget = self.config.budget_usd
         return budget is not None and sum(self._costs_usd) >= budget
 
-    def _check_budget(self, asked: Asked, name: str) -> None:
-        """Raise `BudgetError` once the budget is spent, but for what costs nothing."""
-        if not self._is_spent() or asked.args.get("test_mode"):
-            return
+    def _check_budget(self, name: str) -> None:
+        """Raise `BudgetError`, now that the budget is spent, but for what costs nothing."""
         model = self._catalogue.models_if_any("Whether the model is free is not known").get(name)
         if model is None or not model.free:
             budget, spent = self.config.budget_usd or 0, sum(self._costs_usd)
@@ -5387,8 +5321,6 @@ class Puter:
 
     def _spend(self, asked: Asked, reply: Reply) -> None:
         """Count what an answer cost, whole or not, against the budget."""
-        if self.config.budget_usd is None:
-            return
         model = self._catalogue.known().get(reply.model)
         cost = cost_of(reply, model, asked.args.get("messages", ()))
         if cost is None:
@@ -5408,7 +5340,7 @@ class Puter:
         more = (time.monotonic() - call.began, self._catalogue.is_stale, self._is_spent())
         return World(accounts, cooldowns, models, self.config, current, now, *more)
 
-    def _send_with_retries(self, call: _Exchange, target: Target) -> tuple[_Incoming, ExitStack]:
+    def _send_with_retries(self, call: _Exchange, target: Target) -> Stream:
         """One model on one account, with the retries that the policies allow."""
         model, name, config = target.model, target.account.username, self.config
         if (limit := self._limits.get(name)) is None:
@@ -5418,20 +5350,22 @@ class Puter:
         while True:
             with ExitStack() as stack:
                 stack.enter_context(limit.place(call.cancellation, patience_s))
-                self._check_budget(call.asked, model)
-                started = time.monotonic()
+                if self._is_spent() and not call.asked.args.get("test_mode"):
+                    self._check_budget(model)
+                call.started = time.monotonic()
                 try:
-                    incoming = call.open(call, model, target.account, stack)
+                    answer = call.open(call, model, target.account, stack)
                 except PuterError as error:
                     failure = error
                 else:
-                    seconds = time.monotonic() - started
+                    seconds = time.monotonic() - call.started
                     call.attempts.append(Attempt(model, name, None, seconds))
                     names, now = (model, self._catalogue.known().id_of(model)), time.time()
                     self.state.record_success(name, names, now - seconds, now)
                     limit.passed()
-                    return incoming, stack.pop_all()
-            seconds = time.monotonic() - started
+                    answer._stack = stack.pop_all()
+                    return answer
+            seconds = time.monotonic() - call.started
             if isinstance(failure, CreditError) and not has_waited_for_others:
                 # what runs beside it holds the most that it may cost until it ends (recorded)
                 has_waited_for_others = True
@@ -5458,10 +5392,11 @@ class Puter:
         self, error: PuterError, call: _Exchange, target: Target, seconds: float
     ) -> PuterError:
         model, account = target.model, target.account
-        if isinstance(error, CreditError) and call.asked.makes is Reply:
+        is_vague = error.code == "insufficient_funds" and not is_foreign(self.config)
+        if is_vague and call.asked.makes is Reply:
             error = self._explained(error, call.asked, target)
         call.attempts.append(Attempt(model, account.username, error, seconds))
-        if error.reply is not None:
+        if error.reply is not None and self.config.budget_usd is not None:
             self._spend(call.asked, error.reply)
         if not isinstance(error, ModelNotFoundError):  # there is nothing of that name
             self._count(model, _code_of(error), seconds)
@@ -5474,10 +5409,8 @@ class Puter:
             error.hint = f"{TOKEN_VARIABLE} is set: unset it, or set it to a token that works."
         return error
 
-    def _explained(self, error: CreditError, asked: Asked, target: Target) -> PuterError:
+    def _explained(self, error: PuterError, asked: Asked, target: Target) -> PuterError:
         """What a 402 means: a prompt too long for Puter's limit, or how much credit is left."""
-        if is_foreign(self.config) or error.code != "insufficient_funds":
-            return error
         model, why = target.model, "The limits of the model are not known"
         known = self._catalogue.models_if_any(why).get(model)
         form = self._api.form(asked, model)
@@ -5504,14 +5437,10 @@ class Puter:
     def _note_failure(self, error: PuterError, call: _Exchange, target: Target) -> None:
         """Note in the state who is on cooldown, so that nobody runs into the same again.
 
-        A misspelt name is only put right. An account with too many requests at once, or that
-        has no substitute, is never on cooldown.
+        An account with too many requests at once, or that has no substitute, is never on
+        cooldown.
         """
         code, name, config = _code_of(error), target.account.username, self.config
-        if isinstance(error, ModelNotFoundError):
-            if not target.is_fallback:
-                self._correct_name(error, call)
-            return
         if isinstance(error, AuthError) and code in DEAD_TOKEN_CODES:
             token = target.account.token
             self.state.add_cooldown(name, "", math.inf, "login", time.time(), token)
@@ -5536,12 +5465,11 @@ class Puter:
 
     def _correct_name(self, error: ModelNotFoundError, call: _Exchange) -> None:
         """Ask by the id that the list has for an unknown name; else give near names."""
-        why = "No similar name was looked up"
         lists = {Reply: self._catalogue, Picture: self._drawing}
         if call.asked.makes not in lists:
             error.hint = "Correct its name, or leave it out."
             return
-        models = lists[call.asked.makes].models_if_any(why)
+        models = lists[call.asked.makes].models_if_any("No similar name was looked up")
         try:
             model_id = models.find(call.asked.model).id
         except ModelNotFoundError as unknown:
@@ -5562,15 +5490,16 @@ class Puter:
 
     # ---- what is noted of an answer ----
 
-    def _note_end(self, call: _Exchange, started: float, word: str, reply: Reply) -> None:
+    def _note_end(self, call: _Exchange, word: str, reply: Reply) -> None:
         """Note how the call that was answered ended, and cache a whole reply if wanted."""
         asked, now, last = call.asked, time.monotonic(), call.attempts[-1]
-        self._spend(asked, reply)
+        if self.config.budget_usd is not None:
+            self._spend(asked, reply)
         if word == "dropped":
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
         usage = reply.usage if word == "ok" else Usage()
-        self._count(last.model, word, now - started, first_s, usage)
+        self._count(last.model, word, now - call.started, first_s, usage)
         if word != "ok":
             _log.info("Response: broke off (%s)", word)
             return
@@ -5579,14 +5508,14 @@ class Puter:
         is_live = call.is_stream and self.config.stream_tools == "live"
         may_lack_calls = is_live and asked.needs.tools
         is_odd = call.is_fallback or may_lack_calls or any(c.invalid for c in reply.tool_calls)
-        if not is_odd and asked.returns is None:
+        may_be_cached = self.config.cache_enabled and asked.makes is Reply and not asked.is_typed
+        if may_be_cached and not is_odd:
             self._cache(asked, reply)
         self._on_answer(reply, call.is_fallback)
 
     def _cache(self, asked: Asked, reply: Reply) -> None:
-        if self.config.cache_enabled and asked.makes is Reply:
-            body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
-            self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
+        body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
+        self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
 
     def _count(self, model: str, outcome: str, seconds: float, *more: Any) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
@@ -5654,8 +5583,7 @@ class Conversation:
         `options` are `chat`'s. With functions as `tools` they are called until the model
         answers, as by `run` (see `run` for `max_rounds` and `on_tool`).
         """
-        for _ in self._begin(message, options, streaming=False):
-            pass
+        deque(self._begin(message, options, streaming=False), maxlen=0)
         return self.reply
 
     def stream(self, message: Prompt | JSON, **options: Any) -> Iterator[Chunk]:
@@ -5734,12 +5662,6 @@ def _checked_options(options: Mapping[str, Any]) -> JSON:
     return dict(options)
 
 
-def _is_plain(args: JSON) -> bool:
-    is_bare = all(m.keys() == {"role", "content"} for m in args["messages"])
-    are_texts = is_bare and all(isinstance(m["content"], str) for m in args["messages"])
-    return are_texts and args.keys() <= {"messages", "temperature", "max_tokens"}
-
-
 def _input_parts(images: Any, files: Any) -> list[JSON]:
     images, files = _as_list(images, "images"), _as_list(files, "files")
     return [*map(image_part, images), *map(file_part, files)]
@@ -5807,24 +5729,21 @@ def _default_client() -> Puter:
         return _default[1]
 
 
-def chat(prompt: Prompt | None = None, /, **arguments: Any) -> Reply:
-    """On a client that is made at the first use."""
-    return _default_client().chat(prompt, **arguments)
+def _on_default_client(method: Callable[Concatenate[Puter, _P], _T]) -> Callable[_P, _T]:
+    """A method as a function of the module, for type checkers and help as well."""
+    call: Callable[..., _T] = method
+
+    def function(prompt: Prompt | None = None, /, **arguments: Any) -> _T:
+        return call(_default_client(), prompt, **arguments)
+
+    function.__name__ = function.__qualname__ = method.__name__
+    function.__doc__ = f"{method.__doc__}\n\n    On a client that is made at the first use."
+    function.__signature__ = inspect.signature(partial(call, None))  # type: ignore[attr-defined]
+    shown: Callable[..., _T] = function
+    return shown
 
 
-def stream(prompt: Prompt | None = None, /, **arguments: Any) -> Stream:
-    """On a client that is made at the first use."""
-    return _default_client().stream(prompt, **arguments)
-
-
-def _show_signature(function: Any, method: Any) -> None:
-    """Let help and completion show a function as the method that it calls."""
-    function.__signature__ = inspect.signature(partial(method, None))
-    function.__doc__ = f"{method.__doc__}\n\n    {function.__doc__}"
-
-
-_show_signature(chat, Puter.chat)
-_show_signature(stream, Puter.stream)
+chat, stream = _on_default_client(Puter.chat), _on_default_client(Puter.stream)
 
 
 # ---- credit in words, for the MCP server and the command line ----
@@ -7721,7 +7640,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         _demand(name, "you must name a model (or set default_model in puter.json)", "model")
         request = with_served_model(request, name, models)
         args = {**request.args, "tools": request.tools}
-        asked = client._build_request(request.messages, request.model, **args)
+        asked = client._build_request(request.messages, model=request.model, **args)
         if request.streaming:
             self._stream(request, asked)
         else:
@@ -8196,7 +8115,8 @@ class McpServer:
             max_tokens: The most tokens of the answer.
         """
         args: JSON = {"temperature": temperature, "max_tokens": max_tokens}
-        return self._client()._build_request(message, model or None, system or None, **args)
+        args |= {"model": model or None, "system": system or None}
+        return self._client()._build_request(message, **args)
 
     def models(
         self,
@@ -8848,8 +8768,8 @@ class _SavedTalk(Conversation):
             _info("the provider's filter ended the answer", dim=True)
         attempts, active = reply.attempts, client._accounts.active_name
         is_other = active not in (None, reply.account)
-        wanted = client.config.model_name(self.model)
-        if attempts and (is_other or not client._is_same_model(attempts[-1].model, wanted)):
+        wanted, id_of = client.config.model_name(self.model), client._catalogue.known().id_of
+        if attempts and (is_other or id_of(attempts[-1].model) != id_of(wanted)):
             errors = (a.error.message for a in attempts if a.error)
             why = next(errors, "what was asked is on cooldown")
             _info(f"answered by {attempts[-1].model} on {reply.account} ({why})", dim=True)
@@ -9480,7 +9400,8 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
         except PuterError as error:
             yield False, f"{whose}: {error}"
     try:
-        date = client._server_date()
+        url = f"{_api_origin(config)}/puterai/chat/models"
+        date = client._transport.send("GET", url).headers.get("Date")
         yield True, f"{config.api_base_url} answers"
         with suppress(ValueError):  # a date that is none
             off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0

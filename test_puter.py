@@ -9026,6 +9026,8 @@ TARGETS = table(
     ["no credit", "ab", "", "a/ask:credit", "b/ask", {}],
     ["a dead token: the last one waits out limits", "ab", "a:login", "a/ask:dead", "b/ask waits", {}],
     ["found out at a fallback", "ab", "", "a/ask:down a/f1:busy", "b/ask", {}],
+    ["found out when the model is sent to again", "ab", "", "a/ask:down a/ask:busy", "b/ask", {}],
+    ["such a model's fallback waits for nothing", "ab", "", "a/ask:down a/ask:down", "a/f1", {}],
     ["in order, round the end", "abc", "", "c/ask:busy", "a/ask", {"current": "c"}],
     ["late: the next account all the same", "ab", "", "a/ask:busy", "b/ask", {"elapsed_s": 121.0}],
     ["one on cooldown is passed over", "abc", "b:busy", "a/ask:busy", "c/ask", {}],
@@ -10233,7 +10235,7 @@ def opening(
 ) -> tuple[Any, threading.Thread, list[Any]]:
     """A stream that another thread opens: what gives it up, the thread, and its outcome."""
     call = puter._InFlight()
-    request = client._build_request("hi", model, **more)
+    request = client._build_request("hi", model=model, **more)
     return (call, *in_background(lambda: client._open(request, call)))
 
 
