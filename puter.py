@@ -101,8 +101,12 @@ DEFAULT_FALLBACK_MODELS = tuple(
 )
 JSON = dict[str, Any]
 _LOOPBACK_NAMES = frozenset(("127.0.0.1", "localhost", "[::1]"))
-# A whole number that is larger than any float is read as None.
-_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 300 else None)
+# What servers send: a number that no float holds is read as None.
+_JSON = json.JSONDecoder(
+    parse_int=lambda digits: int(digits) if len(digits) <= 300 else None,
+    parse_float=lambda text: number if math.isfinite(number := float(text)) else None,
+    parse_constant=lambda name: None,
+)
 _log = logging.getLogger("puter")
 _log.addHandler(logging.NullHandler())
 _forkable: WeakSet[Any] = WeakSet()  # what is reset in a forked child, whoever held its locks
@@ -154,7 +158,7 @@ def _json_or_none(text: str) -> Any:
 def _finite(text: str) -> float:
     """A number of a JSON text; ValueError for NaN, and for infinity, as which 1e400 is read."""
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not JSON")
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 
@@ -287,17 +291,18 @@ class PuterError(Exception):
     param: str | None = None
 
     def __init_subclass__(cls, **facts: Any) -> None:
-        for name, value in facts.items():
-            setattr(cls, name, value)
+        for name in ("scope", "retryable", "http_status"):
+            if name in facts:
+                setattr(cls, name, facts.pop(name))
+        super().__init_subclass__(**facts)
 
     def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.hint = self.default_hint if hint is None else hint
-        if reply := details.get("reply"):
-            # it says whose fault it was
-            who = {"model": reply.model, "account": reply.account, "attempts": reply.attempts}
-            details = who | details
+        for name in ("model", "account", "attempts"):  # a reply says whose fault it was
+            if name not in details and hasattr(details.get("reply"), name):
+                details[name] = getattr(details["reply"], name)
         for name, value in details.items():
             if not hasattr(type(self), name):
                 raise TypeError(f"{type(self).__name__} has no detail {name!r}")
@@ -1402,6 +1407,7 @@ class State:
         cooldown that still runs stays as it is, but for "login", which is of the `token`.
         """
         account, model, reason = map(mend_surrogates, (account, model, reason))
+        self._limited.add(account)
         sql = "SELECT * FROM cooldowns WHERE server=? AND account=? AND model=? AND reason<>'login'"
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
@@ -1479,7 +1485,7 @@ class State:
         outcome: str,
         seconds: float,
         first_s: float | None = None,
-        usage: Usage = Usage(),
+        usage: Usage | None = None,
         limit: int = 1_000,
     ) -> None:
         """Count one request; `outcome` is "ok", "closed" or an error's code.
@@ -1487,7 +1493,7 @@ class State:
         Of the times of answered ones the latest `limit` of a model are stored (and a few more,
         until they are trimmed).
         """
-        model, outcome = mend_surrogates(model), mend_surrogates(outcome)
+        model, outcome, usage = mend_surrogates(model), mend_surrogates(outcome), usage or Usage()
         sql = "INSERT INTO totals VALUES (?,?,1,?) ON CONFLICT DO UPDATE SET count = count + 1, "
         sql += "cost_usd = cost_usd + excluded.cost_usd"
         with self._open() as db:
@@ -3772,11 +3778,9 @@ def _api_origin(config: Config) -> str:
 
 
 def _hang_up(connections: Iterable[Any]) -> None:
-    import socket
-
     for connection in connections:
         with suppress(OSError):  # it may be closed already
-            connection.shutdown(socket.SHUT_RDWR)
+            connection.shutdown(2)  # SHUT_RDWR: nothing can be imported at the interpreter's end
 
 
 class _InFlight:
@@ -4311,9 +4315,11 @@ class _ConcurrencyLimit:
         self._paused_until = 0.0
         # when a call last ended
         self._released_at = 0.0
-        self._queue: deque[_InFlight] = deque()
         # re-entrant: a stream may be dropped, and so give back its place, at any time
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        # for each call that waits for its turn, and for those that wait for the end of another
+        self._queue: deque[threading.Condition] = deque()
+        self._ended = threading.Condition(self._lock)
 
     @property
     def waiting(self) -> int:
@@ -4322,13 +4328,14 @@ class _ConcurrencyLimit:
     @contextmanager
     def place(self, cancellation: _InFlight, patience_s: float) -> Iterator[None]:
         """Wait for a place and hold it; `BusyError` when none was given back for so long."""
-        arrived, cancellation.waker = time.monotonic(), self._changed
-        with self._changed:
-            self._queue.append(cancellation)
+        arrived, turn = time.monotonic(), threading.Condition(self._lock)
+        cancellation.waker = turn
+        with self._lock:
+            self._queue.append(turn)
             try:
                 while not cancellation.cancelled.is_set():
                     now, until = time.monotonic(), self._paused_until
-                    is_next = self._running < self._allowed and self._queue[0] is cancellation
+                    is_next = self._running < self._allowed and self._queue[0] is turn
                     if is_next and now >= until:
                         self._running += 1
                         break
@@ -4337,25 +4344,27 @@ class _ConcurrencyLimit:
                     if until <= now:
                         problem = f"All {self._places} requests that may run at once on the account"
                         raise BusyError(f"{problem} have been running for {patience_s:g} s")
-                    self._changed.wait(until - now)
+                    turn.wait(until - now)
                 else:
                     raise BusyError("The call was given up before it was sent")
             finally:
-                self._queue.remove(cancellation)
-                self._changed.notify_all()
+                self._queue.remove(turn)
+                self._wake_next()
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._running -= 1
                 self._released_at = time.monotonic()
-                self._changed.notify_all()
+                self._ended.notify_all()
+                self._wake_next()
 
     def wait_for_end(self, cancellation: _InFlight, patience_s: float) -> bool:
         """Wait until one of the running calls ends; False if none runs, or for so long."""
         began, is_over = time.monotonic(), cancellation.cancelled.is_set
-        with self._changed:
-            self._changed.wait_for(
+        cancellation.waker = self._ended
+        with self._lock:
+            self._ended.wait_for(
                 lambda: self._released_at > began or not self._running or is_over(), patience_s
             )
         return self._released_at > began
@@ -4367,9 +4376,13 @@ class _ConcurrencyLimit:
 
     def passed(self) -> None:
         """The server took a request: one more may go beside it."""
-        with self._changed:
+        with self._lock:
             self._allowed = min(self._allowed + 1, self._places)
-            self._changed.notify_all()
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._queue:
+            self._queue[0].notify()
 
 
 @dataclass(eq=False, repr=False)
@@ -4599,7 +4612,7 @@ class _Api(NamedTuple):
     def _result(self, kind: type[Any], response: requests.Response, cancellation: _InFlight) -> Any:
         job, data, mime = _JOBS[kind], response.content, content_type(response)
         families = {one.partition("/")[0] for one in job.files}
-        if mime.partition("/")[0] not in families or data[:2] in (b"", b'{"'):
+        if mime.partition("/")[0] not in families or data[:99].lstrip()[:2] in (b"", b"{", b'{"'):
             mime = mime_of(data, job.files) or ""
         if response.status_code == 200 and mime:
             return kind(data, mime)
@@ -4799,13 +4812,11 @@ class Stream:
             if self._end_word:
                 return
             self._end_word = word
-        reply = self._partial()
-        if word == "ok":
-            self._reply = reply
-        else:
-            # a body that was read to its end left a good connection
+        if word != "ok":  # a body that was read to its end left a good connection
             self._cancellation.cancel()
         self._stack.close()
+        reply = self._partial()
+        self._reply = reply if word == "ok" else None
         self._note_end(word, reply)
 
     def _partial(self) -> Reply:
@@ -5288,6 +5299,8 @@ class Puter:
             try:
                 answer = self._send_with_retries(call, target)
             except PuterError as error:
+                if isinstance(error, BudgetError) and call.attempts:
+                    break
                 is_own = isinstance(error, (BusyError, BudgetError))
                 if call.cancellation.cancelled.is_set() or is_own:
                     # its owner gave up, or has too much open: no account's fault
@@ -5498,8 +5511,7 @@ class Puter:
         if word == "dropped":
             return  # at any time, in any thread
         first_s = last.seconds if call.is_stream else None
-        usage = reply.usage if word == "ok" else Usage()
-        self._count(last.model, word, now - call.started, first_s, usage)
+        self._count(last.model, word, now - call.started, first_s, reply.usage)
         if word != "ok":
             _log.info("Response: broke off (%s)", word)
             return

@@ -5217,6 +5217,22 @@ class TestOtherPythons:
 # 2. errors
 # =============================================================================
 class TestErrors:
+    def test_kinds_of_a_users_own(self):
+        class Limited(puter.PuterError, scope="account", http_status=418):
+            pass
+
+        assert (Limited.scope, Limited.http_status, Limited.retryable) == ("account", 418, False)
+        assert puter.PuterError.http_status == 500
+        with pytest.raises(TypeError):
+            type("Wrong", (puter.PuterError,), {}, retriable=True)
+
+    def test_numbers_that_no_float_holds(self):
+        text = '{"a": NaN, "b": 1e400, "c": 1.5, "d": ' + "9" * 400 + "}"
+        assert puter._json_or_none(text) == {"a": None, "b": None, "c": 1.5, "d": None}
+        for wrong in ("NaN", "1e400", "[" * 100_000):
+            with pytest.raises(ValueError):
+                puter.read_json(wrong)
+
     @pytest.mark.parametrize("kind", ALL_ERRORS)
     def test_every_kind_is_public_and_says_what_it_means(self, kind):
         assert kind.__name__ in puter.__all__ and not hasattr(builtins, kind.__name__)
@@ -11334,6 +11350,39 @@ class TestGate:
         with pytest.raises(puter.PuterError, match="given up"):
             puter._ConcurrencyLimit(1).place(call, 30).__enter__()
 
+    def test_only_the_next_in_the_queue_is_woken(self, monkeypatch):
+        wakes, wait = [], threading.Condition.wait
+        monkeypatch.setattr(
+            threading.Condition, "wait", lambda *args: wakes.append(wait(*args)) or wakes[-1]
+        )
+        limit = puter._ConcurrencyLimit(3)
+
+        def pass_through() -> None:
+            with limit.place(puter._InFlight(), 30):
+                limit.passed()
+
+        with ExitStack() as held:
+            for _ in range(3):
+                held.enter_context(limit.place(puter._InFlight(), 0))
+            work = [in_background(pass_through)[0] for _ in range(100)]
+            assert eventually(lambda: limit.waiting == 100)
+            wakes.clear()
+        for thread in work:
+            thread.join(10)
+        assert limit.waiting == 0 and len(wakes) < 1_000
+
+    def test_a_script_may_end_with_an_open_stream(self, fake, tmp_path):
+        script = """
+            import sys, puter
+            stream = puter.stream("hi", model=sys.argv[1])
+            print(next(stream))
+        """
+        config = json.dumps({"api_base_url": fake.url})
+        (tmp_path / "puter.json").write_text(config)
+        puter.AccountStore(tmp_path).add(puter.Account("alice", "token-alice"))
+        done = run_script(script, tmp_path, lab("slow"))
+        assert (done.returncode, done.stderr) == (0, "")
+
     def test_queueing_is_not_failing(self, make, fake):
         # Each answer comes within the time-out; the last one waits for its turn much longer.
         fake.script[lab("text")] = late(0.06, Turn(SENTENCE))
@@ -12166,6 +12215,18 @@ class TestBudget:
         reply = client.chat("hi", model="allam-2-7b")
         assert GPT not in [one.model for one in reply.attempts]
         assert client.model(reply.attempts[-1].model).free
+
+    def test_the_first_error_is_raised_when_the_budget_is_spent_meanwhile(self, make, fake):
+        client = make(budget_usd=1, max_retries=2, retry_delay_ms=0)
+
+        def spend(*_: Any) -> Answer:
+            client._costs_usd.append(2.0)
+            return refusing(500, "internal_error", "down")
+
+        fake.script[GPT] = spend
+        with pytest.raises(puter.ServerError, match="down") as caught:
+            client.chat("hi", model=GPT)
+        assert [one.model for one in caught.value.attempts] == [GPT]
 
     @pytest.mark.parametrize(
         ("path", "more", "kind"),
