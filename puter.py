@@ -13,7 +13,7 @@ such as "(recorded)" mean that a fact was seen in the answers of a real Puter se
 
 The file from top to bottom; each section uses only those above it:
 
-     1 head        constants, the log, what is reset after a fork
+     1 head        the log, JSON, texts, and what is reset after a fork
      2 errors      `PuterError` and its kinds, and what a server's codes and texts stand for
      3 values      `Reply`, `Chunk`, `Model`…: what goes in and out
      4 config      one table of settings: types, ranges, defaults, documentation
@@ -28,8 +28,8 @@ The file from top to bottom; each section uses only those above it:
     13 cli         the command line, and `launch` for coding agents
 
 Begin to read at `class Puter`. A call's way: `Puter.chat` checks its arguments
-(`_build_request`), `_ask_until_answered` asks whom `next_target` names, `_send_with_retries`
-keeps at one of them, `_Api.open` writes the provider's form (`arguments_for`), `_Transport.send`
+(`_build_request`), `_open` gives a stream of the answer, `_ask_until_answered` asks whom
+`next_target` names, `_send_with_retries` keeps at one of them, `_Api.open` writes the provider's form (`arguments_for`), `_Transport.send`
 sends it, and `reply_from_driver`, or a decoder, reads what comes.
 """
 
@@ -235,7 +235,7 @@ def strip_puter_prefix(name: str) -> str:
 
 
 # ======================================================================================
-# 2. errors · uses: nothing above but the constants
+# 2. errors · uses: the head
 # ======================================================================================
 Scope = Literal["request", "model", "account", "server"]
 MAX_ATTEMPTS_SHOWN = 8
@@ -360,6 +360,12 @@ class RateLimitError(PuterError, scope="account", retryable=True, http_status=42
     """The account sent too many requests; another model does not help."""
 
     default_hint = "Wait some seconds, or add another account with `python -m puter login`."
+
+
+class BusyError(RateLimitError, scope="request", retryable=False):
+    """This client itself has too much running: no fault of the account, so no other is tried."""
+
+    default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
 class ModelRateLimitError(PuterError, scope="model", http_status=429):
@@ -1050,7 +1056,7 @@ def _from_text(name: str, text: str) -> Any:
         words = {"1": True, "true": True, "yes": True, "on": True}
         words |= {"0": False, "false": False, "no": False, "off": False}
         return words.get(text.strip().lower(), text)
-    if kind == "int" and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
+    if kind.startswith("int") and re.fullmatch(r"\s*-?\d{1,18}\s*", text):
         return int(text)
     if kind.startswith("float") and re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
         return float(text)
@@ -1066,11 +1072,11 @@ def _checked(spec: Any, value: Any, where: str) -> Any:
     allowed = spec.metadata["allowed"]
     if spec.type == "bool":
         ok, words = isinstance(value, bool), "true or false"
-    elif spec.type == "int" or spec.type.startswith("float"):
-        low, high = allowed
-        is_kind = type(value) is int or (spec.type != "int" and isinstance(value, float))
+    elif spec.type.startswith(("int", "float")):
+        (low, high), is_float = allowed, spec.type.startswith("float")
+        is_kind = type(value) is int or (is_float and isinstance(value, float))
         ok = is_kind and low <= value <= high
-        words = f"a {'whole ' if spec.type == 'int' else ''}number from {low} to {high}"
+        words = f"a {'' if is_float else 'whole '}number from {low} to {high}"
     elif spec.type.startswith("tuple"):
         ok = isinstance(value, (list, tuple)) and all(map(_is_text, value))
         value, words = tuple(value) if ok else value, "a list of model names"
@@ -1463,7 +1469,8 @@ class State:
 
     def clear_cooldowns(self, account: str | None = None) -> int:
         """End the cooldowns of one account or of all, and forget strikes; how many there were."""
-        return self._write("DELETE FROM cooldowns WHERE ? IN (account, '')", account or "")
+        sql = "DELETE FROM cooldowns WHERE server=? AND ? IN (account, '')"
+        return self._write(sql, self.server, account or "")
 
     def last_used_ms(self) -> dict[str, int]:
         """When each account last answered, in ms since 1970."""
@@ -1666,8 +1673,10 @@ def _require(ok: object, where: str, value: Any, hint: str) -> None:
 
 
 def _misplaced(where: str, problem: str, hint: str | None = None) -> BadRequestError:
-    """The error of something in a request; its first word is the field of the request."""
-    return BadRequestError(f"{where} {problem}", hint=hint, param=re.split(r"[.\[]", where)[0])
+    """The error of something in a request; where it stands may begin with a field of that."""
+    field_name = re.search(r"(^|of )([a-z_]+)(?=[.\[]|$)", where)
+    param = field_name and field_name[2]
+    return BadRequestError(f"{where} {problem}", hint=hint, param=param)
 
 
 def messages_from(
@@ -2284,7 +2293,7 @@ def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
     if kind := mime_of(data, kinds):
         return _Medium(data, kind).as_url()
     known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
-    raise BadRequestError(f"{name} is none of {known}", hint="Convert it first.", param=what)
+    raise BadRequestError(f"{name} is not one of {known}", hint="Convert it first.", param=what)
 
 
 # ---- tools: functions to schemas, a model's arguments to Python values ----
@@ -3330,7 +3339,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
         max_tokens=None if max_tokens is None else int(max_tokens),
         inputs=tuple(modalities["input"]) if modalities.get("input") else None,
         tools=entry.get("tool_call"),
-        # a price that cannot be read is not none
+        # a price that cannot be read is still a price
         free=bool(costs) and len(usd) == len(costs) and not any(usd.values()),
         input_usd_per_million=usd.get(entry.get("input_cost_key")),
         output_usd_per_million=usd.get(entry.get("output_cost_key")),
@@ -3340,7 +3349,7 @@ def _model_from(entry: Mapping[str, Any]) -> Model:
 
 
 def credit_from(body: Any) -> Credit:
-    """The answer of `/metering/usage` as a `Credit`; raises `ServerError` when it is none."""
+    """The answer of `/metering/usage` as a `Credit`; raises `ServerError` for anything else."""
     info = body.get("allowanceInfo") if isinstance(body, Mapping) else None
     if not isinstance(info, Mapping) or "remaining" not in info:
         raise ServerError("The usage report has an unknown format")
@@ -3383,7 +3392,8 @@ def retry_delay_s(
 
     `retry` counts from 1: base, twice, four times… up to `RETRY_CAP_S`, each shortened by up to
     a quarter (by `rand`, from 0 to 1) so that clients do not come back in step. A server's
-    `Retry-After` wins; `may_retry` has seen that it is not too long.
+    `Retry-After` wins; `may_retry` has seen that it is not too long. A limit of requests is
+    waited for in steps from `RATE_PAUSE_S` to `RATE_CAP_S`.
     """
     import random
 
@@ -3563,7 +3573,7 @@ def next_account(
 
 
 class Asked(NamedTuple):
-    """One request as the caller made it, checked; `args` is what the server gets."""
+    """One request as the caller made it, checked; `args` in OpenAI's words, for any provider."""
 
     model: str
     args: JSON
@@ -3579,7 +3589,7 @@ class Asked(NamedTuple):
 
 
 class World(NamedTuple):
-    """What decides who is asked, read once a decision: nothing of it is looked up behind it."""
+    """What decides who is asked, read once a decision."""
 
     accounts: Sequence[Account]
     cooldowns: Sequence[Cooldown]
@@ -3589,7 +3599,7 @@ class World(NamedTuple):
     now: float = 0.0
     elapsed_s: float = 0.0
     is_stale: bool = False
-    # whether the budget is: then only what is free may be asked
+    # whether the budget is spent: then only what is free may be asked
     is_spent: bool = False
 
     def others(self, account: Account) -> set[str]:
@@ -3599,7 +3609,7 @@ class World(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Whom to ask, and when: `waits_out_limits` if no other account could take its place."""
+    """Whom to ask, and when; `waits_out_limits` if no other account could, or is left to, help."""
 
     model: str
     account: Account
@@ -3730,7 +3740,7 @@ def is_from(model: Model, provider: str) -> bool:
 
 
 # ======================================================================================
-# 8. transport · uses: errors, config. Alone knows requests
+# 8. transport · uses: errors, config, messages. Alone knows requests
 # ======================================================================================
 _PIECE_BYTES = 64 * 1024
 CONNECT_TIMEOUT_S = 10.0
@@ -3874,7 +3884,8 @@ def _new_session() -> requests.Session:
         """Reads proxies and certificates from the environment again when that has changed."""
 
         def merge_environment_settings(self, url: Any, proxies: Any, *more: Any) -> Any:
-            key = (url, *more, *map(os.environ.get, _NETWORK_VARIABLES))
+            origin, _ = _origin_and_path(url)
+            key = (origin, *more, *map(os.environ.get, _NETWORK_VARIABLES))
             if proxies or self.proxies or key not in settings:
                 settings[key] = super().merge_environment_settings(url, proxies, *more)
             return dict(settings[key])
@@ -4281,6 +4292,9 @@ _JOBS: dict[type[Any], _Job] = {
 }
 
 
+# ---- what a client is made of ----
+
+
 @dataclass(eq=False, repr=False)
 class _Exchange:
     """One call on its way: what is asked, how to end it, and what was tried for it."""
@@ -4296,14 +4310,6 @@ class _Exchange:
     began: float = field(default_factory=time.monotonic)
     # when the latest attempt began
     started: float = 0.0
-
-
-class BusyError(RateLimitError):
-    """This client itself has too much running: no fault of the account, so no other is tried."""
-
-    scope = "request"
-    retryable = False
-    default_hint = "Read streams to their end or close them; `max_concurrent` sets how many."
 
 
 class _ConcurrencyLimit:
@@ -4342,8 +4348,8 @@ class _ConcurrencyLimit:
                     if not is_next:
                         until = max(arrived, self._released_at, until) + patience_s
                     if until <= now:
-                        problem = f"All {self._places} requests that may run at once on the account"
-                        raise BusyError(f"{problem} have been running for {patience_s:g} s")
+                        problem = f"None of {self._places} requests at once on the account ended"
+                        raise BusyError(f"{problem} within {patience_s:g} s")
                     turn.wait(until - now)
                 else:
                     raise BusyError("The call was given up before it was sent")
@@ -4360,7 +4366,7 @@ class _ConcurrencyLimit:
                 self._wake_next()
 
     def wait_for_end(self, cancellation: _InFlight, patience_s: float) -> bool:
-        """Wait until one of the running calls ends; False if none runs, or for so long."""
+        """Wait until one of the running calls ends; False if there is none, or after so long."""
         began, is_over = time.monotonic(), cancellation.cancelled.is_set
         cancellation.waker = self._ended
         with self._lock:
@@ -4508,12 +4514,12 @@ class _Catalogue:
     def known(self) -> ModelList:
         """The list as far as is known without asking anybody; read from the disk once."""
         if self._models is None:
-            self._models = ModelList()
-            stored = self.state.catalogue(self.place)
+            models, stored = ModelList(), self.state.catalogue(self.place)
             # one that cannot be read is as good as none
             with suppress(PuterError, ValueError):
                 if stored:
-                    self._models, self._fetched_at = models_from(read_json(stored[0])), stored[1]
+                    models, self._fetched_at = models_from(read_json(stored[0])), stored[1]
+            self._models = models
         return self._models
 
     def _fetch(self, refresh: bool) -> ModelList:
@@ -4779,7 +4785,7 @@ class Stream:
 
     def _next_batch(self) -> list[Chunk] | None:
         """What came next, None at the end; raises `StreamError`, or `ReplyError`."""
-        if self._end_word == "closed":
+        if self._end_word not in ("", "ok"):
             raise self._broken()
         try:
             with self._reading:  # by one thread at a time
@@ -5002,8 +5008,8 @@ class Puter:
                 not fit is told to the model, which is asked once more.
             web_search: whether the model searches the web first; OpenAI's models can.
             fallback: whether free models may answer when the asked one cannot.
-            timeout_ms: longest silence of the server; default `api_timeout_ms`, with tools ten
-                minutes, since nothing comes before the whole answer does.
+            timeout_ms: longest time for a whole answer, or silence in a stream; default
+                `api_timeout_ms`, with tools ten minutes, where nothing comes before all does.
             args: passed on to Puter: temperature, max_tokens, tool_choice, reasoning_effort…
 
         Raises the `PuterError` of the first attempt that failed when none could answer;
@@ -5139,8 +5145,11 @@ class Puter:
 
     def reset_stats(self, model: str | None = None) -> None:
         """Forget the statistics of a model, or of all."""
-        models = self._catalogue.known()
-        names = [model, models.id_of(strip_puter_prefix(model))] if model else None
+        if model is None:
+            self._metrics.reset_metrics()
+            return
+        id_of, wanted = self._catalogue.known().id_of, strip_puter_prefix(model)
+        names = [n for n in self._metrics.models() if wanted == n or id_of(wanted) == id_of(n)]
         self._metrics.reset_metrics(names)
 
     @property
@@ -5150,7 +5159,7 @@ class Puter:
 
     @property
     def active_account(self) -> Account | None:
-        """The account that the next call goes to first; None if there is none."""
+        """The account in use, which is asked first unless it is on cooldown; None without any."""
         return self._accounts.first() if self._accounts.usable() else None
 
     def cooldowns(self) -> list[Cooldown]:
@@ -5230,7 +5239,9 @@ class Puter:
             except Exception as error:  # noqa: BLE001 (also what the caller's own types raise)
                 problem = str(error)
             else:
-                if answer.attempts and self.config.cache_enabled:
+                id_of, last = self._catalogue.known().id_of, answer.attempts[-1:]
+                is_own = any(id_of(one.model) == id_of(asked.model) for one in last)
+                if is_own and self.config.cache_enabled:
                     self._cache(asked, answer)
                 return typed
             given = (call.invalid or json.dumps(call.arguments) for call in reply.tool_calls)
@@ -5299,9 +5310,9 @@ class Puter:
             try:
                 answer = self._send_with_retries(call, target)
             except PuterError as error:
-                if isinstance(error, BudgetError) and call.attempts:
-                    break
                 is_own = isinstance(error, (BusyError, BudgetError))
+                if is_own and call.attempts:
+                    break
                 if call.cancellation.cancelled.is_set() or is_own:
                     # its owner gave up, or has too much open: no account's fault
                     raise
@@ -5949,7 +5960,7 @@ def _callback_server(callback: _Callback, port: int | None) -> Any:
         allow_reuse_address = os.name != "nt"  # on Windows it would share a port in use
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A browser that hangs up early is no news."""
+            """Silent: browsers hang up early."""
 
     try:
         return Server(("127.0.0.1", LOGIN_PORT if port is None else port), Handler)
@@ -6212,6 +6223,32 @@ def _flat_name(name: Any, namespace: Any = None) -> str:
     return flat if len(flat) <= 64 else f"{flat[:55]}_{token_fingerprint(flat)[:8]}"
 
 
+_NO_SEARCH = (
+    "Web search is not available here: this model runs no tools of its own. Nothing was "
+    "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
+)
+
+
+def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
+    """The request with a model of the catalogue, and no more `max_tokens` than that can do.
+
+    Without any `models` the name is taken as it is. Raises `ModelNotFoundError`.
+    """
+    name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
+    model, args = models.find(name) if models else None, request.args
+    if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
+        request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
+    elif request.must_search or (request.search is not None and not request.tools):
+        able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3] or ["none"]
+        text = f"{_NO_SEARCH} Models that search: {', '.join(able)}."
+        request = request._replace(canned=text)
+    if model is None:
+        return request._replace(model=name)
+    if model.max_tokens and "max_tokens" in args:
+        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
+    return request._replace(model=name if name in model.names() else model.id, args=args)
+
+
 # ---- what the dialects share: contents ----
 
 # A picture in a text of ours, as `_shown_image` writes it.
@@ -6366,7 +6403,7 @@ def error_status(error: PuterError) -> int:
 
 
 def error_headers(error: PuterError, status: int) -> dict[str, str]:
-    """When to ask again, and that an SDK should not: what failed was tried long enough."""
+    """When to ask again, and for SDKs not to by themselves: the gateway has tried long enough."""
     headers, wait_s = {}, error.retry_after_s
     if status in (429, 503):
         if wait_s is None:
@@ -6528,27 +6565,6 @@ def _agent_args(effort: Any, form: Any, **defaults: Any) -> JSON:
         schema = {**defaults, **_pick(form, "name", "schema", "strict", "description")}
         form = {"type": "json_schema", "json_schema": schema}
     return {"reasoning_effort": _EFFORTS.get(str(effort)), "response_format": form}
-
-
-def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
-    """The request with a model of the catalogue, and no more `max_tokens` than that can do.
-
-    `models` are by every name; without any, the name is taken as it is. Raises
-    `ModelNotFoundError`.
-    """
-    name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
-    model, args = models.find(name) if models else None, request.args
-    if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
-        request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
-    elif request.must_search or (request.search is not None and not request.tools):
-        able = [m.id for m in models if m.provider in SEARCH_PROVIDERS][:3] or ["none"]
-        text = f"{_NO_SEARCH} Models that search: {', '.join(able)}."
-        request = request._replace(canned=text)
-    if model is None:
-        return request._replace(model=name)
-    if model.max_tokens and "max_tokens" in args:
-        args = {**args, "max_tokens": min(args["max_tokens"], model.max_tokens)}
-    return request._replace(model=name if name in model.names() else model.id, args=args)
 
 
 # ---- responses ----
@@ -6885,10 +6901,6 @@ def responses_error(error: PuterError, status: int, request_id: str) -> JSON:
 
 # ---- messages ----
 
-_NO_SEARCH = (
-    "Web search is not available here: this model runs no tools of its own. Nothing was "
-    "searched; use another tool, such as one that fetches a URL, or say that it cannot be done."
-)
 _STOP_REASONS = {"length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
 _IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 
@@ -7041,6 +7053,8 @@ def count_tokens(body: JSON) -> JSON:
     text, images = re.subn(r'"data:[\w/+.-]+;base64,[^"]*"', "", text)
     return {"input_tokens": math.ceil(len(text) / 4) + _IMAGE_TOKENS * images}
 
+
+# ---- all dialects, and the list of models ----
 
 _CHAT_DIALECT = Dialect(chat_request, chat_body, chat_frames, chat_error, cuts_broken_streams=True)
 _MESSAGES = Dialect(messages_request, messages_body, messages_frames, messages_error)
@@ -7432,7 +7446,7 @@ def _http_server(app: OpenAIServer, host: str, port: int) -> Any:
             app.look_after_connections()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A fault of ours is logged with its traceback; that somebody hangs up is no news."""
+            """A fault of ours is logged with its traceback; a caller that hangs up is not."""
             if not isinstance(sys.exc_info()[1], ConnectionError):
                 _log.error("A connection failed", exc_info=True)
 
@@ -7724,7 +7738,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
                     self.wfile.flush()
         finally:
             self.close_connection |= self.cancellation.cancelled.is_set()
-            # a stream that comes too late is nobody's
+            # a stream that comes too late is closed
             opened.add_done_callback(_close_opened)
         if has_failed and self.dialect.cuts_broken_streams:
             self.close_connection = True
@@ -7797,7 +7811,8 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         self._send_head(200)
 
     def _write_frame(self, frame: Frame) -> None:
-        block = self.dialect.write(frame).encode()
+        if not (block := self.dialect.write(frame).encode()):
+            return  # an empty chunk would be the end
         self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if self.is_chunked else block)
 
     def _allow_page(self, origin: str) -> None:
@@ -8457,6 +8472,8 @@ _MODEL_CHOICE = (
 )
 
 
+# ---- what the commands share ----
+
 _WIPE = "\r\x1b[K"  # empties the line of a terminal
 _STYLES = {"bold": "1", "dim": "2", "head": "2;4", "red": "31", "green": "32"}
 # A text, or (text, style) for each piece of it; "" is no style.
@@ -8547,6 +8564,9 @@ def _signed_in(client: Puter, work: Callable[[], _T]) -> _T:
         raise AuthError("You are not signed in")
     _info(_add_account(client, _sign_in(client.config)))
     return work()
+
+
+# ---- ask ----
 
 
 @_command(
@@ -8720,7 +8740,7 @@ class _SavedTalk(Conversation):
         """Become what is saved; raises `StoreError` for a file that holds no conversation."""
         try:
             if not self.path.is_file():  # to open a FIFO would wait
-                raise ValueError("it is no file")
+                raise ValueError("it is not a file")
             saved = Conversation.from_json(read_json(self.path.read_text(encoding="utf-8")))
             _require(isinstance(saved.model or "", str), "model", saved.model, "")
             messages_from(saved.messages, saved.system)
@@ -9413,9 +9433,11 @@ def _checks(client: Puter) -> Iterator[tuple[bool, str]]:
             yield False, f"{whose}: {error}"
     try:
         url = f"{_api_origin(config)}/puterai/chat/models"
-        date = client._transport.send("GET", url).headers.get("Date")
-        yield True, f"{config.api_base_url} answers"
-        with suppress(ValueError):  # a date that is none
+        answer = client._transport.send("GET", url)
+        date, status = answer.headers.get("Date"), answer.status_code
+        words = "answers" if status < 500 else f"answered {status}"
+        yield status < 500, f"{config.api_base_url} {words}"
+        with suppress(ValueError):  # a date that cannot be read
             off_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
             fine = abs(off_s) < 300
             yield fine, f"the clock differs by {off_s:.0f} s{'' if fine else '; set it right'}"
@@ -9438,6 +9460,8 @@ def cmd_whoami(args: Any) -> None:
     _report(args, user, [f"{user.get('username')}{kind}"])
 
 
+# ---- models, credit, statistics ----
+
 MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     "id": lambda m: m.id,
     "price": lambda m: (m.input_usd_per_million is None, sum(filter(None, _prices(m))), m.id),
@@ -9445,9 +9469,6 @@ MODEL_SORTS: dict[str, Callable[[Model], Any]] = {
     # The newest first; the date as a number, such as 20251101.
     "released": lambda m: (-int(f"0{re.sub(r'[^0-9]', '', m.released or '')[:8]}"), m.id),
 }
-
-
-# ---- models, credit, statistics ----
 
 
 @_command(
@@ -9891,7 +9912,9 @@ def llm_models(setup: Setup) -> list[JSON]:
     return models
 
 
-_SECRET_VARIABLES = (TOKEN_VARIABLE, "PUTER_OPENAI_API_KEY", "PUTER_SERVER_API_KEY")
+_SECRET_SETTINGS = [name for name, spec in _SETTINGS.items() if spec.metadata["secret"]]
+_SECRET_VARIABLES = [TOKEN_VARIABLE, "PUTER_SERVER_API_KEY"]
+_SECRET_VARIABLES += [f"PUTER_{name.upper()}" for name in _SECRET_SETTINGS]
 PROGRAM_PATIENCE_S = 5.0  # for a program that was told to end
 # What a program is started with: more arguments, and more variables (None takes one out).
 # Files go into the temporary folder: nothing of the user's is written or changed.
@@ -10127,8 +10150,7 @@ def cmd_config(args: Any) -> None:
     if args.what == "show":
         config = Config.load()
         rows = {name: getattr(config, name) for name in config.sources}
-        if config.openai_api_key:
-            rows["openai_api_key"] = "***"
+        rows |= {name: "***" for name in _SECRET_SETTINGS if rows[name]}
         data = {n: {"value": v, "source": config.sources[n]} for n, v in rows.items()}
         table = [("SETTING", "VALUE", "FROM")]
         for name, value in rows.items():

@@ -6442,6 +6442,13 @@ class TestAccountStore:
 class TestState:
     """What processes tell each other; never a reason to stop."""
 
+    def test_cooldowns_of_another_server_stay(self, tmp_path):
+        one, other = (puter.State(tmp_path / STATE, server) for server in ("a", "b"))
+        for state in (one, other):
+            state.add_cooldown("alice", "", 60, "no", 100.0)
+        assert one.clear_cooldowns() == 1
+        assert one.cooldowns(101.0) == [] and len(other.cooldowns(101.0)) == 1
+
     def test_a_cooldown_ends_by_itself(self, state):
         cooldown = state.add_cooldown("alice", "", MINUTE_S, "too_many_requests", now=1000.0)
         assert cooldown == puter.Cooldown("alice", "", 1060.0, 1, "too_many_requests", 1000.0)
@@ -10299,6 +10306,12 @@ def stepwise(
 class TestStream:
     """A reply as it comes: each chunk at once, and every way of its ending."""
 
+    def test_a_stream_that_broke_does_not_end_normally_when_it_is_read_again(self, make):
+        stream = make().stream("hi", model=lab("midfail"))
+        for _ in range(2):
+            with pytest.raises(puter.StreamError):
+                list(stream)
+
     @pytest.mark.parametrize("scenario", GOOD_STREAMED)
     def test_a_good_stream(self, make, fake, scenario):
         client = make()
@@ -11383,6 +11396,17 @@ class TestGate:
         done = run_script(script, tmp_path, lab("slow"))
         assert (done.returncode, done.stderr) == (0, "")
 
+    def test_the_first_error_is_raised_when_the_next_account_has_no_place(self, make, fake):
+        client = make("alice", "bob", max_concurrent=1, max_retries=0)
+        fake.script[lab("text")] = lambda handler, _: refusing(
+            429, "too_many_requests", "slow down"
+        )
+        busy = client._limits.setdefault("bob", puter._ConcurrencyLimit(1))
+        refused = pytest.raises(puter.RateLimitError, match="slow down")
+        with busy.place(puter._InFlight(), 0), refused as caught:
+            client.chat("hi", model=lab("text"), timeout_ms=50)
+        assert [one.account for one in caught.value.attempts] == ["alice"]
+
     def test_queueing_is_not_failing(self, make, fake):
         # Each answer comes within the time-out; the last one waits for its turn much longer.
         fake.script[lab("text")] = late(0.06, Turn(SENTENCE))
@@ -12382,6 +12406,16 @@ class TestReplies:
         assert len(stream.reply.tool_calls) == 1
         assert len(client.chat("hi", **options).tool_calls) == 2
 
+    def test_a_typed_answer_of_a_fallback_is_not_cached(self, make, fake):
+        fake.script[lab("text")] = "err429"
+        answered = {name: Turn("5") for name in FREE}
+        fake.script |= answered
+        client = make(cache_enabled=True, fallback_cooldown_ms=0)
+        assert client.chat("hi", model=lab("text"), returns=int).model in FREE
+        fake.script[lab("text")] = Turn("6")
+        assert client.chat("hi", model=lab("text"), returns=int).value == 6
+        assert client.chat("hi", model=lab("text"), returns=int).attempts == ()
+
     def test_a_stream_that_is_left_is_not_cached(self, make, fake):
         client = make(cache_enabled=True)
         with client.stream("hi", model=lab("slow")) as stream:
@@ -12412,6 +12446,14 @@ class TestReplies:
 
 class TestStats:
     """Statistics of every call, exact however many ask at once."""
+
+    def test_reset_of_what_was_asked_by_an_alias(self, make, fake):
+        client = make()
+        alias = "claude-opus-4.5"
+        assert client.model(alias).id != alias
+        client.state.record(alias, "ok", 1.0)
+        client.reset_stats(client.model(alias).id)
+        assert client.stats() == []
 
     def test_statistics_of_models(self):
         totals = [("ok", 3, 0.5), ("late", 2, 0.25)]
@@ -13288,13 +13330,13 @@ class TestMedia:
             [lambda c: c.image("x", images=[b"text"]), "not an image"],
             [lambda c: c.speech("x", images=["a.png"]), "Did you mean `image`"],
             [lambda c: c.image("x", images=["httpd.png"]), "cannot be read"],
-            [lambda c: c.transcribe(PNG), "none of WAV"],
-            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is none of WAV"],
+            [lambda c: c.transcribe(PNG), "not one of WAV"],
+            [lambda c: c.transcribe(("a.wav", b"")), "a.wav is not one of WAV"],
             [lambda c: c.transcribe("/no/such.wav"), "cannot be read"],
             [lambda c: c.transcribe(5), "cannot be read"],
             [lambda c: c.transcribe(("a.wav", "text")), "cannot be read"],
             [lambda c: c.transcribe(WAV, langage="en"), "Did you mean language"],
-            [lambda c: c.ocr(WAV), "none of PNG"],
+            [lambda c: c.ocr(WAV), "not one of PNG"],
         ],
     )
     def test_wrong_arguments(self, make, fake, call, words):
@@ -14424,6 +14466,16 @@ class TestTranslation:
             *(({"model": wrong}, "model") for wrong in ("  ", "puter/", 5, ["m"])),
             *(({"messages": wrong}, "messages") for wrong in (None, [], "hi", {})),
             *(({"messages": [user([part])]}, "messages") for part in WRONG_PARTS),
+            (
+                {
+                    "messages": [
+                        assistant(
+                            None, {**tool_call("c"), "function": {"name": "f", "arguments": 5}}
+                        )
+                    ]
+                },
+                "messages",
+            ),
             *(({"n": wrong}, "n") for wrong in (2, 0, "1")),
             *(
                 ({"stop": wrong}, "stop")
@@ -16245,7 +16297,7 @@ class TestMediaGateway:
             [form_of_parts(*[A_FILE] * 99), A_FORM, "too many parts"],
             [form_of_parts((A_FILE[0].replace("file", "data"), WAV)), A_FORM, "file is missing"],
             [form_of_parts((A_FILE[0].partition("; filename")[0], b"a.wav")), A_FORM, "file is miss"],
-            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is none of WAV"],
+            [form_of_parts((A_FILE[0], b"text")), A_FORM, "a.wav is not one of WAV"],
             [form_of_parts(("\0:\r\n :;=\xff\r\n\r\nname", b"x")), A_FORM, "file is missing"],
             [b"", A_FORM, "no end"],
             [form_of_parts((f'{A_FILE[0]}; x="{";" * 500}', WAV)), A_FORM, "is too long"],
@@ -19110,7 +19162,7 @@ class TestMediaCommands:
     def test_files_from_stdin(self, desk):
         assert run_cli(desk, "transcribe", "-", stdin=WAV).stdout == f"{HEARD}\n"
         assert run_cli(desk, "ocr", "-", stdin=PNG).stdout == "First line\nSecond line\n"
-        assert "standard input is none of" in run_cli(desk, "ocr", "-", stdin="a").stderr
+        assert "standard input is not one of" in run_cli(desk, "ocr", "-", stdin="a").stderr
 
     @pytest.mark.parametrize("argv", [["image"], ["image", ""], ["speak", " "], ["speak", "-"]])
     def test_without_words(self, desk, argv):
@@ -19170,7 +19222,7 @@ class TestMediaCommands:
             [["image", "hi", "-a", "no.png"], "cannot be read"],
             [["speak", "hi", "--voice", "nobody"], "Expected: alloy"],
             [["transcribe", "no.wav"], "cannot be read"],
-            [["ocr", "notes.txt"], "none of PNG"],
+            [["ocr", "notes.txt"], "not one of PNG"],
         ],
     )
     def test_errors(self, desk, argv, words):
