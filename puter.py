@@ -2658,7 +2658,7 @@ def _json_value(value: Any) -> Any:
 # ---- typed answers: a type or a JSON schema to what a model is asked, its answer to a value ----
 
 _ANSWER_TOOL = "final_answer"  # the function by which a model that takes some gives its answer
-_BEGUN_JSON = re.compile(r"""\{\s*(["']|\w+\s*:)|\[\s*["'{\[]""")
+_BEGUN_JSON = r"""\{\s*(["']|\w+\s*:)|\[\s*["'{\[]"""
 _JSON_ATTEMPTS = 64  # places where the JSON of an answer may begin
 _SCHEMA_KEYS: dict[Any, str] = {  # what of a JSON schema is checked, and must be of these kinds
     (str, list): "type",
@@ -2835,7 +2835,7 @@ def json_text(text: str) -> str:
         try:
             end = decoder.raw_decode(text, begin)[1]
         except (ValueError, RecursionError):
-            if _BEGUN_JSON.match(text, begin):
+            if re.compile(_BEGUN_JSON).match(text, begin):
                 return text  # cut or broken: what stands in it is not the answer
         else:
             # an object is what nearly everybody means
