@@ -5167,7 +5167,8 @@ class Puter:
         return self.state.cooldowns(time.time(), self.accounts)
 
     # ---- the internal face: for the gateway, the MCP server and the command line ----
-    # The public methods of `_accounts`, `_catalogue` and `_transport` are for them as well.
+    # `_build_request` and the public methods of `_accounts`, `_catalogue` and `_transport` are for
+    # them as well.
     # `_on_answer` is called with each reply that ended well and whether a fallback gave it,
     # `_on_wait` with why a call waits before it is sent again, and for how long.
 
