@@ -11386,9 +11386,10 @@ class TestGate:
 
     def test_a_script_may_end_with_an_open_stream(self, fake, tmp_path):
         script = """
-            import sys, puter
-            stream = puter.stream("hi", model=sys.argv[1])
+            import builtins, sys, puter
+            stream = puter.Puter().stream("hi", model=sys.argv[1])
             print(next(stream))
+            builtins.kept = stream.kept = stream  # until nothing can be imported any more
         """
         config = json.dumps({"api_base_url": fake.url})
         (tmp_path / "puter.json").write_text(config)
@@ -13426,6 +13427,20 @@ class TestMedia:
         else:
             assert make().speech("Hello").mime == mime
         assert len(fake.chat_calls()) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "data"),
+        [
+            ("video/mp4", b"\0\0\0\x18ftypmp42"),
+            ("image/png", b' {"message": "no"}'),
+            ("", b"OggS\0"),
+        ],
+    )
+    def test_what_is_no_picture(self, make, monkeypatch, kind, data):
+        answer = Raw(data, content_type=kind)
+        monkeypatch.setitem(MEDIA, ("puter-image-generation", "generate"), lambda *_: answer)
+        with pytest.raises(puter.PuterError):
+            make().image("a dot")
 
     @pytest.mark.parametrize(
         ("answer", "calls"),
@@ -17588,6 +17603,14 @@ class TestGatewayUnderAttack:
             memory.put(f"history_{number}", "x" * 7_000_000)
         message = assistant(None, tool_call("call_1"))
         assert puter._restored(message, memory)["tool_calls"][0]["extra_content"]
+
+    def test_a_failure_does_not_wait_for_the_owners_name(self, serve, fake):
+        client = puter.Puter("token-alice", api_base_url=fake.url, max_retries=0)
+        server = serve(client)
+        assert eventually(lambda: [r.path for r in fake.requests].count("/whoami") == 1)
+        assert post_to(server, body_for("err400")).status_code == 400
+        assert [r.path for r in fake.requests].count("/whoami") == 1
+        client.close()
 
     def test_the_owners_name_is_not_told(self, serve, fake):
         fake.script[lab("text")] = lambda *_: refusing(403, "forbidden", "alice may not do this")
