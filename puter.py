@@ -636,13 +636,13 @@ class ToolCall:
     invalid: str = ""
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Medium:
     """What a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
-    data: bytes = field(default=b"", repr=False)
-    mime: str = ""
-    url: str = ""
+    __slots__ = ()
+    data: bytes
+    mime: str
+    url: str
 
     def as_url(self) -> str:
         """A URL of it: its own, or a data URL."""
@@ -664,7 +664,9 @@ class _Medium:
 class Picture(_Medium):
     """A picture that a model drew: `data` as `mime` says, or nothing but a `url` to load it from."""
 
+    data: bytes = field(default=b"", repr=False)
     mime: str = "image/png"
+    url: str = ""
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {self.mime: self.data} if self.data else {"text/markdown": f"![]({self.url})"}
@@ -674,7 +676,9 @@ class Picture(_Medium):
 class Audio(_Medium):
     """A sound that a model made: `data` as `mime` says, or nothing but a `url` to load it from."""
 
+    data: bytes = field(default=b"", repr=False)
     mime: str = "audio/mpeg"
+    url: str = ""
 
     def _repr_html_(self) -> str:
         import html
@@ -2245,7 +2249,7 @@ def file_part(file: File) -> JSON:
         return image_part(data)
     if data[:5] == b"%PDF-":
         name = name if "." in name else f"{name}.pdf"
-        url = _Medium(data, "application/pdf").as_url()
+        url = Picture(data, "application/pdf").as_url()
         return {"type": "file", "file": {"filename": name, "file_data": url}}
     if (text := decoded_text(data)) is None:
         problem = "is neither a text, an image (PNG, JPEG, GIF, WebP) nor a PDF"
@@ -2291,7 +2295,7 @@ def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
     named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
     data, name = (source[1], source[0]) if named else _bytes_of(source, what)
     if kind := mime_of(data, kinds):
-        return _Medium(data, kind).as_url()
+        return Picture(data, kind).as_url()
     known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
     raise BadRequestError(f"{name} is not one of {known}", hint="Convert it first.", param=what)
 
@@ -4627,7 +4631,7 @@ class _Api(NamedTuple):
             result = job.read(body["result"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _no_reply(f"The result has an unknown format ({error!r})", body) from error
-        if isinstance(result, _Medium) and not result.data:
+        if isinstance(result, (Picture, Audio)) and not result.data:
             try:
                 data, mime = self.transport.download(result.url, cancellation)
                 mime = mime_of(data, job.files) or mime or result.mime
