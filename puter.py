@@ -29,8 +29,9 @@ The file from top to bottom; each section uses only those above it:
 
 Begin to read at `class Puter`. A call's way: `Puter.chat` checks its arguments
 (`_build_request`), `_open` gives a stream of the answer, `_ask_until_answered` asks whom
-`next_target` names, `_send_with_retries` keeps at one of them, `_Api.open` writes the provider's form (`arguments_for`), `_Transport.send`
-sends it, and `reply_from_driver`, or a decoder, reads what comes.
+`next_target` names, `_send_with_retries` keeps at one of them, `_Api.open` writes the provider's
+form (`arguments_for`), `_Transport.send` sends it, and `reply_from_driver`, or a decoder, reads
+what comes.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ _CONTROL_MARKS |= {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
 
 
 def escape_controls(text: str) -> str:
+    """The text with control characters as visible marks, fit for a terminal."""
     return text.translate(_CONTROL_MARKS)
 
 
@@ -848,6 +850,7 @@ class Credit:
 
 
 def money(amount: float, unit: str) -> str:
+    """An amount as people write it."""
     return f"${amount:,.4f}" if unit == "usd" else f"{amount:,.0f} credits"
 
 
@@ -1748,6 +1751,7 @@ def read_message(message: Any, where: str) -> Messages:
 
 
 def read_parts(content: Any, where: str) -> list[JSON]:
+    """A content in any vendor's shape as canonical parts."""
     parts = [content] if isinstance(content, str) else [] if content is None else content
     _require(isinstance(parts, (list, tuple)), where, parts, "Give a text or a list of parts.")
     return [known for part in parts for known in read_part(part, where)]
@@ -1857,6 +1861,7 @@ def _is_text_only(content: Any) -> bool:
 
 
 def text_of(content: Any, kind: str = "text", key: str = "text", glue: str = "") -> str:
+    """The texts of a content's parts of one kind, joined."""
     if isinstance(content, str):
         return content if kind == "text" else ""
     parts = content if isinstance(content, (list, tuple)) else ()
@@ -2321,6 +2326,7 @@ def is_web_search(tool: Any) -> bool:
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[JSON]:
+    """Tools as OpenAI's list of function schemas."""
     is_list = isinstance(tools, list | tuple | None)
     _require(is_list, "tools", tools, "Give a list: tools=[function].")
     return [_tool_schema(tool, index) for index, tool in enumerate(tools or ())]
@@ -2350,6 +2356,7 @@ def _tool_schema(tool: Any, index: int) -> JSON:
 
 
 def function_schema(function: Callable[..., Any]) -> JSON:
+    """A Python function as OpenAI's schema, from its signature, type hints and docstring."""
     inner, _ = _behind(function)
     name = str(getattr(inner, "__name__", "") or type(inner).__name__)
     if not name.isidentifier() or isinstance(function, type):
@@ -2636,6 +2643,7 @@ def _documented(call: Any) -> tuple[str, dict[str, str]]:
 
 
 def tool_result_text(value: Any) -> str:
+    """What a function returned, as the text that goes to the model."""
     if not isinstance(value, str | None):
         return json.dumps(_json_value(value), ensure_ascii=False)
     return value if value and value.strip() else _NO_OUTPUT
@@ -3004,6 +3012,7 @@ def reply_from_openai(body: JSON, model: str) -> Reply:
 
 
 def chunks_of(reply: Reply) -> list[Chunk]:
+    """A whole reply as the chunks that a stream of it would have had."""
     chunks = [Chunk("reasoning", reply.reasoning)] if reply.reasoning else []
     chunks += [Chunk("text", reply.text)] if reply.text else []
     chunks += [Chunk("image", image=image) for image in reply.images]
@@ -3012,6 +3021,7 @@ def chunks_of(reply: Reply) -> list[Chunk]:
 
 
 def message_from(reply: Reply) -> JSON:
+    """A reply as the assistant's message that goes back with the history."""
     calls = [openai_call(call) for call in reply.tool_calls]
     has_text = reply.text.strip() if calls else reply.text
     message: JSON = {"role": "assistant", "content": reply.text if has_text else None}
@@ -6455,6 +6465,7 @@ def _header_text(text: str) -> str:
 
 
 def chat_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/chat/completions`; raises `BadRequestError`."""
     is_one = body.get("n") in (None, 1) and body.get("n") is not True
     _demand(is_one, "n must be 1: ask several times for several answers", "n")
     _demand(not body.get("functions"), "functions is not supported: use tools", "functions")
@@ -6479,6 +6490,7 @@ def _read_messages(messages: Any) -> Messages:
 
 
 def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
+    """A whole `chat.completion`."""
     content: Any = "\n\n".join(filter(None, [reply.text, *map(_shown_image, reply.images)]))
     content = content or (None if reply.tool_calls else "")
     message: JSON = {"role": "assistant", "content": content, "refusal": None}
@@ -6494,6 +6506,7 @@ def chat_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def chat_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[Frame]:
+    """The `chat.completion.chunk`s of an answer, as it comes."""
     head = _chat_head("chat.completion.chunk")
     with_usage = request.options.get("include_usage")
 
@@ -6596,6 +6609,7 @@ _CALL_ITEMS = {
 
 
 def responses_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/responses`; raises `BadRequestError`."""
     for name in ("background", "conversation", "prompt"):
         text = f"{name} is not supported here"
         _demand(not body.get(name), text, name, code="unsupported_parameter")
@@ -6733,6 +6747,7 @@ def responses_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
 
 
 def responses_frames(request: ChatRequest, model: ModelName, events: Events) -> Iterator[JSON]:
+    """The events of a response, as it comes."""
     writer = _ResponseWriter(request, model)
     yield writer.state("created")
     yield writer.state("in_progress")
@@ -6911,6 +6926,7 @@ _IMAGE_TOKENS = 1_500  # an estimate, also for pages of documents
 
 
 def messages_request(body: JSON, memory: ResponseMemory) -> ChatRequest:
+    """A request for `/v1/messages`; raises `BadRequestError`."""
     for name in ("model", "messages", "max_tokens"):
         _demand(body.get(name) is not None, f"{name}: Field required", name)
     # Claude Code begins with a note on the billing of Anthropic's own accounts.
@@ -6955,6 +6971,7 @@ def _messages_args(body: JSON, hosted: Collection[Any]) -> JSON:
 
 
 def messages_body(request: ChatRequest, reply: Reply, ending: Ending) -> JSON:
+    """A whole `message`."""
     signed = [p for p in reply.extra.get("content", ()) if p["type"] != "text"]
     skipped = ("usage", "reasoning") if signed else ("usage",)
     chunks = [chunk for chunk in chunks_of(reply) if chunk.type not in skipped]
@@ -7359,6 +7376,7 @@ class OpenAIServer:
                 self._token_owner = str(client.whoami().get("username") or "")
 
     def token_owner(self) -> str:
+        """The real name behind a token of its own, which errors must not show; "" for none."""
         self._asking.join(1.0)
         return self._token_owner
 
@@ -9775,6 +9793,7 @@ def _sees_images(model: Model) -> bool:
 
 
 def opencode_settings(setup: Setup) -> JSON:
+    """OpenCode: a provider on the bundled openai-compatible package, and the MCP server."""
     # Any other kind makes its file invalid.
     kinds = ("text", "audio", "image", "video", "pdf")
     # The catalogue does not say which models think; their names do.
@@ -9805,6 +9824,7 @@ def opencode_settings(setup: Setup) -> JSON:
 
 
 def zed_settings(setup: Setup) -> JSON:
+    """Zed: an OpenAI-compatible provider (its key comes from PUTER_API_KEY), and the server."""
     models = [
         {"name": m.id, "display_name": m.name, "max_tokens": m.window or 128_000}
         for m in setup.models
@@ -9839,6 +9859,7 @@ def claude_environ(setup: Setup) -> dict[str, str]:
 
 
 def claude_exports(setup: Setup) -> str:
+    """Claude Code: lines for a shell that send it to the gateway."""
     import shlex
 
     variables = {name: shlex.quote(value) for name, value in claude_environ(setup).items()}
@@ -9847,10 +9868,12 @@ def claude_exports(setup: Setup) -> str:
 
 
 def mcp_servers(_: Setup, **more: str) -> JSON:
+    """The MCP server, for the programs that keep theirs under `mcpServers`."""
     return {"mcpServers": {"puter": _mcp_server(**more)}}
 
 
 def codex_settings(setup: Setup) -> JSON:
+    """Codex: a provider that speaks Responses, and the MCP server."""
     model = setup.models[0]
     provider = {
         "name": "puter.py",
@@ -9869,6 +9892,7 @@ def codex_settings(setup: Setup) -> JSON:
 
 
 def continue_settings(setup: Setup) -> str:
+    """Continue: models with the provider `openai`, and the MCP server."""
     key, models = setup.key_as("${{ secrets.KEY }}"), []
     same: JSON = {"provider": "openai", "apiBase": setup.url, "apiKey": key}
     for m in setup.models:
@@ -9892,6 +9916,7 @@ def aider_models(setup: Setup) -> list[JSON]:
 
 
 def aider_metadata(setup: Setup) -> JSON:
+    """aider: what each model can do, and what it costs."""
     return {
         f"openai/{m.id}": {
             "litellm_provider": "openai",
