@@ -2295,10 +2295,14 @@ def mime_of(data: bytes, kinds: Mapping[str, bytes] = _IMAGE_KINDS) -> str | Non
     return next((k for k, start in kinds.items() if re.match(start, data, re.DOTALL)), None)
 
 
+def _is_named(source: Any) -> bool:
+    """Whether it is (name, bytes)."""
+    return isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
+
+
 def data_url(source: Any, what: str, kinds: Mapping[str, bytes]) -> str:
     """A path, bytes or (name, bytes) as a data URL; `BadRequestError` if it is none of `kinds`."""
-    named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], bytes)
-    data, name = (source[1], source[0]) if named else _bytes_of(source, what)
+    data, name = (source[1], source[0]) if _is_named(source) else _bytes_of(source, what)
     if kind := mime_of(data, kinds):
         return Picture(data, kind).as_url()
     known = ", ".join(kind.partition("/")[2].upper() for kind in kinds)
@@ -4583,8 +4587,9 @@ class _Api(NamedTuple):
         response = self._send(call, {**args, "model": model}, account, timeout_s, streaming)
         if not streaming or not is_stream(response):
             body = body_of(response)
-            read = reply_from_openai if self.config.api_style == "openai" else reply_from_driver
-            return Stream.of(with_true_end(read(body, model), known, args), call.cancellation)
+            is_openai = self.config.api_style == "openai"
+            reply = (reply_from_openai if is_openai else reply_from_driver)(body, model)
+            return Stream.of(with_true_end(reply, known, args), call.cancellation)
         stack.callback(call.cancellation.attach)
         stack.callback(response.close)
         _log.info("Stream connected duration=%.0fms", (time.monotonic() - call.started) * 1000)
@@ -4600,9 +4605,11 @@ class _Api(NamedTuple):
             decoder, parts = EventDecoder(model), stream_events(response, timeout_s)
         batches = decoded(decoder, parts, account.token)
         batches = chain([next(batches, [])], batches)
-        return Stream(
-            batches, lambda: with_true_end(decoder.reply(), known, args), call.cancellation
-        )
+
+        def read() -> Reply:
+            return with_true_end(decoder.reply(), known, args)
+
+        return Stream(batches, read, call.cancellation, decoder.model)
 
     def work(self, call: _Exchange, model: str, account: Account, stack: ExitStack) -> Stream:
         """Have one of the `_JOBS` done; what comes of it is the `value` of the reply."""
@@ -5231,7 +5238,7 @@ class Puter:
             way = self._api.open if asked.makes is Reply else self._api.work
             call = _Exchange(asked, is_stream, cancellation, way)
             answer = self._ask_until_answered(call)
-            answer.model = self._catalogue.known().id_of(answer._read().model)
+            answer.model = self._catalogue.known().id_of(answer.model)
             answer.account, answer.attempts = call.attempts[-1].account, tuple(call.attempts)
             answer._note_end = partial(self._note_end, call)
         answer._is_checked = is_checked
@@ -5555,10 +5562,17 @@ class Puter:
         body, limit = json.dumps(reply_to_json(reply)), self.config.cache_max_entries
         self._reply_cache.cache_put(self._cache_key(asked), body, time.time(), limit)
 
-    def _count(self, model: str, outcome: str, seconds: float, *more: Any) -> None:
+    def _count(
+        self,
+        model: str,
+        outcome: str,
+        seconds: float,
+        first_s: float | None = None,
+        usage: Usage | None = None,
+    ) -> None:
         if self.config.metrics_enabled and outcome != "model_not_found":
             name, limit = self._catalogue.known().id_of(model), self.config.metrics_max_samples
-            self._metrics.record(name, outcome, seconds, *more, limit=limit)
+            self._metrics.record(name, outcome, seconds, first_s, usage, limit)
 
 
 def _check_names(
@@ -5707,9 +5721,8 @@ def _input_parts(images: Any, files: Any) -> list[JSON]:
 
 def _as_list(value: Any, name: str) -> Any:
     """One path, URL, bytes, (name, bytes) or function as a list of it; a list stays."""
-    named = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], bytes)
     alone = isinstance(value, (str, bytes, bytearray, os.PathLike)) or callable(value)
-    if alone or (named and isinstance(value[0], str)):
+    if alone or (_is_named(value) and isinstance(value[0], str)):
         return [value]
     _require(isinstance(value, (list, tuple)), name, value, "Give a list.")
     return value
@@ -6244,12 +6257,16 @@ _NO_SEARCH = (
 )
 
 
+def _without_suffix(name: str) -> str:
+    return re.sub(r"\[\w*\]$", "", name)  # claude-opus-4-8[1m]
+
+
 def with_served_model(request: ChatRequest, name: str, models: ModelList) -> ChatRequest:
     """The request with a model of the catalogue, and no more `max_tokens` than that can do.
 
     Without any `models` the name is taken as it is. Raises `ModelNotFoundError`.
     """
-    name = re.sub(r"\[\w*\]$", "", strip_puter_prefix(name))  # claude-opus-4-8[1m]
+    name = _without_suffix(strip_puter_prefix(name))
     model, args = models.find(name) if models else None, request.args
     if request.search is not None and model and model.provider in SEARCH_PROVIDERS:
         request = request._replace(tools=[*request.tools, *tool_schemas([request.search])])
@@ -7684,7 +7701,7 @@ class _GatewayHandler(_HandlerBase):  # type: ignore[misc]
         models = client._catalogue.models_if_any("The name of the model is passed on unchecked")
         name = request.model or client.config.default_model or ""
         served = self.app.models
-        if served and (not name or models.id_of(re.sub(r"\[\w*\]$", "", name)) not in served):
+        if served and (not name or models.id_of(_without_suffix(name)) not in served):
             name = served[0]
         _demand(name, "you must name a model (or set default_model in puter.json)", "model")
         request = with_served_model(request, name, models)
