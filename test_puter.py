@@ -17538,7 +17538,8 @@ class TestGatewayUnderAttack:
             for number in (1, 2):
                 sock = stack.enter_context(connected(server))
                 sock.sendall(chat_request(body_for()))
-                assert eventually(lambda n=number: len(server._running) == n)
+                # with the threads of the scripted server that answer it
+                assert eventually(lambda n=number: len(server._running) == len(fake.sent) == n)
             threads = threading.active_count()
             late = [stack.enter_context(connected(server)) for _ in range(30)]
             for sock in late:
